@@ -1,0 +1,3 @@
+from megatron_cp.cli import main
+
+main()

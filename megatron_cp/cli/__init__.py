@@ -1,0 +1,18 @@
+"""The `megatron-cp` command: one file per subcommand, each parses, calls one function, prints."""
+
+import sys
+
+import typer
+
+from megatron_cp.cli import data
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run the command; what the user got wrong is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"megatron-cp: {error}")

@@ -1,0 +1,1 @@
+"""Adapters to megatron-core 0.19; the only folder that imports megatron."""

@@ -1,0 +1,44 @@
+"""Menus: what there is, under which names, and what it can do."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+
+class Entry(Protocol):
+    """What a menu needs to know of a dish."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+
+
+class Registry[T: Entry]:
+    """Entries of one kind, found by name or alias, in the order in which they were listed."""
+
+    def __init__(self, kind: str, entries: Iterable[T]) -> None:
+        self.kind = kind
+        self._entries = {entry.name: entry for entry in entries}
+        self._by_name = {name: entry for entry in self for name in (entry.name, *entry.aliases)}
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._entries.values())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def get(self, name: str) -> T:
+        """The entry called `name`; raises ValueError with a suggestion when there is none."""
+        if name in self._by_name:
+            return self._by_name[name]
+        raise ValueError(
+            f"unknown {self.kind} {name!r}{suggest(name, self._by_name)}; known: {', '.join(self._by_name)}"
+        )
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,28 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-cp",
+    version="0.1.0",
+    description="Context-parallel attention and pipeline schedules for stock Megatron-LM",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_cp", "megatron_cp.*"]),
+    install_requires=[
+        "megatron-core>=0.19,<0.20",
+        "torch>=2.8",
+        "einops>=0.8",
+        "jaxtyping>=0.3,<0.4",
+        "matplotlib>=3.9",
+        "psutil>=6",
+        "rich>=13.9",
+        "typer>=0.15",
+        "ruamel.yaml>=0.18,<0.20",
+        "zstandard>=0.23",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.6"],
+        "te": ["transformer-engine[pytorch]>=2.6"],
+        "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2", "tiktoken>=0.8"],
+        "dev": ["pytest>=8.3", "ruff>=0.9", "mypy>=1.14", "beartype>=0.20", "types-psutil"],
+    },
+    entry_points={"console_scripts": ["megatron-cp = megatron_cp.cli:main"]},
+)

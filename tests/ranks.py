@@ -1,0 +1,129 @@
+"""Run a function on several ranks: each rank is a process forked from one server that has imported torch already.
+
+Importing torch and Megatron costs seconds; the fork server pays it once for the whole test run, and each run still
+starts from a clean process, so that nothing of Megatron's global state leaks from one test into the next.
+"""
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["tests.preload"])
+
+TIMEOUT_SECONDS = 300
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank_main(
+    pipe: Connection, log: str, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        pipe.send(("ok", function(*args)))
+    except BaseException as error:
+        pipe.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    finally:
+        pipe.close()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            try:
+                torch.distributed.destroy_process_group()
+            except Exception:
+                traceback.print_exc()
+
+
+class RankError(AssertionError):
+    """A rank raised; `errors` maps rank to its text, `log` is what all ranks printed."""
+
+    def __init__(self, errors: dict[int, str], log: str) -> None:
+        super().__init__(
+            "\n".join(f"rank {rank}: {text}" for rank, text in sorted(errors.items())) + f"\n--- log ---\n{log[-6000:]}"
+        )
+        self.errors = errors
+        self.log = log
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
+    """What `function(*args)` returned on each rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set.
+
+    Raises RankError with every rank's error; the other ranks are stopped a few seconds after the first error.
+    """
+    results, _ = run_ranks_with_log(world_size, function, *args, timeout=timeout)
+    return results
+
+
+def run_ranks_with_log(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS
+) -> tuple[list[Any], str]:
+    """The same, with what all ranks printed."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        log = os.path.join(folder, "log")
+        port = str(free_port())
+        ranks = []
+        for rank in range(world_size):
+            ours, theirs = _server.Pipe(duplex=False)
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+                "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            }
+            process = _server.Process(target=_rank_main, args=(theirs, log, environment, function, args))
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        answers = _collect([pipe for _, pipe in ranks], timeout)
+        for process, _ in ranks:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        with open(log, errors="replace") as file:
+            text = file.read()
+    errors = {rank: body for rank, (kind, body) in answers.items() if kind == "error"}
+    if errors:
+        raise RankError(errors, text)
+    return [answers[rank][1] for rank in range(world_size)], text
+
+
+def _collect(pipes: list[Connection], timeout: float) -> dict[int, tuple[str, Any]]:
+    answers: dict[int, tuple[str, Any]] = {}
+    waiting = {id(pipe): (rank, pipe) for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout
+    while waiting:
+        ready = wait([pipe for _, pipe in waiting.values()], timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            for rank, _ in waiting.values():
+                answers[rank] = ("error", "no answer in time")
+            return answers
+        for pipe in ready:
+            rank, _ = waiting.pop(id(pipe))
+            try:
+                answers[rank] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                answers[rank] = ("error", "the process died")
+            if answers[rank][0] == "error":
+                # the others may wait for this rank for ever
+                deadline = min(deadline, time.monotonic() + 5)
+    return answers
