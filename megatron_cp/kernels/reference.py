@@ -1,0 +1,91 @@
+"""Dense attention written out: the oracle that every other kernel and every backend is compared with."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_cp.kernels import check_backward, check_call
+
+
+def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
+    return None
+
+
+def create(*, deterministic: bool) -> "ReferenceKernel":
+    return ReferenceKernel()
+
+
+class ReferenceKernel:
+    """Attention with the whole score matrix in memory, in float32 or, for float64 inputs, in float64."""
+
+    name = "reference"
+
+    def forward(
+        self,
+        q: Float[Tensor, "s b h d"],
+        k: Float[Tensor, "t b g d"],
+        v: Float[Tensor, "t b g dv"],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Float[Tensor, "s b h dv"], Float[Tensor, "s b h"]]:
+        """out and lse; O(s * t) memory."""
+        check_call(q, k, v, causal)
+        scores = _scores(q, k, scale, causal)
+        lse = scores.logsumexp(-1)
+        weights = _weights(scores, lse)
+        # b g r s t, t b g d -> s b (g r) d
+        out = torch.einsum("bgrst,tbgd->sbgrd", weights, _wide(v)).flatten(2, 3)
+        return out.to(q.dtype), lse.permute(3, 0, 1, 2).flatten(2, 3)
+
+    def backward(
+        self,
+        dout: Float[Tensor, "s b h dv"],
+        q: Float[Tensor, "s b h d"],
+        k: Float[Tensor, "t b g d"],
+        v: Float[Tensor, "t b g dv"],
+        out: Float[Tensor, "s b h dv"],
+        lse: Float[Tensor, "s b h"],
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Float[Tensor, "s b h d"], Float[Tensor, "t b g d"], Float[Tensor, "t b g dv"]]:
+        """dq, dk, dv by the formulas of FlashAttention (Dao et al. 2022), section 3.1, without the tiling."""
+        check_call(q, k, v, causal)
+        check_backward(dout, q, v, out, lse)
+        groups = k.shape[2]
+        dout_, q_, out_ = (_grouped(x, groups) for x in (dout, q, out))
+        weights = _weights(_scores(q, k, scale, causal), _rows(lse, groups))
+        delta = (out_ * dout_).sum(-1).permute(1, 2, 3, 0)
+        dscores = weights * (torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(v)) - delta[..., None]) * scale
+        dq = torch.einsum("bgrst,tbgd->sbgrd", dscores, _wide(k)).flatten(2, 3)
+        dk = torch.einsum("bgrst,sbgrd->tbgd", dscores, q_)
+        dv = torch.einsum("bgrst,sbgrd->tbgd", weights, dout_)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    # s b (g r) d -> s b g r d
+    return _wide(x).unflatten(2, (groups, -1))
+
+
+def _rows(lse: Tensor, groups: int) -> Tensor:
+    # s b (g r) -> b g r s
+    return lse.unflatten(2, (groups, -1)).permute(1, 2, 3, 0)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    scores = torch.einsum("sbgrd,tbgd->bgrst", _grouped(q, k.shape[2]), _wide(k)) * scale
+    if not causal:
+        return scores
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, float("-inf"))
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    # a row that saw no key has lse -inf and weights 0, not exp(-inf + inf)
+    return (scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]).exp()
