@@ -1,0 +1,195 @@
+"""Flags of ours, and the checks that Megatron's own argument validation leaves out.
+
+Pure Python: everything here reads attributes, so that a parsed namespace and a TransformerConfig can both be asked.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.kernels import AUTO, KERNELS
+from megatron_cp.registry import suggest
+
+HEAD_FIRST = "head-first"
+
+
+class Unsupported(NamedTuple):
+    """Something that a user can ask of attention and that this attention does not do."""
+
+    what: str
+    asked: Callable[[Any], bool]
+    way_out: str
+
+
+def _read(source: Any, name: str, default: Any = None) -> Any:
+    return getattr(source, name, default)
+
+
+def _mla_heads_differ(source: Any) -> bool:
+    if not _read(source, "multi_latent_attention", False):
+        return False
+    query_key = _read(source, "qk_head_dim", 0) + _read(source, "qk_pos_emb_head_dim", 0)
+    return bool(query_key != _read(source, "v_head_dim", 0))
+
+
+# Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
+UNSUPPORTED = (
+    Unsupported(
+        "a sliding window (window_size)",
+        lambda source: _read(source, "window_size") is not None,
+        "leave --window-size out",
+    ),
+    Unsupported(
+        "a softmax with a sink (softmax_type other than 'vanilla')",
+        lambda source: _read(source, "softmax_type", "vanilla") != "vanilla",
+        "leave --softmax-type out",
+    ),
+    Unsupported(
+        "clipping by the largest logit (qk_clip)",
+        lambda source: bool(_read(source, "qk_clip", False)),
+        "leave --qk-clip out",
+    ),
+    Unsupported(
+        "logging the largest logit (log_max_attention_logit)",
+        lambda source: bool(_read(source, "log_max_attention_logit", False)),
+        "leave --log-max-attention-logit out",
+    ),
+    Unsupported(
+        "multi-latent attention whose v_head_dim is not qk_head_dim + qk_pos_emb_head_dim",
+        _mla_heads_differ,
+        "leave --multi-latent-attention out or use stock attention",
+    ),
+)
+
+
+def refuse_unsupported(source: Any, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for the first thing asked of `source` that attention cannot do."""
+    for feature in UNSUPPORTED:
+        if feature.asked(source):
+            raise ValueError(f"{where}: megatron-cp's attention does not do {feature.what}; {feature.way_out}")
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags of ours to Megatron's parser; usable as an `extra_args_provider`."""
+    group = parser.add_argument_group(title="context-parallel attention (megatron-cp)")
+    group.add_argument(
+        "--cp-kernel",
+        default=AUTO,
+        metavar="{" + ",".join([AUTO, *KERNELS.names]) + "}",
+        help="Attention kernel on one device; auto takes the fastest one that the machine has and says why. "
+        "The algorithm between the ranks is chosen with --cp-comm-type: "
+        + ", ".join("=".join([entry.name, *entry.aliases]) for entry in BACKENDS)
+        + ".",
+    )
+    group.add_argument(
+        "--cp-placement",
+        default=HEAD_FIRST,
+        metavar="{" + ",".join(PLACEMENTS) + "}",
+        help="With --cp-comm-type usp, which of the two --hierarchical-context-parallel-sizes exchanges heads: "
+        "head-first the first (neighbouring ranks), context-first the second.",
+    )
+    return parser
+
+
+def check(args: Any) -> None:
+    """Cross-check the arguments of a run that uses our attention.
+
+    Reads only what the command line says, so it may run before or after Megatron's `validate_args`; before it, a
+    user reads these sentences instead of bare assertions. Raises ValueError with the rule, the value and a way out.
+    """
+    _check_names(args)
+    _check_sizes(args)
+    _check_groups(args)
+    refuse_unsupported(args, "arguments")
+    _check_call_inputs(args)
+
+
+def _check_names(args: Any) -> None:
+    for name in comm_types(args):
+        BACKENDS.get(name)
+    kernel = _read(args, "cp_kernel", AUTO)
+    if kernel != AUTO:
+        KERNELS.get(kernel)
+    placement = _read(args, "cp_placement", HEAD_FIRST)
+    if placement not in PLACEMENTS:
+        raise ValueError(
+            f"unknown --cp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
+        )
+
+
+def comm_types(args: Any) -> list[str]:
+    """What --cp-comm-type says, one entry for all layers or one for each layer."""
+    value = _read(args, "cp_comm_type") or ["p2p"]
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _check_sizes(args: Any) -> None:
+    cp, tp = _read(args, "context_parallel_size", 1), _read(args, "tensor_model_parallel_size", 1)
+    pp, world = _read(args, "pipeline_model_parallel_size", 1), _read(args, "world_size")
+    if world and tp * cp * pp > world:
+        raise ValueError(
+            f"--context-parallel-size {cp} with --tensor-model-parallel-size {tp} and --pipeline-model-parallel-size "
+            f"{pp} needs {tp * cp * pp} processes, got {world}; start more processes or lower a size"
+        )
+    heads = _read(args, "num_attention_heads")
+    if heads and heads % tp:
+        raise ValueError(
+            f"--num-attention-heads must be divisible by --tensor-model-parallel-size, got {heads} and {tp}; "
+            f"change one of the two"
+        )
+    length = _read(args, "seq_length")
+    if length and cp > 1 and length % (2 * cp):
+        near = -(-length // (2 * cp)) * 2 * cp
+        raise ValueError(
+            f"--seq-length must be divisible by 2 * --context-parallel-size = {2 * cp}, got {length}; use {near}"
+        )
+    types, layers = comm_types(args), _read(args, "num_layers")
+    if layers and len(types) not in (1, layers):
+        raise ValueError(
+            f"--cp-comm-type takes one name or one for each of the {layers} layers, got {len(types)}; "
+            f"repeat names until there are {layers}"
+        )
+
+
+def _check_groups(args: Any) -> None:
+    cp = _read(args, "context_parallel_size", 1)
+    sizes = _read(args, "hierarchical_context_parallel_sizes")
+    if sizes and prod(sizes) != cp:
+        raise ValueError(
+            f"--hierarchical-context-parallel-sizes must multiply to --context-parallel-size, got "
+            f"{' * '.join(map(str, sizes))} = {prod(sizes)} and {cp}; change one of the two"
+        )
+    usp = [name for name in comm_types(args) if BACKENDS.get(name).name == "usp"]
+    if usp and cp > 1 and (not sizes or len(sizes) != 2):
+        raise ValueError(
+            f"--cp-comm-type {usp[0]} needs two --hierarchical-context-parallel-sizes whose product is "
+            f"{cp} (the context-parallel size), got {sizes or 'none'}; add for example "
+            f"--hierarchical-context-parallel-sizes {_split(cp)}"
+        )
+
+
+def _split(size: int) -> str:
+    inner = next(width for width in range(int(size**0.5), 0, -1) if size % width == 0)
+    return f"{size // inner} {inner}"
+
+
+def _check_call_inputs(args: Any) -> None:
+    dropout = _read(args, "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"megatron-cp's attention does not do dropout, got --attention-dropout {dropout}; "
+            f"pass --attention-dropout 0"
+        )
+    for name in ("reset_attention_mask", "sft", "hybrid_context_parallel", "rl_use_sequence_packing"):
+        if _read(args, name, False):
+            raise ValueError(
+                f"megatron-cp's attention does not do packed documents, which --{name.replace('_', '-')} asks for; "
+                f"leave it out"
+            )
+    if _read(args, "create_attention_mask_in_dataloader", False):
+        raise ValueError(
+            "megatron-cp's attention needs no mask tensor, and a full one takes memory with the square of the "
+            "sequence length; pass --no-create-attention-mask-in-dataloader"
+        )

@@ -1,0 +1,150 @@
+"""Context-parallel attention in the core-attention slot of Megatron's layers."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
+from megatron_cp.context.attend import Plan, attend, plan
+from megatron_cp.kernels import AUTO, choose
+from megatron_cp.megatron.arguments import HEAD_FIRST, refuse_unsupported
+
+CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
+
+
+class CoreAttention(MegatronModule):
+    """softmax(q k^T * scale) v over the whole sequence, of which each context-parallel rank holds its zigzag share.
+
+    Constructor and forward are Megatron's core-attention contract. The algorithm is `cp_comm_type` (None: zigzag);
+    kernel and placement are read from the attributes `cp_kernel` and `cp_placement` of the config where it has them.
+    Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
+
+    Raises ValueError, in the constructor where the config says so and else before any communication, for what the
+    attention cannot do: packed sequences, windows, dropout in training, bias, sinks, mask tensors, logit statistics,
+    values narrower than keys.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        num_splits: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = max(1, layer_number)
+        self.attn_mask_type = attn_mask_type
+        self.attention_type = attention_type
+        self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        refuse_unsupported(config, f"layer {self.layer_number}")
+        if k_channels != v_channels:
+            self._refuse(
+                f"values narrower than keys (k_channels {k_channels}, v_channels {v_channels})", "make them equal"
+            )
+        if num_splits is not None:
+            self._refuse(f"num_splits {num_splits}", "leave it out")
+        # Query-key layer scaling divides before and multiplies after a half-precision product: the kernels here keep
+        # scores in fp32, so that the scale as a whole is this one.
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        self.cp_comm_type = cp_comm_type or "zigzag"
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "hcp"])
+        self.pg_collection = pg_collection
+        self.plan = self._plan(self._is_causal(attn_mask_type))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | Tensor | int | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend: query s b h d, key and value s b g d with h a multiple of g, returns s b (h d).
+
+        All ranks of the context-parallel group communicate. `s` is this rank's share of the sequence.
+        """
+        self._refuse_call(query, key, attention_mask, attention_bias, packed_seq_params)
+        causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
+        out = attend(query, key, value, self.plan if causal == self.plan.causal else self._plan(causal))
+        # s b h d -> s b (h d)
+        return out.flatten(2)
+
+    def describe(self, device: str) -> str:
+        """What runs on such a device: algorithm, kernel with its reason, sizes."""
+        dtype = str(self.config.params_dtype).removeprefix("torch.")
+        kernel, reason = choose(
+            self.plan.kernel,
+            device=device,
+            dtype=dtype,
+            head_dim=self.config.kv_channels,
+            deterministic=self.plan.deterministic,
+        )
+        axes = f" = {self.plan.axes.inner.size} inner * {self.plan.axes.outer.size} outer" if self.plan.axes else ""
+        return f"{self.plan.backend.name}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}"
+
+    def _plan(self, causal: bool) -> Plan:
+        inner, outer = self._hierarchy()
+        return plan(
+            self.cp_comm_type,
+            cp=_fabric(self.pg_collection.cp, self.config.context_parallel_size),
+            inner=inner,
+            outer=outer,
+            causal=causal,
+            softmax_scale=self.softmax_scale,
+            kernel=getattr(self.config, "cp_kernel", AUTO),
+            placement=getattr(self.config, "cp_placement", HEAD_FIRST),
+            deterministic=self.config.deterministic_mode,
+        )
+
+    def _hierarchy(self) -> tuple[Fabric | None, Fabric | None]:
+        groups = self.pg_collection.hcp
+        if not groups or self.config.context_parallel_size == 1:
+            return None, None
+        if len(groups) != 2:
+            self._refuse(f"{len(groups)} hierarchical context-parallel sizes", "give two, the inner one first")
+        return GroupFabric(groups[0]), GroupFabric(groups[1])
+
+    def _is_causal(self, mask: AttnMaskType | Tensor | int) -> bool:
+        kind = mask if isinstance(mask, AttnMaskType) else AttnMaskType(int(mask))
+        if kind not in CAUSAL:
+            self._refuse(f"the mask type {kind.name!r}", "use causal or no_mask")
+        return CAUSAL[kind]
+
+    def _refuse_call(self, query: Tensor, key: Tensor, mask: Any, bias: Any, packed: Any) -> None:
+        if packed is not None:
+            self._refuse("packed sequences (packed_seq_params)", "use unpacked samples")
+        if bias is not None:
+            self._refuse("an additive bias (attention_bias)", "use rotary or learned positions")
+        if mask is not None:
+            self._refuse(
+                f"a mask tensor (attention_mask of shape {tuple(mask.shape)})",
+                "pass --no-create-attention-mask-in-dataloader, the mask type says all",
+            )
+        if self.training and self.attention_dropout > 0:
+            self._refuse(f"dropout (attention_dropout {self.attention_dropout})", "pass --attention-dropout 0")
+        if query.shape[0] != key.shape[0]:
+            self._refuse(f"{query.shape[0]} queries over {key.shape[0]} keys", "make both sequences equally long")
+
+    def _refuse(self, what: str, way_out: str) -> None:
+        raise ValueError(f"layer {self.layer_number}: megatron-cp's attention does not do {what}; {way_out}")
+
+
+def _fabric(group: torch.distributed.ProcessGroup | None, size: int) -> Fabric:
+    return SingleFabric() if size == 1 else GroupFabric(group)
