@@ -1,0 +1,6 @@
+"""Run an unmodified Megatron script with our features: `torchrun … -m megatron_cp.launch pretrain_gpt.py FLAGS`."""
+
+from megatron_cp.megatron.launch import main
+
+if __name__ == "__main__":
+    main()

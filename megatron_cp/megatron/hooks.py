@@ -1,0 +1,246 @@
+"""The names of Megatron that we rebind, in one table, and what it takes to rebind them safely.
+
+Everything that the layer spec, the model config or the config object can do is done there; a hook is the last resort.
+A hook states every binding that it replaces, why, which parameters of the replaced function it relies on, and which
+change upstream would make it superfluous. Applying is idempotent and reversible, and fails closed: a hook that was asked
+for and does not fit the installed Megatron is an error, never a warning. Wrappers take any arguments and pass them on.
+"""
+
+import functools
+import importlib.util
+import inspect
+import linecache
+import os
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cp.megatron.rebind import Replaced, find, replace, restore
+from megatron_cp.registry import Registry
+
+SUPPORTED = "0.19."
+_MARK = "megatron_cp_hook"
+
+
+class BadArguments(ValueError):
+    """The command line asks for something that Megatron or we refuse; the text is one line."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One change to Megatron: `make(old)` gives what is bound to each of `targets` instead."""
+
+    name: str
+    targets: tuple[str, ...]
+    make: Callable[[Any], Any]
+    parameters: tuple[str, ...]
+    reason: str
+    retired_by: str
+    aliases: tuple[str, ...] = ()
+
+
+def _without_compiling(old: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_helpers(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    return compile_helpers
+
+
+def _with_our_flags(old: Callable[..., Any]) -> Callable[..., Any]:
+    def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
+        from megatron_cp.megatron.arguments import add_arguments
+
+        parser = old(*args, **kwargs)
+        return add_arguments(parser) or parser
+
+    return add_megatron_arguments
+
+
+def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        from megatron_cp.megatron.arguments import check
+        from megatron_cp.megatron.launch import complete, has_our_layers
+
+        try:
+            complete(args)
+            result = old(args, *rest, **kwargs)
+            if has_our_layers(args):
+                check(args)
+        except (ValueError, AssertionError) as error:
+            raise BadArguments(one_line(error)) from error
+        return result
+
+    return validate_args
+
+
+def _with_our_mtp(old: Callable[..., Any]) -> Callable[..., Any]:
+    def mtp_block_spec(*args: Any, **kwargs: Any) -> Any:
+        from megatron_cp.megatron.spec import mtp_block_spec as ours
+
+        return ours(*args, **kwargs)
+
+    return mtp_block_spec
+
+
+def _with_our_schedule(old: Callable[..., Any]) -> Callable[..., Any]:
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        return old(*args, **kwargs)
+
+    return get_forward_backward_func
+
+
+def _with_own_steps(old: Callable[..., Any]) -> Callable[..., Any]:
+    def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron_cp.megatron.resume import load_state_dict as ours
+
+        return ours(old, self, *args, **kwargs)
+
+    return load_state_dict
+
+
+HOOKS = Registry(
+    "hook",
+    [
+        Hook(
+            "dataset-helpers",
+            ("megatron.core.datasets.utils:compile_helpers",),
+            _without_compiling,
+            (),
+            "the wheel has the compiled dataset helpers but no Makefile, and rank 0 exits when make fails",
+            "compile_helpers that returns when helpers_cpp imports, or a Makefile in the wheel",
+        ),
+        Hook(
+            "flags",
+            ("megatron.training.arguments:add_megatron_arguments",),
+            _with_our_flags,
+            ("parser",),
+            "an unmodified script has no place for our flags, and they belong into --help and the arguments' dump",
+            "an entry point for argument providers",
+        ),
+        Hook(
+            "checks",
+            ("megatron.training.arguments:validate_args",),
+            _with_our_checks,
+            ("args",),
+            "our layer spec is chosen before, and our refusals are spoken after, Megatron's own checks, on every rank",
+            "an entry point for argument providers",
+        ),
+        Hook(
+            "mtp-layers",
+            ("megatron.training.models.gpt:mtp_block_spec",),
+            _with_our_mtp,
+            ("config", "transformer_layer_spec", "vp_stage"),
+            "--spec does not reach the layers of multi-token prediction, which would keep stock attention",
+            "mtp_block_spec that builds on the layer spec it is given",
+        ),
+        Hook(
+            "schedule",
+            (
+                "megatron.training.training:get_forward_backward_func",
+                "megatron.core.pipeline_parallel:get_forward_backward_func",
+            ),
+            _with_our_schedule,
+            (),
+            "the pipeline schedule is looked up by name, twice, and cannot be passed in",
+            "a schedule argument of pretrain()",
+        ),
+        Hook(
+            "optimizer-resume",
+            ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",),
+            _with_own_steps,
+            ("state_dict",),
+            "with torch's AdamW the step count is lost or shared by all parameters when the distributed optimizer resumes",
+            "a load_state_dict that keeps one step tensor per parameter and stores the count in the checkpoint",
+        ),
+    ],
+)
+
+
+def probe(hook: Hook) -> str:
+    """Why the hook cannot be applied to the installed Megatron, or an empty string."""
+    import megatron.core
+
+    if not megatron.core.__version__.startswith(SUPPORTED):
+        return f"megatron-core {megatron.core.__version__} is not {SUPPORTED}x"
+    try:
+        found = [find(target).value for target in hook.targets]
+    except RuntimeError as error:
+        return str(error)
+    if any(value is not found[0] for value in found):
+        return f"{' and '.join(hook.targets)} are not the same function"
+    if is_on(hook):
+        return ""
+    missing = [name for name in hook.parameters if name not in inspect.signature(found[0]).parameters]
+    return f"{hook.targets[0]} has no parameter {', '.join(missing)}" if missing else ""
+
+
+def is_on(hook: Hook) -> bool:
+    """Whether the hook is in force."""
+    return all(getattr(find(target).value, _MARK, None) == hook.name for target in hook.targets)
+
+
+class Applied:
+    """Hooks in force; leaving the context, or `revert`, puts back what was there before."""
+
+    def __init__(self, names: tuple[str, ...], done: list[Replaced]) -> None:
+        self.names = names
+        self._done = done
+
+    def revert(self) -> None:
+        while self._done:
+            restore(self._done.pop())
+
+    def __enter__(self) -> "Applied":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.revert()
+
+
+def apply(names: Iterable[str]) -> Applied:
+    """Put the named hooks in force; those that are already stay as they are, and `revert` leaves them alone.
+
+    Raises ValueError for a name that is not in the table and RuntimeError, with nothing changed, when one of them does
+    not fit the installed Megatron.
+    """
+    wanted = [hook for hook in map(HOOKS.get, dict.fromkeys(names)) if not is_on(hook)]
+    for hook in wanted:
+        if reason := probe(hook):
+            raise RuntimeError(f"hook {hook.name!r} does not fit: {reason}; use megatron-core {SUPPORTED}x")
+    applied = Applied(tuple(hook.name for hook in wanted), [])
+    for hook in wanted:
+        _bind(hook, applied._done)
+    return applied
+
+
+def _bind(hook: Hook, done: list[Replaced]) -> None:
+    old = find(hook.targets[0]).value
+    new = functools.wraps(old)(hook.make(old))
+    setattr(new, _MARK, hook.name)
+    for target in hook.targets:
+        done.append(replace(target, lambda _: new))
+
+
+def dataset_helpers_need_no_make() -> bool:
+    """Whether the compiled dataset helpers are installed without the Makefile that Megatron always runs."""
+    helpers = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
+    if helpers is None or helpers.origin is None:
+        return False
+    return not os.path.exists(os.path.join(os.path.dirname(helpers.origin), "Makefile"))
+
+
+def resumes_with_torch_adam() -> bool:
+    """Whether neither Apex nor transformer-engine brings a fused Adam."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    return not distrib_optimizer.HAVE_APEX_OR_TE
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text in one line; of an assertion without text, the line that asserts."""
+    text = " ".join(str(error).split())
+    if text or error.__traceback__ is None:
+        return text
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron requires: {linecache.getline(frame.filename, frame.lineno or 0).strip()}"

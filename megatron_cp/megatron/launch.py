@@ -1,0 +1,170 @@
+"""Doors A and C: what is put in force around a training script, decided from its command line.
+
+With none of our features asked for, on a machine with a GPU and a Megatron-LM checkout, nothing is.
+"""
+
+import contextlib
+import importlib.util
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from megatron_cp.context import BACKENDS
+from megatron_cp.megatron import cpu, hooks
+
+SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
+HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
+OUR_FLAGS = ("--cp-kernel", "--cp-placement")
+
+# srun starts the processes itself: what torchrun would have set, and SLURM's name for it
+FROM_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+
+
+class Plan(NamedTuple):
+    """What a command line asks of us."""
+
+    layers: bool
+    hooks: tuple[str, ...]
+
+
+def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
+    """What follows the last `flag` on the command line, up to the next flag; None without the flag."""
+    found: list[str] | None = None
+    taking = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            found, taking = [value] if equals else [], not equals
+        elif word.startswith("--"):
+            taking = False
+        elif taking and found is not None:
+            found.append(word)
+    return found
+
+
+def has_te() -> bool:
+    """Whether transformer-engine is installed; it is not imported to find out."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def wants_layers(argv: Sequence[str]) -> bool:
+    """Whether our attention belongs into this run.
+
+    It does when the command line names our spec, one of our flags or a --cp-comm-type, and also where stock Megatron
+    cannot do what was asked: context or sequence parallelism without transformer-engine.
+    """
+    spec = values_of(argv, "--spec")
+    if spec:
+        return spec[0].startswith("megatron_cp.")
+    if any(values_of(argv, flag) is not None for flag in (*OUR_FLAGS, "--cp-comm-type")):
+        return True
+    size = values_of(argv, "--context-parallel-size") or ["1"]
+    return not has_te() and (size != ["1"] or values_of(argv, "--sequence-parallel") is not None)
+
+
+def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
+    """The hooks that this command line needs on this machine."""
+    layers = wants_layers(argv)
+    names = []
+    if layers or cpu_runtime or "--help" in argv or "-h" in argv:
+        names += ["flags", "checks"]
+    if layers and values_of(argv, "--mtp-num-layers") is not None:
+        names.append("mtp-layers")
+    if hooks.dataset_helpers_need_no_make():
+        names.append("dataset-helpers")
+    if values_of(argv, "--use-distributed-optimizer") is not None and hooks.resumes_with_torch_adam():
+        names.append("optimizer-resume")
+    return Plan(layers, tuple(names))
+
+
+def complete(args: Any) -> None:
+    """Fill in what this machine and our layers need of parsed arguments, before Megatron validates them."""
+    if args.spec is None and wants_layers(sys.argv[1:]):
+        args.spec = list(HYBRID_SPEC if getattr(args, "hybrid_layer_pattern", None) else SPEC)
+    if has_our_layers(args) and args.create_attention_mask_in_dataloader:
+        args.create_attention_mask_in_dataloader = False
+        say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
+    if changed := cpu.fill_arguments(args):
+        say(f"this machine has no {'GPU' if cpu.active() else 'transformer-engine'}: {' '.join(changed)}")
+
+
+def has_our_layers(args: Any) -> bool:
+    """Whether the arguments name a layer spec of ours."""
+    return bool(args.spec) and args.spec[0].startswith("megatron_cp.")
+
+
+def say(text: str) -> None:
+    """Print our own line, once per run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"[megatron-cp] {text}", flush=True)
+
+
+def environment_from_slurm() -> None:
+    """Set what torchrun would have set, where srun started this process; what is set already stays."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+        return
+    set_here = {name: os.environ[source] for name, source in FROM_SLURM.items() if source in os.environ}
+    set_here |= {"MASTER_ADDR": _first_host(), "MASTER_PORT": _port()}
+    missing = {name: value for name, value in set_here.items() if name not in os.environ}
+    os.environ.update(missing)
+    say(f"from SLURM: {' '.join(f'{name}={value}' for name, value in sorted(missing.items()))}")
+
+
+def _first_host() -> str:
+    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+
+
+def _port() -> str:
+    # jobs that share a node get different ports
+    return str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
+
+
+@contextlib.contextmanager
+def door(argv: Sequence[str]) -> Iterator[Plan]:
+    """Everything in force that `argv` needs, undone at the end; a refusal ends the process with one line."""
+    environment_from_slurm()
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(_refusals_in_one_line())
+        undo.enter_context(cpu.cpu_runtime())
+        decided = plan(argv, cpu.active())
+        undo.enter_context(hooks.apply(decided.hooks))
+        yield decided
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if not is_refusal(error):
+            raise
+        raise SystemExit(f"[megatron-cp] rank {os.environ.get('RANK', '0')}: {hooks.one_line(error)}") from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether one of our own checks spoke: the text then says it all, and a traceback would hide it."""
+    if isinstance(error, hooks.BadArguments):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__))) in os.path.abspath(last.filename)
+
+
+def main() -> None:
+    """`torchrun -m megatron_cp.launch SCRIPT FLAGS`: run an unmodified Megatron script with our features."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: torchrun … -m megatron_cp.launch SCRIPT.py FLAGS")
+    script = sys.argv[1]
+    if not os.path.isfile(script):
+        raise SystemExit(f"[megatron-cp] no script {script!r}")
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    with door(sys.argv[1:]):
+        runpy.run_path(script, run_name="__main__")
