@@ -1,0 +1,206 @@
+"""How ranks talk. The only file that calls a collective.
+
+A fabric connects the ranks of one group and counts the bytes this rank sends. `GroupFabric` talks through
+torch.distributed, `SingleFabric` has nobody to talk to, and `in_process` runs every rank as a thread of this process,
+which is what laws and one-GPU checks need.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, Self
+
+import torch.distributed as dist
+from torch import Tensor
+
+Message = tuple[Tensor, int]
+
+
+class Handle(Protocol):
+    """A transfer in flight: the buffers handed to `exchange` may not be touched before `wait` returns."""
+
+    def wait(self) -> None: ...
+
+
+class Fabric(Protocol):
+    """The ranks of one group, as seen by one of them."""
+
+    rank: int
+    size: int
+    sent: int
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+        """Start one batch: send each tensor to its rank and fill each buffer from its rank, in order per pair of ranks.
+
+        Tensors are contiguous and not empty; a message to oneself is not sent but copied by the caller.
+        """
+        ...
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        """The equally shaped `local` of all ranks, stacked in a new leading dim."""
+        ...
+
+    def subset(self, ranks: Sequence[int]) -> Self:
+        """The fabric of these ranks, which include this one; every rank of the group calls it together."""
+        ...
+
+
+class Done:
+    """A transfer that has nothing left to wait for."""
+
+    def wait(self) -> None:
+        pass
+
+
+class SingleFabric:
+    """A group of one rank."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.sent = 0, 1, 0
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+        assert not sends, "a single rank has nobody to send to"
+        assert not recvs, "a single rank has nobody to receive from"
+        return Done()
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        return local[None]
+
+    def subset(self, ranks: Sequence[int]) -> Self:
+        return self
+
+
+class GroupFabric:
+    """The ranks of a torch.distributed process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size, self.sent = dist.get_rank(group), dist.get_world_size(group), 0
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+        self.sent += _bytes(sends)
+        operations = [self._operation(dist.isend, message) for message in sends]
+        operations += [self._operation(dist.irecv, message) for message in recvs]
+        return _Works(dist.batch_isend_irecv(operations), sends) if operations else Done()
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        self.sent += (self.size - 1) * local.numel() * local.element_size()
+        # gloo wants the flat concatenated shape
+        gathered = local.new_empty((self.size * local.shape[0], *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group)
+        return gathered.unflatten(0, (self.size, local.shape[0]))
+
+    def subset(self, ranks: Sequence[int]) -> "GroupFabric":
+        members = [dist.get_global_rank(self.group, rank) for rank in ranks]
+        return GroupFabric(dist.new_group(members, use_local_synchronization=True))
+
+    def _operation(self, kind: Callable, message: Message) -> dist.P2POp:
+        tensor, peer = message
+        return dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
+
+
+class _Works:
+    """Requests of one batch; holds on to what is being sent."""
+
+    def __init__(self, works: list[dist.Work], sends: Sequence[Message]) -> None:
+        self._works, self._sends = works, sends
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works, self._sends = [], ()
+
+
+class _Post:
+    """Letter boxes of ranks that are threads of one process; a rank that died wakes those who wait for it."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.boxes: dict[tuple[object, int, int], list[Tensor]] = {}
+        self.failed: BaseException | None = None
+
+    def put(self, address: tuple[object, int, int], tensor: Tensor) -> None:
+        with self.changed:
+            self.boxes.setdefault(address, []).append(tensor.detach().clone())
+            self.changed.notify_all()
+
+    def take(self, address: tuple[object, int, int]) -> Tensor:
+        with self.changed:
+            arrived = self.changed.wait_for(lambda: self.boxes.get(address) or self.failed, timeout=60)
+            if self.failed:
+                raise RuntimeError(f"another rank failed: {self.failed}")
+            if not arrived:
+                raise RuntimeError(f"rank {address[2]} waits for rank {address[1]}, who sends nothing")
+            return self.boxes[address].pop(0)
+
+    def fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.failed = self.failed or error
+            self.changed.notify_all()
+
+
+class LocalFabric:
+    """One of the ranks of `in_process`."""
+
+    def __init__(self, post: _Post, members: tuple[int, ...], me: int) -> None:
+        self._post, self._members = post, members
+        self.rank, self.size, self.sent = members.index(me), len(members), 0
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+        self.sent += _bytes(sends)
+        for tensor, peer in sends:
+            assert tensor.is_contiguous(), "process groups send contiguous tensors only"
+            self._post.put((self._members, self.rank, peer), tensor)
+        return _Letters(self, recvs)
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        gathered = local.new_empty((self.size, *local.shape))
+        gathered[self.rank] = local
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        sends = [(local.contiguous(), peer) for peer in others]
+        self.exchange(sends, [(gathered[peer], peer) for peer in others]).wait()
+        return gathered
+
+    def subset(self, ranks: Sequence[int]) -> "LocalFabric":
+        return LocalFabric(self._post, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
+
+    def fill(self, message: Message) -> None:
+        buffer, peer = message
+        buffer.copy_(self._post.take((self._members, peer, self.rank)))
+
+
+class _Letters:
+    def __init__(self, fabric: LocalFabric, recvs: Sequence[Message]) -> None:
+        self._fabric, self._recvs = fabric, recvs
+
+    def wait(self) -> None:
+        for message in self._recvs:
+            self._fabric.fill(message)
+        self._recvs = ()
+
+
+def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
+    """What `body` returned on each of `size` ranks, which are threads of this process.
+
+    The first rank to raise wakes the others, and its error is raised here. On CUDA the body must call a backend's
+    forward and backward itself: autograd runs all backward calls of a device on one thread, where ranks would wait for
+    each other for ever.
+    """
+    post = _Post()
+
+    def rank_body(rank: int) -> T:
+        try:
+            return body(LocalFabric(post, tuple(range(size)), rank))
+        except BaseException as error:
+            post.fail(error)
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(rank_body, rank) for rank in range(size)]
+    if post.failed:
+        raise post.failed
+    return [future.result() for future in futures]
+
+
+def _bytes(messages: Sequence[Message]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor, _ in messages)

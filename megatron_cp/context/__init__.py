@@ -1,0 +1,74 @@
+"""The menu of context-parallel backends. Pure: a backend's loop is imported with its first use."""
+
+from dataclasses import dataclass
+
+from megatron_cp.registry import Registry
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One context-parallel algorithm.
+
+    layout:   which positions its loop wants on a rank; None takes Megatron's zigzag as it comes
+    moves:    what travels, per rank and layer, in elements of one of K or V (U = s b g d), Uq = s b h d
+    needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
+    """
+
+    name: str
+    module: str
+    paper: str
+    what: str
+    moves: str
+    aliases: tuple[str, ...] = ()
+    layout: str | None = None
+    needs_grid: bool = False
+
+
+BACKENDS = Registry(
+    "context-parallel backend",
+    [
+        Backend(
+            "zigzag",
+            "megatron_cp.context.ring",
+            "arXiv:2310.01889 on the head-tail layout",
+            "ring of K and V, balanced under a causal mask",
+            "2(p-1)U, causal 3/4 of it",
+            aliases=("p2p",),
+        ),
+        Backend(
+            "ring",
+            "megatron_cp.context.ring",
+            "arXiv:2310.01889",
+            "ring of K and V over contiguous pieces",
+            "2(p-1)U, causal 1/2 of it on average",
+            layout="contiguous",
+        ),
+        Backend(
+            "all-gather",
+            "megatron_cp.context.all_gather",
+            "arXiv:2407.21783, 3.3.2",
+            "every rank gathers all K and V",
+            "2(p-1)U",
+            aliases=("all_gather", "allgather"),
+        ),
+        Backend(
+            "ulysses",
+            "megatron_cp.context.ulysses",
+            "arXiv:2309.14509",
+            "heads for tokens and back",
+            "(p-1)/p (2Uq + 2U)",
+            aliases=("a2a",),
+        ),
+        Backend(
+            "usp",
+            "megatron_cp.context.usp",
+            "arXiv:2405.07719",
+            "Ulysses on one axis, ring on the other",
+            "(u-1)/u (2Uq + 2U) + 2(r-1)U, p = u r",
+            aliases=("a2a+p2p",),
+            needs_grid=True,
+        ),
+    ],
+)
+
+PLACEMENTS = {"head-first": "inner", "context-first": "outer"}

@@ -1,0 +1,75 @@
+"""All-gather of keys and values, as in Llama 3: every rank sees the whole sequence's K and V at once.
+
+Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2. Traffic, memory: `BACKENDS` in `megatron_cp.context`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_cp.context.layouts import gathered, length
+from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.task import Saved, Task
+from megatron_cp.context.tiles import seen
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
+    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; 2 p s b g d elements are alive meanwhile."""
+    merge = SoftmaxMerge(q)
+    task.attend(merge, q, *_whole(k, v, task), gathered(task.runs)[0])
+    out, lse = merge.result()
+    return out, Saved(q, k, v, out, lse)
+
+
+def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    """dout [s b h d] -> dq, dk, dv; K and V are gathered again, partial dK and dV are added in float32 by their owner."""
+    k, v = _whole(saved.k, saved.v, task)
+    dq, dk, dv = Sum(saved.q), Sum(k), Sum(v)
+    task.attend_backward(dq, dk, dv, dout, k, v, saved, gathered(task.runs)[0])
+    return dq.result(), *_to_owners(dk.result(), dv.result(), task)
+
+
+def _whole(k: Tensor, v: Tensor, task: Task) -> list[Tensor]:
+    """K and V of all ranks in sequence order: [S b g d] each."""
+    _, places = gathered(task.runs)
+    pieces = task.fabric.all_gather(torch.stack((k, v), dim=1))
+    # p s two b g d -> two, S b g d
+    whole = [k.new_empty((pieces.shape[0] * pieces.shape[1], *k.shape[1:])) for _ in range(2)]
+    for rank, local, where in places:
+        for index, tensor in enumerate(whole):
+            tensor[where] = pieces[rank, local, index]
+    return whole
+
+
+def _to_owners(dk: Tensor, dv: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Each owner's sum of what the ranks computed for its tokens; parts that a rank's queries did not see are not sent."""
+    fabric, parts = task.fabric, (dk.contiguous(), dv.contiguous())
+    others = [rank for rank in range(fabric.size) if rank != fabric.rank]
+    totals = tuple(Sum(part[: length(task.mine)]) for part in parts)
+    for local, whole in _seen_by(fabric.rank, fabric.rank, task):
+        for total, part in zip(totals, parts, strict=True):
+            total.add(local, part[whole])
+    sends = [
+        (part[whole], owner) for owner in others for _, whole in _seen_by(fabric.rank, owner, task) for part in parts
+    ]
+    arriving = [
+        (total, local, dk.new_empty((local.stop - local.start, *dk.shape[1:])), worker)
+        for worker in others
+        for local, _ in _seen_by(worker, fabric.rank, task)
+        for total in totals
+    ]
+    fabric.exchange(sends, [(buffer, worker) for _, _, buffer, worker in arriving]).wait()
+    for total, local, buffer, _ in arriving:
+        total.add(local, buffer)
+    return totals[0].result(), totals[1].result()
+
+
+def _seen_by(worker: int, owner: int, task: Task) -> Iterator[tuple[slice, slice]]:
+    """Stretches of `owner`'s tokens that `worker`'s queries see, as local tokens of the owner and of the whole."""
+    whole, places = gathered(task.runs)
+    reach = seen(task.runs[worker], whole, task.causal)
+    for rank, local, where in places:
+        count = min(where.stop, reach) - where.start
+        if rank == owner and count > 0:
+            yield slice(local.start, local.start + count), slice(where.start, where.start + count)

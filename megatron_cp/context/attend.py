@@ -1,0 +1,143 @@
+"""Attention over a sequence sharded on ranks: one autograd function around every backend."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_cp.comm import Fabric, SingleFabric
+from megatron_cp.context import BACKENDS, PLACEMENTS, Backend
+from megatron_cp.context.layouts import LAYOUTS, Layout
+from megatron_cp.context.layouts import layout as positions
+from megatron_cp.context.relayout import relayout
+from megatron_cp.context.task import Axes, Saved, Task
+from megatron_cp.grid import Grid
+from megatron_cp.kernels import Kernel, choose
+from megatron_cp.registry import suggest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to attend: everything but the tensors. Made by `plan`."""
+
+    backend: Backend
+    cp: Fabric
+    axes: Axes | None
+    causal: bool
+    softmax_scale: float | None
+    kernel: str
+    deterministic: bool
+    layout: str
+
+    def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
+        """The kernel that such queries get, and why."""
+        return _kernel(self.kernel, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1], self.deterministic)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has sent so far over this plan's fabrics."""
+        fabrics = [self.cp, *((self.axes.inner, self.axes.outer) if self.axes else ())]
+        return sum(fabric.sent for fabric in fabrics)
+
+
+def plan(
+    backend: str,
+    *,
+    cp: Fabric | None = None,
+    inner: Fabric | None = None,
+    outer: Fabric | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    kernel: str = "auto",
+    placement: str = "head-first",
+    deterministic: bool = False,
+    layout: str = "zigzag",
+) -> Plan:
+    """Choose an algorithm for the ranks of `cp`; communicates nothing.
+
+    inner, outer:  the two axes of the ranks, for backends on a grid
+    softmax_scale: None means 1 / sqrt(d)
+    placement:     "head-first": the inner axis exchanges heads; "context-first": the outer one
+    layout:        which positions each rank's tokens have: "zigzag" as Megatron cuts them, "contiguous" or "striped"
+    Raises ValueError for an unknown name and for a grid that is missing or does not fit.
+    """
+    entry, cp = BACKENDS.get(backend), cp or SingleFabric()
+    _known("layout", layout, LAYOUTS)
+    _known("placement", placement, PLACEMENTS)
+    axes = _axes(entry, cp, inner, outer, placement) if entry.needs_grid else None
+    return Plan(entry, cp, axes, causal, softmax_scale, kernel, deterministic, layout)
+
+
+def attend(
+    q: Float[Tensor, "s b h d"], k: Float[Tensor, "s b g d"], v: Float[Tensor, "s b g d"], plan: Plan
+) -> Float[Tensor, "s b h d"]:
+    """Attention of this rank's queries over the whole sequence; differentiable; every rank of the plan calls it together.
+
+    Raises ValueError when lengths or heads do not fit the algorithm, before anything is sent.
+    """
+    _check(q, k, v)
+    tokens = q.shape[0] * plan.cp.size
+    outside = positions(plan.layout, tokens, plan.cp.size)
+    inside = positions(plan.backend.layout, tokens, plan.cp.size) if plan.backend.layout else outside
+    scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
+    task = Task(plan.cp, inside, plan.causal, scale, plan.kernel_for(q)[0], (q.shape[2], k.shape[2]), plan.axes)
+    return _Attend.apply(q, k, v, import_module(plan.backend.module), task, outside)
+
+
+class _Attend(torch.autograd.Function):
+    """A backend's loop, between a re-layout in and one out where it wants other positions than the tokens have."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, loop: ModuleType, task: Task, outside: Layout) -> Tensor:
+        q, k, v = relayout([q, k, v], outside, task.runs, task.fabric)
+        out, saved = loop.forward(q, k, v, task)
+        ctx.save_for_backward(*saved)
+        ctx.loop, ctx.task, ctx.outside = loop, task, outside
+        return relayout([out], task.runs, outside, task.fabric)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        task, outside = ctx.task, ctx.outside
+        (dout,) = relayout([dout], outside, task.runs, task.fabric)
+        grads = ctx.loop.backward(dout, Saved(*ctx.saved_tensors), task)
+        return *relayout(grads, task.runs, outside, task.fabric), None, None, None
+
+
+@cache
+def _kernel(name: str, device: str, dtype: str, head_dim: int, deterministic: bool) -> tuple[Kernel, str]:
+    return choose(name, device=device, dtype=dtype, head_dim=head_dim, deterministic=deterministic)
+
+
+def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None, placement: str) -> Axes:
+    if inner is None or outer is None:
+        raise ValueError(
+            f"backend {entry.name!r} needs two axes of ranks; "
+            "give --hierarchical-context-parallel-sizes INNER OUTER with INNER * OUTER = context_parallel_size"
+        )
+    if inner.size * outer.size != cp.size:
+        raise ValueError(f"hierarchical sizes {inner.size} * {outer.size} must be context_parallel_size = {cp.size}")
+    return Axes(Grid(inner.size, outer.size), inner, outer, PLACEMENTS[placement])
+
+
+def _known(kind: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must agree in tokens, batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")

@@ -1,0 +1,142 @@
+"""Which token positions a rank owns.
+
+A run is a Python `range` of positions; a rank's runs are listed in the order of its local tokens; a layout is one tuple
+of runs per rank. Ring, zigzag and striped attention differ in nothing else.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+Runs = tuple[range, ...]
+Layout = tuple[Runs, ...]
+
+
+def contiguous(tokens: int, ranks: int) -> Layout:
+    """Rank r owns the r-th of `ranks` equal pieces (Ring Attention, arXiv:2310.01889)."""
+    size = _divide(tokens, ranks, "contiguous", "context_parallel_size")
+    return tuple((range(rank * size, (rank + 1) * size),) for rank in range(ranks))
+
+
+def zigzag(tokens: int, ranks: int) -> Layout:
+    """Rank r owns chunk r and chunk 2 * ranks - 1 - r of 2 * ranks chunks: Megatron's own layout, balanced under a causal mask."""
+    size = _divide(tokens, 2 * ranks, "zigzag", "2 * context_parallel_size")
+    chunks = [range(start, start + size) for start in range(0, tokens, size)]
+    return tuple(join((chunks[rank], chunks[2 * ranks - 1 - rank])) for rank in range(ranks))
+
+
+def striped(tokens: int, ranks: int) -> Layout:
+    """Rank r owns every `ranks`-th position from r on (Striped Attention, arXiv:2311.09431)."""
+    _divide(tokens, ranks, "striped", "context_parallel_size")
+    return tuple((range(rank, tokens, ranks),) for rank in range(ranks))
+
+
+LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "contiguous": contiguous, "striped": striped}
+
+
+@cache
+def layout(name: str, tokens: int, ranks: int) -> Layout:
+    """The layout called `name` of a sequence of `tokens`; raises ValueError when the length does not fit."""
+    return LAYOUTS[name](tokens, ranks)
+
+
+def join(runs: Sequence[range]) -> Runs:
+    """The same positions in the same order with neighbouring runs joined and empty ones dropped."""
+    joined: list[range] = []
+    for run in runs:
+        if joined and len(run) and run.start == joined[-1].stop and run.step == joined[-1].step == 1:
+            joined[-1] = range(joined[-1].start, run.stop)
+        elif len(run):
+            joined.append(run)
+    return tuple(joined)
+
+
+def length(runs: Runs) -> int:
+    """How many positions the runs hold."""
+    return sum(map(len, runs))
+
+
+class Place(NamedTuple):
+    """A stretch of one rank's local tokens and where it stands in the gathered sequence."""
+
+    rank: int
+    local: slice
+    whole: slice
+
+
+@cache
+def gathered(members: Layout) -> tuple[Runs, tuple[Place, ...]]:
+    """The runs of several ranks together, in sequence order, and the place of each member's stretches in them.
+
+    Raises ValueError when the members' runs interleave (striped), since their stretches would be single tokens.
+    """
+    stretches = sorted(
+        ((run, rank, local) for rank, runs in enumerate(members) for run, local in located(runs)),
+        key=lambda stretch: stretch[0].start,
+    )
+    for (earlier, *_), (later, *_) in zip(stretches, stretches[1:], strict=False):
+        if earlier[-1] >= later.start:
+            raise ValueError("ranks whose positions interleave cannot be gathered; use layout 'zigzag' or 'contiguous'")
+    ends = accumulate(len(run) for run, *_ in stretches)
+    places = tuple(
+        Place(rank, local, slice(end - len(run), end)) for (run, rank, local), end in zip(stretches, ends, strict=True)
+    )
+    return join([run for run, *_ in stretches]), places
+
+
+def located(runs: Runs) -> Iterator[tuple[range, slice]]:
+    """Each run with the slice of local tokens that holds it."""
+    start = 0
+    for run in runs:
+        yield run, slice(start, start + len(run))
+        start += len(run)
+
+
+class Move(NamedTuple):
+    """Local tokens of rank `src` in one layout that are local tokens of rank `dst` in another."""
+
+    src: int
+    dst: int
+    src_tokens: slice
+    dst_tokens: slice
+
+
+@cache
+def moves(before: Layout, after: Layout) -> tuple[Move, ...]:
+    """What has to move where to turn one layout into another; stays on the same rank are listed too."""
+    return tuple(
+        Move(src, dst, _within(common, from_run, from_local), _within(common, to_run, to_local))
+        for src, from_runs in enumerate(before)
+        for dst, to_runs in enumerate(after)
+        for from_run, from_local in located(from_runs)
+        for to_run, to_local in located(to_runs)
+        if (common := _intersection(from_run, to_run))
+    )
+
+
+def _intersection(a: range, b: range) -> range:
+    """Positions in both runs; their steps are equal or one of them is 1."""
+    step = max(a.step, b.step)
+    coarse, fine = (a, b) if a.step >= b.step else (b, a)
+    if fine.step not in (1, coarse.step):
+        raise ValueError(f"runs with steps {a.step} and {b.step} cannot be intersected")
+    if fine.step == coarse.step and (fine.start - coarse.start) % step:
+        return range(0)
+    skipped = max(0, -(-(fine.start - coarse.start) // step))
+    first = coarse.start + skipped * step
+    return range(first, max(first, min(coarse[-1], fine[-1]) + 1), step)
+
+
+def _within(common: range, run: range, local: slice) -> slice:
+    """The local tokens that hold `common`, a part of `run`."""
+    first = local.start + (common[0] - run.start) // run.step
+    step = common.step // run.step if len(common) > 1 else 1
+    return slice(first, first + (len(common) - 1) * step + 1, step)
+
+
+def _divide(tokens: int, parts: int, name: str, rule: str) -> int:
+    if tokens % parts:
+        fits = tokens + parts - tokens % parts
+        raise ValueError(f"layout {name!r} needs S divisible by {rule} = {parts}, got S = {tokens}; pad to {fits}")
+    return tokens // parts

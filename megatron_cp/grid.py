@@ -1,0 +1,21 @@
+"""Named axes over the ranks of a context-parallel group."""
+
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """`inner` ranks next to each other, `outer` such groups: Megatron's --hierarchical-context-parallel-sizes.
+
+    Axis "inner" joins ranks 0 .. inner - 1, axis "outer" joins ranks 0, inner, 2 * inner, ...
+    """
+
+    inner: int
+    outer: int
+
+    def members(self, axis: str, rank: int) -> list[int]:
+        """The ranks of the group along `axis` that holds `rank`."""
+        block, offset = divmod(rank, self.inner)
+        if axis == "inner":
+            return [block * self.inner + other for other in range(self.inner)]
+        assert axis == "outer", axis
+        return [other * self.inner + offset for other in range(self.outer)]

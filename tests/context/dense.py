@@ -1,0 +1,41 @@
+"""Dense attention of a whole sequence by autograd: what every sharded algorithm must equal."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """One attention: inputs [S b h d] and [S b g d], the gradient of the output, and whether the mask is causal."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    causal: bool
+
+
+def problem(
+    tokens: int, heads: int, kv_heads: int, *, causal: bool, dim: int = 8, batch: int = 2, seed: int = 0
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, batch, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return Problem(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes), causal)
+
+
+def dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, dq, dk, dv in float64."""
+    q, k, v = (x.detach().double().requires_grad_() for x in problem[:3])
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("sbhd,tbhd->bhst", q, keys) * q.shape[-1] ** -0.5
+    if problem.causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+    out = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), values)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), problem.dout.double())
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest deviation over largest value."""
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,140 @@
+"""Every backend equals dense attention, on any number of ranks."""
+
+import pytest
+import torch
+
+from megatron_cp.comm import in_process
+from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.context.attend import attend, plan
+from megatron_cp.context.layouts import layout
+from megatron_cp.grid import Grid
+from tests.context.dense import Problem, dense, problem, relative_error
+from tests.ranks import run_ranks
+from tests.tolerances import EXACT
+
+RANKS = [2, 3, 4, 5, 6, 8]
+HEADS = [(8, 8), (8, 2), (8, 1)]
+
+
+def positions(name, tokens, ranks, rank):
+    return torch.tensor([position for run in layout(name, tokens, ranks)[rank] for position in run])
+
+
+def grids(ranks):
+    return [Grid(inner, ranks // inner) for inner in range(1, ranks + 1) if ranks % inner == 0]
+
+
+def sharded(fabric, task: Problem, backend: str, grid=None, outside="zigzag", kernel="reference", **choices):
+    """out, dq, dk, dv of this rank's tokens, and where these stand in the sequence."""
+    mine = positions(outside, task.q.shape[0], fabric.size, fabric.rank)
+    axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
+    made = plan(backend, cp=fabric, causal=task.causal, kernel=kernel, layout=outside, **axes, **choices)
+    q, k, v = (x[mine].requires_grad_() for x in task[:3])
+    out = attend(q, k, v, made)
+    return mine, (out.detach(), *torch.autograd.grad(out, (q, k, v), task.dout[mine]))
+
+
+def whole(parts):
+    """The parts of all ranks put together."""
+    results = []
+    for index in range(4):
+        tensors = [tensors[index] for _, tensors in parts]
+        result = tensors[0].new_empty((sum(map(len, tensors)), *tensors[0].shape[1:]))
+        for (mine, _), tensor in zip(parts, tensors, strict=True):
+            result[mine] = tensor
+        results.append(result)
+    return results
+
+
+def assert_equals_dense(parts, task, tolerance=EXACT):
+    for name, found, expected in zip(("out", "dq", "dk", "dv"), whole(parts), dense(task), strict=True):
+        assert relative_error(found, expected) <= tolerance, name
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=lambda n: f"h{n}")
+@pytest.mark.parametrize("ranks", RANKS, ids=lambda n: f"p{n}")
+@pytest.mark.parametrize("backend", [entry.name for entry in BACKENDS if not entry.needs_grid])
+def test_backend_equals_dense(backend, ranks, heads, kv_heads, causal):
+    task = problem(12 * ranks, heads, kv_heads, causal=causal)
+    assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, backend)), task)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=lambda n: f"h{n}")
+@pytest.mark.parametrize("placement", list(PLACEMENTS))
+@pytest.mark.parametrize(
+    "grid", [grid for ranks in RANKS for grid in grids(ranks)], ids=lambda g: f"{g.inner}x{g.outer}"
+)
+@pytest.mark.parametrize("backend", [entry.name for entry in BACKENDS if entry.needs_grid])
+def test_backend_on_a_grid_equals_dense(backend, grid, placement, heads, kv_heads, causal):
+    ranks = grid.inner * grid.outer
+    task = problem(12 * ranks, heads, kv_heads, causal=causal)
+    parts = in_process(ranks, lambda fabric: sharded(fabric, task, backend, grid, placement=placement))
+    assert_equals_dense(parts, task)
+
+
+@pytest.mark.parametrize("outside", ["contiguous", "striped"])
+@pytest.mark.parametrize("backend", [entry.name for entry in BACKENDS if entry.layout])
+def test_backend_takes_tokens_in_any_layout(backend, outside):
+    task = problem(36, 4, 2, causal=True)
+    assert_equals_dense(in_process(3, lambda fabric: sharded(fabric, task, backend, outside=outside)), task)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 7), (10, 5), (12, 3), (6, 2)])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_ulysses_deals_heads_unevenly(ranks, heads, kv_heads, causal):
+    task = problem(12 * ranks, heads, kv_heads, causal=causal)
+    assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, "ulysses")), task)
+
+
+def test_ulysses_refuses_fewer_heads_than_ranks():
+    task = problem(36, 2, 1, causal=True)
+    with pytest.raises(ValueError, match="3 ranks cannot share 2 query heads"):
+        in_process(3, lambda fabric: sharded(fabric, task, "ulysses"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"backend": "zigzig"}, "unknown context-parallel backend 'zigzig'; did you mean 'zigzag'"),
+        ({"backend": "usp"}, "backend 'usp' needs two axes of ranks"),
+        ({"backend": "ring", "layout": "zigzak"}, "unknown layout 'zigzak'; did you mean 'zigzag'"),
+        ({"backend": "usp", "placement": "heads"}, "unknown placement 'heads'"),
+    ],
+)
+def test_plan_refuses_by_name(choices, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**choices)
+
+
+def test_lengths_that_do_not_fit_are_refused_before_anything_is_sent():
+    def body(fabric):
+        made = plan("zigzag", cp=fabric)
+        x = torch.zeros(7, 1, 2, 8, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"needs S divisible by 2 \* context_parallel_size = 6, got S = 21"):
+            attend(x, x, x, made)
+        return fabric.sent
+
+    assert in_process(3, body) == [0, 0, 0]
+
+
+def over_gloo(task, backend, grid, kernel):
+    import torch.distributed as dist
+
+    from megatron_cp.comm import GroupFabric
+
+    dist.init_process_group("gloo")
+    fabric = GroupFabric(dist.group.WORLD)
+    result = sharded(fabric, task, backend, grid, kernel=kernel)
+    dist.barrier()
+    return result
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_backend_equals_dense_over_gloo(backend, kernel):
+    task = problem(48, 8, 2, causal=True)
+    grid = Grid(2, 2) if BACKENDS.get(backend).needs_grid else None
+    assert_equals_dense(run_ranks(4, over_gloo, task, backend, grid, kernel), task)
