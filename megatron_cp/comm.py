@@ -92,7 +92,9 @@ class GroupFabric:
 
     def subset(self, ranks: Sequence[int]) -> "GroupFabric":
         members = [dist.get_global_rank(self.group, rank) for rank in ranks]
-        return GroupFabric(dist.new_group(members, use_local_synchronization=True))
+        group = dist.new_group(members, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return GroupFabric(group)
 
     def _operation(self, kind: Callable, message: Message) -> dist.P2POp:
         tensor, peer = message

@@ -17,13 +17,14 @@ from megatron_cp.context.tiles import seen
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
     """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; 2 p s b g d elements are alive meanwhile."""
     merge = SoftmaxMerge(q)
-    task.attend(merge, q, *_whole(k, v, task), gathered(task.runs)[0])
+    k_whole, v_whole = _whole(k, v, task)
+    task.attend(merge, q, k_whole, v_whole, gathered(task.runs)[0])
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv; K and V are gathered again, partial dK and dV are added in float32 by their owner."""
+    """dout [s b h d] -> dq, dk, dv; K and V are gathered again, dK and dV are added up in float32 by the owner."""
     k, v = _whole(saved.k, saved.v, task)
     dq, dk, dv = Sum(saved.q), Sum(k), Sum(v)
     task.attend_backward(dq, dk, dv, dout, k, v, saved, gathered(task.runs)[0])
@@ -43,7 +44,7 @@ def _whole(k: Tensor, v: Tensor, task: Task) -> list[Tensor]:
 
 
 def _to_owners(dk: Tensor, dv: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Each owner's sum of what the ranks computed for its tokens; parts that a rank's queries did not see are not sent."""
+    """Each owner's sum of what the ranks computed for its tokens; tokens that a rank's queries did not see stay."""
     fabric, parts = task.fabric, (dk.contiguous(), dv.contiguous())
     others = [rank for rank in range(fabric.size) if rank != fabric.rank]
     totals = tuple(Sum(part[: length(task.mine)]) for part in parts)

@@ -78,7 +78,7 @@ def plan(
 def attend(
     q: Float[Tensor, "s b h d"], k: Float[Tensor, "s b g d"], v: Float[Tensor, "s b g d"], plan: Plan
 ) -> Float[Tensor, "s b h d"]:
-    """Attention of this rank's queries over the whole sequence; differentiable; every rank of the plan calls it together.
+    """Attention of this rank's queries over the whole sequence, differentiable; all ranks of the plan call it together.
 
     Raises ValueError when lengths or heads do not fit the algorithm, before anything is sent.
     """

@@ -6,7 +6,7 @@ of runs per rank. Ring, zigzag and striped attention differ in nothing else.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 Runs = tuple[range, ...]
@@ -20,7 +20,7 @@ def contiguous(tokens: int, ranks: int) -> Layout:
 
 
 def zigzag(tokens: int, ranks: int) -> Layout:
-    """Rank r owns chunk r and chunk 2 * ranks - 1 - r of 2 * ranks chunks: Megatron's own layout, balanced under a causal mask."""
+    """Rank r owns chunks r and 2 * ranks - 1 - r of 2 * ranks: Megatron's layout, balanced under a causal mask."""
     size = _divide(tokens, 2 * ranks, "zigzag", "2 * context_parallel_size")
     chunks = [range(start, start + size) for start in range(0, tokens, size)]
     return tuple(join((chunks[rank], chunks[2 * ranks - 1 - rank])) for rank in range(ranks))
@@ -75,7 +75,7 @@ def gathered(members: Layout) -> tuple[Runs, tuple[Place, ...]]:
         ((run, rank, local) for rank, runs in enumerate(members) for run, local in located(runs)),
         key=lambda stretch: stretch[0].start,
     )
-    for (earlier, *_), (later, *_) in zip(stretches, stretches[1:], strict=False):
+    for (earlier, *_), (later, *_) in pairwise(stretches):
         if earlier[-1] >= later.start:
             raise ValueError("ranks whose positions interleave cannot be gathered; use layout 'zigzag' or 'contiguous'")
     ends = accumulate(len(run) for run, *_ in stretches)

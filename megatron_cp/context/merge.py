@@ -1,4 +1,4 @@
-"""Sums over tiles, in float32 (float64 for float64): a rank's partial results arrive in low precision and are added here."""
+"""Sums over tiles in float32 (float64 for float64): partial results come in low precision and are added here."""
 
 import torch
 from jaxtyping import Float

@@ -10,7 +10,7 @@ from megatron_cp.context.layouts import Layout, moves
 
 
 def relayout(tensors: Sequence[Tensor], before: Layout, after: Layout, fabric: Fabric) -> list[Tensor]:
-    """Tensors [s b * d] whose tokens are laid out as `before` -> the same laid out as `after`; sends (p-1)/p of them at most."""
+    """Tensors [s b * d] with their tokens laid out as `before` -> laid out as `after`; sends (p-1)/p of them."""
     if before == after:
         return list(tensors)
     me, fused = fabric.rank, torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0]

@@ -5,6 +5,7 @@ Source: Liu et al. 2023, arXiv:2310.01889; striped: Brandon et al. 2023, arXiv:2
 placement of Megatron-LM and of Zhu's ring-flash-attention. Traffic, memory: `BACKENDS` in `megatron_cp.context`.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -24,8 +25,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     further on sees them, and the ring turns in the direction in which that saves more. Two blocks are alive at a time.
     """
     merge = SoftmaxMerge(q)
-    for owner, block in _visits([k, v], task):
-        task.attend(merge, q, *block, task.runs[owner])
+    for owner, (k_block, v_block) in _visits([k, v], task):
+        task.attend(merge, q, k_block, v_block, task.runs[owner])
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 
@@ -38,14 +39,10 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
     home = _Homecoming(task, dk, dv)
-    for owner, block in _visits([saved.k, saved.v], task):
-        if owner == task.fabric.rank:
-            task.attend_backward(dq, dk, dv, dout, *block, saved, task.runs[owner])
-            home.start(owner, [])
-        else:
-            part_k, part_v = Sum(block[0]), Sum(block[1])
-            task.attend_backward(dq, part_k, part_v, dout, *block, saved, task.runs[owner])
-            home.start(owner, [part.result() for part in (part_k, part_v)])
+    for owner, (k, v) in _visits([saved.k, saved.v], task):
+        dk_block, dv_block = (dk, dv) if owner == task.fabric.rank else (Sum(k), Sum(v))
+        task.attend_backward(dq, dk_block, dv_block, dout, k, v, saved, task.runs[owner])
+        home.start(owner, dk_block, dv_block)
     home.finish()
     return dq.result(), dk.result(), dv.result()
 
@@ -79,7 +76,7 @@ def _route(runs: Layout, causal: bool, turn: int) -> Route:
     return Route(turn, tuple((0, *row) for row in carried))
 
 
-def _visits(block: list[Tensor], task: Task):
+def _visits(block: list[Tensor], task: Task) -> Iterator[tuple[int, list[Tensor]]]:
     """Each block that comes by, with its owner, this rank's own first; the next one is in flight during the body."""
     fabric, way = task.fabric, route(task.runs, task.causal)
     ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
@@ -91,7 +88,6 @@ def _visits(block: list[Tensor], task: Task):
             due = way.carried[(owner - way.turn) % fabric.size][hop + 1]
             arriving = [tensor.new_empty((due, *tensor.shape[1:])) for tensor in block]
             transfer = _exchange(fabric, [tensor[:onward] for tensor in block], ahead, arriving, behind)
-        # the first of them may see less than the hops behind them
         yield owner, block
         if transfer:
             transfer.wait()
@@ -108,7 +104,7 @@ class _Homecoming:
         self._arriving: list[Tensor] = []
         self._transfer: Handle | None = None
 
-    def start(self, owner: int, parts: list[Tensor]) -> None:
+    def start(self, owner: int, *sums: Sum) -> None:
         """Send what this hop computed for `owner`; receive from the rank that computed for this one."""
         self.finish()
         fabric, runs = self._task.fabric, self._task.runs
@@ -116,6 +112,7 @@ class _Homecoming:
             worker = (fabric.rank + self._turn * self._hop) % fabric.size
             sees = seen(runs[fabric.rank], runs[owner], self._task.causal)
             due = seen(runs[worker], runs[fabric.rank], self._task.causal)
+            parts = [part.result() for part in sums]
             self._arriving = [part.new_empty((due, *part.shape[1:])) for part in parts]
             leaving = [part[:sees] for part in parts]
             self._transfer = _exchange(fabric, leaving, owner, self._arriving, worker)

@@ -8,6 +8,7 @@ and kernels which align them bottom-right do the same.
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_cp.context.layouts import Runs, length, located
@@ -77,11 +78,11 @@ def _continues(left: Step, right: Step) -> bool:
 
 
 def _steps(run: range, kv_runs: Runs) -> Iterator[Step]:
-    """The staircase of one run of queries: a run of keys adds one key per query from its first visible key to its last."""
+    """The staircase of one run of queries: each run of keys is a ramp that adds one key per query."""
     ramps = [_ramp(run, keys) for keys in kv_runs]
     bounds = {0, len(run)} | {bound for ramp in ramps for bound in (ramp.start, ramp.stop) if 0 < bound < len(run)}
     edges = sorted(bounds)
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         count = sum(min(max(start - ramp.start + 1, 0), len(ramp)) for ramp in ramps)
         slope = sum(start in ramp for ramp in ramps)
         assert slope <= 1, "key runs overlap or are out of order"

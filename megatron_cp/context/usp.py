@@ -6,41 +6,34 @@ arXiv:2406.18485, section 4. Traffic, memory: `BACKENDS` in `megatron_cp.context
 
 from torch import Tensor
 
-from megatron_cp.context import ring
-from megatron_cp.context.layouts import gathered
+from megatron_cp.context.heads import Swap, deal
+from megatron_cp.context.layouts import Layout, gathered
 from megatron_cp.context.task import Saved, Task
-from megatron_cp.context.ulysses import Swap, deal
+from megatron_cp.context.ulysses import backward_between, forward_between
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]."""
-    swap = _swap(task)
-    out, saved = ring.forward(*swap.to_heads(q, k, v), _ring(task, swap))
-    return swap.to_tokens([out], [swap.hands.q])[0], saved
+    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+
+    Raises ValueError for more ranks on the heads axis than query heads.
+    """
+    return forward_between(q, k, v, *_swap(task))
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv."""
-    swap = _swap(task)
-    grads = ring.backward(swap.to_heads(dout)[0], saved, _ring(task, swap))
-    return swap.gradients_to_tokens(*grads)
+    return backward_between(dout, saved, *_swap(task))
 
 
-def _swap(task: Task) -> Swap:
-    """Heads for tokens with the ranks along the heads axis."""
+def _swap(task: Task) -> tuple[Swap, Task]:
+    """Ranks along the heads axis exchange heads; those along the other axis are a ring over the groups' tokens."""
     assert task.axes
-    grid, axis = task.axes.grid, task.axes.heads
-    fabric = task.axes.fabric(axis)
-    members = tuple(task.runs[rank] for rank in grid.members(axis, task.fabric.rank))
-    return Swap(fabric, members, deal(*task.heads, fabric.size))
+    grid, heads, ring = task.axes.grid, task.axes.heads, task.axes.ring
+    me, fabric = task.fabric.rank, task.axes.fabric(heads)
 
+    def tokens_of_group(rank: int) -> Layout:
+        return tuple(task.runs[member] for member in grid.members(heads, rank))
 
-def _ring(task: Task, swap: Swap) -> Task:
-    """The ring along the other axis, over the tokens that each group of the heads axis holds together."""
-    assert task.axes
-    grid, heads, around = task.axes.grid, task.axes.heads, task.axes.ring
-    runs = tuple(
-        gathered(tuple(task.runs[member] for member in grid.members(heads, rank)))[0]
-        for rank in grid.members(around, task.fabric.rank)
-    )
-    return task.on(task.axes.fabric(around), runs, swap.kernel(task.kernel))
+    swap = Swap(fabric, tokens_of_group(me), deal(*task.heads, fabric.size))
+    runs = tuple(gathered(tokens_of_group(rank))[0] for rank in grid.members(ring, me))
+    return swap, task.on(task.axes.fabric(ring), runs, swap.kernel(task.kernel))
