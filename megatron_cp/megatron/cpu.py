@@ -1,8 +1,8 @@
 """Run unmodified megatron.training where there is no accelerator: torch.cuda answers for the CPU.
 
-Megatron allocates with `device="cuda"`, asks torch.cuda for streams, events and random states, and refuses to start when
-there is no CUDA device. `cpu_runtime()` replaces the names in REPLACEMENTS by ones that do the same on the CPU, for as
-long as the context is open; leaving it restores each of them, so that `torch.cuda.is_available()` tells the truth again.
+Megatron allocates with `device="cuda"`, asks torch.cuda for streams, events and random states, and refuses to start
+where there is no CUDA device. `cpu_runtime()` replaces the names in REPLACEMENTS by ones that do the same on the CPU, for
+as long as the context is open; leaving it restores each of them, and `torch.cuda.is_available()` tells the truth again.
 On a machine with a GPU it does nothing. Importing this file changes nothing.
 
 Communication goes over gloo. Streams are in order and events take their time from the host's clock. The "GPU's" random
@@ -129,6 +129,8 @@ def _device_keyword_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs and _means_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
+        # pinning memory asks for a CUDA driver
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return on_cpu
@@ -191,11 +193,11 @@ def _cuda(*names: str) -> tuple[str, ...]:
     return tuple(f"torch.cuda:{name}" for name in names)
 
 
-FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
-    "rand rand_like randint randint_like randn randn_like randperm tensor tril_indices triu_indices zeros zeros_like"
-).split()
-NEW_METHODS = "new_empty new_full new_ones new_tensor new_zeros".split()
+FACTORIES = """
+arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint
+randint_like randn randn_like randperm tensor tril_indices triu_indices zeros zeros_like
+"""
+NEW_METHODS = "new_empty new_full new_ones new_tensor new_zeros"
 
 REPLACEMENTS = (
     Replacement(_cuda("is_available"), _answer(True), "initialize_megatron refuses to start without CUDA"),
@@ -256,8 +258,10 @@ REPLACEMENTS = (
         _answer(None),
         "profiling marks need CUDA",
     ),
-    Replacement(tuple(f"torch:{name}" for name in FACTORIES), _device_keyword_to_cpu, "allocations say device='cuda'"),
-    Replacement(tuple(f"torch:Tensor.{name}" for name in NEW_METHODS), _device_keyword_to_cpu, "the same"),
+    Replacement(
+        tuple(f"torch:{name}" for name in FACTORIES.split()), _device_keyword_to_cpu, "allocations say device='cuda'"
+    ),
+    Replacement(tuple(f"torch:Tensor.{name}" for name in NEW_METHODS.split()), _device_keyword_to_cpu, "the same"),
     Replacement(("torch:Tensor.to",), _to_on_cpu, "moves to the device"),
     Replacement(("torch:Tensor.cuda", "torch:Tensor.pin_memory"), _same_tensor, "moves to the device"),
     Replacement(("torch:Tensor.record_stream",), _answer(None), "lifetime on side streams"),
@@ -325,7 +329,7 @@ def active() -> bool:
     return torch.cuda.Stream is Stream
 
 
-# The plain implementation of what is otherwise a kernel of transformer-engine or Apex: (name, value, flag that says it).
+# The plain implementation of what is otherwise a kernel of transformer-engine or Apex: (name, value, the flag for it).
 # None changes what is computed, so one recipe serves machines with and without them.
 WITHOUT_TE: tuple[tuple[str, Any, str], ...] = (
     ("transformer_impl", "local", "--transformer-impl local"),

@@ -2,8 +2,8 @@
 
 Everything that the layer spec, the model config or the config object can do is done there; a hook is the last resort.
 A hook states every binding that it replaces, why, which parameters of the replaced function it relies on, and which
-change upstream would make it superfluous. Applying is idempotent and reversible, and fails closed: a hook that was asked
-for and does not fit the installed Megatron is an error, never a warning. Wrappers take any arguments and pass them on.
+change upstream would make it superfluous. Applying is idempotent and reversible, and fails closed: a hook that was
+asked for and does not fit the installed Megatron is an error, never a warning. Wrappers take any arguments.
 """
 
 import functools
@@ -150,7 +150,7 @@ HOOKS = Registry(
             ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",),
             _with_own_steps,
             ("state_dict",),
-            "with torch's AdamW the step count is lost or shared by all parameters when the distributed optimizer resumes",
+            "with torch's AdamW the distributed optimizer cannot resume, or resumes with one step count shared by all",
             "a load_state_dict that keeps one step tensor per parameter and stores the count in the checkpoint",
         ),
     ],

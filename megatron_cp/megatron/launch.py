@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from megatron_cp.context import BACKENDS
 from megatron_cp.megatron import cpu, hooks
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
-HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
+HYBRID_SPEC = ("megatron_cp.megatron.hybrid", "hybrid_stack_spec")
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 OUR_FLAGS = ("--cp-kernel", "--cp-placement")
 
 # srun starts the processes itself: what torchrun would have set, and SLURM's name for it
@@ -154,7 +154,7 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, hooks.BadArguments):
         return True
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return os.path.dirname(os.path.dirname(os.path.abspath(__file__))) in os.path.abspath(last.filename)
+    return PACKAGE in os.path.abspath(last.filename) and (last.line or "").startswith("raise ")
 
 
 def main() -> None:
