@@ -44,7 +44,7 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """One dish of the menu; `module` offers `create(deterministic)` and `refusal(device, dtype, head_dim)`."""
+    """One dish of the menu; `module` offers create, refusal (what it cannot do) and missing (what the machine lacks)."""
 
     name: str
     aliases: tuple[str, ...]
@@ -96,34 +96,36 @@ def choose(name: str, *, device: str, dtype: str, head_dim: int, deterministic: 
         return _named(KERNELS.get(name), device, dtype, head_dim, deterministic)
     refusals: list[str] = []
     for entry in KERNELS:
-        why_not = import_module(entry.module).refusal(device=device, dtype=dtype, head_dim=head_dim)
+        module = import_module(entry.module)
+        why_not = module.refusal(device=device, dtype=dtype, head_dim=head_dim) or module.missing(device=device)
         if why_not is None:
-            kernel = import_module(entry.module).create(deterministic=deterministic)
-            return kernel, _reason(entry, device, dtype, head_dim, refusals)
+            return module.create(deterministic=deterministic), _reason(entry, device, dtype, head_dim, refusals)
         refusals.append(f"{entry.name!r} {why_not}")
     raise AssertionError("the last kernel of the menu runs everything")
 
 
 def _named(entry: KernelEntry, device: str, dtype: str, head_dim: int, deterministic: bool) -> tuple[Kernel, str]:
     module = import_module(entry.module)
-    why_not = module.refusal(device=device, dtype=dtype, head_dim=head_dim)
-    if why_not is not None:
-        raise ValueError(f"kernel {entry.name!r} {why_not}; use 'auto' or one of: {', '.join(KERNELS.names)}")
+    way_out = f"use 'auto' or one of: {', '.join(KERNELS.names)}"
+    if why_not := module.refusal(device=device, dtype=dtype, head_dim=head_dim):
+        raise ValueError(f"kernel {entry.name!r} {why_not}; {way_out}")
+    if why_not := module.missing(device=device):
+        raise RuntimeError(f"kernel {entry.name!r} {why_not}; {way_out}")
     return module.create(deterministic=deterministic), f"{entry.name!r} was asked for by name"
 
 
 def _reason(entry: KernelEntry, device: str, dtype: str, head_dim: int, refusals: list[str]) -> str:
     chosen = f"auto chose {entry.name!r} for {dtype} with head dim {head_dim} on {device}"
-    return f"{chosen}: {'; '.join(refusals)}" if refusals else f"{chosen}: {entry.summary}"
+    return f"{chosen}: {'; '.join(refusals or [entry.summary])}"
 
 
 def check_call(q: "Tensor", k: "Tensor", v: "Tensor", causal: bool) -> None:
     """Assert what a kernel may rely on; some fused ops kill the process or answer wrongly instead of saying so."""
     assert q.ndim == k.ndim == v.ndim == 4, "attention tensors are s b h d"
     assert q.dtype == k.dtype == v.dtype, f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
-    assert q.numel() and k.numel() and v.numel(), "an empty tile never reaches a kernel"
+    assert all(x.numel() for x in (q, k, v)), "an empty tile never reaches a kernel"
     assert k.shape[:3] == v.shape[:3], f"k {tuple(k.shape)} and v {tuple(v.shape)} are of different tokens or heads"
-    assert q.shape[1] == k.shape[1] and q.shape[3] == k.shape[3], "q and k differ in batch or head dim"
+    assert q.shape[1::2] == k.shape[1::2], f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dim"
     assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
     # with it no row is without keys, and top-left and bottom-right causal are the same
     assert not causal or q.shape[0] == k.shape[0], "a causal tile has as many queries as keys"

@@ -1,23 +1,14 @@
-"""torch's fused attention ops that hand out the logsumexp and take it back, brought to one calling convention.
+"""torch's fused attention ops that hand out the logsumexp and take it back, brought to one calling convention."""
 
-All of it is in `b h s d` with lse `b h s`, where `s b h d` tensors arrive as permuted views, without a copy.
-"""
-
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from megatron_cp.kernels.fused import Gradients, Op
+
 aten = torch.ops.aten
-
-
-class Op(NamedTuple):
-    """A fused op: forward(q, k, v, scale, causal) and backward(dout, q, k, v, out, lse, scale, causal)."""
-
-    name: str
-    forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor]]
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -26,7 +17,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) ->
 
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
@@ -37,43 +28,57 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) 
 
 def _flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    # the kernel reads lse through a bare pointer as b h s; the random state is read with dropout only
-    state = torch.empty(2, dtype=torch.uint64, device=q.device)
+) -> Gradients:
+    # the random state is looked at with dropout only
+    seed, offset = q.new_empty(2, dtype=torch.uint64), q.new_empty((), dtype=torch.uint64)
+    # the op reads lse through a bare pointer, as b h s
+    lse = lse.contiguous()
+    lengths = (q.shape[2], k.shape[2])
     return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[:1],
-        scale=scale,
-    )  # fmt: skip
+        dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, offset, scale=scale
+    )
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return out, lse.reshape(q.shape[:3])
+class _Cudnn:
+    """The cuDNN op; torch versions differ in whether its lse ends in a dim of one, so the forward's is remembered."""
+
+    def __init__(self) -> None:
+        self._lse_dims: int | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        self._lse_dims = lse.ndim
+        return out, lse.reshape(q.shape[:3])
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    ) -> Gradients:
+        if self._lse_dims is None:
+            self.forward(q, k, v, scale, causal)
+        lse = lse.contiguous() if self._lse_dims == 3 else lse.contiguous().unsqueeze(-1)
+        seed = q.new_empty((), dtype=torch.int64)
+        lengths = (q.shape[2], k.shape[2])
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            _laid_out_as(dout, out), q, k, v, out, lse, seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
+        )
 
 
-def _cudnn_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    # the op warns and copies when the two differ in layout
-    matching = dout if dout.stride() == out.stride() else torch.empty_strided(
-        out.shape, out.stride(), dtype=dout.dtype, device=dout.device
-    ).copy_(dout)  # fmt: skip
-    seed = torch.empty((), dtype=torch.int64, device=q.device)
-    return aten._scaled_dot_product_cudnn_attention_backward(
-        matching, q, k, v, out, lse.contiguous(), seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal,
-        scale=scale,
-    )  # fmt: skip
+def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    # before cuDNN 9.5.1 the op warns when the strides differ
+    if x.stride() == other.stride():
+        return x
+    return torch.empty_strided(x.shape, other.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def expanded(op: Op) -> Op:
-    """`op`, which knows no grouped heads, with every KV head repeated for its query heads and their gradients summed."""
+    """`op`, which knows no grouped heads, with each KV head repeated for its query heads and the gradients summed."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         return op.forward(q, *_repeated(q, k, v), scale, causal)
 
     def backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         dq, dk, dv = op.backward(dout, q, *_repeated(q, k, v), out, lse, scale, causal)
         return dq, _summed(dk, k), _summed(dv, v)
 
@@ -92,12 +97,39 @@ def _summed(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.unflatten(1, (like.shape[1], -1)).sum(2, dtype=wide).to(like.dtype)
 
 
+def reproducible(op: Op) -> Op:
+    """`op` with a backward equal bit for bit from call to call: torch's global switch is on while it runs."""
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    ) -> Gradients:
+        with _deterministic_algorithms():
+            return op.backward(dout, q, k, v, out, lse, scale, causal)
+
+    return Op(op.name, op.forward, backward)
+
+
+@contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
 CPU_FLASH = Op("CPU flash", _cpu_forward, _cpu_backward)
 CUDA_FLASH = Op("flash", _flash_forward, _flash_backward)
-CUDNN = Op("cuDNN", _cudnn_forward, _cudnn_backward)
 
 
-def cpu_flash() -> Op:
-    """The CPU op; before torch 2.9 it reads past the KV heads when there are fewer of them than query heads."""
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+def cudnn() -> Op:
+    op = _Cudnn()
+    return Op("cuDNN", op.forward, op.backward)
+
+
+def cpu_flash(version: str) -> Op:
+    """The CPU op of this torch version; before 2.9 it knows no grouped heads (pytorch/pytorch#157893)."""
+    major, minor = (int(part) for part in version.split(".")[:2])
     return CPU_FLASH if (major, minor) >= (2, 9) else expanded(CPU_FLASH)

@@ -11,6 +11,10 @@ def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
     return None
 
 
+def missing(*, device: str) -> str | None:
+    return None
+
+
 def create(*, deterministic: bool) -> "ReferenceKernel":
     return ReferenceKernel()
 
