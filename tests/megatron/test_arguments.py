@@ -1,0 +1,97 @@
+"""Our flags and the cross-checks that Megatron leaves out: each refusal says rule, value and way out."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import pytest
+
+from megatron_cp.megatron.arguments import add_arguments, check
+
+GOOD = {
+    "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
+    "cp_comm_type": ["p2p"],
+    "cp_kernel": "auto",
+    "cp_placement": "head-first",
+    "context_parallel_size": 4,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 1,
+    "world_size": 8,
+    "num_attention_heads": 8,
+    "num_layers": 3,
+    "seq_length": 64,
+    "hierarchical_context_parallel_sizes": None,
+    "attention_dropout": 0.0,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "create_attention_mask_in_dataloader": False,
+}
+
+
+def given(**changes: Any) -> Namespace:
+    return Namespace(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cp_comm_type": ["ring", "all_gather", "a2a"]},
+        {"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [2, 2]},
+        {"cp_comm_type": ["a2a+p2p"], "context_parallel_size": 1},
+        {"cp_kernel": "reference", "cp_placement": "context-first"},
+    ],
+)
+def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
+    check(given(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cp_comm_type": ["nonsense"]}, "unknown context-parallel backend 'nonsense'.*known: zigzag"),
+        ({"cp_comm_type": ["p2p", "ulises", "ring"]}, "did you mean 'ulysses'"),
+        ({"cp_comm_type": ["p2p", "ring"]}, "one for each of the 3 layers, got 2"),
+        ({"cp_kernel": "referense"}, "did you mean 'reference'"),
+        ({"cp_placement": "heads"}, "unknown --cp-placement 'heads'"),
+        ({"cp_comm_type": ["usp"]}, "needs two --hierarchical-.* got none; add .*-sizes 2 2"),
+        ({"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [4]}, r"needs two .* got \[4\]"),
+        ({"hierarchical_context_parallel_sizes": [2, 3]}, "got 2 \\* 3 = 6 and 4"),
+        ({"num_attention_heads": 7}, "got 7 and 2"),
+        ({"world_size": 4}, "needs 8 processes, got 4"),
+        ({"seq_length": 1004}, r"divisible by 2 \* --context-parallel-size = 8, got 1004; use 1008"),
+        ({"window_size": (128, 0)}, "--window-size"),
+        ({"softmax_type": "learnable"}, "--softmax-type"),
+        ({"qk_clip": True}, "--qk-clip"),
+        ({"attention_dropout": 0.1}, "--attention-dropout 0"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask"),
+        ({"sft": True}, "--sft"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
+        (
+            {"multi_latent_attention": True, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128},
+            "multi-latent attention whose v_head_dim",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        check(given(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_our_layers_is_not_judged() -> None:
+    check(given(spec=None, cp_comm_type=["nonsense"], attention_dropout=0.1))
+
+
+def test_flags_have_defaults_and_help() -> None:
+    parser = add_arguments(ArgumentParser())
+    assert vars(parser.parse_args([])) == {"cp_kernel": "auto", "cp_placement": "head-first"}
+    assert "zigzag=p2p" in parser.format_help()
+
+
+@pytest.mark.filterwarnings("ignore:.type. is deprecated as of Python 3.12:DeprecationWarning")
+def test_flags_stand_in_megatrons_own_parser_without_a_clash() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser()))
+    assert parser.parse_args(["--cp-kernel", "reference"]).cp_kernel == "reference"
