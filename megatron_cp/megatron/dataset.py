@@ -1,0 +1,189 @@
+"""Corpora in Megatron's IndexedDataset format: written by megatron.core's own builder, all or nothing."""
+
+import fcntl
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_cp.data.documents import Bad
+from megatron_cp.data.encode import Batch
+from megatron_cp.data.index import Statistics, check_prefix
+
+__all__ = ["Limits", "Written", "check_data_path", "check_output", "check_prefix", "write"]
+
+
+class Limits(NamedTuple):
+    """Where to stop: with the document that reaches so many bytes of text, or after so many documents."""
+
+    text_bytes: int | None = None
+    documents: int | None = None
+
+
+class Written(NamedTuple):
+    """What went into a corpus, and what did not: texts without content, and the files or lines left out."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    empty: int
+    bad: tuple[Bad, ...]
+    stopped: bool
+
+
+def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
+    """check_prefix for each prefix of Megatron's --data-path, with or without weights; remote ones are left out."""
+    prefixes, _ = _blend(data_path)
+    return [check_prefix(prefix) for prefix in prefixes if "://" not in prefix]
+
+
+def check_output(prefix: str, overwrite: bool) -> None:
+    """Raises ValueError when a corpus cannot be written to `prefix`, before any work is done."""
+    path = Path(prefix)
+    if prefix.endswith((".bin", ".idx")) or not path.name or prefix.endswith("/"):
+        raise ValueError(f"--output {prefix!r} shall be a prefix, such as data/corpus for data/corpus.bin and .idx")
+    there = [str(each) for each in _pair(path) if each.exists()]
+    if there and not overwrite:
+        raise ValueError(f"{' and '.join(there)} exist already; replace with --overwrite or choose another --output")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _building(path):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to output folder {path.parent}: {error.strerror}") from None
+
+
+def write(
+    prefix: str,
+    batches: Iterable[Batch],
+    dtype: str,
+    *,
+    limits: Limits = Limits(),  # noqa: B008
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Batch], None] = lambda batch: None,
+) -> Written:
+    """Write the documents of all batches to `prefix`.bin and `prefix`.idx.
+
+    Both files appear under their names only when complete; on any error, and on Ctrl-C, nothing is left. `overwrite`
+    also removes the sample indices that Megatron keeps under `prefix`/cache: it finds them by the name of the corpus
+    and would use them for the new one. Raises ValueError for the first bad document unless `skip_bad`, and when no
+    document is left.
+    """
+    check_output(prefix, overwrite)
+    target = Path(prefix)
+    with _building(target) as folder:
+        partial = folder / "corpus"
+        builder = _builder(_pair(partial)[0], dtype)
+        try:
+            written = _add(builder, _stop_at(batches, limits), skip_bad, progress)
+            if not written.documents:
+                raise ValueError(_nothing(written))
+            builder.finalize(str(_pair(partial)[1]))
+        finally:
+            builder.data_file.close()
+        check_prefix(str(partial))
+        _publish(partial, target)
+    return written
+
+
+def _blend(data_path: Sequence[str]) -> tuple[list[str], Any]:
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    return get_blend_from_list(list(data_path)) or ([], None)
+
+
+def _builder(path: Path, dtype: str) -> Any:
+    with warnings.catch_warnings():
+        # importing megatron.core complains of packages that no corpus needs
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    return IndexedDatasetBuilder(str(path), dtype=np.dtype(dtype).type)
+
+
+def _stop_at(batches: Iterable[Batch], limits: Limits) -> Iterator[tuple[Batch, bool]]:
+    """The batches up to the document that reaches a limit, each with whether it is the last for that reason."""
+    text_bytes = documents = 0
+    for batch in batches:
+        room = len(batch.lengths) + 1
+        if limits.text_bytes is not None:
+            before = text_bytes + np.cumsum(batch.text_bytes)
+            room = min(room, int(np.searchsorted(before, limits.text_bytes)) + 1)
+        if limits.documents is not None:
+            room = min(room, limits.documents - documents)
+        if room <= len(batch.lengths):
+            yield batch.head(room), True
+            return
+        text_bytes += int(batch.text_bytes.sum())
+        documents += len(batch.lengths)
+        yield batch, False
+
+
+def _add(
+    builder: Any, batches: Iterable[tuple[Batch, bool]], skip_bad: bool, progress: Callable[[Batch], None]
+) -> Written:
+    documents = tokens = text_bytes = empty = 0
+    bad: list[Bad] = []
+    stopped = False
+    for batch, stopped in batches:
+        found = [each for _, each in batch.bad]
+        if found and not skip_bad:
+            raise ValueError(f"{found[0]}; leave such documents out with --skip-bad")
+        end = 0
+        for length in batch.lengths.tolist():
+            builder.add_document(batch.tokens[end : end + length], [length])
+            end += length
+        documents, tokens = documents + len(batch.lengths), tokens + end
+        text_bytes, empty = text_bytes + int(batch.text_bytes.sum()), empty + batch.empty
+        bad += found
+        progress(batch)
+    return Written(documents, tokens, text_bytes, empty, tuple(bad), stopped)
+
+
+def _nothing(written: Written) -> str:
+    left_out = [f"{written.empty} empty"] if written.empty else []
+    left_out += [f"{len(written.bad)} bad, the first {written.bad[0]}"] if written.bad else []
+    return f"the corpus has no text: {', '.join(left_out) or 'the input holds no document'}"
+
+
+def _pair(prefix: Path) -> tuple[Path, Path]:
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+@contextmanager
+def _building(target: Path) -> Iterator[Path]:
+    """A folder beside the target for one build at a time; what a killed build left there is removed.
+
+    The lock on the folder goes with the process that holds it.
+    """
+    folder = target.parent / f".{target.name}.building"
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is building {target} now") from None
+        for path in _pair(folder / "corpus"):
+            path.unlink(missing_ok=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    # the old index goes first and the new one comes last: never an index beside the wrong .bin
+    (new_bin, new_index), (bin_path, index_path) = _pair(partial), _pair(target)
+    with suppress(FileNotFoundError):
+        index_path.unlink()
+    shutil.rmtree(target / "cache", ignore_errors=True)
+    new_bin.replace(bin_path)
+    new_index.replace(index_path)
