@@ -1,8 +1,8 @@
 """Run unmodified megatron.training where there is no accelerator: torch.cuda answers for the CPU.
 
 Megatron allocates with `device="cuda"`, asks torch.cuda for streams, events and random states, and refuses to start
-where there is no CUDA device. `cpu_runtime()` replaces the names in REPLACEMENTS by ones that do the same on the CPU, for
-as long as the context is open; leaving it restores each of them, and `torch.cuda.is_available()` tells the truth again.
+where there is no CUDA device. `cpu_runtime()` replaces the names in REPLACEMENTS by ones that do the same on the CPU
+while the context is open; leaving it restores each of them, and `torch.cuda.is_available()` tells the truth again.
 On a machine with a GPU it does nothing. Importing this file changes nothing.
 
 Communication goes over gloo. Streams are in order and events take their time from the host's clock. The "GPU's" random
@@ -307,10 +307,15 @@ def cpu_runtime() -> Iterator[bool]:
         undo.callback(logger.removeFilter, _not_about_generators)
         # compiled fusions would be built for the CPU at great cost and no use
         undo.enter_context(_eager())
-        undo.callback(lambda: [restore(replaced) for replaced in reversed(done)])
+        undo.callback(_restore_all, done)
         for entry in REPLACEMENTS:
             done.extend(replace(target, entry.make) for target in entry.targets)
         yield True
+
+
+def _restore_all(done: list[Replaced]) -> None:
+    while done:
+        restore(done.pop())
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cp.megatron.rebind import Replaced, find, replace, restore
-from megatron_cp.registry import Registry
+from megatron_cp.registry import Registry, suggest
 
 SUPPORTED = "0.19."
 _MARK = "megatron_cp_hook"
@@ -52,9 +52,17 @@ def _with_our_flags(old: Callable[..., Any]) -> Callable[..., Any]:
         from megatron_cp.megatron.arguments import add_arguments
 
         parser = old(*args, **kwargs)
-        return add_arguments(parser) or parser
+        add_arguments(parser)
+        parser.error = functools.partial(_refuse_words, parser)
+        return parser
 
     return add_megatron_arguments
+
+
+def _refuse_words(parser: Any, message: str) -> None:
+    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    hint = suggest(unknown[0], parser._option_string_actions) if "unrecognized" in message and unknown else ""
+    raise BadArguments(message + hint)
 
 
 def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,12 +72,12 @@ def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             complete(args)
-            result = old(args, *rest, **kwargs)
+            # before Megatron's checks, for ours say more than a bare assertion
             if has_our_layers(args):
                 check(args)
+            return old(args, *rest, **kwargs)
         except (ValueError, AssertionError) as error:
             raise BadArguments(one_line(error)) from error
-        return result
 
     return validate_args
 
@@ -123,7 +131,7 @@ HOOKS = Registry(
             ("megatron.training.arguments:validate_args",),
             _with_our_checks,
             ("args",),
-            "our layer spec is chosen before, and our refusals are spoken after, Megatron's own checks, on every rank",
+            "our layer spec is chosen and our refusals are spoken, on every rank, before Megatron's own checks",
             "an entry point for argument providers",
         ),
         Hook(
