@@ -6,10 +6,12 @@ which is what laws and one-GPU checks need.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol, Self
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -99,6 +101,17 @@ class GroupFabric:
     def _operation(self, kind: Callable, message: Message) -> dist.P2POp:
         tensor, peer = message
         return dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
+
+
+@contextmanager
+def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator[GroupFabric]:
+    """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    assert dist.group.WORLD is not None
+    yield GroupFabric(dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class _Works:

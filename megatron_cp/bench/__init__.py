@@ -1,0 +1,1 @@
+"""Measuring: correctness first, then time, contenders side by side in one run."""
