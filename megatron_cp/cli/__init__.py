@@ -4,9 +4,10 @@ import sys
 
 import typer
 
-from megatron_cp.cli import data
+from megatron_cp.cli import data, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+train.register(app)
 app.add_typer(data.app, name="data")
 
 

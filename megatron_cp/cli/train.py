@@ -1,0 +1,181 @@
+"""`megatron-cp train` and `megatron-cp render`: a recipe as a run, and as the command that runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_cp import config, recipe, runlog
+from megatron_cp.command import Command, check_processes, command
+from megatron_cp.recipe import Recipe
+
+# what follows RECIPE belongs to Megatron, also what looks like an option of ours
+FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
+# torchrun gives its workers half a minute to end before it kills them
+SECONDS_TO_STOP = 40
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+Flags = Annotated[list[str] | None, typer.Argument(metavar="[--flag VALUE…]", help="Megatron flags that win over it.")]
+
+
+def render(name: RecipeName, flags: Flags = None) -> None:
+    """Print the exact command that a recipe stands for, ready to be pasted into a shell."""
+    print(command(_checked(name, flags or [])))
+
+
+def train(name: RecipeName, flags: Flags = None) -> None:
+    """Train a recipe on this machine: build its corpus if missing, resume if there is a checkpoint, sum up at the end."""
+    run = _checked(name, flags or [])
+    check_processes(run)
+    if run.builds_corpus:
+        _ready_corpus(run)
+    run = _resumed(run)
+    folder = _run_folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    status, steps, said = _stream(command(run), folder / runlog.LOG_NAME)
+    if status == 0:
+        _sum_up(run, folder, steps, said)
+    raise typer.Exit(status)
+
+
+def _checked(name: str, flags: Sequence[str]) -> Recipe:
+    found = recipe.load(name, config.environment(), flags)
+    from megatron_cp.megatron.flags import check
+
+    check(found.model_args)
+    return found
+
+
+def _ready_corpus(run: Recipe) -> None:
+    raise NotImplementedError
+
+
+def _run_folder(run: Recipe) -> Path:
+    return Path(run.flag("--save", f"runs/{run.name}"))
+
+
+def _resumed(run: Recipe) -> Recipe:
+    """The run with --load where its --save folder holds a checkpoint already."""
+    if "--save" not in run.model_args or "--load" in run.model_args:
+        return run
+    save = run.flag("--save", "")
+    done, wanted = runlog.checkpoint_iteration(Path(save)), run.number("--train-iters", 0)
+    if done is None:
+        return run
+    _say(f"resumes from the checkpoint of iteration {done} in {save}; give another --save to start afresh")
+    if done >= wanted > 0:
+        _say(f"all {wanted} iterations are done; raise --train-iters to go on training")
+    return recipe.with_flag(run, "--load", [save], "checkpoint in --save")
+
+
+def _stream(line: Command, log: Path) -> tuple[int, list[runlog.Iteration], dict[str, Any]]:
+    """Run the command, pass on what it prints as it comes, note its iterations; exit status, iterations, summary."""
+    steps: list[runlog.Iteration] = []
+    said: dict[str, Any] = {}
+    with _started(line) as process:
+        assert process.stdout is not None
+        for raw in process.stdout:
+            sys.stdout.buffer.write(raw)
+            sys.stdout.buffer.flush()
+            text = raw.decode(errors="replace")
+            if step := runlog.read_iteration(text):
+                steps.append(step)
+                runlog.append(log, step)
+            said |= runlog.read_summary(text) or {}
+        status = process.wait()
+    # ended by a signal: the number a shell would give
+    return (128 - status if status < 0 else status), steps, said
+
+
+@contextmanager
+def _started(line: Command) -> Iterator[subprocess.Popen[bytes]]:
+    """The running command; however this ends, none of its processes is left."""
+    # a session of its own: Ctrl-C reaches us alone and is passed on once, instead of a traceback from each rank
+    process = subprocess.Popen(
+        line.words,
+        env={"PYTHONUNBUFFERED": "1", **os.environ, **line.environment},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield process
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(SECONDS_TO_STOP)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _sum_up(run: Recipe, folder: Path, steps: Sequence[runlog.Iteration], said: dict[str, Any]) -> None:
+    from megatron_cp.plots.loss import draw_loss
+
+    history = runlog.read(folder / runlog.LOG_NAME)
+    picture = draw_loss(history, folder / "loss.png", run.name)
+    rows = {
+        "backend": said.get("backend", "not told"),
+        "kernel": said.get("kernel", "not told"),
+        **_measured(run, steps),
+        "bytes sent by CP": _bytes(said.get("cp_bytes_per_step"), " per step"),
+        "peak memory": _bytes(said.get("peak_rss_bytes"), " per process"),
+        "loss": _losses(history),
+        "checkpoint": _checkpoint(run),
+        "loss curve": str(picture or "no iteration was logged here"),
+    }
+    _say(f"summary of {run.name}")
+    for label, text in rows.items():
+        print(f"  {label:<18}{text}")
+
+
+def _measured(run: Recipe, steps: Sequence[runlog.Iteration]) -> dict[str, str]:
+    pace = runlog.pace(steps, run.number("--seq-length", 1))
+    if pace is None:
+        return {"tokens/s": "no step was taken"}
+    return {"tokens/s": f"{pace.tokens_per_second:,.0f} (median step {pace.milliseconds:,.0f} ms)"}
+
+
+def _losses(history: Sequence[runlog.Iteration]) -> str:
+    known = [step for step in history if step.loss is not None]
+    if not known:
+        return "no iteration was logged here"
+    first, last = known[0], known[-1]
+    return f"{first.loss:.4f} at iteration {first.number}, {last.loss:.4f} at iteration {last.number}"
+
+
+def _checkpoint(run: Recipe) -> str:
+    save = run.flag("--save", "")
+    done = runlog.checkpoint_iteration(Path(save)) if save else None
+    return "none" if done is None else str(Path(save) / f"iter_{done:07d}")
+
+
+def _bytes(count: int | None, unit: str) -> str:
+    if count is None:
+        return "not told"
+    return f"{count / 1e6:,.1f} MB{unit}"
+
+
+def _say(text: str) -> None:
+    print(f"[megatron-cp] {text}", flush=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands to the app."""
+    for function in (train, render):
+        app.command(context_settings=FLAGS_AFTER_RECIPE)(function)

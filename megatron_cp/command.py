@@ -1,0 +1,81 @@
+"""The exact command that a recipe stands for."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_cp.recipe import ENTRY, Recipe, Section, Setting
+
+RENDEZVOUS_FLAGS = ("--standalone", "--master-addr", "--master-port", "--rdzv-backend", "--rdzv-endpoint")
+
+
+class Command(NamedTuple):
+    """Environment variables that the recipe sets, and the words of the command."""
+
+    environment: dict[str, str]
+    words: list[str]
+
+    def __str__(self) -> str:
+        """One command for a POSIX shell, a flag with its values on each line."""
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        lines = [[*assignments, self.words[0]]]
+        for word in self.words[1:]:
+            if word.startswith("--") or word == "-m":
+                lines.append([])
+            lines[-1].append(shlex.quote(word))
+        return " \\\n    ".join(" ".join(line) for line in lines)
+
+
+def command(recipe: Recipe) -> Command:
+    """torchrun with the recipe's processes, entry module or script, and literal flags."""
+    flags = _corpus_flag(recipe) | recipe.model_args
+    words = [*_torchrun(), *_words(_launch_flags(recipe.launch)), *_entry(recipe.launch), *_words(flags)]
+    return Command({name: setting.text for name, setting in recipe.env_vars.items()}, words)
+
+
+def _corpus_flag(recipe: Recipe) -> Section:
+    return {"--data-path": recipe.data["output"]} if recipe.builds_corpus else {}
+
+
+def _torchrun() -> list[str]:
+    script = Path(sys.executable).with_name("torchrun")
+    return [str(script)] if script.is_file() else [sys.executable, "-m", "torch.distributed.run"]
+
+
+def _launch_flags(launch: Section) -> Section:
+    flags = {key: setting for key, setting in launch.items() if key != "entry"}
+    if flags.get("--nnodes", Setting(("1",), "")).text == "1" and not set(RENDEZVOUS_FLAGS) & set(flags):
+        # a free port, so that two runs on one machine do not meet
+        return {"--standalone": Setting((), "one node"), **flags}
+    return flags
+
+
+def _entry(launch: Section) -> list[str]:
+    entry = launch["entry"].text if "entry" in launch else ENTRY
+    return ["-m", "megatron_cp.launch", entry] if entry.endswith(".py") else ["-m", entry]
+
+
+def _words(section: Mapping[str, Setting]) -> list[str]:
+    return [word for key, setting in section.items() for word in (key, *setting.values)]
+
+
+def processes(recipe: Recipe) -> int | None:
+    """How many processes the recipe starts on all nodes; None where only torchrun can tell (`gpu`, `1:4`)."""
+    texts = [recipe.launch[key].text if key in recipe.launch else "1" for key in ("--nproc-per-node", "--nnodes")]
+    if not all(text.isdecimal() for text in texts):
+        return None
+    return int(texts[0]) * int(texts[1])
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Raise ValueError when the model-parallel sizes do not fit into the number of processes."""
+    flags = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
+    tp, pp, cp = (recipe.number(flag, 1) for flag in flags)
+    started, needed = processes(recipe), tp * pp * cp
+    if started is not None and started % needed:
+        raise ValueError(
+            f"TP={tp} * PP={pp} * CP={cp} needs a multiple of {needed} processes, got {started}; "
+            f"pass --nproc-per-node {needed} or lower a size"
+        )

@@ -1,0 +1,82 @@
+"""Check the flags of a recipe against Megatron's real parser and the flags of ours."""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_cp.recipe import Setting
+from megatron_cp.registry import suggest
+
+# --flag and --no-flag take no value
+BARE = 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Megatron's parser with the flags of ours; building it imports megatron.training, which takes seconds."""
+    # torch says at import which CUDA it did not find, which is no news to somebody who renders a command
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.training.arguments import add_megatron_arguments
+
+        from megatron_cp.megatron.arguments import add_arguments
+
+        return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None = None) -> None:
+    """Raise ValueError, one line for each flag that Megatron does not have or whose value it would not take."""
+    found = list(problems(settings, known or parser()))
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) -> Iterator[str]:
+    """One line for each wrong flag, beginning with the place where the recipe says it."""
+    actions = known._option_string_actions
+    for flag, setting in settings.items():
+        if flag not in actions:
+            yield f"{setting.place}: unknown flag {flag!r}{suggest(flag, actions)}"
+        elif text := _problem(actions[flag], setting.values):
+            yield f"{setting.place}: {flag} {text}"
+
+
+def _problem(action: argparse.Action, values: tuple[str, ...]) -> str:
+    if action.nargs == BARE:
+        return f"takes no value, got {_shown(values)}; write true, or false to take it back" if values else ""
+    if not values and action.nargs != "*":
+        return "needs a value"
+    several = action.nargs in ("*", "+")
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        return f"takes {action.nargs} values, got {len(values)}; write a list"
+    if action.nargs is None and len(values) != 1:
+        return f"takes one value, got {len(values)}: {_shown(values)}"
+    if several and len(values) == 1 and len(values[0].split()) > 1:
+        return f"takes several values, got the one text {values[0]!r}; write a list: [{', '.join(values[0].split())}]"
+    return next((text for value in values if (text := _wrong(action, value))), "")
+
+
+def _wrong(action: argparse.Action, text: str) -> str:
+    convert: Any = action.type or str
+    try:
+        value = convert(text)
+    except (TypeError, ValueError, argparse.ArgumentTypeError, AssertionError) as error:
+        # int and float say their own name; Megatron's own types say more in their error
+        name = getattr(convert, "__name__", "other value")
+        return (
+            f"takes {_article(name)}, got {text!r}" if isinstance(convert, type) else f"cannot take {text!r}: {error}"
+        )
+    if action.choices is not None and value not in action.choices:
+        names = [str(choice) for choice in action.choices]
+        return f"takes one of {', '.join(names)}, got {text!r}{suggest(text, names)}"
+    return ""
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _shown(values: tuple[str, ...]) -> str:
+    return " ".join(repr(value) for value in values)

@@ -1,0 +1,99 @@
+"""What a training run printed, kept beside its checkpoints so that the record goes on across resumes."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+LOG_NAME = "iterations.jsonl"
+SUMMARY_MARK = "[megatron-cp] summary "
+
+_ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*\|")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)")
+
+
+class Iteration(NamedTuple):
+    """One of Megatron's iteration lines; `fields` are its other numbers under Megatron's own names."""
+
+    number: int
+    of: int
+    fields: dict[str, float]
+
+    @property
+    def loss(self) -> float | None:
+        return self.fields.get("lm loss")
+
+
+class Pace(NamedTuple):
+    """How fast a run was: the median over its iterations but the first, which also pays for starting up."""
+
+    milliseconds: float
+    tokens_per_second: float
+
+
+def read_iteration(line: str) -> Iteration | None:
+    """The iteration that a line of Megatron's log reports, or None for any other line."""
+    match = _ITERATION.search(line)
+    if match is None:
+        return None
+    fields = {}
+    for part in line[match.end() :].split("|"):
+        name, colon, text = part.rpartition(":")
+        if colon and _NUMBER.fullmatch(text.strip()):
+            fields[name.strip()] = float(text)
+    return Iteration(int(match[1]), int(match[2]), fields)
+
+
+def read_summary(line: str) -> dict[str, Any] | None:
+    """What the trainer says of itself in its last line, or None for any other line."""
+    _, mark, text = line.partition(SUMMARY_MARK)
+    if not mark:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def append(log: Path, iteration: Iteration) -> None:
+    """Add one iteration to the log."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"iteration": iteration.number, "of": iteration.of, **iteration.fields}) + "\n")
+
+
+def read(log: Path) -> list[Iteration]:
+    """The run's iterations in order; what a resumed run did again counts once, in its last version."""
+    if not log.is_file():
+        return []
+    latest: dict[int, Iteration] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            fields = json.loads(line)
+            latest[fields["iteration"]] = Iteration(fields.pop("iteration"), fields.pop("of"), fields)
+        except (ValueError, KeyError, TypeError):
+            # a run that was killed while it wrote leaves half a line
+            continue
+    return [latest[number] for number in sorted(latest)]
+
+
+def pace(iterations: Sequence[Iteration], tokens_per_sequence: int) -> Pace | None:
+    """Median step time and tokens per second of all ranks together; None when there is nothing to measure."""
+    steady: Iterable[Iteration] = iterations[1:] or iterations
+    steps = [
+        (step.fields["elapsed time per iteration (ms)"], step.fields["global batch size"] * tokens_per_sequence)
+        for step in steady
+        if {"elapsed time per iteration (ms)", "global batch size"} <= set(step.fields)
+    ]
+    if not steps:
+        return None
+    return Pace(median(time for time, _ in steps), median(1e3 * tokens / time for time, tokens in steps))
+
+
+def checkpoint_iteration(folder: Path) -> int | None:
+    """The newest checkpoint in a --save folder, by Megatron's own tracker file; None when there is none."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdecimal() else None
