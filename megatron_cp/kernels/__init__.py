@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from megatron_cp.registry import Registry
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """Softmax attention of one tile; knows nothing of ranks.
 
@@ -44,7 +45,7 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """One dish of the menu; `module` offers create, refusal (what it cannot do) and missing (what the machine lacks)."""
+    """One dish; `module` offers create, refusal (what it cannot do) and missing (what the machine lacks)."""
 
     name: str
     aliases: tuple[str, ...]

@@ -57,17 +57,17 @@ class TorchOps:
     def __init__(self, *, deterministic: bool) -> None:
         self.choices: dict[Shape, Choice] = {}
         self._cpu = cpu_flash(torch.__version__)
-        self._cuda = [reproducible(CUDA_FLASH)] if deterministic else [CUDA_FLASH, cudnn()]
+        self.contenders = [reproducible(CUDA_FLASH)] if deterministic else [CUDA_FLASH, cudnn()]
 
     def pick(self, shape: Shape, device: torch.device, call: Callable[[Op], tuple[Tensor, ...]]) -> Op:
         if device.type == "cpu":
             return self._cpu
-        if len(self._cuda) == 1:
-            return self._cuda[0]
+        if len(self.contenders) == 1:
+            return self.contenders[0]
         if shape not in self.choices:
             if torch.cuda.is_current_stream_capturing():
-                return self._cuda[0]
-            self.choices[shape] = race(self._cuda, call, cuda_milliseconds)
+                return self.contenders[0]
+            self.choices[shape] = race(self.contenders, call, cuda_milliseconds)
         return self.choices[shape].op
 
     def report(self) -> list[str]:
