@@ -1,10 +1,184 @@
 """`megatron-cp data`: corpora for training."""
 
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+if TYPE_CHECKING:
+    from megatron_cp.data.encode import Batch
+    from megatron_cp.data.tokenizers import Tokenizer
+    from megatron_cp.megatron.dataset import Written
+
+app = typer.Typer(no_args_is_help=True, help="Build and inspect corpora in Megatron's .bin/.idx format.")
+
+SHOWN_BAD = 5
+SHOWN_TEXT_BYTES = 400
 
 
-@app.callback()
-def data() -> None:
-    """Build and inspect corpora in Megatron's .bin/.idx format."""
+def parse_size(text: str) -> int:
+    """`500`, `20K`, `1.5M`, `2G`: a number of bytes, units of 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is not a size such as 500, 20K, 1.5M or 2G")
+    return size
+
+
+@app.command()
+def build(
+    output: Annotated[str, typer.Option(help="Prefix of the corpus: PREFIX.bin and PREFIX.idx.", metavar="PREFIX")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="PATH…",
+            help="Files and folders, in this order; `python-stdlib` is the source of Python's own library. .jsonl and "
+            ".ndjson hold a document per line, any other file is one document; .gz and .zst are decompressed.",
+        ),
+    ] = None,
+    more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH…]", help="More inputs.")] = None,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="`byte`, or the path of a Hugging Face tokenizer.json, SentencePiece model or tiktoken vocabulary."
+        ),
+    ] = "byte",
+    glob: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which files of a folder to take, by name or path below it, such as '*.py'; may be repeated. "
+            "By default *.txt *.text *.md *.rst *.jsonl *.ndjson, plain or with .gz or .zst."
+        ),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of a .jsonl line that holds the text.")] = "text",
+    append_eod: Annotated[bool, typer.Option(help="End each document with the end-of-document token.")] = True,
+    eod_id: Annotated[int | None, typer.Option(help="Use this id as the end of a document.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="uint16 or int32; by default the smaller that fits.")] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="Processes that read and encode; 0: as many as pay off for the size, at most one per CPU.", min=0
+        ),
+    ] = 0,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size, metavar="SIZE", help="Stop with the document that reaches so much text, such as 20M."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Stop after so many documents.", min=1)] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out files and lines that cannot be read, and count them.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing corpus.")] = False,
+) -> None:
+    """Turn text into a corpus for Megatron; both files appear only when complete."""
+    from megatron_cp.data.documents import cut
+    from megatron_cp.data.encode import encode, make_plan, workers_for
+    from megatron_cp.data.sources import find_sources
+    from megatron_cp.data.tokenizers import load_tokenizer
+    from megatron_cp.megatron.dataset import Limits, check_output, write
+
+    names = [*(inputs or []), *(more_inputs or [])]
+    if not names:
+        raise ValueError("no input; name files, folders or python-stdlib with --input")
+    check_output(output, overwrite)
+    loaded = load_tokenizer(tokenizer, eod_id)
+    plan = make_plan(loaded, eod_id, append_eod, field, dtype)
+    sources = find_sources(names, glob or ())
+    disk_bytes = sum(source.size for source in sources)
+    processes = workers or workers_for(disk_bytes, tokenizer)
+    with (
+        ending_on_signals(),
+        progress_bar(disk_bytes) as advance,
+        closing(encode(cut(sources), plan, processes)) as batches,
+    ):
+        limits = Limits(max_bytes, limit)
+        written = write(
+            output, batches, plan.dtype, limits=limits, skip_bad=skip_bad, overwrite=overwrite, progress=advance
+        )
+    typer.echo(report(output, len(sources), written, plan.dtype, processes))
+    typer.echo(training_flags(output, loaded))
+
+
+@app.command()
+def info(prefix: Annotated[str, typer.Argument(help="Prefix of PREFIX.bin and PREFIX.idx.")]) -> None:
+    """Check a corpus and say what is in it."""
+    from megatron_cp.data.index import check_prefix, first_document
+
+    found = check_prefix(prefix)
+    typer.echo(
+        f"documents  {found.documents:,}\ntokens     {found.tokens:,} ({found.dtype}, {found.bin_bytes:,} bytes)"
+    )
+    typer.echo(f"longest    {found.longest:,} tokens")
+    ids = first_document(prefix, found, SHOWN_TEXT_BYTES)
+    typer.echo(f"first ids  {' '.join(map(str, ids[:16]))}")
+    if ((ids >= 0) & (ids <= 256)).all():
+        typer.echo(f"as bytes   {bytes(ids[ids < 256].astype('uint8')).decode(errors='replace')!r}")
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing half-written stays behind."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bar(total_bytes: int) -> Iterator["Callable[[Batch], None]"]:
+    """A bar over the bytes of the input on stderr; nothing where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TextColumn("{task.fields[documents]:,} documents"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total_bytes, documents=0)
+        documents = 0
+
+        def advance(batch: "Batch") -> None:
+            nonlocal documents
+            documents += len(batch.lengths)
+            bar.update(task, advance=batch.disk_bytes, documents=documents)
+
+        yield advance
+
+
+def report(prefix: str, files: int, written: "Written", dtype: str, processes: int) -> str:
+    """What was written and left out, and how fast."""
+    lines = [
+        f"{prefix}.bin, {prefix}.idx: {written.documents:,} documents, {written.tokens:,} tokens as {dtype}, "
+        f"from {written.text_bytes:,} bytes of text in {files:,} files",
+        f"{written.documents / written.seconds:,.0f} documents/s, {written.tokens / written.seconds:,.0f} tokens/s "
+        f"({written.seconds:.2f} s, workers: {processes})",
+    ]
+    if written.stopped:
+        lines.append("stopped at the limit that was asked for")
+    if written.empty:
+        lines.append(f"left out, without text: {written.empty:,}")
+    if written.bad:
+        lines.append(f"left out, bad: {len(written.bad):,}")
+        lines += [f"  {bad}" for bad in written.bad[:SHOWN_BAD]]
+        lines += [f"  and {len(written.bad) - SHOWN_BAD:,} more"] if len(written.bad) > SHOWN_BAD else []
+    return "\n".join(lines)
+
+
+def training_flags(prefix: str, tokenizer: "Tokenizer") -> str:
+    """The Megatron flags that train on the corpus with the ids it holds."""
+    flags: Sequence[str] = ("--data-path", shlex.quote(prefix), *tokenizer.flags)
+    text = f"train with: {' '.join(flags)}"
+    return f"{text}\n({tokenizer.hint})" if tokenizer.hint else text

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cp.data.documents import Bad, Piece, read
-from megatron_cp.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cp.data.tokenizers import BYTE, Tokenizer, load_tokenizer
 
 # Megatron's own threshold (indexed_dataset.DType.optimal_dtype): below it ids are stored in two bytes
 UINT16_VOCABULARY = 65500
@@ -24,6 +24,8 @@ DTYPES = ("uint16", "int32")
 # the .idx file stores the length of a document as int32
 LONGEST_DOCUMENT = 2**31 - 1
 PIECES_AHEAD_PER_WORKER = 3
+# bytes of input below which one more process costs more time to start than it saves
+WORTH_A_BYTE_WORKER, WORTH_A_WORKER = 64_000_000, 2_000_000
 
 
 class Plan(NamedTuple):
@@ -109,7 +111,13 @@ def _ids_of(text: str, tokenizer: Tokenizer, plan: Plan) -> NDArray[Any] | None:
     return np.append(ids.astype(plan.dtype), np.array(tokenizer.eod, plan.dtype))
 
 
-def encode(pieces: Iterable[Piece], plan: Plan, workers: int) -> Iterator[Batch]:
+def workers_for(disk_bytes: int, tokenizer: str) -> int:
+    """How many processes pay off for so much input, at most one for each CPU this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, 1 + disk_bytes // (WORTH_A_BYTE_WORKER if tokenizer == BYTE else WORTH_A_WORKER))
+
+
+def encode(pieces: Iterable[Piece], plan: Plan, workers: int) -> Generator[Batch]:
     """Batches in the order of the pieces; one worker is this process itself.
 
     Raises RuntimeError when a worker process dies. Workers end with this generator, and also when this process is

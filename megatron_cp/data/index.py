@@ -85,11 +85,10 @@ def _header(raw: bytes, path: Path) -> tuple[str, int, int]:
 
 def _sections(raw: NDArray[np.uint8], sequences: int, ends: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Length of each sequence, byte at which each begins, sequence before which each document begins."""
-    first, second = 4 * sequences, 12 * sequences
     return (
-        raw[:first].view(np.int32),
-        np.frombuffer(raw, np.int64, sequences, first),
-        np.frombuffer(raw, np.int64, ends, second),
+        np.frombuffer(raw, np.int32, sequences),
+        np.frombuffer(raw, np.int64, sequences, offset=4 * sequences),
+        np.frombuffer(raw, np.int64, ends, offset=12 * sequences),
     )
 
 

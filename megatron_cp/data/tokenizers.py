@@ -59,7 +59,9 @@ def load_tokenizer(name: str, eod: int | None = None) -> Tokenizer:
 
 def _with_eod(tokenizer: Tokenizer, eod: int) -> Tokenizer:
     if not 0 <= eod < tokenizer.vocabulary:
-        raise ValueError(f"--eod-id {eod} is not in the vocabulary of {tokenizer.name}: 0 to {tokenizer.vocabulary - 1}")
+        raise ValueError(
+            f"--eod-id {eod} is not in the vocabulary of {tokenizer.name}: 0 to {tokenizer.vocabulary - 1}"
+        )
     flags = _null_flags(tokenizer.vocabulary, eod)
     return Tokenizer(tokenizer.name, tokenizer.vocabulary, eod, tokenizer.encode, flags)
 
@@ -133,7 +135,8 @@ def _hugging_face(path: Path, content: str) -> Tokenizer:
     model.encode_special_tokens = True
     vocabulary = max(model.get_vocab(with_added_tokens=True).values()) + 1
     eod = _hugging_face_eod(path, model)
-    hint = f"or, with the package transformers: --tokenizer-type HuggingFaceTokenizer --tokenizer-model {shlex.quote(str(path.parent))}"
+    folder = shlex.quote(str(path.parent))
+    hint = f"or, with the package transformers: --tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
 
     def encode(text: str) -> Sequence[int]:
         return model.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
@@ -234,8 +237,8 @@ def _tiktoken_json(path: Path, content: list[dict[str, Any]]) -> Tokenizer:
     except (KeyError, TypeError, ValueError) as error:
         raise _unknown(path, f"a token without bytes or rank: {error!r}") from None
     vocabulary = len(ranks) + NEMO_SPECIAL
-    flags = ("--tokenizer-type", "TikTokenizer", "--tokenizer-model", shlex.quote(str(path)))
-    flags += ("--tiktoken-pattern", "v2", "--vocab-size", str(vocabulary))
+    kind = ("--tokenizer-type", "TikTokenizer", "--tokenizer-model", shlex.quote(str(path)))
+    flags = (*kind, "--tiktoken-pattern", "v2", "--vocab-size", str(vocabulary))
     return Tokenizer(str(path), vocabulary, NEMO_EOD, _tiktoken_encode(path, ranks, NEMO), flags)
 
 

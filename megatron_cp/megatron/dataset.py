@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +27,10 @@ class Limits(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What went into a corpus, and what did not: texts without content, and the files or lines left out."""
+    """What went into a corpus, and what did not: texts without content, and the files or lines left out.
+
+    `seconds` is the time from opening the first input to the last document, without the import of megatron.core.
+    """
 
     documents: int
     tokens: int
@@ -34,6 +38,7 @@ class Written(NamedTuple):
     empty: int
     bad: tuple[Bad, ...]
     stopped: bool
+    seconds: float
 
 
 def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
@@ -45,13 +50,12 @@ def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
 def check_output(prefix: str, overwrite: bool) -> None:
     """Raises ValueError when a corpus cannot be written to `prefix`, before any work is done."""
     path = Path(prefix)
-    if prefix.endswith((".bin", ".idx")) or not path.name or prefix.endswith("/"):
+    if prefix.endswith((".bin", ".idx", "/")) or not path.name:
         raise ValueError(f"--output {prefix!r} shall be a prefix, such as data/corpus for data/corpus.bin and .idx")
     there = [str(each) for each in _pair(path) if each.exists()]
     if there and not overwrite:
         raise ValueError(f"{' and '.join(there)} exist already; replace with --overwrite or choose another --output")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with _building(path):
             pass
     except OSError as error:
@@ -130,7 +134,8 @@ def _add(
     documents = tokens = text_bytes = empty = 0
     bad: list[Bad] = []
     stopped = False
-    for batch, stopped in batches:
+    started = time.perf_counter()
+    for batch, last in batches:
         found = [each for _, each in batch.bad]
         if found and not skip_bad:
             raise ValueError(f"{found[0]}; leave such documents out with --skip-bad")
@@ -141,8 +146,10 @@ def _add(
         documents, tokens = documents + len(batch.lengths), tokens + end
         text_bytes, empty = text_bytes + int(batch.text_bytes.sum()), empty + batch.empty
         bad += found
+        stopped = last
         progress(batch)
-    return Written(documents, tokens, text_bytes, empty, tuple(bad), stopped)
+    seconds = time.perf_counter() - started
+    return Written(documents, tokens, text_bytes, empty, tuple(bad), stopped, seconds)
 
 
 def _nothing(written: Written) -> str:
@@ -161,8 +168,9 @@ def _building(target: Path) -> Iterator[Path]:
 
     The lock on the folder goes with the process that holds it.
     """
+    new_folders = [each for each in (target.parent, *target.parent.parents) if not each.exists()]
     folder = target.parent / f".{target.name}.building"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -177,6 +185,10 @@ def _building(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
+        # those that hold nothing, because nothing was built
+        for each in new_folders:
+            with suppress(OSError):
+                each.rmdir()
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -184,6 +196,7 @@ def _publish(partial: Path, target: Path) -> None:
     (new_bin, new_index), (bin_path, index_path) = _pair(partial), _pair(target)
     with suppress(FileNotFoundError):
         index_path.unlink()
-    shutil.rmtree(target / "cache", ignore_errors=True)
+    for indices in target.glob("cache/*_indices"):
+        shutil.rmtree(indices)
     new_bin.replace(bin_path)
     new_index.replace(index_path)
