@@ -97,7 +97,9 @@ class CoreAttention(MegatronModule):
             deterministic=self.plan.deterministic,
         )
         axes = f" = {self.plan.axes.inner.size} inner * {self.plan.axes.outer.size} outer" if self.plan.axes else ""
-        return f"{self.plan.backend.name}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}"
+        stages = self.config.pipeline_model_parallel_size
+        stage = f", on this one of {stages} pipeline stages" if stages > 1 else ""
+        return f"{self.plan.backend.name}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}"
 
     def _plan(self, causal: bool) -> Plan:
         inner, outer = self._hierarchy()

@@ -1,6 +1,6 @@
 """A ready stack spec for HybridModel patterns of attention (`*`) and MLP (`-`) layers, without TransformerEngine.
 
-`--spec megatron_cp.megatron.hybrid hybrid_stack_spec --hybrid-layer-pattern "*-*-"`; HybridModel takes an object, not a
+`--spec megatron_cp.megatron.spec hybrid_stack_spec --hybrid-layer-pattern "*-*-"`; HybridModel takes an object, not a
 function. A GPT layer is the pair `*-`.
 """
 
@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_cp.megatron.norm import Norm
-from megatron_cp.megatron.spec import SpecProvider, copy_flags, local_layer_spec
+from megatron_cp.megatron.layers import SpecProvider, copy_flags, local_layer_spec
 from megatron_cp.megatron.verify import verify_models
 
 SYMBOLS = {"*": "attention", "-": "MLP"}

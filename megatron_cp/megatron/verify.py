@@ -1,8 +1,7 @@
-"""After the model is built: every layer must have our attention, and one line says what runs."""
+"""After the model is built: every layer must have our attention, and a line says what runs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from megatron.core.transformer.attention import Attention
@@ -12,13 +11,13 @@ from megatron_cp.megatron.attention import CoreAttention
 
 
 def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
-    """Verify every attention of the model chunks and print the banner once; a post-wrap hook of Megatron's.
+    """Verify every attention of the model chunks, and let rank 0 say what runs; a post-wrap hook of Megatron's.
 
     Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
     would see only this rank's tokens, or cut the sequence in another way.
     """
-    attentions = [(name, module) for model in models for name, module in _attentions(model)]
-    foreign = [f"{name} ({type(core).__name__})" for name, core in attentions if not isinstance(core, CoreAttention)]
+    cores = core_attentions(models)
+    foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
     if foreign:
         raise RuntimeError(
             f"some layers do not have megatron-cp's attention: {', '.join(foreign)}; "
@@ -26,26 +25,35 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
         )
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         device = next((parameter.device.type for model in models for parameter in model.parameters()), "cpu")
-        for line in banner([core for _, core in attentions], device):
+        for line in banner(cores, device):
             print(f"[megatron-cp] {line}", flush=True)
     return models
 
 
-def banner(cores: Sequence[CoreAttention], device: str) -> list[str]:
-    """What runs on such a device, a line for each stretch of layers that agree."""
-    numbered = [(core.layer_number, core.describe(device)) for core in cores]
-    return [f"{_layers([number for number, _ in group])}: {text}" for text, group in _stretches(numbered)]
+def core_attentions(models: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The core attention of every layer on this rank, those of multi-token prediction included, with its name."""
+    return [
+        (f"{name}.core_attention", module.core_attention)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, Attention)
+    ]
 
 
-def _attentions(model: nn.Module) -> Iterable[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            yield f"{name}.core_attention", module.core_attention
+def banner(cores: Sequence[tuple[str, nn.Module]], device: str) -> list[str]:
+    """What runs on such a device, a line for the layers that agree."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name, core in cores:
+        assert isinstance(core, CoreAttention)
+        # multi-token prediction counts its layers from 1 again
+        kind = "MTP layer" if "mtp." in name else "layer"
+        numbers.setdefault((kind, core.describe(device)), []).append(core.layer_number)
+    return [f"{_layers(kind, group)}: {text}" for (kind, text), group in numbers.items()]
 
 
-def _stretches(numbered: list[tuple[int, str]]) -> list[tuple[str, list[tuple[int, str]]]]:
-    return [(text, list(group)) for text, group in groupby(numbered, key=lambda pair: pair[1])]
-
-
-def _layers(numbers: list[int]) -> str:
-    return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]}-{numbers[-1]}"
+def _layers(kind: str, numbers: Iterable[int]) -> str:
+    distinct = sorted(set(numbers))
+    # consecutive numbers differ from their index by the same amount
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(distinct), lambda pair: pair[1] - pair[0])]
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{kind}{'s' if len(distinct) > 1 else ''} {text}"

@@ -5,24 +5,25 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_cp.megatron import cpu, hooks
+from tests.megatron.pretraining import tiny, weights_from_names
 
-FLAGS = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --group-query-attention "
-    "--num-query-groups 2 --seq-length 32 --max-position-embeddings 32 --position-embedding-type rope --swiglu "
-    "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 "
-    "--hidden-dropout 0 --micro-batch-size 1 --global-batch-size 2 --train-iters 3 --lr 1e-2 --lr-decay-style constant "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 63 --split 1,0,0 --eval-iters 0 --eval-interval 100 "
-    "--log-interval 1 --seed 7 --no-create-attention-mask-in-dataloader --transformer-impl local --no-rope-fusion "
-    "--no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --use-cpu-initialization "
-    "--distributed-backend gloo --no-bias-swiglu-fusion --no-bias-dropout-fusion --num-workers 0 "
-    "--calculate-per-token-loss"
+# what an unmodified script must be told on a machine without GPU, Apex and TransformerEngine
+PLAIN = (
+    "--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion "
+    "--no-masked-softmax-fusion --use-cpu-initialization --distributed-backend gloo --no-bias-swiglu-fusion "
+    "--no-bias-dropout-fusion --num-workers 0"
 )
-SPEC = "--spec megatron_cp.megatron.spec gpt_layer_spec"
 
 
-def train(flags: str, inspect: Callable[[list[Any]], Any] | None = None, hooked: tuple[str, ...] = ()) -> Any:
-    """Train with FLAGS and `flags`; what `inspect` says of the built model chunks."""
-    sys.argv = ["pretrain_gpt.py", *FLAGS.split(), *flags.split()]
+def train(
+    flags: str,
+    inspect: Callable[[list[Any]], Any] | None = None,
+    name: str = "gpt_layer_spec",
+    hooked: tuple[str, ...] = (),
+) -> Any:
+    """Train the tiny model with `flags` through our spec called `name`; what `inspect` says of the built model."""
+    spec = f"--spec megatron_cp.megatron.spec {name}"
+    sys.argv = ["pretrain_gpt.py", *tiny(PLAIN, spec, flags)]
     with cpu.cpu_runtime(), hooks.apply(("dataset-helpers", *hooked)):
         return _train(inspect)
 
@@ -44,10 +45,10 @@ def _train(inspect: Callable[[list[Any]], Any] | None) -> Any:
     seen: list[Any] = []
 
     def look(models: list[Any]) -> list[Any]:
-        if inspect is not None:
-            seen.append(inspect(models))
+        seen.extend([inspect(models)] if inspect else [])
         return models
 
+    config.pre_wrap_hooks.append(weights_from_names)
     config.post_wrap_hooks.append(look)
     pretrain(pretrain_cfg_container_from_args(args, config), datasets, ModelType.encoder_or_decoder, forward_step)
     return seen[0] if seen else None
