@@ -98,13 +98,31 @@ def _with_our_schedule(old: Callable[..., Any]) -> Callable[..., Any]:
     return get_forward_backward_func
 
 
+def _with_first_step(old: Callable[..., Any]) -> Callable[..., Any]:
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        from megatron_cp.megatron.resume import state_dict as ours
+
+        return ours(old, *args, **kwargs)
+
+    return state_dict
+
+
 def _with_own_steps(old: Callable[..., Any]) -> Callable[..., Any]:
-    def load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
         from megatron_cp.megatron.resume import load_state_dict as ours
 
-        return ours(old, self, *args, **kwargs)
+        return ours(old, *args, **kwargs)
 
     return load_state_dict
+
+
+def _without_steps(old: Callable[..., Any]) -> Callable[..., Any]:
+    def _set_main_param_and_optimizer_states(*args: Any, **kwargs: Any) -> Any:
+        from megatron_cp.megatron.resume import set_states
+
+        return set_states(old, *args, **kwargs)
+
+    return _set_main_param_and_optimizer_states
 
 
 HOOKS = Registry(
@@ -154,12 +172,28 @@ HOOKS = Registry(
             "a schedule argument of pretrain()",
         ),
         Hook(
-            "optimizer-resume",
+            "optimizer-save",
+            ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",),
+            _with_first_step,
+            ("self",),
+            "torch's AdamW has no step count before its first step, and loading a checkpoint asks for one",
+            "a state_dict of DistributedOptimizer that takes a fresh optimizer of torch's",
+        ),
+        Hook(
+            "optimizer-load",
             ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",),
             _with_own_steps,
-            ("state_dict",),
-            "with torch's AdamW the distributed optimizer cannot resume, or resumes with one step count shared by all",
-            "a load_state_dict that keeps one step tensor per parameter and stores the count in the checkpoint",
+            ("self", "state_dict"),
+            "all parameters of torch's AdamW get one step tensor, which each advances, and training goes on wrongly",
+            "a load_state_dict of DistributedOptimizer that gives every parameter a step tensor of its own",
+        ),
+        Hook(
+            "optimizer-copy",
+            ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",),
+            _without_steps,
+            ("self", "model_param", "tensors"),
+            "a checkpoint has no step count per parameter, and fp32 parameters refuse to be written under autograd",
+            "a copy of DistributedOptimizer that leaves out `step`, without autograd",
         ),
     ],
 )

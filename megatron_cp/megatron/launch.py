@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from megatron_cp.megatron import cpu, hooks
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
-HYBRID_SPEC = ("megatron_cp.megatron.hybrid", "hybrid_stack_spec")
+HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 OUR_FLAGS = ("--cp-kernel", "--cp-placement")
 
@@ -81,7 +81,7 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
     if hooks.dataset_helpers_need_no_make():
         names.append("dataset-helpers")
     if values_of(argv, "--use-distributed-optimizer") is not None and hooks.resumes_with_torch_adam():
-        names.append("optimizer-resume")
+        names += ["optimizer-save", "optimizer-load", "optimizer-copy"]
     return Plan(layers, tuple(names))
 
 
