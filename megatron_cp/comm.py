@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,14 @@ from torch import Tensor
 Message = tuple[Tensor, int]
 
 
+@runtime_checkable
 class Handle(Protocol):
     """A transfer in flight: the buffers handed to `exchange` may not be touched before `wait` returns."""
 
     def wait(self) -> None: ...
 
 
+@runtime_checkable
 class Fabric(Protocol):
     """The ranks of one group, as seen by one of them."""
 

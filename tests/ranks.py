@@ -4,6 +4,7 @@ Importing torch and Megatron costs seconds; the fork server pays it once for the
 starts from a clean process, so that nothing of Megatron's global state leaks from one test into the next.
 """
 
+import io
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preload"])
@@ -33,13 +36,11 @@ def _rank_main(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
-    import torch
-
     torch.set_num_threads(1)
     try:
-        pipe.send(("ok", function(*args)))
+        _send(pipe, ("ok", function(*args)))
     except BaseException as error:
-        pipe.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        _send(pipe, ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     finally:
         pipe.close()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -47,6 +48,13 @@ def _rank_main(
                 torch.distributed.destroy_process_group()
             except Exception:
                 traceback.print_exc()
+
+
+def _send(pipe: Connection, answer: tuple[str, Any]) -> None:
+    """By value: sharing tensors' memory would need this process to outlive the reader."""
+    buffer = io.BytesIO()
+    torch.save(answer, buffer)
+    pipe.send_bytes(buffer.getbuffer())
 
 
 class RankError(AssertionError):
@@ -120,7 +128,7 @@ def _collect(pipes: list[Connection], timeout: float) -> dict[int, tuple[str, An
         for pipe in ready:
             rank, _ = waiting.pop(id(pipe))
             try:
-                answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                answers[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
             except EOFError:
                 answers[rank] = ("error", "the process died")
             if answers[rank][0] == "error":

@@ -1,0 +1,32 @@
+"""In bf16 a sharded run is as near to float64 as the unsharded kernel is, however many ranks there are."""
+
+import pytest
+import torch
+
+from megatron_cp.comm import in_process
+from megatron_cp.context import BACKENDS
+from megatron_cp.grid import Grid
+from megatron_cp.kernels import choose
+from tests.context.dense import Problem, dense, problem
+from tests.context.test_backends import sharded, whole
+from tests.tolerances import BF16_RATIO
+
+
+def frobenius(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_bf16_error_is_the_unsharded_kernels(backend, ranks):
+    exact = problem(1024, 4, 2, causal=True, dim=64, batch=1)
+    rounded = Problem(*(tensor.bfloat16() for tensor in exact[:4]), True)
+    expected = dense(rounded)
+    kernel, _ = choose("torch", device="cpu", dtype="bfloat16", head_dim=64)
+    out, lse = kernel.forward(rounded.q, rounded.k, rounded.v, scale=0.125, causal=True)
+    alone = (out, *kernel.backward(rounded.dout, *rounded[:3], out, lse, scale=0.125, causal=True))
+    grid = Grid(2, ranks // 2) if BACKENDS.get(backend).needs_grid else None
+    parts = in_process(ranks, lambda fabric: sharded(fabric, rounded, backend, grid, kernel="torch"))
+    for name, found, single, truth in zip(("out", "dq", "dk", "dv"), whole(parts), alone, expected, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert frobenius(found, truth) <= BF16_RATIO * frobenius(single, truth), name
