@@ -5,3 +5,9 @@ EXACT = 1e-12
 
 BF16_RATIO = 1.15
 """bf16 error of a sharded run over the unsharded kernel's own, both against float64."""
+
+LOSS_DIGITS = 6
+"""Significant digits in which losses of equal runs agree in fp32, whatever is sharded."""
+
+GRAD_NORM_DIGITS = 5
+"""The same for gradient norms."""
