@@ -12,8 +12,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_cp.megatron.norm import Norm
 from megatron_cp.megatron.layers import SpecProvider, copy_flags, local_layer_spec
+from megatron_cp.megatron.norm import Norm
 from megatron_cp.megatron.verify import verify_models
 
 SYMBOLS = {"*": "attention", "-": "MLP"}

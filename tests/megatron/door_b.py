@@ -1,5 +1,6 @@
 """Train as upstream's pretrain_gpt.py does with `--spec`: no hook of ours but the wheel's missing Makefile."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -52,3 +53,13 @@ def _train(inspect: Callable[[list[Any]], Any] | None) -> Any:
     config.post_wrap_hooks.append(look)
     pretrain(pretrain_cfg_container_from_args(args, config), datasets, ModelType.encoder_or_decoder, forward_step)
     return seen[0] if seen else None
+
+
+def losses(log: str) -> list[float]:
+    """The printed loss of each iteration, seven digits."""
+    return [float(text) for text in re.findall(r"lm loss: (\S+)", log)]
+
+
+def grad_norms(log: str) -> list[float]:
+    """The printed gradient norm of each iteration, four digits."""
+    return [float(text) for text in re.findall(r"grad norm: (\S+)", log)]
