@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_cp.recipe import ENTRY, Recipe, Section, Setting
+from megatron_cp.recipe import ENTRY, Recipe, Section, Setting, with_flag
+from megatron_cp.runlog import checkpoint_iteration
 
 RENDEZVOUS_FLAGS = ("--standalone", "--master-addr", "--master-port", "--rdzv-backend", "--rdzv-endpoint")
 
@@ -30,13 +31,33 @@ class Command(NamedTuple):
 
 def command(recipe: Recipe) -> Command:
     """torchrun with the recipe's processes, entry module or script, and literal flags."""
-    flags = _corpus_flag(recipe) | recipe.model_args
-    words = [*_torchrun(), *_words(_launch_flags(recipe.launch)), *_entry(recipe.launch), *_words(flags)]
-    return Command({name: setting.text for name, setting in recipe.env_vars.items()}, words)
+    launch = [*_torchrun(), *_words(_launch_flags(recipe.launch)), *_entry(recipe.launch)]
+    environment = {name: setting.text for name, setting in recipe.env_vars.items()}
+    return Command(environment, [*launch, *_words(recipe.model_args)])
 
 
-def _corpus_flag(recipe: Recipe) -> Section:
-    return {"--data-path": recipe.data["output"]} if recipe.builds_corpus else {}
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with what follows from the rest: --data-path from DATA, --load where --save holds a checkpoint."""
+    if recipe.builds_corpus:
+        recipe = with_flag(recipe, "--data-path", recipe.data["--output"])
+    if recipe.save and "--load" not in recipe.model_args and checkpoint_iteration(recipe.save) is not None:
+        recipe = with_flag(recipe, "--load", recipe.model_args["--save"])
+    return recipe
+
+
+def corpus_words(recipe: Recipe) -> list[str]:
+    """The words after `megatron-cp` that build the recipe's corpus; each of several values has its own flag."""
+    words = ["data", "build"]
+    for key, setting in recipe.data.items():
+        words += [word for value in setting.values for word in (key, value)] or [key]
+    return words
+
+
+def corpus_command(recipe: Recipe) -> str:
+    """A shell command that builds the corpus of DATA unless it is there."""
+    index = shlex.quote(f"{recipe.data['--output'].text}.idx")
+    build = shlex.join([sys.executable, "-m", "megatron_cp", *corpus_words(recipe)])
+    return f"[ -f {index} ] || {build}"
 
 
 def _torchrun() -> list[str]:

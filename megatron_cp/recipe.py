@@ -6,7 +6,7 @@ and four additions:
 - `extends:` one file or a list of files, relative to this file or to configs/; later ones win, this file wins over all;
 - `${NAME}` and `${NAME:-default}` from the environment, anywhere in a value;
 - `LAUNCH:` torchrun's own flags, and `entry`: a module to run, or an upstream script that is run through our launcher;
-- `DATA:` the corpus that is built before training when it is missing.
+- `DATA:` the flags of `megatron-cp data build` for the corpus that is built before training when it is missing.
 
 A value is one text, a list (several values), `true` (a bare flag) or `false` (takes an inherited flag back).
 """
@@ -25,10 +25,13 @@ from megatron_cp.registry import suggest
 
 SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA")
 # where true and false mean a flag, not a text
-FLAG_SECTIONS = ("MODEL_ARGS", "LAUNCH")
+FLAG_SECTIONS = ("MODEL_ARGS", "LAUNCH", "DATA")
 # read by Megatron's test harness; they say nothing about the training command
 HARNESS_SECTIONS = ("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST")
-DATA_KEYS = ("input", "output", "tokenizer", "workers")
+DATA_FLAGS = tuple(
+    f"--{name}"
+    for name in "input output tokenizer glob field eod-id dtype workers max-bytes limit skip-bad no-append-eod".split()
+)
 TORCHRUN_FLAGS = tuple(
     f"--{name}"
     for name in (
@@ -43,11 +46,15 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?P<fallback>:-(?P<default>(?:[^{}]|\{[^{}]*\}
 
 
 class Setting(NamedTuple):
-    """What a recipe says for one key: its values (none for a bare flag), or that it is taken back, and where."""
+    """What a recipe says for one key: its values (none for a bare flag), or that it is taken back, and where.
+
+    `problem` says why the values are not known; it counts only when nothing else lies over the setting.
+    """
 
     values: tuple[str, ...]
     place: str
     given: bool = True
+    problem: str = ""
 
     @property
     def text(self) -> str:
@@ -66,6 +73,11 @@ class Recipe:
     model_args: Section
     launch: Section
     data: Section
+
+    @property
+    def save(self) -> Path | None:
+        """Where checkpoints go; None where none are saved."""
+        return Path(self.model_args["--save"].text) if "--save" in self.model_args else None
 
     def flag(self, name: str, default: str) -> str:
         """The value of a Megatron flag, or `default` where the recipe leaves it out."""
@@ -125,6 +137,8 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = ())
         sections[section].pop(key, None)
         sections[section][key] = setting
     given = {name: {key: s for key, s in section.items() if s.given} for name, section in sections.items()}
+    for setting in (setting for section in given.values() for setting in section.values() if setting.problem):
+        raise ValueError(f"{setting.place}: {setting.problem}")
     _check_keys(given)
     return Recipe(file.stem, given["ENV_VARS"], given["MODEL_ARGS"], given["LAUNCH"], given["DATA"])
 
@@ -155,12 +169,12 @@ def _setting(texts: Sequence[str], place: str, plain: bool) -> Setting:
 def _merged(file: Path, variables: Mapping[str, str], open_files: tuple[Path, ...]) -> dict[str, Section]:
     if file.resolve() in open_files:
         chain = " -> ".join(path.name for path in (*open_files, file))
-        raise ValueError(f"{file}: extends itself: {chain}; remove one of these extends")
+        raise ValueError(f"{_shown(file)}: extends itself: {chain}; remove one of these extends")
     merged: dict[str, Section] = {section: {} for section in SECTIONS}
     own: dict[str, Section] = {}
     for name, node in _top_level(file):
         if name == "extends":
-            for parent in _entries(node, file, variables).values:
+            for parent in _parents(node, file, variables):
                 path = _parent(parent, file, node)
                 _lay_over(merged, _merged(path, variables, (*open_files, file.resolve())))
         elif name in SECTIONS:
@@ -170,6 +184,13 @@ def _merged(file: Path, variables: Mapping[str, str], open_files: tuple[Path, ..
             raise ValueError(f"{_place(file, node)}: unknown section {name!r}{suggest(name, SECTIONS)}; known: {known}")
     _lay_over(merged, own)
     return merged
+
+
+def _parents(node: Any, file: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
+    setting = _entries(node, file, variables)
+    if setting.problem:
+        raise ValueError(f"{setting.place}: {setting.problem}")
+    return setting.values
 
 
 def _parent(name: str, file: Path, node: Any) -> Path:
@@ -190,11 +211,11 @@ def _top_level(file: Path) -> Iterator[tuple[str, Any]]:
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = " ".join(str(error.problem or error.context).split())
-        raise ValueError(f"{file}{line}: not YAML: {problem}") from None
+        raise ValueError(f"{_shown(file)}{line}: not YAML: {problem}") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{_shown(file)}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, MappingNode):
-        raise ValueError(f"{file}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
+        raise ValueError(f"{_shown(file)}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     yield from _pairs(root, file)
 
 
@@ -203,9 +224,9 @@ def _pairs(node: Any, file: Path) -> Iterator[tuple[str, Any]]:
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, ScalarNode):
-            raise ValueError(f"{file}:{line}: a key is one word")
+            raise ValueError(f"{_shown(file)}:{line}: a key is one word")
         if key.value in seen:
-            raise ValueError(f"{file}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
+            raise ValueError(f"{_shown(file)}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
         seen[key.value] = line
         yield key.value, value
 
@@ -217,7 +238,7 @@ def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str])
         raise ValueError(f"{_place(file, node)}: {section} is a mapping of keys to values")
     for key, value in _pairs(node, file):
         setting = _entries(value, file, variables, flags=section in FLAG_SECTIONS)
-        if setting.values and not setting.text or value.value == []:
+        if (setting.values and not setting.text) or value.value == []:
             raise ValueError(
                 f"{setting.place}: {key} has no value; write true for a bare flag, false to take an inherited one back"
             )
@@ -232,12 +253,18 @@ def _entries(node: Any, file: Path, variables: Mapping[str, str], flags: bool = 
     try:
         texts = [expand(part.value, variables) for part in parts]
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        return Setting((), place, problem=str(error))
     return _setting(texts, place, plain=flags and isinstance(node, ScalarNode) and node.style is None)
 
 
 def _place(file: Path, node: Any) -> str:
-    return f"{file}:{node.start_mark.line + 1}"
+    return f"{_shown(file)}:{node.start_mark.line + 1}"
+
+
+def _shown(file: Path) -> str:
+    """The path as a user in this folder would write it."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
@@ -261,17 +288,17 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _check_keys(sections: Mapping[str, Section]) -> None:
-    for section, known in (("LAUNCH", (*TORCHRUN_FLAGS, "entry")), ("DATA", DATA_KEYS)):
+    for section, known in (("LAUNCH", (*TORCHRUN_FLAGS, "entry")), ("DATA", DATA_FLAGS)):
         for key, setting in sections[section].items():
             if key not in known:
                 hint = suggest(key, known)
                 raise ValueError(f"{setting.place}: unknown {section} key {key!r}{hint}; known: {', '.join(known)}")
-    for key in ("input", "output"):
+    for key in ("--input", "--output"):
         if sections["DATA"] and key not in sections["DATA"]:
             place = next(iter(sections["DATA"].values())).place
             raise ValueError(f"{place}: DATA needs {key}; add it, or take the section out")
 
 
-def with_flag(recipe: Recipe, name: str, values: Sequence[str], place: str) -> Recipe:
+def with_flag(recipe: Recipe, name: str, setting: Setting) -> Recipe:
     """The recipe with one Megatron flag added at the end."""
-    return replace(recipe, model_args={**recipe.model_args, name: Setting(tuple(values), place)})
+    return replace(recipe, model_args={**recipe.model_args, name: setting})

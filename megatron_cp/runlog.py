@@ -72,10 +72,11 @@ def read(log: Path) -> list[Iteration]:
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
             fields = json.loads(line)
-            latest[fields["iteration"]] = Iteration(fields.pop("iteration"), fields.pop("of"), fields)
+            step = Iteration(fields.pop("iteration"), fields.pop("of"), fields)
         except (ValueError, KeyError, TypeError):
             # a run that was killed while it wrote leaves half a line
             continue
+        latest[step.number] = step
     return [latest[number] for number in sorted(latest)]
 
 

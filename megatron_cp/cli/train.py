@@ -1,6 +1,8 @@
 """`megatron-cp train` and `megatron-cp render`: a recipe as a run, and as the command that runs it."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from megatron_cp import config, recipe, runlog
-from megatron_cp.command import Command, check_processes, command
-from megatron_cp.recipe import Recipe
+from megatron_cp.cli import data
+from megatron_cp.command import Command, check_processes, command, complete, corpus_command, corpus_words
+from megatron_cp.recipe import Recipe, Setting
 
 # what follows RECIPE belongs to Megatron, also what looks like an option of ours
 FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
@@ -25,53 +28,60 @@ Flags = Annotated[list[str] | None, typer.Argument(metavar="[--flag VALUE…]", 
 
 
 def render(name: RecipeName, flags: Flags = None) -> None:
-    """Print the exact command that a recipe stands for, ready to be pasted into a shell."""
-    print(command(_checked(name, flags or [])))
+    """Print the exact commands that a recipe stands for, ready to be pasted into a shell."""
+    run = _checked(name, flags or [])
+    if run.builds_corpus:
+        print(corpus_command(run))
+    print(command(complete(run)))
 
 
 def train(name: RecipeName, flags: Flags = None) -> None:
-    """Train a recipe on this machine: build its corpus if missing, resume if there is a checkpoint, sum up at the end."""
+    """Train a recipe on this machine: build its corpus if missing, resume from its checkpoint, sum up at the end."""
     run = _checked(name, flags or [])
-    check_processes(run)
-    if run.builds_corpus:
-        _ready_corpus(run)
-    run = _resumed(run)
-    folder = _run_folder(run)
+    _ready_corpus(run)
+    _say_where_it_starts(run)
+    folder = run.save or Path("runs") / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    status, steps, said = _stream(command(run), folder / runlog.LOG_NAME)
+    status, steps, said = _stream(command(complete(run)), folder / runlog.LOG_NAME)
     if status == 0:
         _sum_up(run, folder, steps, said)
     raise typer.Exit(status)
 
 
 def _checked(name: str, flags: Sequence[str]) -> Recipe:
-    found = recipe.load(name, config.environment(), flags)
-    from megatron_cp.megatron.flags import check
+    run = recipe.load(name, config.environment(), flags)
+    check_processes(run)
+    from megatron_cp.megatron.flags import check_run
 
-    check(found.model_args)
-    return found
+    check_run(run)
+    return run
 
 
 def _ready_corpus(run: Recipe) -> None:
-    raise NotImplementedError
+    """Build the corpus of DATA if neither of its files is there; refuse one that is not whole."""
+    if run.builds_corpus and not any(
+        Path(f"{run.data['--output'].text}{suffix}").exists() for suffix in (".bin", ".idx")
+    ):
+        words = corpus_words(run)
+        _say(f"builds the corpus: megatron-cp {shlex.join(words)}")
+        typer.main.get_command(data.app).main(words[1:], prog_name="megatron-cp data", standalone_mode=False)
+    from megatron_cp.data.index import check_prefix
+
+    for prefix in complete(run).model_args.get("--data-path", Setting((), "")).values:
+        # a blend is a list of weights and prefixes
+        if not re.fullmatch(r"[\d.]+", prefix):
+            found = check_prefix(prefix)
+            _say(f"corpus {prefix}: {found.documents:,} documents, {found.tokens:,} tokens")
 
 
-def _run_folder(run: Recipe) -> Path:
-    return Path(run.flag("--save", f"runs/{run.name}"))
-
-
-def _resumed(run: Recipe) -> Recipe:
-    """The run with --load where its --save folder holds a checkpoint already."""
-    if "--save" not in run.model_args or "--load" in run.model_args:
-        return run
-    save = run.flag("--save", "")
-    done, wanted = runlog.checkpoint_iteration(Path(save)), run.number("--train-iters", 0)
-    if done is None:
-        return run
-    _say(f"resumes from the checkpoint of iteration {done} in {save}; give another --save to start afresh")
+def _say_where_it_starts(run: Recipe) -> None:
+    done = runlog.checkpoint_iteration(run.save) if run.save else None
+    if done is None or run.flag("--load", str(run.save)) != str(run.save):
+        return
+    _say(f"resumes from the checkpoint of iteration {done} in {run.save}; give another --save to start afresh")
+    wanted = run.number("--train-iters", 0)
     if done >= wanted > 0:
         _say(f"all {wanted} iterations are done; raise --train-iters to go on training")
-    return recipe.with_flag(run, "--load", [save], "checkpoint in --save")
 
 
 def _stream(line: Command, log: Path) -> tuple[int, list[runlog.Iteration], dict[str, Any]]:
@@ -99,29 +109,29 @@ def _started(line: Command) -> Iterator[subprocess.Popen[bytes]]:
     # a session of its own: Ctrl-C reaches us alone and is passed on once, instead of a traceback from each rank
     process = subprocess.Popen(
         line.words,
-        env={"PYTHONUNBUFFERED": "1", **os.environ, **line.environment},
+        env={"PYTHONUNBUFFERED": "1", **config.environment(), **line.environment},
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield process
-    except BaseException:
-        _stop(process)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        assert process.stdout is not None
-        process.stdout.close()
+    with process, data.ending_on_signals():
+        try:
+            yield process
+        except KeyboardInterrupt:
+            _stop(process)
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except BaseException:
+            _stop(process)
+            raise
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(SECONDS_TO_STOP)
+        # reads on, so that nobody waits for room in the pipe
+        rest, _ = process.communicate(timeout=SECONDS_TO_STOP)
+        sys.stdout.buffer.write(rest)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _sum_up(run: Recipe, folder: Path, steps: Sequence[runlog.Iteration], said: dict[str, Any]) -> None:
@@ -160,9 +170,8 @@ def _losses(history: Sequence[runlog.Iteration]) -> str:
 
 
 def _checkpoint(run: Recipe) -> str:
-    save = run.flag("--save", "")
-    done = runlog.checkpoint_iteration(Path(save)) if save else None
-    return "none" if done is None else str(Path(save) / f"iter_{done:07d}")
+    done = runlog.checkpoint_iteration(run.save) if run.save else None
+    return "none" if done is None else f"{run.save}/iter_{done:07d}"
 
 
 def _bytes(count: int | None, unit: str) -> str:

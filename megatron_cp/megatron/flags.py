@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_cp.recipe import Setting
+from megatron_cp.recipe import Recipe, Setting
 from megatron_cp.registry import suggest
 
 # --flag and --no-flag take no value
@@ -31,6 +31,24 @@ def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None
     found = list(problems(settings, known or parser()))
     if found:
         raise ValueError("\n".join(found))
+
+
+def check_run(recipe: Recipe) -> None:
+    """What the ranks would refuse, said before one of them starts; raises ValueError with the rule and a way out.
+
+    The flags themselves are checked first. Runs without our attention are left to Megatron's own checks.
+    """
+    known = parser()
+    check(recipe.model_args, known)
+    words = [word for key, setting in recipe.model_args.items() for word in (key, *setting.values)]
+    from megatron_cp.megatron import arguments
+    from megatron_cp.megatron.launch import SPEC, wants_layers
+
+    args = known.parse_args(words)
+    if args.spec is None and wants_layers(words):
+        # what the launcher fills in before it asks the same
+        args.spec, args.create_attention_mask_in_dataloader = list(SPEC), False
+    arguments.check(args)
 
 
 def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) -> Iterator[str]:
