@@ -1,4 +1,18 @@
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Ship the recipes inside the package; an editable install finds them in the checkout."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("configs", Path(self.build_lib, "megatron_cp", "configs"), dirs_exist_ok=True)
+
 
 setup(
     name="megatron-cp",
@@ -24,5 +38,6 @@ setup(
         "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2", "tiktoken>=0.8"],
         "dev": ["pytest>=8.3", "ruff>=0.9", "mypy>=1.14", "beartype>=0.20", "types-psutil"],
     },
+    cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["megatron-cp = megatron_cp.cli:main"]},
 )
