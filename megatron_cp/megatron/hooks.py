@@ -69,15 +69,18 @@ def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         from megatron_cp.megatron.arguments import check
         from megatron_cp.megatron.launch import complete, has_our_layers
+        from megatron_cp.megatron.resume import check as check_checkpoint
 
         try:
             complete(args)
             # before Megatron's checks, for ours say more than a bare assertion
             if has_our_layers(args):
                 check(args)
-            return old(args, *rest, **kwargs)
+            result = old(args, *rest, **kwargs)
+            check_checkpoint(args)
         except (ValueError, AssertionError) as error:
             raise BadArguments(one_line(error)) from error
+        return result
 
     return validate_args
 

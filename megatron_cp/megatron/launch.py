@@ -6,12 +6,14 @@ With none of our features asked for, on a machine with a GPU and a Megatron-LM c
 import contextlib
 import importlib.util
 import os
+import re
 import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from megatron_cp import config
 from megatron_cp.megatron import cpu, hooks
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
@@ -103,28 +105,30 @@ def has_our_layers(args: Any) -> bool:
 
 def say(text: str) -> None:
     """Print our own line, once per run."""
-    if os.environ.get("RANK", "0") == "0":
+    if config.variable("RANK", "0") == "0":
         print(f"[megatron-cp] {text}", flush=True)
 
 
 def environment_from_slurm() -> None:
     """Set what torchrun would have set, where srun started this process; what is set already stays."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+    if config.variable("RANK") or not config.variable("SLURM_PROCID"):
         return
-    set_here = {name: os.environ[source] for name, source in FROM_SLURM.items() if source in os.environ}
-    set_here |= {"MASTER_ADDR": _first_host(), "MASTER_PORT": _port()}
-    missing = {name: value for name, value in set_here.items() if name not in os.environ}
-    os.environ.update(missing)
-    say(f"from SLURM: {' '.join(f'{name}={value}' for name, value in sorted(missing.items()))}")
-
-
-def _first_host() -> str:
-    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-
-
-def _port() -> str:
+    values = {name: config.variable(source) for name, source in FROM_SLURM.items() if config.variable(source)}
+    nodes = config.variable("SLURM_STEP_NODELIST") or config.variable("SLURM_JOB_NODELIST")
+    values["MASTER_ADDR"] = first_host(nodes) if nodes else "127.0.0.1"
     # jobs that share a node get different ports
-    return str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
+    values["MASTER_PORT"] = str(20000 + int(config.variable("SLURM_JOB_ID", "0")) % 20000)
+    filled = config.set_missing(values)
+    say(f"from SLURM: {' '.join(f'{name}={value}' for name, value in sorted(filled.items()))}")
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list such as `gpu[03-04,7],login1`."""
+    prefix, _, rest = nodes.partition("[")
+    if not rest or "," in prefix:
+        return prefix.split(",")[0]
+    numbers, _, tail = rest.partition("]")
+    return prefix + re.split("[-,]", numbers)[0] + tail.split(",")[0]
 
 
 @contextlib.contextmanager
@@ -146,7 +150,7 @@ def _refusals_in_one_line() -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         if not is_refusal(error):
             raise
-        raise SystemExit(f"[megatron-cp] rank {os.environ.get('RANK', '0')}: {hooks.one_line(error)}") from error
+        raise SystemExit(f"[megatron-cp] rank {config.variable('RANK', '0')}: {hooks.one_line(error)}") from error
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -1,4 +1,5 @@
-"""Resume the distributed optimizer with torch's own AdamW, that is without Apex and transformer-engine.
+"""Resume from a checkpoint: what cannot be resumed is refused early, and torch's own AdamW works with the distributed
+optimizer.
 
 Torch's Adam counts steps per parameter, in a tensor of the parameter's state; the fused ones count per group. Megatron
 0.19 stores one count per group and has two gaps on the way back. A fresh optimizer has no state yet, so that there is
@@ -6,10 +7,86 @@ no count to read and loading stops at an assertion. And loading hands one and th
 each of them then advances, so that the bias correction of Adam is wrong from the first step on.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# what makes two models different; read from the arguments that every checkpoint carries
+MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "mtp_num_layers",
+    "normalization",
+    "position_embedding_type",
+    "swiglu",
+    "add_bias_linear",
+    "untie_embeddings_and_output_weights",
+)
+
+
+def check(args: Any) -> None:
+    """Refuse a checkpoint of another model, or whose optimizer state cannot come into this topology.
+
+    Reads the arguments that the checkpoint carries; one that is not there yet, or is not in Megatron's distributed
+    format, is left to Megatron. Raises ValueError with the rule, both values and a way out.
+    """
+    saved = _saved_arguments(args)
+    if saved is None:
+        return
+    for name in MODEL:
+        here, there = getattr(args, name, None), getattr(saved, name, None)
+        if here != there:
+            raise ValueError(
+                f"the checkpoint in {args.load} is of another model: its {name} is {there}, here it is {here}; "
+                f"change --{name.replace('_', '-')} or --load"
+            )
+    if not (args.no_load_optim or args.finetune or saved.no_save_optim):
+        _check_optimizer(args, saved)
+
+
+def _check_optimizer(args: Any, saved: Any) -> None:
+    if args.use_distributed_optimizer != saved.use_distributed_optimizer:
+        raise ValueError(
+            f"the checkpoint in {args.load} was saved {_with(saved)} --use-distributed-optimizer and this run is "
+            f"{_with(args)} it; make them the same or pass --no-load-optim"
+        )
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    moved = [f"{name} {getattr(saved, name)} -> {getattr(args, name)}" for name in sizes if _differs(args, saved, name)]
+    if moved and saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable:
+        raise ValueError(
+            f"the optimizer state in {args.load} cannot move between topologies ({', '.join(moved)}); "
+            f"save with --dist-ckpt-optim-fully-reshardable or pass --no-load-optim"
+        )
+
+
+def _differs(args: Any, saved: Any, name: str) -> bool:
+    return bool(getattr(args, name) != getattr(saved, name))
+
+
+def _with(args: Any) -> str:
+    return "with" if args.use_distributed_optimizer else "without"
+
+
+def _saved_arguments(args: Any) -> Any:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+    from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+    tracker = get_checkpoint_tracker_filename(args.load) if args.load else ""
+    if not os.path.isfile(tracker):
+        return None
+    with open(tracker) as file:
+        iteration = str(getattr(args, "ckpt_step", None) or file.read().strip())
+    folder = os.path.join(args.load, f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    if not os.path.isfile(os.path.join(folder, "metadata.json")):
+        return None
+    return load_common_state_dict(folder).get("args")
 
 
 def state_dict(old: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -37,8 +114,9 @@ def load_state_dict(old: Callable[..., Any], self: Any, state: dict[str, Any], *
             f"the checkpoint's parameter groups are at different steps, {sorted(steps)}; start with --no-load-optim"
         )
     result = old(self, state, *args, **kwargs)
+    (step,) = steps
     for parameter_state in self.optimizer.state.values():
-        parameter_state["step"] = torch.tensor(*steps, dtype=torch.float32)
+        parameter_state["step"] = torch.tensor(step, dtype=torch.float32)
     return result
 
 

@@ -5,7 +5,9 @@ rank, the same list of iterations with unrounded losses. Weights may be made equ
 parameter is then drawn from the hash of its name in the whole model, and a rank takes its part of it.
 """
 
+import contextlib
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,8 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_cp.megatron import launch
 from megatron_cp.megatron.launch import door
 from megatron_cp.megatron.rebind import replace, restore
+
+SCRIPT = os.path.join(os.path.dirname(__file__), "pretrain_script.py")
 
 # Ranks of every topology pad the vocabulary to the same size, so that losses can be equal.
 MODEL = """
@@ -45,14 +50,28 @@ def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[s
     from megatron_cp.megatron import pretrain
 
     sys.argv = ["pretrain_gpt", *flags]
+    with door(flags), losses_of_each_iteration() as log:
+        pretrain.run(prepare=_start_from_names if named_weights else None)
+        return from_the_rank_with_losses(log)
+
+
+def script_losses(flags: list[str]) -> list[dict[str, Any]]:
+    """The same through door A with an unmodified script of upstream's kind, from Megatron's own initial weights."""
+    sys.argv = ["launch", SCRIPT, *flags]
+    with losses_of_each_iteration() as log:
+        launch.main()
+        return from_the_rank_with_losses(log)
+
+
+@contextlib.contextmanager
+def losses_of_each_iteration() -> Iterator[list[dict[str, Any]]]:
+    """A list that fills with one entry per training step taken inside the context."""
     log: list[dict[str, Any]] = []
-    with door(flags):
-        recorded = replace("megatron.training.training:train_step", lambda old: _recording(old, log))
-        try:
-            pretrain.run(prepare=_start_from_names if named_weights else None)
-        finally:
-            restore(recorded)
-        return _from_the_rank_with_losses(log)
+    recorded = replace("megatron.training.training:train_step", lambda old: _recording(old, log))
+    try:
+        yield log
+    finally:
+        restore(recorded)
 
 
 def _recording(train_step: Any, log: list[dict[str, Any]]) -> Any:
@@ -74,7 +93,7 @@ def _recording(train_step: Any, log: list[dict[str, Any]]) -> Any:
     return recorded
 
 
-def _from_the_rank_with_losses(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def from_the_rank_with_losses(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     logs: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(logs, log)
     # the last pipeline stage knows the loss

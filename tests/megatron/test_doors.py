@@ -1,0 +1,185 @@
+"""Doors A and C train through the real pretrain, alike, and speak one line when something is refused."""
+
+import os
+import subprocess
+import sys
+from math import isfinite
+from pathlib import Path
+
+import pytest
+
+from megatron_cp.megatron import launch
+from tests.megatron.pretraining import SCRIPT, pretrain_losses, script_losses, tiny
+from tests.ranks import RankError, free_port, run_ranks
+
+CONTEXT_PARALLEL = "--cp-comm-type p2p --context-parallel-size"
+
+
+def assert_equal(run: list[dict], reference: list[dict]) -> None:
+    """The loss of every iteration to 6 significant digits, the grad norm to 5."""
+    assert [step["iteration"] for step in run] == [step["iteration"] for step in reference]
+    for ours, theirs in zip(run, reference, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[dict]:
+    return run_ranks(1, pretrain_losses, tiny("--cp-comm-type p2p"))[0]
+
+
+def test_training_goes_on_and_learns() -> None:
+    # mock data counts upwards: a few steps suffice to see it
+    run = run_ranks(1, pretrain_losses, tiny("--train-iters 40 --lr 1e-2 --no-rope-fusion"))[0]
+    assert all(isfinite(step["loss"]) and step["skipped"] == 0 for step in run)
+    assert run[-1]["loss"] < run[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, ""),
+        (2, ""),
+        (2, "--use-distributed-optimizer"),
+        (2, "--pipeline-model-parallel-size 2"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, f"{CONTEXT_PARALLEL} 2"),
+        (4, f"{CONTEXT_PARALLEL} 2 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
+        (1, "--cp-comm-type p2p --recompute-granularity selective --recompute-modules core_attn"),
+        (2, f"{CONTEXT_PARALLEL} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+        (2, f"{CONTEXT_PARALLEL} 2 --calculate-per-token-loss"),
+        (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    ],
+)
+def test_every_topology_trains_the_same_model(ranks: int, flags: str, reference: list[dict]) -> None:
+    runs = run_ranks(ranks, pretrain_losses, tiny(flags))
+    assert all(run == runs[0] for run in runs)
+    assert_equal(runs[0], reference)
+
+
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+
+
+@pytest.mark.parametrize(
+    ("plain", "ranks", "flags"),
+    [
+        (EXPERTS, 2, "--expert-model-parallel-size 2"),
+        (EXPERTS, 4, f"--expert-model-parallel-size 2 {CONTEXT_PARALLEL} 2 --use-distributed-optimizer"),
+        ("--mtp-num-layers 1", 2, "--pipeline-model-parallel-size 2"),
+        ("--mtp-num-layers 1", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (
+            "--num-layers 4",
+            2,
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        ),
+    ],
+)
+def test_experts_mtp_and_interleaving_train_the_same_model(plain: str, ranks: int, flags: str) -> None:
+    assert_equal(
+        run_ranks(ranks, pretrain_losses, tiny(plain, flags))[0],
+        run_ranks(1, pretrain_losses, tiny(plain, "--cp-comm-type p2p"))[0],
+    )
+
+
+def test_bf16_stays_near_fp32(reference: list[dict]) -> None:
+    run = run_ranks(2, pretrain_losses, tiny("--bf16 --use-distributed-optimizer", CONTEXT_PARALLEL, "2"))[0]
+    for ours, theirs in zip(run, reference, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
+        assert ours["loss"] != theirs["loss"]
+
+
+@pytest.mark.parametrize("flags", ["", f"{CONTEXT_PARALLEL} 2"])
+def test_an_unmodified_script_trains_as_our_own_does(flags: str) -> None:
+    script = run_ranks(2, script_losses, tiny(flags))[0]
+    assert len(script) == 4
+    assert script == run_ranks(2, pretrain_losses, tiny(flags), False)[0]
+
+
+def rope_factor(flags: list[str]) -> float:
+    from megatron_cp.megatron import pretrain
+
+    sys.argv = ["pretrain_gpt", *flags]
+    with launch.door(flags):
+        return pretrain.model_config(pretrain.parse_and_validate_args()).rope_scaling_factor
+
+
+def test_the_rope_factor_of_the_command_line_reaches_the_model() -> None:
+    assert run_ranks(1, rope_factor, tiny("--use-rope-scaling --rope-scaling-factor 32")) == [32]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--context-paralel-size 2", "did you mean '--context-parallel-size'?"),
+        ("--seq-length many", "invalid int value"),
+        (f"{CONTEXT_PARALLEL} 2 --seq-length 30", "--seq-length must be divisible by 2 * --context-parallel-size = 4"),
+        ("--cp-comm-type zigzak --context-parallel-size 2", "did you mean 'zigzag'?"),
+        ("--cp-kernel torhc", "did you mean 'torch'?"),
+        ("--hidden-size 33", "Megatron requires: "),
+        (f"{CONTEXT_PARALLEL} 4", "needs 4 processes, got 2"),
+        ("--window-size 8,0 --cp-comm-type p2p", "does not do a sliding window"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line_on_every_rank(flags: str, text: str) -> None:
+    with pytest.raises(RankError) as error:
+        run_ranks(2, pretrain_losses, tiny(flags))
+    for rank, message in error.value.errors.items():
+        line = message.splitlines()[0]
+        assert line.startswith(f"SystemExit: [megatron-cp] rank {rank}: ")
+        assert text in line
+    assert len(error.value.errors) == 2
+
+
+def environment(**values: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **values}
+
+
+def test_torchrun_starts_an_unmodified_script() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [*torchrun, str(free_port()), "-m", "megatron_cp.launch", SCRIPT, *tiny(f"{CONTEXT_PARALLEL} 2")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("lm loss:") == 4
+    # once per run, and with our flags in Megatron's own dump of arguments
+    assert done.stdout.count("[megatron-cp] this machine has no GPU") == 1
+    assert done.stdout.count("  cp_kernel ...") == 1
+
+
+def test_srun_starts_our_script() -> None:
+    command = [sys.executable, "-m", "megatron_cp.pretrain_gpt", *tiny("--train-iters 2")]
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": str(free_port())}
+    done = subprocess.run(command, env=environment(**slurm), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[megatron-cp] from SLURM: LOCAL_RANK=0 MASTER_ADDR=127.0.0.1" in done.stdout
+    assert done.stdout.count("lm loss:") == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--train-iters", "2"], ["no_such_script.py"]])
+def test_a_missing_script_is_said(arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["launch", *arguments])
+    with pytest.raises(SystemExit, match=r"usage: torchrun|no script 'no_such_script.py'"):
+        launch.main()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu7", "gpu7"), ("a1,b2", "a1"), ("gpu[03-04,7],login1", "gpu03"), ("n[1,3]-ib", "n1-ib"), ("a1,n[1,3]", "a1")],
+)
+def test_the_first_host_of_a_slurm_node_list(nodes: str, first: str) -> None:
+    assert launch.first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("argv", "values"),
+    [
+        ("--a 1 2 --b", ["1", "2"]),
+        ("--a=3 --b 1", ["3"]),
+        ("--b 1", None),
+        ("--b --a", []),
+        ("--a 1 --a 2", ["2"]),
+    ],
+)
+def test_values_of_a_flag(argv: str, values: list[str] | None) -> None:
+    assert launch.values_of(argv.split(), "--a") == values
