@@ -94,24 +94,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def check(args: Any) -> None:
-    """Cross-check the arguments of a run whose --spec is ours; other runs are none of our business.
+    """Cross-check the arguments of a run that uses our attention.
 
     Reads only what the command line says, so it may run before or after Megatron's `validate_args`; before it, a
     user reads these sentences instead of bare assertions. Raises ValueError with the rule, the value and a way out.
     """
-    if not has_our_layers(args):
-        return
     _check_names(args)
     _check_sizes(args)
     _check_groups(args)
     refuse_unsupported(args, "arguments")
     _check_call_inputs(args)
-
-
-def has_our_layers(args: Any) -> bool:
-    """Whether --spec names a spec of this package."""
-    spec = _read(args, "spec")
-    return bool(spec) and spec[0].startswith("megatron_cp.")
 
 
 def _check_names(args: Any) -> None:

@@ -148,5 +148,6 @@ class CoreAttention(MegatronModule):
         raise ValueError(f"layer {self.layer_number}: megatron-cp's attention does not do {what}; {way_out}")
 
 
-def _fabric(group: torch.distributed.ProcessGroup | None, size: int) -> Fabric:
+def _fabric(group: torch.distributed.ProcessGroup, size: int) -> Fabric:
+    # one rank needs no group, so that a model can be built without torch.distributed
     return SingleFabric() if size == 1 else GroupFabric(group)

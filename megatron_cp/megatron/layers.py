@@ -149,7 +149,7 @@ def with_our_attention[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spe
     layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
     for layer in layers:
         attention = getattr(layer.submodules.self_attention, "submodules", None)
-        if not hasattr(attention, "core_attention"):
+        if attention is None or not hasattr(attention, "core_attention"):
             raise ValueError(
                 f"the stock spec has a layer without core attention ({layer.submodules.self_attention}); "
                 f"megatron-cp serves self-attention layers only"
@@ -247,9 +247,14 @@ def _mtp_is_ours() -> bool:
 
 
 def _attach_verification(model: Any) -> None:
-    hooks = getattr(model, "post_wrap_hooks", None)
+    # Megatron-Bridge keeps its list to itself and has a method for it
+    hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
     # the spec is asked for once per virtual pipeline stage
-    if isinstance(hooks, list) and verify_models not in hooks:
+    if verify_models in hooks:
+        return
+    if hasattr(model, "register_post_wrap_hook"):
+        model.register_post_wrap_hook(verify_models)
+    elif isinstance(hooks, list):
         hooks.append(verify_models)
 
 

@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.attention import Attention
 from torch import nn
 
+from megatron_cp.megatron import cpu
 from megatron_cp.megatron.attention import CoreAttention
 
 
@@ -24,8 +25,8 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        device = next((parameter.device.type for model in models for parameter in model.parameters()), "cpu")
-        for line in banner(cores, device):
+        # a stack under construction may still lie elsewhere than it will run
+        for line in banner(cores, "cpu" if cpu.needed() or cpu.active() else "cuda"):
             print(f"[megatron-cp] {line}", flush=True)
     return models
 

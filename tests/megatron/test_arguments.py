@@ -8,7 +8,6 @@ import pytest
 from megatron_cp.megatron.arguments import add_arguments, check
 
 GOOD = {
-    "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
     "cp_comm_type": ["p2p"],
     "cp_kernel": "auto",
     "cp_placement": "head-first",
@@ -77,10 +76,6 @@ def test_what_cannot_be_done_is_refused_in_one_line(changes: dict[str, Any], wor
     with pytest.raises(ValueError, match=words) as caught:
         check(given(**changes))
     assert "\n" not in str(caught.value)
-
-
-def test_a_run_without_our_layers_is_not_judged() -> None:
-    check(given(spec=None, cp_comm_type=["nonsense"], attention_dropout=0.1))
 
 
 def test_flags_have_defaults_and_help() -> None:

@@ -42,6 +42,13 @@ def assert_ours(spec: Any, layer_count: int) -> None:
         assert layer.submodules.self_attention.submodules.core_attention is CoreAttention
 
 
+class BridgeProvider(TransformerConfig):
+    """Megatron-Bridge's providers are configs themselves and take hooks through a method."""
+
+    def register_post_wrap_hook(self, hook: Any) -> None:
+        self._post_wrap_hooks = [*getattr(self, "_post_wrap_hooks", []), hook]
+
+
 def _conventions() -> None:
     from megatron.training.models.gpt import GPTModelConfig
 
@@ -58,6 +65,10 @@ def _conventions() -> None:
         assert_ours(asked, 4)
     # asked twice, as for two virtual stages, and still verified once
     assert model.post_wrap_hooks == [verify_models]
+    provider = BridgeProvider(num_layers=4, hidden_size=32, num_attention_heads=4, transformer_impl="local")
+    for _ in range(2):
+        assert_ours(gpt_layer_spec(provider, vp_stage=None), 4)
+    assert provider._post_wrap_hooks == [verify_models]
 
 
 def test_every_calling_convention_gives_our_layers() -> None:
@@ -169,7 +180,7 @@ def assert_same_training(world_size: int, flags: str, whole: str, name: str = "g
     return log
 
 
-# plain gradient descent: a wrong scale of a gradient shows, and rounding of gradients near zero is not blown up to a step
+# plain gradient descent: a wrong scale of a gradient shows, and rounding of one near zero is not blown up to a step
 SGD = "--optimizer sgd --lr 0.3"
 DENSE = f"--qk-layernorm {SGD}"
 EXPERTS = f"{SGD} --num-experts 4 --moe-layer-freq [0,1] --moe-router-topk 2"
