@@ -11,3 +11,6 @@ LOSS_DIGITS = 6
 
 GRAD_NORM_DIGITS = 5
 """The same for gradient norms."""
+
+BF16_LOSS = 2e-3
+"""Relative difference of bf16 losses over the first iterations: half a unit in the last of bf16's 8 bits."""

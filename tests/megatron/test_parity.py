@@ -5,7 +5,7 @@ import pytest
 from megatron_cp.context import BACKENDS
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks
-from tests.tolerances import GRAD_NORM_DIGITS, LOSS_DIGITS
+from tests.tolerances import BF16_LOSS, GRAD_NORM_DIGITS, LOSS_DIGITS
 
 GRID = {2: "2 1", 4: "2 2"}
 
@@ -48,3 +48,84 @@ def test_losses_fall(alone):
 @pytest.mark.parametrize("backend", BACKENDS.names)
 def test_context_parallel_equals_one_rank(alone, backend, size):
     assert_equal_runs(losses(size, context(backend, size)), alone())
+
+
+COMBINED = {
+    "tensor and sequence parallel": (4, "--tensor-model-parallel-size 2 --sequence-parallel", ""),
+    "pipeline": (4, "--pipeline-model-parallel-size 2", ""),
+    "distributed optimizer": (4, "--use-distributed-optimizer", ""),
+    "distributed optimizer, overlapped": (
+        4,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        "",
+    ),
+    "experts": (2, "", "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall"),
+    "expert parallel": (
+        4,
+        "--expert-model-parallel-size 2",
+        "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall",
+    ),
+    "per-token loss": (2, "", "--calculate-per-token-loss"),
+    "selective recompute": (2, "--recompute-granularity selective --recompute-modules core_attn", ""),
+    "full recompute": (2, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", ""),
+    # Adam's first step is the sign of a gradient, and some gradients of these norms are 0 but for rounding
+    "q and k layernorm": (2, "", "--qk-layernorm --adam-eps 1e-5"),
+    "layernorm": (2, "", "--normalization LayerNorm"),
+}
+
+
+@pytest.mark.parametrize("case", list(COMBINED))
+def test_combined_with_other_parallelism_equals_one_rank(alone, case):
+    world_size, parallel, model = COMBINED[case]
+    assert_equal_runs(losses(world_size, context("zigzag", 2), parallel, model), alone(model))
+
+
+def losses_with_global_token_count(flags):
+    """Divide the MTP loss by the mean token count over the ranks, where upstream takes each rank's own."""
+    import torch
+
+    from megatron_cp.megatron.rebind import replace, restore
+
+    def rolled(old):
+        def roll_tensor(*args, **kwargs):
+            tensor, count = old(*args, **kwargs)
+            if kwargs.get("cp_group") is not None:
+                torch.distributed.all_reduce(count := count.float().clone(), group=kwargs["cp_group"])
+                count /= kwargs["cp_group"].size()
+            return tensor, count
+
+        return roll_tensor
+
+    done = replace("megatron.core.transformer.multi_token_prediction:roll_tensor", rolled)
+    try:
+        return pretrain_losses(flags)
+    finally:
+        restore(done)
+
+
+def test_multi_token_prediction_equals_one_rank(alone):
+    flags = tiny(context("zigzag", 2), "--mtp-num-layers 1")
+    assert_equal_runs(run_ranks(2, losses_with_global_token_count, flags)[0], alone("--mtp-num-layers 1"))
+
+
+def test_multi_token_prediction_differs_by_upstreams_token_count_only(alone):
+    found, expected = losses(2, context("zigzag", 2), "--mtp-num-layers 1"), alone("--mtp-num-layers 1")
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=10**-LOSS_DIGITS)
+    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_bf16_trains_as_one_rank_does(alone, backend):
+    found, expected = losses(2, context(backend, 2), "--bf16"), alone("--bf16")
+    for step, other in zip(found, expected, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=BF16_LOSS)
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_layers_may_use_different_backends(alone):
+    types = "--context-parallel-size 4 --cp-comm-type zigzag ulysses"
+    assert_equal_runs(losses(4, types), alone())
+
+
+def test_context_first_placement_equals_one_rank(alone):
+    assert_equal_runs(losses(4, context("usp", 4), "--cp-placement context-first"), alone())
