@@ -7,12 +7,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.context import BACKENDS
 
 if TYPE_CHECKING:
     from megatron_cp.bench.context import Report, Shape
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
+app.command()(kernels)
 
 QUIET = 0.97
 """Share of its core that a computing rank gets on a quiet machine; below it there is no verdict."""

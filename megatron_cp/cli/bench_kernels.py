@@ -1,0 +1,71 @@
+"""`megatron-cp bench kernels`: attention on one device."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cp.registry import suggest
+
+if TYPE_CHECKING:
+    from megatron_cp.bench.kernels import Report, Row
+
+
+def kernels(
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Kernel; may be repeated. All that can run when not given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seq: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of the sequence; may be repeated.")] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="KV heads; as many as query heads when not given.")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Dim of one head.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = True,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls, of which the fastest counts.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of a table.")] = False,
+) -> None:
+    """Time each kernel's forward and backward pass, after holding it against the reference."""
+    from megatron_cp.bench.context import DTYPES, Shape
+    from megatron_cp.bench.kernels import bench
+
+    _known("dtype", dtype, list(DTYPES))
+    _known("device", device, ["cpu", "cuda"])
+    if heads % (kv_heads or heads):
+        raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
+    lengths = seq or ([8192, 16384, 32768, 65536, 131072] if device == "cuda" else [1024, 2048, 4096])
+    shapes = [Shape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in lengths]
+    report = bench(kernel or [], shapes, device, rounds)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), indent=2))
+        return
+    mask = "causal, counted as half" if causal else "full"
+    _show(report, f"b={batch} h={heads} g={kv_heads or heads} d={head_dim} {dtype}, {mask}; {report.device}")
+
+
+def _known(what: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}{suggest(value, known)}; known: {', '.join(known)}")
+
+
+def _show(report: "Report", title: str) -> None:
+    console, table = Console(), Table(title=title)
+    for column in ("kernel", "S", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for row in report.rows:
+        table.add_row(row.kernel, str(row.seq), *_cells(row))
+    console.print(table)
+    for line in (report.auto, *report.choices):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(row: "Row") -> list[str]:
+    if row.skipped:
+        return [f"skipped: {row.skipped}"]
+    numbers = (row.forward_ms, row.forward_tflops, row.backward_ms, row.backward_tflops)
+    return [*(f"{number:,.3f}" for number in numbers if number is not None), f"{row.error:.1e}"]

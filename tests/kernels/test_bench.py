@@ -1,0 +1,90 @@
+"""The kernel benchmark times only what is right, and counts operations as the field does."""
+
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from megatron_cp.bench import kernels as bench_kernels
+from megatron_cp.bench.context import Shape
+from megatron_cp.bench.kernels import bench, check, flops
+from megatron_cp.cli.bench_kernels import kernels
+from megatron_cp.kernels.reference import ReferenceKernel
+
+
+@pytest.fixture
+def command():
+    app = typer.Typer()
+    app.command()(kernels)
+    return lambda *words: CliRunner().invoke(app, words)
+
+
+class NoScale(ReferenceKernel):
+    """A kernel whose gradient of q lacks the scale of the scores."""
+
+    def backward(self, *args, scale, causal):
+        dq, dk, dv = super().backward(*args, scale=scale, causal=causal)
+        return dq / scale, dk, dv
+
+
+class NotANumber(ReferenceKernel):
+    def forward(self, *args, scale, causal):
+        out, lse = super().forward(*args, scale=scale, causal=causal)
+        return out * torch.nan, lse
+
+
+@pytest.mark.parametrize(("kernel", "what"), [(NoScale(), "dq"), (NotANumber(), "out")])
+def test_a_wrong_kernel_gets_no_figures(kernel, what):
+    with pytest.raises(RuntimeError, match=f"is wrong on cpu: {what} deviates .* no figures for a wrong kernel"):
+        check(kernel, Shape(64, 4, 2, 16), "cpu")
+
+
+def test_a_causal_mask_counts_as_half_and_backward_as_two_and_a_half():
+    assert flops(Shape(1024, 32, 8, 128, 2, causal=False)) == 4 * 2 * 32 * 128 * 1024**2
+    assert flops(Shape(1024, 32, 8, 128, 2)) * 2 == flops(Shape(1024, 32, 8, 128, 2, causal=False))
+    (row,) = bench(["torch"], [Shape(128, 4, 2, 16)], "cpu", 1).rows
+    forward, backward = (
+        tflops * ms for tflops, ms in ((row.forward_tflops, row.forward_ms), (row.backward_tflops, row.backward_ms))
+    )
+    assert backward / forward == pytest.approx(2.5)
+    assert forward == pytest.approx(flops(Shape(128, 4, 2, 16)) / 1e9)
+
+
+def test_the_reference_is_not_timed_where_its_scores_do_not_fit(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "SCORE_BYTES", 4 * 64 * 64 * 4)
+    rows = bench(["reference"], [Shape(64, 4, 2, 16), Shape(65, 4, 2, 16)], "cpu", 1).rows
+    assert [row.skipped is None for row in rows] == [True, False]
+    assert rows[1].forward_ms is None
+
+
+def test_json_and_table_name_every_kernel_that_can_run(command):
+    words = ("--seq", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--rounds", "1")
+    report = json.loads(command(*words, "--json").stdout)
+    assert [row["kernel"] for row in report["rows"]] == ["torch", "reference"]
+    assert all(row["error"] <= 2e-6 for row in report["rows"])
+    table = command(*words).stdout
+    assert "reference" in table
+    assert "auto chose 'torch'" in table
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kernel", "troch"), "unknown kernel 'troch'; did you mean 'torch'"),
+        (("--kernel", "flash"), "kernel 'flash' needs a CUDA device"),
+        (("--dtype", "bfloat"), "unknown dtype 'bfloat'; did you mean 'bfloat16'"),
+        (("--device", "tpu"), "unknown device 'tpu'"),
+        (("--heads", "6", "--kv-heads", "4"), "query heads must be a multiple of KV heads, got 6 and 4"),
+    ],
+)
+def test_bad_words_are_one_line(command, words, message):
+    error = command(*words).exception
+    assert isinstance(error, ValueError)
+    assert message in str(error)
+
+
+def test_a_missing_gpu_is_said(command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device is visible; use --device cpu" in str(command("--device", "cuda").exception)
