@@ -137,8 +137,9 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = ())
         sections[section].pop(key, None)
         sections[section][key] = setting
     given = {name: {key: s for key, s in section.items() if s.given} for name, section in sections.items()}
-    for setting in (setting for section in given.values() for setting in section.values() if setting.problem):
-        raise ValueError(f"{setting.place}: {setting.problem}")
+    for key, setting in (item for section in given.values() for item in section.items()):
+        if setting.problem:
+            raise ValueError(f"{setting.place}: {key}: {setting.problem}")
     _check_keys(given)
     return Recipe(file.stem, given["ENV_VARS"], given["MODEL_ARGS"], given["LAUNCH"], given["DATA"])
 
@@ -237,12 +238,7 @@ def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str])
     if not isinstance(node, MappingNode):
         raise ValueError(f"{_place(file, node)}: {section} is a mapping of keys to values")
     for key, value in _pairs(node, file):
-        setting = _entries(value, file, variables, flags=section in FLAG_SECTIONS)
-        if (setting.values and not setting.text) or value.value == []:
-            raise ValueError(
-                f"{setting.place}: {key} has no value; write true for a bare flag, false to take an inherited one back"
-            )
-        yield key, setting
+        yield key, _entries(value, file, variables, flags=section in FLAG_SECTIONS)
 
 
 def _entries(node: Any, file: Path, variables: Mapping[str, str], flags: bool = False) -> Setting:
@@ -254,6 +250,8 @@ def _entries(node: Any, file: Path, variables: Mapping[str, str], flags: bool = 
         texts = [expand(part.value, variables) for part in parts]
     except ValueError as error:
         return Setting((), place, problem=str(error))
+    if flags and not any(texts):
+        return Setting((), place, problem="no value; write true for a bare flag, false to take an inherited one back")
     return _setting(texts, place, plain=flags and isinstance(node, ScalarNode) and node.style is None)
 
 

@@ -1,4 +1,4 @@
-"""The layers hold: pure Python below torch below Megatron, and one file each for the environment and for collectives."""
+"""The layers hold: pure Python below torch below Megatron, one file for the environment, one for collectives."""
 
 import ast
 import importlib.util

@@ -33,12 +33,12 @@ def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None
         raise ValueError("\n".join(found))
 
 
-def check_run(recipe: Recipe) -> None:
+def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> None:
     """What the ranks would refuse, said before one of them starts; raises ValueError with the rule and a way out.
 
     The flags themselves are checked first. Runs without our attention are left to Megatron's own checks.
     """
-    known = parser()
+    known = known or parser()
     check(recipe.model_args, known)
     words = [word for key, setting in recipe.model_args.items() for word in (key, *setting.values)]
     from megatron_cp.megatron import arguments
@@ -78,18 +78,18 @@ def _problem(action: argparse.Action, values: tuple[str, ...]) -> str:
 
 def _wrong(action: argparse.Action, text: str) -> str:
     convert: Any = action.type or str
+    # a choice is a text, a number, or a member of an enumeration that is looked up by name
+    names = [str(getattr(choice, "name", choice)) for choice in action.choices or ()]
+    one_of = f"takes one of {', '.join(names)}, got {text!r}{suggest(text, names)}"
     try:
         value = convert(text)
-    except (TypeError, ValueError, argparse.ArgumentTypeError, AssertionError) as error:
-        # int and float say their own name; Megatron's own types say more in their error
-        name = getattr(convert, "__name__", "other value")
-        return (
-            f"takes {_article(name)}, got {text!r}" if isinstance(convert, type) else f"cannot take {text!r}: {error}"
-        )
-    if action.choices is not None and value not in action.choices:
-        names = [str(choice) for choice in action.choices]
-        return f"takes one of {', '.join(names)}, got {text!r}{suggest(text, names)}"
-    return ""
+    except (TypeError, ValueError, LookupError, argparse.ArgumentTypeError, AssertionError) as error:
+        if names:
+            return one_of
+        # int and float say their own name; of Megatron's own types only the error says something
+        named = isinstance(convert, type)
+        return f"takes {_article(convert.__name__)}, got {text!r}" if named else f"cannot take {text!r}: {error}"
+    return one_of if action.choices is not None and value not in action.choices else ""
 
 
 def _article(name: str) -> str:
