@@ -219,5 +219,11 @@ def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
     return [future.result() for future in futures]
 
 
+def largest(fabric: Fabric, device: torch.device, *values: float) -> list[float]:
+    """The largest of each value over all ranks; all ranks have arrived when it returns."""
+    gathered = fabric.all_gather(torch.tensor([0.0, *values], dtype=torch.float64, device=device))
+    return gathered.max(dim=0).values.tolist()[1:]
+
+
 def _bytes(messages: Sequence[Message]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor, _ in messages)

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_cp.bench.live import LiveBytes
-from megatron_cp.comm import Fabric, connected
+from megatron_cp.comm import Fabric, connected, largest
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import Plan, attend, plan
 from megatron_cp.context.layouts import layout
@@ -235,12 +235,6 @@ class Contender(Timed):
         for leaf in self._leaves:
             leaf.grad = None
         out.backward(self._dout)
-
-
-def largest(fabric: Fabric, device: torch.device, *values: float) -> list[float]:
-    """The largest of each value over all ranks; all ranks have arrived when it returns."""
-    gathered = fabric.all_gather(torch.tensor([0.0, *values], dtype=torch.float64, device=device))
-    return gathered.max(dim=0).values.tolist()[1:]
 
 
 def _plan(contest: Contest, name: str) -> Plan:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
 from megatron_cp.context.attend import Plan, attend, plan
-from megatron_cp.kernels import AUTO, choose
+from megatron_cp.kernels import AUTO, Kernel, choose
 from megatron_cp.megatron.arguments import HEAD_FIRST, refuse_unsupported
 
 CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
@@ -88,18 +88,21 @@ class CoreAttention(MegatronModule):
 
     def describe(self, device: str) -> str:
         """What runs on such a device: algorithm, kernel with its reason, sizes."""
-        dtype = str(self.config.params_dtype).removeprefix("torch.")
-        kernel, reason = choose(
-            self.plan.kernel,
-            device=device,
-            dtype=dtype,
-            head_dim=self.config.kv_channels,
-            deterministic=self.plan.deterministic,
-        )
+        kernel, reason = self.kernel(device)
         axes = f" = {self.plan.axes.inner.size} inner * {self.plan.axes.outer.size} outer" if self.plan.axes else ""
         stages = self.config.pipeline_model_parallel_size
         stage = f", on this one of {stages} pipeline stages" if stages > 1 else ""
         return f"{self.plan.backend.name}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}"
+
+    def kernel(self, device: str) -> tuple[Kernel, str]:
+        """The kernel that computes on such a device, and why."""
+        return choose(
+            self.plan.kernel,
+            device=device,
+            dtype=str(self.config.params_dtype).removeprefix("torch."),
+            head_dim=self.config.kv_channels,
+            deterministic=self.plan.deterministic,
+        )
 
     def _plan(self, causal: bool) -> Plan:
         inner, outer = self._hierarchy()

@@ -23,7 +23,8 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
 
-from megatron_cp.megatron.launch import door
+from megatron_cp.megatron import summary
+from megatron_cp.megatron.launch import door, say
 
 # what a batch of whole sequences, not packed, does not have
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
@@ -167,6 +168,8 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
     config = model_config(args)
     if prepare is not None:
         prepare(config)
+    models: list[torch.nn.Module] = []
+    config.post_wrap_hooks.append(lambda built: models.extend(built) or built)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         datasets,
@@ -174,6 +177,11 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
         forward_step,
         **options,
     )
+    # a run that was complete already takes no step
+    last = getattr(args, "curr_iteration", args.iteration - 1)
+    text = summary.line(models, last + 1 - args.iteration)
+    if text:
+        say(text)
 
 
 def main() -> None:
