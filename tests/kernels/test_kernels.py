@@ -158,3 +158,15 @@ def test_backward_wants_out_in_the_dtype_of_q():
 @pytest.mark.parametrize(("version", "native"), [("2.8.1", False), ("2.9.0+cpu", True), ("2.15.0a0+git", True)])
 def test_grouped_heads_are_expanded_where_the_op_does_not_know_them(version, native):
     assert (cpu_flash(version) is CPU_FLASH) == native
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_dout_may_be_the_expanded_one_of_a_sum(name):
+    task = problem(9, 4, 2, causal=True)
+    kernel, how = kernel_named(name), {"scale": 0.3, "causal": True}
+    out, lse = kernel.forward(task.q, task.k, task.v, **how)
+    expanded_one = torch.ones((), dtype=torch.float64).expand(out.shape)
+    found = kernel.backward(expanded_one, task.q, task.k, task.v, out, lse, **how)
+    expected = kernel.backward(torch.ones_like(out), task.q, task.k, task.v, out, lse, **how)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) <= 1e-15
