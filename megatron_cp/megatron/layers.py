@@ -1,6 +1,7 @@
 """Layer specs with context-parallel attention, for every way in which Megatron and its relatives ask for one."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -64,7 +65,8 @@ def gpt_layer_spec(
     """
     transformer = _transformer_config(model, config)
     _apply_flags(model, transformer)
-    _refuse(model, transformer)
+    refuse_implementation(transformer)
+    _refuse_stock_mtp(model, transformer)
     _attach_verification(model)
     if transformer.transformer_impl == "transformer_engine":
         return with_our_attention(_stock_spec(model, transformer, vp_stage))
@@ -145,17 +147,22 @@ def local_block_spec(
 
 
 def with_our_attention[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec) -> Spec:
-    """The same fresh spec, its core attentions replaced by ours in place."""
-    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
-    for layer in layers:
-        attention = getattr(layer.submodules.self_attention, "submodules", None)
-        if attention is None or not hasattr(attention, "core_attention"):
-            raise ValueError(
-                f"the stock spec has a layer without core attention ({layer.submodules.self_attention}); "
-                f"megatron-cp serves self-attention layers only"
-            )
-        attention.core_attention = CoreAttention
-    return spec
+    """The same layer, or block of layers, with our core attention; the given spec stays as it is."""
+    if isinstance(spec, TransformerBlockSubmodules):
+        return replace(spec, layer_specs=[_layer_with_our_attention(layer) for layer in spec.layer_specs or ()])
+    return _layer_with_our_attention(spec)
+
+
+def _layer_with_our_attention(layer: ModuleSpec) -> ModuleSpec:
+    parts: Any = layer.submodules
+    attention = getattr(parts.self_attention, "submodules", None)
+    if attention is None or not hasattr(attention, "core_attention"):
+        raise ValueError(
+            f"the stock spec has a layer without core attention ({parts.self_attention}); "
+            f"megatron-cp serves self-attention layers only"
+        )
+    ours = replace(parts.self_attention, submodules=replace(attention, core_attention=CoreAttention))
+    return replace(layer, submodules=replace(parts, self_attention=ours))
 
 
 def _moe_layers(config: TransformerConfig) -> list[bool]:
@@ -208,7 +215,8 @@ def _apply_flags(model: Any, config: TransformerConfig) -> None:
         model.rope_scaling_factor = factor
 
 
-def _refuse(model: Any, config: TransformerConfig) -> None:
+def refuse_implementation(config: TransformerConfig) -> None:
+    """Raise ValueError or RuntimeError unless the config's transformer implementation can carry our attention here."""
     if config.transformer_impl == "transformer_engine":
         if not HAVE_TE:
             raise RuntimeError(
@@ -222,6 +230,9 @@ def _refuse(model: Any, config: TransformerConfig) -> None:
         )
     else:
         _refuse_on_local(config)
+
+
+def _refuse_stock_mtp(model: Any, config: TransformerConfig) -> None:
     if config.mtp_num_layers and hasattr(model, "transformer") and not _mtp_is_ours():
         raise ValueError(
             "multi-token prediction (--mtp-num-layers) is built outside --spec, with stock attention; "

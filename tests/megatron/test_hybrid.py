@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_cp.megatron import hybrid
 from megatron_cp.megatron.attention import CoreAttention
 from megatron_cp.megatron.norm import Norm
 from megatron_cp.megatron.spec import hybrid_stack_spec
@@ -45,6 +47,21 @@ def test_final_norm_and_attention_are_ours() -> None:
     run_ranks(1, train, f"{PATTERN} --train-iters 1", _parts, NAME)
 
 
+def test_with_transformer_engine_the_stock_stack_gets_our_attention() -> None:
+    edited = hybrid._stock_submodules()
+    attention = edited.attention_layer.submodules.self_attention.submodules
+    assert attention.core_attention is CoreAttention
+    stock = hybrid.stock_stack_spec.submodules.attention_layer.submodules.self_attention.submodules
+    assert stock.core_attention is TEDotProductAttention
+    attention.core_attention = stock.core_attention
+    assert edited.attention_layer == hybrid.stock_stack_spec.submodules.attention_layer
+
+
+def test_missing_transformer_engine_is_said() -> None:
+    with pytest.raises(RankError, match="RuntimeError: --transformer-impl transformer_engine needs"):
+        run_ranks(1, train, f"{PATTERN} --transformer-impl transformer_engine", None, NAME)
+
+
 def test_other_layers_are_refused_by_name() -> None:
-    with pytest.raises(RankError, match=r"ValueError: hybrid_stack_spec of megatron-cp builds the layers \* -.*got M"):
+    with pytest.raises(RankError, match=r"ValueError: without transformer-engine .* layers \* -, got M"):
         run_ranks(1, train, "--hybrid-layer-pattern M-*- --num-layers 4", None, NAME)
