@@ -1,0 +1,208 @@
+"""From the compute table of a rule to the table an executor runs: check, merge, add reductions, add transfers."""
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from megatron_cp.pipeline.action import (
+    BACKWARD,
+    COMPUTE,
+    FORWARD,
+    FULL,
+    INPUT,
+    RECV_B,
+    RECV_F,
+    REDUCE,
+    SEND_B,
+    SEND_F,
+    WEIGHT,
+    Action,
+)
+from megatron_cp.pipeline.schedule import BadSchedule, Schedule
+
+
+def check(schedule: Schedule) -> Schedule:
+    """The schedule itself, once its compute table is known to be complete, ordered and free of deadlock.
+
+    Every stage runs on its own rank; every microbatch of every stage has one F, and after it either one B or one I and
+    then one W; W's of a stage come in the order of its I's, and no B overtakes them. Raises BadSchedule.
+    """
+    for rank, actions in enumerate(schedule.table):
+        _check_rank(schedule, rank, actions)
+    deque(walk(schedule), maxlen=0)
+    return schedule
+
+
+def _check_rank(schedule: Schedule, rank: int, actions: Iterable[Action]) -> None:
+    forwarded: set[tuple[int, int | None]] = set()
+    returned: set[tuple[int, int | None]] = set()
+    pending: dict[int, deque[int | None]] = defaultdict(deque)
+    place = -1
+    for place, action in enumerate(actions):
+        fault = _fault(schedule, rank, action, forwarded, returned, pending)
+        if fault:
+            raise BadSchedule(schedule, f"rank {rank}, {action}: {fault}", [(rank, place)])
+    expected = {(stage, micro) for stage in schedule.placement.of_rank[rank] for micro in range(schedule.micros)}
+    missing = [Action(stage, FORWARD, micro) for stage, micro in sorted(expected - forwarded)]
+    missing += [Action(stage, INPUT, micro) for stage, micro in sorted(expected - returned)]
+    missing += [Action(stage, WEIGHT, micro) for stage, micros in pending.items() for micro in micros]
+    if missing:
+        raise BadSchedule(schedule, f"rank {rank} never runs {', '.join(map(str, missing[:4]))}", [(rank, place)])
+
+
+def _fault(
+    schedule: Schedule,
+    rank: int,
+    action: Action,
+    forwarded: set[tuple[int, int | None]],
+    returned: set[tuple[int, int | None]],
+    pending: dict[int, deque[int | None]],
+) -> str | None:
+    stage, kind, micro = action
+    key = (stage, micro)
+    if kind not in COMPUTE or micro is None or not 0 <= micro < schedule.micros:
+        return f"not a compute action of microbatches 0 to {schedule.micros - 1}"
+    if stage not in schedule.placement.of_rank[rank]:
+        return f"stage {stage} is not on this rank"
+    if kind == FORWARD:
+        fault = "runs twice" if key in forwarded else None
+        forwarded.add(key)
+        return fault
+    if kind == WEIGHT:
+        fault = None if pending[stage] and pending[stage][0] == micro else "is not the oldest I waiting for its W"
+        if not fault:
+            pending[stage].popleft()
+        return fault
+    if key not in forwarded:
+        return "runs before its F"
+    if key in returned:
+        return "runs twice"
+    returned.add(key)
+    if kind == INPUT:
+        pending[stage].append(micro)
+        return None
+    return f"overtakes the W of microbatch {pending[stage][0]}" if pending[stage] else None
+
+
+def walk(schedule: Schedule) -> Iterator[tuple[int, Action]]:
+    """All ranks at once: every round lets each rank run its next compute action if what it waits for is there.
+
+    Yields (rank, action) in an order in which they can run; raises BadSchedule naming every rank's waiting action.
+    """
+    places = [0] * len(schedule.table)
+    done: set[Action] = set()
+    while any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
+        ready = [
+            (rank, actions[place])
+            for rank, (place, actions) in enumerate(zip(places, schedule.table, strict=True))
+            if place < len(actions) and _runnable(schedule, actions[place], done)
+        ]
+        if not ready:
+            raise deadlock(schedule, places)
+        for rank, action in ready:
+            places[rank] += 1
+            done.add(Action(action.stage, INPUT, action.micro) if action.kind == FULL else action)
+        yield from ready
+
+
+def awaited(schedule: Schedule, action: Action) -> Action | None:
+    """What must have run before `action` besides its rank's earlier actions; a backward is named by its I."""
+    stage, kind, micro = action
+    if kind == FORWARD:
+        return Action(stage - 1, FORWARD, micro) if stage else None
+    if kind == WEIGHT:
+        return Action(stage, INPUT, micro)
+    last = len(schedule.placement.rank_of) - 1
+    return Action(stage, FORWARD, micro) if stage == last else Action(stage + 1, INPUT, micro)
+
+
+def _runnable(schedule: Schedule, action: Action, done: set[Action]) -> bool:
+    before = awaited(schedule, action)
+    return before is None or before in done
+
+
+def deadlock(schedule: Schedule, places: list[int]) -> BadSchedule:
+    """The error for ranks that all stand still at `places`."""
+    stuck = [(rank, place) for rank, place in enumerate(places) if place < len(schedule.table[rank])]
+    waits = [f"rank {rank} at {schedule.table[rank][place]}" for rank, place in stuck]
+    reasons = [
+        f"{wait} for {awaited(schedule, schedule.table[rank][place])}"
+        for wait, (rank, place) in zip(waits, stuck, strict=True)
+    ]
+    return BadSchedule(schedule, f"deadlock: {'; '.join(reasons)}", stuck)
+
+
+def merge(schedule: Schedule) -> Schedule:
+    """The same schedule with every I directly followed by its own W written as one B: no queue, less memory."""
+    return replace(schedule, table=tuple(tuple(_merged(actions)) for actions in schedule.table))
+
+
+def _merged(actions: Iterable[Action]) -> Iterator[Action]:
+    held: Action | None = None
+    for action in actions:
+        if held and action == held._replace(kind=WEIGHT):
+            yield held._replace(kind=FULL)
+            held = None
+            continue
+        if held:
+            yield held
+        held = action if action.kind == INPUT else None
+        if not held:
+            yield action
+    if held:
+        yield held
+
+
+def add_reductions(schedule: Schedule) -> Schedule:
+    """The same schedule with REDUCE of every stage right after the last action that adds to its weights' gradients."""
+    return replace(schedule, table=tuple(tuple(_reduced(actions)) for actions in schedule.table))
+
+
+def _reduced(actions: tuple[Action, ...]) -> Iterator[Action]:
+    last = {action.stage: place for place, action in enumerate(actions) if action.kind in (FULL, WEIGHT)}
+    for place, action in enumerate(actions):
+        yield action
+        if last.get(action.stage) == place:
+            yield Action(action.stage, REDUCE)
+
+
+def add_transfers(schedule: Schedule) -> Schedule:
+    """The same schedule with sends and receives, both written down at the moment the tensor exists.
+
+    Since send and receive enter their ranks' lists together while all ranks are walked at once, both sides of every
+    channel agree on the order, and even blocking transfers cannot deadlock. A hand-over on the same rank has none.
+    """
+    lists: list[list[Action]] = [[] for _ in schedule.table]
+    rest = [_behind(actions) for actions in schedule.table]
+    for rank, action in walk(replace(schedule, table=tuple(_computes(actions) for actions in schedule.table))):
+        lists[rank].append(action)
+        for receiver, send, receive in _transfer(schedule, rank, action):
+            lists[rank].append(send)
+            lists[receiver].append(receive)
+        lists[rank] += rest[rank].get(action, ())
+    return replace(schedule, table=tuple(map(tuple, lists)))
+
+
+def _computes(actions: Iterable[Action]) -> tuple[Action, ...]:
+    return tuple(action for action in actions if action.kind in COMPUTE)
+
+
+def _behind(actions: Iterable[Action]) -> dict[Action, list[Action]]:
+    """What is no compute action, under the compute action it follows."""
+    behind: dict[Action, list[Action]] = defaultdict(list)
+    before: Action | None = None
+    for action in actions:
+        if action.kind in COMPUTE:
+            before = action
+        elif before:
+            behind[before].append(action)
+    return behind
+
+
+def _transfer(schedule: Schedule, rank: int, action: Action) -> Iterator[tuple[int, Action, Action]]:
+    stage, kind, micro = action
+    rank_of = schedule.placement.rank_of
+    if kind == FORWARD and stage + 1 < len(rank_of) and rank_of[stage + 1] != rank:
+        yield rank_of[stage + 1], Action(stage, SEND_F, micro), Action(stage + 1, RECV_F, micro)
+    if kind in BACKWARD and stage > 0 and rank_of[stage - 1] != rank:
+        yield rank_of[stage - 1], Action(stage, SEND_B, micro), Action(stage - 1, RECV_B, micro)

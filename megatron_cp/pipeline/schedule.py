@@ -1,0 +1,73 @@
+"""A schedule: per rank the list of its actions, with a text form that can be read back."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_cp.pipeline.action import FORWARD, Action, parse_action
+from megatron_cp.pipeline.placement import PLACEMENTS, Placement
+
+Table = tuple[tuple[Action, ...], ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every rank does, in order.
+
+    micros: microbatches of one step
+    table:  one tuple of actions per rank
+    """
+
+    name: str
+    placement: Placement
+    micros: int
+    table: Table
+
+    def text(self) -> str:
+        """One line per rank, actions separated by blanks; `parse` reads it back."""
+        return "\n".join(" ".join(map(str, actions)) for actions in self.table)
+
+
+class BadSchedule(ValueError):
+    """A table that cannot run: the message is the reason, then the grid with the failing cells marked."""
+
+    def __init__(self, schedule: Schedule, reason: str, failing: Sequence[tuple[int, int]]) -> None:
+        self.schedule, self.reason, self.failing = schedule, reason, failing
+        super().__init__(f"{schedule.name}: {reason}\n{grid(schedule, failing)}")
+
+
+def parse(text: str, name: str = "table") -> Schedule:
+    """The schedule written as `text`, whose placement is read off its forwards.
+
+    Raises ValueError for what is no action and for stages that are missing, or shared by ranks.
+    """
+    table = tuple(tuple(map(parse_action, line.split())) for line in text.splitlines() if line.strip())
+    owners = {(action.stage, rank) for rank, actions in enumerate(table) for action in actions}
+    shared = [stage for stage, count in Counter(stage for stage, _ in owners).items() if count > 1]
+    rank_of = tuple(rank for _, rank in sorted(owners))
+    if shared or sorted(stage for stage, _ in owners) != list(range(len(rank_of))):
+        raise ValueError(f"every stage from 0 up belongs on exactly one rank; found (stage, rank) {sorted(owners)}")
+    micros = 1 + max((action.micro or 0 for actions in table for action in actions if action.kind == FORWARD), default=0)
+    return Schedule(name, _named(rank_of, len(table)), micros, table)
+
+
+def _named(rank_of: tuple[int, ...], p: int) -> Placement:
+    known = [make(p, len(rank_of) // p) for make in PLACEMENTS.values()]
+    return next((placement for placement in known if placement.rank_of == rank_of), Placement("custom", rank_of))
+
+
+def grid(schedule: Schedule, failing: Sequence[tuple[int, int]] = (), around: int = 8) -> str:
+    """The table as text, cells (rank, position) of `failing` between angle brackets, cut to what surrounds them."""
+    places = [place for _, place in failing]
+    first = max(0, min(places, default=0) - around)
+    last = max(places, default=2 * around) + around
+    marked = set(failing)
+    rows = []
+    for rank, actions in enumerate(schedule.table):
+        cells = [
+            f">{action}<" if (rank, place) in marked else f" {action} "
+            for place, action in enumerate(actions[first : last + 1], first)
+        ]
+        head, tail = "... " if first else "", " ..." if len(actions) > last + 1 else ""
+        rows.append(f"rank {rank:>2}: {head}{' '.join(f'{cell:<7}' for cell in cells).rstrip()}{tail}")
+    return "\n".join(rows)

@@ -1,0 +1,104 @@
+"""Pipelines with controllable memory (arXiv:2405.15362): V-Half, V-Min and 1F1B-V, two chunks on the V.
+
+One microbatch's passes take fixed slots on each rank (the building block); the block repeats every six slots, so the
+peak is the sum of its lifespans over six. Then the ramps, where slots are free, are pulled together without raising
+the peak ("reorder" and "squeeze"), and weight gradients fill the slots that stay free.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from megatron_cp.pipeline.action import FULL, INPUT, Action
+from megatron_cp.pipeline.placement import vee
+from megatron_cp.pipeline.schedules.slots import Board, Event, Pass, fill_weights, filled_peak, squeeze
+
+PERIOD = 6
+Block = Sequence[tuple[int, int, int, int]]
+
+
+def v_half(p: int, m: int, v: int = 2) -> list[list[Action]]:
+    """Half of 1F1B's memory: peak 2 floor((p + 2) / 2) chunks; idle about 3p chunk times for equal times."""
+    gap = 0 if p % 2 else 3
+    return _split(p, m, [(2 * r, 3 * p - r - 2, 3 * p + gap + 2 * r - 1, 6 * p + gap - r - 2) for r in range(p)])
+
+
+def v_min(p: int, m: int, v: int = 2) -> list[list[Action]]:
+    """A third of 1F1B's memory: peak 2 floor((p + 4) / 3) chunks; idle about 4p chunk times for equal times."""
+    gap = 0 if p % 3 else 2
+    return _split(p, m, [(r, 2 * p - r - 1, 2 * p + gap + r, 4 * p + gap - r - 1) for r in range(p)])
+
+
+def one_forward_one_backward_v(p: int, m: int, v: int = 2) -> list[list[Action]]:
+    """About two thirds of 1F1B's memory with whole backwards, which take two slots."""
+    board = Board(p, _repeat(_fused_block(p), m), backward=2)
+    peak = board.peak()
+    for event in board.events():
+        board.pull(event, lambda slot, event=event: board.fits(event, slot, peak))
+    return _actions(p, board.events(), FULL)
+
+
+def _fused_block(p: int) -> Block:
+    """Forwards down and up the V, then backwards, with a pause of three slots behind every third of them."""
+    backwards = []
+    now = 2 * p + (0 if p % 3 else 3)
+    for number in range(2 * p):
+        backwards.append(now)
+        now += 2 if (number - p - 1) % 3 else 5
+    return [(r, 2 * p - 1 - r, backwards[r], backwards[2 * p - 1 - r]) for r in range(p)]
+
+
+def _repeat(block: Block, m: int) -> list[Event]:
+    return [
+        Event(slot + PERIOD * micro, rank, order, micro)
+        for rank, slots in enumerate(block)
+        for order, slot in enumerate(slots)
+        for micro in range(m)
+    ]
+
+
+def _split(p: int, m: int, block: Block) -> list[list[Action]]:
+    """Pull both ramps together with the W's in place, then the last one again with the W's taken out."""
+    events = _repeat(block, m)
+    board = Board(p, [*events, *fill_weights(events)])
+    peak = board.peak()
+    for event in _ramps(board.events(), m, first=True):
+        board.pull(event, lambda slot, event=event: board.fits(event, slot, peak))
+
+    board = Board(p, _without_weights(squeeze(p, board.events())))
+    peak = max(filled_peak(board.line(rank)) for rank in range(p))
+    for event in _ramps(board.events(), m, first=False):
+        board.pull(event, lambda slot, event=event: filled_peak(board.line(event.rank, event, slot)) <= peak)
+
+    events = _without_weights(squeeze(p, [*board.events(), *fill_weights(board.events())]))
+    return _actions(p, sorted([*events, *fill_weights(events)]), INPUT)
+
+
+def _ramps(events: Iterable[Event], m: int, first: bool) -> Iterator[Event]:
+    """What comes before rank 0's first whole round trip (only with `first`) and after the last microbatch's entry."""
+    returned = entered = False
+    for event in events:
+        returned |= event.rank == 0 and event.order == Pass.BACKWARD_OF_FIRST
+        if entered if returned else first:
+            yield event
+        entered |= event.order == Pass.FORWARD_OF_FIRST and event.micro == m - 1
+
+
+def _without_weights(events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if event.order != Pass.WEIGHT]
+
+
+def _actions(p: int, events: Iterable[Event], backward: str) -> list[list[Action]]:
+    """The passes in their order; a W belongs to the oldest waiting backward, the second chunk's first."""
+    stages = vee(p).of_rank
+    actions: list[list[Action]] = [[] for _ in range(p)]
+    waiting: list[tuple[list[Action], list[Action]]] = [([], []) for _ in range(p)]
+    for event in events:
+        first, second = waiting[event.rank]
+        if event.order == Pass.WEIGHT:
+            actions[event.rank].append((second or first).pop(0)._replace(kind="W"))
+            continue
+        chunk = 1 if event.order in (Pass.FORWARD_OF_SECOND, Pass.BACKWARD_OF_SECOND) else 0
+        kind = "F" if event.order <= Pass.FORWARD_OF_SECOND else backward
+        actions[event.rank].append(Action(stages[event.rank][chunk], kind, event.micro))
+        if kind == INPUT:
+            (second if chunk else first).append(actions[event.rank][-1])
+    return actions

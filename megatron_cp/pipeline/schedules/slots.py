@@ -1,0 +1,160 @@
+"""Passes of two chunks on the V in slots of unit time: the workbench of the building-block rules."""
+
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Pass(IntEnum):
+    """The passes of one microbatch on one rank, in the order in which it meets them; W's last."""
+
+    FORWARD_OF_FIRST = 0
+    FORWARD_OF_SECOND = 1
+    BACKWARD_OF_SECOND = 2
+    BACKWARD_OF_FIRST = 3
+    WEIGHT = 4
+
+
+FORWARDS = (Pass.FORWARD_OF_FIRST, Pass.FORWARD_OF_SECOND)
+BACKWARDS = (Pass.BACKWARD_OF_SECOND, Pass.BACKWARD_OF_FIRST)
+
+
+class Event(NamedTuple):
+    """A pass of one microbatch in its slot. Events sort by time; a W's `micro` counts the W's of its rank."""
+
+    slot: int
+    rank: int
+    order: int
+    micro: int
+
+
+class Board:
+    """Which pass sits in which slot, and how many chunks are alive after each slot.
+
+    backward: slots of a backward; 2 means it holds its weight gradient and frees memory in its second slot
+    """
+
+    def __init__(self, p: int, events: Iterable[Event], backward: int = 1) -> None:
+        self._last_rank = p - 1
+        self._backward = backward
+        self._slots: dict[tuple[int, int, int], int] = {}
+        self._taken: list[set[int]] = [set() for _ in range(p)]
+        for slot, *key in events:
+            self._put(*key, slot)
+        horizon = max(self._slots.values(), default=0) + 3
+        self._alive = [[0] * horizon for _ in range(p)]
+        for (rank, order, _), slot in self._slots.items():
+            self._live(rank, order, slot, horizon)
+        self._backwards = [sorted(slot for slot, order in self.line(rank) if order in BACKWARDS) for rank in range(p)]
+
+    def events(self) -> list[Event]:
+        """All passes, in time."""
+        return sorted(Event(slot, *key) for key, slot in self._slots.items())
+
+    def peak(self) -> int:
+        """The most chunks alive on any rank."""
+        return max(map(max, self._alive))
+
+    def line(self, rank: int, moved: Event | None = None, slot: int = 0) -> list[tuple[int, int]]:
+        """(slot, pass) of one rank in time, as if `moved` sat in `slot`."""
+        changed = moved and (moved.rank, moved.order, moved.micro)
+        return sorted((slot if key == changed else at, key[1]) for key, at in self._slots.items() if key[0] == rank)
+
+    def pull(self, event: Event, allowed: Callable[[int], bool]) -> None:
+        """Move `event` to the first earlier slot that is free, after its predecessors, and allowed."""
+        for slot in range(self.earliest(event), event.slot):
+            if self._free(event, slot) and allowed(slot):
+                self._move(event, slot)
+                return
+
+    def fits(self, event: Event, slot: int, peak: int) -> bool:
+        """Whether moving `event` up to `slot` keeps its rank's memory at `peak`."""
+        return event.order not in FORWARDS or max(self._alive[event.rank][slot : event.slot]) < peak
+
+    def earliest(self, event: Event) -> int:
+        """The first slot after everything `event` waits for."""
+        _, rank, order, micro = event
+        ends = [self._end(rank, order, micro - 1)] if micro else [0]
+        if order == Pass.WEIGHT:
+            return max(ends[0], self._backwards[rank][micro] + 1 if self._backwards[rank] else 0)
+        before = rank - 1 if order in (Pass.FORWARD_OF_FIRST, Pass.BACKWARD_OF_SECOND) else rank + 1
+        if 0 <= before <= self._last_rank:
+            ends.append(self._end(before, order, micro))
+        if order:
+            ends.append(self._end(rank, order - 1, micro))
+        return max(ends)
+
+    def _end(self, rank: int, order: int, micro: int) -> int:
+        return self._slots[rank, order, micro] + (self._backward if order in BACKWARDS else 1)
+
+    def _free(self, event: Event, slot: int) -> bool:
+        wanted = {slot, slot + (self._backward if event.order in BACKWARDS else 1) - 1}
+        return not wanted & self._taken[event.rank] and max(wanted) < event.slot
+
+    def _put(self, rank: int, order: int, micro: int, slot: int) -> None:
+        self._slots[rank, order, micro] = slot
+        self._taken[rank] |= {slot, slot + (self._backward if order in BACKWARDS else 1) - 1}
+
+    def _move(self, event: Event, slot: int) -> None:
+        old, rank, order, micro = event
+        self._taken[rank] -= {old, old + (self._backward if order in BACKWARDS else 1) - 1}
+        self._put(rank, order, micro, slot)
+        self._live(rank, order, slot, old)
+        if order in BACKWARDS:
+            self._backwards[rank] = sorted(slot if at == old else at for at in self._backwards[rank])
+
+    def _live(self, rank: int, order: int, start: int, stop: int) -> None:
+        """Add what a pass at `start` rather than `stop` changes in the chunks alive in between."""
+        frees = order == Pass.WEIGHT or (order in BACKWARDS and self._backward == 2)
+        shift = int(frees and self._backward == 2)
+        change = -1 if frees else int(order in FORWARDS)
+        if change:
+            alive = self._alive[rank]
+            for slot in range(start + shift, min(stop + shift, len(alive))):
+                alive[slot] += change
+
+
+def squeeze(p: int, events: Iterable[Event]) -> list[Event]:
+    """The same order on every rank, each pass as early as its predecessors allow."""
+    board = Board(p, ())
+    ends = [0] * p
+    for event in sorted(events):
+        free = event.order == Pass.WEIGHT and event.micro == 0
+        slot = max(ends[event.rank], 0 if free else board.earliest(event))
+        board._put(event.rank, event.order, event.micro, slot)
+        ends[event.rank] = slot + 1
+    return board.events()
+
+
+def fill_weights(events: Iterable[Event]) -> Iterator[Event]:
+    """One W for every backward, each in the first free slot of its rank behind it."""
+    lines: dict[int, list[Event]] = {}
+    for event in sorted(events):
+        lines.setdefault(event.rank, []).append(event)
+    for rank, line in lines.items():
+        taken = {event.slot: event.order for event in line}
+        waiting = done = 0
+        slot = line[0].slot
+        while waiting or slot <= line[-1].slot:
+            if slot in taken:
+                waiting += taken[slot] in BACKWARDS
+            elif waiting:
+                yield Event(slot, rank, Pass.WEIGHT, done)
+                done, waiting = done + 1, waiting - 1
+            slot += 1
+
+
+def filled_peak(line: Iterable[tuple[int, int]]) -> int:
+    """Peak chunks of one rank whose W's take every free slot they can."""
+    alive = peak = waiting = 0
+    before = -1
+    for slot, order in line:
+        freed = min(waiting, slot - before - 1)
+        alive, waiting = alive - freed, waiting - freed
+        if order in FORWARDS:
+            alive += 1
+            peak = max(peak, alive)
+        else:
+            waiting += 1
+        before = slot
+    return peak
