@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,5 +69,7 @@ def _zstd() -> Any:
 
 
 def position(file: IO[bytes]) -> int:
-    """How many bytes of the file on disk have been read, for the progress bar."""
-    return os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    """How many bytes of the file on disk have been read, for the progress bar; a pipe does not know."""
+    with suppress(OSError):
+        return os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    return 0

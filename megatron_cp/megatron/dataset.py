@@ -97,17 +97,25 @@ def write(
 
 
 def _blend(data_path: Sequence[str]) -> tuple[list[str], Any]:
-    from megatron.core.datasets.utils import get_blend_from_list
+    with _quiet_import():
+        from megatron.core.datasets.utils import get_blend_from_list
 
     return get_blend_from_list(list(data_path)) or ([], None)
 
 
 def _builder(path: Path, dtype: str) -> Any:
-    with warnings.catch_warnings():
-        # importing megatron.core complains of packages that no corpus needs
-        warnings.simplefilter("ignore")
+    with _quiet_import():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     return IndexedDatasetBuilder(str(path), dtype=np.dtype(dtype).type)
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    # megatron.core warns of absent packages that no corpus needs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _stop_at(batches: Iterable[Batch], limits: Limits) -> Iterator[tuple[Batch, bool]]:

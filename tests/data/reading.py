@@ -52,8 +52,9 @@ def build(
     append_eod: bool = True,
     dtype: str | None = None,
     limits: Limits = Limits(),  # noqa: B008
-    **options: bool,
+    skip_bad: bool = False,
+    overwrite: bool = False,
 ) -> Written:
     plan = make_plan(load_tokenizer(tokenizer), None, append_eod, "text", dtype)
     batches = encode(cut(find_sources([str(path) for path in inputs])), plan, workers)
-    return write(str(prefix), batches, plan.dtype, limits=limits, **options)
+    return write(str(prefix), batches, plan.dtype, limits=limits, skip_bad=skip_bad, overwrite=overwrite)

@@ -65,7 +65,7 @@ def test_ids_decode_to_the_text_with_its_markers(kind: str, text: str, vocabular
     import tokenizers as library
 
     path = vocabularies[kind]
-    ids = load_tokenizer(str(path)).encode(text)
+    ids = list(load_tokenizer(str(path)).encode(text))
     if kind == "hugging-face":
         assert library.Tokenizer.from_file(str(path)).decode(ids, skip_special_tokens=True) == text
     else:

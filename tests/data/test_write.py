@@ -206,15 +206,17 @@ def test_killed_build_leaves_no_corpus_and_no_process(tmp_path: Path, number: si
     process.start()
     line = b'{"text": "' + b"x" * 1000 + b'"}\n'
     partial = tmp_path / ".out.building" / "corpus.bin"
-    with (tmp_path / "pipe.jsonl").open("wb", buffering=0) as pipe:
-        for _ in range(10_000):
+    with (tmp_path / "pipe.jsonl").open("wb", buffering=0) as pipe, contextlib.suppress(BrokenPipeError):
+        while not (partial.exists() and partial.stat().st_size):
             pipe.write(line)
-        _until(lambda: partial.exists() and partial.stat().st_size)
         assert process.pid is not None
         os.kill(process.pid, number)
-        process.join(60)
+        # input goes on until nobody reads it
+        while True:
+            pipe.write(line)
+    process.join(60)
     assert process.exitcode not in (0, None)
-    _until(lambda: _group_is_gone(process.pid))
+    _until(lambda: _group_is_gone(process.pid or 0))
     left = [] if number != signal.SIGKILL else [".out.building"]
     assert _left(tmp_path) == [*left, "pipe.jsonl"]
     # and what SIGKILL leaves does not hinder the next build, which removes it
