@@ -73,6 +73,12 @@ def _launch_flags(launch: Section) -> Section:
     return flags
 
 
+def runs_through_us(recipe: Recipe) -> bool:
+    """Whether our entry or our launcher is what runs; a module of the user's own may do what it likes."""
+    entry = recipe.launch["entry"].text if "entry" in recipe.launch else ENTRY
+    return entry == ENTRY or entry.endswith(".py")
+
+
 def _entry(launch: Section) -> list[str]:
     entry = launch["entry"].text if "entry" in launch else ENTRY
     return ["-m", "megatron_cp.launch", entry] if entry.endswith(".py") else ["-m", entry]

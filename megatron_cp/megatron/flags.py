@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_cp.command import runs_through_us
 from megatron_cp.recipe import Recipe, Setting
 from megatron_cp.registry import suggest
 
@@ -42,13 +43,14 @@ def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> N
     check(recipe.model_args, known)
     words = [word for key, setting in recipe.model_args.items() for word in (key, *setting.values)]
     from megatron_cp.megatron import arguments
-    from megatron_cp.megatron.launch import SPEC, wants_layers
+    from megatron_cp.megatron.launch import SPEC, has_our_layers, wants_layers
 
     args = known.parse_args(words)
-    if args.spec is None and wants_layers(words):
+    if args.spec is None and runs_through_us(recipe) and wants_layers(words):
         # what the launcher fills in before it asks the same
         args.spec, args.create_attention_mask_in_dataloader = list(SPEC), False
-    arguments.check(args)
+    if has_our_layers(args):
+        arguments.check(args)
 
 
 def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) -> Iterator[str]:
