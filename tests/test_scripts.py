@@ -1,0 +1,121 @@
+"""The scripts make one environment, keep it, and say in one line what is missing."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("bash", "basename", "cat", "cksum", "cp", "dirname", "head", "mkdir", "realpath")
+# stands for a new enough Python: notes its calls, and copies itself into the environments it makes
+PYTHON = """#!{bash}
+echo "$*" >>"{calls}"
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; fi
+"""
+
+
+class Machine:
+    """A checkout on a machine that has nothing but `TOOLS` and the Pythons that a test puts there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
+        self.checkout = folder / "checkout"
+        shutil.copytree(ROOT / "scripts", self.checkout / "scripts")
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.checkout)
+        self.bin.mkdir()
+        for tool in TOOLS:
+            found = shutil.which(tool)
+            assert found, f"this test needs {tool}"
+            (self.bin / tool).symlink_to(found)
+
+    def add_python(self, path: str, text: str = PYTHON) -> None:
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.format(bash=self.bin / "bash", calls=self.calls))
+        file.chmod(0o755)
+
+    def run(self, script: str, *words: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        """What the script did, and how it called Python."""
+        self.calls.write_text("")
+        environment = {"PATH": str(self.bin), "HOME": str(self.folder), "PYENV_ROOT": str(self.folder / "pyenv")}
+        command = [str(self.bin / "bash"), f"checkout/scripts/{script}", *words]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        return done, self.calls.read_text().splitlines()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_without_a_new_python_one_line_says_what_to_do(machine: Machine) -> None:
+    machine.add_python("bin/python3", "#!{bash}\nexit 1\n")
+    done, _ = machine.run("train.sh")
+    assert done.returncode == 1
+    assert done.stderr.startswith("megatron-cp needs Python 3.12 or newer")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["bin/python3.12", "bin/python3.13", "bin/python3", "pyenv/versions/3.12.9/bin/python"]
+)
+def test_any_new_python_makes_the_environment(machine: Machine, path: str) -> None:
+    machine.add_python(path)
+    done, calls = machine.run("train.sh")
+    assert done.returncode == 0, done.stderr
+    assert f"making .venv with {machine.folder / path}" in done.stdout
+    assert calls[-3:] == [
+        f"-m venv --clear {machine.checkout}/.venv",
+        f"-m pip install --quiet --disable-pip-version-check -e {machine.checkout}[dev,tokenizers]",
+        "-m megatron_cp train quickstart",
+    ]
+
+
+def test_a_second_call_installs_nothing(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    machine.run("train.sh")
+    done, calls = machine.run("train.sh", "my.yaml", "--lr", "1")
+    assert calls == ["-c ", "-m megatron_cp train my.yaml --lr 1"]
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["setup.py", "pyproject.toml"])
+def test_changed_requirements_are_installed_into_the_same_environment(machine: Machine, name: str) -> None:
+    machine.add_python("bin/python3.12")
+    machine.run("test.sh")
+    with (machine.checkout / name).open("a") as file:
+        file.write("# changed\n")
+    _, calls = machine.run("test.sh", "-k", "x")
+    assert not any("venv" in call.split() for call in calls)
+    assert any("pip install" in call for call in calls)
+    assert calls[-1] == "-m pytest -k x"
+
+
+def test_flags_without_a_recipe_go_to_the_quickstart(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    assert machine.run("train.sh", "--lr", "1")[1][-1] == "-m megatron_cp train quickstart --lr 1"
+
+
+def test_a_recipe_is_meant_from_where_the_user_is(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    (machine.folder / "my.yaml").write_text("")
+    assert machine.run("train.sh", "my.yaml")[1][-1] == f"-m megatron_cp train {machine.folder}/my.yaml"
+
+
+def test_a_failed_installation_is_tried_again(machine: Machine) -> None:
+    machine.add_python("bin/python3.12", PYTHON + '[ "$2" != pip ]\n')
+    assert machine.run("train.sh")[0].returncode == 1
+    assert any("pip install" in call for call in machine.run("train.sh")[1])
+
+
+def test_a_checkout_that_was_moved_gets_a_new_environment(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    machine.run("test.sh")
+    moved = machine.checkout.rename(machine.folder / "moved")
+    shutil.copytree(moved, machine.checkout)
+    (moved / ".venv" / "made-for").unlink()
+    made_for = machine.checkout / ".venv" / "made-for"
+    made_for.write_text(made_for.read_text().replace(str(machine.checkout), str(moved)))
+    assert any("venv" in call.split() for call in machine.run("test.sh")[1])
