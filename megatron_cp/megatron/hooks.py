@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import linecache
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -53,10 +54,18 @@ def _with_our_flags(old: Callable[..., Any]) -> Callable[..., Any]:
 
         parser = old(*args, **kwargs)
         add_arguments(parser)
+        _mend_help(parser)
         parser.error = functools.partial(_refuse_words, parser)
         return parser
 
     return add_megatron_arguments
+
+
+def _mend_help(parser: Any) -> None:
+    # one of Megatron's help texts ends in a bare per cent sign, which makes --help fail
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
 
 
 def _refuse_words(parser: Any, message: str) -> None:
@@ -68,8 +77,7 @@ def _refuse_words(parser: Any, message: str) -> None:
 def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
         from megatron_cp.megatron.arguments import check
-        from megatron_cp.megatron.launch import complete, has_our_layers
-        from megatron_cp.megatron.resume import check as check_checkpoint
+        from megatron_cp.megatron.launch import check_inputs, complete, has_our_layers
 
         try:
             complete(args)
@@ -77,7 +85,7 @@ def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
             if has_our_layers(args):
                 check(args)
             result = old(args, *rest, **kwargs)
-            check_checkpoint(args)
+            check_inputs(args)
         except (ValueError, AssertionError) as error:
             raise BadArguments(one_line(error)) from error
         return result

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from megatron_cp import config
 from megatron_cp.megatron import cpu, hooks
 
@@ -76,7 +78,8 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
     """The hooks that this command line needs on this machine."""
     layers = wants_layers(argv)
     names = []
-    if layers or cpu_runtime or "--help" in argv or "-h" in argv:
+    # without transformer-engine Megatron's default arguments cannot run
+    if layers or cpu_runtime or not has_te() or "--help" in argv or "-h" in argv:
         names += ["flags", "checks"]
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names.append("mtp-layers")
@@ -96,6 +99,16 @@ def complete(args: Any) -> None:
         say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
     if changed := cpu.fill_arguments(args):
         say(f"this machine has no {'GPU' if cpu.active() else 'transformer-engine'}: {' '.join(changed)}")
+
+
+def check_inputs(args: Any) -> None:
+    """Refuse data or a checkpoint that cannot be read, before anything is built; ValueError says what and why."""
+    from megatron_cp.megatron import dataset, resume
+
+    resume.check(args)
+    if not args.mock_data:
+        for prefixes in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
+            dataset.check_data_path(prefixes or [])
 
 
 def has_our_layers(args: Any) -> bool:
@@ -131,10 +144,25 @@ def first_host(nodes: str) -> str:
     return prefix + re.split("[-,]", numbers)[0] + tail.split(",")[0]
 
 
+def environment_for_gpus(argv: Sequence[str]) -> None:
+    """Set CUDA_DEVICE_MAX_CONNECTIONS=1 where Megatron insists on it and the user has not said otherwise.
+
+    Must come before CUDA is initialised: the driver reads it once.
+    """
+    flags = ("--tensor-model-parallel-size", "--context-parallel-size")
+    sizes = [values_of(argv, flag) or ["1"] for flag in flags]
+    sharded = any(flag in argv for flag in ("--use-torch-fsdp2", "--use-megatron-fsdp"))
+    if torch.cuda.device_count() and any(size != ["1"] for size in sizes) and not sharded:
+        filled = config.set_missing({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+        if filled:
+            say("CUDA_DEVICE_MAX_CONNECTIONS=1, which tensor and context parallelism need")
+
+
 @contextlib.contextmanager
 def door(argv: Sequence[str]) -> Iterator[Plan]:
     """Everything in force that `argv` needs, undone at the end; a refusal ends the process with one line."""
     environment_from_slurm()
+    environment_for_gpus(argv)
     with contextlib.ExitStack() as undo:
         undo.enter_context(_refusals_in_one_line())
         undo.enter_context(cpu.cpu_runtime())

@@ -159,6 +159,11 @@ def model_config(args: Any) -> GPTModelConfig:
     return config
 
 
+def _note(models: list[torch.nn.Module], built: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    models.extend(built)
+    return built
+
+
 def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any) -> None:
     """Parse sys.argv and train; `prepare` may change the model's config before the model is built.
 
@@ -169,7 +174,7 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
     if prepare is not None:
         prepare(config)
     models: list[torch.nn.Module] = []
-    config.post_wrap_hooks.append(lambda built: models.extend(built) or built)
+    config.post_wrap_hooks.append(functools.partial(_note, models))
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         datasets,

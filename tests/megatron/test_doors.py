@@ -1,5 +1,6 @@
 """Doors A and C train through the real pretrain, alike, and speak one line when something is refused."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from math import isfinite
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_cp import config
 from megatron_cp.megatron import launch
 from tests.megatron.pretraining import SCRIPT, pretrain_losses, script_losses, tiny
 from tests.ranks import RankError, free_port, run_ranks
@@ -117,17 +120,55 @@ def test_the_rope_factor_of_the_command_line_reaches_the_model() -> None:
         ("--cp-kernel torhc", "did you mean 'torch'?"),
         ("--hidden-size 33", "Megatron requires: "),
         (f"{CONTEXT_PARALLEL} 4", "needs 4 processes, got 2"),
+        ("--data-path /no/such/corpus --split 9,1,0", "/no/such/corpus"),
         ("--window-size 8,0 --cp-comm-type p2p", "does not do a sliding window"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line_on_every_rank(flags: str, text: str) -> None:
+    words = [word for word in tiny(flags) if "--data-path" not in flags or word != "--mock-data"]
     with pytest.raises(RankError) as error:
-        run_ranks(2, pretrain_losses, tiny(flags))
+        run_ranks(2, pretrain_losses, words)
     for rank, message in error.value.errors.items():
         line = message.splitlines()[0]
         assert line.startswith(f"SystemExit: [megatron-cp] rank {rank}: ")
         assert text in line
     assert len(error.value.errors) == 2
+
+
+def help_text(command: str) -> None:
+    sys.argv = [command, *([SCRIPT] if command == "launch" else []), "--help"]
+    launch.main() if command == "launch" else importlib.import_module("megatron_cp.megatron.pretrain").main()
+
+
+@pytest.mark.parametrize("command", ["launch", "pretrain_gpt"])
+def test_help_tells_our_flags_beside_megatrons(command: str) -> None:
+    with pytest.raises(RankError) as error:
+        run_ranks(1, help_text, command)
+    assert error.value.errors[0].startswith("SystemExit: 0")
+    # the log's end, where the groups that were added last are
+    assert "--cp-kernel {auto" in error.value.log
+    assert "--cp-placement" in error.value.log
+
+
+@pytest.mark.parametrize(
+    ("flags", "own", "expected"),
+    [
+        (f"{CONTEXT_PARALLEL} 2", None, "1"),
+        ("--tensor-model-parallel-size 2", "8", "8"),
+        ("--tensor-model-parallel-size 1", None, ""),
+        ("--tensor-model-parallel-size 2 --use-torch-fsdp2", None, ""),
+    ],
+)
+def test_the_connections_variable_is_set_where_needed_and_never_overridden(
+    flags: str, own: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # set first, so that whatever the function sets is put back after the test
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", own or "0")
+    if own is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    launch.environment_for_gpus(flags.split())
+    assert config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 def environment(**values: str) -> dict[str, str]:
