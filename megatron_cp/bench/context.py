@@ -16,7 +16,7 @@ from megatron_cp.bench.live import LiveBytes
 from megatron_cp.comm import Fabric, connected, largest
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import Plan, attend, plan
-from megatron_cp.context.layouts import layout
+from megatron_cp.context.layouts import indices
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import choose
 
@@ -200,8 +200,8 @@ class Contender(Timed):
         super().__init__(contest.fabric, contest.device, self._forward, self._backward)
         self._contest, self._name = contest, name
         self._plan = _plan(contest, name)
-        runs = layout("zigzag", contest.shape.seq, contest.fabric.size)[contest.fabric.rank]
-        self._mine = torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(contest.device)
+        mine = indices("zigzag", contest.shape.seq, contest.fabric.size, contest.fabric.rank)
+        self._mine = torch.tensor(mine, device=contest.device)
         q, k, v, self._dout = (tensor[self._mine] for tensor in contest.inputs)
         self._leaves = tuple(tensor.requires_grad_() for tensor in (q, k, v))
 

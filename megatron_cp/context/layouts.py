@@ -41,6 +41,11 @@ def layout(name: str, tokens: int, ranks: int) -> Layout:
     return LAYOUTS[name](tokens, ranks)
 
 
+def indices(name: str, tokens: int, ranks: int, rank: int) -> list[int]:
+    """The positions of `rank`'s tokens, in local order."""
+    return [position for run in layout(name, tokens, ranks)[rank] for position in run]
+
+
 def join(runs: Sequence[range]) -> Runs:
     """The same positions in the same order with neighbouring runs joined and empty ones dropped."""
     joined: list[range] = []

@@ -10,6 +10,11 @@ from megatron_cp.kernels.fused import Gradients, Op
 
 aten = torch.ops.aten
 
+FEW_QUERIES = 768
+"""The CPU op's backward adds dK and dV up in half precision, once per block of queries, and takes blocks of 256 queries
+from this many on but of 64 or 32 below: tiles shorter than this are computed in float32, or they would be less exact
+than the whole sequence is."""
+
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -18,7 +23,14 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) ->
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> Gradients:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+    dtype = q.dtype
+    if q.shape[2] < FEW_QUERIES and dtype in (torch.bfloat16, torch.float16):
+        dout, q, k, v, out = (tensor.float() for tensor in (dout, q, k, v, out))
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+    dq, dk, dv = (gradient.to(dtype) for gradient in gradients)
+    return dq, dk, dv
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from megatron_cp.comm import in_process
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.context.attend import attend, plan
-from megatron_cp.context.layouts import layout
+from megatron_cp.context.layouts import indices
 from megatron_cp.grid import Grid
 from tests.context.dense import Problem, dense, problem, relative_error
 from tests.ranks import run_ranks
@@ -16,17 +16,13 @@ RANKS = [2, 3, 4, 5, 6, 8]
 HEADS = [(8, 8), (8, 2), (8, 1)]
 
 
-def positions(name, tokens, ranks, rank):
-    return torch.tensor([position for run in layout(name, tokens, ranks)[rank] for position in run])
-
-
 def grids(ranks):
     return [Grid(inner, ranks // inner) for inner in range(1, ranks + 1) if ranks % inner == 0]
 
 
 def sharded(fabric, task: Problem, backend: str, grid=None, outside="zigzag", kernel="reference", **choices):
     """out, dq, dk, dv of this rank's tokens, and where these stand in the sequence."""
-    mine = positions(outside, task.q.shape[0], fabric.size, fabric.rank)
+    mine = torch.tensor(indices(outside, task.q.shape[0], fabric.size, fabric.rank))
     axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
     made = plan(backend, cp=fabric, causal=task.causal, kernel=kernel, layout=outside, **axes, **choices)
     q, k, v = (x[mine].requires_grad_() for x in task[:3])

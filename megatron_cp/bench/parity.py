@@ -1,0 +1,39 @@
+"""One backend against attention on one rank, in this process."""
+
+import torch
+from torch import Tensor
+
+from megatron_cp.comm import LocalFabric, in_process
+from megatron_cp.context import BACKENDS
+from megatron_cp.context.attend import attend, plan
+from megatron_cp.context.layouts import indices
+from megatron_cp.grid import Grid
+
+
+def deviation(backend: str, ranks: int, tokens: int = 96) -> float:
+    """Largest deviation of out, dq, dk, dv in float64 (causal, two query heads per KV head), over the largest value."""
+    generator = torch.Generator().manual_seed(0)
+    heads = 2 * ranks
+    q, k, v, dout = (
+        torch.randn(tokens, 1, count, 8, generator=generator, dtype=torch.float64)
+        for count in (heads, ranks, ranks, heads)
+    )
+
+    def body(fabric: LocalFabric) -> list[Tensor]:
+        inner = outer = None
+        if BACKENDS.get(backend).needs_grid:
+            grid = Grid(fabric.size, 1)
+            inner, outer = (fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer"))
+        chosen = plan(backend, cp=fabric, inner=inner, outer=outer, kernel="reference")
+        mine = torch.tensor(indices("zigzag", tokens, fabric.size, fabric.rank))
+        mine_q, mine_k, mine_v = (x[mine].requires_grad_() for x in (q, k, v))
+        out = attend(mine_q, mine_k, mine_v, chosen)
+        return [out.detach(), *torch.autograd.grad(out, (mine_q, mine_k, mine_v), dout[mine])]
+
+    # one rank holds its tokens in sequence order
+    (alone,) = in_process(1, body)
+    errors = []
+    for rank, parts in enumerate(in_process(ranks, body)):
+        mine = torch.tensor(indices("zigzag", tokens, ranks, rank))
+        errors += [((x - y[mine]).abs().max() / y.abs().max()).item() for x, y in zip(parts, alone, strict=True)]
+    return max(errors)

@@ -1,0 +1,181 @@
+"""What this machine has, what is missing, and what to do about it."""
+
+import importlib.util
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Literal, NamedTuple
+
+from megatron_cp.context import BACKENDS
+
+Status = Literal["ok", "optional", "broken"]
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at; `remedy` is empty where nothing has to be done."""
+
+    subject: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, the cheap things first."""
+    for look in (_python, _torch, _megatron, _optional_packages, _devices, _communication, _hooks, _parity, _between):
+        yield from _guarded(look)
+
+
+def _guarded(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from look()
+    except Exception as error:
+        subject = look.__name__.strip("_").replace("_", " ")
+        yield Finding(
+            subject, "broken", f"{type(error).__name__}: {error}", "mend what the error names, then run again"
+        )
+
+
+def _python() -> Iterator[Finding]:
+    fits = sys.version_info >= (3, 12)
+    yield Finding(
+        "python",
+        "ok" if fits else "broken",
+        platform.python_version(),
+        "" if fits else "megatron-core 0.19 needs Python 3.12 or later; bash scripts/train.sh finds one",
+    )
+
+
+def _torch() -> Iterator[Finding]:
+    yield _package("torch", at_least=(2, 8), remedy="pip install 'torch>=2.8'")
+
+
+def _megatron() -> Iterator[Finding]:
+    version = _version("megatron-core")
+    fits = version is not None and version.startswith("0.19.")
+    yield Finding(
+        "megatron-core",
+        "ok" if fits else "broken",
+        version or "not installed",
+        "" if fits else "pip install 'megatron-core>=0.19,<0.20', on Python 3.12 or later",
+    )
+    checkout = importlib.util.find_spec("pretrain_gpt") is not None
+    yield Finding(
+        "Megatron-LM checkout",
+        "ok" if checkout else "optional",
+        "on the path" if checkout else "not on the path: the wheel has no pretrain_gpt.py",
+        "" if checkout else "start with -m megatron_cp.pretrain_gpt, or name your checkout's pretrain_gpt.py by path",
+    )
+
+
+def _optional_packages() -> Iterator[Finding]:
+    for package, gives, remedy in (
+        ("transformer-engine", "fused layers and FP8", "pip install 'megatron-cp[te]' on a machine with a GPU"),
+        ("flash-attn", "kernel 'flash'", "pip install 'megatron-cp[flash]' on a machine with a GPU"),
+        ("apex", "fused optimizers", "not needed: Megatron falls back to torch's, and we repair resuming with them"),
+        ("tokenizers", "tokenizer.json for data build", "pip install 'megatron-cp[tokenizers]'"),
+        ("sentencepiece", "SentencePiece models for data build", "pip install 'megatron-cp[tokenizers]'"),
+        ("tiktoken", "tiktoken files for data build", "pip install 'megatron-cp[tokenizers]'"),
+    ):
+        version = _version(package)
+        yield Finding(
+            package,
+            "ok" if version else "optional",
+            version or f"not installed; brings {gives}",
+            "" if version else remedy,
+        )
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        remedy = "none needed for a CPU run; with a GPU in this machine, look at nvidia-smi and the driver's version"
+        yield Finding("GPUs", "optional", f"none that torch {torch.__version__} (CUDA {built}) can use", remedy)
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        able = facts.major >= 8
+        yield Finding(
+            f"GPU {index}",
+            "ok" if able else "broken",
+            f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}",
+            "" if able else "the fused kernels need compute capability 8.0; pass --cp-kernel reference",
+        )
+
+
+def _communication() -> Iterator[Finding]:
+    import torch
+    import torch.distributed as dist
+
+    gloo = dist.is_available() and dist.is_gloo_available()
+    yield Finding(
+        "gloo", "ok" if gloo else "broken", "built in" if gloo else "missing", "" if gloo else "install PyPI's torch"
+    )
+    nccl = dist.is_available() and dist.is_nccl_available()
+    needed = torch.cuda.is_available()
+    found = ".".join(map(str, torch.cuda.nccl.version())) if nccl and needed else "built in" if nccl else "missing"
+    yield Finding(
+        "NCCL",
+        "ok" if nccl else "broken" if needed else "optional",
+        found,
+        "" if nccl else "install a CUDA build of torch",
+    )
+
+
+def _hooks() -> Iterator[Finding]:
+    from megatron_cp.megatron.hooks import HOOKS, is_on, probe
+
+    with warnings.catch_warnings():
+        # Megatron warns of each optional package that it does not find; those have findings of their own
+        warnings.simplefilter("ignore")
+        reasons = {hook.name: probe(hook) for hook in HOOKS}
+    for hook in HOOKS:
+        reason = reasons[hook.name]
+        yield Finding(
+            f"hook {hook.name}",
+            "broken" if reason else "ok",
+            reason or ("on" if is_on(hook) else "fits, off") + f": {hook.reason}",
+            "install megatron-core 0.19, for which the hooks were written" if reason else "",
+        )
+
+
+def _parity() -> Iterator[Finding]:
+    """Every backend on two ranks that are threads of this process, against attention on one."""
+    from megatron_cp.bench.parity import deviation
+
+    for backend in BACKENDS.names:
+        error = deviation(backend, ranks=2)
+        fine = error <= 1e-12
+        yield Finding(
+            f"backend {backend}",
+            "ok" if fine else "broken",
+            f"deviates by {error:.1e} from attention on one rank (float64, forward and backward)",
+            "" if fine else "do not train with it; please report it with the output of megatron-cp doctor --json",
+        )
+
+
+def _between() -> Iterator[Finding]:
+    """One step between two processes of this machine, over its real links."""
+    from megatron_cp.bench.context import Shape, bench
+
+    row = bench(["zigzag"], 2, [Shape(512)], rounds=1).rows[0]
+    yield Finding("two processes", "ok", f"zigzag agrees with attention on one rank to {row.max_error:.1e} (float32)")
+
+
+def _package(name: str, at_least: tuple[int, ...], remedy: str) -> Finding:
+    version = _version(name)
+    if version is None:
+        return Finding(name, "broken", "not installed", remedy)
+    fits = tuple(int(part) for part in version.split(".")[: len(at_least)]) >= at_least
+    return Finding(name, "ok" if fits else "broken", version, "" if fits else remedy)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_cp import doctor
+from megatron_cp.cli import app
+from megatron_cp.context import BACKENDS
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["doctor", *words])
+
+
+def test_doctor_finds_nothing_broken_and_proves_every_backend():
+    result = run("--json")
+    findings = {entry["subject"]: entry for entry in json.loads(result.stdout)}
+    assert result.exit_code == 0, result.stdout
+    assert {f"backend {name}" for name in BACKENDS.names} <= set(findings)
+    assert findings["megatron-core"]["found"].startswith("0.19.")
+    assert "agrees" in findings["two processes"]["found"]
+    assert all(entry["remedy"] for entry in findings.values() if entry["status"] == "optional")
+
+
+def test_doctor_fails_with_a_remedy_for_what_is_broken(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.16.1" if name == "megatron-core" else "2.8.0")
+    monkeypatch.setattr(doctor, "_between", lambda: iter(()))
+    result = run()
+    assert result.exit_code == 1
+    assert "BROKEN   megatron-core: 0.16.1" in result.stdout
+    assert "pip install 'megatron-core>=0.19,<0.20'" in result.stdout
+
+
+def test_doctor_reports_a_check_that_dies():
+    def dies():
+        raise OSError("no such link")
+
+    (finding,) = doctor._guarded(dies)
+    assert finding.status == "broken"
+    assert "OSError: no such link" in finding.found
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "1.13.0+cpu"])
+def test_old_torch_is_broken(monkeypatch, version):
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    (finding,) = doctor._torch()
+    assert finding.status == "broken"
