@@ -23,9 +23,11 @@ setup(
     install_requires=[
         "megatron-core>=0.19,<0.20",
         "torch>=2.8",
+        # Megatron makes hierarchical context-parallel groups with it
         "einops>=0.8",
         "jaxtyping>=0.3,<0.4",
         "matplotlib>=3.9",
+        "numpy>=1.26",
         "psutil>=6",
         "rich>=13.9",
         "typer>=0.15",
