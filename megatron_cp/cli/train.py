@@ -1,7 +1,6 @@
 """`megatron-cp train` and `megatron-cp render`: a recipe as a run, and as the command that runs it."""
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import typer
 from megatron_cp import config, recipe, runlog
 from megatron_cp.cli import data
 from megatron_cp.command import Command, check_processes, command, complete, corpus_command, corpus_words
-from megatron_cp.recipe import Recipe, Setting
+from megatron_cp.recipe import Recipe
 
 # what follows RECIPE belongs to Megatron, also what looks like an option of ours
 FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
@@ -65,13 +64,11 @@ def _ready_corpus(run: Recipe) -> None:
         words = corpus_words(run)
         _say(f"builds the corpus: megatron-cp {shlex.join(words)}")
         typer.main.get_command(data.app).main(words[1:], prog_name="megatron-cp data", standalone_mode=False)
-    from megatron_cp.data.index import check_prefix
+    from megatron_cp.megatron.dataset import check_data_path
 
-    for prefix in complete(run).model_args.get("--data-path", Setting((), "")).values:
-        # a blend is a list of weights and prefixes
-        if not re.fullmatch(r"[\d.]+", prefix):
-            found = check_prefix(prefix)
-            _say(f"corpus {prefix}: {found.documents:,} documents, {found.tokens:,} tokens")
+    setting = complete(run).model_args.get("--data-path")
+    for found in check_data_path(setting.values) if setting else ():
+        _say(f"corpus {found.prefix}: {found.documents:,} documents, {found.tokens:,} tokens")
 
 
 def _say_where_it_starts(run: Recipe) -> None:

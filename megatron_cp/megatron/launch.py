@@ -107,8 +107,9 @@ def check_inputs(args: Any) -> None:
 
     resume.check(args)
     if not args.mock_data:
-        for prefixes in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
-            dataset.check_data_path(prefixes or [])
+        given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+        for prefixes in filter(None, given):
+            dataset.check_data_path(prefixes)
 
 
 def has_our_layers(args: Any) -> bool:
