@@ -10,37 +10,35 @@ from torch import Tensor
 
 from megatron_cp.context.layouts import gathered, length
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.task import Saved, Task
+from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
     """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; 2 p s b g d elements are alive meanwhile."""
     merge = SoftmaxMerge(q)
-    k_whole, v_whole = _whole(k, v, task)
-    task.attend(merge, q, k_whole, v_whole, gathered(task.runs)[0])
+    task.attend(merge, q, _whole(k, v, task))
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv; K and V are gathered again, dK and dV are added up in float32 by the owner."""
-    k, v = _whole(saved.k, saved.v, task)
-    dq, dk, dv = Sum(saved.q), Sum(k), Sum(v)
-    task.attend_backward(dq, dk, dv, dout, k, v, saved, gathered(task.runs)[0])
+    whole = _whole(saved.k, saved.v, task)
+    dq, dk, dv = Sum(saved.q), Sum(whole.k), Sum(whole.v)
+    task.attend_backward(dq, dk, dv, dout, saved, whole)
     return dq.result(), *_to_owners(dk.result(), dv.result(), task)
 
 
-def _whole(k: Tensor, v: Tensor, task: Task) -> list[Tensor]:
+def _whole(k: Tensor, v: Tensor, task: Task) -> Block:
     """K and V of all ranks in sequence order: [S b g d] each."""
-    _, places = gathered(task.runs)
+    runs, places = gathered(task.runs)
     pieces = task.fabric.all_gather(torch.stack((k, v), dim=1))
-    # p s two b g d -> two, S b g d
-    whole = [k.new_empty((pieces.shape[0] * pieces.shape[1], *k.shape[1:])) for _ in range(2)]
+    whole_k, whole_v = (k.new_empty((length(runs), *k.shape[1:])) for _ in range(2))
     for rank, local, where in places:
-        for index, tensor in enumerate(whole):
-            tensor[where] = pieces[rank, local, index]
-    return whole
+        # p s (k v) b g d -> S b g d, twice
+        whole_k[where], whole_v[where] = pieces[rank, local].unbind(1)
+    return Block(task.fabric.rank, 0, whole_k, whole_v, runs)
 
 
 def _to_owners(dk: Tensor, dv: Tensor, task: Task) -> tuple[Tensor, Tensor]:
@@ -69,8 +67,9 @@ def _to_owners(dk: Tensor, dv: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 def _seen_by(worker: int, owner: int, task: Task) -> Iterator[tuple[slice, slice]]:
     """Stretches of `owner`'s tokens that `worker`'s queries see, as local tokens of the owner and of the whole."""
     whole, places = gathered(task.runs)
-    reach = seen(task.runs[worker], whole, task.causal)
+    reach = seen(task.runs[worker], whole, task.mask)
     for rank, local, where in places:
-        count = min(where.stop, reach) - where.start
-        if rank == owner and count > 0:
-            yield slice(local.start, local.start + count), slice(where.start, where.start + count)
+        first, last = max(where.start, reach.start), min(where.stop, reach.stop)
+        if rank == owner and first < last:
+            shift = local.start - where.start
+            yield slice(first + shift, last + shift), slice(first, last)

@@ -16,6 +16,7 @@ from megatron_cp.comm import Fabric, SingleFabric
 from megatron_cp.context import BACKENDS, PLACEMENTS, Backend
 from megatron_cp.context.layouts import LAYOUTS, Layout
 from megatron_cp.context.layouts import layout as positions
+from megatron_cp.context.masks import Mask, mask
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Axes, Saved, Task
 from megatron_cp.grid import Grid
@@ -30,7 +31,7 @@ class Plan:
     backend: Backend
     cp: Fabric
     axes: Axes | None
-    causal: bool
+    mask: Mask
     softmax_scale: float | None
     kernel: str
     deterministic: bool
@@ -54,6 +55,7 @@ def plan(
     inner: Fabric | None = None,
     outer: Fabric | None = None,
     causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
     softmax_scale: float | None = None,
     kernel: str = "auto",
     placement: str = "head-first",
@@ -63,6 +65,7 @@ def plan(
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
     inner, outer:  the two axes of the ranks, for backends on a grid
+    window:        (left, right) keys that a query sees beside its own position; None or -1 is no limit
     softmax_scale: None means 1 / sqrt(d)
     placement:     "head-first": the inner axis exchanges heads; "context-first": the outer one
     layout:        which positions each rank's tokens have: "zigzag" as Megatron cuts them, "contiguous" or "striped"
@@ -72,7 +75,7 @@ def plan(
     _known("layout", layout, LAYOUTS)
     _known("placement", placement, PLACEMENTS)
     axes = _axes(entry, cp, inner, outer, placement) if entry.needs_grid else None
-    return Plan(entry, cp, axes, causal, softmax_scale, kernel, deterministic, layout)
+    return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout)
 
 
 def attend(
@@ -87,7 +90,7 @@ def attend(
     outside = positions(plan.layout, tokens, plan.cp.size)
     inside = positions(plan.backend.layout, tokens, plan.cp.size) if plan.backend.layout else outside
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
-    task = Task(plan.cp, inside, plan.causal, scale, plan.kernel_for(q)[0], (q.shape[2], k.shape[2]), plan.axes)
+    task = Task(plan.cp, inside, plan.mask, scale, plan.kernel_for(q)[0], (q.shape[2], k.shape[2]), plan.axes)
     return _Attend.apply(q, k, v, import_module(plan.backend.module), task, outside)
 
 

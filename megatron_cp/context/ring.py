@@ -11,22 +11,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_cp.comm import Fabric, Handle
-from megatron_cp.context.layouts import Layout
+from megatron_cp.comm import Done, Fabric, Handle
+from megatron_cp.context.layouts import Layout, length
+from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.task import Saved, Task
-from megatron_cp.context.tiles import seen
+from megatron_cp.context.task import Block, Saved, Task
+from megatron_cp.context.tiles import hull, seen
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
     """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
 
-    Per rank at most 2 (p - 1) s b g d elements are sent; under a causal mask a block's tokens stop where no rank
-    further on sees them, and the ring turns in the direction in which that saves more. Two blocks are alive at a time.
+    Per rank at most 2 (p - 1) s b g d elements are sent; tokens of a block that no rank further on sees stay behind,
+    and the ring turns in the direction in which that saves more. Two blocks are alive at a time.
     """
     merge = SoftmaxMerge(q)
-    for owner, (k_block, v_block) in _visits([k, v], task):
-        task.attend(merge, q, k_block, v_block, task.runs[owner])
+    for block in _visits(k, v, task):
+        task.attend(merge, q, block)
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 
@@ -39,59 +40,58 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
     home = _Homecoming(task, dk, dv)
-    for owner, (k, v) in _visits([saved.k, saved.v], task):
-        dk_block, dv_block = (dk, dv) if owner == task.fabric.rank else (Sum(k), Sum(v))
-        task.attend_backward(dq, dk_block, dv_block, dout, k, v, saved, task.runs[owner])
-        home.start(owner, dk_block, dv_block)
+    for block in _visits(saved.k, saved.v, task):
+        dk_block, dv_block = (dk, dv) if block.owner == task.fabric.rank else (Sum(block.k), Sum(block.v))
+        task.attend_backward(dq, dk_block, dv_block, dout, saved, block)
+        home.start(block, dk_block, dv_block)
     home.finish()
     return dq.result(), dk.result(), dv.result()
 
 
 class Route(NamedTuple):
-    """Which way blocks travel, and how many leading tokens of a block each hop still carries.
+    """Which way blocks travel, and which stretch of a block's tokens each hop still carries.
 
-    carried[owner][hop] tokens of `owner`'s block arrive at the rank that is `hop` hops further on.
+    carried[owner][hop] is what arrives of `owner`'s block at the rank that is `hop` hops further on.
     """
 
     turn: int
-    carried: tuple[tuple[int, ...], ...]
+    carried: tuple[tuple[slice, ...], ...]
 
     @property
     def volume(self) -> int:
-        return sum(map(sum, self.carried))
+        """Tokens that travel, over all ranks."""
+        return sum(part.stop - part.start for hops in self.carried for part in hops[1:])
 
 
 @cache
-def route(runs: Layout, causal: bool) -> Route:
+def route(runs: Layout, mask: Mask) -> Route:
     """The direction in which fewer tokens travel, and what each hop carries: what some rank further on still sees."""
-    return min((_route(runs, causal, turn) for turn in (1, -1)), key=lambda way: way.volume)
+    return min((_route(runs, mask, turn) for turn in (1, -1)), key=lambda way: way.volume)
 
 
-def _route(runs: Layout, causal: bool, turn: int) -> Route:
+def _route(runs: Layout, mask: Mask, turn: int) -> Route:
     ranks = len(runs)
     carried = []
     for owner in range(ranks):
-        visible = [seen(runs[(owner + turn * hop) % ranks], runs[owner], causal) for hop in range(1, ranks)]
-        carried.append(tuple(max(visible[hop:]) for hop in range(ranks - 1)))
-    return Route(turn, tuple((0, *row) for row in carried))
+        wanted = tuple(seen(runs[(owner + turn * hop) % ranks], runs[owner], mask) for hop in range(1, ranks))
+        carried.append((slice(0, length(runs[owner])), *(hull(wanted[hop:]) for hop in range(ranks - 1))))
+    return Route(turn, tuple(carried))
 
 
-def _visits(block: list[Tensor], task: Task) -> Iterator[tuple[int, list[Tensor]]]:
-    """Each block that comes by, with its owner, this rank's own first; the next one is in flight during the body."""
-    fabric, way = task.fabric, route(task.runs, task.causal)
+def _visits(k: Tensor, v: Tensor, task: Task) -> Iterator[Block]:
+    """Each block that comes by, this rank's own first; the next one is in flight during the body."""
+    fabric, way = task.fabric, route(task.runs, task.mask)
     ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
-    for hop in range(fabric.size):
-        owner = (fabric.rank - way.turn * hop) % fabric.size
-        arriving, transfer = block, None
-        if hop + 1 < fabric.size:
-            onward = way.carried[owner][hop + 1]
-            due = way.carried[(owner - way.turn) % fabric.size][hop + 1]
-            arriving = [tensor.new_empty((due, *tensor.shape[1:])) for tensor in block]
-            transfer = _exchange(fabric, [tensor[:onward] for tensor in block], ahead, arriving, behind)
-        yield owner, block
-        if transfer:
-            transfer.wait()
-        block = arriving
+    block = Block(fabric.rank, 0, k, v)
+    for hop in range(1, fabric.size):
+        onward, due = way.carried[block.owner][hop], way.carried[(block.owner - way.turn) % fabric.size][hop]
+        leaving = block.part(onward)
+        next_k, next_v = empty_like(leaving, due.stop - due.start)
+        transfer = exchange(fabric, leaving, ahead, [next_k, next_v], behind)
+        yield block
+        transfer.wait()
+        block = Block((block.owner - way.turn) % fabric.size, due.start, next_k, next_v)
+    yield block
 
 
 class _Homecoming:
@@ -99,35 +99,41 @@ class _Homecoming:
 
     def __init__(self, task: Task, dk: Sum, dv: Sum) -> None:
         self._task, self._totals = task, (dk, dv)
-        self._turn = route(task.runs, task.causal).turn
+        self._turn = route(task.runs, task.mask).turn
         self._hop = 0
+        self._due = slice(0, 0)
         self._arriving: list[Tensor] = []
-        self._transfer: Handle | None = None
+        self._transfer: Handle = Done()
 
-    def start(self, owner: int, *sums: Sum) -> None:
-        """Send what this hop computed for `owner`; receive from the rank that computed for this one."""
+    def start(self, block: Block, dk: Sum, dv: Sum) -> None:
+        """Send what this hop computed for the block's owner; receive from the rank that computed for this one."""
         self.finish()
-        fabric, runs = self._task.fabric, self._task.runs
-        if owner != fabric.rank:
+        fabric, runs, mask = self._task.fabric, self._task.runs, self._task.mask
+        if block.owner != fabric.rank:
             worker = (fabric.rank + self._turn * self._hop) % fabric.size
-            sees = seen(runs[fabric.rank], runs[owner], self._task.causal)
-            due = seen(runs[worker], runs[fabric.rank], self._task.causal)
-            parts = [part.result() for part in sums]
-            self._arriving = [part.new_empty((due, *part.shape[1:])) for part in parts]
-            leaving = [part[:sees] for part in parts]
-            self._transfer = _exchange(fabric, leaving, owner, self._arriving, worker)
+            saw, self._due = (
+                seen(runs[fabric.rank], runs[block.owner], mask),
+                seen(runs[worker], runs[fabric.rank], mask),
+            )
+            leaving = block._replace(k=dk.result(), v=dv.result()).part(saw)
+            self._arriving = empty_like(leaving, self._due.stop - self._due.start)
+            self._transfer = exchange(fabric, leaving, block.owner, self._arriving, worker)
         self._hop += 1
 
     def finish(self) -> None:
         """Wait for the batch in flight and add what it brought."""
-        if self._transfer:
-            self._transfer.wait()
-            for total, part in zip(self._totals, self._arriving, strict=True):
-                total.add(slice(0, part.shape[0]), part)
-        self._transfer = None
+        self._transfer.wait()
+        for total, part in zip(self._totals, self._arriving, strict=False):
+            total.add(self._due, part)
+        self._arriving = []
 
 
-def _exchange(fabric: Fabric, leaving: list[Tensor], dst: int, arriving: list[Tensor], src: int) -> Handle:
-    """Empty blocks are not sent; both sides know their length."""
+def empty_like(tensors: list[Tensor], tokens: int) -> list[Tensor]:
+    """Buffers for as many tensors of `tokens` tokens."""
+    return [tensor.new_empty((tokens, *tensor.shape[1:])) for tensor in tensors]
+
+
+def exchange(fabric: Fabric, leaving: list[Tensor], dst: int, arriving: list[Tensor], src: int) -> Handle:
+    """Send to one rank, receive from another; empty tensors are not sent, both sides know their length."""
     sends = [(tensor.contiguous(), dst) for tensor in leaving if tensor.shape[0]]
     return fabric.exchange(sends, [(buffer, src) for buffer in arriving if buffer.shape[0]])

@@ -1,5 +1,6 @@
 """What a backend's loop is given."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -7,8 +8,10 @@ from torch import Tensor
 
 from megatron_cp.comm import Fabric
 from megatron_cp.context.layouts import Layout, Runs
+from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.tiles import tiles
+from megatron_cp.context.tile_kernel import tile_backward, tile_forward
+from megatron_cp.context.tiles import Tile, tiles
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import Kernel
 
@@ -21,6 +24,24 @@ class Saved(NamedTuple):
     v: Tensor
     out: Tensor
     lse: Tensor
+
+
+class Block(NamedTuple):
+    """Keys and values on a visit: the tokens of rank `owner` from its local token `first` on.
+
+    runs: their positions from the owner's first token on, where they are not the owner's (a gathered sequence)
+    """
+
+    owner: int
+    first: int
+    k: Tensor
+    v: Tensor
+    runs: Runs = ()
+
+    def part(self, tokens: slice) -> list[Tensor]:
+        """k and v of these tokens of the owner."""
+        here = slice(tokens.start - self.first, tokens.stop - self.first)
+        return [self.k[here], self.v[here]] if tokens.start < tokens.stop else [self.k[:0], self.v[:0]]
 
 
 class Axes(NamedTuple):
@@ -51,7 +72,7 @@ class Task:
 
     fabric: Fabric
     runs: Layout
-    causal: bool
+    mask: Mask
     scale: float
     kernel: Kernel
     heads: tuple[int, int]
@@ -65,20 +86,22 @@ class Task:
         """The same attention over other ranks, positions and heads."""
         return replace(self, fabric=fabric, runs=runs, kernel=kernel)
 
-    def attend(self, merge: SoftmaxMerge, q: Tensor, k: Tensor, v: Tensor, keys: Runs) -> None:
-        """Merge attention of this rank's queries over a block of keys whose leading tokens are k and v."""
-        for rows, cols, causal in tiles(self.mine, keys, self.causal):
-            out, lse = self.kernel.forward(q[rows], k[cols], v[cols], scale=self.scale, causal=causal)
-            merge.add(rows, out, lse)
+    def attend(self, merge: SoftmaxMerge, q: Tensor, block: Block) -> None:
+        """Merge attention of this rank's queries over a block of keys."""
+        for rows, cols, shape in self.tiles(block):
+            k, v = block.k[cols], block.v[cols]
+            merge.add(rows, *tile_forward(self.kernel, q[rows], k, v, scale=self.scale, shape=shape))
 
-    def attend_backward(
-        self, dq: Sum, dk: Sum, dv: Sum, dout: Tensor, k: Tensor, v: Tensor, saved: Saved, keys: Runs
-    ) -> None:
+    def attend_backward(self, dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved, block: Block) -> None:
         """Add this rank's queries' part of the gradients of q and of a block of keys."""
         q, out, lse = saved.q, saved.out, saved.lse
-        for rows, cols, causal in tiles(self.mine, keys, self.causal):
-            parts = self.kernel.backward(
-                dout[rows], q[rows], k[cols], v[cols], out[rows], lse[rows], scale=self.scale, causal=causal
-            )
+        for rows, cols, shape in self.tiles(block):
+            queries = (dout[rows], q[rows], block.k[cols], block.v[cols], out[rows], lse[rows])
+            parts = tile_backward(self.kernel, *queries, scale=self.scale, shape=shape)
             for total, where, part in zip((dq, dk, dv), (rows, cols, cols), parts, strict=True):
                 total.add(where, part)
+
+    def tiles(self, block: Block) -> Iterator[Tile]:
+        """The kernel calls of this rank's queries with a block, as tokens of the block."""
+        for rows, cols, shape in tiles(self.mine, block.runs or self.runs[block.owner], self.mask):
+            yield Tile(rows, slice(cols.start - block.first, cols.stop - block.first), shape)

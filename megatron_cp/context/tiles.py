@@ -1,98 +1,145 @@
 """Which kernel calls compute the unmasked pairs of a rank's queries with a block of keys.
 
-Local tokens stand in sequence order, so a causal mask lets query i see a prefix of the keys, and the prefix never gets
-shorter with i: a staircase. Where it grows by one key per query the pairs form a rectangle and a square causal
-triangle; where it stays, a rectangle. Causal tiles are always square, so that kernels which align causal masks top-left
-and kernels which align them bottom-right do the same.
+Local tokens stand in sequence order, so query i sees a stretch of the keys, and neither end of the stretch moves back
+as i grows: the pairs lie between two staircases, whose steps rise by at most one key per query. Cut into stretches of
+queries over which neither staircase changes its slope, they are a triangle against the lower staircase, a rectangle,
+and a triangle against the upper one. Triangles are square, so that kernels which align causal masks top-left and
+kernels which align them bottom-right do the same.
 """
 
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_cp.context.layouts import Runs, length, located
+from megatron_cp.context.masks import Mask
+
+Shape = Literal["full", "lower", "upper"]
 
 
 class Tile(NamedTuple):
-    """One kernel call: local queries, local keys, and whether the mask is causal (square, aligned) or full."""
+    """One kernel call: local queries, local keys, and which of the pairs are unmasked.
+
+    "full": all. "lower": the i-th query sees the first i + 1 keys (causal). "upper": it sees the i-th key and all after.
+    """
 
     q: slice
     kv: slice
-    causal: bool
+    shape: Shape
 
     @property
     def pairs(self) -> int:
         """Unmasked query-key pairs."""
         queries, keys = self.q.stop - self.q.start, self.kv.stop - self.kv.start
-        return queries * (queries + 1) // 2 if self.causal else queries * keys
+        return queries * keys if self.shape == "full" else queries * (queries + 1) // 2
 
 
 class Step(NamedTuple):
-    """Queries [start, stop): the first sees `seen` keys, each further one `slope` (0 or 1) more."""
+    """Queries [start, stop): the first sees keys [low, high), each further one starts `low_slope` later and so on."""
 
     start: int
     stop: int
-    seen: int
-    slope: int
+    low: int
+    low_slope: int
+    high: int
+    high_slope: int
+
+    @property
+    def queries(self) -> int:
+        return self.stop - self.start
+
+    def skip(self, queries: int) -> "Step":
+        """The rest of the step after its first queries."""
+        low, high = self.low + queries * self.low_slope, self.high + queries * self.high_slope
+        return self._replace(start=self.start + queries, low=low, high=high)
 
 
 @cache
-def tiles(q_runs: Runs, kv_runs: Runs, causal: bool) -> tuple[Tile, ...]:
+def tiles(q_runs: Runs, kv_runs: Runs, mask: Mask) -> tuple[Tile, ...]:
     """Tiles that cover every unmasked pair of `q_runs` with `kv_runs` exactly once."""
-    if not causal:
-        return (Tile(slice(0, length(q_runs)), slice(0, length(kv_runs)), False),)
-    return tuple(tile for step in _staircase(q_runs, kv_runs) for tile in _cover(step))
+    return tuple(tile for step in _steps(q_runs, kv_runs, mask) for tile in _cover(step))
 
 
 @cache
-def seen(q_runs: Runs, kv_runs: Runs, causal: bool) -> int:
-    """How many of the leading keys any of the queries sees; the others need not travel to them."""
-    return max((tile.kv.stop for tile in tiles(q_runs, kv_runs, causal)), default=0)
+def seen(q_runs: Runs, kv_runs: Runs, mask: Mask) -> slice:
+    """The stretch of keys that any of the queries sees; the others need not travel to them."""
+    return hull(tuple(tile.kv for tile in tiles(q_runs, kv_runs, mask)))
+
+
+def hull(stretches: tuple[slice, ...]) -> slice:
+    """The shortest stretch that holds all of them; empty ones do not count."""
+    stretches = tuple(stretch for stretch in stretches if stretch.start < stretch.stop)
+    if not stretches:
+        return slice(0, 0)
+    return slice(min(stretch.start for stretch in stretches), max(stretch.stop for stretch in stretches))
 
 
 def _cover(step: Step) -> Iterator[Tile]:
-    rows = slice(step.start, step.stop)
-    full = step.seen - step.slope
-    if full > 0:
-        yield Tile(rows, slice(0, full), False)
-    if step.slope:
-        yield Tile(rows, slice(full, full + step.stop - step.start), True)
+    while step.queries:
+        keys = step.high - step.low
+        if not keys:
+            # at most the first query sees nothing: those of a whole step were left out
+            queries = 1
+        elif step.low_slope:
+            # where the triangles would meet, in a band narrower than the stretch, go along it in squares
+            queries = min(step.queries, max(1, keys - step.high_slope))
+            yield from _slab(step, queries)
+        else:
+            queries = step.queries
+            yield from _slab(step, queries)
+        step = step.skip(queries)
 
 
-def _staircase(q_runs: Runs, kv_runs: Runs) -> list[Step]:
+def _slab(step: Step, queries: int) -> Iterator[Tile]:
+    rows = slice(step.start, step.start + queries)
+    first, last = step.low + queries * step.low_slope, step.high - step.high_slope
+    if queries == 1:
+        first, last = step.low, step.high
+    elif step.low_slope:
+        yield Tile(rows, slice(step.low, first), "upper")
+    if first < last:
+        yield Tile(rows, slice(first, last), "full")
+    if queries > 1 and step.high_slope:
+        yield Tile(rows, slice(last, last + queries), "lower")
+
+
+def _steps(q_runs: Runs, kv_runs: Runs, mask: Mask) -> list[Step]:
     """The steps over all queries, those that see nothing left out, neighbours that continue each other joined."""
     joined: list[Step] = []
     for run, local in located(q_runs):
-        for step in _steps(run, kv_runs):
+        for step in _run_steps(run, kv_runs, mask):
             shifted = step._replace(start=step.start + local.start, stop=step.stop + local.start)
-            if joined and _continues(joined[-1], shifted):
+            if joined and joined[-1].skip(joined[-1].queries) == shifted._replace(stop=shifted.start):
                 shifted = joined.pop()._replace(stop=shifted.stop)
             joined.append(shifted)
-    return [step for step in joined if step.seen or step.slope]
+    return [step for step in joined if step.high > step.low or step.high_slope > step.low_slope]
 
 
-def _continues(left: Step, right: Step) -> bool:
-    due = left.seen + left.slope * (left.stop - left.start)
-    return left.stop == right.start and left.slope == right.slope and due == right.seen
+def _run_steps(run: range, kv_runs: Runs, mask: Mask) -> Iterator[Step]:
+    """The steps of one run of queries: each run of keys is a ramp of one key per query in either staircase."""
+    # a query has passed the keys more than `left` before it and reached those up to `right` after it
+    lows = [] if mask.left is None else [_ramp(run, keys, -mask.left - 1) for keys in kv_runs]
+    highs = [] if mask.right is None else [_ramp(run, keys, mask.right) for keys in kv_runs]
+    edges = {edge for ramp in (*lows, *highs) for edge in (ramp.start, ramp.stop) if 0 < edge < len(run)}
+    for start, stop in pairwise(sorted({0, *edges, len(run)})):
+        low, low_slope = _height(lows, start)
+        high, high_slope = _height(highs, start) if mask.right is not None else (length(kv_runs), 0)
+        yield Step(start, stop, low, low_slope, high, high_slope)
 
 
-def _steps(run: range, kv_runs: Runs) -> Iterator[Step]:
-    """The staircase of one run of queries: each run of keys is a ramp that adds one key per query."""
-    ramps = [_ramp(run, keys) for keys in kv_runs]
-    bounds = {0, len(run)} | {bound for ramp in ramps for bound in (ramp.start, ramp.stop) if 0 < bound < len(run)}
-    edges = sorted(bounds)
-    for start, stop in pairwise(edges):
-        count = sum(min(max(start - ramp.start + 1, 0), len(ramp)) for ramp in ramps)
-        slope = sum(start in ramp for ramp in ramps)
-        assert slope <= 1, "key runs overlap or are out of order"
-        yield Step(start, stop, count, slope)
+def _height(ramps: list[range], query: int) -> tuple[int, int]:
+    """How many keys this query has reached, and whether the next one reaches one more."""
+    count = sum(min(max(query - ramp.start + 1, 0), len(ramp)) for ramp in ramps)
+    slope = sum(query in ramp for ramp in ramps)
+    assert slope <= 1, "key runs overlap or are out of order"
+    return count, slope
 
 
-def _ramp(run: range, keys: range) -> range:
-    """Indices of queries at which one more of `keys` becomes visible."""
+def _ramp(run: range, keys: range, shift: int) -> range:
+    """Indices of queries at which one more of `keys` lies at or before the query's position plus `shift`."""
     if len(run) > 1 and len(keys) > 1 and run.step != keys.step:
         raise ValueError(f"runs with steps {run.step} and {keys.step} make no staircase; use one layout for all ranks")
     step = run.step if len(run) > 1 else keys.step
-    first = -(-(keys.start - run.start) // step)
+    first = -(-(keys.start - shift - run.start) // step)
     return range(first, first + len(keys))

@@ -7,13 +7,14 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """One attention: inputs [S b h d] and [S b g d], the gradient of the output, and whether the mask is causal."""
+    """One attention: inputs [S b h d] and [S b g d], the gradient of the output, and the mask."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     dout: Tensor
     causal: bool
+    window: tuple[int | None, int | None] | None = None
 
 
 def problem(
@@ -30,10 +31,17 @@ def dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     group = q.shape[2] // k.shape[2]
     keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("sbhd,tbhd->bhst", q, keys) * q.shape[-1] ** -0.5
-    if problem.causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
-    out = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), values)
+    out = torch.einsum("bhst,tbhd->sbhd", scores.masked_fill(hidden(problem), -torch.inf).softmax(-1), values)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), problem.dout.double())
+
+
+def hidden(problem: Problem) -> Tensor:
+    """The pairs that the mask hides, [S S]."""
+    tokens = problem.q.shape[0]
+    left, right = problem.window or (None, None)
+    distance = torch.arange(tokens)[None] - torch.arange(tokens)[:, None]
+    right = 0 if problem.causal else right
+    return (distance < -(tokens if left is None else left)) | (distance > (tokens if right is None else right))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

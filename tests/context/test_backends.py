@@ -24,7 +24,9 @@ def sharded(fabric, task: Problem, backend: str, grid=None, outside="zigzag", ke
     """out, dq, dk, dv of this rank's tokens, and where these stand in the sequence."""
     mine = torch.tensor(indices(outside, task.q.shape[0], fabric.size, fabric.rank))
     axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
-    made = plan(backend, cp=fabric, causal=task.causal, kernel=kernel, layout=outside, **axes, **choices)
+    made = plan(
+        backend, cp=fabric, causal=task.causal, window=task.window, kernel=kernel, layout=outside, **axes, **choices
+    )
     q, k, v = (x[mine].requires_grad_() for x in task[:3])
     out = attend(q, k, v, made)
     return mine, (out.detach(), *torch.autograd.grad(out, (q, k, v), task.dout[mine]))
@@ -68,6 +70,18 @@ def test_backend_on_a_grid_equals_dense(backend, grid, placement, heads, kv_head
     task = problem(12 * ranks, heads, kv_heads, causal=causal)
     parts = in_process(ranks, lambda fabric: sharded(fabric, task, backend, grid, placement=placement))
     assert_equals_dense(parts, task)
+
+
+WINDOWS = [(True, (5, None)), (True, (20, 0)), (False, (9, 4)), (False, (0, 2)), (False, (None, 7)), (True, (1, 0))]
+
+
+@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8], ids=lambda n: f"p{n}")
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_backend_equals_dense_in_a_window(backend, ranks, causal, window):
+    task = problem(12 * ranks, 8, 2, causal=causal)._replace(window=window)
+    grid = grids(ranks)[len(grids(ranks)) // 2] if BACKENDS.get(backend).needs_grid else None
+    assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, backend, grid)), task)
 
 
 @pytest.mark.parametrize("outside", ["contiguous", "striped"])

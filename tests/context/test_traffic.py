@@ -5,6 +5,7 @@ import pytest
 from megatron_cp.comm import in_process
 from megatron_cp.context.heads import deal
 from megatron_cp.context.layouts import layout
+from megatron_cp.context.masks import CAUSAL, FULL, Mask
 from megatron_cp.context.ring import route
 from tests.context.dense import problem
 from tests.context.test_backends import sharded
@@ -34,8 +35,8 @@ def test_full_ring_sends_every_block_to_everybody_and_gradients_home(ranks):
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6, 7, 8, 16, 64])
 def test_causal_ring_carries_only_what_someone_further_on_sees(name, ranks, share):
     tokens = 4 * ranks
-    full = route(layout(name, tokens, ranks), False).volume
-    assert route(layout(name, tokens, ranks), True).volume == share * full
+    full = route(layout(name, tokens, ranks), FULL).volume
+    assert route(layout(name, tokens, ranks), CAUSAL).volume == share * full
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -61,3 +62,13 @@ def test_kv_head_goes_to_each_rank_that_needs_it_and_to_no_other():
 def test_all_gather_sends_whole_shards_and_gradients_of_what_was_seen(ranks):
     bytes_sent, unit = sent(ranks, "all-gather", causal=False)
     assert bytes_sent == [2 * (ranks - 1) * unit * 3] * ranks
+
+
+@pytest.mark.parametrize(("window", "hops"), [(1, 1), (11, 1), (12, 1), (13, 2), (24, 2), (25, 3)])
+def test_window_skips_transfers_outside_it(window, hops):
+    way = route(layout("contiguous", 96, 8), Mask(window, 0))
+    # rank r's queries see back to the blocks of `hops` ranks before
+    assert [sum(part.stop > part.start for part in carried[1:]) for carried in way.carried[: 8 - hops]] == [hops] * (
+        8 - hops
+    )
+    assert way.volume == sum(min(window, 12 * (8 - 1 - owner)) for owner in range(8))

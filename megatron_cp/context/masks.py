@@ -1,0 +1,36 @@
+"""Which keys a query sees, as positions: one description that every algorithm honours or refuses by name."""
+
+from typing import NamedTuple
+
+
+class Mask(NamedTuple):
+    """The query at position i sees the keys at positions i - left .. i + right; None is no limit on that side."""
+
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no query sees a later key."""
+        return self.right == 0
+
+    @property
+    def window(self) -> bool:
+        """Whether a query sees a bounded stretch of earlier or later keys only."""
+        return self.left is not None or self.right not in (None, 0)
+
+
+FULL = Mask()
+CAUSAL = Mask(right=0)
+
+
+def mask(causal: bool, window: tuple[int | None, int | None] | None = None) -> Mask:
+    """The mask of flash-attn's two arguments; -1 or None in `window` is no limit, `causal` cuts the right side at 0.
+
+    Raises ValueError for any other negative limit.
+    """
+    left, right = (None if limit in (None, -1) else limit for limit in window or (None, None))
+    for limit in (left, right):
+        if limit is not None and limit < 0:
+            raise ValueError(f"a window's limits are 0 or more, or -1 for none, got {tuple(window or ())}")
+    return Mask(left, 0 if causal else right)
