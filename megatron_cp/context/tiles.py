@@ -21,7 +21,7 @@ Shape = Literal["full", "lower", "upper"]
 class Tile(NamedTuple):
     """One kernel call: local queries, local keys, and which of the pairs are unmasked.
 
-    "full": all. "lower": the i-th query sees the first i + 1 keys (causal). "upper": it sees the i-th key and all after.
+    "full": all. "lower": the i-th query sees the first i + 1 keys (causal). "upper": it sees the i-th and all after.
     """
 
     q: slice
