@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_cp.pipeline.action import Action
+from megatron_cp.pipeline.schedule import Table
 from megatron_cp.pipeline.schedules import (
     breadth_first,
     controllable_memory,
@@ -41,6 +42,12 @@ class Rule:
     split: bool = True
     takes_warmup: bool = False
     aliases: tuple[str, ...] = ()
+
+    def make(self, p: int, m: int, v: int, warmup: float | None = None) -> Table:
+        """The rule's table, not checked."""
+        assert self.table, f"{self.name} is no fixed rule"
+        options = {} if warmup is None else {"warmup": warmup}
+        return tuple(map(tuple, self.table(p, m, v, **options)))
 
 
 SCHEDULES = Registry(

@@ -59,10 +59,8 @@ def fixed(name: str, p: int, m: int, v: int | None = None, warmup: float | None 
 
 
 def _table(rule: Rule, placement: Placement, m: int, warmup: float | None) -> Schedule:
-    assert rule.table is not None
-    options = {} if warmup is None else {"warmup": warmup}
-    ranks = rule.table(placement.ranks, m, placement.chunks, **options)
-    return check(Schedule(rule.name, placement, m, tuple(map(tuple, ranks))))
+    table = rule.make(placement.ranks, m, placement.chunks, warmup)
+    return check(Schedule(rule.name, placement, m, table))
 
 
 def _way_out(rule: Rule, placement: Placement, m: int, warmup: float | None) -> str:

@@ -37,9 +37,10 @@ class Costs:
             if not 0 <= held <= kept or not isfinite(kept) or kept == 0:
                 raise ValueError(f"memory needs 0 <= M_W <= M_B and M_B > 0, got M_B = {kept}, M_W = {held}")
 
-    def work(self, placement: Placement, rank: int) -> float:
-        """Compute time of one microbatch on `rank`."""
-        return sum(self.forward[stage] + self.input[stage] + self.weight[stage] for stage in placement.of_rank[rank])
+    def work(self, placement: Placement) -> list[float]:
+        """Compute time of one microbatch on each rank."""
+        times = [sum(parts) for parts in zip(self.forward, self.input, self.weight, strict=True)]
+        return [sum(times[stage] for stage in stages) for stages in placement.of_rank]
 
 
 def uniform(placement: Placement, times: Sequence[float], memory: Sequence[float] = (1.0, 1.0)) -> Costs:

@@ -1,12 +1,14 @@
-"""Play a compute table against times and memory: makespan, bubble, spans, peak memory, and what could never be beaten."""
+"""Play a compute table against times and memory: makespan, bubble, spans and peak memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, FULL, INPUT, WEIGHT, Action
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.passes import deadlock
+from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 
 OBJECTIVES = ("makespan", "span")
@@ -39,9 +41,8 @@ class Run:
     @cached_property
     def work(self) -> float:
         """Compute time of a whole step, averaged over ranks: m times T_F + T_I + T_W when stages are equal."""
-        ranks = self.schedule.placement.ranks
-        total = sum(self.costs.work(self.schedule.placement, rank) for rank in range(ranks))
-        return self.schedule.micros * (total / ranks)
+        placement = self.schedule.placement
+        return self.schedule.micros * sum(self.costs.work(placement)) / placement.ranks
 
     @property
     def bubble(self) -> float:
@@ -59,8 +60,8 @@ class Run:
         return 2 * hops * self.schedule.micros
 
     def objective(self, name: str) -> float:
-        """`makespan` or `span`."""
-        return {"makespan": self.makespan, "span": self.span}[name]
+        """The makespan, or with `span` the longest span of a rank."""
+        return self.span if name == "span" else self.makespan
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Run:
@@ -68,63 +69,94 @@ def simulate(schedule: Schedule, costs: Costs) -> Run:
 
     Raises BadSchedule, naming every rank's waiting action, when the ranks end up waiting for each other.
     """
-    starts, ends = _play(schedule, costs)
-    peak = tuple(peak_memory(actions, costs) for actions in schedule.table)
-    return Run(schedule, costs, tuple(map(tuple, starts)), tuple(map(tuple, ends)), peak)
+    run = simulate_below(schedule, costs)
+    assert run
+    return run
 
 
-def _play(schedule: Schedule, costs: Costs) -> tuple[list[list[float]], list[list[float]]]:
-    """Start and end of every action. A rank runs until it meets a tensor nobody made yet, then its maker wakes it."""
-    table = schedule.table
-    arrivals: dict[tuple[int, bool, int | None], float] = {}
-    sleepers: dict[tuple[int, bool, int | None], int] = {}
-    starts: list[list[float]] = [[] for _ in table]
-    ends: list[list[float]] = [[] for _ in table]
-    duration = _durations(costs)
-    gain = _hops(schedule, costs)
-    last = len(schedule.placement.rank_of) - 1
-    awake = list(range(len(table)))[::-1]
+def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Run | None:
+    """Like `simulate`, but gives up, with None, as soon as the makespan is sure to reach `bar`."""
+    play = _Play(schedule, costs, bar)
+    awake = list(range(len(schedule.table)))[::-1]
     while awake:
-        rank = awake.pop()
-        clock = ends[rank][-1] if ends[rank] else 0.0
-        for action in table[rank][len(ends[rank]) :]:
-            stage, kind, micro = action
-            start = clock
-            if kind != WEIGHT:
-                # the key of what it waits for: who made it, whether it is a gradient, which microbatch
-                back = kind != FORWARD and stage < last
-                key = (stage + 1 if back else stage - (kind == FORWARD), back, micro)
-                if key[0] >= 0:
-                    arrival = arrivals.get(key)
-                    if arrival is None:
-                        sleepers[key] = rank
-                        break
-                    start = max(clock, arrival)
-            clock = start + duration[kind][stage]
-            starts[rank].append(start)
-            ends[rank].append(clock)
-            if kind != WEIGHT:
-                made = (stage, kind != FORWARD, micro)
-                arrivals[made] = clock + gain[made[1]][stage]
-                if made in sleepers:
-                    awake.append(sleepers.pop(made))
-    if any(len(done) < len(actions) for done, actions in zip(ends, table, strict=True)):
-        raise deadlock(schedule, [len(done) for done in ends])
-    return starts, ends
+        woken = play.run(awake.pop())
+        if woken is None:
+            return None
+        awake += woken
+    places = [len(done) for done in play.ends]
+    if any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
+        raise deadlock(schedule, places)
+    peak = tuple(peak_memory(actions, costs) for actions in schedule.table)
+    return Run(schedule, costs, tuple(map(tuple, play.starts)), tuple(map(tuple, play.ends)), peak)
 
 
-def _durations(costs: Costs) -> dict[str, tuple[float, ...]]:
-    return {
-        FORWARD: costs.forward,
-        INPUT: costs.input,
-        WEIGHT: costs.weight,
-        FULL: tuple(a + b for a, b in zip(costs.input, costs.weight, strict=True)),
-    }
+class _Play:
+    """A step while it is played. A rank runs until it needs what nobody made yet; then its maker wakes it.
+
+    made: when the output (False) or gradient (True) that a stage makes for a microbatch reaches whoever uses it
+    """
+
+    def __init__(self, schedule: Schedule, costs: Costs, bar: float) -> None:
+        ranks = len(schedule.table)
+        self.table = schedule.table
+        self.starts: list[list[float]] = [[] for _ in range(ranks)]
+        self.ends: list[list[float]] = [[] for _ in range(ranks)]
+        self._last = len(schedule.placement.rank_of) - 1
+        self._duration = durations(costs)
+        self._hop = hops(schedule.placement, costs)
+        self._made: dict[tuple[int, bool, int | None], float] = {}
+        self._asleep: dict[tuple[int, bool, int | None], int] = {}
+        # how late a rank may be, before it runs anything, for its work still to end below the bar
+        self._latest = [bar - schedule.micros * work for work in costs.work(schedule.placement)]
+
+    def run(self, rank: int) -> list[int] | None:
+        """Run `rank` as far as it comes; the ranks it wakes, or None when it is too late for the bar."""
+        starts, ends = self.starts[rank], self.ends[rank]
+        clock, latest = ends[-1] if ends else 0.0, self._latest[rank]
+        woken = []
+        for action in self.table[rank][len(ends) :]:
+            start = clock if action.kind == WEIGHT else self._start(action, clock, rank)
+            if start is None:
+                break
+            latest += (took := self._duration[action.kind][action.stage])
+            clock = start + took
+            if clock >= latest:
+                return None
+            starts.append(start)
+            ends.append(clock)
+            if action.kind != WEIGHT:
+                woken += self._hand_over(action, clock)
+        self._latest[rank] = latest
+        return woken
+
+    def _start(self, action: Action, clock: float, rank: int) -> float | None:
+        """When `action` can start; None, and `rank` falls asleep, when what it needs is not made yet."""
+        stage, kind, micro = action
+        if kind == FORWARD:
+            key = (stage - 1, False, micro)
+        else:
+            key = (stage + 1, True, micro) if stage < self._last else (stage, False, micro)
+        arrival = self._made.get(key, 0.0 if key[0] < 0 else inf)
+        if arrival == inf:
+            self._asleep[key] = rank
+            return None
+        return max(clock, arrival)
+
+    def _hand_over(self, action: Action, clock: float) -> list[int]:
+        key = (action.stage, action.kind != FORWARD, action.micro)
+        self._made[key] = clock + self._hop[key[1]][action.stage]
+        return [self._asleep.pop(key)] if key in self._asleep else []
 
 
-def _hops(schedule: Schedule, costs: Costs) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Delay of what a stage sends: its output to the next stage, its gradient to the one before."""
-    rank_of = schedule.placement.rank_of
+def durations(costs: Costs) -> dict[str, tuple[float, ...]]:
+    """Time of each compute kind on each stage."""
+    whole = tuple(a + b for a, b in zip(costs.input, costs.weight, strict=True))
+    return {FORWARD: costs.forward, INPUT: costs.input, WEIGHT: costs.weight, FULL: whole}
+
+
+def hops(placement: Placement, costs: Costs) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Delay of each stage's output on its way to the next stage, and of its gradient to the one before."""
+    rank_of = placement.rank_of
     between = [costs.comm if here != there else 0.0 for here, there in zip(rank_of, rank_of[1:], strict=False)]
     return (*between, 0.0), (0.0, *between)
 

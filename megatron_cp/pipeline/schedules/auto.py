@@ -1,0 +1,190 @@
+"""Our own: schedule from measured times and memory caps, on any placement.
+
+The list scheduler of `weave` is tried with the orders of the papers' rules and with groups of microbatches of several
+sizes, and with several depths of warm-up, delays of W and ways to fill gaps; then every fixed rule of the same placement
+that fits under the caps is played too, and the best table wins. The search counts actions, not seconds, so that every
+rank that runs it finds the same table.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, inf
+from typing import NamedTuple
+
+from megatron_cp.pipeline import SCHEDULES, Rule
+from megatron_cp.pipeline.bounds import least_memory, lower_bound
+from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.schedule import BadSchedule, Schedule
+from megatron_cp.pipeline.simulate import OBJECTIVES, Run, peak_memory, simulate_below
+from megatron_cp.pipeline.weave import EPSILON, Knobs, Order, grouped, orders_of, weave
+
+WARMUPS = (1.0, 1.25, 1.5, 1.75, 2.0)
+BUDGET = 500_000
+FINALISTS = 4
+
+
+class Choice(NamedTuple):
+    """One point of the search.
+
+    orders: index into the orders to start from
+    slope:  forwards a rank admits beyond those it must, per rank between it and the last one
+    spare:  forwards beyond that for a rank that has nothing else to do
+    lag:    input gradients that may wait for their W, per rank before it; inf for as many as memory allows
+    share:  part of a W that must fit into a gap
+    """
+
+    orders: int
+    slope: float = 1.0
+    spare: int = 0
+    lag: float = 1.0
+    share: float = 1.0
+
+
+SLOPES = (1.0, 1.5, 2.0, 2.5, 3.0, 0.5, 0.0, 1.25, 1.75, 2.25)
+LAGS = (1.0, inf, 2.0, 0.0, 0.5, 1.5, 3.0)
+SHARES = (1.0, 0.5, 0.25)
+SPARES = (0, 2, 6, 1000)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scheduled; `caps` are per rank, in M_B."""
+
+    placement: Placement
+    micros: int
+    costs: Costs
+    caps: tuple[float, ...]
+    objective: str
+
+    @property
+    def actions(self) -> int:
+        return 3 * self.micros * len(self.placement.rank_of)
+
+
+def auto(
+    placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None = None, objective: str = "makespan"
+) -> Schedule:
+    """The best table found for these times and memory caps, never worse than a fixed rule of the same placement.
+
+    caps:      per rank, in M_B; no cap when not given
+    objective: `makespan`, which a synchronous optimizer step waits for, or `span`, the longest of the ranks' own
+    Raises ValueError for a cap under which no step could end, saying the least.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    task = Task(placement, m, costs, tuple(caps or [inf] * placement.ranks), objective)
+    least = least_memory(placement, costs)
+    if min(task.caps) < least - EPSILON:
+        raise ValueError(f"a cap of {min(task.caps):g} M_B is below the minimum {least:g} M_B, one microbatch at a time")
+    best = _best_woven(task)
+    for schedule in _ruled(task):
+        best = _better(task, schedule, best)
+    assert best, "one microbatch at a time fits under every cap"
+    return replace(best.schedule, name="auto")
+
+
+def _best_woven(task: Task) -> Run | None:
+    """The best of the search's last finds, played at full size."""
+    starts = _starts(task)
+    best = None
+    for choice in reversed(_search(_shorter(task))[-FINALISTS:]):
+        best = _better(task, _woven(task, starts, choice, _bar(task, best)), best)
+    return best
+
+
+def _shorter(task: Task) -> Task:
+    """The same step with fewer microbatches: ramps and steady state are the same, only the steady state is shorter."""
+    p = task.placement.ranks
+    return replace(task, micros=min(task.micros, max(2 * p, 24) + task.micros % p))
+
+
+def _search(task: Task) -> list[Choice]:
+    """Points that each beat the ones before: for every order in turn, until no neighbour helps."""
+    starts = _starts(task)
+    found: list[Choice] = []
+    best: Run | None = None
+    floor = lower_bound(task.placement, task.micros, task.costs, task.caps) * (1 + EPSILON)
+    budget = BUDGET
+    for orders in range(len(starts)):
+        here, tried = Choice(orders), set[Choice]()
+        improved = True
+        while improved and budget > 0 and not (best and task.objective == "makespan" and best.makespan <= floor):
+            improved = False
+            for point in _neighbours(here):
+                if point in tried or budget <= 0:
+                    continue
+                tried.add(point)
+                schedule = _woven(task, starts, point, _bar(task, best))
+                budget -= task.actions if schedule else task.actions // 4
+                run = _better(task, schedule, best)
+                if run is not best:
+                    best, here, improved = run, point, True
+                    found.append(point)
+    return found
+
+
+def _neighbours(here: Choice) -> Iterator[Choice]:
+    """Warm-up and delay of W together, since one without the other often does not help; then each of the rest."""
+    yield from (here._replace(slope=slope, lag=lag) for lag in LAGS for slope in SLOPES)
+    yield from (here._replace(share=share) for share in SHARES)
+    yield from (here._replace(spare=spare) for spare in SPARES)
+
+
+def _starts(task: Task) -> list[list[Order]]:
+    """Orders to start from: those of the rules, and groups of microbatches down to one, which fits under every cap."""
+    p, m = task.placement.ranks, task.micros
+    sizes = sorted({min(size, m) for size in (p, ceil(p / 2), ceil(p / 4), 1)}, reverse=True)
+    groups = [grouped(task.placement, m, size) for size in sizes]
+    rules = [orders_of(rule.make(p, m, task.placement.chunks)) for rule in _rules(task.placement)]
+    new = [orders for place, orders in enumerate(rules) if orders not in groups and orders not in rules[:place]]
+    return [*new, *groups]
+
+
+def _woven(task: Task, starts: Sequence[Sequence[Order]], choice: Choice, bar: float) -> Schedule | None:
+    orders, last = starts[choice.orders], task.placement.ranks - 1
+    knobs = Knobs(
+        limit=[order.needed + int(choice.slope * (last - rank)) for rank, order in enumerate(orders)],
+        spare=choice.spare,
+        lag=[inf if choice.lag == inf else choice.lag * rank for rank in range(last + 1)],
+        share=choice.share,
+    )
+    table = weave(task.placement, task.costs, task.caps, orders, knobs, bar)
+    return table and Schedule("auto", task.placement, task.micros, table)
+
+
+def _rules(placement: Placement) -> list[Rule]:
+    """The fixed rules of this placement and number of chunks."""
+    return [
+        rule
+        for rule in SCHEDULES
+        if rule.table and rule.placement == placement.name and rule.chunks in (None, placement.chunks)
+    ]
+
+
+def _ruled(task: Task) -> Iterator[Schedule]:
+    """The fixed rules' tables, at every warm-up multiplier where one has it."""
+    for rule in _rules(task.placement):
+        for warmup in WARMUPS if rule.takes_warmup else (None,):
+            table = rule.make(task.placement.ranks, task.micros, task.placement.chunks, warmup)
+            yield Schedule(rule.name, task.placement, task.micros, table)
+
+
+def _bar(task: Task, best: Run | None) -> float:
+    """A makespan that is not worth reaching; a span says nothing about the makespan."""
+    return best.makespan * (1 + EPSILON) if best and task.objective == "makespan" else inf
+
+
+def _better(task: Task, schedule: Schedule | None, best: Run | None) -> Run | None:
+    """`best`, or the played `schedule` if it is valid, fits under the caps and does better."""
+    if schedule is None or any(
+        peak_memory(actions, task.costs) > cap + EPSILON for actions, cap in zip(schedule.table, task.caps, strict=True)
+    ):
+        return best
+    try:
+        run = simulate_below(schedule, task.costs, _bar(task, best))
+    except BadSchedule:
+        return best
+    if run and (best is None or run.objective(task.objective) < best.objective(task.objective)):
+        return run
+    return best
