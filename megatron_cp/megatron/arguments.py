@@ -37,11 +37,6 @@ def _mla_heads_differ(source: Any) -> bool:
 # Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
 UNSUPPORTED = (
     Unsupported(
-        "a sliding window (window_size)",
-        lambda source: _read(source, "window_size") is not None,
-        "leave --window-size out",
-    ),
-    Unsupported(
         "a softmax with a sink (softmax_type other than 'vanilla')",
         lambda source: _read(source, "softmax_type", "vanilla") != "vanilla",
         "leave --softmax-type out",
@@ -161,13 +156,28 @@ def _check_groups(args: Any) -> None:
             f"--hierarchical-context-parallel-sizes must multiply to --context-parallel-size, got "
             f"{' * '.join(map(str, sizes))} = {prod(sizes)} and {cp}; change one of the two"
         )
-    usp = [name for name in comm_types(args) if BACKENDS.get(name).name == "usp"]
-    if usp and cp > 1 and (not sizes or len(sizes) != 2):
+    on_grid = [name for name in comm_types(args) if BACKENDS.get(name).needs_grid]
+    if on_grid and cp > 1 and (not sizes or len(sizes) != 2):
         raise ValueError(
-            f"--cp-comm-type {usp[0]} needs two --hierarchical-context-parallel-sizes whose product is "
+            f"--cp-comm-type {on_grid[0]} needs two --hierarchical-context-parallel-sizes whose product is "
             f"{cp} (the context-parallel size), got {sizes or 'none'}; add for example "
             f"--hierarchical-context-parallel-sizes {_split(cp)}"
         )
+    _check_heads(args, cp, sizes)
+
+
+def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
+    """Ranks that exchange heads need one query head each; heads are shared with tensor parallelism."""
+    heads = (_read(args, "num_attention_heads") or 0) // _read(args, "tensor_model_parallel_size", 1)
+    names = {BACKENDS.get(name).name for name in comm_types(args)}
+    inner, outer = sizes if sizes and len(sizes) == 2 else (1, 1)
+    degrees = {"ulysses": cp, "usp": inner if _read(args, "cp_placement", HEAD_FIRST) == HEAD_FIRST else outer}
+    for name in sorted(names & set(degrees)):
+        if 0 < heads < degrees[name]:
+            raise ValueError(
+                f"--cp-comm-type {name} deals the query heads of a tensor-parallel rank to {degrees[name]} ranks, "
+                f"got {heads} heads; use at most {heads} ranks for heads, or zigzag"
+            )
 
 
 def _split(size: int) -> str:

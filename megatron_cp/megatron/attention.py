@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
@@ -27,7 +28,7 @@ class CoreAttention(MegatronModule):
     Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
-    attention cannot do: packed sequences, windows, dropout in training, bias, sinks, mask tensors, logit statistics,
+    attention cannot do: packed sequences, dropout in training, bias, sinks, mask tensors, logit statistics,
     values narrower than keys.
     """
 
@@ -61,10 +62,13 @@ class CoreAttention(MegatronModule):
         # scores in fp32, so that the scale as a whole is this one.
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.cp_comm_type = cp_comm_type or "zigzag"
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        self.window = config.window_size if windowed else None
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "hcp"])
         self.pg_collection = pg_collection
-        self.plan = self._plan(self._is_causal(attn_mask_type))
+        self._causal = self._is_causal(attn_mask_type)
+        self.plan = self._plan(self._causal)
 
     def forward(
         self,
@@ -82,7 +86,7 @@ class CoreAttention(MegatronModule):
         """
         self._refuse_call(query, key, attention_mask, attention_bias, packed_seq_params)
         causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
-        out = attend(query, key, value, self.plan if causal == self.plan.causal else self._plan(causal))
+        out = attend(query, key, value, self.plan if causal == self._causal else self._plan(causal))
         # s b h d -> s b (h d)
         return out.flatten(2)
 
@@ -112,6 +116,7 @@ class CoreAttention(MegatronModule):
             inner=inner,
             outer=outer,
             causal=causal,
+            window=self.window,
             softmax_scale=self.softmax_scale,
             kernel=getattr(self.config, "cp_kernel", AUTO),
             placement=getattr(self.config, "cp_placement", HEAD_FIRST),

@@ -168,7 +168,6 @@ def test_usp_takes_megatrons_hierarchical_groups(mask: AttnMaskType) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"window_size": (16, 0)}, "window_size"),
         ({"softmax_type": "off-by-one"}, "softmax_type"),
         ({"qk_clip": True}, "qk_clip"),
         ({"log_max_attention_logit": True}, "log_max_attention_logit"),

@@ -121,7 +121,7 @@ def test_the_rope_factor_of_the_command_line_reaches_the_model() -> None:
         ("--hidden-size 33", "Megatron requires: "),
         (f"{CONTEXT_PARALLEL} 4", "needs 4 processes, got 2"),
         ("--data-path /no/such/corpus --split 9,1,0", "/no/such/corpus"),
-        ("--window-size 8,0 --cp-comm-type p2p", "does not do a sliding window"),
+        ("--softmax-type off-by-one --cp-comm-type p2p", "does not do a softmax with a sink"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line_on_every_rank(flags: str, text: str) -> None:

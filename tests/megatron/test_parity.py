@@ -59,7 +59,11 @@ COMBINED = {
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
         "",
     ),
-    "experts": (2, "", "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall"),
+    "experts": (
+        2,
+        "",
+        "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall",
+    ),
     "expert parallel": (
         4,
         "--expert-model-parallel-size 2",
@@ -129,3 +133,10 @@ def test_layers_may_use_different_backends(alone):
 
 def test_context_first_placement_equals_one_rank(alone):
     assert_equal_runs(losses(4, context("usp", 4), "--cp-placement context-first"), alone())
+
+
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
+    # the second layer sees everything
+    window = "--window-size 8,0 --window-attn-skip-freq 2"
+    assert_equal_runs(losses(2, context(backend, 2), window), alone(window))
