@@ -1,6 +1,9 @@
 """Run an unmodified Megatron script with our features: `torchrun … -m megatron_cp.launch pretrain_gpt.py FLAGS`."""
 
-from megatron_cp.megatron.launch import main
+from megatron_cp.quiet import without_import_warnings
 
 if __name__ == "__main__":
+    without_import_warnings()
+    from megatron_cp.megatron.launch import main
+
     main()

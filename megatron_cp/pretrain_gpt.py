@@ -1,6 +1,9 @@
 """Pretrain a GPT with only PyPI's megatron-core: `torchrun -m megatron_cp.pretrain_gpt FLAGS`."""
 
-from megatron_cp.megatron.pretrain import main
+from megatron_cp.quiet import without_import_warnings
 
 if __name__ == "__main__":
+    without_import_warnings()
+    from megatron_cp.megatron.pretrain import main
+
     main()
