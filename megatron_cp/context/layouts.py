@@ -98,6 +98,12 @@ def located(runs: Runs) -> Iterator[tuple[range, slice]]:
         start += len(run)
 
 
+def cut(runs: Runs, tokens: slice) -> Runs:
+    """The positions of these local tokens."""
+    parts = (run[max(0, tokens.start - at.start) : max(0, tokens.stop - at.start)] for run, at in located(runs))
+    return tuple(part for part in parts if part)
+
+
 class Move(NamedTuple):
     """Local tokens of rank `src` in one layout that are local tokens of rank `dst` in another."""
 

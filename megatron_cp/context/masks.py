@@ -19,6 +19,11 @@ class Mask(NamedTuple):
         """Whether a query sees a bounded stretch of earlier or later keys only."""
         return self.left is not None or self.right not in (None, 0)
 
+    @property
+    def mirrored(self) -> "Mask":
+        """The same pairs from the side of the keys: the key at position j is seen by j - right .. j + left."""
+        return Mask(self.right, self.left)
+
 
 FULL = Mask()
 CAUSAL = Mask(right=0)

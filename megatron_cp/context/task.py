@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_cp.comm import Fabric
-from megatron_cp.context.layouts import Layout, Runs
+from megatron_cp.context.layouts import Layout, Runs, cut, length
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.tile_kernel import tile_backward, tile_forward
@@ -42,6 +42,14 @@ class Block(NamedTuple):
         """k and v of these tokens of the owner."""
         here = slice(tokens.start - self.first, tokens.stop - self.first)
         return [self.k[here], self.v[here]] if tokens.start < tokens.stop else [self.k[:0], self.v[:0]]
+
+
+class Queries(NamedTuple):
+    """Some of rank `owner`'s queries: its local tokens `rows`, in tensors that hold its tokens from `first` on."""
+
+    owner: int
+    rows: slice
+    first: int = 0
 
 
 class Axes(NamedTuple):
@@ -86,22 +94,31 @@ class Task:
         """The same attention over other ranks, positions and heads."""
         return replace(self, fabric=fabric, runs=runs, kernel=kernel)
 
-    def attend(self, merge: SoftmaxMerge, q: Tensor, block: Block) -> None:
-        """Merge attention of this rank's queries over a block of keys."""
-        for rows, cols, shape in self.tiles(block):
+    @property
+    def my_queries(self) -> Queries:
+        return Queries(self.fabric.rank, slice(0, length(self.mine)))
+
+    def attend(self, merge: SoftmaxMerge, q: Tensor, block: Block, queries: Queries | None = None) -> None:
+        """Merge attention of `queries`, by default all of this rank's, over a block of keys."""
+        for rows, cols, shape in self.tiles(block, queries or self.my_queries):
             k, v = block.k[cols], block.v[cols]
             merge.add(rows, *tile_forward(self.kernel, q[rows], k, v, scale=self.scale, shape=shape))
 
-    def attend_backward(self, dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved, block: Block) -> None:
-        """Add this rank's queries' part of the gradients of q and of a block of keys."""
+    def attend_backward(
+        self, dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved, block: Block, queries: Queries | None = None
+    ) -> None:
+        """Add the part of `queries`, by default all of this rank's, of the gradients of q and of a block of keys."""
         q, out, lse = saved.q, saved.out, saved.lse
-        for rows, cols, shape in self.tiles(block):
-            queries = (dout[rows], q[rows], block.k[cols], block.v[cols], out[rows], lse[rows])
-            parts = tile_backward(self.kernel, *queries, scale=self.scale, shape=shape)
+        for rows, cols, shape in self.tiles(block, queries or self.my_queries):
+            inputs = (dout[rows], q[rows], block.k[cols], block.v[cols], out[rows], lse[rows])
+            parts = tile_backward(self.kernel, *inputs, scale=self.scale, shape=shape)
             for total, where, part in zip((dq, dk, dv), (rows, cols, cols), parts, strict=True):
                 total.add(where, part)
 
-    def tiles(self, block: Block) -> Iterator[Tile]:
-        """The kernel calls of this rank's queries with a block, as tokens of the block."""
-        for rows, cols, shape in tiles(self.mine, block.runs or self.runs[block.owner], self.mask):
-            yield Tile(rows, slice(cols.start - block.first, cols.stop - block.first), shape)
+    def tiles(self, block: Block, queries: Queries) -> Iterator[Tile]:
+        """The kernel calls of queries with a block, as tokens of the tensors that hold them."""
+        runs = cut(self.runs[queries.owner], queries.rows)
+        before = queries.rows.start - queries.first
+        for rows, cols, shape in tiles(runs, block.runs or self.runs[block.owner], self.mask):
+            held = slice(rows.start + before, rows.stop + before)
+            yield Tile(held, slice(cols.start - block.first, cols.stop - block.first), shape)
