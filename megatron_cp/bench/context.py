@@ -149,7 +149,7 @@ class Timed:
         self._fabric, self._device = fabric, device
         self._passes = forward, backward
         self._seconds: tuple[list[float], list[float]] = ([], [])
-        self.core_share = 1.0
+        self._core_shares: list[float] = []
 
     def time(self) -> None:
         forward, backward = self._passes
@@ -160,6 +160,11 @@ class Timed:
     def medians(self) -> tuple[float, float]:
         return statistics.median(self._seconds[0]), statistics.median(self._seconds[1])
 
+    @property
+    def core_share(self) -> float:
+        """Median share of its core that the rank with the smallest share got, as seconds are medians too."""
+        return statistics.median(self._core_shares)
+
     def _once(self, run: Callable[[], Any], seconds: list[float]) -> Any:
         largest(self._fabric, self._device)
         wall, core = time.perf_counter(), time.thread_time()
@@ -169,7 +174,7 @@ class Timed:
         wall, core = time.perf_counter() - wall, time.thread_time() - core
         wall_of_slowest, idle = largest(self._fabric, self._device, wall, 1 - core / wall)
         seconds.append(wall_of_slowest)
-        self.core_share = min(self.core_share, 1 - idle)
+        self._core_shares.append(1 - idle)
         return result
 
 

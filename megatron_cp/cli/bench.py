@@ -64,7 +64,7 @@ def _show(report: "Report", shapes: "list[Shape]", ranks: int) -> None:
         title=f"{ranks} ranks, h={shape.heads} g={shape.kv_heads} d={shape.head_dim} {shape.dtype}, "
         f"{'causal' if shape.causal else 'full'}, kernel {report.kernel}"
     )
-    for column in ("backend", "S", "forward s", "backward s", "share of ideal", "sent MiB", "peak MiB", "max error"):
+    for column in ("backend", "S", "fwd s", "bwd s", "of ideal", "sent MiB", "peak MiB", "error"):
         table.add_column(column, justify="left" if column == "backend" else "right")
     for row in report.rows:
         share = f"{row.share_of_ideal:.3f}" if quiet else "-"
