@@ -61,14 +61,9 @@ class _Lane:
     backwards: int = 0
     free: float = 0.0
     used: float = 0.0
+    freeable: float = 0.0
     waiting: deque[tuple[int, int]] = field(default_factory=deque)
     actions: list[Action] = field(default_factory=list)
-
-    def backward(self) -> tuple[int, int] | None:
-        return self.order.backwards[self.backwards] if self.backwards < len(self.order.backwards) else None
-
-    def forward(self) -> tuple[int, int] | None:
-        return self.order.forwards[self.forwards] if self.forwards < len(self.order.forwards) else None
 
 
 def weave(
@@ -139,47 +134,56 @@ class _Weaver:
 
     def _arrivals(self, lane: _Lane) -> tuple[float, float, bool]:
         """When the next backward and the next forward arrive, and whether the forward needs a W to make room."""
-        cell = lane.backward()
-        back = self._backward_at[cell[0]][cell[1]] if cell else inf
-        cell = lane.forward()
-        if not cell or lane.forwards - lane.backwards >= lane.limit + self._spare:
+        forwards, backwards = lane.forwards, lane.backwards
+        back = inf
+        if backwards < len(lane.order.backwards):
+            stage, micro = lane.order.backwards[backwards]
+            back = self._backward_at[stage][micro]
+        if forwards == len(lane.order.forwards) or forwards - backwards >= lane.limit + self._spare:
             return back, inf, False
-        room = lane.cap - lane.used - self._kept[cell[0]]
-        if room < 0 and room + sum(self._held[stage] for stage, _ in lane.waiting) < 0:
+        stage, micro = lane.order.forwards[forwards]
+        room = lane.cap - lane.used - self._kept[stage]
+        if room + lane.freeable < 0:
             return back, inf, False
-        return back, self._forward_at[cell[0]][cell[1]], room < 0
+        return back, self._forward_at[stage][micro], room < 0
 
     def _ready(self, lane: _Lane, now: float, back: float, ahead: float) -> str | None:
         """Below the limit a forward goes first; above it one runs only where no backward comes meanwhile."""
         below = lane.forwards - lane.backwards < lane.limit
         if ahead <= now and (below or back > now):
-            cell = lane.forward()
-            assert cell
-            if below or back == inf or back > now + self._duration[FORWARD][cell[0]]:
-                return FORWARD
-            return None
+            stage, _ = lane.order.forwards[lane.forwards]
+            return FORWARD if below or back == inf or back > now + self._duration[FORWARD][stage] else None
         return INPUT if back <= now else None
 
     def _start(self, rank: int, lane: _Lane, kind: str, now: float) -> None:
-        if kind == WEIGHT:
-            stage, micro = lane.waiting.popleft()
-            lane.used -= self._held[stage]
-        else:
-            stage, micro = (lane.forward() if kind == FORWARD else lane.backward()) or (0, 0)
+        stage, micro = self._take(lane, kind)
         took = self._duration[kind][stage]
-        lane.free = now + took
+        lane.free = end = now + took
         lane.latest += took
         lane.actions.append(Action(stage, kind, micro))
-        heappush(self._awake, (lane.free, rank))
+        heappush(self._awake, (end, rank))
         if kind == FORWARD:
-            lane.forwards += 1
-            lane.used += self._kept[stage]
-            self._send_forward(stage, micro, lane.free)
+            self._send_forward(stage, micro, end)
         elif kind == INPUT:
+            self._send_back(stage, micro, end)
+
+    def _take(self, lane: _Lane, kind: str) -> tuple[int, int]:
+        """Take the next cell of `kind` off its order and account for its memory."""
+        if kind == WEIGHT:
+            cell = lane.waiting.popleft()
+            lane.used -= self._held[cell[0]]
+            lane.freeable -= self._held[cell[0]]
+        elif kind == FORWARD:
+            cell = lane.order.forwards[lane.forwards]
+            lane.forwards += 1
+            lane.used += self._kept[cell[0]]
+        else:
+            cell = lane.order.backwards[lane.backwards]
             lane.backwards += 1
-            lane.used -= self._kept[stage] - self._held[stage]
-            lane.waiting.append((stage, micro))
-            self._send_back(stage, micro, lane.free)
+            lane.used -= self._kept[cell[0]] - self._held[cell[0]]
+            lane.freeable += self._held[cell[0]]
+            lane.waiting.append(cell)
+        return cell
 
     def _send_forward(self, stage: int, micro: int, end: float) -> None:
         if stage == self._last:

@@ -14,27 +14,27 @@ from typing import NamedTuple
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.bounds import least_memory, lower_bound
 from megatron_cp.pipeline.costs import Costs
-from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
 from megatron_cp.pipeline.simulate import OBJECTIVES, Run, peak_memory, simulate_below
 from megatron_cp.pipeline.weave import EPSILON, Knobs, Order, grouped, orders_of, weave
 
 WARMUPS = (1.0, 1.25, 1.5, 1.75, 2.0)
-BUDGET = 500_000
+BUDGET = 300_000
 FINALISTS = 4
 
 
 class Choice(NamedTuple):
     """One point of the search.
 
-    orders: index into the orders to start from
+    orders: where forwards and backwards take their orders from: a rule, or groups of so many microbatches
     slope:  forwards a rank admits beyond those it must, per rank between it and the last one
     spare:  forwards beyond that for a rank that has nothing else to do
     lag:    input gradients that may wait for their W, per rank before it; inf for as many as memory allows
     share:  part of a W that must fit into a gap
     """
 
-    orders: int
+    orders: str | int
     slope: float = 1.0
     spare: int = 0
     lag: float = 1.0
@@ -86,10 +86,9 @@ def auto(
 
 def _best_woven(task: Task) -> Run | None:
     """The best of the search's last finds, played at full size."""
-    starts = _starts(task)
     best = None
     for choice in reversed(_search(_shorter(task))[-FINALISTS:]):
-        best = _better(task, _woven(task, starts, choice, _bar(task, best)), best)
+        best = _better(task, _woven(task, _orders(task, choice.orders), choice, _bar(task, best)), best)
     return best
 
 
@@ -101,27 +100,30 @@ def _shorter(task: Task) -> Task:
 
 def _search(task: Task) -> list[Choice]:
     """Points that each beat the ones before: for every order in turn, until no neighbour helps."""
-    starts = _starts(task)
     found: list[Choice] = []
     best: Run | None = None
     floor = lower_bound(task.placement, task.micros, task.costs, task.caps) * (1 + EPSILON)
     budget = BUDGET
-    for orders in range(len(starts)):
-        here, tried = Choice(orders), set[Choice]()
-        improved = True
-        while improved and budget > 0 and not (best and task.objective == "makespan" and best.makespan <= floor):
-            improved = False
-            for point in _neighbours(here):
-                if point in tried or budget <= 0:
-                    continue
-                tried.add(point)
-                schedule = _woven(task, starts, point, _bar(task, best))
-                budget -= task.actions if schedule else task.actions // 4
-                run = _better(task, schedule, best)
-                if run is not best:
-                    best, here, improved = run, point, True
-                    found.append(point)
+    for start, orders in _starts(task).items():
+        queue = [*_neighbours(Choice(start))]
+        tried = set[Choice]()
+        while queue and (budget > 0 or not best) and not _reached(best, task, floor):
+            choice = queue.pop(0)
+            if choice in tried:
+                continue
+            tried.add(choice)
+            schedule = _woven(task, orders, choice, _bar(task, best))
+            budget -= task.actions if schedule else task.actions // 4
+            run = _better(task, schedule, best)
+            if run is not best:
+                best = run
+                found.append(choice)
+                queue += _neighbours(choice)
     return found
+
+
+def _reached(best: Run | None, task: Task, floor: float) -> bool:
+    return best is not None and task.objective == "makespan" and best.makespan <= floor
 
 
 def _neighbours(here: Choice) -> Iterator[Choice]:
@@ -131,18 +133,26 @@ def _neighbours(here: Choice) -> Iterator[Choice]:
     yield from (here._replace(spare=spare) for spare in SPARES)
 
 
-def _starts(task: Task) -> list[list[Order]]:
+def _starts(task: Task) -> dict[str | int, list[Order]]:
     """Orders to start from: those of the rules, and groups of microbatches down to one, which fits under every cap."""
-    p, m = task.placement.ranks, task.micros
-    sizes = sorted({min(size, m) for size in (p, ceil(p / 2), ceil(p / 4), 1)}, reverse=True)
-    groups = [grouped(task.placement, m, size) for size in sizes]
-    rules = [orders_of(rule.make(p, m, task.placement.chunks)) for rule in _rules(task.placement)]
-    new = [orders for place, orders in enumerate(rules) if orders not in groups and orders not in rules[:place]]
-    return [*new, *groups]
+    p = task.placement.ranks
+    sizes = sorted({min(size, task.micros) for size in (p, ceil(p / 2), ceil(p / 4), 1)}, reverse=True)
+    starts: dict[str | int, list[Order]] = {}
+    for start in [*(rule.name for rule in _rules(task.placement)), *sizes]:
+        orders = _orders(task, start)
+        if orders not in starts.values():
+            starts[start] = orders
+    return starts
 
 
-def _woven(task: Task, starts: Sequence[Sequence[Order]], choice: Choice, bar: float) -> Schedule | None:
-    orders, last = starts[choice.orders], task.placement.ranks - 1
+def _orders(task: Task, start: str | int) -> list[Order]:
+    if isinstance(start, int):
+        return grouped(task.placement, task.micros, start)
+    return orders_of(SCHEDULES.get(start).make(task.placement.ranks, task.micros, task.placement.chunks))
+
+
+def _woven(task: Task, orders: Sequence[Order], choice: Choice, bar: float) -> Schedule | None:
+    last = task.placement.ranks - 1
     knobs = Knobs(
         limit=[order.needed + int(choice.slope * (last - rank)) for rank, order in enumerate(orders)],
         spare=choice.spare,
@@ -158,7 +168,7 @@ def _rules(placement: Placement) -> list[Rule]:
     return [
         rule
         for rule in SCHEDULES
-        if rule.table and rule.placement == placement.name and rule.chunks in (None, placement.chunks)
+        if rule.table and PLACEMENTS[rule.placement](placement.ranks, rule.chunks or placement.chunks) == placement
     ]
 
 

@@ -19,7 +19,7 @@ def delay_weights(actions: Iterable[Action], delay: int) -> Iterator[Action]:
     for action in actions:
         yield action
         if action.kind == INPUT:
-            waiting.append(action._replace(kind=WEIGHT))
+            waiting.append(Action(action.stage, WEIGHT, action.micro))
             if len(waiting) > delay:
                 yield waiting.popleft()
     yield from waiting

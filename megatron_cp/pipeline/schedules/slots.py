@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -37,19 +38,18 @@ class Board:
     def __init__(self, p: int, events: Iterable[Event], backward: int = 1) -> None:
         self._last_rank = p - 1
         self._backward = backward
-        self._slots: dict[tuple[int, int, int], int] = {}
+        self._slots: list[dict[tuple[int, int], int]] = [{} for _ in range(p)]
         self._taken: list[set[int]] = [set() for _ in range(p)]
         for slot, *key in events:
             self._put(*key, slot)
-        horizon = max(self._slots.values(), default=0) + 3
-        self._alive = [[0] * horizon for _ in range(p)]
-        for (rank, order, _), slot in self._slots.items():
-            self._live(rank, order, slot, horizon)
+        self._alive = [self._count_alive(slots) for slots in self._slots]
         self._backwards = [sorted(slot for slot, order in self.line(rank) if order in BACKWARDS) for rank in range(p)]
 
     def events(self) -> list[Event]:
         """All passes, in time."""
-        return sorted(Event(slot, *key) for key, slot in self._slots.items())
+        return sorted(
+            Event(slot, rank, *key) for rank, slots in enumerate(self._slots) for key, slot in slots.items()
+        )
 
     def peak(self) -> int:
         """The most chunks alive on any rank."""
@@ -57,8 +57,8 @@ class Board:
 
     def line(self, rank: int, moved: Event | None = None, slot: int = 0) -> list[tuple[int, int]]:
         """(slot, pass) of one rank in time, as if `moved` sat in `slot`."""
-        changed = moved and (moved.rank, moved.order, moved.micro)
-        return sorted((slot if key == changed else at, key[1]) for key, at in self._slots.items() if key[0] == rank)
+        changed = moved and (moved.order, moved.micro)
+        return sorted((slot if key == changed else at, key[0]) for key, at in self._slots[rank].items())
 
     def pull(self, event: Event, allowed: Callable[[int], bool]) -> None:
         """Move `event` to the first earlier slot that is free, after its predecessors, and allowed."""
@@ -85,14 +85,14 @@ class Board:
         return max(ends)
 
     def _end(self, rank: int, order: int, micro: int) -> int:
-        return self._slots[rank, order, micro] + (self._backward if order in BACKWARDS else 1)
+        return self._slots[rank][order, micro] + (self._backward if order in BACKWARDS else 1)
 
     def _free(self, event: Event, slot: int) -> bool:
         wanted = {slot, slot + (self._backward if event.order in BACKWARDS else 1) - 1}
         return not wanted & self._taken[event.rank] and max(wanted) < event.slot
 
     def _put(self, rank: int, order: int, micro: int, slot: int) -> None:
-        self._slots[rank, order, micro] = slot
+        self._slots[rank][order, micro] = slot
         self._taken[rank] |= {slot, slot + (self._backward if order in BACKWARDS else 1) - 1}
 
     def _move(self, event: Event, slot: int) -> None:
@@ -104,14 +104,25 @@ class Board:
             self._backwards[rank] = sorted(slot if at == old else at for at in self._backwards[rank])
 
     def _live(self, rank: int, order: int, start: int, stop: int) -> None:
-        """Add what a pass at `start` rather than `stop` changes in the chunks alive in between."""
-        frees = order == Pass.WEIGHT or (order in BACKWARDS and self._backward == 2)
-        shift = int(frees and self._backward == 2)
-        change = -1 if frees else int(order in FORWARDS)
-        if change:
-            alive = self._alive[rank]
-            for slot in range(start + shift, min(stop + shift, len(alive))):
-                alive[slot] += change
+        """Account for a pass that sits at `start` and no longer at `stop`."""
+        change, shift = self._effect(order)
+        for slot in range(start + shift, stop + shift) if change else ():
+            self._alive[rank][slot] += change
+
+    def _effect(self, order: int) -> tuple[int, int]:
+        """By how much a pass changes the chunks alive, and in which of its slots."""
+        if order in FORWARDS:
+            return 1, 0
+        if order == Pass.WEIGHT:
+            return -1, 0
+        return (-1, 1) if self._backward == 2 else (0, 0)
+
+    def _count_alive(self, slots: dict[tuple[int, int], int]) -> list[int]:
+        changes = [0] * (max(slots.values(), default=0) + 3)
+        for (order, _), slot in slots.items():
+            change, shift = self._effect(order)
+            changes[slot + shift] += change
+        return list(accumulate(changes))
 
 
 def squeeze(p: int, events: Iterable[Event]) -> list[Event]:
