@@ -68,6 +68,15 @@ BACKENDS = Registry(
             aliases=("a2a+p2p",),
             needs_grid=True,
         ),
+        Backend(
+            "double-ring",
+            "megatron_cp.context.double_ring",
+            "arXiv:2406.18485, 4.4",
+            "rings of K and V inside windows of ranks, and between the windows meanwhile",
+            "2W(w-1)U inside + 2(W-1)U between, p = w W, causal 3/4 of it",
+            aliases=("double_ring",),
+            needs_grid=True,
+        ),
     ],
 )
 

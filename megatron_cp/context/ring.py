@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_cp.comm import Done, Fabric, Handle
-from megatron_cp.context.layouts import Layout, length
+from megatron_cp.context.layouts import Layout
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.task import Block, Saved, Task
@@ -26,7 +26,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     and the ring turns in the direction in which that saves more. Two blocks are alive at a time.
     """
     merge = SoftmaxMerge(q)
-    for block in _visits(k, v, task):
+    way = route(task.runs, task.mask)
+    for block in visits(Block(task.fabric.rank, 0, k, v), way, task.fabric):
         task.attend(merge, q, block)
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
@@ -39,23 +40,30 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     the next block is computed, and is added there in float32.
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
-    home = _Homecoming(task, dk, dv)
-    for block in _visits(saved.k, saved.v, task):
-        dk_block, dv_block = (dk, dv) if block.owner == task.fabric.rank else (Sum(block.k), Sum(block.v))
+    way, mine = route(task.runs, task.mask), Block(task.fabric.rank, 0, saved.k, saved.v)
+    home = Homecoming(mine, dk, dv, way, task.fabric)
+    for block in visits(mine, way, task.fabric):
+        dk_block, dv_block = home.sums(block)
         task.attend_backward(dq, dk_block, dv_block, dout, saved, block)
         home.start(block, dk_block, dv_block)
     home.finish()
     return dq.result(), dk.result(), dv.result()
 
 
+Stretches = tuple[tuple[slice, ...], ...]
+
+
 class Route(NamedTuple):
     """Which way blocks travel, and which stretch of a block's tokens each hop still carries.
 
-    carried[owner][hop] is what arrives of `owner`'s block at the rank that is `hop` hops further on.
+    runs[owner] are the positions of the owner's tokens, wanted[owner][rank] is what the rank sees of them, and
+    carried[owner][hop] what arrives of them at the rank that is `hop` hops further on.
     """
 
     turn: int
-    carried: tuple[tuple[slice, ...], ...]
+    runs: Layout
+    wanted: Stretches
+    carried: Stretches
 
     @property
     def volume(self) -> int:
@@ -66,55 +74,60 @@ class Route(NamedTuple):
 @cache
 def route(runs: Layout, mask: Mask) -> Route:
     """The direction in which fewer tokens travel, and what each hop carries: what some rank further on still sees."""
-    return min((_route(runs, mask, turn) for turn in (1, -1)), key=lambda way: way.volume)
+    return shorter(runs, tuple(tuple(seen(queries, keys, mask) for queries in runs) for keys in runs))
 
 
-def _route(runs: Layout, mask: Mask, turn: int) -> Route:
+def shorter(runs: Layout, wanted: Stretches) -> Route:
+    """The better of the two directions for blocks of which each rank wants so much."""
+    return min((directed(runs, wanted, turn) for turn in (1, -1)), key=lambda way: way.volume)
+
+
+def directed(runs: Layout, wanted: Stretches, turn: int) -> Route:
+    """The ring that turns this way: hop 0 is the owner's own visit, every later hop carries what is still wanted."""
     ranks = len(runs)
     carried = []
     for owner in range(ranks):
-        wanted = tuple(seen(runs[(owner + turn * hop) % ranks], runs[owner], mask) for hop in range(1, ranks))
-        carried.append((slice(0, length(runs[owner])), *(hull(wanted[hop:]) for hop in range(ranks - 1))))
-    return Route(turn, tuple(carried))
+        ahead = [wanted[owner][(owner + turn * hop) % ranks] for hop in range(ranks)]
+        carried.append(tuple(hull(tuple(ahead[hop:])) for hop in range(ranks)))
+    return Route(turn, runs, wanted, tuple(carried))
 
 
-def _visits(k: Tensor, v: Tensor, task: Task) -> Iterator[Block]:
+def visits(block: Block, way: Route, fabric: Fabric) -> Iterator[Block]:
     """Each block that comes by, this rank's own first; the next one is in flight during the body."""
-    fabric, way = task.fabric, route(task.runs, task.mask)
     ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
-    block = Block(fabric.rank, 0, k, v)
     for hop in range(1, fabric.size):
-        onward, due = way.carried[block.owner][hop], way.carried[(block.owner - way.turn) % fabric.size][hop]
+        owner = (block.owner - way.turn) % fabric.size
+        onward, due = way.carried[block.owner][hop], way.carried[owner][hop]
         leaving = block.part(onward)
         next_k, next_v = empty_like(leaving, due.stop - due.start)
         transfer = exchange(fabric, leaving, ahead, [next_k, next_v], behind)
         yield block
         transfer.wait()
-        block = Block((block.owner - way.turn) % fabric.size, due.start, next_k, next_v)
+        block = Block(owner, due.start, next_k, next_v, way.runs[owner])
     yield block
 
 
-class _Homecoming:
-    """Gradients of visiting blocks on their way to the owners, one batch in flight."""
+class Homecoming:
+    """Gradients of visiting blocks on their way to the owners, one batch in flight; `dk` and `dv` are of `mine`."""
 
-    def __init__(self, task: Task, dk: Sum, dv: Sum) -> None:
-        self._task, self._totals = task, (dk, dv)
-        self._turn = route(task.runs, task.mask).turn
+    def __init__(self, mine: Block, dk: Sum, dv: Sum, way: Route, fabric: Fabric) -> None:
+        self._mine, self._totals, self._way, self._fabric = mine, (dk, dv), way, fabric
         self._hop = 0
         self._due = slice(0, 0)
         self._arriving: list[Tensor] = []
         self._transfer: Handle = Done()
 
+    def sums(self, block: Block) -> tuple[Sum, Sum]:
+        """Where this rank's part of the gradients of a block adds up: a block of its own needs no sending."""
+        return self._totals if block.owner == self._mine.owner else (Sum(block.k), Sum(block.v))
+
     def start(self, block: Block, dk: Sum, dv: Sum) -> None:
         """Send what this hop computed for the block's owner; receive from the rank that computed for this one."""
         self.finish()
-        fabric, runs, mask = self._task.fabric, self._task.runs, self._task.mask
+        fabric, wanted = self._fabric, self._way.wanted
         if block.owner != fabric.rank:
-            worker = (fabric.rank + self._turn * self._hop) % fabric.size
-            saw, self._due = (
-                seen(runs[fabric.rank], runs[block.owner], mask),
-                seen(runs[worker], runs[fabric.rank], mask),
-            )
+            worker = (fabric.rank + self._way.turn * self._hop) % fabric.size
+            saw, self._due = wanted[block.owner][fabric.rank], wanted[fabric.rank][worker]
             leaving = block._replace(k=dk.result(), v=dv.result()).part(saw)
             self._arriving = empty_like(leaving, self._due.stop - self._due.start)
             self._transfer = exchange(fabric, leaving, block.owner, self._arriving, worker)
@@ -123,8 +136,10 @@ class _Homecoming:
     def finish(self) -> None:
         """Wait for the batch in flight and add what it brought."""
         self._transfer.wait()
+        rows = slice(self._due.start - self._mine.first, self._due.stop - self._mine.first)
         for total, part in zip(self._totals, self._arriving, strict=False):
-            total.add(self._due, part)
+            if part.shape[0]:
+                total.add(rows, part)
         self._arriving = []
 
 
