@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside the block make and that are still alive; `peak` is their largest sum.
+    """Counts the storages that operations inside the block make and that are still alive: `now`, and at most `peak`.
 
     Storages that existed before the block (inputs) are not counted; buffers of libraries are not seen.
     """
@@ -18,7 +18,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in inputs}
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -26,7 +26,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor.untyped_storage())
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        self.now = sum(size for _, size in self._live.values())
+        self.peak = max(self.peak, self.now)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:

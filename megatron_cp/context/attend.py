@@ -33,12 +33,14 @@ class Plan:
     axes: Axes | None
     mask: Mask
     softmax_scale: float | None
-    kernel: str
+    kernel: str | Kernel
     deterministic: bool
     layout: str
 
     def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
         """The kernel that such queries get, and why."""
+        if not isinstance(self.kernel, str):
+            return self.kernel, f"{self.kernel.name!r} was handed in"
         return _kernel(self.kernel, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1], self.deterministic)
 
     @property
@@ -57,7 +59,7 @@ def plan(
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     softmax_scale: float | None = None,
-    kernel: str = "auto",
+    kernel: str | Kernel = "auto",
     placement: str = "head-first",
     deterministic: bool = False,
     layout: str = "zigzag",

@@ -1,0 +1,272 @@
+"""What one run of a backend over the recording fabric noted: kernel calls, messages and live memory of every rank.
+
+The records are pure Python, so that they are matched, simulated and drawn without torch; `record` makes them.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_cp.context.masks import Mask, mask
+from megatron_cp.grid import Grid
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention on `ranks` ranks.
+
+    window: (left, right) keys that a query sees beside its own position; None is no limit
+    grid:   the two axes of the ranks, for backends that need them
+    layout: which positions the ranks' tokens have outside attention
+    """
+
+    backend: str
+    ranks: int
+    seq: int
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+    causal: bool = True
+    window: tuple[int | None, int | None] | None = None
+    dtype: str = "bfloat16"
+    grid: Grid | None = None
+    placement: str = "head-first"
+    layout: str = "zigzag"
+
+    @property
+    def mask(self) -> Mask:
+        return mask(self.causal, self.window)
+
+
+class Compute(NamedTuple):
+    """One kernel call."""
+
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    backward: bool
+
+    @property
+    def work(self) -> int:
+        """Unmasked query-key pairs times query heads."""
+        pairs = self.queries * (self.queries + 1) // 2 if self.causal else self.queries * self.keys
+        return pairs * self.heads
+
+
+class Touch(NamedTuple):
+    """Everything between two other events: copies, merges, sums. Bytes of device memory read and written."""
+
+    size: int
+
+
+class Message(NamedTuple):
+    """Bytes to or from a rank, numbered in the whole context-parallel group."""
+
+    peer: int
+    size: int
+
+
+class Post(NamedTuple):
+    """A batch of messages, handed to the fabric of the ranks in `group`."""
+
+    batch: int
+    group: tuple[int, ...]
+    sends: tuple[Message, ...]
+    recvs: tuple[Message, ...]
+
+
+class Wait(NamedTuple):
+    """The rank goes on when everything in the batch was sent and received."""
+
+    batch: int
+
+
+Event = Compute | Touch | Post | Wait
+
+
+class Step(NamedTuple):
+    """An event, and the most live bytes beyond the local q, k, v and dout since the event before it."""
+
+    event: Event
+    live: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The forward or the backward pass: each rank's steps in its own order."""
+
+    steps: tuple[tuple[Step, ...], ...]
+
+    @property
+    def work(self) -> list[int]:
+        """Unmasked query-key pairs times query heads, per rank."""
+        return [sum(call.work for call in self.calls(rank)) for rank in range(len(self.steps))]
+
+    @property
+    def sent(self) -> list[int]:
+        """Bytes, per rank."""
+        return [sum(row) for row in self.traffic]
+
+    @property
+    def received(self) -> list[int]:
+        """Bytes, per rank."""
+        return [
+            sum(message.size for post in self._posts(rank) for message in post.recvs)
+            for rank in range(len(self.steps))
+        ]
+
+    @property
+    def peak(self) -> list[int]:
+        """Most live bytes beyond the local q, k, v and dout, per rank."""
+        return [max((step.live for step in steps), default=0) for steps in self.steps]
+
+    @property
+    def traffic(self) -> list[list[int]]:
+        """Bytes that the rank of the row sends to the rank of the column."""
+        matrix = [[0] * len(self.steps) for _ in self.steps]
+        for rank, row in enumerate(matrix):
+            for message in (message for post in self._posts(rank) for message in post.sends):
+                row[message.peer] += message.size
+        return matrix
+
+    def sent_between(self, ranks_per_node: int) -> list[int]:
+        """Bytes to ranks of other nodes, per rank."""
+        return [
+            sum(size for peer, size in enumerate(row) if peer // ranks_per_node != rank // ranks_per_node)
+            for rank, row in enumerate(self.traffic)
+        ]
+
+    def load(self) -> list[list[int]]:
+        """Per rank, the work between one wait and the next."""
+        loads = []
+        for steps in self.steps:
+            load = [0]
+            for event, _ in steps:
+                if isinstance(event, Wait):
+                    load.append(0)
+                elif isinstance(event, Compute):
+                    load[-1] += event.work
+            loads.append(load)
+        return loads
+
+    def calls(self, rank: int) -> Iterator[Compute]:
+        """The rank's kernel calls."""
+        return (event for event, _ in self.steps[rank] if isinstance(event, Compute))
+
+    def _posts(self, rank: int) -> Iterator[Post]:
+        return (event for event, _ in self.steps[rank] if isinstance(event, Post))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One backend at one problem.
+
+    relayout: bytes that each rank sends in both passes to bring tokens to the positions that the loop wants, and back;
+              they are part of the passes' traffic
+    """
+
+    problem: Problem
+    forward: Pass
+    backward: Pass
+    relayout: list[int]
+
+
+class UnmatchedError(RuntimeError):
+    """A message that nobody sends or takes, of another length than expected, or ranks that wait in a circle."""
+
+
+def match(run: Pass) -> None:
+    """Hold every send against its receive and every wait against what the others post before it.
+
+    Raises UnmatchedError. A batch is over when both sides of all its messages are posted, as in NCCL; a send that
+    nobody takes would also leave gloo waiting.
+    """
+    _match_messages(run)
+    _match_waits(run)
+
+
+Channel = tuple[tuple[int, ...], int, int]
+
+
+def _match_messages(run: Pass) -> None:
+    sent, due = _messages(run)
+    for channel in sorted({*sent, *due}):
+        _, src, dst = channel
+        here, there = sent[channel], due[channel]
+        for number, (size, expected) in enumerate(zip(here, there, strict=False)):
+            if size != expected:
+                raise UnmatchedError(
+                    f"message {number} from rank {src} to rank {dst} has {size} bytes, the receiver expects {expected}"
+                )
+        if len(here) < len(there):
+            raise UnmatchedError(
+                f"rank {dst} waits for {len(there)} messages of rank {src}, who sends {len(here) or 'nothing'}"
+            )
+        if len(here) > len(there):
+            raise UnmatchedError(f"rank {src} sends {len(here)} messages to rank {dst}, who takes {len(there)}")
+
+
+def _messages(run: Pass) -> tuple[dict[Channel, list[int]], dict[Channel, list[int]]]:
+    """Sizes of what is sent and of what is expected, in order, per group, sender and receiver."""
+    sent: dict[Channel, list[int]] = defaultdict(list)
+    due: dict[Channel, list[int]] = defaultdict(list)
+    for rank in range(len(run.steps)):
+        for post in run._posts(rank):
+            for peer, size in post.sends:
+                sent[post.group, rank, peer].append(size)
+            for peer, size in post.recvs:
+                due[post.group, peer, rank].append(size)
+    return sent, due
+
+
+def _match_waits(run: Pass) -> None:
+    """Let every rank run to its next wait as long as any rank gets further."""
+    play = _Progress(run)
+    awake = deque(range(len(run.steps)))
+    while awake:
+        awake += play.advance(awake.popleft())
+    stuck = [rank for rank, event in enumerate(play.at) if event < len(run.steps[rank])]
+    if stuck:
+        raise UnmatchedError(f"ranks {', '.join(map(str, stuck))} wait for each other's messages for ever")
+
+
+class _Progress:
+    """How far each rank has got, and which halves of messages are still missing in the batches it has posted."""
+
+    def __init__(self, run: Pass) -> None:
+        self._steps = run.steps
+        self.at = [0] * len(run.steps)
+        self._missing: dict[tuple[int, int], int] = defaultdict(int)
+        self._halves: dict[tuple[Channel, str], deque[tuple[int, int]]] = defaultdict(deque)
+
+    def advance(self, rank: int) -> list[int]:
+        """Run the rank to a wait that nobody has fulfilled yet; returns who may go on because of it."""
+        woken: list[int] = []
+        for event, _ in self._steps[rank][self.at[rank] :]:
+            if isinstance(event, Wait) and self._missing[rank, event.batch]:
+                break
+            if isinstance(event, Post):
+                woken += self._post(rank, event)
+            self.at[rank] += 1
+        return woken
+
+    def _post(self, rank: int, post: Post) -> list[int]:
+        mine = (rank, post.batch)
+        sends = [((post.group, rank, peer), "send", "recv") for peer, _ in post.sends]
+        recvs = [((post.group, peer, rank), "recv", "send") for peer, _ in post.recvs]
+        woken = []
+        for channel, half, other in (*sends, *recvs):
+            if waiting := self._halves[channel, other]:
+                theirs = waiting.popleft()
+                self._missing[theirs] -= 1
+                woken.append(theirs[0])
+            else:
+                self._missing[mine] += 1
+                self._halves[channel, half].append(mine)
+        return woken
