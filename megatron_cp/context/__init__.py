@@ -77,6 +77,13 @@ BACKENDS = Registry(
             aliases=("double_ring",),
             needs_grid=True,
         ),
+        Backend(
+            "tokenring",
+            "megatron_cp.context.tokenring",
+            "arXiv:2412.20501",
+            "ring of queries, partial results straight home",
+            "2(p-1)Uq, causal 3/4 of it",
+        ),
     ],
 )
 

@@ -38,6 +38,11 @@ class SoftmaxMerge:
         )
         log_sum[rows] = merged
 
+    def room(self, rows: slice) -> list[Tensor]:
+        """Buffers for another rank's result over these rows."""
+        shape = (rows.stop - rows.start, *self._q.shape[1:])
+        return [self._q.new_empty(shape), self._q.new_empty(shape[:3], dtype=accumulator_dtype(self._q))]
+
     def result(self) -> tuple[Float[Tensor, "s b h d"], Float[Tensor, "s b h"]]:
         """out in the dtype of the queries, lse in the accumulator's."""
         total, log_sum = self._started()
@@ -64,6 +69,10 @@ class Sum:
             self._total = part.to(accumulator_dtype(part))
         else:
             self._started()[rows].add_(part)
+
+    def room(self, rows: slice) -> list[Tensor]:
+        """A buffer for another rank's part of these rows."""
+        return [self._like.new_empty((rows.stop - rows.start, *self._like.shape[1:]))]
 
     def result(self) -> Tensor:
         """The sum, rounded once to the dtype of `like`."""
