@@ -95,7 +95,9 @@ SCHEDULES = Registry(
             takes_warmup=True,
             aliases=("interleaved-zero-bubble",),
         ),
-        Rule("gis", pipe_offload.gis, "arXiv:2503.01328, 3", "interleaved, split, memory of 1F1B", chunks=None, usual=2),
+        Rule(
+            "gis", pipe_offload.gis, "arXiv:2503.01328, 3", "interleaved, split, memory of 1F1B", chunks=None, usual=2
+        ),
         Rule(
             "gis-h", pipe_offload.gis_h, "arXiv:2503.01328, 3", "GIS in groups of half the ranks", chunks=None, usual=2
         ),

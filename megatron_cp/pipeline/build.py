@@ -1,11 +1,16 @@
 """From a schedule's name and the user's sizes to a checked table, or to the reason why there is none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_cp.pipeline import SCHEDULES, Rule
+from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
+from megatron_cp.pipeline.schedules.auto import auto
+from megatron_cp.pipeline.simulate import peak_memory
+from megatron_cp.pipeline.weave import EPSILON
+from megatron_cp.registry import suggest
 
 
 def place(rule: Rule, p: int, v: int | None = None, placement: str | None = None) -> Placement:
@@ -15,16 +20,20 @@ def place(rule: Rule, p: int, v: int | None = None, placement: str | None = None
     """
     if p < 2:
         raise ValueError(f"a pipeline needs at least 2 ranks, got p = {p}")
-    chunks = v if v is not None else rule.usual
+    chunks = v if v is not None else max(rule.usual, 2 if placement == "v" else 1)
     if chunks < 1:
         raise ValueError(f"a rank holds at least one chunk, got v = {chunks}")
     if rule.chunks not in (None, chunks):
-        raise ValueError(f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {_kin(rule, chunks)}")
-    if placement not in (None, rule.placement) and rule.table is not None:
-        raise ValueError(f"{rule.name} has placement {rule.placement!r}, got {placement!r}")
+        raise ValueError(
+            f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {_kin(rule, chunks)}"
+        )
     name = placement or rule.placement
     if name not in PLACEMENTS:
-        raise ValueError(f"unknown placement {name!r}; known: {', '.join(PLACEMENTS)}")
+        raise ValueError(f"unknown placement {name!r}{suggest(name, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}")
+    if name != rule.placement and rule.table is not None:
+        raise ValueError(
+            f"{rule.name} is a rule of placement {rule.placement!r}, got {name!r}; auto knows every placement"
+        )
     return PLACEMENTS[name](p, chunks)
 
 
@@ -33,29 +42,62 @@ def _kin(rule: Rule, v: int) -> str:
     return " or ".join(kin) if kin else "auto"
 
 
-def fixed(name: str, p: int, m: int, v: int | None = None, warmup: float | None = None) -> Schedule:
-    """The checked table of a fixed rule.
+def build(
+    name: str,
+    p: int,
+    m: int,
+    v: int | None = None,
+    *,
+    warmup: float | None = None,
+    placement: str | None = None,
+    costs: Costs | None = None,
+    caps: Sequence[float] | None = None,
+    objective: str = "makespan",
+) -> Schedule:
+    """The checked table of a schedule.
 
-    p, m, v: ranks, microbatches, chunks per rank
-    warmup:  warm-up multiplier, for rules that take one
-    Raises ValueError for an unknown name, for a v the rule does not know, and, naming the nearest m that works, where
-    the rule's table for these sizes is incomplete or its ranks would wait for each other.
+    p, m, v:   ranks, microbatches, chunks per rank (None: what the schedule implies)
+    warmup:    warm-up multiplier, for rules that take one
+    placement: loop or v, for `auto`
+    costs:     times and memory of every stage; `auto` needs them, and caps mean nothing without them
+    caps:      most memory of each rank, in M_B
+    objective: makespan or span, for `auto`
+    Raises ValueError for an unknown name, for sizes the rule does not know, for a cap below the minimum, and, naming
+    the nearest m that works, where a rule's table is incomplete or its ranks would wait for each other.
     """
     rule = SCHEDULES.get(name)
-    placement = place(rule, p, v)
-    if rule.table is None:
-        raise ValueError(f"{name} is no fixed rule; give it times")
+    where = place(rule, p, v, placement)
     if m < 1:
         raise ValueError(f"a step needs at least one microbatch, got m = {m}")
     if warmup is not None and not rule.takes_warmup:
-        raise ValueError(f"{name} has no warm-up multiplier; izb has")
+        raise ValueError(f"{rule.name} has no warm-up multiplier; izb has")
+    if rule.table is None:
+        if costs is None:
+            raise ValueError(f"{rule.name} schedules from times; give it costs")
+        return check(auto(where, m, costs, caps, objective))
+    schedule = _fixed(rule, where, m, warmup)
+    if costs is not None and caps is not None:
+        check_caps(schedule, costs, caps)
+    return schedule
+
+
+def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
+    """Raises ValueError where a rank of `schedule` needs more memory than its cap, both in M_B."""
+    peaks = [peak_memory(actions, costs) for actions in schedule.table]
+    worst = max(range(len(peaks)), key=lambda rank: peaks[rank] - caps[rank])
+    if peaks[worst] > caps[worst] + EPSILON:
+        raise ValueError(
+            f"a cap of {caps[worst]:g} M_B is below the minimum {peaks[worst]:g} M_B of {schedule.name}, on rank {worst}"
+        )
+
+
+def _fixed(rule: Rule, placement: Placement, m: int, warmup: float | None) -> Schedule:
     try:
         return _table(rule, placement, m, warmup)
     except BadSchedule as bad:
-        sizes = f"p = {p}, m = {m}, v = {placement.chunks}"
-        raise BadSchedule(
-            bad.schedule, f"has no valid table for {sizes}{_way_out(rule, placement, m, warmup)}; {bad.reason}", bad.failing
-        ) from None
+        sizes = f"p = {placement.ranks}, m = {m}, v = {placement.chunks}"
+        reason = f"has no valid table for {sizes}{_way_out(rule, placement, m, warmup)}; {bad.reason}"
+        raise BadSchedule(bad.schedule, reason, bad.failing) from None
 
 
 def _table(rule: Rule, placement: Placement, m: int, warmup: float | None) -> Schedule:

@@ -47,7 +47,9 @@ def parse(text: str, name: str = "table") -> Schedule:
     rank_of = tuple(rank for _, rank in sorted(owners))
     if shared or sorted(stage for stage, _ in owners) != list(range(len(rank_of))):
         raise ValueError(f"every stage from 0 up belongs on exactly one rank; found (stage, rank) {sorted(owners)}")
-    micros = 1 + max((action.micro or 0 for actions in table for action in actions if action.kind == FORWARD), default=0)
+    micros = 1 + max(
+        (action.micro or 0 for actions in table for action in actions if action.kind == FORWARD), default=0
+    )
     return Schedule(name, _named(rank_of, len(table)), micros, table)
 
 

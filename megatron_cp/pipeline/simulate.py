@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import inf
 
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, FULL, INPUT, WEIGHT, Action
@@ -56,7 +57,7 @@ class Run:
     def transfers(self) -> int:
         """Tensors that pass between different ranks."""
         rank_of = self.schedule.placement.rank_of
-        hops = sum(here != there for here, there in zip(rank_of, rank_of[1:], strict=False))
+        hops = sum(here != there for here, there in pairwise(rank_of))
         return 2 * hops * self.schedule.micros
 
     def objective(self, name: str) -> float:
@@ -157,7 +158,7 @@ def durations(costs: Costs) -> dict[str, tuple[float, ...]]:
 def hops(placement: Placement, costs: Costs) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Delay of each stage's output on its way to the next stage, and of its gradient to the one before."""
     rank_of = placement.rank_of
-    between = [costs.comm if here != there else 0.0 for here, there in zip(rank_of, rank_of[1:], strict=False)]
+    between = [costs.comm if here != there else 0.0 for here, there in pairwise(rank_of)]
     return (*between, 0.0), (0.0, *between)
 
 

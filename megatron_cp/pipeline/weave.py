@@ -50,7 +50,10 @@ class Knobs(NamedTuple):
 
 @dataclass
 class _Lane:
-    """One rank while it is scheduled; `latest` is how late its next action may start for its work to end below the bar."""
+    """One rank while it is scheduled.
+
+    latest: when its next action must have started for all of its work to end below the bar
+    """
 
     order: Order
     cap: float
@@ -80,7 +83,13 @@ class _Weaver:
     """All ranks of a step while it is scheduled, with the arrivals known so far."""
 
     def __init__(
-        self, placement: Placement, costs: Costs, caps: Sequence[float], orders: Sequence[Order], knobs: Knobs, bar: float
+        self,
+        placement: Placement,
+        costs: Costs,
+        caps: Sequence[float],
+        orders: Sequence[Order],
+        knobs: Knobs,
+        bar: float,
     ) -> None:
         micros = len(orders[0].forwards) // placement.chunks
         stages = len(placement.rank_of)

@@ -1,9 +1,9 @@
 """Our own: schedule from measured times and memory caps, on any placement.
 
 The list scheduler of `weave` is tried with the orders of the papers' rules and with groups of microbatches of several
-sizes, and with several depths of warm-up, delays of W and ways to fill gaps; then every fixed rule of the same placement
-that fits under the caps is played too, and the best table wins. The search counts actions, not seconds, so that every
-rank that runs it finds the same table.
+sizes, and with several depths of warm-up, delays of W and ways to fill gaps; then every fixed rule of the same
+placement that fits under the caps is played too, and the best table wins. The search counts actions, not seconds, so
+that every rank that runs it finds the same table.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,8 +41,8 @@ class Choice(NamedTuple):
     share: float = 1.0
 
 
-SLOPES = (1.0, 1.5, 2.0, 2.5, 3.0, 0.5, 0.0, 1.25, 1.75, 2.25)
-LAGS = (1.0, inf, 2.0, 0.0, 0.5, 1.5, 3.0)
+SLOPES = (1.0, 2.0, 1.5, 3.0, 2.5, 0.5, 0.0, 1.25, 1.75, 2.25)
+LAGS = (1.0, 2.0, inf, 0.0, 0.5, 1.5, 3.0)
 SHARES = (1.0, 0.5, 0.25)
 SPARES = (0, 2, 6, 1000)
 
@@ -76,7 +76,9 @@ def auto(
     task = Task(placement, m, costs, tuple(caps or [inf] * placement.ranks), objective)
     least = least_memory(placement, costs)
     if min(task.caps) < least - EPSILON:
-        raise ValueError(f"a cap of {min(task.caps):g} M_B is below the minimum {least:g} M_B, one microbatch at a time")
+        raise ValueError(
+            f"a cap of {min(task.caps):g} M_B is below the minimum {least:g} M_B, one microbatch at a time"
+        )
     best = _best_woven(task)
     for schedule in _ruled(task):
         best = _better(task, schedule, best)
@@ -128,7 +130,7 @@ def _reached(best: Run | None, task: Task, floor: float) -> bool:
 
 def _neighbours(here: Choice) -> Iterator[Choice]:
     """Warm-up and delay of W together, since one without the other often does not help; then each of the rest."""
-    yield from (here._replace(slope=slope, lag=lag) for lag in LAGS for slope in SLOPES)
+    yield from (here._replace(slope=slope, lag=lag) for slope in SLOPES for lag in LAGS)
     yield from (here._replace(share=share) for share in SHARES)
     yield from (here._replace(spare=spare) for spare in SPARES)
 
@@ -138,7 +140,8 @@ def _starts(task: Task) -> dict[str | int, list[Order]]:
     p = task.placement.ranks
     sizes = sorted({min(size, task.micros) for size in (p, ceil(p / 2), ceil(p / 4), 1)}, reverse=True)
     starts: dict[str | int, list[Order]] = {}
-    for start in [*(rule.name for rule in _rules(task.placement)), *sizes]:
+    names: list[str | int] = [rule.name for rule in _rules(task.placement)]
+    for start in [*names, *sizes]:
         orders = _orders(task, start)
         if orders not in starts.values():
             starts[start] = orders
@@ -160,7 +163,7 @@ def _woven(task: Task, orders: Sequence[Order], choice: Choice, bar: float) -> S
         share=choice.share,
     )
     table = weave(task.placement, task.costs, task.caps, orders, knobs, bar)
-    return table and Schedule("auto", task.placement, task.micros, table)
+    return Schedule("auto", task.placement, task.micros, table) if table else None
 
 
 def _rules(placement: Placement) -> list[Rule]:

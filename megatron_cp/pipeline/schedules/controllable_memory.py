@@ -6,6 +6,7 @@ the peak ("reorder" and "squeeze"), and weight gradients fill the slots that sta
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from megatron_cp.pipeline.action import FULL, INPUT, Action
 from megatron_cp.pipeline.placement import vee
@@ -32,7 +33,7 @@ def one_forward_one_backward_v(p: int, m: int, v: int = 2) -> list[list[Action]]
     board = Board(p, _repeat(_fused_block(p), m), backward=2)
     peak = board.peak()
     for event in board.events():
-        board.pull(event, lambda slot, event=event: board.fits(event, slot, peak))
+        board.pull(event, partial(board.fits, peak=peak))
     return _actions(p, board.events(), FULL)
 
 
@@ -61,12 +62,12 @@ def _split(p: int, m: int, block: Block) -> list[list[Action]]:
     board = Board(p, [*events, *fill_weights(events)])
     peak = board.peak()
     for event in _ramps(board.events(), m, first=True):
-        board.pull(event, lambda slot, event=event: board.fits(event, slot, peak))
+        board.pull(event, partial(board.fits, peak=peak))
 
     board = Board(p, _without_weights(squeeze(p, board.events())))
     peak = max(filled_peak(board.line(rank)) for rank in range(p))
     for event in _ramps(board.events(), m, first=False):
-        board.pull(event, lambda slot, event=event: filled_peak(board.line(event.rank, event, slot)) <= peak)
+        board.pull(event, partial(board.fits_filled, peak=peak))
 
     events = _without_weights(squeeze(p, [*board.events(), *fill_weights(board.events())]))
     return _actions(p, sorted([*events, *fill_weights(events)]), INPUT)

@@ -16,9 +16,7 @@ def izb(p: int, m: int, v: int, warmup: float = 1.0) -> list[list[Action]]:
     return [
         list(
             delay_weights(
-                alternate(
-                    *in_groups(stages, m, p, split=True), warmup=int(warmup * (p - 1 - rank)) + (v - 1) * p
-                ),
+                alternate(*in_groups(stages, m, p, split=True), warmup=int(warmup * (p - 1 - rank)) + (v - 1) * p),
                 rank,
             )
         )

@@ -11,16 +11,14 @@ def gis(p: int, m: int, v: int) -> list[list[Action]]:
 
 
 def gis_h(p: int, m: int, v: int) -> list[list[Action]]:
-    """Groups of half the ranks: about half the memory, g(v - 1) + p chunks, for (p - g)(v - 1) chunk times more idle."""
+    """Groups of g = p / 2: about half the memory, g(v - 1) + p chunks, for (p - g)(v - 1) chunk times more idle."""
     return _grouped(p, m, v, group=(p + 1) // 2)
 
 
 def _grouped(p: int, m: int, v: int, group: int) -> list[list[Action]]:
     return [
         list(
-            delay_weights(
-                alternate(*in_groups(stages, m, group, split=True), warmup=(v - 1) * group + p - 1 - rank), 0
-            )
+            delay_weights(alternate(*in_groups(stages, m, group, split=True), warmup=(v - 1) * group + p - 1 - rank), 0)
         )
         for rank, stages in enumerate(loop(p, v).of_rank)
     ]

@@ -40,16 +40,14 @@ class Board:
         self._backward = backward
         self._slots: list[dict[tuple[int, int], int]] = [{} for _ in range(p)]
         self._taken: list[set[int]] = [set() for _ in range(p)]
-        for slot, *key in events:
-            self._put(*key, slot)
+        for event in events:
+            self.put(event)
         self._alive = [self._count_alive(slots) for slots in self._slots]
         self._backwards = [sorted(slot for slot, order in self.line(rank) if order in BACKWARDS) for rank in range(p)]
 
     def events(self) -> list[Event]:
         """All passes, in time."""
-        return sorted(
-            Event(slot, rank, *key) for rank, slots in enumerate(self._slots) for key, slot in slots.items()
-        )
+        return sorted(Event(slot, rank, *key) for rank, slots in enumerate(self._slots) for key, slot in slots.items())
 
     def peak(self) -> int:
         """The most chunks alive on any rank."""
@@ -60,16 +58,26 @@ class Board:
         changed = moved and (moved.order, moved.micro)
         return sorted((slot if key == changed else at, key[0]) for key, at in self._slots[rank].items())
 
-    def pull(self, event: Event, allowed: Callable[[int], bool]) -> None:
+    def pull(self, event: Event, allowed: Callable[[Event, int], bool]) -> None:
         """Move `event` to the first earlier slot that is free, after its predecessors, and allowed."""
         for slot in range(self.earliest(event), event.slot):
-            if self._free(event, slot) and allowed(slot):
+            if self._free(event, slot) and allowed(event, slot):
                 self._move(event, slot)
                 return
+
+    def put(self, event: Event) -> None:
+        """Let `event` sit in its slot."""
+        slot, rank, order, micro = event
+        self._slots[rank][order, micro] = slot
+        self._taken[rank] |= {slot, slot + (self._backward if order in BACKWARDS else 1) - 1}
 
     def fits(self, event: Event, slot: int, peak: int) -> bool:
         """Whether moving `event` up to `slot` keeps its rank's memory at `peak`."""
         return event.order not in FORWARDS or max(self._alive[event.rank][slot : event.slot]) < peak
+
+    def fits_filled(self, event: Event, slot: int, peak: int) -> bool:
+        """The same for a board without W's, when a W takes every free slot it can."""
+        return filled_peak(self.line(event.rank, event, slot)) <= peak
 
     def earliest(self, event: Event) -> int:
         """The first slot after everything `event` waits for."""
@@ -91,14 +99,10 @@ class Board:
         wanted = {slot, slot + (self._backward if event.order in BACKWARDS else 1) - 1}
         return not wanted & self._taken[event.rank] and max(wanted) < event.slot
 
-    def _put(self, rank: int, order: int, micro: int, slot: int) -> None:
-        self._slots[rank][order, micro] = slot
-        self._taken[rank] |= {slot, slot + (self._backward if order in BACKWARDS else 1) - 1}
-
     def _move(self, event: Event, slot: int) -> None:
-        old, rank, order, micro = event
+        old, rank, order, _ = event
         self._taken[rank] -= {old, old + (self._backward if order in BACKWARDS else 1) - 1}
-        self._put(rank, order, micro, slot)
+        self.put(event._replace(slot=slot))
         self._live(rank, order, slot, old)
         if order in BACKWARDS:
             self._backwards[rank] = sorted(slot if at == old else at for at in self._backwards[rank])
@@ -132,7 +136,7 @@ def squeeze(p: int, events: Iterable[Event]) -> list[Event]:
     for event in sorted(events):
         free = event.order == Pass.WEIGHT and event.micro == 0
         slot = max(ends[event.rank], 0 if free else board.earliest(event))
-        board._put(event.rank, event.order, event.micro, slot)
+        board.put(event._replace(slot=slot))
         ends[event.rank] = slot + 1
     return board.events()
 

@@ -1,0 +1,203 @@
+"""`megatron-cp simulate`: what a pipeline schedule would cost, before a GPU is spent on it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.bounds import lower_bound
+from megatron_cp.pipeline.build import build, check_caps, place
+from megatron_cp.pipeline.costs import Costs, uniform
+from megatron_cp.pipeline.passes import check
+from megatron_cp.pipeline.placement import PLACEMENTS, Placement
+from megatron_cp.pipeline.schedule import BadSchedule, parse
+from megatron_cp.pipeline.simulate import OBJECTIVES, Run
+from megatron_cp.pipeline.simulate import simulate as play
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user asked about every schedule that is played."""
+
+    p: int | None
+    m: int | None
+    v: int | None
+    times: tuple[float, ...]
+    memory: tuple[float, ...]
+    cap: float | None
+    objective: str
+
+    def costs(self, placement: Placement) -> Costs:
+        return uniform(placement, self.times, self.memory)
+
+    def caps(self, placement: Placement) -> list[float] | None:
+        return None if self.cap is None else [self.cap] * placement.ranks
+
+    def bound(self, run: Run) -> float:
+        placement = run.schedule.placement
+        return lower_bound(placement, run.schedule.micros, run.costs, self.caps(placement))
+
+
+def register(app: typer.Typer) -> None:
+    """Mount the command."""
+    app.command("simulate")(simulate)
+
+
+def simulate(
+    p: Annotated[int | None, typer.Option("-p", help="Pipeline ranks.")] = None,
+    m: Annotated[int | None, typer.Option("-m", help="Microbatches of a step.")] = None,
+    v: Annotated[int | None, typer.Option("-v", help="Chunks per rank; by default what the schedule implies.")] = None,
+    schedule: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULES.names)}.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Schedules side by side: names with commas, or all.")] = None,
+    table: Annotated[Path | None, typer.Option(help="A schedule of your own: per rank a line of 2F0 2I0 2W0 …")] = None,
+    times: Annotated[
+        str, typer.Option(help="T_F,T_I,T_W of a rank's layers for one microbatch, and T_comm of one hop.")
+    ] = "1,1,1,0",
+    memory: Annotated[str, typer.Option(help="M_B,M_W: kept from F to I, and the part of it kept until W.")] = "1,1",
+    cap: Annotated[float | None, typer.Option(help="Most memory of a rank, in M_B.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Warm-up multiplier of izb, 1 to 2.")] = None,
+    placement: Annotated[str | None, typer.Option(help="Placement for auto: loop or v.")] = None,
+    objective: Annotated[str, typer.Option(help=f"What auto shortens: {' or '.join(OBJECTIVES)}.")] = "makespan",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the step: .png, .svg, .pdf, or .json for Perfetto.")] = None,
+) -> None:
+    """Play a pipeline schedule: makespan, bubble and peak memory, from the times of one microbatch."""
+    if sum(choice is not None for choice in (schedule, compare, table)) != 1:
+        raise ValueError("give one of --schedule NAME, --compare all and --table FILE")
+    asked = Question(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective)
+    if compare is not None:
+        if plot:
+            raise ValueError("--plot draws one schedule; give --schedule instead of --compare")
+        _compare(compare, asked, as_json)
+        return
+    run = _load(table, asked) if table else _run(schedule or "", asked, warmup, placement)
+    if as_json:
+        typer.echo(json.dumps(_as_json(run)))
+    else:
+        _show(run, asked)
+    if plot:
+        _plot(run, plot)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ValueError(f"--{option} is a list of numbers with commas, got {text!r}") from None
+
+
+def _run(name: str, asked: Question, warmup: float | None = None, placement: str | None = None) -> Run:
+    if asked.p is None or asked.m is None:
+        raise ValueError("give the number of ranks -p and of microbatches -m")
+    where = place(SCHEDULES.get(name), asked.p, asked.v, placement)
+    costs = asked.costs(where)
+    schedule = build(
+        name,
+        asked.p,
+        asked.m,
+        asked.v,
+        warmup=warmup,
+        placement=placement,
+        costs=costs,
+        caps=asked.caps(where),
+        objective=asked.objective,
+    )
+    return play(schedule, costs)
+
+
+def _load(file: Path, asked: Question) -> Run:
+    schedule = check(parse(file.read_text(), file.stem))
+    costs = asked.costs(schedule.placement)
+    caps = asked.caps(schedule.placement)
+    if caps:
+        check_caps(schedule, costs, caps)
+    return play(schedule, costs)
+
+
+def _as_json(run: Run) -> dict[str, object]:
+    return {
+        "makespan": run.makespan,
+        "bubble": run.bubble,
+        "span_bubble": run.span_bubble,
+        "peak": list(run.peak),
+        "actions": [[str(action) for action in actions] for actions in run.schedule.table],
+    }
+
+
+def _show(run: Run, asked: Question) -> None:
+    placement, bound = run.schedule.placement, asked.bound(run)
+    typer.echo(
+        f"{run.schedule.name}: p = {placement.ranks}, m = {run.schedule.micros}, v = {placement.chunks}, "
+        f"placement {placement.name}\n"
+        f"makespan     {run.makespan:.4f}\n"
+        f"bubble       {run.bubble:.4f}   idle share of the makespan\n"
+        f"span bubble  {run.span_bubble:.4f}   of the longest rank's span\n"
+        f"lower bound  {bound:.4f}   bubble {1 - run.work / bound:.4f}; gap {run.makespan / bound - 1:.2%}\n"
+        f"transfers    {run.transfers}\n"
+        f"peak (M_B)   {' '.join(f'{peak:g}' for peak in run.peak)}"
+    )
+
+
+def _plot(run: Run, file: Path) -> None:
+    from megatron_cp.plots.timeline import bars, draw_timeline
+
+    draw_timeline(bars(run), file, f"{run.schedule.name}: bubble {run.bubble:.4f}, peak {max(run.peak):g} M_B")
+    typer.echo(f"timeline: {file}", err=True)
+
+
+def _contenders(names: str, asked: Question) -> Iterator[tuple[str, Run | str]]:
+    """Every schedule asked for, played, or the reason why there is none."""
+    for name in SCHEDULES.names if names == "all" else [name.strip() for name in names.split(",")]:
+        rule = SCHEDULES.get(name)
+        for placement in PLACEMENTS if rule.table is None else [rule.placement]:
+            label = rule.name if rule.table else f"{rule.name} ({placement})"
+            v = 2 if placement == "v" else asked.v or rule.usual
+            try:
+                where = place(rule, asked.p or 0, rule.chunks or v, placement)
+                own = Question(asked.p, asked.m, where.chunks, asked.times, asked.memory, asked.cap, asked.objective)
+                yield label, _run(name, own, placement=placement)
+            except BadSchedule as bad:
+                yield label, bad.reason
+            except ValueError as error:
+                yield label, str(error)
+
+
+def _compare(names: str, asked: Question, as_json: bool) -> None:
+    if asked.p is None or asked.m is None:
+        raise ValueError("give the number of ranks -p and of microbatches -m")
+    asked.costs(PLACEMENTS["loop"](asked.p, 1))
+    contenders = list(_contenders(names, asked))
+    if as_json:
+        rows = [
+            {"schedule": name} | (_as_json(run) if isinstance(run, Run) else {"error": run}) for name, run in contenders
+        ]
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(title=f"p = {asked.p}, m = {asked.m}, times {','.join(f'{time:g}' for time in asked.times)}")
+    table.add_column("schedule", no_wrap=True)
+    for column in ("v", "makespan", "bubble", "span", "bound", "peak M_B", "transfers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, run in contenders:
+        table.add_row(name, *(_cells(run, asked) if isinstance(run, Run) else ["", "", "none"]))
+    Console().print(table)
+    for name, run in contenders:
+        if isinstance(run, str):
+            typer.echo(f"{name}: {run}")
+
+
+def _cells(run: Run, asked: Question) -> list[str]:
+    return [
+        str(run.schedule.placement.chunks),
+        f"{run.makespan:.3f}",
+        f"{run.bubble:.4f}",
+        f"{run.span_bubble:.4f}",
+        f"{1 - run.work / asked.bound(run):.4f}",
+        f"{max(run.peak):g}",
+        str(run.transfers),
+    ]

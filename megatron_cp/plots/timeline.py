@@ -1,0 +1,126 @@
+"""Timelines of a pipeline step: a picture (PNG, SVG, PDF) or a trace for Perfetto and chrome://tracing.
+
+Bars come from the simulator or from a real run's recorded times; given both, the recorded ones are drawn right below.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_cp.pipeline.action import Action
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from megatron_cp.pipeline.simulate import Run
+
+COLOURS = {"F": "#4c78a8", "B": "#54a24b", "I": "#72b7b2", "W": "#eeca3b"}
+NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+OTHER = "#bab0ac"
+PICTURES = (".png", ".svg", ".pdf")
+# beyond this many bars the labels would be unreadable and slow
+MOST_LABELS = 1500
+
+
+class Bar(NamedTuple):
+    """One action and when it ran, in any one unit of time."""
+
+    action: Action
+    start: float
+    end: float
+
+
+Bars = Sequence[Sequence[Bar]]
+
+
+def bars(run: "Run") -> Bars:
+    """The bars of a simulated step, one list per rank."""
+    return [
+        [Bar(*bar) for bar in zip(actions, starts, ends, strict=True)]
+        for actions, starts, ends in zip(run.schedule.table, run.starts, run.ends, strict=True)
+    ]
+
+
+def draw_timeline(simulated: Bars, file: Path, title: str, recorded: Bars | None = None) -> Path:
+    """Write the step to `file`: a picture for .png, .svg or .pdf, a trace for .json.
+
+    Later chunks of a rank are drawn paler. Raises ValueError for another suffix.
+    """
+    if file.suffix == ".json":
+        return write_trace(simulated, file, recorded)
+    if file.suffix not in PICTURES:
+        raise ValueError(f"a timeline is a {', '.join(PICTURES)} picture or a .json trace, got {file.name!r}")
+    # a figure of its own: pyplot would choose a window system and keep the figure
+    from matplotlib.figure import Figure
+
+    ranks = len(simulated)
+    figure = Figure(figsize=(16, 1.2 + 0.45 * ranks * (2 if recorded else 1)), layout="constrained")
+    axes = figure.add_subplot(xlabel="time", title=title)
+    height = 0.42 if recorded else 0.86
+    _draw(axes, simulated, height, offset=-height / 2 if recorded else 0.0)
+    if recorded:
+        _draw(axes, recorded, height, offset=height / 2)
+    axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
+    axes.set_ylim(ranks - 0.5, -0.5)
+    axes.margins(x=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    _legend(axes, [simulated, recorded] if recorded else [simulated])
+    figure.savefig(file, dpi=120)
+    return file
+
+
+def _draw(axes: "Axes", lines: Bars, height: float, offset: float) -> None:
+    labelled = sum(map(len, lines)) <= MOST_LABELS
+    for rank, line in enumerate(lines):
+        chunks = {stage: chunk for chunk, stage in enumerate(sorted({bar.action.stage for bar in line}))}
+        axes.barh(
+            [rank + offset] * len(line),
+            [bar.end - bar.start for bar in line],
+            height,
+            [bar.start for bar in line],
+            color=[
+                (COLOURS.get(bar.action.kind, OTHER), 0.95 - 0.6 * chunks[bar.action.stage] / len(chunks))
+                for bar in line
+            ],
+            edgecolor="white",
+            linewidth=0.4,
+        )
+        for bar in line if labelled else ():
+            if bar.action.micro is not None:
+                middle = (bar.start + bar.end) / 2
+                axes.text(
+                    middle, rank + offset, str(bar.action.micro), ha="center", va="center", fontsize=5, clip_on=True
+                )
+
+
+def _legend(axes: "Axes", all_bars: Sequence[Bars]) -> None:
+    from matplotlib.patches import Patch
+
+    used = {bar.action.kind for lines in all_bars for line in lines for bar in line}
+    handles = [Patch(color=colour, label=NAMES[kind]) for kind, colour in COLOURS.items() if kind in used]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+
+
+def write_trace(simulated: Bars, file: Path, recorded: Bars | None = None) -> Path:
+    """Write Chrome's trace event format: one process per source, one thread per rank, times taken as milliseconds."""
+    events = [*_events(simulated, 0, "simulated"), *(_events(recorded, 1, "recorded") if recorded else ())]
+    file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    return file
+
+
+def _events(lines: Bars, process: int, name: str) -> Iterator[dict[str, object]]:
+    yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
+    for rank, line in enumerate(lines):
+        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": rank, "args": {"name": f"rank {rank}"}}
+        for action, start, end in line:
+            yield {
+                "ph": "X",
+                "name": str(action),
+                "cat": NAMES.get(action.kind, action.kind),
+                "pid": process,
+                "tid": rank,
+                "ts": start * 1000,
+                "dur": (end - start) * 1000,
+                "args": {"stage": action.stage, "microbatch": action.micro},
+            }
