@@ -84,6 +84,14 @@ BACKENDS = Registry(
             "ring of queries, partial results straight home",
             "2(p-1)Uq, causal 3/4 of it",
         ),
+        Backend(
+            "distflash",
+            "megatron_cp.context.distflash",
+            "arXiv:2310.03294",
+            "early ranks help late ones, everything lent directly",
+            "(3p-2)/4 U + p/8 (2Uq + Us), or near pU + Uq with GQA",
+            layout="contiguous",
+        ),
     ],
 )
 

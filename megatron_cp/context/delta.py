@@ -17,7 +17,7 @@ def delta(out: Float[Tensor, "s b h d"], dout: Float[Tensor, "s b h d"]) -> Floa
 
 
 def stand_in(delta: Float[Tensor, "s b h"], dout: Float[Tensor, "s b h d"]) -> Float[Tensor, "s b h d"]:
-    """The shortest rows with this delta, dout * delta / |dout|²: never longer than the true output's; 0 for dout = 0."""
+    """The shortest rows with this delta, dout * delta / |dout|²: never longer than the true ones; 0 where dout is 0."""
     # rows are scaled to a largest element of 1 so that squares of small gradients do not vanish
     largest = dout.abs().amax(-1, keepdim=True).to(delta.dtype)
     largest = largest.masked_fill(largest == 0, 1.0)
