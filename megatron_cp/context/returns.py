@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_cp.comm import Done, Fabric, Handle
+from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.task import Queries
 
 
 class Leaving(NamedTuple):
@@ -47,3 +49,19 @@ class Returns:
         for item in self._due:
             item.add(item.rows, *item.buffers)
         self._due = ()
+
+
+class Visit(NamedTuple):
+    """Queries of another rank at this one, and the rank `host` at which this rank's own `away` are meanwhile."""
+
+    queries: Queries
+    tensors: list[Tensor]
+    host: int
+    away: slice
+    at_home: bool
+
+    def results(self, partial: Sequence[Tensor], total: SoftmaxMerge | Sum) -> tuple[list[Leaving], list[Due]]:
+        """The guests' results leave for their owner, those of this rank's queries are due from their host."""
+        owner, rows, first = self.queries
+        leaving = [tensor[rows.start - first : rows.stop - first] for tensor in partial]
+        return [Leaving(owner, leaving)], [Due(self.host, self.away, total.room(self.away), total.add)]

@@ -9,14 +9,13 @@ Source: Wang et al. 2024, arXiv:2412.20501. Queries that are what keys are in Ri
 seen from the side of the keys.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from megatron_cp.context.delta import delta, stand_in
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.returns import Due, Leaving, Returns
+from megatron_cp.context.returns import Returns, Visit
 from megatron_cp.context.ring import empty_like, exchange, route
 from megatron_cp.context.task import Block, Queries, Saved, Task
 from megatron_cp.context.tiles import seen
@@ -59,23 +58,7 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     return dq.result(), dk.result(), dv.result()
 
 
-class _Visit(NamedTuple):
-    """Queries of another rank at this one, and the rank `host` at which this rank's own `away` are meanwhile."""
-
-    queries: Queries
-    tensors: list[Tensor]
-    host: int
-    away: slice
-    at_home: bool
-
-    def results(self, partial: Sequence[Tensor], total: SoftmaxMerge | Sum) -> tuple[list[Leaving], list[Due]]:
-        """The guests' results leave for their owner, those of this rank's queries are due from their host."""
-        owner, rows, first = self.queries
-        leaving = [tensor[rows.start - first : rows.stop - first] for tensor in partial]
-        return [Leaving(owner, leaving)], [Due(self.host, self.away, total.room(self.away), total.add)]
-
-
-def _visits(tensors: list[Tensor], task: Task) -> Iterator[_Visit]:
+def _visits(tensors: list[Tensor], task: Task) -> Iterator[Visit]:
     """All queries that come by, this rank's own first; the next ones are in flight during the body."""
     fabric, size, seen_by = task.fabric, task.fabric.size, task.mask.mirrored
     way = route(task.runs, seen_by)
@@ -84,9 +67,7 @@ def _visits(tensors: list[Tensor], task: Task) -> Iterator[_Visit]:
     for hop in range(size):
         owner, host = (fabric.rank - way.turn * hop) % size, (fabric.rank + way.turn * hop) % size
         needed = seen(task.mine, task.runs[owner], seen_by)
-        visit = _Visit(
-            Queries(owner, needed, first), tensors, host, seen(task.runs[host], task.mine, seen_by), hop == 0
-        )
+        visit = Visit(Queries(owner, needed, first), tensors, host, seen(task.runs[host], task.mine, seen_by), hop == 0)
         if hop == size - 1:
             yield visit
             return
