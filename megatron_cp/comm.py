@@ -25,13 +25,17 @@ class Handle(Protocol):
     def wait(self) -> None: ...
 
 
-@runtime_checkable
-class Fabric(Protocol):
-    """The ranks of one group, as seen by one of them."""
+class Transfer(Handle, Protocol):
+    """A transfer that can be asked whether it is over; one that cannot tell says no."""
+
+    def done(self) -> bool: ...
+
+
+class Peers(Protocol):
+    """Numbered ranks that send to each other, as seen by one of them."""
 
     rank: int
     size: int
-    sent: int
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
         """Start one batch: send each tensor to its rank and fill each buffer from its rank, in order per pair of ranks.
@@ -39,6 +43,13 @@ class Fabric(Protocol):
         Tensors are contiguous and not empty; a message to oneself is not sent but copied by the caller.
         """
         ...
+
+
+@runtime_checkable
+class Fabric(Peers, Protocol):
+    """The ranks of one group, as seen by one of them."""
+
+    sent: int
 
     def all_gather(self, local: Tensor) -> Tensor:
         """The equally shaped `local` of all ranks, stacked in a new leading dim."""
@@ -54,6 +65,9 @@ class Done:
 
     def wait(self) -> None:
         pass
+
+    def done(self) -> bool:
+        return True
 
 
 class SingleFabric:
@@ -81,7 +95,7 @@ class GroupFabric:
         self.group = group
         self.rank, self.size, self.sent = dist.get_rank(group), dist.get_world_size(group), 0
 
-    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Transfer:
         self.sent += _bytes(sends)
         operations = [self._operation(dist.isend, message) for message in sends]
         operations += [self._operation(dist.irecv, message) for message in recvs]
@@ -105,6 +119,21 @@ class GroupFabric:
         return dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
 
 
+class Members:
+    """Some ranks of a fabric, numbered in the order given, over its connections: unlike `subset` it makes no group.
+
+    Their transfers stand in the same queues as the whole fabric's.
+    """
+
+    def __init__(self, whole: Peers, ranks: Sequence[int]) -> None:
+        self._whole, self._ranks = whole, tuple(ranks)
+        self.rank, self.size = self._ranks.index(whole.rank), len(self._ranks)
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+        sends, recvs = ([(tensor, self._ranks[peer]) for tensor, peer in batch] for batch in (sends, recvs))
+        return self._whole.exchange(sends, recvs)
+
+
 @contextmanager
 def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator[GroupFabric]:
     """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together."""
@@ -126,6 +155,9 @@ class _Works:
         for work in self._works:
             work.wait()
         self._works, self._sends = [], ()
+
+    def done(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
 
 class _Post:
@@ -163,7 +195,7 @@ class LocalFabric:
         self._post, self._members = post, members
         self.rank, self.size, self.sent = members.index(me), len(members), 0
 
-    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Transfer:
         self.sent += _bytes(sends)
         for tensor, peer in sends:
             assert tensor.is_contiguous(), "process groups send contiguous tensors only"
@@ -194,6 +226,9 @@ class _Letters:
         for message in self._recvs:
             self._fabric.fill(message)
         self._recvs = ()
+
+    def done(self) -> bool:
+        return not self._recvs
 
 
 def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:

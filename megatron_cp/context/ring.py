@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_cp.comm import Done, Fabric, Handle
+from megatron_cp.comm import Done, Handle, Peers
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
@@ -92,7 +92,7 @@ def directed(runs: Layout, wanted: Stretches, turn: int) -> Route:
     return Route(turn, runs, wanted, tuple(carried))
 
 
-def visits(block: Block, way: Route, fabric: Fabric) -> Iterator[Block]:
+def visits(block: Block, way: Route, fabric: Peers) -> Iterator[Block]:
     """Each block that comes by, this rank's own first; the next one is in flight during the body."""
     ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
     for hop in range(1, fabric.size):
@@ -110,7 +110,7 @@ def visits(block: Block, way: Route, fabric: Fabric) -> Iterator[Block]:
 class Homecoming:
     """Gradients of visiting blocks on their way to the owners, one batch in flight; `dk` and `dv` are of `mine`."""
 
-    def __init__(self, mine: Block, dk: Sum, dv: Sum, way: Route, fabric: Fabric) -> None:
+    def __init__(self, mine: Block, dk: Sum, dv: Sum, way: Route, fabric: Peers) -> None:
         self._mine, self._totals, self._way, self._fabric = mine, (dk, dv), way, fabric
         self._hop = 0
         self._due = slice(0, 0)
@@ -148,7 +148,7 @@ def empty_like(tensors: list[Tensor], tokens: int) -> list[Tensor]:
     return [tensor.new_empty((tokens, *tensor.shape[1:])) for tensor in tensors]
 
 
-def exchange(fabric: Fabric, leaving: list[Tensor], dst: int, arriving: list[Tensor], src: int) -> Handle:
+def exchange(fabric: Peers, leaving: list[Tensor], dst: int, arriving: list[Tensor], src: int) -> Handle:
     """Send to one rank, receive from another; empty tensors are not sent, both sides know their length."""
     sends = [(tensor.contiguous(), dst) for tensor in leaving if tensor.shape[0]]
     return fabric.exchange(sends, [(buffer, src) for buffer in arriving if buffer.shape[0]])
