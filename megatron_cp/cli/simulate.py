@@ -71,6 +71,8 @@ def simulate(
     if sum(choice is not None for choice in (schedule, compare, table)) != 1:
         raise ValueError("give one of --schedule NAME, --compare all and --table FILE")
     asked = Question(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective)
+    if cap is not None and not cap > 0:
+        raise ValueError(f"a cap is a positive number of M_B, got {cap:g}")
     if compare is not None:
         if plot:
             raise ValueError("--plot draws one schedule; give --schedule instead of --compare")

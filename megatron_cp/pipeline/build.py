@@ -86,9 +86,8 @@ def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
     peaks = [peak_memory(actions, costs) for actions in schedule.table]
     worst = max(range(len(peaks)), key=lambda rank: peaks[rank] - caps[rank])
     if peaks[worst] > caps[worst] + EPSILON:
-        raise ValueError(
-            f"a cap of {caps[worst]:g} M_B is below the minimum {peaks[worst]:g} M_B of {schedule.name}, on rank {worst}"
-        )
+        minimum = f"{peaks[worst]:g} M_B of {schedule.name}, on rank {worst}"
+        raise ValueError(f"a cap of {caps[worst]:g} M_B is below the minimum {minimum}")
 
 
 def _fixed(rule: Rule, placement: Placement, m: int, warmup: float | None) -> Schedule:
