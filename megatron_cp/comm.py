@@ -25,12 +25,14 @@ class Handle(Protocol):
     def wait(self) -> None: ...
 
 
+@runtime_checkable
 class Transfer(Handle, Protocol):
     """A transfer that can be asked whether it is over; one that cannot tell says no."""
 
     def done(self) -> bool: ...
 
 
+@runtime_checkable
 class Peers(Protocol):
     """Numbered ranks that send to each other, as seen by one of them."""
 
