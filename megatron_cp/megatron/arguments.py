@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.kernels import AUTO, KERNELS
+from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.registry import suggest
 
 HEAD_FIRST = "head-first"
@@ -85,7 +86,81 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="With --cp-comm-type usp, which of the two --hierarchical-context-parallel-sizes exchanges heads: "
         "head-first the first (neighbouring ranks), context-first the second.",
     )
+    _add_schedule_arguments(parser)
     return parser
+
+
+def _add_schedule_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(title="pipeline schedules (megatron-cp)")
+    group.add_argument(
+        "--pp-schedule",
+        default=None,
+        metavar="{" + ",".join(SCHEDULES.names) + "}",
+        help="Order of forwards and backwards over the pipeline, instead of Megatron's own: "
+        + "; ".join(f"{rule.name}: {rule.what}" for rule in SCHEDULES)
+        + ". Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin.",
+    )
+
+
+SCHEDULE_UNSUPPORTED = (
+    Unsupported(
+        "CUDA graphs, which are captured in Megatron's own order",
+        lambda args: _read(args, "cuda_graph_impl", "none") != "none",
+        "leave --cuda-graph-impl out",
+    ),
+    Unsupported(
+        "overlap of expert-parallel communication, which brings an order of its own",
+        lambda args: any(
+            _read(args, name, False)
+            for name in ("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad")
+        ),
+        "leave --overlap-moe-expert-parallel-comm out",
+    ),
+    Unsupported(
+        "Megatron's own delay of weight gradients",
+        lambda args: any(_read(args, name, False) for name in ("delay_wgrad_compute", "defer_embedding_wgrad_compute")),
+        "leave --delay-wgrad-compute and --defer-embedding-wgrad-compute out, a split schedule delays them itself",
+    ),
+    Unsupported(
+        "offloading of activations in Megatron's own order",
+        lambda args: bool(_read(args, "fine_grained_activation_offloading", False)),
+        "leave --fine-grained-activation-offloading out",
+    ),
+    Unsupported(
+        "a stash of routed tokens that is replayed",
+        lambda args: (
+            bool(_read(args, "moe_paged_stash", False)) or _read(args, "moe_expert_rank_capacity_factor") is not None
+        ),
+        "leave --moe-paged-stash and --moe-expert-rank-capacity-factor out",
+    ),
+    Unsupported(
+        "Megatron's or torch's fully sharded data parallelism",
+        lambda args: any(_read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2")),
+        "use --use-distributed-optimizer",
+    ),
+)
+
+
+def check_schedule(args: Any) -> None:
+    """Refuse what `--pp-schedule` names and this run cannot have; ValueError with the rule, the value and a way out."""
+    name = _read(args, "pp_schedule")
+    if name is None:
+        return
+    rule = SCHEDULES.get(name)
+    size = _read(args, "pipeline_model_parallel_size", 1)
+    if size < 2:
+        raise ValueError(
+            f"--pp-schedule {name} needs --pipeline-model-parallel-size of at least 2, got {size}; "
+            f"leave --pp-schedule out or use more ranks"
+        )
+    if rule.placement != "loop" or rule.table is None:
+        runs = [other.name for other in SCHEDULES if other.placement == "loop" and other.table]
+        raise ValueError(
+            f"--pp-schedule {name} cannot be trained with yet, only simulated; take one of {', '.join(runs)}"
+        )
+    for feature in SCHEDULE_UNSUPPORTED:
+        if feature.asked(args):
+            raise ValueError(f"--pp-schedule {name} does not do {feature.what}; {feature.way_out}")
 
 
 def check(args: Any) -> None:

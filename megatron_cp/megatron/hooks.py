@@ -76,7 +76,7 @@ def _refuse_words(parser: Any, message: str) -> None:
 
 def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.arguments import check
+        from megatron_cp.megatron.arguments import check, check_schedule
         from megatron_cp.megatron.launch import check_inputs, complete, has_our_layers
 
         try:
@@ -84,6 +84,7 @@ def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
             # before Megatron's checks, for ours say more than a bare assertion
             if has_our_layers(args):
                 check(args)
+            check_schedule(args)
             result = old(args, *rest, **kwargs)
             check_inputs(args)
         except (ValueError, AssertionError) as error:
@@ -103,10 +104,25 @@ def _with_our_mtp(old: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_our_schedule(old: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.cache
+    def pipeline(name: str) -> Any:
+        from megatron_cp.megatron.schedule import Pipeline
+
+        return Pipeline(name)
+
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return old(*args, **kwargs)
+        from megatron_cp.megatron.schedule import name_in_force
+
+        name = name_in_force(*args, **kwargs)
+        return pipeline(name) if name else old(*args, **kwargs)
 
     return get_forward_backward_func
+
+
+def _with_weight_queue(old: Any) -> Any:
+    from megatron_cp.megatron.linear import SplitLinear
+
+    return SplitLinear(old)
 
 
 def _with_first_step(old: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,6 +197,14 @@ HOOKS = Registry(
             (),
             "the pipeline schedule is looked up by name, twice, and cannot be passed in",
             "a schedule argument of pretrain()",
+        ),
+        Hook(
+            "weight-queue",
+            ("megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",),
+            _with_weight_queue,
+            (),
+            "a schedule with input and weight gradients apart needs linears whose backward can stop half-way",
+            "backward_dw of Column- and RowParallelLinear that does what transformer-engine's does",
         ),
         Hook(
             "optimizer-save",
@@ -269,7 +293,8 @@ def apply(names: Iterable[str]) -> Applied:
 
 def _bind(hook: Hook, done: list[Replaced]) -> None:
     old = find(hook.targets[0]).value
-    new = functools.wraps(old)(hook.make(old))
+    # an attribute that a hook hung on `old` is not one of `new`
+    new = functools.wraps(old, updated=())(hook.make(old))
     setattr(new, _MARK, hook.name)
     for target in hook.targets:
         done.append(replace(target, lambda _: new))

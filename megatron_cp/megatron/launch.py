@@ -78,9 +78,12 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
     """The hooks that this command line needs on this machine."""
     layers = wants_layers(argv)
     names = []
+    scheduled = values_of(argv, "--pp-schedule") is not None
     # without transformer-engine Megatron's default arguments cannot run
-    if layers or cpu_runtime or not has_te() or "--help" in argv or "-h" in argv:
+    if layers or scheduled or cpu_runtime or not has_te() or "--help" in argv or "-h" in argv:
         names += ["flags", "checks"]
+    if scheduled:
+        names += ["schedule", "weight-queue"]
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names.append("mtp-layers")
     if hooks.dataset_helpers_need_no_make():

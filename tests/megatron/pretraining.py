@@ -51,7 +51,7 @@ def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[s
 
     sys.argv = ["pretrain_gpt", *flags]
     with door(flags), losses_of_each_iteration() as log:
-        pretrain.run(prepare=_start_from_names if named_weights else None)
+        pretrain.run(prepare=start_from_names if named_weights else None)
         return from_the_rank_with_losses(log)
 
 
@@ -100,7 +100,7 @@ def from_the_rank_with_losses(log: list[dict[str, Any]]) -> list[dict[str, Any]]
     return next((found for found in logs if found and found[0]["loss"] is not None), log)
 
 
-def _start_from_names(config: Any) -> None:
+def start_from_names(config: Any) -> None:
     config.pre_wrap_hooks.append(weights_from_names)
 
 

@@ -80,7 +80,11 @@ def test_what_cannot_be_done_is_refused_in_one_line(changes: dict[str, Any], wor
 
 def test_flags_have_defaults_and_help() -> None:
     parser = add_arguments(ArgumentParser())
-    assert vars(parser.parse_args([])) == {"cp_kernel": "auto", "cp_placement": "head-first"}
+    assert vars(parser.parse_args([])) == {
+        "cp_kernel": "auto",
+        "cp_placement": "head-first",
+        "pp_schedule": None,
+    }
     assert "zigzag=p2p" in parser.format_help()
 
 

@@ -27,8 +27,9 @@ def attributes() -> dict[str, int]:
 
 
 def difference(before: dict[str, int], after: dict[str, int]) -> set[str]:
-    """Names whose object changed; a module that was loaded meanwhile is no change."""
-    return {name for name, identity in before.items() if after.get(name) != identity}
+    """Names whose object changed, a class for what is in it; a module that was loaded meanwhile is no change."""
+    changed = {name for name, identity in before.items() if after.get(name) != identity}
+    return {name for name in changed if name.rpartition(".")[0] not in changed}
 
 
 def load_everything() -> None:

@@ -1,0 +1,255 @@
+"""Run a schedule: one loop over one rank's lowered actions, whatever rule they come from."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import NamedTuple, Protocol, Self
+
+from torch import Tensor
+
+from megatron_cp.comm import Transfer
+from megatron_cp.pipeline.action import (
+    FORWARD,
+    FULL,
+    INPUT,
+    RECV_B,
+    RECV_F,
+    REDUCE,
+    SEND_B,
+    SEND_F,
+    WEIGHT,
+    Action,
+)
+from megatron_cp.pipeline.passes import add_reductions, add_transfers, merge
+from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.schedule import Schedule
+from megatron_cp.pipeline.schedules.order import in_groups
+
+Cell = tuple[int, int]
+
+
+class Wires(Protocol):
+    """The pipeline's ranks, as seen by one of them: a fabric whose transfers can be asked whether they are over."""
+
+    rank: int
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Transfer: ...
+
+    def subset(self, ranks: Sequence[int]) -> Self: ...
+
+
+class Stages(Protocol):
+    """What the stages of this rank compute. `given` and `made` are a stage's input and output for one microbatch."""
+
+    def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor: ...
+
+    def backward(
+        self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
+    ) -> Tensor | None:
+        """The gradient of `given`; with `split` weight gradients wait for `weight`."""
+        ...
+
+    def weight(self, stage: int, micro: int) -> None: ...
+
+    def reduce(self, stage: int) -> None:
+        """All gradients of the stage's weights are there."""
+        ...
+
+    def buffer(self) -> Tensor:
+        """Room for one activation, or for its gradient, that passes between stages."""
+        ...
+
+    def shrink(self, made: Tensor) -> None:
+        """Let go of the values of an output that has been handed on; its graph stays."""
+        ...
+
+
+Observe = Callable[[Action], AbstractContextManager[object]]
+
+
+def lower(schedule: Schedule) -> Schedule:
+    """The compute table as an executor runs it: I and W merged where adjacent, with reductions and transfers."""
+    return add_transfers(add_reductions(merge(schedule)))
+
+
+def forward_only(placement: Placement, m: int) -> Schedule:
+    """Forwards alone, lowered, in groups of p microbatches through a rank's stages: evaluation, for any m."""
+    p = placement.ranks
+    table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
+    return add_transfers(Schedule("forward only", placement, m, table))
+
+
+class Line(NamedTuple):
+    """A way from one rank to another, for activations (F) or gradients (B), with a communicator of its own."""
+
+    source: int
+    target: int
+    kind: str
+
+
+class Channels:
+    """The lines that begin or end at this rank.
+
+    Each is a group of two ranks and one direction, so a message waits for messages of its own line only, and the two
+    sides of a line need to agree on nothing but its own order. All ranks of the fabric make their channels together.
+    """
+
+    def __init__(self, fabric: Wires, placement: Placement) -> None:
+        rank_of = placement.rank_of
+        hops = {(here, there) for here, there in pairwise(rank_of) if here != there}
+        lines = {Line(*hop, FORWARD) for hop in hops} | {Line(*hop[::-1], FULL) for hop in hops}
+        # one order for all ranks, or they would wait for each other in making the groups
+        mine = sorted(line for line in lines if fabric.rank in line[:2])
+        self._rank = fabric.rank
+        self._pairs = {line: fabric.subset(_members(line)) for line in mine}
+
+    def send(self, target: int, kind: str, tensor: Tensor) -> Transfer:
+        pair = self._pairs[Line(self._rank, target, kind)]
+        return pair.exchange([(tensor, 1 - pair.rank)], [])
+
+    def receive(self, source: int, kind: str, buffer: Tensor) -> Transfer:
+        pair = self._pairs[Line(source, self._rank, kind)]
+        return pair.exchange([], [(buffer, 1 - pair.rank)])
+
+
+def _members(line: Line) -> tuple[int, int]:
+    # in opposite order for gradients: an in-process fabric tells groups apart by their members
+    return (line.source, line.target) if line.kind == FORWARD else (line.target, line.source)
+
+
+class _Arrival(NamedTuple):
+    handle: Transfer
+    tensor: Tensor
+
+
+class Executor:
+    """One rank's part of one step.
+
+    training: whether outputs are kept for a backward
+    observe:  a context around every action, for whoever measures
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        rank: int,
+        stages: Stages,
+        channels: Channels,
+        training: bool = True,
+        observe: Observe = lambda action: nullcontext(),
+    ) -> None:
+        self._rank_of, self._rank, self._last = placement.rank_of, rank, len(placement.rank_of) - 1
+        self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
+        self._given: dict[Cell, Tensor] = {}
+        self._made: dict[Cell, Tensor] = {}
+        self._gradients: dict[Cell, Tensor] = {}
+        self._arriving: dict[tuple[str, int, int], _Arrival] = {}
+        self._sending: dict[tuple[str, int, int], _Arrival] = {}
+        self._handlers: dict[str, Callable[[int, int], None]] = {
+            FORWARD: self._forward,
+            FULL: self._full,
+            INPUT: self._input,
+            WEIGHT: stages.weight,
+            SEND_F: self._send_output,
+            RECV_F: self._receive_input,
+            SEND_B: self._send_gradient,
+            RECV_B: self._receive_gradient,
+            REDUCE: lambda stage, _: stages.reduce(stage),
+        }
+
+    def run(self, actions: Sequence[Action]) -> None:
+        """Run the rank's lowered actions in order. An error is marked with the rank and the action it came from."""
+        for action in actions:
+            try:
+                with self._observe(action):
+                    self._handlers[action.kind](action.stage, action.micro or 0)
+                self._settle()
+            except Exception as error:
+                error.add_note(
+                    f"[megatron-cp] pipeline rank {self._rank} failed at {action}: "
+                    f"stage {action.stage}, microbatch {action.micro}"
+                )
+                raise
+        self._finish()
+
+    def _finish(self) -> None:
+        for sent in self._sending.values():
+            sent.handle.wait()
+        assert not self._arriving, "somebody sent what nobody used"
+        assert not (self._training and self._made), "outputs without a backward"
+
+    def _forward(self, stage: int, micro: int) -> None:
+        given = self._take_input(stage, micro)
+        made = self._stages.forward(stage, micro, given)
+        if self._training and given is not None:
+            self._given[stage, micro] = given
+        if stage < self._last and self._rank_of[stage + 1] == self._rank:
+            self._given[stage + 1, micro] = made.detach().requires_grad_(self._training)
+            self._stages.shrink(made)
+        if self._training or (stage < self._last and self._rank_of[stage + 1] != self._rank):
+            self._made[stage, micro] = made
+
+    def _take_input(self, stage: int, micro: int) -> Tensor | None:
+        if (FORWARD, stage, micro) in self._arriving:
+            return _arrived(self._arriving.pop((FORWARD, stage, micro))).requires_grad_(self._training)
+        return self._given.pop((stage, micro), None)
+
+    def _full(self, stage: int, micro: int) -> None:
+        self._backward(stage, micro, split=False)
+
+    def _input(self, stage: int, micro: int) -> None:
+        self._backward(stage, micro, split=True)
+
+    def _backward(self, stage: int, micro: int, split: bool) -> None:
+        if (FORWARD, stage, micro) in self._sending:
+            # whoever sent the gradient back has had the output
+            self._output_sent(stage, micro)
+        given, made = self._given.pop((stage, micro), None), self._made.pop((stage, micro))
+        before = self._stages.backward(stage, micro, given, made, self._take_gradient(stage, micro), split)
+        if stage > 0:
+            assert before is not None, f"stage {stage} gave no gradient of its input"
+            self._gradients[stage - 1, micro] = before
+
+    def _take_gradient(self, stage: int, micro: int) -> Tensor | None:
+        if (FULL, stage, micro) in self._arriving:
+            return _arrived(self._arriving.pop((FULL, stage, micro)))
+        return self._gradients.pop((stage, micro), None)
+
+    def _send_output(self, stage: int, micro: int) -> None:
+        made = self._made[stage, micro] if self._training else self._made.pop((stage, micro))
+        handle = self._channels.send(self._rank_of[stage + 1], FORWARD, made.detach().contiguous())
+        self._sending[FORWARD, stage, micro] = _Arrival(handle, made)
+
+    def _receive_input(self, stage: int, micro: int) -> None:
+        buffer = self._stages.buffer()
+        handle = self._channels.receive(self._rank_of[stage - 1], FORWARD, buffer)
+        self._arriving[FORWARD, stage, micro] = _Arrival(handle, buffer)
+
+    def _send_gradient(self, stage: int, micro: int) -> None:
+        gradient = self._gradients.pop((stage - 1, micro)).contiguous()
+        handle = self._channels.send(self._rank_of[stage - 1], FULL, gradient)
+        self._sending[FULL, stage, micro] = _Arrival(handle, gradient)
+
+    def _receive_gradient(self, stage: int, micro: int) -> None:
+        buffer = self._stages.buffer()
+        handle = self._channels.receive(self._rank_of[stage + 1], FULL, buffer)
+        self._arriving[FULL, stage, micro] = _Arrival(handle, buffer)
+
+    def _settle(self) -> None:
+        """Let go of what has been sent meanwhile, without waiting for any of it."""
+        for kind, stage, micro in [key for key, sent in self._sending.items() if sent.handle.done()]:
+            if kind == FORWARD:
+                self._output_sent(stage, micro)
+            else:
+                self._sending.pop((kind, stage, micro)).handle.wait()
+
+    def _output_sent(self, stage: int, micro: int) -> None:
+        sent = self._sending.pop((FORWARD, stage, micro))
+        sent.handle.wait()
+        if self._training:
+            self._stages.shrink(sent.tensor)
+
+
+def _arrived(arrival: _Arrival) -> Tensor:
+    arrival.handle.wait()
+    return arrival.tensor

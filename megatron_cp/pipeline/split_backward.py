@@ -1,0 +1,81 @@
+"""The backward of a linear in two halves: the input gradient at once, the weight gradient when its turn comes.
+
+An input gradient I runs autograd as usual, but what a weight gradient needs (the linear's input and the gradient of its
+output) is put into a queue; W takes it out again (Zero Bubble, arXiv:2401.10241, section 3). The weight itself takes no
+part in autograd while a split schedule runs, so there are no dummy gradients that somebody could add up by mistake.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, no_grad
+
+Work = Callable[[], None]
+
+
+class WeightQueue:
+    """Weight gradients that wait, under the key of the I that put them there, in the order of that backward.
+
+    open: whether linears are to hand their weight gradients to this queue at all
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        self._waiting: dict[Hashable, deque[Work]] = {}
+        self._key: Hashable | None = None
+
+    @property
+    def putting_off(self) -> bool:
+        """Whether an I is running: weight gradients wait. During a B they are computed at once."""
+        return self._key is not None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step: at its end every weight gradient must have been computed; after an error none is left."""
+        assert not self._waiting, "the step before left weight gradients behind"
+        self.open = True
+        try:
+            yield
+            assert not self._waiting, f"weight gradients of {list(self._waiting)} were never computed"
+        finally:
+            self.open = False
+            self._waiting.clear()
+
+    @contextmanager
+    def put_off(self, key: Hashable) -> Iterator[None]:
+        """Weight gradients of the backward inside wait until `run(key)`."""
+        assert key not in self._waiting, f"{key} runs its backward twice"
+        self._key, self._waiting[key] = key, deque()
+        try:
+            yield
+        finally:
+            self._key = None
+
+    def put(self, work: Work) -> None:
+        """Let `work` wait for its W."""
+        self._waiting[self._key].append(work)
+
+    def run(self, key: Hashable) -> None:
+        """Compute what waits under `key`, oldest first; each entry's tensors are let go as soon as it is done."""
+        waiting = self._waiting.pop(key)
+        with no_grad():
+            while waiting:
+                waiting.popleft()()
+
+
+def weight_gradient(given: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of a linear's weight from its input and its output's gradient, all tokens in one product."""
+    # s b o -> (s b) o
+    return gradient.reshape(-1, gradient.shape[-1]).t().matmul(given.reshape(-1, given.shape[-1]))
+
+
+def accumulate(weight: Tensor, gradient: Tensor) -> None:
+    """Add to the weight's gradient where autograd and Megatron's hook would have: `main_grad` if it has one."""
+    total = getattr(weight, "main_grad", None)
+    if total is not None:
+        total.add_(gradient)
+    elif weight.grad is None:
+        weight.grad = gradient
+    else:
+        weight.grad.add_(gradient)

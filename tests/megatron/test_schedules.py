@@ -1,0 +1,79 @@
+"""Through the real pretrain() every schedule trains as Megatron's own: same losses, same parameters, bit for bit."""
+
+import pytest
+import torch
+
+from tests.megatron.pretraining import global_names, losses_of_each_iteration, start_from_names, tiny
+from tests.ranks import run_ranks
+
+MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
+
+
+def trained(flags):
+    """What this rank knows after training: losses of each iteration, and its parameters by their name in the model."""
+    import sys
+
+    from megatron_cp.megatron import pretrain
+    from megatron_cp.megatron.launch import door
+
+    built = []
+
+    def prepare(config):
+        start_from_names(config)
+        config.post_wrap_hooks.append(lambda models: built.extend(models) or models)
+
+    sys.argv = ["pretrain_gpt", *flags]
+    with door(flags), losses_of_each_iteration() as log:
+        pretrain.run(prepare=prepare)
+    return log, {
+        name: parameter.detach().clone() for chunk in built for name, parameter in global_names(_unwrapped(chunk))
+    }
+
+
+def _unwrapped(model):
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def run(world_size, *flags):
+    """Losses of the last pipeline stage, and every rank's parameters."""
+    ranks = run_ranks(world_size, trained, tiny(MODEL, *flags))
+    log = next(log for log, _ in ranks if log[0]["loss"] is not None)
+    return log, [parameters for _, parameters in ranks]
+
+
+@pytest.fixture(scope="module")
+def megatrons_own():
+    """Runs of Megatron's own drivers, by their flags, each made once."""
+    runs = {}
+
+    def once(world_size, *flags):
+        if (world_size, flags) not in runs:
+            runs[world_size, flags] = run(world_size, *flags)
+        return runs[world_size, flags]
+
+    return once
+
+
+def assert_bit_equal(found, expected):
+    (log, parameters), (other_log, other_parameters) = found, expected
+    assert [step["loss"] for step in log] == [step["loss"] for step in other_log]
+    assert [step["grad_norm"] for step in log] == [step["grad_norm"] for step in other_log]
+    for ours, theirs in zip(parameters, other_parameters, strict=True):
+        assert list(ours) == list(theirs)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+TWO = "--pipeline-model-parallel-size 2"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "dapple-b", "zb-h1", "zb-h2"])
+def test_one_chunk_per_rank_trains_as_1f1b(megatrons_own, schedule):
+    assert_bit_equal(run(2, TWO, f"--pp-schedule {schedule}"), megatrons_own(2, TWO))
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "breadth-first", "izb", "gis"])
+def test_several_chunks_per_rank_train_as_interleaved(megatrons_own, schedule):
+    assert_bit_equal(run(2, TWO, CHUNKS, f"--pp-schedule {schedule}"), megatrons_own(2, TWO, CHUNKS))
