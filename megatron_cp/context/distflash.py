@@ -39,8 +39,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     merges = {me: SoftmaxMerge(q)}
     table = _cheapest(task, [q, *merges[me].room(slice(0, 1))], [k, v])
     for shift in _shifts(table, [q], [k, v], task):
-        merge = merges.setdefault(shift.job.queries, SoftmaxMerge(*shift.guests))
-        task.attend(merge, *shift.guests, shift.block, shift.queries)
+        (guests,) = shift.guests
+        task.attend(merges.setdefault(shift.job.queries, SoftmaxMerge(guests)), guests, shift.block, shift.queries)
         done = shift.step.done
         home.start(_leaving(done, me, lambda owner: merges.pop(owner).result()), _due(done, me, merges[me]))
     home.finish()
@@ -56,21 +56,22 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     """
     me, home = task.fabric.rank, Returns(task.fabric)
     q, k, v, row_delta = saved.q, saved.k, saved.v, delta(saved.out, dout)
-    works, dk, dv = {me: _Work(saved, dout, Sum(q))}, Sum(k), Sum(v)
+    works, sums = {me: _Work(saved, dout, Sum(q))}, {me: (Sum(k), Sum(v))}
     table = _cheapest(task, [q, dout, q, saved.lse, row_delta], [k, v, k, v])
     for shift in _shifts(table, [q, dout, saved.lse, row_delta], [k, v], task):
         done, keys, block = shift.step.done, shift.step.keys, shift.block
         if shift.job.queries not in works:
-            works[shift.job.queries] = _work_for(*shift.guests, block)
+            works[shift.job.queries] = _work_for(shift.guests, block)
         work = works[shift.job.queries]
-        parts = (dk, dv) if block.owner == me else (Sum(block.k), Sum(block.v))
-        task.attend_backward(work.dq, *parts, work.dout, work.saved, block, shift.queries)
+        dk, dv = sums.setdefault(block.owner, (Sum(block.k), Sum(block.v)))
+        task.attend_backward(work.dq, dk, dv, work.dout, work.saved, block, shift.queries)
         home.start(
             _leaving(done, me, lambda owner: [works.pop(owner).dq.result()])
-            + _leaving(keys, me, lambda _, parts=parts: [part.result() for part in parts]),
-            _due(done, me, works[me].dq) + _due(keys, me, dk, dv),
+            + _leaving(keys, me, lambda owner: [part.result() for part in sums.pop(owner)]),
+            _due(done, me, works[me].dq) + _due(keys, me, *sums[me]),
         )
     home.finish()
+    dk, dv = sums[me]
     return works[me].dq.result(), dk.result(), dv.result()
 
 
@@ -82,7 +83,8 @@ class _Work(NamedTuple):
     dq: Sum
 
 
-def _work_for(q: Tensor, dout: Tensor, lse: Tensor, row_delta: Tensor, block: Block) -> _Work:
+def _work_for(guests: Sequence[Tensor], block: Block) -> _Work:
+    q, dout, lse, row_delta = guests
     return _Work(Saved(q, block.k, block.v, stand_in(row_delta, dout), lse), dout, Sum(q))
 
 
@@ -110,14 +112,9 @@ def _shifts(table: Table, queries: Sequence[Tensor], keys: Sequence[Tensor], tas
     for step, following in pairwise((*table.steps, Step())):
         transfer, next_guests, next_blocks = _lend(following, queries, keys, task.fabric)
         job = step.jobs[me]
-        guest, block = guests[job.queries], blocks[job.keys]
-        yield _Shift(
-            step,
-            job,
-            guest.tensors,
-            Queries(job.queries, job.rows, guest.first),
-            Block(job.keys, block.first, *block.tensors),
-        )
+        guest, (first, (k, v)) = guests[job.queries], blocks[job.keys]
+        theirs = Queries(job.queries, job.rows, guest.first)
+        yield _Shift(step, job, guest.tensors, theirs, Block(job.keys, first, k, v))
         transfer.wait()
         for loan in step.done:
             if loan.worker == me:

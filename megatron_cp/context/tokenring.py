@@ -16,9 +16,8 @@ from torch import Tensor
 from megatron_cp.context.delta import delta, stand_in
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.returns import Returns, Visit
-from megatron_cp.context.ring import empty_like, exchange, route
+from megatron_cp.context.ring import Route, empty_like, exchange, route
 from megatron_cp.context.task import Block, Queries, Saved, Task
-from megatron_cp.context.tiles import seen
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
@@ -60,21 +59,20 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
 
 def _visits(tensors: list[Tensor], task: Task) -> Iterator[Visit]:
     """All queries that come by, this rank's own first; the next ones are in flight during the body."""
-    fabric, size, seen_by = task.fabric, task.fabric.size, task.mask.mirrored
-    way = route(task.runs, seen_by)
-    ahead, behind = (fabric.rank + way.turn) % size, (fabric.rank - way.turn) % size
+    fabric, me, size = task.fabric, task.fabric.rank, task.fabric.size
+    way = route(task.runs, task.mask.mirrored)
     first = 0
     for hop in range(size):
-        owner, host = (fabric.rank - way.turn * hop) % size, (fabric.rank + way.turn * hop) % size
-        needed = seen(task.mine, task.runs[owner], seen_by)
-        visit = Visit(Queries(owner, needed, first), tensors, host, seen(task.runs[host], task.mine, seen_by), hop == 0)
-        if hop == size - 1:
-            yield visit
-            return
-        onward, due = way.carried[owner][hop + 1], way.carried[(owner - way.turn) % size][hop + 1]
+        owner, host, following = ((me + way.turn * hops) % size for hops in (-hop, hop, -hop - 1))
+        visit = Visit(Queries(owner, way.wanted[owner][me], first), tensors, host, way.wanted[me][host], hop == 0)
+        onward, due = _carried(way, owner, hop + 1), _carried(way, following, hop + 1)
         leaving = [tensor[max(0, onward.start - first) : max(0, onward.stop - first)] for tensor in tensors]
-        arriving = empty_like(leaving, due.stop - due.start)
-        transfer = exchange(fabric, leaving, ahead, arriving, behind)
+        tensors, first = empty_like(leaving, due.stop - due.start), due.start
+        transfer = exchange(fabric, leaving, (me + way.turn) % size, tensors, (me - way.turn) % size)
         yield visit
         transfer.wait()
-        tensors, first = arriving, due.start
+
+
+def _carried(way: Route, owner: int, hop: int) -> slice:
+    """What travels of the owner's queries on this hop; there is none after the last."""
+    return way.carried[owner][hop] if hop < len(way.carried) else slice(0, 0)
