@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import Plan, attend, plan
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.merge import accumulator_dtype
-from megatron_cp.context.trace import Compute, Event, Message, Pass, Post, Problem, Step, Touch, Trace, Wait, match
+from megatron_cp.context.trace import Compute, Event, HostCopy, Message, Pass, Post, Problem, Step, Touch, Trace, Wait, match
 from megatron_cp.kernels import Kernel
 
 
@@ -88,12 +89,34 @@ class Recorder(LiveBytes):
         super().__init__(*inputs)
         self._steps: list[Step] = []
         self._touched, self._batches = 0, 0
+        self._forms: dict[tuple, tuple] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if not (func.is_view or func.overloadpacket.__name__ in _MAKE_ONLY):
+        kind = _kind(func)
+        if kind == "in place":
+            result = args[0]
+            if self._is_host(result) or (len(args) > 1 and self._is_host(args[1])):
+                self.note(HostCopy(_bytes(result)))
+                return result
+        else:
+            run = partial(self._shaped, func) if kind == "new" else func
+            result = super().__torch_dispatch__(run, types, args, kwargs)
+        if kind != "free":
             self._touched += sum(_bytes(x) for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor))
         return result
+
+    def _is_host(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._host
+
+    def _shaped(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """The result of an operation that makes a tensor; torch takes long to find its shape, so it is asked once."""
+        key = (func, *(_form(leaf) for leaf in tree_iter((args, kwargs))))
+        if key not in self._forms:
+            result = func(*args, **kwargs)
+            self._forms[key] = _form(result)
+            return result
+        size, stride, dtype = self._forms[key]
+        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
     def note(self, event: Event) -> None:
         """Append an event, after what was touched before it."""
@@ -119,7 +142,25 @@ class Recorder(LiveBytes):
 
 
 # they reserve memory and write nothing
-_MAKE_ONLY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+_MAKE_ONLY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "host_empty")
+
+
+@cache
+def _kind(func: Any) -> str:
+    """What an operation does without data: "free" touches nothing, "in place" makes nothing, "new" one tensor."""
+    name, arguments, results = func.overloadpacket.__name__, func._schema.arguments, func._schema.returns
+    if func.is_view or name in _MAKE_ONLY:
+        return "free"
+    changed = arguments[0].alias_info if arguments else None
+    if name.endswith("_") and changed is not None and changed.is_write:
+        return "in place"
+    # an operation of our own says what it does itself
+    makes = func.namespace == "aten" and len(results) == 1 and results[0].alias_info is None and str(results[0].type) == "Tensor"
+    return "new" if makes and arguments and "Tensor" in str(arguments[0].type) else "other"
+
+
+def _form(value: Any) -> Any:
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
 class RecordingFabric:

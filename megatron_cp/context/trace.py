@@ -87,7 +87,13 @@ class Wait(NamedTuple):
     batch: int
 
 
-Event = Compute | Touch | Post | Wait
+class HostCopy(NamedTuple):
+    """Bytes that start on their way to or from the host store, beside what the rank computes."""
+
+    size: int
+
+
+Event = Compute | Touch | HostCopy | Post | Wait
 
 
 class Step(NamedTuple):
@@ -125,6 +131,11 @@ class Pass:
     def peak(self) -> list[int]:
         """Most live bytes beyond the local q, k, v and dout, per rank."""
         return [max((step.live for step in steps), default=0) for steps in self.steps]
+
+    @property
+    def hosted(self) -> list[int]:
+        """Bytes to and from host memory, per rank."""
+        return [sum(event.size for event, _ in steps if isinstance(event, HostCopy)) for steps in self.steps]
 
     @property
     def traffic(self) -> list[list[int]]:

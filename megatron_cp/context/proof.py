@@ -1,0 +1,223 @@
+"""Prove a backend's own loop: run it on tokens that say where they come from, and see what meets what.
+
+The ranks are threads of one process. Each query, key, value and output gradient carries its real position and head,
+and the kernel, instead of attention, looks at what it was given and counts every pair. A backend is exact when each
+unmasked pair was computed once in each pass, and when all that was computed for a token came home to it.
+"""
+
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_cp.comm import LocalFabric, in_process
+from megatron_cp.context.attend import attend
+from megatron_cp.context.layouts import indices
+from megatron_cp.context.record import plan_on
+from megatron_cp.context.trace import Problem
+
+KINDS = {"q": 1, "k": 2, "v": 3, "dout": 4, "out": 5}
+CHANNELS = ("position", "head", "kind", "one")
+
+
+class Proof(NamedTuple):
+    """Whether each unmasked pair was computed exactly once in each pass, and the first thing that was wrong."""
+
+    covered: bool
+    problem: str
+    pairs: int
+
+
+class NotExactError(Exception):
+    """What a kernel call or a result had to be and was not."""
+
+
+def prove(problem: Problem) -> Proof:
+    """Run the backend on the problem and check every pair; meant for small sequences, see `small`.
+
+    Raises ValueError for what the backend refuses.
+    """
+    book = Book(problem)
+    try:
+        in_process(problem.ranks, lambda fabric: _rank(problem, book, fabric))
+        for counts in (book.forward, book.backward):
+            counts.check()
+    except (NotExactError, RuntimeError, AssertionError, IndexError) as error:
+        return Proof(False, str(error) or type(error).__name__, 0)
+    return Proof(True, "", int(book.visible.sum()) * problem.heads)
+
+
+def small(problem: Problem, tokens_per_rank: int = 0) -> Problem:
+    """The same problem on a short sequence, its window shortened alike; as many tokens per rank as P = 64 can bear."""
+    tokens = tokens_per_rank or (12 if problem.ranks <= 16 else 4)
+    seq = tokens * problem.ranks
+    if problem.seq <= seq:
+        return problem
+    left, right = problem.window or (None, None)
+    window = tuple(limit and max(1, round(limit * seq / problem.seq)) for limit in (left, right))
+    return Problem(**{**vars(problem), "seq": seq, "window": window})
+
+
+class Counts:
+    """How often each (query head, query position, key position) was computed in one pass."""
+
+    def __init__(self, name: str, visible: np.ndarray, heads: int) -> None:
+        self._name, self._visible = name, visible
+        self._found = np.zeros((heads, *visible.shape), dtype=np.int16)
+        self._lock = Lock()
+
+    def add(self, heads: list[int], queries: list[int], keys: list[int], unmasked: np.ndarray) -> None:
+        """Count the unmasked pairs of one kernel call; raises NotExactError for one that the mask hides."""
+        hidden = unmasked & ~self._visible[np.ix_(queries, keys)]
+        if hidden.any():
+            i, j = np.argwhere(hidden)[0]
+            raise NotExactError(f"{self._name}: query {queries[i]} must not see key {keys[j]}, but a kernel call has it")
+        with self._lock:
+            self._found[np.ix_(heads, queries, keys)] += unmasked
+
+    def check(self) -> None:
+        """Raise NotExactError for the first pair that was not computed exactly once."""
+        wrong = np.argwhere(self._found != self._visible)
+        if len(wrong):
+            head, query, key = wrong[0]
+            raise NotExactError(
+                f"{self._name}: query {query} and key {key} of head {head} meet {self._found[head, query, key]} times "
+                f"instead of once, and {len(wrong) - 1} more pairs are wrong"
+            )
+
+
+class Book:
+    """What has to be computed, and what was."""
+
+    def __init__(self, problem: Problem) -> None:
+        positions = np.arange(problem.seq)
+        distance = positions[None] - positions[:, None]
+        left, right = (problem.seq if limit is None else limit for limit in problem.mask)
+        self.visible = (distance >= -left) & (distance <= right)
+        self.group = problem.heads // problem.kv_heads
+        self.forward = Counts("forward", self.visible, problem.heads)
+        self.backward = Counts("backward", self.visible, problem.heads)
+
+
+def _rank(problem: Problem, book: Book, fabric: LocalFabric) -> None:
+    """Both passes of one rank, and a look at what came out."""
+    mine = indices(problem.layout, problem.seq, problem.ranks, fabric.rank)
+    q, k, v = (
+        _tokens(name, mine, heads).requires_grad_()
+        for name, heads in (("q", problem.heads), ("k", problem.kv_heads), ("v", problem.kv_heads))
+    )
+    out = attend(q, k, v, plan_on(problem, fabric, ProvingKernel(book)))
+    _expect("out", out.detach(), _tokens("out", mine, problem.heads), mine)
+    grads = torch.autograd.grad(out, (q, k, v), _tokens("dout", mine, problem.heads))
+    for name, found, expected in zip(("dq", "dk", "dv"), grads, _gradients(problem, book, mine), strict=True):
+        _expect(name, found, expected, mine)
+
+
+def _tokens(name: str, positions: list[int], heads: int) -> Tensor:
+    """[s 1 h 4] in float64: position, head, kind and 1 in each token's channels; sums of them stay exact."""
+    tokens = torch.ones(len(positions), 1, heads, len(CHANNELS), dtype=torch.float64)
+    tokens[..., 0] = torch.tensor(positions, dtype=torch.float64)[:, None, None]
+    tokens[..., 1] = torch.arange(heads, dtype=torch.float64)
+    tokens[..., 2] = KINDS[name]
+    return tokens
+
+
+def _gradients(problem: Problem, book: Book, mine: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What all kernel calls together return for this rank's tokens: the sums over the tokens that each one meets."""
+    seen = torch.from_numpy(book.visible).double()
+    everything = range(problem.seq)
+    keys = _tokens("k", [*everything], problem.kv_heads).repeat_interleave(book.group, 2)
+    queries = _tokens("q", [*everything], problem.heads).unflatten(2, (problem.kv_heads, book.group)).sum(3)
+    dq = torch.einsum("st,tbhd->sbhd", seen[mine], keys)
+    dk = torch.einsum("st,sbgd->tbgd", seen[:, mine], queries)
+    return dq, dk, 2 * dk
+
+
+def _expect(name: str, found: Tensor, expected: Tensor, positions: list[int]) -> None:
+    """Raise NotExactError for the first token whose result is not its own."""
+    wrong = torch.nonzero(~((found - expected).abs() <= 1e-6 * expected.abs().clamp(min=1)).all(-1))
+    if len(wrong):
+        token, batch, head = wrong[0].tolist()
+        raise NotExactError(
+            f"{name} of position {positions[token]}, head {head}, is {_show(found[token, batch, head])} "
+            f"instead of {_show(expected[token, batch, head])}, and {len(wrong) - 1} more are wrong"
+        )
+
+
+def _show(channels: Tensor) -> str:
+    return "(" + ", ".join(f"{name} {value:g}" for name, value in zip(CHANNELS, channels.tolist(), strict=True)) + ")"
+
+
+class Labels(NamedTuple):
+    """The real positions and heads of what a kernel call was given."""
+
+    queries: list[int]
+    heads: list[int]
+    keys: list[int]
+    kv_heads: list[int]
+
+
+class ProvingKernel:
+    """Fulfils the kernel protocol; out is the query's label and lse the log of how many keys it met."""
+
+    name = "proving"
+
+    def __init__(self, book: Book) -> None:
+        self._book = book
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        labels, unmasked = self._look(q, k, v, causal)
+        self._book.forward.add(labels.heads, labels.queries, labels.keys, unmasked)
+        out = q.clone()
+        out[..., 2] = KINDS["out"]
+        met = torch.from_numpy(unmasked.sum(1)).double().log()
+        return out, met[:, None, None].expand(q.shape[:3]).contiguous()
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        labels, unmasked = self._look(q, k, v, causal)
+        self._look_at_rows(labels, dout, q, out, lse)
+        self._book.backward.add(labels.heads, labels.queries, labels.keys, unmasked)
+        seen, group = torch.from_numpy(unmasked).double(), q.shape[2] // k.shape[2]
+        dq = torch.einsum("st,tbhd->sbhd", seen, k.repeat_interleave(group, 2))
+        dk = torch.einsum("st,sbgd->tbgd", seen, q.unflatten(2, (k.shape[2], group)).sum(3))
+        return dq, dk, 2 * dk
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Labels, np.ndarray]:
+        """The labels, and which of the pairs are unmasked, [queries keys]."""
+        (queries, heads), (keys, kv_heads) = _read("q", q), _read("k", k)
+        if _read("v", v) != (keys, kv_heads):
+            raise NotExactError(f"the values of a kernel call are not those of its keys {keys}")
+        served = [head for head in kv_heads for _ in range(len(heads) // len(kv_heads))]
+        if [head // self._book.group for head in heads] != served:
+            raise NotExactError(f"query heads {heads} are attended with KV heads {kv_heads}")
+        pairs = np.ones((len(queries), len(keys)), dtype=bool)
+        return Labels(queries, heads, keys, kv_heads), np.tril(pairs) if causal else pairs
+
+    def _look_at_rows(self, labels: Labels, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+        """What belongs to whole rows: the output's gradient, its product with the output, and the merged lse."""
+        if _read("dout", dout) != (labels.queries, labels.heads):
+            raise NotExactError(f"the output gradients of a kernel call are not those of its queries {labels.queries}")
+        whole = q.clone()
+        whole[..., 2] = KINDS["out"]
+        # an algorithm may hand on this product instead of the output
+        if not torch.allclose((out * dout).sum(-1), (whole * dout).sum(-1)):
+            raise NotExactError(f"the outputs of a kernel call are not those of its queries {labels.queries}")
+        keys = torch.from_numpy(self._book.visible[labels.queries].sum(1)).double()
+        if not torch.allclose(lse, keys.log()[:, None, None].expand_as(lse)):
+            raise NotExactError(f"the lse of queries {labels.queries} is not the one over all of their keys")
+
+
+def _read(name: str, tokens: Tensor) -> tuple[list[int], list[int]]:
+    """The positions and heads that [s 1 h 4] tokens carry; raises NotExactError when they are no tokens of this kind."""
+    positions, heads = tokens[:, 0, 0, 0].tolist(), tokens[0, 0, :, 1].tolist()
+    expected = torch.ones_like(tokens)
+    expected[..., 0] = tokens[:, 0, 0, 0][:, None, None]
+    expected[..., 1] = tokens[0, 0, :, 1]
+    expected[..., 2] = KINDS[name]
+    if not torch.equal(tokens, expected) or len(set(positions)) < len(positions):
+        raise NotExactError(f"a kernel call's {name} is no set of tokens of {name}; the first is {_show(tokens[0, 0, 0])}")
+    return [int(position) for position in positions], [int(head) for head in heads]
