@@ -6,6 +6,7 @@ which is what laws and one-GPU checks need.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -162,27 +163,44 @@ class _Works:
         return all(work.is_completed() for work in self._works)
 
 
+# group, sender, receiver
+_Pair = tuple[tuple[int, ...], int, int]
+_Letter = tuple[_Pair, int]
+
+
 class _Post:
-    """Letter boxes of ranks that are threads of one process; a rank that died wakes those who wait for it."""
+    """Letter boxes of ranks that are threads of one process; a rank that died wakes those who wait for it.
+
+    The n-th letter that a rank expects from another is the n-th that this one sends it, whenever they are waited for.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.boxes: dict[tuple[object, int, int], list[Tensor]] = {}
+        self.boxes: dict[_Letter, Tensor] = {}
+        self.posted: Counter[_Pair] = Counter()
+        self.expected: Counter[_Pair] = Counter()
         self.failed: BaseException | None = None
 
-    def put(self, address: tuple[object, int, int], tensor: Tensor) -> None:
+    def put(self, pair: _Pair, tensor: Tensor) -> None:
         with self.changed:
-            self.boxes.setdefault(address, []).append(tensor.detach().clone())
+            self.boxes[pair, self.posted[pair]] = tensor.detach().clone()
+            self.posted[pair] += 1
             self.changed.notify_all()
 
-    def take(self, address: tuple[object, int, int]) -> Tensor:
+    def expect(self, pair: _Pair) -> _Letter:
         with self.changed:
-            arrived = self.changed.wait_for(lambda: self.boxes.get(address) or self.failed, timeout=60)
+            self.expected[pair] += 1
+            return pair, self.expected[pair] - 1
+
+    def take(self, letter: _Letter) -> Tensor:
+        (_, sender, receiver), _ = letter
+        with self.changed:
+            arrived = self.changed.wait_for(lambda: letter in self.boxes or self.failed, timeout=60)
             if self.failed:
                 raise RuntimeError(f"another rank failed: {self.failed}")
             if not arrived:
-                raise RuntimeError(f"rank {address[2]} waits for rank {address[1]}, who sends nothing")
-            return self.boxes[address].pop(0)
+                raise RuntimeError(f"rank {receiver} waits for rank {sender}, who sends nothing")
+            return self.boxes.pop(letter)
 
     def fail(self, error: BaseException) -> None:
         with self.changed:
@@ -202,7 +220,8 @@ class LocalFabric:
         for tensor, peer in sends:
             assert tensor.is_contiguous(), "process groups send contiguous tensors only"
             self._post.put((self._members, self.rank, peer), tensor)
-        return _Letters(self, recvs)
+        due = [(buffer, self._post.expect((self._members, peer, self.rank))) for buffer, peer in recvs]
+        return _Letters(self._post, due)
 
     def all_gather(self, local: Tensor) -> Tensor:
         gathered = local.new_empty((self.size, *local.shape))
@@ -215,22 +234,18 @@ class LocalFabric:
     def subset(self, ranks: Sequence[int]) -> "LocalFabric":
         return LocalFabric(self._post, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
 
-    def fill(self, message: Message) -> None:
-        buffer, peer = message
-        buffer.copy_(self._post.take((self._members, peer, self.rank)))
-
 
 class _Letters:
-    def __init__(self, fabric: LocalFabric, recvs: Sequence[Message]) -> None:
-        self._fabric, self._recvs = fabric, recvs
+    def __init__(self, post: _Post, due: list[tuple[Tensor, _Letter]]) -> None:
+        self._post, self._due = post, due
 
     def wait(self) -> None:
-        for message in self._recvs:
-            self._fabric.fill(message)
-        self._recvs = ()
+        for buffer, letter in self._due:
+            buffer.copy_(self._post.take(letter))
+        self._due = []
 
     def done(self) -> bool:
-        return not self._recvs
+        return not self._due
 
 
 def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
