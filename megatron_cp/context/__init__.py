@@ -12,6 +12,7 @@ class Backend:
     layout:   which positions its loop wants on a rank; None takes Megatron's zigzag as it comes
     moves:    what travels, per rank and layer, in elements of one of K or V (U = s b g d), Uq = s b h d
     needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
+    takes_grid: the same where these are given; without them the loop chooses
     """
 
     name: str
@@ -22,6 +23,7 @@ class Backend:
     aliases: tuple[str, ...] = ()
     layout: str | None = None
     needs_grid: bool = False
+    takes_grid: bool = False
 
 
 BACKENDS = Registry(
@@ -91,6 +93,14 @@ BACKENDS = Registry(
             "early ranks help late ones, everything lent directly",
             "(3p-2)/4 U + p/8 (2Uq + Us), or near pU + Uq with GQA",
             layout="contiguous",
+        ),
+        Backend(
+            "wallfacer",
+            "megatron_cp.context.wallfacer",
+            "arXiv:2407.00611, tiles of arXiv:2512.20968",
+            "queries of a row of ranks meet keys of a column of ranks",
+            "(a-1)(2Uq + Us) + 2(c-1)U, p = a c",
+            takes_grid=True,
         ),
     ],
 )

@@ -76,7 +76,8 @@ def plan(
     entry, cp = BACKENDS.get(backend), cp or SingleFabric()
     _known("layout", layout, LAYOUTS)
     _known("placement", placement, PLACEMENTS)
-    axes = _axes(entry, cp, inner, outer, placement) if entry.needs_grid else None
+    on_grid = entry.needs_grid or (entry.takes_grid and bool(inner or outer))
+    axes = _axes(entry, cp, inner, outer, placement) if on_grid else None
     return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout)
 
 
