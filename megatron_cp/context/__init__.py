@@ -91,7 +91,7 @@ BACKENDS = Registry(
             "megatron_cp.context.distflash",
             "arXiv:2310.03294",
             "early ranks help late ones, everything lent directly",
-            "(3p-2)/4 U + p/8 (2Uq + Us), or near pU + Uq with GQA",
+            "causal (3p-2)/4 U + p/4 Uq, about pU + Uq where KV heads are shared; full 2(p-1)U",
             layout="contiguous",
         ),
         Backend(
