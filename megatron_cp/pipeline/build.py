@@ -20,19 +20,19 @@ def place(rule: Rule, p: int, v: int | None = None, placement: str | None = None
     """
     if p < 2:
         raise ValueError(f"a pipeline needs at least 2 ranks, got p = {p}")
-    chunks = v if v is not None else max(rule.usual, 2 if placement == "v" else 1)
-    if chunks < 1:
-        raise ValueError(f"a rank holds at least one chunk, got v = {chunks}")
-    if rule.chunks not in (None, chunks):
-        raise ValueError(
-            f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {_kin(rule, chunks)}"
-        )
     name = placement or rule.placement
     if name not in PLACEMENTS:
         raise ValueError(f"unknown placement {name!r}{suggest(name, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}")
     if name != rule.placement and rule.table is not None:
         raise ValueError(
             f"{rule.name} is a rule of placement {rule.placement!r}, got {name!r}; auto knows every placement"
+        )
+    chunks = v if v is not None else max(rule.usual, 2 if name == "v" else 1)
+    if chunks < 1:
+        raise ValueError(f"a rank holds at least one chunk, got v = {chunks}")
+    if rule.chunks not in (None, chunks):
+        raise ValueError(
+            f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {_kin(rule, chunks)}"
         )
     return PLACEMENTS[name](p, chunks)
 
@@ -67,6 +67,8 @@ def build(
     """
     rule = SCHEDULES.get(name)
     where = place(rule, p, v, placement)
+    if costs is not None and len(costs.forward) != len(where.rank_of):
+        raise ValueError(f"costs of {len(costs.forward)} stages do not fit {rule.name}, which has {len(where.rank_of)}")
     if m < 1:
         raise ValueError(f"a step needs at least one microbatch, got m = {m}")
     if warmup is not None and not rule.takes_warmup:

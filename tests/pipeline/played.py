@@ -28,9 +28,7 @@ RATIOS = {
 }
 
 
-def played(
-    name: str, p: int, m: int, times: Sequence[float] = UNIT, memory: Sequence[float] = (1.0, 1.0)
-) -> Run:
+def played(name: str, p: int, m: int, times: Sequence[float] = UNIT, memory: Sequence[float] = (1.0, 1.0)) -> Run:
     """A step of `name`, written as rule, rule:v or rule:v:warmup."""
     schedule = scheduled(name, p, m)
     return simulate(schedule, uniform(schedule.placement, times, memory))

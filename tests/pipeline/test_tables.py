@@ -2,12 +2,15 @@
 
 from collections import Counter, defaultdict, deque
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from megatron_cp.pipeline.action import COMPUTE, Action, parse_action
+from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.passes import add_reductions, add_transfers, check, merge
 from megatron_cp.pipeline.schedule import BadSchedule, parse
+from megatron_cp.pipeline.simulate import simulate
 from tests.pipeline.played import FIXED, UNIT, played, scheduled
 
 GOOD = "0F0 0F1 0I0 0W0 0I1 0W1\n1F0 1I0 1F1 1I1 1W0 1W1"
@@ -69,9 +72,6 @@ def test_deadlock_names_the_waiting_action_of_every_rank():
     assert ">0B0<" in str(caught.value)
     assert ">1F1<" in str(caught.value)
     with pytest.raises(BadSchedule, match="deadlock: rank 0 at 0B0 for 1I0; rank 1 at 1F1 for 0F1"):
-        from megatron_cp.pipeline.costs import uniform
-        from megatron_cp.pipeline.simulate import simulate
-
         simulate(crossed, uniform(crossed.placement, UNIT))
 
 
@@ -84,7 +84,7 @@ def test_sizes_without_a_table_name_the_nearest_that_has_one(name, p, m):
     works = int(str(caught.value).split("the nearest m that works is ")[1].split(";")[0])
     assert scheduled(name, p, works)
     for nearer in range(m - abs(works - m) + 1, m + abs(works - m)):
-        with pytest.raises(ValueError, match="has no valid table|at least one microbatch"):
+        with pytest.raises(ValueError, match=r"has no valid table|at least one microbatch"):
             scheduled(name, p, nearer)
 
 
@@ -106,14 +106,9 @@ def test_merge_joins_neighbours_only_and_keeps_the_work(name):
         ]
         whole = [action for action in before if action.kind == "B"]
         assert whole or tuple(split) == before
-        neighbours = sum(
-            left.kind == "I" and right == left._replace(kind="W")
-            for left, right in zip(before, before[1:], strict=False)
-        )
+        neighbours = sum(left.kind == "I" and right == left._replace(kind="W") for left, right in pairwise(before))
         assert Counter(action.kind for action in after)["B"] == neighbours + len(whole)
-        assert not any(
-            left.kind == "I" and right == left._replace(kind="W") for left, right in zip(after, after[1:], strict=False)
-        )
+        assert not any(left.kind == "I" and right == left._replace(kind="W") for left, right in pairwise(after))
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -131,9 +126,10 @@ def test_lowered_table_runs_with_blocking_transfers(name, p):
     """Rendezvous semantics: a send returns only when its receive is reached, per channel in the order posted."""
     schedule = scheduled(name, p, 2 * p)
     lowered = add_transfers(add_reductions(merge(schedule)))
-    assert tuple(tuple(action for action in actions if action.kind in COMPUTE) for actions in lowered.table) == merge(
-        schedule
-    ).table
+    assert (
+        tuple(tuple(action for action in actions if action.kind in COMPUTE) for actions in lowered.table)
+        == merge(schedule).table
+    )
     assert blocking(lowered) == sum(map(len, lowered.table))
 
 

@@ -1,0 +1,134 @@
+"""`megatron-cp simulate`: figures, JSON, pictures, and one line for whatever cannot be."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_cp.cli import app
+
+PROFILE = "29.718,29.444,19.927,0.527"
+
+
+def ask(*words):
+    result = CliRunner().invoke(app, ["simulate", *words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_json_of_a_rule():
+    told = json.loads(ask(*f"--schedule zb-h1 -p 4 -m 6 --times {PROFILE} --memory 34,32 --json".split()))
+    assert list(told) == ["makespan", "bubble", "span_bubble", "peak", "actions"]
+    assert told["actions"][3] == "3F0 3I0 3F1 3I1 3F2 3I2 3F3 3I3 3W0 3F4 3I4 3W1 3F5 3I5 3W2 3W3 3W4 3W5".split()
+    assert told["peak"] == pytest.approx([(4 - r) + r * 32 / 34 for r in range(4)])
+    assert told["bubble"] == pytest.approx(1 - 6 * (29.718 + 29.444 + 19.927) / told["makespan"])
+
+
+def test_figures_of_a_rule_in_words():
+    told = ask(*f"--schedule izb -v 4 -p 8 -m 24 --times {PROFILE} --cap 8".split())
+    assert "bubble       0.0482" in told
+    assert "bubble 0.0363; gap 1.24%" in told
+    assert "peak (M_B)   8 8 8 8 8 8 8 8" in told
+
+
+def test_comparison_lists_every_schedule_and_why_one_is_missing():
+    told = json.loads(ask(*"--compare all -p 4 -m 6 --cap 4 --json".split()))
+    rows = {row["schedule"]: row for row in told}
+    assert {"gpipe", "1f1b", "zb-h2", "izb", "zb-v", "dualpipe-v", "auto (loop)", "auto (v)"} <= set(rows)
+    assert rows["1f1b"]["makespan"] == 27
+    assert "below the minimum 6 M_B of gpipe" in rows["gpipe"]["error"]
+    assert "the nearest m that works is 7" in rows["dualpipe-v"]["error"]
+    shown = ask(*"--compare all -p 4 -m 6 --cap 4".split())
+    assert "gpipe: a cap of 4 M_B is below the minimum 6 M_B" in shown
+
+
+def test_table_of_ones_own(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1\n")
+    assert "mine: p = 2, m = 2, v = 1, placement loop" in ask("--table", str(file), "--times", "1,1,1,0")
+    file.write_text("0F0 0F1 0B0 0B1\n1F1 1B1 1B0 1F0\n")
+    with pytest.raises(ValueError, match="1B0: runs before its F") as caught:
+        ask("--table", str(file))
+    assert ">1B0<" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_picture(tmp_path, suffix):
+    file = tmp_path / f"step{suffix}"
+    ask(*f"--schedule zb-v -p 4 -m 8 --times {PROFILE} --plot".split(), str(file))
+    start = file.read_bytes()[:8]
+    assert start.startswith(b"\x89PNG") or b"<?xml" in start
+
+
+def test_trace_has_one_event_for_every_action(tmp_path):
+    file = tmp_path / "step.json"
+    told = json.loads(ask(*"--schedule zb-h2 -p 4 -m 8 --times 1,2,3,0.5 --json --plot".split(), str(file)))
+    events = json.loads(file.read_text())["traceEvents"]
+    ran = [event for event in events if event["ph"] == "X"]
+    for rank, actions in enumerate(told["actions"]):
+        mine = [event for event in ran if event["tid"] == rank]
+        assert [event["name"] for event in mine] == actions
+        assert all(early["ts"] + early["dur"] <= late["ts"] for early, late in pairwise(mine))
+    assert max(event["ts"] + event["dur"] for event in ran) == pytest.approx(told["makespan"] * 1000)
+
+
+def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
+    from megatron_cp.pipeline.action import parse_action
+    from megatron_cp.plots.timeline import Bar, draw_timeline
+
+    simulated = [[Bar(parse_action("0F0"), 0, 1)], [Bar(parse_action("1F0"), 1, 2)]]
+    recorded = [[Bar(parse_action("0F0"), 0, 1.5)], [Bar(parse_action("1F0"), 1.6, 2)]]
+    events = json.loads(draw_timeline(simulated, tmp_path / "both.json", "both", recorded).read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    assert draw_timeline(simulated, tmp_path / "both.png", "both", recorded).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--schedule zb-h1 -p 8 -m 24 --times 1,0,1,0", "times must be positive, got input time 0.0"),
+        ("--schedule zb-h1 -p 8 -m 24 --times=-1,1,1,0", "times must be positive"),
+        ("--schedule zb-h1 -p 8 -m 24 --times 1,1,1,-1", "time of a hop cannot be negative"),
+        ("--schedule zb-h1 -p 8 -m 24 --times 1,1,nan,0", "times must be positive"),
+        ("--schedule zb-h1 -p 8 -m 24 --times 1,1,1", "four numbers"),
+        ("--schedule zb-h1 -p 8 -m 24 --times x", "--times is a list of numbers"),
+        ("--schedule zb-h1 -p 8 -m 24 --memory 1,2", "0 <= M_W <= M_B"),
+        ("--schedule zb-h1 -p 8 -m 24 --cap 7", "below the minimum 8 M_B of zb-h1"),
+        ("--schedule auto -p 8 -m 24 --cap 0.5", "below the minimum 1 M_B"),
+        ("--schedule auto -p 8 -m 24 --cap=-1", "a cap is a positive number"),
+        ("--schedule zb-h3 -p 8 -m 24", "did you mean"),
+        ("--schedule zb-h1 -p 1 -m 24", "at least 2 ranks"),
+        ("--schedule zb-h1 -p 8 -m 0", "at least one microbatch"),
+        ("--schedule zb-h1 -p 8 -m 8 -v 2", "zb-h1 has v = 1, got v = 2"),
+        ("--schedule zb-v -p 8 -m 8 -v 4", "zb-v has v = 2, got v = 4"),
+        ("--schedule izb -p 8 -m 8 -v 0", "at least one chunk"),
+        ("--schedule izb -p 4 -m 5 -v 3 --warmup 2", "the nearest m that works is 4"),
+        ("--schedule izb -p 4 -m 5 --warmup 2.5", "between 1 and 2"),
+        ("--schedule gis -p 4 -m 5 --warmup 2", "gis has no warm-up multiplier"),
+        ("--schedule zb-v -p 4 -m 8 --placement loop", "zb-v is a rule of placement 'v'"),
+        ("--schedule 1f1b -p 4 -m 8 --placement v", "1f1b is a rule of placement 'loop'"),
+        ("--schedule auto -p 4 -m 8 --placement w", "unknown placement 'w'"),
+        ("--schedule auto -p 4 -m 8 --objective speed", "unknown objective 'speed'"),
+        ("--schedule 1f1b -p 4 -m 8 --plot step.txt", "a timeline is a .png"),
+        ("--compare all -p 4 -m 8 --plot step.png", "--plot draws one schedule"),
+        ("--schedule 1f1b --compare all -p 4 -m 8", "give one of"),
+        ("--schedule 1f1b -p 4", "-p and of microbatches -m"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, reason):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        ask(*words.split())
+    assert reason in str(caught.value).splitlines()[0]
+
+
+def test_the_simulator_needs_no_torch():
+    code = (
+        "import sys, megatron_cp.pipeline.build, megatron_cp.cli.simulate, megatron_cp.plots.timeline;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'megatron', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
