@@ -2,62 +2,22 @@
 
 import os
 import socket
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor
 
-from megatron_cp.bench.live import LiveBytes
-from megatron_cp.comm import Fabric, connected, largest
+from megatron_cp.bench.contest import WHOLE, Contender, Contest, Entry, Row, Shape, WrongResultError
+from megatron_cp.bench.peers import Peer, counted, installed, load
+from megatron_cp.comm import Fabric, connected
 from megatron_cp.context import BACKENDS
-from megatron_cp.context.attend import Plan, attend, plan
-from megatron_cp.context.layouts import indices
+from megatron_cp.context.attend import attend, plan
 from megatron_cp.grid import Grid
-from megatron_cp.kernels import choose
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-LARGEST_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Deviation from the whole kernel call (over its largest value) up to which a backend counts as correct."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One attention: batch, tokens, query and KV heads, head dim."""
-
-    seq: int
-    heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
-    batch: int = 1
-    causal: bool = True
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one backend did at one shape.
-
-    forward, backward: median seconds; share_of_ideal: whole kernel call / ranks / (forward + backward)
-    sent:      bytes per rank, forward and backward, the largest over ranks
-    peak:      live bytes that the pass adds to the local q, k, v and dout at most, the largest over ranks
-    max_error: deviation of out, dq, dk, dv from the whole kernel call, over its largest value
-    """
-
-    backend: str
-    ranks: int
-    seq: int
-    forward: float
-    backward: float
-    share_of_ideal: float
-    sent: int
-    peak: int
-    max_error: float
+QUIET = 0.97
+"""Share of its core that a computing rank gets on a quiet machine; below it there is no verdict."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +29,39 @@ class Report:
     reason: str
     core_share: float
 
+    @property
+    def quiet(self) -> bool:
+        """Whether the machine was ours enough for a verdict."""
+        return self.core_share >= QUIET
+
     def as_json(self) -> list[dict[str, Any]]:
-        return [asdict(row) for row in self.rows]
+        """One object per backend; without a verdict `share_of_ideal` is null."""
+        ran = [row if self.quiet else replace(row, share_of_ideal=None) for row in self.rows if row.backend != WHOLE]
+        return [asdict(row) for row in ran]
 
 
-def bench(backends: Sequence[str], ranks: int, shapes: Sequence[Shape], rounds: int, kernel: str = "auto") -> Report:
+@dataclass(frozen=True)
+class Contenders:
+    """Who takes part: backends of ours, in Megatron's layout or each in its own, and other libraries."""
+
+    backends: tuple[str, ...]
+    native: bool = False
+    peers: bool = False
+
+
+def bench(contenders: Contenders, ranks: int, shapes: Sequence[Shape], rounds: int, kernel: str = "auto") -> Report:
     """Run `ranks` processes of this machine (pinned to cores on a CPU) and measure; contenders take turns.
 
     Raises RuntimeError when a backend's result differs from the whole kernel call.
     """
+    if contenders.peers:
+        installed()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.spawn(_rank, args=(ranks, port, list(backends), list(shapes), rounds, kernel, results), nprocs=ranks)
+    mp.spawn(_rank, args=(ranks, port, contenders, list(shapes), rounds, kernel, results), nprocs=ranks)
     answer = results.get()
     if isinstance(answer, str):
         raise RuntimeError(answer)
@@ -96,17 +74,13 @@ def grid_for(ranks: int) -> Grid:
     return Grid(ranks // outer, outer)
 
 
-class WrongResultError(Exception):
-    """A backend differs from the whole kernel call; raised on every rank."""
-
-
 def _rank(
-    rank: int, ranks: int, port: int, backends: list, shapes: list, rounds: int, kernel: str, results: Any
+    rank: int, ranks: int, port: int, contenders: Contenders, shapes: list, rounds: int, kernel: str, results: Any
 ) -> None:
     device = _device(rank, ranks)
     with connected(rank, ranks, port, device) as fabric:
         try:
-            answer: Report | str = _report(fabric, device, backends, shapes, rounds, kernel)
+            answer: Report | str = _report(fabric, device, contenders, shapes, rounds, kernel)
         except (ValueError, WrongResultError) as error:
             answer = str(error)
         if rank == 0:
@@ -124,141 +98,53 @@ def _device(rank: int, ranks: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _report(fabric: Fabric, device: torch.device, backends: list, shapes: list, rounds: int, kernel: str) -> Report:
-    rows, core_share, chosen = [], 1.0, None
+def _report(
+    fabric: Fabric, device: torch.device, contenders: Contenders, shapes: list, rounds: int, kernel: str
+) -> Report:
+    rows, shares, chosen = [], [], None
     for shape in shapes:
         contest = Contest(fabric, device, shape, kernel)
         chosen = contest.kernel
-        contenders = [Contender(contest, name) for name in backends]
-        facts = [contender.check() for contender in contenders]
+        entries = [ours(contest, name, contenders.native) for name in contenders.backends]
+        entries += [theirs(contest, peer) for peer in (installed() if contenders.peers else ())]
+        running = [Contender(contest, entry) for entry in entries]
+        for contender in running:
+            contender.check()
         for _ in range(rounds):
-            for timed in (contest.whole, *contenders):
+            for timed in (contest.whole, *running):
                 timed.time()
-        core_share = min(core_share, contest.whole.core_share)
-        rows += [contender.row(*fact) for contender, fact in zip(contenders, facts, strict=True)]
+        shares.append(contest.whole.core_share)
+        rows += [contest.row(), *(contender.row() for contender in running)]
     assert chosen is not None, "no shape was asked for"
-    return Report(rows, chosen[0].name, chosen[1], core_share)
+    return Report(rows, chosen[0].name, chosen[1], min(shares))
 
 
-class Timed:
-    """A forward and a backward pass that all ranks start together; the slowest rank counts."""
-
-    def __init__(
-        self, fabric: Fabric, device: torch.device, forward: Callable[[], Any], backward: Callable[[Any], Any]
-    ) -> None:
-        self._fabric, self._device = fabric, device
-        self._passes = forward, backward
-        self._seconds: tuple[list[float], list[float]] = ([], [])
-        self._core_shares: list[float] = []
-
-    def time(self) -> None:
-        forward, backward = self._passes
-        state = self._once(forward, self._seconds[0])
-        self._once(lambda: backward(state), self._seconds[1])
-
-    @property
-    def medians(self) -> tuple[float, float]:
-        return statistics.median(self._seconds[0]), statistics.median(self._seconds[1])
-
-    @property
-    def core_share(self) -> float:
-        """Median share of its core that the rank with the smallest share got, as seconds are medians too."""
-        return statistics.median(self._core_shares)
-
-    def _once(self, run: Callable[[], Any], seconds: list[float]) -> Any:
-        largest(self._fabric, self._device)
-        wall, core = time.perf_counter(), time.thread_time()
-        result = run()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        wall, core = time.perf_counter() - wall, time.thread_time() - core
-        wall_of_slowest, idle = largest(self._fabric, self._device, wall, 1 - core / wall)
-        seconds.append(wall_of_slowest)
-        self._core_shares.append(1 - idle)
-        return result
-
-
-class Contest:
-    """One shape: the same inputs on every rank, and the whole kernel call on them."""
-
-    def __init__(self, fabric: Fabric, device: torch.device, shape: Shape, kernel: str) -> None:
-        self.fabric, self.device, self.shape, self.kernel_name = fabric, device, shape, kernel
-        self.dtype = DTYPES[shape.dtype]
-        self.inputs = _inputs(shape, device)
-        self.kernel = choose(kernel, device=device.type, dtype=shape.dtype, head_dim=shape.head_dim)
-        scale, causal, (q, k, v, dout) = shape.head_dim**-0.5, shape.causal, self.inputs
-        attention = self.kernel[0]
-        self.whole = Timed(
-            fabric,
-            device,
-            lambda: attention.forward(q, k, v, scale=scale, causal=causal),
-            lambda state: attention.backward(dout, q, k, v, *state, scale=scale, causal=causal),
-        )
-        out, lse = attention.forward(q, k, v, scale=scale, causal=causal)
-        self.expected = (out, *attention.backward(dout, q, k, v, out, lse, scale=scale, causal=causal))
-
-
-class Contender(Timed):
-    """One backend in a contest."""
-
-    def __init__(self, contest: Contest, name: str) -> None:
-        super().__init__(contest.fabric, contest.device, self._forward, self._backward)
-        self._contest, self._name = contest, name
-        self._plan = _plan(contest, name)
-        mine = indices("zigzag", contest.shape.seq, contest.fabric.size, contest.fabric.rank)
-        self._mine = torch.tensor(mine, device=contest.device)
-        q, k, v, self._dout = (tensor[self._mine] for tensor in contest.inputs)
-        self._leaves = tuple(tensor.requires_grad_() for tensor in (q, k, v))
-
-    def check(self) -> tuple[int, int, float]:
-        """(bytes sent, peak live bytes, deviation), each the largest over ranks; raises when the result is wrong."""
-        before = self._plan.sent
-        with LiveBytes(*self._leaves, self._dout) as live:
-            out = self._forward()
-            self._backward(out)
-        found = (out, *(leaf.grad for leaf in self._leaves))
-        error = max(_deviation(x, whole[self._mine]) for x, whole in zip(found, self._contest.expected, strict=True))
-        sent, peak, error = largest(self._fabric, self._device, self._plan.sent - before, live.peak, error)
-        if not error <= LARGEST_ERROR[self._contest.dtype]:
-            raise WrongResultError(
-                f"backend {self._name!r} deviates from the whole kernel call by {error:.1e} at {self._contest.shape}; "
-                "no figure of this run can be trusted"
-            )
-        return int(sent), int(peak), error
-
-    def row(self, sent: int, peak: int, error: float) -> Row:
-        ranks, (forward, backward) = self._fabric.size, self.medians
-        ideal = sum(self._contest.whole.medians) / ranks
-        share = ideal / (forward + backward)
-        return Row(self._name, ranks, self._contest.shape.seq, forward, backward, share, sent, peak, error)
-
-    def _forward(self) -> Tensor:
-        q, k, v = self._leaves
-        return attend(q, k, v, self._plan)
-
-    def _backward(self, out: Tensor) -> None:
-        for leaf in self._leaves:
-            leaf.grad = None
-        out.backward(self._dout)
-
-
-def _plan(contest: Contest, name: str) -> Plan:
-    fabric, inner, outer = contest.fabric, None, None
-    if BACKENDS.get(name).needs_grid:
+def ours(contest: Contest, name: str, native: bool) -> Entry:
+    """A backend of the registry; `native`: on tokens that lie where it wants them, else in Megatron's zigzag."""
+    fabric, backend, inner, outer = contest.fabric, BACKENDS.get(name), None, None
+    if backend.needs_grid:
         grid = grid_for(fabric.size)
         inner, outer = (fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer"))
+    layout = (backend.layout if native else None) or "zigzag"
     causal, kernel = contest.shape.causal, contest.kernel_name
-    return plan(name, cp=fabric, inner=inner, outer=outer, causal=causal, kernel=kernel)
+    how = plan(name, cp=fabric, inner=inner, outer=outer, causal=causal, kernel=kernel, layout=layout)
+
+    def sent(run: Callable[[], None]) -> int:
+        before = how.sent
+        run()
+        return how.sent - before
+
+    return Entry(name, layout, lambda q, k, v: attend(q, k, v, how), sent)
 
 
-def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
-    sizes = [(shape.seq, shape.batch, count, shape.head_dim) for count in heads]
-    return tuple(torch.randn(size, generator=generator).to(device, DTYPES[shape.dtype]) for size in sizes)
+def theirs(contest: Contest, peer: Peer) -> Entry:
+    """Another library's function, on tokens that lie where it wants them."""
+    function, causal = load(peer, contest.kernel[0]), contest.shape.causal
 
+    def sent(run: Callable[[], None]) -> int:
+        with counted() as sizes:
+            run()
+        return sum(sizes)
 
-def _deviation(found: Tensor | None, expected: Tensor) -> float:
-    assert found is not None
-    found, expected = found.detach().double(), expected.double()
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    # no group means all processes
+    return Entry(peer.name, peer.layout, lambda q, k, v: function(q, k, v, causal, None), sent, trusted=False)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.bench.context import DTYPES, Shape
+from megatron_cp.bench.contest import DTYPES, Shape
 from megatron_cp.kernels import AUTO, KERNELS, Kernel, choose
 from megatron_cp.kernels.aten import CUDA_FLASH, cudnn
 from megatron_cp.kernels.fused import FusedKernel, Only

@@ -1,6 +1,7 @@
 """`megatron-cp bench`: correctness first, then time, side by side in one run."""
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,13 +12,11 @@ from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.context import BACKENDS
 
 if TYPE_CHECKING:
-    from megatron_cp.bench.context import Report, Shape
+    from megatron_cp.bench.contest import Shape
+    from megatron_cp.bench.context import Report
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 app.command()(kernels)
-
-QUIET = 0.97
-"""Share of its core that a computing rank gets on a quiet machine; below it there is no verdict."""
 
 
 @app.command("context")
@@ -35,10 +34,13 @@ def context(
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
     kernel: Annotated[str, typer.Option(help="Kernel, or auto.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="How often the contenders take turns.")] = 7,
+    native: Annotated[bool, typer.Option(help="Tokens lie where each backend wants them, not in zigzag.")] = False,
+    peers: Annotated[bool, typer.Option(help="Also ring-flash-attn and yunchang, all in native layouts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
 ) -> None:
     """Time every backend against one kernel call over the whole sequence, made by all ranks at once in the same run."""
-    from megatron_cp.bench.context import DTYPES, Shape, bench
+    from megatron_cp.bench.contest import DTYPES, Shape
+    from megatron_cp.bench.context import Contenders, bench
     from megatron_cp.registry import suggest
 
     if dtype not in DTYPES:
@@ -47,11 +49,16 @@ def context(
     shapes = [
         Shape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in seq or [4096, 16384]
     ]
-    report = bench(names, ranks, shapes, rounds, kernel)
+    report = bench(Contenders(tuple(names), native or peers, peers), ranks, shapes, rounds, kernel)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:
         _show(report, shapes, ranks)
+
+
+def wide_console() -> Console:
+    """A console that does not fold tables where there is no terminal to fit them into."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def _chosen(backend: list[str] | None) -> list[str]:
@@ -59,7 +66,7 @@ def _chosen(backend: list[str] | None) -> list[str]:
 
 
 def _show(report: "Report", shapes: "list[Shape]", ranks: int) -> None:
-    console, shape, quiet = Console(), shapes[0], report.core_share >= QUIET
+    console, shape, quiet = wide_console(), shapes[0], report.quiet
     table = Table(
         title=f"{ranks} ranks, h={shape.heads} g={shape.kv_heads} d={shape.head_dim} {shape.dtype}, "
         f"{'causal' if shape.causal else 'full'}, kernel {report.kernel}"
@@ -69,8 +76,14 @@ def _show(report: "Report", shapes: "list[Shape]", ranks: int) -> None:
     for row in report.rows:
         share = f"{row.share_of_ideal:.3f}" if quiet else "-"
         sizes = (f"{row.sent / 2**20:.2f}", f"{row.peak / 2**20:.1f}", f"{row.max_error:.1e}")
+        if row.note:
+            table.add_row(row.backend, str(row.seq), *["-"] * 5, f"{row.max_error:.1e}")
+            continue
         table.add_row(row.backend, str(row.seq), f"{row.forward:.4f}", f"{row.backward:.4f}", share, *sizes)
     console.print(table)
+    for row in report.rows:
+        if row.note:
+            console.print(f"{row.backend}, S={row.seq}: wrong, {row.note}", highlight=False)
     if not quiet:
         console.print(
             f"No verdict: a rank got only {report.core_share:.0%} of its core while it did nothing but compute; "

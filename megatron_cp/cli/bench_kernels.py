@@ -31,7 +31,7 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of a table.")] = False,
 ) -> None:
     """Time each kernel's forward and backward pass, after holding it against the reference."""
-    from megatron_cp.bench.context import DTYPES, Shape
+    from megatron_cp.bench.contest import DTYPES, Shape
     from megatron_cp.bench.kernels import bench
 
     _known("dtype", dtype, list(DTYPES))

@@ -4,12 +4,12 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_cp.bench import context as bench_context
-from megatron_cp.bench.context import LARGEST_ERROR, Report, Row, Shape, bench
+from megatron_cp.bench.contest import LARGEST_ERROR, Row, Shape
+from megatron_cp.bench.context import QUIET, Contenders, Report, bench
 from megatron_cp.cli import app
-from megatron_cp.cli import bench as bench_cli
 from megatron_cp.context import BACKENDS
 
-KEYS = {"backend", "ranks", "seq", "forward", "backward", "share_of_ideal", "sent", "peak", "max_error"}
+KEYS = {"backend", "ranks", "seq", "forward", "backward", "share_of_ideal", "sent", "peak", "max_error", "note"}
 
 
 def run(*words):
@@ -28,7 +28,10 @@ def test_every_backend_is_timed_and_checked():
 
 
 def test_traffic_is_the_formulas_bytes():
-    rows = {row.backend: row for row in bench(["zigzag", "ulysses"], 2, [Shape(256, heads=2, kv_heads=2)], 1).rows}
+    rows = {
+        row.backend: row
+        for row in bench(Contenders(("zigzag", "ulysses")), 2, [Shape(256, heads=2, kv_heads=2)], 1).rows
+    }
     unit = 128 * 2 * 64 * 4
     # the later rank sends its K and V in each pass, and the gradients of the half of the other's that it saw
     assert rows["zigzag"].sent == 5 * unit
@@ -39,7 +42,7 @@ def test_a_wrong_backend_gets_no_figures(monkeypatch):
     monkeypatch.setitem(LARGEST_ERROR, __import__("torch").float32, -1.0)
     monkeypatch.setattr(bench_context.mp, "spawn", _in_this_process)
     with pytest.raises(RuntimeError, match="no figure of this run can be trusted"):
-        bench(["zigzag"], 1, [Shape(64)], 1)
+        bench(Contenders(("zigzag",)), 1, [Shape(64)], 1)
 
 
 def _in_this_process(function, args, nprocs):
@@ -72,4 +75,4 @@ def test_bad_input_is_refused(words, message):
 
 
 def test_quiet_threshold_is_near_a_whole_core():
-    assert 0.9 < bench_cli.QUIET < 1
+    assert 0.9 < QUIET < 1

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from megatron_cp.bench import kernels as bench_kernels
-from megatron_cp.bench.context import Shape
+from megatron_cp.bench.contest import Shape
 from megatron_cp.bench.kernels import bench, check, flops
 from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.kernels.reference import ReferenceKernel

@@ -1,0 +1,207 @@
+"""One shape of attention, the whole kernel call on it, and the algorithms that are measured against that."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_cp.bench.live import LiveBytes
+from megatron_cp.comm import Fabric, largest
+from megatron_cp.context.layouts import indices
+from megatron_cp.kernels import choose
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LARGEST_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Deviation from the whole kernel call (over its largest value) up to which a backend counts as correct."""
+
+
+WHOLE = "whole kernel call"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention: batch, tokens, query and KV heads, head dim."""
+
+    seq: int
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+    batch: int = 1
+    causal: bool = True
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one backend did at one shape.
+
+    forward, backward: median seconds; share_of_ideal: whole kernel call / ranks / (forward + backward)
+    sent:      bytes per rank, forward and backward, the largest over ranks
+    peak:      live bytes that the pass adds to the local q, k, v and dout at most, the largest over ranks
+    max_error: deviation of out, dq, dk, dv from the whole kernel call, over its largest value
+    note:      what is wrong with it; figures of a wrong result mean nothing
+    """
+
+    backend: str
+    ranks: int
+    seq: int
+    forward: float
+    backward: float
+    share_of_ideal: float | None
+    sent: int
+    peak: int
+    max_error: float
+    note: str = ""
+
+
+class WrongResultError(Exception):
+    """A backend differs from the whole kernel call; raised on every rank."""
+
+
+class Timed:
+    """A forward and a backward pass that all ranks start together; the slowest rank counts."""
+
+    def __init__(
+        self, fabric: Fabric, device: torch.device, forward: Callable[[], Any], backward: Callable[[Any], Any]
+    ) -> None:
+        self._fabric, self._device = fabric, device
+        self._passes = forward, backward
+        self._seconds: tuple[list[float], list[float]] = ([], [])
+        self._core_shares: list[float] = []
+
+    def time(self) -> None:
+        forward, backward = self._passes
+        state = self._once(forward, self._seconds[0])
+        self._once(lambda: backward(state), self._seconds[1])
+
+    @property
+    def medians(self) -> tuple[float, float]:
+        return statistics.median(self._seconds[0]), statistics.median(self._seconds[1])
+
+    @property
+    def core_share(self) -> float:
+        """Median share of its core that the rank with the smallest share got, as seconds are medians too."""
+        return statistics.median(self._core_shares)
+
+    def _once(self, run: Callable[[], Any], seconds: list[float]) -> Any:
+        largest(self._fabric, self._device)
+        wall, core = time.perf_counter(), time.thread_time()
+        result = run()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        wall, core = time.perf_counter() - wall, time.thread_time() - core
+        wall_of_slowest, idle = largest(self._fabric, self._device, wall, 1 - core / wall)
+        seconds.append(wall_of_slowest)
+        self._core_shares.append(1 - idle)
+        return result
+
+
+class Contest:
+    """One shape: the same inputs on every rank, and the whole kernel call on them."""
+
+    def __init__(self, fabric: Fabric, device: torch.device, shape: Shape, kernel: str) -> None:
+        self.fabric, self.device, self.shape, self.kernel_name = fabric, device, shape, kernel
+        self.dtype = DTYPES[shape.dtype]
+        self.inputs = _inputs(shape, device)
+        self.kernel = choose(kernel, device=device.type, dtype=shape.dtype, head_dim=shape.head_dim)
+        scale, causal, (q, k, v, dout) = shape.head_dim**-0.5, shape.causal, self.inputs
+        attention = self.kernel[0]
+        self.whole = Timed(
+            fabric,
+            device,
+            lambda: attention.forward(q, k, v, scale=scale, causal=causal),
+            lambda state: attention.backward(dout, q, k, v, *state, scale=scale, causal=causal),
+        )
+        out, lse = attention.forward(q, k, v, scale=scale, causal=causal)
+        self.expected = (out, *attention.backward(dout, q, k, v, out, lse, scale=scale, causal=causal))
+
+    def row(self) -> Row:
+        """The whole kernel call, as every rank made it."""
+        forward, backward = self.whole.medians
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.expected)
+        return Row(WHOLE, 1, self.shape.seq, forward, backward, 1.0, 0, size, 0.0)
+
+
+class Entry(NamedTuple):
+    """An algorithm in the contest.
+
+    layout: the positions that it wants its tokens to have
+    attend: (q, k, v) -> out, differentiable
+    sent:   runs a function and gives the bytes that this rank sent meanwhile
+    trusted: a wrong result of ours ends the bench, one of others is told in the table
+    """
+
+    name: str
+    layout: str
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    sent: Callable[[Callable[[], None]], int]
+    trusted: bool = True
+
+
+class Contender(Timed):
+    """One algorithm in a contest."""
+
+    def __init__(self, contest: Contest, entry: Entry) -> None:
+        super().__init__(contest.fabric, contest.device, self._forward, self._backward)
+        self._contest, self._entry = contest, entry
+        mine = indices(entry.layout, contest.shape.seq, contest.fabric.size, contest.fabric.rank)
+        self._mine = torch.tensor(mine, device=contest.device)
+        q, k, v, self._dout = (tensor[self._mine] for tensor in contest.inputs)
+        self._leaves = tuple(tensor.requires_grad_() for tensor in (q, k, v))
+        self._facts = (0, 0, float("nan"))
+        self.note = ""
+
+    def check(self) -> None:
+        """Note bytes sent, peak live bytes and deviation, the largest over ranks; a wrong result of ours raises."""
+        found: list[Tensor | None] = []
+
+        def once() -> None:
+            out = self._forward()
+            self._backward(out)
+            found.extend((out, *(leaf.grad for leaf in self._leaves)))
+
+        with LiveBytes(*self._leaves, self._dout) as live:
+            sent = self._entry.sent(once)
+        error = max(_deviation(x, whole[self._mine]) for x, whole in zip(found, self._contest.expected, strict=True))
+        sent_most, peak, error = largest(self._fabric, self._device, sent, live.peak, error)
+        self._facts = (int(sent_most), int(peak), error)
+        if not error <= LARGEST_ERROR[self._contest.dtype]:
+            self.note = f"deviates from the whole kernel call by {error:.1e}"
+        if self.note and self._entry.trusted:
+            raise WrongResultError(
+                f"backend {self._entry.name!r} {self.note} at {self._contest.shape}; "
+                "no figure of this run can be trusted"
+            )
+
+    def row(self) -> Row:
+        ranks, (forward, backward), (sent, peak, error) = self._fabric.size, self.medians, self._facts
+        share = sum(self._contest.whole.medians) / ranks / (forward + backward)
+        seq = self._contest.shape.seq
+        return Row(self._entry.name, ranks, seq, forward, backward, share, sent, peak, error, self.note)
+
+    def _forward(self) -> Tensor:
+        q, k, v = self._leaves
+        return self._entry.attend(q, k, v)
+
+    def _backward(self, out: Tensor) -> None:
+        for leaf in self._leaves:
+            leaf.grad = None
+        out.backward(self._dout)
+
+
+def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    sizes = [(shape.seq, shape.batch, count, shape.head_dim) for count in heads]
+    return tuple(torch.randn(size, generator=generator).to(device, DTYPES[shape.dtype]) for size in sizes)
+
+
+def _deviation(found: Tensor | None, expected: Tensor) -> float:
+    assert found is not None
+    found, expected = found.detach().double(), expected.double()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
