@@ -18,10 +18,13 @@ from megatron_cp.context.layouts import LAYOUTS, Layout
 from megatron_cp.context.layouts import layout as positions
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.context.relayout import relayout
-from megatron_cp.context.task import Axes, Saved, Task
+from megatron_cp.context.task import Axes, Chunks, Saved, Task
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import Kernel, choose
 from megatron_cp.registry import suggest
+
+CHUNKED = "megatron_cp.context.fpdt"
+"""The loop that cuts any backend's work into chunks over time."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Plan:
     kernel: str | Kernel
     deterministic: bool
     layout: str
+    chunks: int | None = None
+
+    @property
+    def loop(self) -> ModuleType:
+        """The module whose `forward` and `backward` do it."""
+        return import_module(CHUNKED if self.chunks is not None else self.backend.module)
 
     def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
         """The kernel that such queries get, and why."""
@@ -63,6 +72,7 @@ def plan(
     placement: str = "head-first",
     deterministic: bool = False,
     layout: str = "zigzag",
+    chunks: int | None = None,
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
@@ -71,6 +81,7 @@ def plan(
     softmax_scale: None means 1 / sqrt(d)
     placement:     "head-first": the inner axis exchanges heads; "context-first": the outer one
     layout:        which positions each rank's tokens have: "zigzag" as Megatron cuts them, "contiguous" or "striped"
+    chunks:        cut the backend's work into so many pieces over time, what waits lies in host memory (FPDT)
     Raises ValueError for an unknown name and for a grid that is missing or does not fit.
     """
     entry, cp = BACKENDS.get(backend), cp or SingleFabric()
@@ -78,7 +89,9 @@ def plan(
     _known("placement", placement, PLACEMENTS)
     on_grid = entry.needs_grid or (entry.takes_grid and bool(inner or outer))
     axes = _axes(entry, cp, inner, outer, placement) if on_grid else None
-    return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout)
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
+    return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout, chunks)
 
 
 def attend(
@@ -88,13 +101,18 @@ def attend(
 
     Raises ValueError when lengths or heads do not fit the algorithm, before anything is sent.
     """
+    outside = positions(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size)
+    return _Attend.apply(q, k, v, plan.loop, task_for(q, k, v, plan), outside)
+
+
+def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
+    """What the plan's loop is given for such tensors; raises ValueError when they do not fit."""
     _check(q, k, v)
-    tokens = q.shape[0] * plan.cp.size
-    outside = positions(plan.layout, tokens, plan.cp.size)
-    inside = positions(plan.backend.layout, tokens, plan.cp.size) if plan.backend.layout else outside
+    runs = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
-    task = Task(plan.cp, inside, plan.mask, scale, plan.kernel_for(q)[0], (q.shape[2], k.shape[2]), plan.axes)
-    return _Attend.apply(q, k, v, import_module(plan.backend.module), task, outside)
+    inside, heads = import_module(plan.backend.module), (q.shape[2], k.shape[2])
+    chunks = None if plan.chunks is None else Chunks(plan.chunks, None if inside is plan.loop else inside)
+    return Task(plan.cp, runs, plan.mask, scale, plan.kernel_for(q)[0], heads, plan.axes, chunks)
 
 
 class _Attend(torch.autograd.Function):

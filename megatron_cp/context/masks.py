@@ -24,6 +24,11 @@ class Mask(NamedTuple):
         """The same pairs from the side of the keys: the key at position j is seen by j - right .. j + left."""
         return Mask(self.right, self.left)
 
+    def shifted(self, distance: int) -> "Mask":
+        """The same pairs where a query's position is counted from `distance` further on than a key's is."""
+        left, right = self
+        return Mask(None if left is None else left - distance, None if right is None else right + distance)
+
 
 FULL = Mask()
 CAUSAL = Mask(right=0)

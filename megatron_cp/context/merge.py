@@ -57,18 +57,21 @@ class SoftmaxMerge:
 
 
 class Sum:
-    """A sum over slices of dim 0 of a tensor shaped like `like`; the first part that covers it all is taken over."""
+    """A sum over slices of dim 0 of a tensor shaped like `like`; the first part that covers it all is taken over.
 
-    def __init__(self, like: Tensor) -> None:
+    `total` is an earlier sum, not rounded, to go on from; it is added to in place.
+    """
+
+    def __init__(self, like: Tensor, total: Tensor | None = None) -> None:
         self._like = like
-        self._total: Tensor | None = None
+        self._total = total
 
     def add(self, rows: slice, part: Tensor) -> None:
         """Add `part` to `rows`."""
         if self._total is None and part.shape == self._like.shape:
             self._total = part.to(accumulator_dtype(part))
         else:
-            self._started()[rows].add_(part)
+            self.exact()[rows].add_(part)
 
     def room(self, rows: slice) -> list[Tensor]:
         """A buffer for another rank's part of these rows."""
@@ -76,9 +79,10 @@ class Sum:
 
     def result(self) -> Tensor:
         """The sum, rounded once to the dtype of `like`."""
-        return self._started().to(self._like.dtype)
+        return self.exact().to(self._like.dtype)
 
-    def _started(self) -> Tensor:
+    def exact(self) -> Tensor:
+        """The sum, not rounded."""
         if self._total is None:
             self._total = torch.zeros(self._like.shape, dtype=accumulator_dtype(self._like), device=self._like.device)
         return self._total

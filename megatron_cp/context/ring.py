@@ -26,9 +26,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     and the ring turns in the direction in which that saves more. Two blocks are alive at a time.
     """
     merge = SoftmaxMerge(q)
-    way = route(task.runs, task.mask)
-    for block in visits(Block(task.fabric.rank, 0, k, v), way, task.fabric):
-        task.attend(merge, q, block)
+    attend_around(merge, q, k, v, task)
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 
@@ -40,6 +38,19 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     the next block is computed, and is added there in float32.
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
+    attend_around_backward(dq, dk, dv, dout, saved, task)
+    return dq.result(), dk.result(), dv.result()
+
+
+def attend_around(merge: SoftmaxMerge, q: Tensor, k: Tensor, v: Tensor, task: Task) -> None:
+    """Merge attention of q over the keys of the ring, for loops that have more keys to merge before they round."""
+    way = route(task.runs, task.mask)
+    for block in visits(Block(task.fabric.rank, 0, k, v), way, task.fabric):
+        task.attend(merge, q, block)
+
+
+def attend_around_backward(dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved, task: Task) -> None:
+    """Add the gradients of `attend_around`."""
     way, mine = route(task.runs, task.mask), Block(task.fabric.rank, 0, saved.k, saved.v)
     home = Homecoming(mine, dk, dv, way, task.fabric)
     for block in visits(mine, way, task.fabric):
@@ -47,7 +58,6 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
         task.attend_backward(dq, dk_block, dv_block, dout, saved, block)
         home.start(block, dk_block, dv_block)
     home.finish()
-    return dq.result(), dk.result(), dv.result()
 
 
 Stretches = tuple[tuple[slice, ...], ...]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -52,6 +53,17 @@ class Queries(NamedTuple):
     first: int = 0
 
 
+class Chunks(NamedTuple):
+    """Work cut into pieces over time.
+
+    count: how many pieces, None for as many as make a piece of FPDT's size
+    loop:  the backend that does one piece, None for Ulysses
+    """
+
+    count: int | None = None
+    loop: ModuleType | None = None
+
+
 class Axes(NamedTuple):
     """The context-parallel group as a grid: one axis exchanges heads for tokens, the other is a ring."""
 
@@ -76,6 +88,7 @@ class Task:
     scale:  factor of the scores
     heads:  query and KV heads on each rank, before any exchange
     axes:   the same ranks as a grid, for backends that use two axes
+    chunks: how the work is cut over time, for `fpdt`
     """
 
     fabric: Fabric
@@ -85,6 +98,7 @@ class Task:
     kernel: Kernel
     heads: tuple[int, int]
     axes: Axes | None = None
+    chunks: Chunks | None = None
 
     @property
     def mine(self) -> Runs:

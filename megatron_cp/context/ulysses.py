@@ -17,12 +17,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     A KV head that query heads of several ranks need goes to each of them; heads that p does not divide are dealt
     unevenly. Raises ValueError for more ranks than query heads.
     """
-    return forward_between(q, k, v, *_swap(task))
+    return forward_between(q, k, v, *split(task))
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv; the exchanges of the forward pass the other way round."""
-    return backward_between(dout, saved, *_swap(task))
+    return backward_between(dout, saved, *split(task))
 
 
 def forward_between(q: Tensor, k: Tensor, v: Tensor, swap: Swap, inside: Task) -> tuple[Tensor, Saved]:
@@ -40,7 +40,7 @@ def backward_between(dout: Tensor, saved: Saved, swap: Swap, inside: Task) -> tu
     return dq, dk, dv
 
 
-def _swap(task: Task) -> tuple[Swap, Task]:
+def split(task: Task) -> tuple[Swap, Task]:
     """All ranks exchange heads; what remains is attention on one rank."""
     swap = Swap(task.fabric, task.runs, deal(*task.heads, task.fabric.size))
     return swap, task.on(SingleFabric(), (swap.whole,), swap.kernel(task.kernel))

@@ -17,15 +17,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
     Raises ValueError for more ranks on the heads axis than query heads.
     """
-    return forward_between(q, k, v, *_swap(task))
+    return forward_between(q, k, v, *split(task))
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv."""
-    return backward_between(dout, saved, *_swap(task))
+    return backward_between(dout, saved, *split(task))
 
 
-def _swap(task: Task) -> tuple[Swap, Task]:
+def split(task: Task) -> tuple[Swap, Task]:
     """Ranks along the heads axis exchange heads; those along the other axis are a ring over the groups' tokens."""
     assert task.axes
     grid, heads, ring = task.axes.grid, task.axes.heads, task.axes.ring

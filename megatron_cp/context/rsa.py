@@ -1,0 +1,245 @@
+"""Ring Self-Attention: the keys travel around the ring until every query has its whole row of scores, then the values.
+
+The only algorithm here that ever holds whole rows of scores, so the one that can show the attention probabilities and
+take a dense additive bias. It computes in float32 (float64 for float64) itself, without a kernel.
+
+Traffic per rank, U = s b g d: forward (p-1) U for K and (p-1) U for V; backward the same, V first, and (p-1) U each
+for dK and dV, which go straight to their owners where the paper all-reduces gradients of the whole sequence and has
+2 (p-1) U each. Under a causal mask on the zigzag layout all of this is 3/4, summed over ranks. Memory: rows of scores,
+b h s S elements, twice at most while a pass runs; none of them is kept for the backward pass, which makes them again.
+
+Source: Li et al. 2021, arXiv:2105.13120, section 3.2; there every query sees every key.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_cp.context.attend import Plan, task_for
+from megatron_cp.context.layouts import Runs, cut, length
+from megatron_cp.context.masks import Mask
+from megatron_cp.context.merge import Sum, accumulator_dtype
+from megatron_cp.context.ring import Homecoming, empty_like, exchange, route
+from megatron_cp.context.task import Block, Saved, Task
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
+    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]."""
+    return _forward(q, k, v, None, task)
+
+
+def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    """dout [s b h d] -> dq, dk, dv."""
+    dq, dk, dv, _ = _backward(dout, saved, None, task)
+    return dq, dk, dv
+
+
+def attention_probabilities(
+    q: Float[Tensor, "s b h d"], k: Float[Tensor, "s b g d"], plan: Plan, bias: Tensor | None = None
+) -> Float[Tensor, "b h s S"]:
+    """What each of this rank's queries gives to every key of the sequence; all ranks of the plan call it together.
+
+    Rows stand in local order, columns in sequence order; masked keys get 0. In float32 (float64 for float64), without
+    gradient. `plan` is of backend "rsa", `bias` as in `attend_with_bias`. Sends (p-1) U. Raises ValueError for another
+    plan or when lengths do not fit, before anything is sent.
+    """
+    with torch.no_grad():
+        task = _rsa_task(q, k, k, plan, bias)
+        scores = _scores(q, k, bias, task)
+        return _weights(scores, scores.logsumexp(-1)).flatten(1, 2)
+
+
+def attend_with_bias(
+    q: Float[Tensor, "s b h d"], k: Float[Tensor, "s b g d"], v: Float[Tensor, "s b g d"], bias: Tensor, plan: Plan
+) -> Float[Tensor, "s b h d"]:
+    """Attention with `bias` added to the scaled scores, differentiable in q, k, v and bias; all ranks call it together.
+
+    `bias` [b h s S] belongs to this rank's queries in local order (s) and all keys in sequence order (S); dims of
+    size 1 are broadcast. Its gradient is of this rank's queries only: a bias that ranks share needs their sum.
+    `plan` is of backend "rsa". Raises ValueError for another plan or when shapes do not fit, before anything is sent.
+    """
+    return _Biased.apply(q, k, v, bias, _rsa_task(q, k, v, plan, bias))
+
+
+class _Biased(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, task: Task) -> Tensor:
+        out, saved = _forward(q, k, v, bias, task)
+        ctx.save_for_backward(*saved, bias)
+        ctx.task = task
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, bias = ctx.saved_tensors
+        return *_backward(dout, Saved(*saved), bias, ctx.task), None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, task: Task) -> tuple[Tensor, Saved]:
+    scores = _scores(q, k, bias, task)
+    lse = scores.logsumexp(-1)
+    weights = _weights(scores, lse)
+    total = Sum(q)
+    for visitor in _visits(v, task):
+        # b g r s t, t b g d -> s b (g r) d
+        part = torch.einsum("bgrst,tbgd->sbgrd", weights[..., visitor.columns], _wide(visitor.x))
+        total.add(slice(None), part.flatten(2, 3))
+    out = total.result()
+    # b g r s -> s b (g r)
+    return out, Saved(q, k, v, out, lse.permute(3, 0, 1, 2).flatten(2, 3))
+
+
+def _backward(
+    dout: Tensor, saved: Saved, bias: Tensor | None, task: Task
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dbias by P = exp(S - lse), dP = dO V', dS = P (dP - rowsum(O dO)); dP by rows, the rest by pieces."""
+    groups = saved.k.shape[2]
+    q, out, dout_ = (_grouped(x, groups) for x in (saved.q, saved.out, dout))
+    # s b (g r) -> b g r s
+    lse, delta = (
+        x.unflatten(2, (groups, -1)).permute(1, 2, 3, 0) for x in (saved.lse, (out * dout_).sum(-1).flatten(2))
+    )
+    rows = _empty_rows(saved.q, groups, task, 0.0)
+    for visitor in _visits(saved.v, task):
+        rows[..., visitor.columns] = torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(visitor.x))
+    dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
+    home = Homecoming(_mine(saved.k, task).block, dk, dv, route(task.runs, task.mask), task.fabric)
+    for visitor in _visits(saved.k, task):
+        dk_here, dv_here = home.sums(visitor.block)
+        weights = _weights(_piece_of_scores(q, visitor, bias, task), lse)
+        dscores = weights * (rows[..., visitor.columns] - delta[..., None])
+        dq.add(slice(None), torch.einsum("bgrst,tbgd->sbgrd", dscores, _wide(visitor.x)).flatten(2, 3) * task.scale)
+        dk_here.add(slice(None), torch.einsum("bgrst,sbgrd->tbgd", dscores, q) * task.scale)
+        dv_here.add(slice(None), torch.einsum("bgrst,sbgrd->tbgd", weights, dout_))
+        home.start(visitor.block, dk_here, dv_here)
+        rows[..., visitor.columns] = dscores
+    home.finish()
+    return dq.result(), dk.result(), dv.result(), None if bias is None else _summed_like(bias, rows.flatten(1, 2))
+
+
+class _Visitor(NamedTuple):
+    """Keys or values on a visit: tokens of rank `owner`, in `runs`, from its local token `first` on."""
+
+    owner: int
+    first: int
+    x: Tensor
+    runs: Runs
+
+    @property
+    def columns(self) -> Tensor:
+        """The positions of the tokens, which are their columns in a row of scores."""
+        return _positions(cut(self.runs, slice(self.first, self.first + len(self.x))), self.x)
+
+    @property
+    def block(self) -> Block:
+        """The same as a block, for the gradients of K and V."""
+        return Block(self.owner, self.first, self.x, self.x, self.runs)
+
+    def part(self, tokens: slice) -> "_Visitor":
+        """These tokens of the owner."""
+        return self._replace(first=tokens.start, x=self.x[tokens.start - self.first : tokens.stop - self.first])
+
+
+def _mine(x: Tensor, task: Task) -> _Visitor:
+    return _Visitor(task.fabric.rank, 0, x, task.mine)
+
+
+def _visits(x: Tensor, task: Task) -> Iterator[_Visitor]:
+    """All of this rank's x, then what this rank sees of every other's; the next is in flight during the body."""
+    fabric, way = task.fabric, route(task.runs, task.mask)
+    ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
+    held = shown = _mine(x, task)
+    for hop in range(1, fabric.size):
+        owner = (held.owner - way.turn) % fabric.size
+        due = way.carried[owner][hop]
+        leaving = held.part(way.carried[held.owner][hop]).x
+        (arriving,) = empty_like([leaving], due.stop - due.start)
+        transfer = exchange(fabric, [leaving], ahead, [arriving], behind)
+        yield shown
+        transfer.wait()
+        held = _Visitor(owner, due.start, arriving, way.runs[owner])
+        shown = held.part(way.wanted[owner][fabric.rank])
+    yield shown
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, task: Task) -> Tensor:
+    """Whole rows of scores, b g r s S; -inf where nothing is seen."""
+    groups = k.shape[2]
+    rows, queries = _empty_rows(q, groups, task, -torch.inf), _grouped(q, groups)
+    for visitor in _visits(k, task):
+        rows[..., visitor.columns] = _piece_of_scores(queries, visitor, bias, task)
+    return rows
+
+
+def _piece_of_scores(q: Tensor, visitor: _Visitor, bias: Tensor | None, task: Task) -> Tensor:
+    """The scores of s b g r d with a visitor's keys, b g r s t."""
+    scores, columns = torch.einsum("sbgrd,tbgd->bgrst", q, _wide(visitor.x)) * task.scale, visitor.columns
+    if bias is not None:
+        batch, groups, group, local = scores.shape[:4]
+        whole = bias.expand(batch, groups * group, local, _tokens(task))
+        scores = scores + whole[..., columns].unflatten(1, (groups, group))
+    return scores.masked_fill(_hidden(_positions(task.mine, q), columns, task.mask), -torch.inf)
+
+
+def _hidden(queries: Tensor, keys: Tensor, mask: Mask) -> Tensor:
+    """The pairs that the mask hides, s t."""
+    distance = keys[None] - queries[:, None]
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if mask.left is not None:
+        hidden |= distance < -mask.left
+    if mask.right is not None:
+        hidden |= distance > mask.right
+    return hidden
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    # a row that saw no key has lse -inf and weights 0, not exp(-inf + inf)
+    return (scores - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
+
+
+def _empty_rows(q: Tensor, groups: int, task: Task, value: float) -> Tensor:
+    """b g r s S of one value."""
+    local, batch, heads, _ = q.shape
+    shape = (batch, groups, heads // groups, local, _tokens(task))
+    return torch.full(shape, value, dtype=accumulator_dtype(q), device=q.device)
+
+
+def _tokens(task: Task) -> int:
+    return sum(map(length, task.runs))
+
+
+def _positions(runs: Runs, like: Tensor) -> Tensor:
+    pieces = [torch.arange(run.start, run.stop, run.step, device=like.device) for run in runs]
+    return torch.cat(pieces) if pieces else torch.arange(0, device=like.device)
+
+
+def _summed_like(bias: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulator_dtype(x))
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    # s b (g r) d -> s b g r d
+    return _wide(x).unflatten(2, (groups, -1))
+
+
+def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None) -> Task:
+    """The task of such tensors; refuses other backends and a bias that does not fit."""
+    if plan.backend.name != "rsa" or plan.chunks is not None:
+        raise ValueError(
+            f"whole rows of scores are held by backend 'rsa' without chunks only, got {plan.backend.name!r} with "
+            f"chunks = {plan.chunks}; make the plan with plan('rsa', ...)"
+        )
+    task = task_for(q, k, v, plan)
+    whole = (q.shape[1], q.shape[2], q.shape[0], _tokens(task))
+    if bias is not None and (bias.ndim != 4 or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True))):
+        raise ValueError(f"bias must be b h s S = {whole}, or 1 where it is broadcast, got {tuple(bias.shape)}")
+    return task
