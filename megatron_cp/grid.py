@@ -19,3 +19,9 @@ class Grid(NamedTuple):
             return [block * self.inner + other for other in range(self.inner)]
         assert axis == "outer", axis
         return [other * self.inner + offset for other in range(self.outer)]
+
+
+def most_square(ranks: int) -> Grid:
+    """The most square grid of so many ranks, with the larger axis inside."""
+    outer = max(size for size in range(1, int(ranks**0.5) + 1) if ranks % size == 0)
+    return Grid(ranks // outer, outer)

@@ -16,7 +16,22 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import Plan, attend, plan
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.merge import accumulator_dtype
-from megatron_cp.context.trace import Compute, Event, HostCopy, Message, Pass, Post, Problem, Step, Touch, Trace, Wait, match
+from megatron_cp.context.tiles import tiles
+from megatron_cp.context.trace import (
+    Compute,
+    Event,
+    HostCopy,
+    Matmul,
+    Message,
+    Pass,
+    Post,
+    Problem,
+    Step,
+    Touch,
+    Trace,
+    Wait,
+    match,
+)
 from megatron_cp.kernels import Kernel
 
 
@@ -34,7 +49,8 @@ def record(problem: Problem) -> Trace:
 def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
     """The plan of one rank of a problem."""
     inner = outer = None
-    if problem.grid and BACKENDS.get(problem.backend).needs_grid:
+    entry = BACKENDS.get(problem.backend)
+    if problem.grid and (entry.needs_grid or entry.takes_grid):
         inner, outer = (fabric.subset(problem.grid.members(axis, fabric.rank)) for axis in ("inner", "outer"))
     return plan(
         problem.backend,
@@ -46,6 +62,7 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
         kernel=kernel,
         placement=problem.placement,
         layout=problem.layout,
+        chunks=problem.chunks,
     )
 
 
@@ -53,7 +70,18 @@ def _passes(problem: Problem) -> tuple[Pass, Pass]:
     # refused before a share of the sequence is taken
     layout(problem.layout, problem.seq, problem.ranks)
     forward, backward = zip(*(_rank(problem, rank) for rank in range(problem.ranks)), strict=True)
-    return Pass(forward), Pass(backward)
+    rows = () if any(isinstance(event, Compute) for event, _ in forward[0]) else _rows(problem)
+    return Pass(forward, problem.head_dim, rows), Pass(backward, problem.head_dim, rows)
+
+
+def _rows(problem: Problem) -> tuple[int, ...]:
+    """The work of each rank's own queries with the whole sequence."""
+    layouts = BACKENDS.get(problem.backend).layout or problem.layout
+    whole = (range(problem.seq),)
+    return tuple(
+        sum(tile.pairs for run in runs for tile in tiles((run,), whole, problem.mask)) * problem.heads
+        for runs in layout(layouts, problem.seq, problem.ranks)
+    )
 
 
 def _relayout(problem: Problem, *passes: Pass) -> list[int]:
@@ -88,7 +116,7 @@ class Recorder(LiveBytes):
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__(*inputs)
         self._steps: list[Step] = []
-        self._touched, self._batches = 0, 0
+        self._touched, self._batches, self.backward = 0, 0, False
         self._forms: dict[tuple, tuple] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,7 +129,9 @@ class Recorder(LiveBytes):
         else:
             run = partial(self._shaped, func) if kind == "new" else func
             result = super().__torch_dispatch__(run, types, args, kwargs)
-        if kind != "free":
+        if func.overloadpacket.__name__ in ("bmm", "mm"):
+            self.note(Matmul(2 * result.numel() * args[0].shape[-1], self.backward))
+        elif kind != "free":
             self._touched += sum(_bytes(x) for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor))
         return result
 
@@ -133,7 +163,7 @@ class Recorder(LiveBytes):
     def take(self) -> tuple[Step, ...]:
         """What was noted since the last time, closed by what was touched at the end."""
         self._append(Touch(self._touched))
-        steps, self._steps = tuple(self._steps), []
+        steps, self._steps, self.backward = tuple(self._steps), [], True
         return steps
 
     def _append(self, event: Event) -> None:
@@ -155,8 +185,9 @@ def _kind(func: Any) -> str:
     if name.endswith("_") and changed is not None and changed.is_write:
         return "in place"
     # an operation of our own says what it does itself
-    makes = func.namespace == "aten" and len(results) == 1 and results[0].alias_info is None and str(results[0].type) == "Tensor"
-    return "new" if makes and arguments and "Tensor" in str(arguments[0].type) else "other"
+    makes = [(str(result.type), result.alias_info) for result in results] == [("Tensor", None)]
+    takes = bool(arguments) and "Tensor" in str(arguments[0].type)
+    return "new" if func.namespace == "aten" and makes and takes else "other"
 
 
 def _form(value: Any) -> Any:
@@ -186,9 +217,7 @@ class RecordingFabric:
         return gathered
 
     def subset(self, ranks: Sequence[int]) -> "RecordingFabric":
-        return RecordingFabric(
-            self._recorder, tuple(self._members[rank] for rank in ranks), self._members[self.rank]
-        )
+        return RecordingFabric(self._recorder, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
 
     def _messages(self, transfers: Sequence[tuple[Tensor, int]]) -> list[Message]:
         return [Message(self._members[peer], _bytes(tensor)) for tensor, peer in transfers]
@@ -225,7 +254,7 @@ class RecordingKernel:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
     def _note(self, q: Tensor, k: Tensor, causal: bool, *, backward: bool) -> None:
-        assert q.numel() and k.numel(), "an empty tile never reaches a kernel"
+        assert q.numel() * k.numel(), "an empty tile never reaches a kernel"
         assert not causal or len(q) == len(k), "a causal tile has as many queries as keys"
         batches = q.shape[1]
         self._recorder.note(

@@ -21,6 +21,7 @@ class Problem:
     window: (left, right) keys that a query sees beside its own position; None is no limit
     grid:   the two axes of the ranks, for backends that need them
     layout: which positions the ranks' tokens have outside attention
+    chunks: pieces over time, what waits lies in host memory; None for a whole run
     """
 
     backend: str
@@ -35,6 +36,7 @@ class Problem:
     grid: Grid | None = None
     placement: str = "head-first"
     layout: str = "zigzag"
+    chunks: int | None = None
 
     @property
     def mask(self) -> Mask:
@@ -57,6 +59,13 @@ class Compute(NamedTuple):
         """Unmasked query-key pairs times query heads."""
         pairs = self.queries * (self.queries + 1) // 2 if self.causal else self.queries * self.keys
         return pairs * self.heads
+
+
+class Matmul(NamedTuple):
+    """A matrix product of a loop that computes without a kernel."""
+
+    flops: int
+    backward: bool
 
 
 class Touch(NamedTuple):
@@ -93,7 +102,7 @@ class HostCopy(NamedTuple):
     size: int
 
 
-Event = Compute | Touch | HostCopy | Post | Wait
+Event = Compute | Matmul | Touch | HostCopy | Post | Wait
 
 
 class Step(NamedTuple):
@@ -105,14 +114,19 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """The forward or the backward pass: each rank's steps in its own order."""
+    """The forward or the backward pass: each rank's steps in its own order.
+
+    rows: for a loop that computes without a kernel, the work of each rank's own queries, which it keeps
+    """
 
     steps: tuple[tuple[Step, ...], ...]
+    head_dim: int
+    rows: tuple[int, ...] = ()
 
     @property
     def work(self) -> list[int]:
         """Unmasked query-key pairs times query heads, per rank."""
-        return [sum(call.work for call in self.calls(rank)) for rank in range(len(self.steps))]
+        return list(self.rows) or [sum(call.work for call in self.calls(rank)) for rank in range(len(self.steps))]
 
     @property
     def sent(self) -> list[int]:
@@ -123,8 +137,7 @@ class Pass:
     def received(self) -> list[int]:
         """Bytes, per rank."""
         return [
-            sum(message.size for post in self._posts(rank) for message in post.recvs)
-            for rank in range(len(self.steps))
+            sum(message.size for post in self._posts(rank) for message in post.recvs) for rank in range(len(self.steps))
         ]
 
     @property
