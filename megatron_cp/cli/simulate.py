@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -181,9 +182,11 @@ def _compare(names: str, asked: Question, as_json: bool) -> None:
         ]
         typer.echo(json.dumps(rows))
         return
-    table = Table(title=f"p = {asked.p}, m = {asked.m}, times {','.join(f'{time:g}' for time in asked.times)}")
+    table = Table(
+        box=SIMPLE_HEAD, title=f"p = {asked.p}, m = {asked.m}, times {','.join(f'{time:g}' for time in asked.times)}"
+    )
     table.add_column("schedule", no_wrap=True)
-    for column in ("v", "makespan", "bubble", "span", "bound", "peak M_B", "transfers"):
+    for column in ("v", "makespan", "bubble", "span bubble", "bound", "peak M_B", "transfers"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, run in contenders:
         table.add_row(name, *(_cells(run, asked) if isinstance(run, Run) else ["", "", "none"]))

@@ -68,6 +68,14 @@ def test_with_the_memory_of_1f1b_it_is_no_worse_than_any_rule(row):
         fitted(placement, m, uniform(placement, times), [8.0] * 8)
 
 
+@pytest.mark.parametrize("row", ["6.2B m24", "1:2:.5", "3:5:1"])
+def test_on_the_v_it_beats_zb_v(row):
+    m, times = ROWS[row]
+    costs = uniform(vee(8), times)
+    for cap in (8.0, 12.0):
+        assert fitted(vee(8), m, costs, [cap] * 8).bubble < played("zb-v", 8, m, times).bubble - 1e-6
+
+
 def test_four_chunks_of_the_6_2b_profile():
     placement, times = loop(8, 4), PROFILES["6.2B", 8, 24]
     costs = uniform(placement, times)

@@ -28,9 +28,9 @@ class Choice(NamedTuple):
     """One point of the search.
 
     orders: where forwards and backwards take their orders from: a rule, or groups of so many microbatches
-    slope:  forwards a rank admits beyond those it must, per rank between it and the last one
+    slope:  forwards a rank admits beyond those it must, per rank between it and the last one; inf for as many as fit
     spare:  forwards beyond that for a rank that has nothing else to do
-    lag:    input gradients that may wait for their W, per rank before it; inf for as many as memory allows
+    lag:    input gradients that may wait for their W, per rank before it; inf for as many as fit
     share:  part of a W that must fit into a gap
     """
 
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     share: float = 1.0
 
 
-SLOPES = (1.0, 2.0, 1.5, 3.0, 2.5, 0.5, 0.0, 1.25, 1.75, 2.25)
+SLOPES = (1.0, inf, 2.0, 1.5, 3.0, 2.5, 0.5, 0.0, 1.25, 1.75, 2.25)
 LAGS = (1.0, 2.0, inf, 0.0, 0.5, 1.5, 3.0)
 SHARES = (1.0, 0.5, 0.25)
 SPARES = (0, 2, 6, 1000)
@@ -157,13 +157,18 @@ def _orders(task: Task, start: str | int) -> list[Order]:
 def _woven(task: Task, orders: Sequence[Order], choice: Choice, bar: float) -> Schedule | None:
     last = task.placement.ranks - 1
     knobs = Knobs(
-        limit=[order.needed + int(choice.slope * (last - rank)) for rank, order in enumerate(orders)],
+        limit=[order.needed + _times(choice.slope, last - rank) for rank, order in enumerate(orders)],
         spare=choice.spare,
-        lag=[inf if choice.lag == inf else choice.lag * rank for rank in range(last + 1)],
+        lag=[_times(choice.lag, rank) for rank in range(last + 1)],
         share=choice.share,
     )
     table = weave(task.placement, task.costs, task.caps, orders, knobs, bar)
     return Schedule("auto", task.placement, task.micros, table) if table else None
+
+
+def _times(per_rank: float, ranks: int) -> float:
+    """The product in whole numbers, where no bound per rank means no bound on any rank."""
+    return inf if per_rank == inf else int(per_rank * ranks)
 
 
 def _rules(placement: Placement) -> list[Rule]:
