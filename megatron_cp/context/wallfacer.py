@@ -34,14 +34,14 @@ from megatron_cp.grid import Grid
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
     """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; the queries and results of a row are alive."""
     grid = _grid(task)
-    return tiling.forward(q, k, v, _column(k, v, grid, task), _tiling(task.runs, grid, task.mask), task)
+    return tiling.forward(q, k, v, _column(k, v, grid, task), cells(task.runs, grid, task.mask), task)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv."""
     grid = _grid(task)
     blocks = _column(saved.k, saved.v, grid, task)
-    return tiling.backward(dout, saved, blocks, _tiling(task.runs, grid, task.mask), task)
+    return tiling.backward(dout, saved, blocks, cells(task.runs, grid, task.mask), task)
 
 
 def _column(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]]:
@@ -54,7 +54,8 @@ def _column(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block
 
 
 @cache
-def _tiling(runs: Layout, grid: Grid, mask: Mask) -> Tiling:
+def cells(runs: Layout, grid: Grid, mask: Mask) -> Tiling:
+    """Each rank attends the queries of its inner axis; keys come by along its outer axis, the way its ring turns."""
     ranks, ways = range(len(runs)), between(runs, grid, mask)
     turns = [ways[rank % grid.inner].turn * grid.inner for rank in ranks]
     return Tiling(
@@ -77,11 +78,12 @@ def least(runs: Layout, mask: Mask, heads: int, kv_heads: int) -> Grid:
 
 def _elements(grid: Grid, runs: Layout, mask: Mask, heads: int, kv_heads: int) -> int:
     """Per batch entry and element of the head dim."""
-    tiles = _tiling(runs, grid, mask)
-    moved = [
-        tiles.used(owner, host, runs, mask) for host, row in enumerate(tiles.rows) for owner in row if owner != host
+    tiles, ring = cells(runs, grid, mask), sum(way.volume for way in between(runs, grid, mask))
+    ranks = range(len(runs))
+    rows = [tiles.used(owner, host, runs, mask) for host in ranks for owner in tiles.rows[host] if owner != host]
+    columns = [
+        tiles.wanted(owner, host, runs, mask) for host in ranks for (owner,) in tiles.hops[host] if owner != host
     ]
-    queries = sum(part.stop - part.start for part in moved)
-    keys = sum(way.volume for way in between(runs, grid, mask))
-    # q, out; q, dout, dq and k, v; k, v, dk, dv
-    return 5 * heads * queries + 6 * kv_heads * keys
+    queries, home = (sum(part.stop - part.start for part in parts) for parts in (rows, columns))
+    # q, out and q, dout, dq; k, v twice around the ring, dk, dv straight home
+    return 5 * heads * queries + 4 * kv_heads * ring + 2 * kv_heads * home
