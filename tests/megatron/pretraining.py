@@ -36,9 +36,13 @@ TRAINING = """
 """
 
 
-def tiny(*flags: str) -> list[str]:
-    """The flags of a small LLaMA on mock data and four iterations of training, then `flags`, which win."""
-    return [*MODEL.split(), *TRAINING.split(), *(word for text in flags for word in text.split())]
+def tiny(*flags: str, without: str = "") -> list[str]:
+    """The flags of a small LLaMA on mock data and four iterations of training, then `flags`, which win.
+
+    without: flags of it that take no value, to be left out
+    """
+    ours = [word for word in [*MODEL.split(), *TRAINING.split()] if word not in without.split()]
+    return [*ours, *(word for text in flags for word in text.split())]
 
 
 def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[str, Any]]:
@@ -120,6 +124,9 @@ def global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramet
         layer = re.match(r"decoder\.layers\.\d+", name)
         if layer:
             name = f"decoder.layers.{numbers[layer[0]]}{name.removeprefix(layer[0])}"
+        if getattr(model, "share_embeddings_and_output_weights", False) and name == "output_layer.weight":
+            # the last stage's copy of a tied embedding
+            name = "embedding.word_embeddings.weight"
         yield re.sub(r"(?<=local_experts\.)\d+", _global_expert(model.config), name), parameter  # type: ignore[arg-type]
 
 

@@ -6,6 +6,8 @@ import torch
 from tests.megatron.pretraining import global_names, losses_of_each_iteration, start_from_names, tiny
 from tests.ranks import run_ranks
 
+# stands for leaving this flag out
+TIED = "--untie-embeddings-and-output-weights"
 MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
 
 
@@ -38,7 +40,8 @@ def _unwrapped(model):
 
 def run(world_size, *flags):
     """Losses of the last pipeline stage, and every rank's parameters."""
-    ranks = run_ranks(world_size, trained, tiny(MODEL, *flags))
+    without = TIED if TIED in flags else ""
+    ranks = run_ranks(world_size, trained, tiny(MODEL, *(flag for flag in flags if flag != TIED), without=without))
     log = next(log for log, _ in ranks if log[0]["loss"] is not None)
     return log, [parameters for _, parameters in ranks]
 
@@ -77,3 +80,29 @@ def test_one_chunk_per_rank_trains_as_1f1b(megatrons_own, schedule):
 @pytest.mark.parametrize("schedule", ["interleaved", "breadth-first", "izb", "gis"])
 def test_several_chunks_per_rank_train_as_interleaved(megatrons_own, schedule):
     assert_bit_equal(run(2, TWO, CHUNKS, f"--pp-schedule {schedule}"), megatrons_own(2, TWO, CHUNKS))
+
+
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
+COMBINED = {
+    "tied embeddings": (2, (TIED,)),
+    "tensor and sequence parallel": (4, ("--tensor-model-parallel-size 2 --sequence-parallel",)),
+    "tensor parallel": (4, ("--tensor-model-parallel-size 2",)),
+    "context parallel": (4, ("--context-parallel-size 2 --cp-comm-type zigzag",)),
+    "data parallel": (4, ()),
+    "data parallel, overlapped": (4, ("--overlap-grad-reduce",)),
+    "distributed optimizer": (4, ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",)),
+    "experts": (2, (EXPERTS,)),
+    "expert parallel": (4, ("--expert-model-parallel-size 2", EXPERTS)),
+    "per-token loss": (2, ("--calculate-per-token-loss",)),
+    "bf16": (2, ("--bf16",)),
+    "biases": (2, ("--add-qkv-bias",)),
+    "full recompute": (2, ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",)),
+}
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "izb"])
+@pytest.mark.parametrize("case", list(COMBINED))
+def test_combined_with_other_features_trains_as_megatrons_own(megatrons_own, case, schedule):
+    world_size, flags = COMBINED[case]
+    both = (TWO, *([CHUNKS] if schedule == "izb" else []), *flags)
+    assert_bit_equal(run(world_size, *both, f"--pp-schedule {schedule}"), megatrons_own(world_size, *both))
