@@ -4,13 +4,14 @@ import sys
 
 import typer
 
-from megatron_cp.cli import backends, bench, data, doctor, simulate, train
+from megatron_cp.cli import backends, bench, data, doctor, simulate, trace, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train.register(app)
 doctor.register(app)
 backends.register(app)
 simulate.register(app)
+trace.register(app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 

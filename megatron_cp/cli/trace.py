@@ -1,0 +1,177 @@
+"""`megatron-cp trace`: prove a context-parallel algorithm, cost it on a cluster and draw it, before a GPU is spent."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.context.trace import Pass, Problem, Trace
+from megatron_cp.grid import Grid, most_square
+from megatron_cp.planner.hardware import Cluster, load_cluster, shipped_clusters
+from megatron_cp.planner.simulate_trace import Run, Seconds, simulate
+
+if TYPE_CHECKING:
+    from megatron_cp.context.proof import Proof
+
+
+def register(app: typer.Typer) -> None:
+    """Mount the command."""
+    app.command("trace")(trace)
+
+
+def trace(
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS.names)}.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")],
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of the whole sequence.")],
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads; by default as many as query heads.")] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Dim of one head.")] = 128,
+    causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = False,
+    window: Annotated[
+        int | None, typer.Option(min=0, help="Keys that a query sees before itself; without --causal also after.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help=f"{', '.join(shipped_clusters())}, or a YAML file.")] = "h100-ib",
+    hierarchical_context_parallel_sizes: Annotated[
+        tuple[int, int] | None, typer.Option(help="INNER OUTER, for backends on a grid; by default the most square.")
+    ] = None,
+    placement: Annotated[str, typer.Option(help=f"{' or '.join(PLACEMENTS)}, for usp.")] = "head-first",
+    layout: Annotated[str, typer.Option(help="Which positions the ranks' tokens have outside attention.")] = "zigzag",
+    chunks: Annotated[int | None, typer.Option(min=1, help="Pieces over time, with the rest in host memory.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the tensors; the cluster's rates hold for one.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time this trace's kernel calls on this machine, instead of the rates.")
+    ] = False,
+    plot: Annotated[
+        list[Path] | None,
+        typer.Option(help="Draw .png, .svg or .pdf, or write .json for Perfetto; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of tables.")] = False,
+) -> None:
+    """Prove an algorithm's own loop at a short length, then say what it computes, sends, keeps and takes."""
+    # refused before anything takes time
+    hardware = load_cluster(cluster)
+    _check_plots(plot or [])
+    problem = Problem(
+        BACKENDS.get(backend).name,
+        ranks,
+        seq,
+        heads,
+        kv_heads or heads,
+        head_dim,
+        causal,
+        None if window is None else (window, 0 if causal else window),
+        _dtype(dtype, hardware),
+        _grid(ranks, hierarchical_context_parallel_sizes),
+        placement,
+        layout,
+        chunks,
+    )
+    from megatron_cp.context.proof import prove, small
+    from megatron_cp.context.record import record
+
+    recorded = record(problem)
+    proof = prove(small(problem))
+    seconds = _measured(recorded) if measure else None
+    runs = {name: simulate(run, hardware, seconds) for name, run in _passes(recorded).items()}
+    for file in plot or []:
+        _draw(recorded, runs, file)
+    if as_json:
+        typer.echo(json.dumps(_as_json(recorded, proof, runs, hardware), indent=2))
+    else:
+        _show(recorded, proof, runs, hardware)
+    if not proof.covered:
+        raise typer.Exit(1)
+
+
+def _passes(recorded: Trace) -> dict[str, Pass]:
+    return {"forward": recorded.forward, "backward": recorded.backward}
+
+
+def _dtype(asked: str | None, cluster: Cluster) -> str:
+    if asked not in (None, cluster.dtype):
+        raise ValueError(
+            f"the rates of cluster {cluster.name!r} hold for {cluster.dtype}, got --dtype {asked}; "
+            "leave it out, or describe the cluster for that dtype"
+        )
+    return cluster.dtype
+
+
+def _grid(ranks: int, sizes: tuple[int, int] | None) -> Grid:
+    if sizes and (sizes[0] * sizes[1] != ranks or min(sizes) < 1):
+        raise ValueError(
+            f"--hierarchical-context-parallel-sizes {sizes[0]} {sizes[1]} must multiply to --ranks {ranks}; "
+            f"possible are {', '.join(f'{n} {ranks // n}' for n in range(1, ranks + 1) if ranks % n == 0)}"
+        )
+    return Grid(*sizes) if sizes else most_square(ranks)
+
+
+def _measured(recorded: Trace) -> Seconds:
+    from megatron_cp.bench.calls import measure
+
+    times = measure(recorded)
+    return lambda call: times[call]
+
+
+def _check_plots(files: list[Path]) -> None:
+    from megatron_cp.plots.trace import SUFFIXES
+
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            raise ValueError(f"--plot takes a file that ends in one of: {', '.join(SUFFIXES)}; got {file.name!r}")
+
+
+def _draw(recorded: Trace, runs: dict[str, Run], file: Path) -> None:
+    from megatron_cp.plots.trace import draw, write_events
+
+    (write_events if file.suffix == ".json" else draw)(recorded, runs, file)
+
+
+def _as_json(recorded: Trace, proof: "Proof", runs: dict[str, Run], cluster: Cluster) -> dict[str, Any]:
+    head = {"covered": proof.covered, "problem": proof.problem, "proved_pairs": proof.pairs}
+    passes = {name: _pass_as_json(run, runs[name], cluster) for name, run in _passes(recorded).items()}
+    asked = {**asdict(recorded.problem), "cluster": cluster.name, "relayout": recorded.relayout}
+    return {**head, **passes, **asked}
+
+
+def _pass_as_json(run: Pass, played: Run, cluster: Cluster) -> dict[str, Any]:
+    return {
+        "work": run.work,
+        "sent": run.sent,
+        "received": run.received,
+        "peak": run.peak,
+        "time": played.time,
+        "ideal": played.ideal,
+        "sent_between_nodes": run.sent_between(cluster.ranks_per_node),
+        "host_bytes": run.hosted,
+        "busy": [played.busy(rank) for rank in range(len(run.steps))],
+        "load": run.load(),
+    }
+
+
+def _show(recorded: Trace, proof: "Proof", runs: dict[str, Run], cluster: Cluster) -> None:
+    console, problem = Console(), recorded.problem
+    if proof.covered:
+        console.print(f"proved: each of {proof.pairs} unmasked pairs is computed exactly once in each pass")
+    else:
+        console.print(f"NOT EXACT: {proof.problem}", style="bold red")
+    for name, run in _passes(recorded).items():
+        played = runs[name]
+        table = Table(
+            title=f"{problem.backend} {name} on {cluster.name}: {played.time * 1e3:.3f} ms, "
+            f"{played.ideal / played.time:.0%} of it the kernels alone, spread evenly"
+        )
+        for column in ("rank", "work", "sent MiB", "between nodes MiB", "received MiB", "peak MiB", "waits"):
+            table.add_column(column, justify="right")
+        between = run.sent_between(cluster.ranks_per_node)
+        for rank, work in enumerate(run.work):
+            sizes = (run.sent[rank], between[rank], run.received[rank], run.peak[rank])
+            idle = 1 - played.busy(rank) / played.time
+            table.add_row(str(rank), f"{work:.3e}", *(f"{size / 2**20:.1f}" for size in sizes), f"{idle:.0%}")
+        console.print(table)
+    if any(recorded.relayout):
+        console.print(f"of what is sent, {max(recorded.relayout) / 2**20:.1f} MiB per rank bring tokens into place")
