@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.bounds import lower_bound
@@ -20,6 +17,7 @@ from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, parse
 from megatron_cp.pipeline.simulate import OBJECTIVES, Run
 from megatron_cp.pipeline.simulate import simulate as play
+from megatron_cp.registry import suggest
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Question:
     memory: tuple[float, ...]
     cap: float | None
     objective: str
+    warmup: float | None
 
     def costs(self, placement: Placement) -> Costs:
         return uniform(placement, self.times, self.memory)
@@ -71,7 +70,11 @@ def simulate(
     """Play a pipeline schedule: makespan, bubble and peak memory, from the times of one microbatch."""
     if sum(choice is not None for choice in (schedule, compare, table)) != 1:
         raise ValueError("give one of --schedule NAME, --compare all and --table FILE")
-    asked = Question(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective)
+    asked = Question(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective, warmup)
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"unknown objective {objective!r}{suggest(objective, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}"
+        )
     if cap is not None and not cap > 0:
         raise ValueError(f"a cap is a positive number of M_B, got {cap:g}")
     if compare is not None:
@@ -160,11 +163,9 @@ def _contenders(names: str, asked: Question) -> Iterator[tuple[str, Run | str]]:
         rule = SCHEDULES.get(name)
         for placement in PLACEMENTS if rule.table is None else [rule.placement]:
             label = rule.name if rule.table else f"{rule.name} ({placement})"
-            v = 2 if placement == "v" else asked.v or rule.usual
+            own = replace(asked, v=rule.chunks or (2 if placement == "v" else asked.v))
             try:
-                where = place(rule, asked.p or 0, rule.chunks or v, placement)
-                own = Question(asked.p, asked.m, where.chunks, asked.times, asked.memory, asked.cap, asked.objective)
-                yield label, _run(name, own, placement=placement)
+                yield label, _run(name, own, asked.warmup if rule.takes_warmup else None, placement)
             except BadSchedule as bad:
                 yield label, bad.reason
             except ValueError as error:
@@ -172,37 +173,26 @@ def _contenders(names: str, asked: Question) -> Iterator[tuple[str, Run | str]]:
 
 
 def _compare(names: str, asked: Question, as_json: bool) -> None:
-    if asked.p is None or asked.m is None:
-        raise ValueError("give the number of ranks -p and of microbatches -m")
-    asked.costs(PLACEMENTS["loop"](asked.p, 1))
+    # what is wrong with the question itself is said once, not in every row
+    _run("1f1b", replace(asked, v=None, cap=None))
     contenders = list(_contenders(names, asked))
     if as_json:
-        rows = [
-            {"schedule": name} | (_as_json(run) if isinstance(run, Run) else {"error": run}) for name, run in contenders
-        ]
-        typer.echo(json.dumps(rows))
+        typer.echo(
+            json.dumps(
+                [
+                    {"schedule": name} | (_as_json(run) if isinstance(run, Run) else {"error": run})
+                    for name, run in contenders
+                ]
+            )
+        )
         return
-    table = Table(
-        box=SIMPLE_HEAD, title=f"p = {asked.p}, m = {asked.m}, times {','.join(f'{time:g}' for time in asked.times)}"
+    typer.echo(f"{'schedule':<14} v    makespan   bubble  span bubble    bound  peak (M_B)  transfers")
+    for name, run in contenders:
+        typer.echo(f"{name:<14}{_row(run, asked) if isinstance(run, Run) else f' {run}'}")
+
+
+def _row(run: Run, asked: Question) -> str:
+    return (
+        f"{run.schedule.placement.chunks:>2}{run.makespan:>12.3f}{run.bubble:>9.4f}{run.span_bubble:>13.4f}"
+        f"{1 - run.work / asked.bound(run):>9.4f}{max(run.peak):>12g}{run.transfers:>11}"
     )
-    table.add_column("schedule", no_wrap=True)
-    for column in ("v", "makespan", "bubble", "span bubble", "bound", "peak M_B", "transfers"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, run in contenders:
-        table.add_row(name, *(_cells(run, asked) if isinstance(run, Run) else ["", "", "none"]))
-    Console().print(table)
-    for name, run in contenders:
-        if isinstance(run, str):
-            typer.echo(f"{name}: {run}")
-
-
-def _cells(run: Run, asked: Question) -> list[str]:
-    return [
-        str(run.schedule.placement.chunks),
-        f"{run.makespan:.3f}",
-        f"{run.bubble:.4f}",
-        f"{run.span_bubble:.4f}",
-        f"{1 - run.work / asked.bound(run):.4f}",
-        f"{max(run.peak):g}",
-        str(run.transfers),
-    ]
