@@ -132,14 +132,6 @@ BACKENDS = Registry(
             "(C-1)(2Uq + 2U + Us) + 2U p/C, C² divides p",
             takes_grid=True,
         ),
-        Backend(
-            "startrail",
-            "megatron_cp.context.startrail",
-            "arXiv:2407.00611",
-            "teams of C ranks gather queries and keys, keys of teams go around C rings",
-            "(C-1)(2Uq + 2U + Us) + 2U p/C, C² divides p",
-            takes_grid=True,
-        ),
     ],
 )
 
