@@ -1,8 +1,9 @@
 """What is special about tiles of queries and keys: any grid, what travels, equal work, and the grid that is chosen."""
 
 import pytest
+import torch.distributed as dist
 
-from megatron_cp.comm import in_process
+from megatron_cp.comm import GroupFabric, in_process
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL, FULL
 from megatron_cp.context.startrail import teams
@@ -11,6 +12,7 @@ from megatron_cp.context.wallfacer import cells, least
 from megatron_cp.grid import Grid
 from tests.context.dense import problem
 from tests.context.test_backends import RANKS, assert_equals_dense, grids, sharded
+from tests.ranks import run_ranks
 
 GRIDS = [grid for ranks in RANKS for grid in grids(ranks)]
 TEAMS = [Grid(1, 2), Grid(1, 3), Grid(1, 4), Grid(2, 2), Grid(1, 5), Grid(1, 8), Grid(2, 4)]
@@ -165,3 +167,23 @@ def test_teams_that_do_not_fit_are_refused_before_anything_is_sent():
         return fabric.sent
 
     assert in_process(8, body) == [0] * 8
+
+
+def over_gloo(task, backend, grid):
+    dist.init_process_group("gloo")
+    fabric = GroupFabric(dist.group.WORLD)
+    part = sharded(fabric, task, backend, grid, kernel="torch")
+    dist.barrier()
+    return part, fabric.sent
+
+
+@pytest.mark.parametrize(
+    ("backend", "grid"),
+    [("wallfacer", Grid(2, 2)), ("wallfacer", Grid(4, 1)), ("startrail", Grid(2, 2))],
+    ids=str,
+)
+def test_tiles_over_gloo_equal_dense_and_send_as_many_bytes(backend, grid):
+    task = problem(48, 8, 2, causal=True)
+    parts, counted = zip(*run_ranks(4, over_gloo, task, backend, grid), strict=True)
+    assert_equals_dense(parts, task)
+    assert list(counted) == [BYTES * elements for elements in sent(backend, grid, causal=True)[0]]
