@@ -44,7 +44,8 @@ def test_comparison_lists_every_schedule_and_why_one_is_missing():
     assert "below the minimum 6 M_B of gpipe" in rows["gpipe"]["error"]
     assert "the nearest m that works is 7" in rows["dualpipe-v"]["error"]
     shown = ask(*"--compare all -p 4 -m 6 --cap 4".split())
-    assert "gpipe: a cap of 4 M_B is below the minimum 6 M_B" in shown
+    assert "gpipe          a cap of 4 M_B is below the minimum 6 M_B" in shown
+    assert "1f1b           1      27.000   0.3333       0.3333   0.1429           4         36" in shown
 
 
 def test_table_of_ones_own(tmp_path):

@@ -20,8 +20,10 @@ from megatron_cp.pipeline.simulate import OBJECTIVES, Run, peak_memory, simulate
 from megatron_cp.pipeline.weave import EPSILON, Knobs, Order, grouped, orders_of, weave
 
 WARMUPS = (1.0, 1.25, 1.5, 1.75, 2.0)
-BUDGET = 300_000
-FINALISTS = 4
+# actions that the search may place; the shorter step it searches on has a few thousand
+BUDGET = 200_000
+# finds of the search that are played at full size
+FINALISTS = 3
 
 
 class Choice(NamedTuple):
