@@ -1,7 +1,7 @@
 """Attention over a sequence sharded on ranks: one autograd function around every backend."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cp.comm import Fabric, SingleFabric
+from megatron_cp.comm import Fabric, SingleFabric, values_of_all
 from megatron_cp.context import BACKENDS, PLACEMENTS, Backend
 from megatron_cp.context.layouts import LAYOUTS, Layout
 from megatron_cp.context.layouts import layout as positions
@@ -40,6 +40,7 @@ class Plan:
     deterministic: bool
     layout: str
     chunks: int | None = None
+    met: list[tuple[int, ...]] = field(default_factory=list, compare=False)
 
     @property
     def loop(self) -> ModuleType:
@@ -91,6 +92,10 @@ def plan(
     axes = _axes(entry, cp, inner, outer, placement) if on_grid else None
     if chunks is not None and chunks < 1:
         raise ValueError(f"chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
+    if chunks is not None and not entry.chunks:
+        raise ValueError(
+            f"backend {entry.name!r} cannot be cut into chunks; leave chunks out or use 'fpdt' or 'zigzag'"
+        )
     return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout, chunks)
 
 
@@ -99,8 +104,12 @@ def attend(
 ) -> Float[Tensor, "s b h d"]:
     """Attention of this rank's queries over the whole sequence, differentiable; all ranks of the plan call it together.
 
-    Raises ValueError when lengths or heads do not fit the algorithm, before anything is sent.
+    Raises ValueError when lengths or heads do not fit the algorithm or differ between ranks, before anything else is
+    sent.
     """
+    if not plan.met:
+        _agree(q, k, plan.cp)
+        plan.met.append(tuple(q.shape))
     outside = positions(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size)
     return _Attend.apply(q, k, v, plan.loop, task_for(q, k, v, plan), outside)
 
@@ -154,6 +163,20 @@ def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None
 def _known(kind: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+
+
+def _agree(q: Tensor, k: Tensor, cp: Fabric) -> None:
+    """Ranks with different shapes would wait for each other for ever; found once, by all, at a plan's first use."""
+    if cp.size == 1:
+        return
+    shapes = values_of_all(cp, q.device, (*q.shape, k.shape[2]))
+    if len(set(shapes)) > 1:
+        each = ", ".join(f"rank {rank}: {shape[0]}" for rank, shape in enumerate(shapes))
+        if len({shape[0] for shape in shapes}) > 1:
+            raise ValueError(
+                f"all ranks must hold equally many tokens, got {each}; pad the sequence to a common length"
+            )
+        raise ValueError(f"all ranks must hold q and k of one shape, got (s, b, h, d, g) {shapes}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -148,3 +148,16 @@ def test_backend_equals_dense_over_gloo(backend, kernel):
     task = problem(48, 8, 2, causal=True)
     grid = Grid(2, 2) if BACKENDS.get(backend).needs_grid else None
     assert_equals_dense(run_ranks(4, over_gloo, task, backend, grid, kernel), task)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_ranks_with_different_lengths_are_found_by_all(backend):
+    def body(fabric):
+        x = torch.zeros(12 + 12 * (fabric.rank == 1), 1, 4, 8, dtype=torch.float64)
+        grid = Grid(2, 2) if BACKENDS.get(backend).needs_grid else None
+        axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
+        with pytest.raises(ValueError, match="got rank 0: 12, rank 1: 24, rank 2: 12, rank 3: 12; pad"):
+            attend(x, x, x, plan(backend, cp=fabric, **axes))
+        return fabric.sent
+
+    assert in_process(4, body) == [0, 0, 0, 0]
