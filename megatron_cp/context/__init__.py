@@ -12,6 +12,7 @@ class Backend:
     layout:   which positions its loop wants on a rank; None takes Megatron's zigzag as it comes
     moves:    what travels, per rank and layer, in elements of one of K or V (U = s b g d), Uq = s b h d
     needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
+    chunks:   whether `fpdt` can cut its work over time: it takes any mask over any positions
     takes_grid: the same where these are given; without them the loop chooses
     """
 
@@ -23,6 +24,7 @@ class Backend:
     aliases: tuple[str, ...] = ()
     layout: str | None = None
     needs_grid: bool = False
+    chunks: bool = True
     takes_grid: bool = False
 
 
@@ -101,6 +103,7 @@ BACKENDS = Registry(
             "early ranks help late ones, everything lent directly",
             "causal (3p-2)/4 U + p/4 Uq, about pU + Uq where KV heads are shared; full 2(p-1)U",
             layout="contiguous",
+            chunks=False,
         ),
         Backend(
             "fpdt",

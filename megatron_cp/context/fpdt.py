@@ -1,25 +1,27 @@
 """FPDT: the work of a backend cut into chunks over time, with what waits in host memory.
 
-Chunk c is the c-th of u equal stretches of every piece of a rank's tokens (zigzag has two pieces, other layouts one).
-So the chunks are one chunk at different distances: q of chunk i against k and v of chunk j is the backend's own
-attention over the positions of chunk 0, under a shifted mask. For each i the results over all j are merged; pairs of
-which no rank sees anything are left out.
+Tokens are exchanged in u parts: part c is the c-th of u equal stretches of every piece of a rank's tokens (zigzag has
+two pieces, other layouts one), so that all ranks have equal shares of it. What the exchange brings lies in host memory,
+in sequence order. From there it is attended in u segments: q of segment i against k and v of each segment j, merged
+over j. Segments, too, are equal stretches of every piece of what a rank has now, so they are one segment at different
+distances: (i, j) is the inner attention over the positions of segment 0 under a shifted mask, and is left out where no
+rank sees anything.
 
-In the paper, and by default here, the backend is Ulysses. Its exchange is made once per chunk, and what is attended
-between the exchanges comes from the host, so that with any u it sends what Ulysses sends: (p-1)/p (2Uq + 2U) forward,
-the same backward. Other backends are called as a whole for each of the n pairs of chunks, n <= u u, each of which sends
-1/u of what the backend sends: n/u times as much in all.
+In the paper, and by default here, the backend is Ulysses: a rank has its heads of the whole sequence between the
+exchanges, and with any u it sends what Ulysses sends, (p-1)/p (2Uq + 2U) forward and the same backward. USP has a ring
+between them, other backends exchange nothing and are called as a whole: a loop inside is called for n pairs, n <= u u,
+each time with 1/u of the tokens, and sends n/u times as much as without chunks.
 
-Memory beside the local q, k, v, out, dout, dq, dk, dv is O(1/u). Over the host link go, in elements of one rank:
-forward q, k, v, out and lse down, q up, and n/u times K and V up; backward q, out and lse up, n/u times K and V up,
-n/u times the float32 sums of dK and dV down and as often, but for the first, up. Under a causal mask
-n = u (u + 1) / 2 over striped positions; on zigzag every chunk has early and late tokens, and n = u u.
+Memory beside the local q, k, v, out, dout, dq, dk, dv is O(1/u). Over the host link go, in elements of one rank,
+forward: q, k, v, out, lse down; q, out and n/u times K and V up. Backward: dout, dq and n/u times the float32 sums of
+dK and dV down; q, out, lse, dout, dq, n/u times K and V and n/u times the sums up. Causal: n = u (u + 1) / 2, but u u
+for a loop inside on zigzag, whose segments have early and late tokens.
 
-Source: Yao et al. 2024, arXiv:2408.16978. There a chunk of all ranks is one stretch of the sequence, the mask is
+Source: Yao et al. 2024, arXiv:2408.16978. There a chunk of all ranks must be one stretch of the sequence, the mask
 causal, and every chunk ends in a barrier; here copies are ordered by events.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from megatron_cp.context import layouts, ring, ulysses, usp
 from megatron_cp.context.heads import Hands, Swap
-from megatron_cp.context.host_store import HostStore, Lanes, visits
+from megatron_cp.context.host_store import HostStore, Lanes, Stretches, visits
 from megatron_cp.context.layouts import Layout, Runs, length
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
@@ -45,73 +47,151 @@ FEWEST_CHUNKS = 4
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; what is saved lies in host memory, by chunks.
+    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; what is saved lies in host memory.
 
     Raises ValueError for a number of chunks that does not divide the tokens, and what the backend inside raises.
     """
     plan, lanes = stages(task), Lanes(q.device)
-    queries, keys, values = stores = _deal_out((q, k, v), plan, lanes)
-    outs: list[HostStore] = []
-    result = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for i in range(plan.cut.count):
-        q_i = queries.get(i).wait()
+    queries, keys, values = stores = _to_host((q, k, v), plan, lanes)
+    results: list[HostStore] = []
+    for i, mine in enumerate(plan.segments):
+        q_i = queries.get(mine).wait()
         merge = SoftmaxMerge(q_i)
-        for j, fetched in visits(plan.keys_of(i), [keys, values], []):
+        for j, fetched in plan.visits(i, [keys, values], []):
             plan.attend(merge, q_i, fetched, i, j)
-        done = merge.result()
-        outs = outs or _stores_like(done, plan, lanes)
-        for store, x in zip(outs, done, strict=True):
-            store.put(i, x)
-        plan.write(result, i, done[0])
+        results = _put(results, merge.result(), mine, plan, lanes)
+    (out,) = _from_host(results[:1], q, plan)
     lanes.settle()
-    return result, Saved(*(store.memory for store in (*stores, *outs)))
+    return out, Saved(*(store.memory for store in (*stores, *results)))
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv; the loops of the forward pass, sums of dK and dV wait in host memory."""
     plan, lanes = stages(task), Lanes(dout.device)
+    (douts,) = _to_host((dout,), plan, lanes)
     queries, keys, values, outs, lses = (HostStore(memory, lanes) for memory in saved)
-    dq = torch.empty_like(dout, memory_format=torch.contiguous_format)
+    dq: list[HostStore] = []
     sums: list[HostStore] = []
-    for i in range(plan.cut.count):
-        arriving = [store.get(i) for store in (queries, outs, lses)]
-        (dout_i,) = plan.swap.to_heads(plan.cut.take(dout, i))
-        q_i, out_i, lse_i = (arrival.wait() for arrival in arriving)
+    for i, mine in enumerate(plan.segments):
+        arriving = [store.get(mine) for store in (douts, queries, outs, lses)]
+        dout_i, q_i, out_i, lse_i = (arrival.wait() for arrival in arriving)
         dq_i = Sum(q_i)
-        for j, fetched in visits(plan.keys_of(i), [keys, values], sums):
-            k_j, v_j, *before = fetched
-            dk_j, dv_j = Sum(k_j, *before[:1]), Sum(v_j, *before[1:])
-            plan.attend_backward((dq_i, dk_j, dv_j), dout_i, Saved(q_i, k_j, v_j, out_i, lse_i), i, j)
-            sums = sums or _stores_like((dk_j.exact(), dv_j.exact()), plan, lanes)
-            for store, total in zip(sums, (dk_j, dv_j), strict=True):
-                store.put(j, total.exact())
-        plan.write(dq, i, dq_i.result())
-    return dq, *_collect(sums, dout, task.heads[1], plan)
+        for j, fetched in plan.visits(i, [keys, values], sums):
+            dk_dv_j = plan.attend_backward(dq_i, dout_i, (q_i, out_i, lse_i), fetched, i, j)
+            sums = _put(sums, dk_dv_j, plan.segments[j], plan, lanes)
+            del dk_dv_j
+        dq = _put(dq, (dq_i.result(),), mine, plan, lanes)
+    dq_, dk, dv = _from_host([*dq, *sums], dout, plan)
+    return dq_, dk, dv
+
+
+class Part(NamedTuple):
+    """What is exchanged at once: `local` tokens of each rank, and where they stand in host memory.
+
+    places: tokens in host memory, tokens of what the exchange brings
+    """
+
+    local: Stretches
+    swap: "Swap | NoSwap"
+    places: tuple[tuple[slice, slice], ...]
+
+
+class Stages(NamedTuple):
+    """What is exchanged, and what is attended by `loop` on `inside`, a task over the positions of the first segment.
+
+    tokens: how many there are in host memory
+    shift:  by how much further on the next segment's positions are
+    """
+
+    parts: tuple[Part, ...]
+    segments: tuple[Stretches, ...]
+    tokens: int
+    shift: int
+    inside: Task
+    loop: ModuleType
+
+    def mask(self, i: int, j: int) -> Mask:
+        """Which keys of segment j a query of segment i sees, as positions of the first segment."""
+        return self.inside.mask.shifted((i - j) * self.shift)
+
+    def seen(self, i: int) -> list[int]:
+        """The segments of which a query of segment i sees a key, on any rank."""
+        return [j for j in range(len(self.segments)) if _sees(self.inside.runs, self.mask(i, j))]
+
+    def visits(self, i: int, stores: list[HostStore], partial: list[HostStore]) -> Iterator[tuple[int, list[Tensor]]]:
+        """What the queries of segment i see, from the stores."""
+        seen = self.seen(i)
+        return zip(seen, visits([self.segments[j] for j in seen], stores, partial), strict=True)
+
+    def attend(self, merge: SoftmaxMerge, q: Tensor, kv: list[Tensor], i: int, j: int) -> None:
+        """Merge attention of one pair of segments."""
+        task = replace(self.inside, mask=self.mask(i, j))
+        if self.loop is ring:
+            ring.attend_around(merge, q, *kv, task)
+        else:
+            out, saved = self.loop.forward(q, *kv, task)
+            merge.add(slice(0, len(q)), out, saved.lse)
+
+    def attend_backward(
+        self, dq: Sum, dout: Tensor, mine: tuple[Tensor, Tensor, Tensor], fetched: list[Tensor], i: int, j: int
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of `mine`, q with out and lse of all keys; the sums of dk, dv with what was fetched of them.
+
+        `fetched` is k, v, and the sums so far unless this is the first part of them.
+        """
+        (q, out, lse), (k, v, *before) = mine, fetched
+        dk, dv = Sum(k, *before[:1]), Sum(v, *before[1:])
+        task, saved = replace(self.inside, mask=self.mask(i, j)), Saved(q, k, v, out, lse)
+        if self.loop is ring:
+            ring.attend_around_backward(dq, dk, dv, dout, saved, task)
+        else:
+            for total, part in zip((dq, dk, dv), self.loop.backward(dout, saved, task), strict=True):
+                total.add(slice(0, len(part)), part)
+        return dk.exact(), dv.exact()
+
+
+class NoSwap:
+    """Nothing is exchanged: the backend inside takes all heads of a rank's tokens."""
+
+    hands = Hands((), ())
+
+    def to_heads(self, *tensors: Tensor) -> list[Tensor]:
+        return list(tensors)
+
+    def to_tokens(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[slice]]) -> list[Tensor]:
+        return list(tensors)
+
+
+def stages(task: Task) -> Stages:
+    """The backend of `task.chunks` taken apart into its exchange and what is between."""
+    count, backend = task.chunks or (None, None)
+    backend = backend or ulysses
+
+    def split(runs: Layout) -> tuple[Swap | NoSwap, Task]:
+        over = task.on(task.fabric, runs, task.kernel)
+        return backend.split(over) if backend in (ulysses, usp) else (NoSwap(), over)
+
+    chunks = cut(task.runs, count)
+    _, whole = split(task.runs)
+    parts = []
+    for local, runs in zip(chunks.tokens, chunks.runs, strict=True):
+        swap, part = split(runs)
+        parts.append(Part(local, swap, _places(part.mine, whole.mine)))
+    segments = cut(whole.runs, len(parts))
+    inside = whole.on(whole.fabric, segments.runs[0], whole.kernel)
+    loop = ring if backend in (ulysses, usp) else backend
+    return Stages(tuple(parts), segments.tokens, length(whole.mine), segments.shift, inside, loop)
 
 
 class Cut(NamedTuple):
-    """`count` chunks: of each of a rank's `pieces` one stretch; `runs` are the positions of the first chunk.
+    """Chunks of every rank's tokens: local tokens, the same on all ranks, and the ranks' positions.
 
     Every next chunk stands `shift` positions further on, on all ranks.
     """
 
-    count: int
-    pieces: int
-    runs: Layout
+    tokens: tuple[Stretches, ...]
+    runs: tuple[Layout, ...]
     shift: int
-
-    def part(self, x: Tensor, chunk: int) -> Tensor:
-        """The tokens of a chunk in x: [pieces, tokens of a stretch, ...]."""
-        # (m u n) b h d -> m n b h d
-        return x.unflatten(0, (self.pieces, self.count, -1))[:, chunk]
-
-    def take(self, x: Tensor, chunk: int) -> Tensor:
-        """The tokens of a chunk, one after the other."""
-        return self.part(x, chunk).flatten(0, 1)
-
-    def stretches(self, chunk: Tensor) -> Tensor:
-        """A chunk's tokens, one after the other, in the shape of `part`."""
-        return chunk.unflatten(0, (self.pieces, -1))
 
 
 @cache
@@ -125,89 +205,42 @@ def cut(runs: Layout, count: int | None) -> Cut:
     if count is None:
         wanted = max(FEWEST_CHUNKS, -(-tokens // CHUNK_TOKENS))
         count = next((n for n in range(wanted, piece + 1) if piece % n == 0), piece)
-    if count < 1 or piece % count:
-        unit = max(count, 1) * pieces * len(runs)
+    if piece % count:
+        unit = count * pieces * len(runs)
         raise ValueError(
             f"chunks must divide the {piece} tokens of each of a rank's {pieces} pieces, got chunks = {count}; "
             f"take a divisor or pad S = {tokens} to {-(-tokens // unit) * unit}"
         )
-    first, second = (tuple(_chunk(own, pieces, piece, piece // count, c) for own in runs) for c in (0, 1))
-    shift = second[0][0].start - first[0][0].start if count > 1 else 0
-    assert count == 1 or second == tuple(tuple(_moved(run, shift) for run in own) for own in first)
-    return Cut(count, pieces, first, shift)
+    stretches = tuple(_stretches(pieces, piece, piece // count, chunk) for chunk in range(count))
+    positions = tuple(tuple(_positions(own, chunk) for own in runs) for chunk in stretches)
+    shift = positions[-1][0][0].start - positions[0][0][0].start
+    step = shift // (count - 1) if count > 1 else 0
+    for chunk, layout in enumerate(positions):
+        assert layout == tuple(tuple(_moved(run, chunk * step) for run in own) for own in positions[0])
+    return Cut(stretches, positions, step)
 
 
-def _chunk(runs: Runs, pieces: int, piece: int, stretch: int, chunk: int) -> Runs:
-    starts = (index * piece + chunk * stretch for index in range(pieces))
-    return layouts.join([run for start in starts for run in layouts.cut(runs, slice(start, start + stretch))])
+def _stretches(pieces: int, piece: int, size: int, chunk: int) -> Stretches:
+    starts = (index * piece + chunk * size for index in range(pieces))
+    return tuple(slice(start, start + size) for start in starts)
+
+
+def _positions(runs: Runs, tokens: Stretches) -> Runs:
+    return layouts.join([run for stretch in tokens for run in layouts.cut(runs, stretch)])
 
 
 def _moved(run: range, shift: int) -> range:
     return range(run.start + shift, run.stop + shift, run.step)
 
 
-class NoSwap:
-    """Nothing is exchanged: the backend takes all heads of a rank's tokens."""
-
-    hands = Hands((), ())
-
-    def to_heads(self, *tensors: Tensor) -> list[Tensor]:
-        return list(tensors)
-
-    def to_tokens(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[slice]]) -> list[Tensor]:
-        return list(tensors)
-
-
-class Stages(NamedTuple):
-    """What is done once per chunk (`swap`), and what is done per pair of chunks (`loop` on `inside`)."""
-
-    cut: Cut
-    swap: Swap | NoSwap
-    inside: Task
-    loop: ModuleType
-
-    def between(self, i: int, j: int) -> Task:
-        """Queries of chunk i with keys of chunk j."""
-        return replace(self.inside, mask=self.mask(i, j))
-
-    def mask(self, i: int, j: int) -> Mask:
-        """The mask as the first chunk's positions see it."""
-        return self.inside.mask.shifted((i - j) * self.cut.shift)
-
-    def keys_of(self, i: int) -> list[int]:
-        """The chunks of which any query of chunk i sees a key, the same on all ranks."""
-        return [j for j in range(self.cut.count) if _sees(self.inside.runs, self.mask(i, j))]
-
-    def attend(self, merge: SoftmaxMerge, q: Tensor, kv: list[Tensor], i: int, j: int) -> None:
-        """Merge attention of one pair of chunks."""
-        if self.loop is ring:
-            ring.attend_around(merge, q, *kv, self.between(i, j))
-        else:
-            out, saved = self.loop.forward(q, *kv, self.between(i, j))
-            merge.add(slice(0, len(q)), out, saved.lse)
-
-    def attend_backward(self, totals: tuple[Sum, Sum, Sum], dout: Tensor, saved: Saved, i: int, j: int) -> None:
-        """Add the gradients of one pair of chunks; out and lse are of all keys."""
-        if self.loop is ring:
-            ring.attend_around_backward(*totals, dout, saved, self.between(i, j))
-        else:
-            for total, part in zip(totals, self.loop.backward(dout, saved, self.between(i, j)), strict=True):
-                total.add(slice(0, len(part)), part)
-
-    def write(self, result: Tensor, chunk: int, mine: Tensor) -> None:
-        """Write a chunk's q, out or dq, which has my heads of all tokens, to its place in all heads of my tokens."""
-        (tokens,) = self.swap.to_tokens([mine], [self.swap.hands.q])
-        self.cut.part(result, chunk).copy_(self.cut.stretches(tokens))
-
-
-def stages(task: Task) -> Stages:
-    """The backend of `task.chunks` taken apart."""
-    count, loop = task.chunks or (None, None)
-    loop, parts = loop or ulysses, cut(task.runs, count)
-    first = task.on(task.fabric, parts.runs, task.kernel)
-    if loop in (ulysses, usp):
-        return Stages(parts, *loop.split(first), ring)
-    return Stages(parts, NoSwap(), first, loop)
+@cache
+def _places(part: Runs, whole: Runs) -> tuple[tuple[slice, slice], ...]:
+    """Where the tokens of a part stand in the whole, in the part's order."""
+    found = sorted(layouts.moves((part,), (whole,)), key=lambda move: move.src_tokens.start)
+    return tuple(
+        (slice(move.dst_tokens.start, move.dst_tokens.stop), slice(move.src_tokens.start, move.src_tokens.stop))
+        for move in found
+    )
 
 
 @cache
@@ -215,28 +248,38 @@ def _sees(runs: Layout, mask: Mask) -> bool:
     return any(tiles(queries, keys, mask) for queries in runs for keys in runs)
 
 
-def _deal_out(tensors: tuple[Tensor, ...], plan: Stages, lanes: Lanes) -> list[HostStore]:
-    """Every chunk of q, k, v with my heads, in host memory."""
+def _to_host(tensors: tuple[Tensor, ...], plan: Stages, lanes: Lanes) -> list[HostStore]:
+    """(q, k, v) or (dout) of this rank's tokens -> what is attended here, in host memory."""
     stores: list[HostStore] = []
-    for chunk in range(plan.cut.count):
-        dealt = plan.swap.to_heads(*(plan.cut.take(x, chunk) for x in tensors))
-        stores = stores or _stores_like(dealt, plan, lanes)
+    for part in plan.parts:
+        dealt = part.swap.to_heads(*(torch.cat([x[tokens] for tokens in part.local]) for x in tensors))
+        stores = stores or [HostStore.like(x, plan.tokens, lanes) for x in dealt]
         for store, x in zip(stores, dealt, strict=True):
-            store.put(chunk, x)
+            store.put(x, part.places)
     return stores
 
 
-def _stores_like(chunks: Sequence[Tensor], plan: Stages, lanes: Lanes) -> list[HostStore]:
-    return [HostStore.like(x, plan.cut.count, lanes) for x in chunks]
-
-
-def _collect(sums: list[HostStore], like: Tensor, heads: int, plan: Stages) -> list[Tensor]:
-    """dk and dv of this rank's tokens, rounded once and sent to their owners chunk by chunk."""
-    kv = plan.swap.hands.kv
-    results = [like.new_empty((*like.shape[:2], heads, store.memory.shape[-1])) for store in sums]
-    for chunk in range(plan.cut.count):
-        arriving = [store.get(chunk) for store in sums]
-        totals = [arrival.wait().to(like.dtype) for arrival in arriving]
-        for result, total in zip(results, plan.swap.to_tokens(totals, [kv, kv]), strict=True):
-            plan.cut.part(result, chunk).copy_(plan.cut.stretches(total))
+def _from_host(stores: list[HostStore], like: Tensor, plan: Stages) -> list[Tensor]:
+    """(out) or (dq, dk, dv) of what was attended here, in host memory -> of this rank's tokens, rounded once."""
+    heads = [plan.inside.heads[0], *(plan.inside.heads[1] for _ in stores[1:])]
+    results = [like.new_empty((*like.shape[:2], n, like.shape[3])) for n in heads]
+    for part in plan.parts:
+        arriving = [store.get(tuple(there for there, _ in part.places)) for store in stores]
+        mine = [arrival.wait().to(like.dtype) for arrival in arriving]
+        hands = part.swap.hands
+        for result, x in zip(results, part.swap.to_tokens(mine, [hands.q, *(hands.kv for _ in mine[1:])]), strict=True):
+            for tokens, piece in zip(part.local, x.chunk(len(part.local)), strict=True):
+                result[tokens] = piece
     return results
+
+
+def _put(
+    stores: list[HostStore], results: Sequence[Tensor], tokens: Stretches, plan: Stages, lanes: Lanes
+) -> list[HostStore]:
+    """The stores, made with the first results, with these results put there."""
+    stores = stores or [HostStore.like(x, plan.tokens, lanes) for x in results]
+    size = tokens[0].stop - tokens[0].start
+    places = [(there, slice(index * size, (index + 1) * size)) for index, there in enumerate(tokens)]
+    for store, x in zip(stores, results, strict=True):
+        store.put(x, places)
+    return stores

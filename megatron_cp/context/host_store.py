@@ -1,25 +1,28 @@
-"""Where chunks wait in host memory: copied beside the computation, ordered by events; the host itself never waits."""
+"""Where tokens wait in host memory: copied beside the computation, ordered by events; the host itself never waits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Stretches = tuple[slice, ...]
+Event = torch.cuda.Event | None
+
 
 @torch.library.custom_op("megatron_cp::host_empty", mutates_args=())
-def host_empty(like: Tensor, chunks: int) -> Tensor:
-    """Room for `chunks` tensors shaped like `like`: pinned for a GPU's tensors, plain memory for any other device.
+def host_empty(like: Tensor, tokens: int) -> Tensor:
+    """Room for `tokens` tokens such as `like` has: pinned for a GPU's tensors, plain memory for any other device.
 
     An operation of its own, so that whoever counts live memory can tell the store's from the computation's.
     """
     device = torch.device("cpu") if like.is_cuda else like.device
-    return torch.empty((chunks, *like.shape), dtype=like.dtype, device=device, pin_memory=like.is_cuda)
+    return torch.empty((tokens, *like.shape[1:]), dtype=like.dtype, device=device, pin_memory=like.is_cuda)
 
 
 @host_empty.register_fake
-def _(like: Tensor, chunks: int) -> Tensor:
-    return like.new_empty((chunks, *like.shape))
+def _(like: Tensor, tokens: int) -> Tensor:
+    return like.new_empty((tokens, *like.shape[1:]))
 
 
 HOST_EMPTY = torch.ops.megatron_cp.host_empty.default
@@ -27,13 +30,13 @@ HOST_EMPTY = torch.ops.megatron_cp.host_empty.default
 
 @dataclass(frozen=True)
 class Arrival:
-    """A chunk on its way from the host."""
+    """Tokens on their way from the host."""
 
     tensor: Tensor
-    event: torch.cuda.Event | None
+    event: Event
 
     def wait(self) -> Tensor:
-        """The chunk; what is computed from here on waits for it."""
+        """The tokens; what is computed from here on waits for them."""
         if self.event is not None:
             torch.cuda.current_stream(self.tensor.device).wait_event(self.event)
         return self.tensor
@@ -46,77 +49,90 @@ class Lanes:
         self.device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
 
-    def down(self, host: Tensor, tensor: Tensor) -> torch.cuda.Event | None:
-        """Copy to the host once `tensor` is computed; the event says when it is there."""
+    def down(self, tensor: Tensor, copies: Sequence[tuple[Tensor, slice]]) -> Event:
+        """Copy these stretches of `tensor` to host memory once it is computed; the event says when they are there."""
         if not self._streams:
-            host.copy_(tensor)
+            for host, tokens in copies:
+                host.copy_(tensor[tokens])
             return None
         stream, tensor = self._streams[0], tensor.contiguous()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            host.copy_(tensor, non_blocking=True)
+            for host, tokens in copies:
+                host.copy_(tensor[tokens], non_blocking=True)
         # its memory is not given to anybody else before it is read
         tensor.record_stream(stream)
         return stream.record_event()
 
-    def up(self, host: Tensor, written: torch.cuda.Event | None) -> Arrival:
-        """Copy from the host once it has been `written`, beside whatever is computed after this call."""
-        here = torch.empty_like(host, device=self.device)
+    def up(self, hosts: Sequence[Tensor], after: Sequence[Event]) -> Arrival:
+        """Copy from host memory, one after the other, after these events and beside what is computed after the call."""
+        here = hosts[0].new_empty((sum(map(len, hosts)), *hosts[0].shape[1:]), device=self.device)
+        pieces = list(zip(here.split([len(host) for host in hosts]), hosts, strict=True))
         if not self._streams:
-            return Arrival(here.copy_(host), None)
+            for piece, host in pieces:
+                piece.copy_(host)
+            return Arrival(here, None)
         stream = self._streams[1]
         # earlier computation may still read the memory that `here` was given
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        if written is not None:
-            stream.wait_event(written)
+        for event in after:
+            if event is not None:
+                stream.wait_event(event)
         with torch.cuda.stream(stream):
-            here.copy_(host, non_blocking=True)
+            for piece, host in pieces:
+                piece.copy_(host, non_blocking=True)
         return Arrival(here, stream.record_event())
 
     def settle(self) -> None:
-        """What is computed from here on, in other passes too, waits for the copies to the host."""
+        """What is computed from here on, in later passes too, waits for the copies to the host."""
         for stream in self._streams:
             torch.cuda.current_stream(self.device).wait_stream(stream)
 
 
 class HostStore:
-    """Equally shaped chunks in host memory; `memory` [chunks ...] may come from another store of an earlier pass."""
+    """Tokens in host memory; `memory` [tokens ...] may be that of a store of an earlier pass."""
 
     def __init__(self, memory: Tensor, lanes: Lanes) -> None:
         self.memory = memory
         self._lanes = lanes
-        self._written: dict[int, torch.cuda.Event | None] = {}
+        self._written: dict[slice, Event] = {}
 
     @classmethod
-    def like(cls, chunk: Tensor, chunks: int, lanes: Lanes) -> "HostStore":
-        """Room for `chunks` tensors shaped like `chunk`."""
-        return cls(HOST_EMPTY(chunk, chunks), lanes)
+    def like(cls, x: Tensor, tokens: int, lanes: Lanes) -> "HostStore":
+        """Room for `tokens` tokens such as x has."""
+        return cls(HOST_EMPTY(x, tokens), lanes)
 
-    def put(self, chunk: int, tensor: Tensor) -> None:
-        """Start to copy `tensor` to the host; it may be dropped at once."""
-        self._written[chunk] = self._lanes.down(self.memory[chunk], tensor)
+    def put(self, x: Tensor, places: Sequence[tuple[slice, slice]]) -> None:
+        """Start to copy tokens of x to the host, to the first slice of a place from the second; x may be dropped."""
+        event = self._lanes.down(x, [(self.memory[there], here) for there, here in places])
+        self._written.update((there, event) for there, _ in places)
 
-    def get(self, chunk: int) -> Arrival:
-        """Start to copy a chunk from the host, after what was put there last."""
-        return self._lanes.up(self.memory[chunk], self._written.get(chunk))
+    def get(self, tokens: Stretches) -> Arrival:
+        """Start to copy these tokens from the host, after what was put there."""
+        events = [
+            event
+            for put, event in self._written.items()
+            if any(put.start < wanted.stop and wanted.start < put.stop for wanted in tokens)
+        ]
+        return self._lanes.up([self.memory[wanted] for wanted in tokens], events)
 
-    def has(self, chunk: int) -> bool:
-        """Whether this store's own `put` was called for the chunk."""
-        return chunk in self._written
+    def has(self, tokens: Stretches) -> bool:
+        """Whether just these stretches were put here, by this store."""
+        return all(stretch in self._written for stretch in tokens)
 
 
-def visits(chunks: list[int], stores: list[HostStore], partial: list[HostStore]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Each of `chunks` from every store, and from the `partial` ones where they have it; the next one is on its way.
+def visits(wanted: Sequence[Stretches], stores: list[HostStore], partial: list[HostStore]) -> Iterator[list[Tensor]]:
+    """The wanted tokens of every store, and of the `partial` ones where they have them; the next are on their way.
 
-    Two chunks of each store are alive at a time; the list is emptied when the next one is asked for.
+    Two sets of tokens of each store are alive at a time: a list is emptied when the next one is asked for.
     """
 
-    def fetch(chunk: int) -> list[Arrival]:
-        return [store.get(chunk) for store in (*stores, *(store for store in partial if store.has(chunk)))]
+    def fetch(tokens: Stretches) -> list[Arrival]:
+        return [store.get(tokens) for store in (*stores, *(store for store in partial if store.has(tokens)))]
 
-    arriving = fetch(chunks[0])
-    for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
+    arriving = fetch(wanted[0])
+    for after in (*wanted[1:], None):
         here = [arrival.wait() for arrival in arriving]
         arriving = [] if after is None else fetch(after)
-        yield chunk, here
+        yield here
         here.clear()

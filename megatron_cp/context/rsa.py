@@ -50,7 +50,8 @@ def attention_probabilities(
     with torch.no_grad():
         task = _rsa_task(q, k, k, plan, bias)
         scores = _scores(q, k, bias, task)
-        return _weights(scores, scores.logsumexp(-1)).flatten(1, 2)
+        weights = _weights(scores, scores.logsumexp(-1)).flatten(1, 2)
+        return torch.empty_like(weights).index_copy_(-1, _columns(task, q), weights)
 
 
 def attend_with_bias(
@@ -119,11 +120,11 @@ def _backward(
         home.start(visitor.block, dk_here, dv_here)
         rows[..., visitor.columns] = dscores
     home.finish()
-    return dq.result(), dk.result(), dv.result(), None if bias is None else _summed_like(bias, rows.flatten(1, 2))
+    return dq.result(), dk.result(), dv.result(), None if bias is None else _bias_gradient(rows, bias, task)
 
 
 class _Visitor(NamedTuple):
-    """Keys or values on a visit: tokens of rank `owner`, in `runs`, from its local token `first` on."""
+    """Keys or values on a visit: tokens of rank `owner`, whose are `runs`, from its local token `first` on."""
 
     owner: int
     first: int
@@ -131,8 +132,13 @@ class _Visitor(NamedTuple):
     runs: Runs
 
     @property
-    def columns(self) -> Tensor:
-        """The positions of the tokens, which are their columns in a row of scores."""
+    def columns(self) -> slice:
+        """Where the tokens stand in a row of scores: rank after rank, all ranks have as many."""
+        start = self.owner * length(self.runs) + self.first
+        return slice(start, start + len(self.x))
+
+    @property
+    def positions(self) -> Tensor:
         return _positions(cut(self.runs, slice(self.first, self.first + len(self.x))), self.x)
 
     @property
@@ -178,12 +184,12 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, task: Task) -> Tensor:
 
 def _piece_of_scores(q: Tensor, visitor: _Visitor, bias: Tensor | None, task: Task) -> Tensor:
     """The scores of s b g r d with a visitor's keys, b g r s t."""
-    scores, columns = torch.einsum("sbgrd,tbgd->bgrst", q, _wide(visitor.x)) * task.scale, visitor.columns
+    scores, positions = torch.einsum("sbgrd,tbgd->bgrst", q, _wide(visitor.x)) * task.scale, visitor.positions
     if bias is not None:
         batch, groups, group, local = scores.shape[:4]
         whole = bias.expand(batch, groups * group, local, _tokens(task))
-        scores = scores + whole[..., columns].unflatten(1, (groups, group))
-    return scores.masked_fill(_hidden(_positions(task.mine, q), columns, task.mask), -torch.inf)
+        scores = scores + whole[..., positions].unflatten(1, (groups, group))
+    return scores.masked_fill(_hidden(_positions(task.mine, q), positions, task.mask), -torch.inf)
 
 
 def _hidden(queries: Tensor, keys: Tensor, mask: Mask) -> Tensor:
@@ -218,8 +224,17 @@ def _positions(runs: Runs, like: Tensor) -> Tensor:
     return torch.cat(pieces) if pieces else torch.arange(0, device=like.device)
 
 
-def _summed_like(bias: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.sum_to_size(bias.shape).to(bias.dtype)
+def _columns(task: Task, like: Tensor) -> Tensor:
+    """The position of each column in a row of scores."""
+    return torch.cat([_positions(runs, like) for runs in task.runs])
+
+
+def _bias_gradient(rows: Tensor, bias: Tensor, task: Task) -> Tensor:
+    """The gradient of scores, added up over the dims in which the bias was broadcast, columns in sequence order."""
+    if bias.shape[-1] == 1:
+        return rows.flatten(1, 2).sum_to_size(bias.shape).to(bias.dtype)
+    summed = rows.flatten(1, 2).sum_to_size((*bias.shape[:3], rows.shape[-1])).to(bias.dtype)
+    return torch.empty_like(summed).index_copy_(-1, _columns(task, bias), summed)
 
 
 def _wide(x: Tensor) -> Tensor:
