@@ -83,7 +83,7 @@ BACKENDS = Registry(
         Backend(
             "double-ring",
             "megatron_cp.context.double_ring",
-            "arXiv:2406.18485, 4.4",
+            "arXiv:2406.18485",
             "rings of K and V inside windows of ranks, and between the windows meanwhile",
             "2W(w-1)U inside + 2(W-1)U between, p = w W, causal 3/4 of it",
             aliases=("double_ring",),

@@ -6,7 +6,7 @@ w ranks in a window and W windows, p = w W, a pass sends per rank 2 W (w - 1) U 
 between them, 2 (p - 1) U together as in a single ring; the backward pass sends that once for K and V and once for
 their gradients. Under a causal mask on the zigzag layout each part is 3/4 of this, summed over the ranks.
 
-Source: Gu et al. 2024 (LoongTrain), arXiv:2406.18485, section 4.4. There dK and dV circulate behind their blocks; here
+Source: Gu et al. 2024 (LoongTrain), arXiv:2406.18485. There dK and dV circulate behind their blocks; here
 the ranks of a window send them to the one that brought the block into the window, and it sends their sum home.
 """
 

@@ -11,8 +11,8 @@ travel whole under any mask.
 
 The team is the inner axis of the hierarchical sizes; without these the C that sends least is taken.
 
-Source: Liu et al. 2024, arXiv:2407.00611 (first named WallFacer); the backward pass is derived here. Backend
-`wallfacer` on a grid of C x p / C has tiles as large without (2) and without gathering K and V.
+Source: Liu et al. 2024, arXiv:2407.00611 (first named WallFacer); which teams share a ring, and the backward pass, are
+derived here. Backend `wallfacer` on a grid of C x p / C has tiles as large without (2) and without gathering K and V.
 """
 
 from collections.abc import Iterator, Sequence
