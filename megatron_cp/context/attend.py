@@ -18,7 +18,7 @@ from megatron_cp.context.layouts import LAYOUTS, Layout
 from megatron_cp.context.layouts import layout as positions
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.context.relayout import relayout
-from megatron_cp.context.task import Axes, Chunks, Saved, Task
+from megatron_cp.context.task import Axes, Chunks, Task
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import Kernel, choose
 from megatron_cp.registry import suggest
@@ -133,6 +133,8 @@ class _Attend(torch.autograd.Function):
         out, saved = loop.forward(q, k, v, task)
         ctx.save_for_backward(*saved)
         ctx.loop, ctx.task, ctx.outside = loop, task, outside
+        # a backend with a number of tensors of its own saves a bare tuple
+        ctx.remake = getattr(saved, "_make", tuple)
         return relayout([out], task.runs, outside, task.fabric)[0]
 
     @staticmethod
@@ -140,7 +142,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         task, outside = ctx.task, ctx.outside
         (dout,) = relayout([dout], outside, task.runs, task.fabric)
-        grads = ctx.loop.backward(dout, Saved(*ctx.saved_tensors), task)
+        grads = ctx.loop.backward(dout, ctx.remake(ctx.saved_tensors), task)
         return *relayout(grads, task.runs, outside, task.fabric), None, None, None
 
 

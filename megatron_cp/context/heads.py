@@ -1,6 +1,6 @@
 """Heads for tokens and back: the exchange of Ulysses, for any number of query heads, KV heads and ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -9,10 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import Fabric
+from megatron_cp.comm import Done, Fabric, Handle
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
 from megatron_cp.context.merge import Sum
 from megatron_cp.kernels import Kernel
+
+CHUNKS = 2
+"""How many parts of a rank's heads follow each other: the exchange of one runs beside the attention of another."""
 
 
 class Hands(NamedTuple):
@@ -40,6 +43,81 @@ def deal(heads: int, kv_heads: int, ranks: int) -> Hands:
     return Hands(q, tuple(slice(hand.start // group, (hand.stop - 1) // group + 1) for hand in q))
 
 
+class Chunk(NamedTuple):
+    """Part of every rank's hand.
+
+    hands:    the query heads, and the KV heads that these need
+    arriving: which of the KV heads come with the queries; the others are there already
+    leaving:  which of the KV heads have met all of their queries after it
+    """
+
+    hands: Hands
+    arriving: tuple[slice, ...]
+    leaving: tuple[slice, ...]
+
+    def leaves(self, rank: int) -> bool:
+        """Whether KV heads of this rank have met all of their queries."""
+        return self.leaving[rank].start < self.leaving[rank].stop
+
+
+@cache
+def cut(hands: Hands, *, within_group: bool) -> tuple[Chunk, ...]:
+    """Every rank's hand in CHUNKS parts, or in one where some hand is too small.
+
+    Whole KV heads with their queries; a single KV head stays while its queries come in parts if `within_group`.
+    """
+    count = min(CHUNKS, *(_share(q, kv, within_group) for q, kv in zip(*hands, strict=True)))
+    group = _group_size(hands)
+    # ranks of parts -> parts of ranks
+    parts = zip(*(_split(q, kv, count, group) for q, kv in zip(*hands, strict=True)), strict=True)
+    chunks = [Hands(*zip(*part, strict=True)) for part in parts]
+    before, after = [None, *chunks[:-1]], [*chunks[1:], None]
+    return tuple(
+        Chunk(chunk, _not_in(chunk, previous), _not_in(chunk, following))
+        for chunk, previous, following in zip(chunks, before, after, strict=True)
+    )
+
+
+def _share(q: slice, kv: slice, within_group: bool) -> int:
+    """In how many parts a hand can be cut."""
+    kv_heads = kv.stop - kv.start
+    return q.stop - q.start if kv_heads == 1 and within_group else kv_heads
+
+
+def _split(q: slice, kv: slice, count: int, group: int) -> list["_Part"]:
+    if count == 1 or kv.stop - kv.start < count:
+        return [_Part(piece, kv) for piece in _pieces(q, count)]
+    return [
+        _Part(slice(max(q.start, piece.start * group), min(q.stop, piece.stop * group)), piece)
+        for piece in _pieces(kv, count)
+    ]
+
+
+def _pieces(whole: slice, count: int) -> list[slice]:
+    size = whole.stop - whole.start
+    return [slice(a, b) for a, b in pairwise(whole.start + size * index // count for index in range(count + 1))]
+
+
+def _not_in(chunk: Hands, neighbour: Hands | None) -> tuple[slice, ...]:
+    """Each rank's KV heads, none of them where the neighbour has the same."""
+    others = neighbour.kv if neighbour else (None,) * len(chunk.kv)
+    return tuple(slice(0, 0) if kv == other else kv for kv, other in zip(chunk.kv, others, strict=True))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Some heads of all tokens on their way."""
+
+    transfer: Handle
+    buffer: Tensor
+    sizes: tuple[int, ...]
+
+    def wait(self) -> list[Tensor]:
+        """The tensors, in sequence order, views of one buffer."""
+        self.transfer.wait()
+        return list(self.buffer.split(self.sizes, dim=2))
+
+
 @dataclass(frozen=True)
 class Swap:
     """The exchange of heads for tokens among the ranks of a fabric."""
@@ -61,8 +139,20 @@ class Swap:
 
         The results are in sequence order and views of one buffer; the stretches of each rank arrive in their place.
         """
+        return self.start_to_heads(tensors, [self.hands.q, self.hands.kv, self.hands.kv][: len(tensors)]).wait()
+
+    def visits(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[Sequence[slice]]]) -> Iterator[list[Tensor]]:
+        """My heads of all tokens, one chunk after the other; the next one is in flight during the body."""
+        arriving = self.start_to_heads(tensors, dealt[0])
+        for after in (*dealt[1:], None):
+            here = arriving.wait()
+            if after is not None:
+                arriving = self.start_to_heads(tensors, after)
+            yield here
+
+    def start_to_heads(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[slice]]) -> Arrival:
+        """Send every rank the heads that it is dealt, of this rank's tokens."""
         fabric, me = self.fabric, self.fabric.rank
-        dealt = [self.hands.q, self.hands.kv, self.hands.kv][: len(tensors)]
         hands = [
             torch.cat([x[:, :, hand[rank]] for x, hand in zip(tensors, dealt, strict=True)], 2)
             for rank in range(fabric.size)
@@ -76,53 +166,108 @@ class Swap:
                 sends += [(hands[peer][local], peer) for peer in range(fabric.size) if peer != me]
             else:
                 recvs.append((buffer[where], rank))
-        fabric.exchange(sends, recvs).wait()
-        return list(buffer.split([hand[me].stop - hand[me].start for hand in dealt], dim=2))
+        sizes = tuple(hand[me].stop - hand[me].start for hand in dealt)
+        return Arrival(fabric.exchange(sends, recvs), buffer, sizes)
 
     def to_tokens(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[slice]]) -> list[Tensor]:
         """My heads of all tokens -> all heads of this rank's tokens; heads on several ranks are added in float32."""
-        arrived = self._collect(torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0].contiguous(), dealt)
-        results = []
-        for index, tensor in enumerate(tensors):
-            hands = dealt[index]
-            pieces = [pieces[index] for pieces in arrived]
-            if all(left.stop == right.start for left, right in pairwise(hands)):
-                results.append(torch.cat(pieces, 2))
-            else:
-                results.append(_add_heads(pieces, hands, tensor))
-        return results
+        home = Homeward(self, dealt)
+        home.start(tensors, dealt)
+        return home.results()
 
-    def kernel(self, kernel: Kernel) -> Kernel:
-        """The kernel for my hand: called once per stretch of KV heads that serve equally many of my query heads."""
-        group = _group_size(self.hands)
-        parts = _parts(self.hands.q[self.fabric.rank], self.hands.kv[self.fabric.rank], group)
+    def kernel(self, kernel: Kernel, hands: Hands | None = None) -> Kernel:
+        """The kernel for my part of `hands`, by default my whole hand.
+
+        It is called once per stretch of KV heads that serve equally many of my query heads.
+        """
+        me, held = self.fabric.rank, hands or self.hands
+        parts = _parts(held.q[me], held.kv[me], _group_size(self.hands))
         return kernel if len(parts) == 1 else _UnevenHeads(kernel, parts)
 
-    def _collect(self, mine: Tensor, dealt: Sequence[Sequence[slice]]) -> list[list[Tensor]]:
-        """Per rank, its heads of my tokens, one tensor per deal."""
-        fabric, me = self.fabric, self.fabric.rank
-        sizes = [[hands[rank].stop - hands[rank].start for hands in dealt] for rank in range(fabric.size)]
-        tokens = sum(local.stop - local.start for rank, local, _ in self.places if rank == me)
-        shape = (tokens, mine.shape[1])
-        arrived = [mine.new_empty((*shape, sum(sizes[rank]), mine.shape[3])) for rank in range(fabric.size)]
+
+class Homeward:
+    """My heads of all tokens on their way back, one batch in flight; results have all heads of this rank's tokens.
+
+    dealt: each rank's whole hand, per tensor; heads in several hands are added in float32
+    """
+
+    def __init__(self, swap: Swap, dealt: Sequence[Sequence[slice]]) -> None:
+        self._swap, self._dealt = swap, dealt
+        self._results: list[_Apart | _Added] = []
+        self._transfer: Handle = Done()
+        self._arriving: list[Tensor] = []
+        self._parts: Sequence[Sequence[slice]] = ()
+
+    def start(self, tensors: Sequence[Tensor], parts: Sequence[Sequence[slice]]) -> None:
+        """Send these heads, `parts` of the ranks' hands, after the batch before them has been put in place."""
+        self.finish()
+        swap, me = self._swap, self._swap.fabric.rank
+        mine = torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0].contiguous()
+        tokens = sum(local.stop - local.start for rank, local, _ in swap.places if rank == me)
+        if not self._results:
+            self._results = [_room(mine[:tokens], hands) for hands in self._dealt]
+        heads = [sum(hands[rank].stop - hands[rank].start for hands in parts) for rank in range(swap.fabric.size)]
+        self._arriving = [mine.new_empty((tokens, mine.shape[1], count, mine.shape[3])) for count in heads]
+        self._parts = parts
+        self._transfer = self._exchange(mine)
+
+    def _exchange(self, mine: Tensor) -> Handle:
+        fabric, me = self._swap.fabric, self._swap.fabric.rank
         sends, recvs = [], []
-        for rank, local, where in self.places:
+        for rank, local, where in self._swap.places:
             if rank != me:
                 sends.append((mine[where], rank))
                 continue
-            arrived[me][local] = mine[where]
-            recvs += [(arrived[peer][local], peer) for peer in range(fabric.size) if peer != me]
-        fabric.exchange(sends, recvs).wait()
-        return [list(tensor.split(sizes[rank], dim=2)) for rank, tensor in enumerate(arrived)]
+            self._arriving[me][local] = mine[where]
+            recvs += [(self._arriving[peer][local], peer) for peer in range(fabric.size) if peer != me]
+        return fabric.exchange(sends, recvs)
+
+    def finish(self) -> None:
+        """Wait for the batch in flight and put it in place."""
+        self._transfer.wait()
+        for rank, tensor in enumerate(self._arriving):
+            sizes = [hands[rank].stop - hands[rank].start for hands in self._parts]
+            for result, hands, heads in zip(self._results, self._parts, tensor.split(sizes, dim=2), strict=True):
+                result.add(hands[rank], heads)
+        self._arriving = []
+
+    def results(self) -> list[Tensor]:
+        """One tensor per deal, once everything has arrived."""
+        self.finish()
+        return [result.result() for result in self._results]
 
 
-def _add_heads(pieces: Sequence[Tensor], hands: Sequence[slice], like: Tensor) -> Tensor:
-    heads = hands[-1].stop
-    total = Sum(like.new_empty((heads, *pieces[0].shape[:2], pieces[0].shape[3])))
-    for piece, hand in zip(pieces, hands, strict=True):
+class _Apart:
+    """Heads that each come from one rank."""
+
+    def __init__(self, like: Tensor, heads: int) -> None:
+        self._all = like.new_empty((*like.shape[:2], heads, like.shape[3]))
+
+    def add(self, heads: slice, part: Tensor) -> None:
+        self._all[:, :, heads] = part
+
+    def result(self) -> Tensor:
+        return self._all
+
+
+class _Added:
+    """Heads of which several ranks have a part."""
+
+    def __init__(self, like: Tensor, heads: int) -> None:
+        # heads first, so that they are the rows of a sum
+        self._sum = Sum(like.new_empty((heads, *like.shape[:2], like.shape[3])))
+
+    def add(self, heads: slice, part: Tensor) -> None:
         # s b g d -> g s b d
-        total.add(hand, piece.movedim(2, 0))
-    return total.result().movedim(0, 2)
+        self._sum.add(heads, part.movedim(2, 0))
+
+    def result(self) -> Tensor:
+        return self._sum.result().movedim(0, 2)
+
+
+def _room(like: Tensor, hands: Sequence[slice]) -> _Apart | _Added:
+    alone = all(left.stop == right.start for left, right in pairwise(hands))
+    return (_Apart if alone else _Added)(like, hands[-1].stop)
 
 
 class _Part(NamedTuple):
