@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -137,6 +138,34 @@ class Members:
         return self._whole.exchange(sends, recvs)
 
 
+class Wire:
+    """Point to point over a communicator of its own: between two ranks messages arrive in the order they were sent."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+
+    def send(self, tensor: Tensor, peer: int) -> Transfer:
+        return _Works([dist.isend(tensor, group=self._group, group_dst=peer)], [(tensor, peer)])
+
+    def receive(self, buffer: Tensor, peer: int) -> Transfer:
+        return _Works([dist.irecv(buffer, group=self._group, group_src=peer)], [])
+
+
+def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None) -> list[Wire]:
+    """`count` communicators of the group's ranks, numbered as in it.
+
+    Every process of the run calls this together, each with its own group: only then do all agree on the names of the
+    new groups, whatever other groups some of them belong to.
+    """
+    members = tuple(dist.get_process_group_ranks(group))
+    assert list(members) == sorted(members), f"a new group would number the ranks {members} differently"
+    found: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, members)
+    made = {ranks: [dist.new_group(list(ranks), timeout) for _ in range(count)] for ranks in sorted(set(found))}
+    return [Wire(new) for new in made[members]]
+
+
 @contextmanager
 def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator[GroupFabric]:
     """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together."""
@@ -151,8 +180,9 @@ def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator
 class _Works:
     """Requests of one batch; holds on to what is being sent."""
 
-    def __init__(self, works: list[dist.Work], sends: Sequence[Message]) -> None:
-        self._works, self._sends = works, sends
+    def __init__(self, works: Sequence[dist.Work | None], sends: Sequence[Message]) -> None:
+        # None is what a rank outside the group gets
+        self._works, self._sends = [work for work in works if work], sends
 
     def wait(self) -> None:
         for work in self._works:

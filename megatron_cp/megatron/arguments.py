@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.build import build
+from megatron_cp.pipeline.schedule import BadSchedule
 from megatron_cp.registry import suggest
 
 HEAD_FIRST = "head-first"
@@ -161,6 +163,24 @@ def check_schedule(args: Any) -> None:
     for feature in SCHEDULE_UNSUPPORTED:
         if feature.asked(args):
             raise ValueError(f"--pp-schedule {name} does not do {feature.what}; {feature.way_out}")
+
+
+def check_table(args: Any) -> None:
+    """Refuse sizes that `--pp-schedule` has no table for, once Megatron has worked them out; ValueError in one line."""
+    name = _read(args, "pp_schedule")
+    if name is None:
+        return
+    chunks = _read(args, "virtual_pipeline_model_parallel_size") or 1
+    if SCHEDULES.get(name).chunks is None and chunks == 1:
+        raise ValueError(
+            f"--pp-schedule {name} needs more than one chunk per rank, got 1; "
+            f"add --num-virtual-stages-per-pipeline-rank 2 or take zb-h1"
+        )
+    micros = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    try:
+        build(name, args.pipeline_model_parallel_size, micros, chunks)
+    except BadSchedule as bad:
+        raise ValueError(f"--pp-schedule {name} {bad.reason}") from bad
 
 
 def check(args: Any) -> None:

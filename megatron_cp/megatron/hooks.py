@@ -76,7 +76,7 @@ def _refuse_words(parser: Any, message: str) -> None:
 
 def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.arguments import check, check_schedule
+        from megatron_cp.megatron.arguments import check, check_schedule, check_table
         from megatron_cp.megatron.launch import check_inputs, complete, has_our_layers
 
         try:
@@ -86,6 +86,7 @@ def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
                 check(args)
             check_schedule(args)
             result = old(args, *rest, **kwargs)
+            check_table(args)
             check_inputs(args)
         except (ValueError, AssertionError) as error:
             raise BadArguments(one_line(error)) from error

@@ -7,6 +7,7 @@ blocks for one forward and one backward; only the order, the transfers and the s
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_cp.comm import GroupFabric
+from megatron_cp.comm import wires
 from megatron_cp.megatron.launch import say
 from megatron_cp.megatron.layers import global_args
 from megatron_cp.megatron.linear import queue_in_force
@@ -23,7 +24,8 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import uniform
-from megatron_cp.pipeline.execute import Channels, Executor, Observe, forward_only, lower
+from megatron_cp.pipeline.execute import Channels, Executor, Observe, forward_only, lower, ways
+from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import simulate
 from megatron_cp.pipeline.split_backward import WeightQueue
@@ -199,7 +201,7 @@ class Pipeline:
         rank = call.groups.pp.rank()
         actions = schedule.table[rank]
         if self._channels is None:
-            self._channels = Channels(GroupFabric(call.groups.pp), schedule.placement)
+            self._channels = connect(call.groups.pp, schedule.placement)
         call.window = most_in_flight(actions)
         queue = queue_in_force() if any(action.kind == INPUT for action in actions) else None
         last = len(schedule.placement.rank_of) - 1
@@ -225,6 +227,13 @@ class Pipeline:
     def _announce(self, schedule: Schedule) -> None:
         for line in describe(schedule):
             say(line)
+
+
+def connect(group: Any, placement: Placement) -> Channels:
+    """The communicators of this rank's pipeline; all ranks of the run connect together."""
+    minutes = getattr(global_args(), "distributed_timeout_minutes", None)
+    timeout = timedelta(minutes=minutes) if minutes else None
+    return Channels(placement, group.rank(), wires(group, len(ways(placement)), timeout))
 
 
 def describe(schedule: Schedule) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -28,14 +28,12 @@ from megatron_cp.pipeline.schedules.order import in_groups
 Cell = tuple[int, int]
 
 
-class Wires(Protocol):
-    """The pipeline's ranks, as seen by one of them: a fabric whose transfers can be asked whether they are over."""
+class Wire(Protocol):
+    """A communicator of the pipeline's ranks, numbered from its first stage's rank on."""
 
-    rank: int
+    def send(self, tensor: Tensor, peer: int) -> Transfer: ...
 
-    def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Transfer: ...
-
-    def subset(self, ranks: Sequence[int]) -> Self: ...
+    def receive(self, buffer: Tensor, peer: int) -> Transfer: ...
 
 
 class Stages(Protocol):
@@ -79,42 +77,36 @@ def forward_only(placement: Placement, m: int) -> Schedule:
     return add_transfers(Schedule("forward only", placement, m, table))
 
 
-class Line(NamedTuple):
-    """A way from one rank to another, for activations (F) or gradients (B), with a communicator of its own."""
+class Way(NamedTuple):
+    """Up or down the ranks, with activations (F) or gradients (B): each has a communicator of its own.
 
-    source: int
-    target: int
+    Between two ranks a way runs in one direction only. So a message waits for messages of its own way and pair only,
+    and all that the two sides must agree on is the order of these.
+    """
+
+    up: bool
     kind: str
 
 
+def ways(placement: Placement) -> list[Way]:
+    """The ways that stages on `placement` need, the same list on all ranks."""
+    hops = [(here, there) for here, there in pairwise(placement.rank_of) if here != there]
+    forward = {Way(here > there, FORWARD) for here, there in hops}
+    return sorted(forward | {Way(here < there, FULL) for here, there in hops})
+
+
 class Channels:
-    """The lines that begin or end at this rank.
+    """This rank's end of every way; `wires` are in the order of `ways(placement)`."""
 
-    Each is a group of two ranks and one direction, so a message waits for messages of its own line only, and the two
-    sides of a line need to agree on nothing but its own order. All ranks of the fabric make their channels together.
-    """
-
-    def __init__(self, fabric: Wires, placement: Placement) -> None:
-        rank_of = placement.rank_of
-        hops = {(here, there) for here, there in pairwise(rank_of) if here != there}
-        lines = {Line(*hop, FORWARD) for hop in hops} | {Line(*hop[::-1], FULL) for hop in hops}
-        # one order for all ranks, or they would wait for each other in making the groups
-        mine = sorted(line for line in lines if fabric.rank in line[:2])
-        self._rank = fabric.rank
-        self._pairs = {line: fabric.subset(_members(line)) for line in mine}
+    def __init__(self, placement: Placement, rank: int, wires: Sequence[Wire]) -> None:
+        self._rank = rank
+        self._wires = dict(zip(ways(placement), wires, strict=True))
 
     def send(self, target: int, kind: str, tensor: Tensor) -> Transfer:
-        pair = self._pairs[Line(self._rank, target, kind)]
-        return pair.exchange([(tensor, 1 - pair.rank)], [])
+        return self._wires[Way(self._rank > target, kind)].send(tensor, target)
 
     def receive(self, source: int, kind: str, buffer: Tensor) -> Transfer:
-        pair = self._pairs[Line(source, self._rank, kind)]
-        return pair.exchange([], [(buffer, 1 - pair.rank)])
-
-
-def _members(line: Line) -> tuple[int, int]:
-    # in opposite order for gradients: an in-process fabric tells groups apart by their members
-    return (line.source, line.target) if line.kind == FORWARD else (line.target, line.source)
+        return self._wires[Way(source > self._rank, kind)].receive(buffer, source)
 
 
 class _Arrival(NamedTuple):

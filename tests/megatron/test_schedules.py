@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from megatron_cp.megatron.rebind import replace, restore
+from megatron_cp.pipeline.passes import check
+from megatron_cp.pipeline.schedule import parse
 from tests.megatron.pretraining import global_names, losses_of_each_iteration, start_from_names, tiny
 from tests.ranks import run_ranks
 
@@ -106,3 +109,48 @@ def test_combined_with_other_features_trains_as_megatrons_own(megatrons_own, cas
     world_size, flags = COMBINED[case]
     both = (TWO, *([CHUNKS] if schedule == "izb" else []), *flags)
     assert_bit_equal(run(world_size, *both, f"--pp-schedule {schedule}"), megatrons_own(world_size, *both))
+
+
+FOUR = "--pipeline-model-parallel-size 4 --global-batch-size 16"
+
+
+MIXED = """
+0F0 0F1 0B0 0F2 0I1 0F3 0I2 0W1 0W2 0B3
+1F0 1B0 1F1 1I1 1F2 1I2 1W1 1F3 1W2 1B3
+"""
+
+
+def trained_with_a_table(flags, text):
+    """The same with the table of this text in the place of the named schedule's."""
+    done = replace("megatron_cp.megatron.schedule:build", lambda _: lambda name, *sizes: check(parse(text, name)))
+    try:
+        return trained(flags)
+    finally:
+        restore(done)
+
+
+def test_whole_and_split_backwards_in_one_step_train_as_1f1b(megatrons_own):
+    flags = tiny(MODEL, TWO, "--pp-schedule zb-h1")
+    ranks = run_ranks(2, trained_with_a_table, flags, MIXED)
+    log = next(log for log, _ in ranks if log[0]["loss"] is not None)
+    assert_bit_equal((log, [parameters for _, parameters in ranks]), megatrons_own(2, TWO))
+
+
+def test_four_ranks_train_as_1f1b(megatrons_own):
+    assert_bit_equal(run(4, FOUR, "--pp-schedule zb-h1"), megatrons_own(4, FOUR))
+
+
+def test_four_ranks_train_as_interleaved(megatrons_own):
+    chunks = (FOUR, CHUNKS, "--num-layers 8")
+    assert_bit_equal(run(4, *chunks, "--pp-schedule izb"), megatrons_own(4, *chunks))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_fewer_microbatches_than_ranks_train_as_1f1b(megatrons_own, schedule):
+    few = "--pipeline-model-parallel-size 4 --global-batch-size 4"
+    assert_bit_equal(run(4, few, f"--pp-schedule {schedule}"), megatrons_own(4, few))
+
+
+def test_uneven_stages_train_as_1f1b(megatrons_own):
+    uneven = (TWO, "--decoder-first-pipeline-num-layers 3")
+    assert_bit_equal(run(2, *uneven, "--pp-schedule zb-h1"), megatrons_own(2, *uneven))
