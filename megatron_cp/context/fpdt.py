@@ -125,11 +125,11 @@ class Stages(NamedTuple):
 
     def attend(self, merge: SoftmaxMerge, q: Tensor, kv: list[Tensor], i: int, j: int) -> None:
         """Merge attention of one pair of segments."""
-        task = replace(self.inside, mask=self.mask(i, j))
+        (k, v), task = kv, replace(self.inside, mask=self.mask(i, j))
         if self.loop is ring:
-            ring.attend_around(merge, q, *kv, task)
+            ring.attend_around(merge, q, k, v, task)
         else:
-            out, saved = self.loop.forward(q, *kv, task)
+            out, saved = self.loop.forward(q, k, v, task)
             merge.add(slice(0, len(q)), out, saved.lse)
 
     def attend_backward(

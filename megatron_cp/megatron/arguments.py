@@ -266,7 +266,8 @@ def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
     heads = (_read(args, "num_attention_heads") or 0) // _read(args, "tensor_model_parallel_size", 1)
     names = {BACKENDS.get(name).name for name in comm_types(args)}
     inner, outer = sizes if sizes and len(sizes) == 2 else (1, 1)
-    degrees = {"ulysses": cp, "usp": inner if _read(args, "cp_placement", HEAD_FIRST) == HEAD_FIRST else outer}
+    usp = inner if _read(args, "cp_placement", HEAD_FIRST) == HEAD_FIRST else outer
+    degrees = {"ulysses": cp, "fpdt": cp, "usp": usp}
     for name in sorted(names & set(degrees)):
         if 0 < heads < degrees[name]:
             raise ValueError(

@@ -18,7 +18,6 @@ from tests.context.test_backends import assert_equals_dense, sharded
 from tests.ranks import run_ranks
 
 MASKS = [(True, None), (False, None), (True, (9, 0)), (False, (3, 11))]
-BYTES = 8
 
 
 @pytest.mark.parametrize(("causal", "window"), MASKS, ids=str)
@@ -34,6 +33,11 @@ def test_chunks_around_every_backend_equal_dense(backend, causal, window):
 def test_any_number_of_chunks_and_heads_equals_dense(heads, kv_heads, chunks):
     task = problem(36, heads, kv_heads, causal=True, batch=1)
     assert_equals_dense(in_process(3, lambda fabric: sharded(fabric, task, "fpdt", chunks=chunks)), task)
+
+
+def test_seven_ranks_equal_dense():
+    task = problem(84, 8, 2, causal=True, batch=1)
+    assert_equals_dense(in_process(7, lambda fabric: sharded(fabric, task, "fpdt", chunks=3)), task)
 
 
 def sent(ranks, backend, causal=True, **choices):
