@@ -51,37 +51,37 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
     Raises ValueError for a number of chunks that does not divide the tokens, and what the backend inside raises.
     """
-    plan, lanes = stages(task), Lanes(q.device)
-    queries, keys, values = stores = _to_host((q, k, v), plan, lanes)
+    work, lanes = chunked(task), Lanes(q.device)
+    queries, keys, values = stores = _to_host((q, k, v), work, lanes)
     results: list[HostStore] = []
-    for i, mine in enumerate(plan.segments):
+    for i, mine in enumerate(work.segments):
         q_i = queries.get(mine).wait()
         merge = SoftmaxMerge(q_i)
-        for j, fetched in plan.visits(i, [keys, values], []):
-            plan.attend(merge, q_i, fetched, i, j)
-        results = _put(results, merge.result(), mine, plan, lanes)
-    (out,) = _from_host(results[:1], q, plan)
+        for j, fetched in work.visits(i, [keys, values], []):
+            work.attend(merge, q_i, fetched, i, j)
+        results = _put(results, merge.result(), mine, work, lanes)
+    (out,) = _from_host(results[:1], q, work)
     lanes.settle()
     return out, Saved(*(store.memory for store in (*stores, *results)))
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv; the loops of the forward pass, sums of dK and dV wait in host memory."""
-    plan, lanes = stages(task), Lanes(dout.device)
-    (douts,) = _to_host((dout,), plan, lanes)
+    work, lanes = chunked(task), Lanes(dout.device)
+    (douts,) = _to_host((dout,), work, lanes)
     queries, keys, values, outs, lses = (HostStore(memory, lanes) for memory in saved)
     dq: list[HostStore] = []
     sums: list[HostStore] = []
-    for i, mine in enumerate(plan.segments):
+    for i, mine in enumerate(work.segments):
         arriving = [store.get(mine) for store in (douts, queries, outs, lses)]
         dout_i, q_i, out_i, lse_i = (arrival.wait() for arrival in arriving)
         dq_i = Sum(q_i)
-        for j, fetched in plan.visits(i, [keys, values], sums):
-            dk_dv_j = plan.attend_backward(dq_i, dout_i, (q_i, out_i, lse_i), fetched, i, j)
-            sums = _put(sums, dk_dv_j, plan.segments[j], plan, lanes)
+        for j, fetched in work.visits(i, [keys, values], sums):
+            dk_dv_j = work.attend_backward(dq_i, dout_i, (q_i, out_i, lse_i), fetched, i, j)
+            sums = _put(sums, dk_dv_j, work.segments[j], work, lanes)
             del dk_dv_j
-        dq = _put(dq, (dq_i.result(),), mine, plan, lanes)
-    dq_, dk, dv = _from_host([*dq, *sums], dout, plan)
+        dq = _put(dq, (dq_i.result(),), mine, work, lanes)
+    dq_, dk, dv = _from_host([*dq, *sums], dout, work)
     return dq_, dk, dv
 
 
@@ -96,7 +96,7 @@ class Part(NamedTuple):
     places: tuple[tuple[slice, slice], ...]
 
 
-class Stages(NamedTuple):
+class Chunked(NamedTuple):
     """What is exchanged, and what is attended by `loop` on `inside`, a task over the positions of the first segment.
 
     tokens: how many there are in host memory
@@ -162,8 +162,8 @@ class NoSwap:
         return list(tensors)
 
 
-def stages(task: Task) -> Stages:
-    """The backend of `task.chunks` taken apart into its exchange and what is between."""
+def chunked(task: Task) -> Chunked:
+    """The backend of `task.chunks` taken apart into its exchange and what is between the two."""
     count, backend = task.chunks or (None, None)
     backend = backend or ulysses
 
@@ -180,7 +180,7 @@ def stages(task: Task) -> Stages:
     segments = cut(whole.runs, len(parts))
     inside = whole.on(whole.fabric, segments.runs[0], whole.kernel)
     loop = ring if backend in (ulysses, usp) else backend
-    return Stages(tuple(parts), segments.tokens, length(whole.mine), segments.shift, inside, loop)
+    return Chunked(tuple(parts), segments.tokens, length(whole.mine), segments.shift, inside, loop)
 
 
 class Cut(NamedTuple):
@@ -248,22 +248,22 @@ def _sees(runs: Layout, mask: Mask) -> bool:
     return any(tiles(queries, keys, mask) for queries in runs for keys in runs)
 
 
-def _to_host(tensors: tuple[Tensor, ...], plan: Stages, lanes: Lanes) -> list[HostStore]:
+def _to_host(tensors: tuple[Tensor, ...], work: Chunked, lanes: Lanes) -> list[HostStore]:
     """(q, k, v) or (dout) of this rank's tokens -> what is attended here, in host memory."""
     stores: list[HostStore] = []
-    for part in plan.parts:
+    for part in work.parts:
         dealt = part.swap.to_heads(*(torch.cat([x[tokens] for tokens in part.local]) for x in tensors))
-        stores = stores or [HostStore.like(x, plan.tokens, lanes) for x in dealt]
+        stores = stores or [HostStore.like(x, work.tokens, lanes) for x in dealt]
         for store, x in zip(stores, dealt, strict=True):
             store.put(x, part.places)
     return stores
 
 
-def _from_host(stores: list[HostStore], like: Tensor, plan: Stages) -> list[Tensor]:
+def _from_host(stores: list[HostStore], like: Tensor, work: Chunked) -> list[Tensor]:
     """(out) or (dq, dk, dv) of what was attended here, in host memory -> of this rank's tokens, rounded once."""
-    heads = [plan.inside.heads[0], *(plan.inside.heads[1] for _ in stores[1:])]
+    heads = [work.inside.heads[0], *(work.inside.heads[1] for _ in stores[1:])]
     results = [like.new_empty((*like.shape[:2], n, like.shape[3])) for n in heads]
-    for part in plan.parts:
+    for part in work.parts:
         arriving = [store.get(tuple(there for there, _ in part.places)) for store in stores]
         mine = [arrival.wait().to(like.dtype) for arrival in arriving]
         hands = part.swap.hands
@@ -274,10 +274,10 @@ def _from_host(stores: list[HostStore], like: Tensor, plan: Stages) -> list[Tens
 
 
 def _put(
-    stores: list[HostStore], results: Sequence[Tensor], tokens: Stretches, plan: Stages, lanes: Lanes
+    stores: list[HostStore], results: Sequence[Tensor], tokens: Stretches, work: Chunked, lanes: Lanes
 ) -> list[HostStore]:
     """The stores, made with the first results, with these results put there."""
-    stores = stores or [HostStore.like(x, plan.tokens, lanes) for x in results]
+    stores = stores or [HostStore.like(x, work.tokens, lanes) for x in results]
     size = tokens[0].stop - tokens[0].start
     places = [(there, slice(index * size, (index + 1) * size)) for index, there in enumerate(tokens)]
     for store, x in zip(stores, results, strict=True):

@@ -7,7 +7,7 @@ from megatron_cp.bench.live import LiveBytes
 from megatron_cp.comm import in_process
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import attend, plan
-from megatron_cp.context.fpdt import CHUNK_TOKENS, FEWEST_CHUNKS, cut, stages
+from megatron_cp.context.fpdt import CHUNK_TOKENS, FEWEST_CHUNKS, chunked, cut
 from megatron_cp.context.layouts import LAYOUTS, layout
 from megatron_cp.context.masks import CAUSAL, Mask
 from megatron_cp.context.task import Chunks, Task
@@ -84,7 +84,7 @@ def test_without_a_number_a_chunk_is_at_most_the_papers(tokens, chunks):
 def test_pairs_of_segments_that_see_nothing_are_left_out(mask, pairs):
     def body(fabric):
         task = Task(fabric, layout("zigzag", 48, 2), mask, 1.0, ReferenceKernel(), (2, 2), chunks=Chunks(4))
-        made = stages(task)
+        made = chunked(task)
         return sum(1 for i in range(4) for _ in made.seen(i))
 
     assert in_process(2, body) == [pairs, pairs]
@@ -139,6 +139,6 @@ def peaks(dtype):
 def test_memory_of_attention_is_that_of_two_chunks_of_ulysses(dtype):
     # dq, dk and dv; the caller gets them from either
     results = 3
-    for whole, *chunked in run_ranks(2, peaks, dtype):
-        for count, peak in zip(COUNTS, chunked, strict=True):
+    for whole, *cut_up in run_ranks(2, peaks, dtype):
+        for count, peak in zip(COUNTS, cut_up, strict=True):
             assert peak - results <= (2 / count + 0.1) * (whole - results), count
