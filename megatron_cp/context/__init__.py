@@ -59,8 +59,8 @@ BACKENDS = Registry(
             "all-gather",
             "megatron_cp.context.all_gather",
             "arXiv:2407.21783, 3.3.2",
-            "every rank gathers all K and V",
-            "2(p-1)U",
+            "every rank gathers K and V, group by group of KV heads",
+            "2(p-1)U, causal 3/4 of it",
             aliases=("all_gather", "allgather"),
         ),
         Backend(

@@ -1,67 +1,129 @@
-"""All-gather of keys and values, as in Llama 3: every rank sees the whole sequence's K and V at once.
+"""All-gather of keys and values, as in Llama 3: every rank has K and V of all tokens that its queries see at once.
+
+It gathers one group of KV heads after the other: the next group is on its way while the current one is computed, and
+in the backward pass the gradients of the one before are on their way home. No rank receives tokens after the last or
+before the first one that it sees, so this is an exchange and no collective, which would bring every rank all of them.
 
 Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2. Traffic, memory: `BACKENDS` in `megatron_cp.context`.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_cp.context.layouts import gathered, length
-from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.comm import Handle
+from megatron_cp.context.heads import pieces
+from megatron_cp.context.layouts import gathered
+from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
+from megatron_cp.context.returns import Due, Leaving, Returns
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
 
+GROUPS = 4
+"""Groups of KV heads, where there are so many; two are alive at a time."""
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; 2 p s b g d elements are alive meanwhile."""
-    merge = SoftmaxMerge(q)
-    task.attend(merge, q, _whole(k, v, task))
-    out, lse = merge.result()
+    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+
+    At most 2 / GROUPS of the gathered sequence's 2 p s b g d elements are alive meanwhile, all with one KV head.
+    """
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
+    for heads, block in _visits(q, k, v, task):
+        merge = SoftmaxMerge(q[:, :, heads.q])
+        task.attend(merge, q[:, :, heads.q], block)
+        out[:, :, heads.q], lse[:, :, heads.q] = merge.result()
+        # makes room for the group after the next
+        del block
     return out, Saved(q, k, v, out, lse)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """dout [s b h d] -> dq, dk, dv; K and V are gathered again, dK and dV are added up in float32 by the owner."""
-    whole = _whole(saved.k, saved.v, task)
-    dq, dk, dv = Sum(saved.q), Sum(whole.k), Sum(whole.v)
-    task.attend_backward(dq, dk, dv, dout, saved, whole)
-    return dq.result(), *_to_owners(dk.result(), dv.result(), task)
+    dq, home = torch.empty_like(saved.q), Returns(task.fabric)
+    totals: list[tuple[Sum, Sum]] = []
+    for heads, block in _visits(saved.q, saved.k, saved.v, task):
+        q, out, lse, dout_i = (x[:, :, heads.q] for x in (saved.q, saved.out, saved.lse, dout))
+        total_q, total_k, total_v = Sum(q), Sum(block.k), Sum(block.v)
+        here = Saved(q, block.k, block.v, out, lse)
+        task.attend_backward(total_q, total_k, total_v, dout_i, here, block)
+        dq[:, :, heads.q] = total_q.result()
+        mine = Sum(saved.k[:, :, heads.kv]), Sum(saved.v[:, :, heads.kv])
+        home.start(*_to_owners(block._replace(k=total_k.result(), v=total_v.result()), mine, task))
+        totals.append(mine)
+        del block, here, total_k, total_v
+    home.finish()
+    dk, dv = (torch.cat([total.result() for total in parts], 2) for parts in zip(*totals, strict=True))
+    return dq, dk, dv
 
 
-def _whole(k: Tensor, v: Tensor, task: Task) -> Block:
-    """K and V of all ranks in sequence order: [S b g d] each."""
-    runs, places = gathered(task.runs)
-    pieces = task.fabric.all_gather(torch.stack((k, v), dim=1))
-    whole_k, whole_v = (k.new_empty((length(runs), *k.shape[1:])) for _ in range(2))
-    for rank, local, where in places:
-        # p s (k v) b g d -> S b g d, twice
-        whole_k[where], whole_v[where] = pieces[rank, local].unbind(1)
-    return Block(task.fabric.rank, 0, whole_k, whole_v, runs)
+class Group(NamedTuple):
+    """KV heads, and the query heads that they serve."""
+
+    q: slice
+    kv: slice
 
 
-def _to_owners(dk: Tensor, dv: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Each owner's sum of what the ranks computed for its tokens; tokens that a rank's queries did not see stay."""
-    fabric, parts = task.fabric, (dk.contiguous(), dv.contiguous())
-    others = [rank for rank in range(fabric.size) if rank != fabric.rank]
-    totals = tuple(Sum(part[: length(task.mine)]) for part in parts)
-    for local, whole in _seen_by(fabric.rank, fabric.rank, task):
-        for total, part in zip(totals, parts, strict=True):
-            total.add(local, part[whole])
-    sends = [
-        (part[whole], owner) for owner in others for _, whole in _seen_by(fabric.rank, owner, task) for part in parts
+def groups(heads: int, kv_heads: int) -> list[Group]:
+    """At most GROUPS groups of whole KV heads."""
+    serves = heads // kv_heads
+    return [
+        Group(slice(part.start * serves, part.stop * serves), part)
+        for part in pieces(slice(0, kv_heads), min(GROUPS, kv_heads))
     ]
-    arriving = [
-        (total, local, dk.new_empty((local.stop - local.start, *dk.shape[1:])), worker)
-        for worker in others
-        for local, _ in _seen_by(worker, fabric.rank, task)
-        for total in totals
-    ]
-    fabric.exchange(sends, [(buffer, worker) for _, _, buffer, worker in arriving]).wait()
-    for total, local, buffer, _ in arriving:
-        total.add(local, buffer)
-    return totals[0].result(), totals[1].result()
+
+
+def _visits(q: Tensor, k: Tensor, v: Tensor, task: Task) -> Iterator[tuple[Group, Block]]:
+    """Each group with what my queries see of its K and V; the next one is in flight during the body."""
+    parts = groups(q.shape[2], k.shape[2])
+    arriving = _gather(k, v, parts[0], task)
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
+        block, transfer = arriving
+        transfer.wait()
+        if after is not None:
+            arriving = _gather(k, v, after, task)
+        yield part, block
+
+
+def _gather(k: Tensor, v: Tensor, heads: Group, task: Task) -> tuple[Block, Handle]:
+    """K and V of these heads and of all tokens that this rank sees, in sequence order, and what brings them."""
+    me, (whole, _) = task.fabric.rank, gathered(task.runs)
+    reach = seen(task.mine, whole, task.mask)
+    # s b (k v) d, so that K and V of a stretch are one message
+    mine = torch.cat([k[:, :, heads.kv], v[:, :, heads.kv]], 2)
+    buffer = mine.new_empty((reach.stop - reach.start, *mine.shape[1:]))
+    sends, recvs = [], []
+    for rank in range(task.fabric.size):
+        if rank != me:
+            sends += [(mine[local], rank) for local, _ in _seen_by(rank, me, task)]
+        for local, where in _seen_by(me, rank, task):
+            here = buffer[where.start - reach.start : where.stop - reach.start]
+            if rank == me:
+                here.copy_(mine[local])
+            else:
+                recvs.append((here, rank))
+    transfer = task.fabric.exchange(sends, recvs)
+    k, v = buffer.chunk(2, dim=2)
+    return Block(me, reach.start, k, v, whole), transfer
+
+
+def _to_owners(grads: Block, mine: tuple[Sum, Sum], task: Task) -> tuple[list[Leaving], list[Due]]:
+    """Each owner adds what the ranks computed for its tokens; this rank's own part is added at once."""
+    me, leaving, due = task.fabric.rank, [], []
+    for rank in range(task.fabric.size):
+        for local, where in _seen_by(me, rank, task):
+            parts = grads.part(where)
+            if rank != me:
+                leaving.append(Leaving(rank, parts))
+                continue
+            for total, part in zip(mine, parts, strict=True):
+                total.add(local, part)
+        if rank != me:
+            stretches = [local for local, _ in _seen_by(rank, me, task)]
+            due += [Due(rank, local, total.room(local), total.add) for local in stretches for total in mine]
+    return leaving, due
 
 
 def _seen_by(worker: int, owner: int, task: Task) -> Iterator[tuple[slice, slice]]:

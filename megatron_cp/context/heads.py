@@ -86,14 +86,15 @@ def _share(q: slice, kv: slice, within_group: bool) -> int:
 
 def _split(q: slice, kv: slice, count: int, group: int) -> list["_Part"]:
     if count == 1 or kv.stop - kv.start < count:
-        return [_Part(piece, kv) for piece in _pieces(q, count)]
+        return [_Part(piece, kv) for piece in pieces(q, count)]
     return [
         _Part(slice(max(q.start, piece.start * group), min(q.stop, piece.stop * group)), piece)
-        for piece in _pieces(kv, count)
+        for piece in pieces(kv, count)
     ]
 
 
-def _pieces(whole: slice, count: int) -> list[slice]:
+def pieces(whole: slice, count: int) -> list[slice]:
+    """A stretch in `count` parts that differ by one at most."""
     size = whole.stop - whole.start
     return [slice(a, b) for a, b in pairwise(whole.start + size * index // count for index in range(count + 1))]
 

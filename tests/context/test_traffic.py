@@ -59,9 +59,11 @@ def test_kv_head_goes_to_each_rank_that_needs_it_and_to_no_other():
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_all_gather_sends_whole_shards_and_gradients_of_what_was_seen(ranks):
+def test_all_gather_sends_what_others_see_and_gradients_of_what_was_seen(ranks):
     bytes_sent, unit = sent(ranks, "all-gather", causal=False)
     assert bytes_sent == [2 * (ranks - 1) * unit * 3] * ranks
+    bytes_sent, unit = sent(ranks, "all-gather", causal=True)
+    assert sum(bytes_sent) == 0.75 * ranks * 2 * (ranks - 1) * unit * 3
 
 
 @pytest.mark.parametrize(("window", "hops"), [(1, 1), (11, 1), (12, 1), (13, 2), (24, 2), (25, 3)])
