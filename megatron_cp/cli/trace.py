@@ -66,7 +66,7 @@ def trace(
         causal,
         None if window is None else (window, 0 if causal else window),
         _dtype(dtype, hardware),
-        _grid(ranks, hierarchical_context_parallel_sizes),
+        _grid(backend, ranks, hierarchical_context_parallel_sizes),
         placement,
         layout,
         chunks,
@@ -101,13 +101,15 @@ def _dtype(asked: str | None, cluster: Cluster) -> str:
     return cluster.dtype
 
 
-def _grid(ranks: int, sizes: tuple[int, int] | None) -> Grid:
+def _grid(backend: str, ranks: int, sizes: tuple[int, int] | None) -> Grid | None:
     if sizes and (sizes[0] * sizes[1] != ranks or min(sizes) < 1):
         raise ValueError(
             f"--hierarchical-context-parallel-sizes {sizes[0]} {sizes[1]} must multiply to --ranks {ranks}; "
             f"possible are {', '.join(f'{n} {ranks // n}' for n in range(1, ranks + 1) if ranks % n == 0)}"
         )
-    return Grid(*sizes) if sizes else most_square(ranks)
+    if sizes:
+        return Grid(*sizes)
+    return most_square(ranks) if BACKENDS.get(backend).needs_grid else None
 
 
 def _measured(recorded: Trace) -> Seconds:

@@ -104,7 +104,10 @@ def _rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ..
     leaves = tuple(tensor.requires_grad_() for tensor in (q, k, v))
     with Recorder(*leaves, dout) as recorder:
         fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank)
-        out = attend(*leaves, plan_on(problem, fabric, RecordingKernel(recorder)))
+        made = plan_on(problem, fabric, RecordingKernel(recorder))
+        # what ranks agree on once, at a plan's first use, is no part of the loop
+        made.met.append(tuple(q.shape))
+        out = attend(*leaves, made)
         forward = recorder.take()
         out.backward(dout)
         return forward, recorder.take()
@@ -154,11 +157,13 @@ class Recorder(LiveBytes):
             self._append(Touch(self._touched))
         self._append(event)
 
-    def post(self, group: tuple[int, ...], sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
-        """Note a batch of messages; the handle notes the wait."""
+    def post(
+        self, group: tuple[int, ...], sends: Sequence[Message], recvs: Sequence[Message], buffers: Sequence[object]
+    ) -> Handle:
+        """Note a batch of messages; the handle notes the wait, and holds on to the buffers until then."""
         batch, self._batches = self._batches, self._batches + 1
         self.note(Post(batch, group, tuple(sends), tuple(recvs)))
-        return _Pending(self, batch)
+        return _Pending(self, batch, buffers)
 
     def take(self) -> tuple[Step, ...]:
         """What was noted since the last time, closed by what was touched at the end."""
@@ -171,15 +176,15 @@ class Recorder(LiveBytes):
         self._touched, self.peak = 0, self.now
 
 
-# they reserve memory and write nothing
-_MAKE_ONLY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "host_empty")
+# they reserve memory and write nothing, or are views that do not say so
+_UNTOUCHED = "empty empty_like new_empty empty_strided new_empty_strided host_empty _unsafe_view".split()
 
 
 @cache
 def _kind(func: Any) -> str:
     """What an operation does without data: "free" touches nothing, "in place" makes nothing, "new" one tensor."""
     name, arguments, results = func.overloadpacket.__name__, func._schema.arguments, func._schema.returns
-    if func.is_view or name in _MAKE_ONLY:
+    if func.is_view or name in _UNTOUCHED:
         return "free"
     changed = arguments[0].alias_info if arguments else None
     if name.endswith("_") and changed is not None and changed.is_write:
@@ -206,7 +211,7 @@ class RecordingFabric:
         if not sends and not recvs:
             return Done()
         self.sent += sum(_bytes(tensor) for tensor, _ in sends)
-        return self._recorder.post(self._members, self._messages(sends), self._messages(recvs))
+        return self._recorder.post(self._members, self._messages(sends), self._messages(recvs), [*sends, *recvs])
 
     def all_gather(self, local: Tensor) -> Tensor:
         # as the flat buffer of a process group: room for all, one's own part copied into it
@@ -226,13 +231,17 @@ class RecordingFabric:
 class _Pending:
     """A batch under way; a second wait is nothing."""
 
-    def __init__(self, recorder: Recorder, batch: int) -> None:
+    def __init__(self, recorder: Recorder, batch: int, buffers: Sequence[object]) -> None:
         self._recorder, self._batch, self._waited = recorder, batch, False
+        self._buffers = buffers
 
     def wait(self) -> None:
         if not self._waited:
             self._recorder.note(Wait(self._batch))
-        self._waited = True
+        self._waited, self._buffers = True, ()
+
+    def done(self) -> bool:
+        return False
 
 
 class RecordingKernel:

@@ -1,4 +1,4 @@
-"""Pictures of a context-parallel algorithm on a cluster: timelines of the ranks, memory over time, who sends to whom."""
+"""Pictures of a context-parallel algorithm on a cluster: the ranks' timelines, memory over time, who sends to whom."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -29,10 +29,9 @@ def draw(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
     problem, ranks = trace.problem, trace.problem.ranks
     height = 1.5 + 0.16 * max(8, min(ranks, 64))
     figure = Figure(figsize=(15, height + 7.5), layout="constrained")
-    figure.suptitle(
-        f"{problem.backend}, {ranks} ranks, S = {problem.seq}, {problem.heads} query heads, {problem.kv_heads} KV heads, "
-        f"{'causal' if problem.causal else 'full'}"
-    )
+    heads = f"{problem.heads} query heads, {problem.kv_heads} KV heads"
+    mask = f"{'causal' if problem.causal else 'full'}{', in a window' if problem.window else ''}"
+    figure.suptitle(f"{problem.backend}, {ranks} ranks, S = {problem.seq}, {heads}, {mask}")
     grid = figure.add_gridspec(3, 2, height_ratios=[height, 2.5, 4.5])
     for column, (name, run) in enumerate({"forward": trace.forward, "backward": trace.backward}.items()):
         _timeline(figure.add_subplot(grid[0, column]), name, runs[name])
@@ -62,7 +61,7 @@ def _timeline(axes: "Axes", name: str, run: Run) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     used = {span.kind for spans in run.spans for span in spans}
     handles = [Patch(color=colour, label=NAMES[kind]) for kind, colour in colours.items() if kind in used]
-    axes.legend(handles=handles, loc="lower right", frameon=True, fontsize=7)
+    axes.legend(handles=handles, loc="upper right", bbox_to_anchor=(1, -0.06), ncols=4, frameon=False, fontsize=7)
 
 
 def _memory(axes: "Axes", run: Run) -> None:
