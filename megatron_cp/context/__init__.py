@@ -14,6 +14,8 @@ class Backend:
     needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
     chunks:   whether `fpdt` can cut its work over time: it takes any mask over any positions
     takes_grid: the same where these are given; without them the loop chooses
+    placed:   whether --cp-placement says which axis exchanges heads
+    weighed:  whether `auto` weighs it: a loop that is there for its speed, not for its memory or what it shows
     """
 
     name: str
@@ -26,7 +28,11 @@ class Backend:
     needs_grid: bool = False
     chunks: bool = True
     takes_grid: bool = False
+    placed: bool = False
+    weighed: bool = True
 
+
+AUTO = "auto"
 
 BACKENDS = Registry(
     "context-parallel backend",
@@ -38,6 +44,13 @@ BACKENDS = Registry(
             "ring of K and V, balanced under a causal mask",
             "2(p-1)U, causal 3/4 of it",
             aliases=("p2p",),
+        ),
+        Backend(
+            "bidirectional",
+            "megatron_cp.context.bidirectional",
+            "arXiv:2310.01889 on the head-tail layout",
+            "ring of K and V both ways, early halves up and late ones down",
+            "2(p-1)U, half of it each way, causal 3/4 of it",
         ),
         Backend(
             "ring",
@@ -79,6 +92,7 @@ BACKENDS = Registry(
             "(u-1)/u (2Uq + 2U) + 2(r-1)U, p = u r",
             aliases=("a2a+p2p",),
             needs_grid=True,
+            placed=True,
         ),
         Backend(
             "double-ring",
@@ -111,6 +125,7 @@ BACKENDS = Registry(
             "arXiv:2408.16978",
             "Ulysses in chunks over time, what waits lies in host memory",
             "(p-1)/p (2Uq + 2U)",
+            weighed=False,
         ),
         Backend(
             "rsa",
@@ -118,6 +133,7 @@ BACKENDS = Registry(
             "arXiv:2105.13120",
             "ring of K, then of V, over whole rows of scores; takes a bias, shows probabilities",
             "2(p-1)U, causal 3/4 of it",
+            weighed=False,
         ),
         Backend(
             "wallfacer",
@@ -134,6 +150,15 @@ BACKENDS = Registry(
             "teams of C ranks gather queries and keys, keys of teams go around C rings",
             "(C-1)(2Uq + 2U + Us) + 2U p/C, C² divides p",
             takes_grid=True,
+        ),
+        Backend(
+            AUTO,
+            "megatron_cp.context.auto",
+            "the cost model of megatron-cp trace",
+            "the fastest of the others for these sizes on a cluster, and says why",
+            "as the one it takes",
+            takes_grid=True,
+            weighed=False,
         ),
     ],
 )

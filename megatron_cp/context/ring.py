@@ -106,15 +106,21 @@ def visits(block: Block, way: Route, fabric: Peers) -> Iterator[Block]:
     """Each block that comes by, this rank's own first; the next one is in flight during the body."""
     ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
     for hop in range(1, fabric.size):
-        owner = (block.owner - way.turn) % fabric.size
-        onward, due = way.carried[block.owner][hop], way.carried[owner][hop]
-        leaving = block.part(onward)
-        next_k, next_v = empty_like(leaving, due.stop - due.start)
-        transfer = exchange(fabric, leaving, ahead, [next_k, next_v], behind)
+        leaving, following = passed_on(block, way, hop)
+        transfer = exchange(fabric, leaving, ahead, [following.k, following.v], behind)
         yield block
         transfer.wait()
-        block = Block(owner, due.start, next_k, next_v, way.runs[owner])
+        block = following
     yield block
+
+
+def passed_on(block: Block, way: Route, hop: int) -> tuple[list[Tensor], Block]:
+    """What goes on of a block, and room for the one that takes its place, its `hop`-th from home."""
+    owner = (block.owner - way.turn) % len(way.runs)
+    due = way.carried[owner][hop]
+    leaving = block.part(way.carried[block.owner][hop])
+    k, v = empty_like(leaving, due.stop - due.start)
+    return leaving, Block(owner, due.start, k, v, way.runs[owner])
 
 
 class Homecoming:
