@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from megatron_cp.bench.context import DTYPES
+from megatron_cp.bench.contest import DTYPES
 from megatron_cp.context.trace import Compute, Trace
 from megatron_cp.kernels import Kernel, choose
 

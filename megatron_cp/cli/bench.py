@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.cli.bench_kernels import kernels
+from megatron_cp.cli.bench_links import links
 from megatron_cp.context import BACKENDS
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 app.command()(kernels)
+app.command()(links)
 
 
 @app.command("context")

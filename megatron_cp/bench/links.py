@@ -1,0 +1,140 @@
+"""This machine as a cluster: what its links, its memory and its attention kernel reach, measured.
+
+Two processes of this machine talk as the ranks of a run do, over gloo on a CPU and NCCL on GPUs.
+"""
+
+import platform
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from megatron_cp.bench.calls import seconds
+from megatron_cp.bench.contest import DTYPES
+from megatron_cp.bench.context import _device
+from megatron_cp.comm import Fabric, connected, largest
+from megatron_cp.context.trace import Compute
+from megatron_cp.kernels import choose
+
+MESSAGE = 16 << 20
+ROUNDS = 7
+TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was reached: bytes and operations per second, seconds; busy is a core's time per byte sent and received."""
+
+    device: str
+    dtype: str
+    bytes_per_s: float
+    latency_s: float
+    busy_s_per_byte: float
+    touch_bytes_per_s: float
+    flops_forward: float
+    flops_backward: float
+    call_s: float
+
+    def as_yaml(self) -> str:
+        """A cluster description of one node, as `load_cluster` takes it."""
+        peak = max(self.flops_forward, self.flops_backward)
+        return f"""\
+# {self.device}.
+# Measured with two processes by: megatron-cp bench links --dtype {self.dtype} --write FILE
+# What was measured stands as the peak: the efficiencies are 1, but for the slower pass.
+compute:
+  dtype: {self.dtype}
+  peak_tflops: {peak / 1e12:.4g}
+  efficiency_forward: {self.flops_forward / peak:.3g}
+  efficiency_backward: {self.flops_backward / peak:.3g}
+  call_us: {self.call_s * 1e6:.3g}
+memory:
+  # copies and sums, bytes read and written
+  peak_gb_per_s: {self.touch_bytes_per_s / 1e9:.3g}
+  efficiency: 1
+inside:
+  peak_gb_per_s: {self.bytes_per_s / 1e9:.3g}
+  efficiency: 1
+  latency_us: {self.latency_s * 1e6:.3g}
+  ports: shared
+  # time of the computing core per GB sent or received
+  busy_s_per_gb: {self.busy_s_per_byte * 1e9:.3g}
+"""
+
+
+def measure_links(dtype: str = "float32") -> Measured:
+    """Measure with two processes; on one core each, on a CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    mp.spawn(_rank, args=(port, dtype, results), nprocs=2)
+    return results.get()
+
+
+def _rank(rank: int, port: int, dtype: str, results: Any) -> None:
+    device = _device(rank, 2)
+    with connected(rank, 2, port, device) as fabric:
+        latency, _ = _exchange(fabric, device, 8)
+        whole, busy = _exchange(fabric, device, MESSAGE)
+        touch = _touch(fabric, device)
+        rates = _kernel(fabric, device, dtype)
+        if rank == 0:
+            name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu()
+            speed = MESSAGE / max(whole - latency, 1e-9)
+            # a core that does nothing but wait would be busy all the same: only what it works counts
+            results.put(Measured(name, dtype, speed, latency, busy / (2 * MESSAGE), touch, *rates))
+
+
+def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, float]:
+    """Median seconds in which both ranks send and receive `size` bytes, and this process's own processor time in it."""
+    here, there = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    peer = 1 - fabric.rank
+
+    def once() -> None:
+        fabric.exchange([(here, peer)], [(there, peer)]).wait()
+
+    return _median(fabric, device, once)
+
+
+def _touch(fabric: Fabric, device: torch.device) -> float:
+    """Bytes per second of a sum in place, both ranks at the same time."""
+    total, part = (torch.zeros(MESSAGE // 4, device=device) for _ in range(2))
+    wall, _ = _median(fabric, device, lambda: total.add_(part))
+    return 3 * MESSAGE / wall
+
+
+def _kernel(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float, float]:
+    """Operations per second forward and backward, and the seconds of a call that computes next to nothing."""
+    kernel, _ = choose("auto", device=device.type, dtype=dtype, head_dim=64)
+    rates = []
+    for backward in (False, True):
+        call = Compute(TOKENS, TOKENS, 8, 8, 64, False, backward)
+        (slowest,) = largest(fabric, device, seconds(call, kernel, device, DTYPES[dtype]))
+        rates.append((10 if backward else 4) * call.head_dim * call.work / slowest)
+    (least,) = largest(fabric, device, seconds(Compute(1, 1, 1, 1, 64, False, False), kernel, device, DTYPES[dtype]))
+    return rates[0], rates[1], least
+
+
+def _median(fabric: Fabric, device: torch.device, run: Callable[[], Any]) -> tuple[float, float]:
+    """Of the slower rank, after a start that is not counted: wall seconds, and processor seconds."""
+    walls, cores = [], []
+    for _ in range(ROUNDS + 1):
+        largest(fabric, device)
+        wall, core = time.perf_counter(), time.process_time()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        wall, core = largest(fabric, device, time.perf_counter() - wall, time.process_time() - core)
+        walls.append(wall)
+        cores.append(core)
+    return sorted(walls[1:])[ROUNDS // 2], sorted(cores[1:])[ROUNDS // 2]
+
+
+def _cpu() -> str:
+    return f"{platform.machine()} CPU, one core per rank, torch {torch.__version__}"

@@ -1,0 +1,149 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_cp.cli import app
+from megatron_cp.context import BACKENDS, ring
+
+PASS = {"work", "sent", "received", "peak", "time", "ideal"}
+SMALL = ("--ranks", "4", "--seq", "4096", "--heads", "8", "--kv-heads", "2", "--head-dim", "64")
+
+CLUSTER = """\
+compute:
+  dtype: bfloat16
+  peak_tflops: 100
+  efficiency_forward: 0.5
+  efficiency_backward: 0.5
+  call_us: 5
+memory:
+  peak_gb_per_s: 1000
+  efficiency: 0.8
+ranks_per_node: 2
+inside:
+  peak_gb_per_s: 100
+  efficiency: 1
+  latency_us: 5
+  ports: shared
+between:
+  peak_gb_per_s: 10
+  efficiency: 1
+  latency_us: 10
+  ports: shared
+"""
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["trace", *words])
+
+
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_one_object_with_the_proof_and_both_passes(backend):
+    result = run("--backend", backend, *SMALL, "--causal", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["covered"] is True
+    for name in ("forward", "backward"):
+        one = found[name]
+        assert set(one) >= PASS
+        assert all(len(one[key]) == 4 for key in ("work", "sent", "received", "peak"))
+        assert sum(one["work"]) == 8 * 4096 * 4097 // 2
+        assert sum(one["sent"]) == sum(one["received"]) > 0
+        assert one["time"] >= one["ideal"] > 0
+
+
+def test_a_window_costs_less():
+    full, window = (
+        json.loads(run("--backend", "zigzag", *SMALL, "--causal", *more, "--json").stdout)["forward"]
+        for more in ((), ("--window", "100"))
+    )
+    assert sum(window["work"]) == 8 * (101 * 4096 - 100 * 101 // 2)
+    assert sum(window["sent"]) < sum(full["sent"])
+
+
+def test_tables_say_what_was_proved():
+    result = run("--backend", "ring", *SMALL, "--causal")
+    assert result.exit_code == 0, result.output
+    assert "is computed exactly once in each pass" in result.stdout
+    assert "bring tokens into place" in result.stdout
+
+
+def test_a_broken_loop_is_not_covered(monkeypatch):
+    original = ring.visits
+
+    def swapped(block, way, fabric):
+        for visitor in original(block, way, fabric):
+            owner = {1: 2, 2: 1}.get(visitor.owner, visitor.owner) if fabric.rank == 0 else visitor.owner
+            yield visitor._replace(owner=owner, runs=way.runs[owner])
+
+    monkeypatch.setattr(ring, "visits", swapped)
+    result = run("--backend", "zigzag", *SMALL, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["covered"] is False
+
+
+def test_pictures_and_events(tmp_path):
+    files = [tmp_path / name for name in ("trace.png", "trace.svg", "trace.json")]
+    result = run("--backend", "ulysses", *SMALL, *(word for file in files for word in ("--plot", str(file))))
+    assert result.exit_code == 0, result.output
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in files[1].read_text()
+    events = json.loads(files[2].read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["ph"] == "M"} == {"process_name", "thread_name"}
+    kernels = [event for event in events if event["name"] == "kernels"]
+    assert sum(event["args"]["work"] for event in kernels) == 2 * 8 * 4096**2
+    assert [event["ph"] for event in events].count("b") == [event["ph"] for event in events].count("e") > 0
+
+
+def test_a_cluster_of_one_s_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(CLUSTER)
+    found = json.loads(run("--backend", "zigzag", *SMALL, "--cluster", str(file), "--json").stdout)
+    assert sum(found["forward"]["sent_between_nodes"]) == sum(found["forward"]["sent"]) / 2
+    assert found["cluster"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("  latency_us: 10\n", "", ":16: between.latency_us is missing; give a number"),
+        ("  peak_gb_per_s: 10\n", "  peak_gb_per_s: -10\n", ":17: between.peak_gb_per_s must be a positive number"),
+        ("  peak_tflops: 100\n", "  peak_tflops: many\n", ":3: compute.peak_tflops must be a positive number"),
+        ("ranks_per_node: 2\n", "", ":1: ranks_per_node is missing"),
+        ("  efficiency: 0.8\n", "  efficiency: 80\n", ":9: memory.efficiency is a share of the peak, at most 1"),
+        ("  call_us: 5\n", "  call_ms: 5\n", ":6: unknown key compute.call_ms; did you mean 'call_us'?"),
+        (
+            "ports: shared\nbetween",
+            "ports: sharing\nbetween",
+            ":15: inside.ports must be one of: shared, per-neighbour",
+        ),
+        ("compute:\n", "compute: 3\nother:\n", ":2: unknown key other"),
+        ("memory:\n", "  - memory:\n", ":7: "),
+    ],
+)
+def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, message):
+    file = tmp_path / "mine.yaml"
+    assert before in CLUSTER
+    file.write_text(CLUSTER.replace(before, after))
+    result = run("--backend", "zigzag", *SMALL, "--cluster", str(file))
+    assert result.exit_code != 0
+    assert f"{file}{message}" in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backend", "tokenrink"], "did you mean 'tokenring'"),
+        (["--cluster", "h100"], "no cluster 'h100'; did you mean 'h100-ib'?"),
+        (["--seq", "4097"], "needs S divisible by 2 * context_parallel_size = 8, got S = 4097; pad to 4104"),
+        (["--backend", "ulysses", "--heads", "2"], "4 ranks cannot share 2 query heads"),
+        (["--plot", "trace.gif"], "--plot takes a file that ends in one of"),
+        (["--backend", "usp", "--hierarchical-context-parallel-sizes", "3", "2"], "must multiply to --ranks 4"),
+        (["--dtype", "float32"], "the rates of cluster 'h100-ib' hold for bfloat16"),
+    ],
+)
+def test_bad_input_is_refused(words, message):
+    result = run("--backend", "zigzag", *SMALL, *words)
+    assert result.exit_code != 0
+    assert message in str(result.exception)
