@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.action import WEIGHT
 from megatron_cp.pipeline.build import build
+from megatron_cp.pipeline.passes import merge
 from megatron_cp.pipeline.schedule import BadSchedule
 from megatron_cp.registry import suggest
 
@@ -87,6 +89,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="{" + ",".join(PLACEMENTS) + "}",
         help="With --cp-comm-type usp, which of the two --hierarchical-context-parallel-sizes exchanges heads: "
         "head-first the first (neighbouring ranks), context-first the second.",
+    )
+    group.add_argument(
+        "--cp-stripe",
+        type=int,
+        default=1,
+        metavar="TOKENS",
+        help="With --cp-comm-type striped, tokens in a block that one rank owns; longer blocks make larger tiles and "
+        "a coarser balance.",
     )
     _add_schedule_arguments(parser)
     return parser
@@ -178,9 +188,20 @@ def check_table(args: Any) -> None:
         )
     micros = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     try:
-        build(name, args.pipeline_model_parallel_size, micros, chunks)
+        schedule = build(name, args.pipeline_model_parallel_size, micros, chunks)
     except BadSchedule as bad:
         raise ValueError(f"--pp-schedule {name} {bad.reason}") from bad
+    split = any(action.kind == WEIGHT for actions in merge(schedule).table for action in actions)
+    if split and _read(args, "transformer_impl") == "transformer_engine":
+        raise ValueError(
+            f"--pp-schedule {name} needs linears whose backward can be split, and those of transformer-engine "
+            f"cannot yet; pass --transformer-impl local, or take {', '.join(_unsplit(chunks))}"
+        )
+
+
+def _unsplit(chunks: int) -> list[str]:
+    fits = [rule for rule in SCHEDULES if rule.placement == "loop" and rule.table and rule.chunks in (None, chunks)]
+    return [rule.name for rule in fits if not rule.split and (chunks == 1) == (rule.chunks == 1)]
 
 
 def check(args: Any) -> None:
@@ -192,6 +213,7 @@ def check(args: Any) -> None:
     _check_names(args)
     _check_sizes(args)
     _check_groups(args)
+    _check_stripe(args)
     refuse_unsupported(args, "arguments")
     _check_call_inputs(args)
 
@@ -206,6 +228,26 @@ def _check_names(args: Any) -> None:
     if placement not in PLACEMENTS:
         raise ValueError(
             f"unknown --cp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
+        )
+
+
+def is_striped(comm_type: str) -> bool:
+    """Whether this algorithm works on stripes."""
+    return BACKENDS.get(comm_type).layout == "striped"
+
+
+def _check_stripe(args: Any) -> None:
+    stripe, cp, length = _read(args, "cp_stripe", 1), _read(args, "context_parallel_size", 1), _read(args, "seq_length")
+    if stripe < 1:
+        raise ValueError(f"--cp-stripe is the number of tokens in a block, 1 or more, got {stripe}")
+    if stripe > 1 and not any(is_striped(name) for name in comm_types(args)):
+        raise ValueError(
+            f"--cp-stripe {stripe} needs --cp-comm-type striped, got {', '.join(comm_types(args))}; leave it out"
+        )
+    if stripe > 1 and cp > 1 and length and length % (stripe * cp):
+        raise ValueError(
+            f"--seq-length must be divisible by --cp-stripe * --context-parallel-size = {stripe * cp}, got {length}; "
+            f"use another stripe or --seq-length {-(-length // (stripe * cp)) * stripe * cp}"
         )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cp.megatron.arguments import add_arguments, check
+from megatron_cp.megatron.arguments import add_arguments, check, check_table
 
 GOOD = {
     "cp_comm_type": ["p2p"],
@@ -52,6 +52,9 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cp_comm_type": ["p2p", "ring"]}, "one for each of the 3 layers, got 2"),
         ({"cp_kernel": "referense"}, "did you mean 'reference'"),
         ({"cp_placement": "heads"}, "unknown --cp-placement 'heads'"),
+        ({"cp_stripe": 0, "cp_comm_type": ["striped"]}, "1 or more, got 0"),
+        ({"cp_stripe": 4}, "--cp-stripe 4 needs --cp-comm-type striped, got"),
+        ({"cp_stripe": 3, "cp_comm_type": ["striped"], "seq_length": 1024}, "= 12, got 1024; .* --seq-length 1032"),
         ({"cp_comm_type": ["usp"]}, "needs two --hierarchical-.* got none; add .*-sizes 2 2"),
         ({"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [4]}, r"needs two .* got \[4\]"),
         ({"hierarchical_context_parallel_sizes": [2, 3]}, "got 2 \\* 3 = 6 and 4"),
@@ -83,6 +86,7 @@ def test_flags_have_defaults_and_help() -> None:
     assert vars(parser.parse_args([])) == {
         "cp_kernel": "auto",
         "cp_placement": "head-first",
+        "cp_stripe": 1,
         "pp_schedule": None,
     }
     assert "zigzag=p2p" in parser.format_help()
@@ -94,3 +98,17 @@ def test_flags_stand_in_megatrons_own_parser_without_a_clash() -> None:
 
     parser = add_arguments(add_megatron_arguments(ArgumentParser()))
     assert parser.parse_args(["--cp-kernel", "reference"]).cp_kernel == "reference"
+
+
+def scheduled(name: str, **changes: Any) -> Namespace:
+    sizes = {"global_batch_size": 8, "micro_batch_size": 1, "data_parallel_size": 1, "pipeline_model_parallel_size": 2}
+    return given(pp_schedule=name, **{**sizes, **changes})
+
+
+def test_split_schedules_refuse_linears_that_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match="pass --transformer-impl local, or take gpipe, 1f1b, dapple-b"):
+        check_table(scheduled("zb-h1", transformer_impl="transformer_engine"))
+    check_table(scheduled("zb-h1", transformer_impl="local"))
+    check_table(scheduled("1f1b", transformer_impl="transformer_engine"))
+    # every W of GIS follows its I, so its backwards stay whole
+    check_table(scheduled("gis", virtual_pipeline_model_parallel_size=2, transformer_impl="transformer_engine"))
