@@ -83,6 +83,30 @@ def load_cluster(name: str) -> Cluster:
     return _cluster(file)
 
 
+ON_CPU = "this-cpu"
+
+# SXM boards; those in PCIe slots have other links
+BY_GPU = {"A100": "a100-ib", "H100": "h100-ib", "H200": "h100-ib"}
+
+
+def cluster_of(gpu: str | None) -> str:
+    """The shipped cluster for a GPU, by the name that CUDA gives it, or for a CPU.
+
+    Raises ValueError for a GPU that no shipped cluster has.
+    """
+    if gpu is None:
+        return ON_CPU
+    words = gpu.upper().replace("-", " ").split()
+    if not any(word.startswith("PCI") or word == "NVL" for word in words):
+        for board, name in BY_GPU.items():
+            if board in words:
+                return name
+    raise ValueError(
+        f"no shipped cluster has {gpu!r}, so that 'auto' cannot tell what is fast; "
+        f"pass --cp-cluster with a file of your own or one of: {', '.join(shipped_clusters())}"
+    )
+
+
 def _cluster(file: Path) -> Cluster:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError

@@ -1,0 +1,74 @@
+"""Backend `auto`: the loop, the grid's use and the ring's direction that the cost model finds fastest for given sizes.
+
+The choice is a function of sizes and of a cluster's description alone, so that ranks which agree on these agree on it
+without a message. It weighs time, for one sequence and both passes; memory it does not look at.
+"""
+
+from dataclasses import replace
+from functools import cache
+from threading import Lock
+
+import torch
+
+from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
+from megatron_cp.context.attend import Plan, Sizes
+from megatron_cp.context.layouts import layout
+from megatron_cp.context.masks import Mask
+from megatron_cp.context.record import record, record_rank
+from megatron_cp.context.trace import Problem, Step
+from megatron_cp.planner.choose_backend import Choice, choose
+from megatron_cp.planner.hardware import Cluster, cluster_of, load_cluster
+
+_one_at_a_time = Lock()
+
+
+def settle(plan: Plan, sizes: Sizes) -> Plan:
+    """The plan with the backend, grid and placement that are fastest for such tensors; nothing is sent.
+
+    Raises ValueError when every backend refuses them and when no cluster is known for the device.
+    """
+    if plan.cp.size == 1:
+        return replace(plan, backend=BACKENDS.get("zigzag"), axes=None, why="one rank has the whole sequence")
+    choice = decide(_problem(plan, sizes), plan.cluster or default_cluster(sizes.device))
+    best, axes = choice.problem, None
+    if best.grid is not None:
+        assert plan.axes is not None, "a grid comes from the plan"
+        axes = plan.axes._replace(heads=PLACEMENTS[best.placement])
+    return replace(plan, backend=BACKENDS.get(best.backend), axes=axes, why=choice.why)
+
+
+def decide(problem: Problem, cluster: Cluster) -> Choice:
+    """What is fastest for the problem, weighed once in a process; the problem's own backend does not matter."""
+    # ranks that are threads would all weigh it at the same time
+    with _one_at_a_time:
+        return _decide(replace(problem, backend=AUTO), cluster)
+
+
+def default_cluster(device: str) -> Cluster:
+    """The description that ships for this machine's GPU, or for a CPU."""
+    return load_cluster(cluster_of(torch.cuda.get_device_name() if device == "cuda" else None))
+
+
+@cache
+def _decide(problem: Problem, cluster: Cluster) -> Choice:
+    # no backend has such a length or layout
+    layout(problem.layout, problem.seq, problem.ranks)
+    return choose(problem, cluster, last_rank, record)
+
+
+def last_rank(problem: Problem) -> tuple[Step, ...]:
+    """What the last rank does in both passes; raises ValueError for what the backend refuses."""
+    forward, backward = record_rank(problem, problem.ranks - 1)
+    return *forward, *backward
+
+
+def _problem(plan: Plan, sizes: Sizes) -> Problem:
+    causal, window = _as_window(plan.mask)
+    shape = (sizes.heads, sizes.kv_heads, sizes.head_dim, causal, window, sizes.dtype)
+    grid = plan.axes.grid if plan.axes else None
+    return Problem(AUTO, plan.cp.size, sizes.seq, *shape, grid, layout=plan.layout, chunks=plan.chunks)
+
+
+def _as_window(mask: Mask) -> tuple[bool, tuple[int | None, int | None] | None]:
+    """The two arguments that make the mask."""
+    return mask.causal, (mask.left, mask.right) if mask.window else None
