@@ -42,6 +42,7 @@ def trace(
     placement: Annotated[str, typer.Option(help=f"{' or '.join(PLACEMENTS)}, for usp.")] = "head-first",
     layout: Annotated[str, typer.Option(help="Which positions the ranks' tokens have outside attention.")] = "zigzag",
     chunks: Annotated[int | None, typer.Option(min=1, help="Pieces over time, with the rest in host memory.")] = None,
+    stripe: Annotated[int, typer.Option(min=1, help="Tokens in a block of the striped layout.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="Of the tensors; the cluster's rates hold for one.")] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time this trace's kernel calls on this machine, instead of the rates.")
@@ -70,6 +71,7 @@ def trace(
         placement,
         layout,
         chunks,
+        stripe,
     )
     from megatron_cp.context.proof import prove, small
     from megatron_cp.context.record import record

@@ -40,6 +40,7 @@ class Plan:
     deterministic: bool
     layout: str
     chunks: int | None = None
+    stripe: int = 1
     met: list[tuple[int, ...]] = field(default_factory=list, compare=False)
 
     @property
@@ -74,6 +75,7 @@ def plan(
     deterministic: bool = False,
     layout: str = "zigzag",
     chunks: int | None = None,
+    stripe: int = 1,
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
@@ -83,11 +85,13 @@ def plan(
     placement:     "head-first": the inner axis exchanges heads; "context-first": the outer one
     layout:        which positions each rank's tokens have: "zigzag" as Megatron cuts them, "contiguous" or "striped"
     chunks:        cut the backend's work into so many pieces over time, what waits lies in host memory (FPDT)
+    stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
     Raises ValueError for an unknown name and for a grid that is missing or does not fit.
     """
     entry, cp = BACKENDS.get(backend), cp or SingleFabric()
     _known("layout", layout, LAYOUTS)
     _known("placement", placement, PLACEMENTS)
+    _check_stripe(stripe, entry, layout)
     on_grid = entry.needs_grid or (entry.takes_grid and bool(inner or outer))
     axes = _axes(entry, cp, inner, outer, placement) if on_grid else None
     if chunks is not None and chunks < 1:
@@ -96,7 +100,7 @@ def plan(
         raise ValueError(
             f"backend {entry.name!r} cannot be cut into chunks; leave chunks out or use 'fpdt' or 'zigzag'"
         )
-    return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout, chunks)
+    return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout, chunks, stripe)
 
 
 def attend(
@@ -110,14 +114,14 @@ def attend(
     if not plan.met:
         _agree(q, k, plan.cp)
         plan.met.append(tuple(q.shape))
-    outside = positions(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size)
+    outside = positions(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     return _Attend.apply(q, k, v, plan.loop, task_for(q, k, v, plan), outside)
 
 
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
     """What the plan's loop is given for such tensors; raises ValueError when they do not fit."""
     _check(q, k, v)
-    runs = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size)
+    runs = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
     inside, heads = import_module(plan.backend.module), (q.shape[2], k.shape[2])
     chunks = None if plan.chunks is None else Chunks(plan.chunks, None if inside is plan.loop else inside)
@@ -160,6 +164,16 @@ def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None
     if inner.size * outer.size != cp.size:
         raise ValueError(f"hierarchical sizes {inner.size} * {outer.size} must be context_parallel_size = {cp.size}")
     return Axes(Grid(inner.size, outer.size), inner, outer, PLACEMENTS[placement])
+
+
+def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
+    if stripe < 1:
+        raise ValueError(f"stripe is the number of tokens in a block, 1 or more, got {stripe}")
+    if stripe > 1 and "striped" not in (entry.layout, layout):
+        raise ValueError(
+            f"stripe is the length of a block of layout 'striped', got stripe = {stripe} with backend {entry.name!r} "
+            f"on layout {layout!r}; use backend 'striped' or leave stripe out"
+        )
 
 
 def _known(kind: str, name: str, known: Collection[str]) -> None:

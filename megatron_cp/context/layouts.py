@@ -26,24 +26,37 @@ def zigzag(tokens: int, ranks: int) -> Layout:
     return tuple(join((chunks[rank], chunks[2 * ranks - 1 - rank])) for rank in range(ranks))
 
 
-def striped(tokens: int, ranks: int) -> Layout:
-    """Rank r owns every `ranks`-th position from r on (Striped Attention, arXiv:2311.09431)."""
-    _divide(tokens, ranks, "striped", "context_parallel_size")
-    return tuple((range(rank, tokens, ranks),) for rank in range(ranks))
+def striped(tokens: int, ranks: int, stripe: int = 1) -> Layout:
+    """Rank r owns every `ranks`-th block of `stripe` positions from the r-th on (Striped Attention, arXiv:2311.09431).
+
+    The paper's blocks are single tokens: one triangle per hop, where the longer ones make many small tiles, but are
+    stretches that can be gathered.
+    """
+    if stripe == 1:
+        _divide(tokens, ranks, "striped", "context_parallel_size")
+        return tuple((range(rank, tokens, ranks),) for rank in range(ranks))
+    step = ranks * stripe
+    _divide(tokens, step, "striped", "context_parallel_size * stripe")
+    return tuple(
+        join([range(start, start + stripe) for start in range(rank * stripe, tokens, step)]) for rank in range(ranks)
+    )
 
 
 LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "contiguous": contiguous, "striped": striped}
 
 
 @cache
-def layout(name: str, tokens: int, ranks: int) -> Layout:
-    """The layout called `name` of a sequence of `tokens`; raises ValueError when the length does not fit."""
-    return LAYOUTS[name](tokens, ranks)
+def layout(name: str, tokens: int, ranks: int, stripe: int = 1) -> Layout:
+    """The layout called `name` of a sequence of `tokens`; `stripe` is the length of a block of "striped".
+
+    Raises ValueError when the length does not fit.
+    """
+    return striped(tokens, ranks, stripe) if name == "striped" else LAYOUTS[name](tokens, ranks)
 
 
-def indices(name: str, tokens: int, ranks: int, rank: int) -> list[int]:
+def indices(name: str, tokens: int, ranks: int, rank: int, stripe: int = 1) -> list[int]:
     """The positions of `rank`'s tokens, in local order."""
-    return [position for run in layout(name, tokens, ranks)[rank] for position in run]
+    return [position for run in layout(name, tokens, ranks, stripe)[rank] for position in run]
 
 
 def join(runs: Sequence[range]) -> Runs:

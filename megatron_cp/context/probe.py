@@ -33,14 +33,14 @@ def probe(problem: Problem, visible: np.ndarray) -> str:
     expected = _expected(tokens, torch.from_numpy(visible).double(), problem.heads // problem.kv_heads)
 
     def body(fabric: LocalFabric) -> list[Tensor]:
-        mine = torch.tensor(indices(problem.layout, problem.seq, problem.ranks, fabric.rank))
+        mine = torch.tensor(indices(problem.layout, problem.seq, problem.ranks, fabric.rank, problem.stripe))
         q, k, v = (x[mine].requires_grad_() for x in tokens[:3])
         out = attend(q, k, v, plan_on(problem, fabric, "reference"))
         found = (out.detach(), *torch.autograd.grad(out, (q, k, v), tokens.dout[mine]))
         return [found_x - whole[mine] for found_x, whole in zip(found, expected, strict=True)]
 
     for rank, differences in enumerate(in_process(problem.ranks, body)):
-        mine = indices(problem.layout, problem.seq, problem.ranks, rank)
+        mine = indices(problem.layout, problem.seq, problem.ranks, rank, problem.stripe)
         for name, difference in zip(("out", "dq", "dk", "dv"), differences, strict=True):
             # not <= : NaN is wrong too
             wrong = torch.nonzero(~(difference.abs() <= 1e-9))

@@ -60,14 +60,15 @@ def _run(problem: Problem, book: "Book") -> str:
 
 
 def small(problem: Problem, tokens_per_rank: int = 0) -> Problem:
-    """The same problem on a short sequence, its window shortened alike; as many tokens per rank as P = 64 can bear."""
+    """The same problem on a short sequence, window and stripes shortened; as many tokens per rank as P = 64 bears."""
     tokens = tokens_per_rank or (12 if problem.ranks <= 16 else 2) * (problem.chunks or 1)
     seq = tokens * problem.ranks
     if problem.seq <= seq:
         return problem
     left, right = problem.window or (None, None)
     window = tuple(limit and max(1, round(limit * seq / problem.seq)) for limit in (left, right))
-    return Problem(**{**vars(problem), "seq": seq, "window": window})
+    stripe = 1 if problem.stripe == 1 else 2 * (problem.chunks or 1)
+    return Problem(**{**vars(problem), "seq": seq, "window": window, "stripe": stripe})
 
 
 class Counts:
@@ -114,7 +115,7 @@ class Book:
 
 def _rank(problem: Problem, book: Book, fabric: LocalFabric) -> None:
     """Both passes of one rank, and a look at what came out."""
-    mine = indices(problem.layout, problem.seq, problem.ranks, fabric.rank)
+    mine = indices(problem.layout, problem.seq, problem.ranks, fabric.rank, problem.stripe)
     q, k, v = (
         _tokens(name, mine, heads).requires_grad_()
         for name, heads in (("q", problem.heads), ("k", problem.kv_heads), ("v", problem.kv_heads))

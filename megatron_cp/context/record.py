@@ -63,13 +63,14 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
         placement=problem.placement,
         layout=problem.layout,
         chunks=problem.chunks,
+        stripe=problem.stripe,
     )
 
 
 def _passes(problem: Problem) -> tuple[Pass, Pass]:
     # refused before a share of the sequence is taken
-    layout(problem.layout, problem.seq, problem.ranks)
-    forward, backward = zip(*(_rank(problem, rank) for rank in range(problem.ranks)), strict=True)
+    layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
+    forward, backward = zip(*(record_rank(problem, rank) for rank in range(problem.ranks)), strict=True)
     rows = () if any(isinstance(event, Compute) for event, _ in forward[0]) else _rows(problem)
     return Pass(forward, problem.head_dim, rows), Pass(backward, problem.head_dim, rows)
 
@@ -80,7 +81,7 @@ def _rows(problem: Problem) -> tuple[int, ...]:
     whole = (range(problem.seq),)
     return tuple(
         sum(tile.pairs for run in runs for tile in tiles((run,), whole, problem.mask)) * problem.heads
-        for runs in layout(layouts, problem.seq, problem.ranks)
+        for runs in layout(layouts, problem.seq, problem.ranks, problem.stripe)
     )
 
 
@@ -94,20 +95,21 @@ def _relayout(problem: Problem, *passes: Pass) -> list[int]:
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
-def _rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+def record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """One rank's forward and backward steps."""
     tokens, dtype = problem.seq // problem.ranks, getattr(torch, problem.dtype)
     q, k, v, dout = (
         torch.empty(tokens, 1, heads, problem.head_dim, dtype=dtype, device="meta")
         for heads in (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
     )
-    leaves = tuple(tensor.requires_grad_() for tensor in (q, k, v))
-    with Recorder(*leaves, dout) as recorder:
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    with Recorder(q, k, v, dout) as recorder:
         fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank)
         made = plan_on(problem, fabric, RecordingKernel(recorder))
         # what ranks agree on once, at a plan's first use, is no part of the loop
         made.met.append(tuple(q.shape))
-        out = attend(*leaves, made)
+        out = attend(q, k, v, made)
         forward = recorder.take()
         out.backward(dout)
         return forward, recorder.take()

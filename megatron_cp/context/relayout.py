@@ -1,6 +1,7 @@
-"""Other positions on the same ranks: one exchange, all tensors in it together."""
+"""Other positions on the same ranks: one exchange, one message from each rank to each other, all tensors in it."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,15 +16,21 @@ def relayout(tensors: Sequence[Tensor], before: Layout, after: Layout, fabric: F
         return list(tensors)
     me, fused = fabric.rank, torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0]
     result = torch.empty_like(fused, memory_format=torch.contiguous_format)
-    sends, recvs = [], []
-    for src, dst, src_tokens, dst_tokens in moves(before, after):
+    sends, recvs, stretches = [], [], []
+    for (src, dst), pair in groupby(moves(before, after), key=lambda move: move[:2]):
+        _, _, src_tokens, dst_tokens = zip(*pair, strict=True)
         if src == dst == me:
-            result[dst_tokens] = fused[src_tokens]
+            for there, here in zip(dst_tokens, src_tokens, strict=True):
+                result[there] = fused[here]
         elif src == me:
-            sends.append((fused[src_tokens].contiguous(), dst))
+            sends.append((torch.cat([fused[here] for here in src_tokens]), dst))
         elif dst == me:
-            recvs.append((torch.empty_like(result[dst_tokens], memory_format=torch.contiguous_format), src, dst_tokens))
-    fabric.exchange(sends, [(buffer, src) for buffer, src, _ in recvs]).wait()
-    for buffer, _, dst_tokens in recvs:
-        result[dst_tokens] = buffer
+            tokens = sum(len(result[there]) for there in dst_tokens)
+            recvs.append((result.new_empty((tokens, *result.shape[1:])), src))
+            stretches.append(dst_tokens)
+    fabric.exchange(sends, recvs).wait()
+    for (buffer, _), dst_tokens in zip(recvs, stretches, strict=True):
+        parts = buffer.split([len(result[there]) for there in dst_tokens])
+        for there, part in zip(dst_tokens, parts, strict=True):
+            result[there] = part
     return list(result.split([tensor.shape[2] for tensor in tensors], dim=2))

@@ -22,6 +22,7 @@ class Problem:
     grid:   the two axes of the ranks, for backends that need them
     layout: which positions the ranks' tokens have outside attention
     chunks: pieces over time, what waits lies in host memory; None for a whole run
+    stripe: tokens in a block of layout "striped"
     """
 
     backend: str
@@ -37,6 +38,7 @@ class Problem:
     placement: str = "head-first"
     layout: str = "zigzag"
     chunks: int | None = None
+    stripe: int = 1
 
     @property
     def mask(self) -> Mask:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
 from megatron_cp.context.attend import Plan, attend, plan
 from megatron_cp.kernels import AUTO, Kernel, choose
-from megatron_cp.megatron.arguments import HEAD_FIRST, refuse_unsupported
+from megatron_cp.megatron.arguments import HEAD_FIRST, is_striped, refuse_unsupported
 
 CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 
@@ -24,7 +24,8 @@ class CoreAttention(MegatronModule):
     """softmax(q k^T * scale) v over the whole sequence, of which each context-parallel rank holds its zigzag share.
 
     Constructor and forward are Megatron's core-attention contract. The algorithm is `cp_comm_type` (None: zigzag);
-    kernel and placement are read from the attributes `cp_kernel` and `cp_placement` of the config where it has them.
+    kernel, placement and stripe are read from the attributes `cp_kernel`, `cp_placement` and `cp_stripe` of the config
+    where it has them.
     Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
@@ -121,6 +122,7 @@ class CoreAttention(MegatronModule):
             kernel=getattr(self.config, "cp_kernel", AUTO),
             placement=getattr(self.config, "cp_placement", HEAD_FIRST),
             deterministic=self.config.deterministic_mode,
+            stripe=getattr(self.config, "cp_stripe", 1) if is_striped(self.cp_comm_type) else 1,
         )
 
     def _hierarchy(self) -> tuple[Fabric | None, Fabric | None]:

@@ -135,6 +135,10 @@ def test_context_first_placement_equals_one_rank(alone):
     assert_equal_runs(losses(4, context("usp", 4), "--cp-placement context-first"), alone())
 
 
+def test_stripes_of_several_tokens_equal_one_rank(alone):
+    assert_equal_runs(losses(4, context("striped", 4), "--cp-stripe 2"), alone())
+
+
 @pytest.mark.parametrize("backend", BACKENDS.names)
 def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
     # the second layer sees everything
