@@ -118,7 +118,7 @@ class Executor:
     """One rank's part of one step.
 
     training: whether outputs are kept for a backward
-    observe:  a context around every action, for whoever measures
+    observe:  a context around every action, for whoever measures; waiting for another rank is outside of it
     """
 
     def __init__(
@@ -153,6 +153,7 @@ class Executor:
         """Run the rank's lowered actions in order. An error is marked with the rank and the action it came from."""
         for action in actions:
             try:
+                self._await(action)
                 with self._observe(action):
                     self._handlers[action.kind](action.stage, action.micro or 0)
                 self._settle()
@@ -170,8 +171,20 @@ class Executor:
         assert not self._arriving, "somebody sent what nobody used"
         assert not (self._training and self._made), "outputs without a backward"
 
+    def _await(self, action: Action) -> None:
+        """Wait for the tensor that a compute action needs from another rank; it is no part of the action."""
+        kind, cell = FULL if action.kind == INPUT else action.kind, (action.stage, action.micro or 0)
+        arrival = self._arriving.pop((kind, *cell), None)
+        if arrival is None:
+            return
+        arrival.handle.wait()
+        if kind == FORWARD:
+            self._given[cell] = arrival.tensor.requires_grad_(self._training)
+        else:
+            self._gradients[cell] = arrival.tensor
+
     def _forward(self, stage: int, micro: int) -> None:
-        given = self._take_input(stage, micro)
+        given = self._given.pop((stage, micro), None)
         made = self._stages.forward(stage, micro, given)
         if self._training and given is not None:
             self._given[stage, micro] = given
@@ -180,11 +193,6 @@ class Executor:
             self._stages.shrink(made)
         if self._training or (stage < self._last and self._rank_of[stage + 1] != self._rank):
             self._made[stage, micro] = made
-
-    def _take_input(self, stage: int, micro: int) -> Tensor | None:
-        if (FORWARD, stage, micro) in self._arriving:
-            return _arrived(self._arriving.pop((FORWARD, stage, micro))).requires_grad_(self._training)
-        return self._given.pop((stage, micro), None)
 
     def _full(self, stage: int, micro: int) -> None:
         self._backward(stage, micro, split=False)
@@ -197,15 +205,11 @@ class Executor:
             # whoever sent the gradient back has had the output
             self._output_sent(stage, micro)
         given, made = self._given.pop((stage, micro), None), self._made.pop((stage, micro))
-        before = self._stages.backward(stage, micro, given, made, self._take_gradient(stage, micro), split)
+        gradient = self._gradients.pop((stage, micro), None)
+        before = self._stages.backward(stage, micro, given, made, gradient, split)
         if stage > 0:
             assert before is not None, f"stage {stage} gave no gradient of its input"
             self._gradients[stage - 1, micro] = before
-
-    def _take_gradient(self, stage: int, micro: int) -> Tensor | None:
-        if (FULL, stage, micro) in self._arriving:
-            return _arrived(self._arriving.pop((FULL, stage, micro)))
-        return self._gradients.pop((stage, micro), None)
 
     def _send_output(self, stage: int, micro: int) -> None:
         made = self._made[stage, micro] if self._training else self._made.pop((stage, micro))
@@ -240,8 +244,3 @@ class Executor:
         sent.handle.wait()
         if self._training:
             self._stages.shrink(sent.tensor)
-
-
-def _arrived(arrival: _Arrival) -> Tensor:
-    arrival.handle.wait()
-    return arrival.tensor
