@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.trace import Pass, Problem, Trace
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.planner.hardware import Cluster, load_cluster, shipped_clusters
@@ -73,6 +73,7 @@ def trace(
         chunks,
         stripe,
     )
+    problem, chosen = _settled(problem, hardware)
     from megatron_cp.context.proof import prove, small
     from megatron_cp.context.record import record
 
@@ -83,11 +84,23 @@ def trace(
     for file in plot or []:
         _draw(recorded, runs, file)
     if as_json:
-        typer.echo(json.dumps(_as_json(recorded, proof, runs, hardware), indent=2))
+        typer.echo(json.dumps({**chosen, **_as_json(recorded, proof, runs, hardware)}, indent=2))
     else:
+        for name, why in chosen.items():
+            typer.echo(f"{name}: {why}")
         _show(recorded, proof, runs, hardware)
     if not proof.covered:
         raise typer.Exit(1)
+
+
+def _settled(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, str]]:
+    """The problem with a backend of its own, and what `auto` says where it had to choose."""
+    if problem.backend != AUTO:
+        return problem, {}
+    from megatron_cp.context.auto import decide
+
+    choice = decide(problem, hardware)
+    return choice.problem, {AUTO: choice.why}
 
 
 def _passes(recorded: Trace) -> dict[str, Pass]:

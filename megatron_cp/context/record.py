@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 
 from megatron_cp.bench.live import LiveBytes
 from megatron_cp.comm import Done, Fabric, Handle
-from megatron_cp.context import BACKENDS
+from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.attend import Plan, attend, plan
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.merge import accumulator_dtype
@@ -50,6 +50,8 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
     """The plan of one rank of a problem."""
     inner = outer = None
     entry = BACKENDS.get(problem.backend)
+    if entry.name == AUTO:
+        raise ValueError(f"{AUTO!r} has no loop of its own; take what megatron_cp.context.auto.decide names")
     if problem.grid and (entry.needs_grid or entry.takes_grid):
         inner, outer = (fabric.subset(problem.grid.members(axis, fabric.rank)) for axis in ("inner", "outer"))
     return plan(

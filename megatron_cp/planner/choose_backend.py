@@ -201,7 +201,9 @@ def _reach(problem: Problem) -> int:
 
 def _played(problem: Problem, cluster: Cluster, record: Record) -> Cost:
     trace = record(problem)
-    return Cost(*map(sum, zip(*(_parts(simulate(run, cluster)) for run in (trace.forward, trace.backward)), strict=True)))
+    return Cost(
+        *map(sum, zip(*(_parts(simulate(run, cluster)) for run in (trace.forward, trace.backward)), strict=True))
+    )
 
 
 def _parts(run: Run) -> Cost:
@@ -214,4 +216,3 @@ def _parts(run: Run) -> Cost:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms"
-

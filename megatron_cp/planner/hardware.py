@@ -4,7 +4,7 @@ Every figure is a rate that can be reached, so a peak from a data sheet stands b
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ class Cluster:
                 "describe the links between nodes under 'between', or use fewer ranks"
             )
         return self.between
+
+    def every(self, stride: int) -> "Cluster":
+        """The cluster as it is among every `stride`-th rank: fewer of them on a node."""
+        return replace(self, ranks_per_node=max(1, self.ranks_per_node // stride))
 
 
 def shipped_clusters() -> list[str]:

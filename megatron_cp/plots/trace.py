@@ -11,6 +11,7 @@ from megatron_cp.plots.timeline import COLOURS, OTHER, PICTURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 SUFFIXES = (*PICTURES, ".json")
 ATTEND = {"forward": COLOURS["F"], "backward": COLOURS["B"]}
@@ -57,7 +58,7 @@ def _timeline(axes: "Axes", name: str, run: Run) -> None:
     axes.set_ylabel("rank")
     axes.set_ylim(len(run.spans) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.yaxis.get_major_locator().set_params(integer=True, nbins=MOST_TICKS)
+    _whole_numbers(axes.yaxis)
     axes.spines[["top", "right"]].set_visible(False)
     used = {span.kind for spans in run.spans for span in spans}
     handles = [Patch(color=colour, label=NAMES[kind]) for kind, colour in colours.items() if kind in used]
@@ -86,7 +87,7 @@ def _matrix(axes: "Axes", run: Pass) -> None:
     axes.set_xlabel("to rank")
     axes.set_ylabel("from rank")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True, nbins=MOST_TICKS)
+        _whole_numbers(axis)
     largest = max(map(max, sizes))
     if len(sizes) <= MOST_FIGURES:
         for src, row in enumerate(sizes):
@@ -96,6 +97,12 @@ def _matrix(axes: "Axes", run: Pass) -> None:
                     axes.text(dst, src, f"{size:.0f}", ha="center", va="center", fontsize=7, color=colour)
     assert axes.figure
     axes.figure.colorbar(image, ax=axes, label="MiB sent")
+
+
+def _whole_numbers(axis: "Axis") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=MOST_TICKS, integer=True))
 
 
 def write_events(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
@@ -109,7 +116,7 @@ def write_events(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
 def _events(run: Run, process: int, name: str) -> Iterator[dict[str, object]]:
     yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
     for rank, spans in enumerate(run.spans):
-        here = {"pid": process, "tid": rank}
+        here: dict[str, object] = {"pid": process, "tid": rank}
         yield {"ph": "M", "name": "thread_name", **here, "args": {"name": f"rank {rank}"}}
         for kind, start, end, work in spans:
             args = {"work": work} if work else {}
@@ -125,6 +132,6 @@ def _events(run: Run, process: int, name: str) -> Iterator[dict[str, object]]:
     for number, flight in enumerate(run.flights):
         label = f"{flight.src} to {flight.dst}, {flight.size} bytes, {'inside' if flight.inside else 'between'} nodes"
         # messages overlap each other: asynchronous events on tracks of their own
-        here = {"cat": "message", "id": number, "pid": process, "tid": flight.src, "name": label}
-        yield {"ph": "b", **here, "ts": flight.start * 1e6}
-        yield {"ph": "e", **here, "ts": flight.end * 1e6}
+        message: dict[str, object] = {"cat": "message", "id": number, "pid": process, "tid": flight.src, "name": label}
+        yield {"ph": "b", **message, "ts": flight.start * 1e6}
+        yield {"ph": "e", **message, "ts": flight.end * 1e6}
