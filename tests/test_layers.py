@@ -23,6 +23,7 @@ PURE = sorted(
         "megatron_cp.context.trace",
         "megatron_cp.grid",
         "megatron_cp.kernels",
+        "megatron_cp.planner.choose_backend",
         "megatron_cp.planner.hardware",
         "megatron_cp.planner.simulate_trace",
         "megatron_cp.recipe",

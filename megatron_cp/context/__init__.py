@@ -163,4 +163,7 @@ BACKENDS = Registry(
     ],
 )
 
+ALGORITHMS = [entry.name for entry in BACKENDS if entry.name != AUTO]
+"""The backends that are a loop of their own."""
+
 PLACEMENTS = {"head-first": "inner", "context-first": "outer"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cp.comm import Fabric, SingleFabric, values_of_all
-from megatron_cp.context import BACKENDS, PLACEMENTS, Backend
+from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend
 from megatron_cp.context.layouts import LAYOUTS, Layout
 from megatron_cp.context.layouts import layout as positions
 from megatron_cp.context.masks import Mask, mask
@@ -21,15 +21,35 @@ from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Axes, Chunks, Task
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import Kernel, choose
+from megatron_cp.planner.hardware import Cluster, load_cluster
 from megatron_cp.registry import suggest
 
 CHUNKED = "megatron_cp.context.fpdt"
 """The loop that cuts any backend's work into chunks over time."""
 
 
+class Sizes(NamedTuple):
+    """What `auto` must know of the tensors.
+
+    seq:    tokens of the whole sequence
+    device: its type
+    """
+
+    seq: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    device: str
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How to attend: everything but the tensors. Made by `plan`."""
+    """How to attend: everything but the tensors. Made by `plan`.
+
+    cluster: what `auto` weighs its choice for; None is looked up by the device
+    why:     the reasons of `auto`, in one line
+    """
 
     backend: Backend
     cp: Fabric
@@ -40,13 +60,22 @@ class Plan:
     deterministic: bool
     layout: str
     chunks: int | None = None
+    cluster: Cluster | None = None
+    why: str = ""
     stripe: int = 1
     met: list[tuple[int, ...]] = field(default_factory=list, compare=False)
 
     @property
     def loop(self) -> ModuleType:
         """The module whose `forward` and `backward` do it."""
+        assert self.backend.name != AUTO, "nothing is chosen yet"
         return import_module(CHUNKED if self.chunks is not None else self.backend.module)
+
+    def settled(self, sizes: Sizes) -> "Plan":
+        """The same plan with the backend that `auto` chooses for such tensors; any other plan is settled."""
+        if self.backend.name != AUTO:
+            return self
+        return import_module(self.backend.module).settle(self, sizes)
 
     def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
         """The kernel that such queries get, and why."""
@@ -75,6 +104,7 @@ def plan(
     deterministic: bool = False,
     layout: str = "zigzag",
     chunks: int | None = None,
+    cluster: str | Cluster | None = None,
     stripe: int = 1,
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
@@ -85,6 +115,7 @@ def plan(
     placement:     "head-first": the inner axis exchanges heads; "context-first": the outer one
     layout:        which positions each rank's tokens have: "zigzag" as Megatron cuts them, "contiguous" or "striped"
     chunks:        cut the backend's work into so many pieces over time, what waits lies in host memory (FPDT)
+    cluster:       what backend "auto" weighs its choice for: a name, a file or a description, by default by the device
     stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
     Raises ValueError for an unknown name and for a grid that is missing or does not fit.
     """
@@ -100,7 +131,9 @@ def plan(
         raise ValueError(
             f"backend {entry.name!r} cannot be cut into chunks; leave chunks out or use 'fpdt' or 'zigzag'"
         )
-    return Plan(entry, cp, axes, mask(causal, window), softmax_scale, kernel, deterministic, layout, chunks, stripe)
+    hardware = load_cluster(cluster) if isinstance(cluster, str) else cluster
+    seen = mask(causal, window)
+    return Plan(entry, cp, axes, seen, softmax_scale, kernel, deterministic, layout, chunks, hardware, stripe=stripe)
 
 
 def attend(
@@ -114,12 +147,13 @@ def attend(
     if not plan.met:
         _agree(q, k, plan.cp)
         plan.met.append(tuple(q.shape))
+    plan = plan.settled(_sizes(q, k, plan))
     outside = positions(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     return _Attend.apply(q, k, v, plan.loop, task_for(q, k, v, plan), outside)
 
 
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
-    """What the plan's loop is given for such tensors; raises ValueError when they do not fit."""
+    """What a settled plan's loop is given for such tensors; raises ValueError when they do not fit."""
     _check(q, k, v)
     runs = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
@@ -179,6 +213,11 @@ def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
 def _known(kind: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+
+
+def _sizes(q: Tensor, k: Tensor, plan: Plan) -> Sizes:
+    dtype = str(q.dtype).removeprefix("torch.")
+    return Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], q.shape[3], dtype, q.device.type)
 
 
 def _agree(q: Tensor, k: Tensor, cp: Fabric) -> None:

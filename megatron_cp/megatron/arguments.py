@@ -8,6 +8,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
+from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES
@@ -15,6 +16,7 @@ from megatron_cp.pipeline.action import WEIGHT
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.passes import merge
 from megatron_cp.pipeline.schedule import BadSchedule
+from megatron_cp.planner.hardware import load_cluster, shipped_clusters
 from megatron_cp.registry import suggest
 
 HEAD_FIRST = "head-first"
@@ -97,6 +99,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="TOKENS",
         help="With --cp-comm-type striped, tokens in a block that one rank owns; longer blocks make larger tiles and "
         "a coarser balance.",
+    )
+    group.add_argument(
+        "--cp-cluster",
+        default=None,
+        metavar="NAME|FILE",
+        help="With --cp-comm-type auto, the cluster that a backend is chosen for: "
+        + ", ".join(shipped_clusters())
+        + ", or a YAML file; by default the one that ships for this machine's GPU.",
     )
     _add_schedule_arguments(parser)
     return parser
@@ -214,6 +224,7 @@ def check(args: Any) -> None:
     _check_sizes(args)
     _check_groups(args)
     _check_stripe(args)
+    _check_cluster(args)
     refuse_unsupported(args, "arguments")
     _check_call_inputs(args)
 
@@ -234,6 +245,18 @@ def _check_names(args: Any) -> None:
 def is_striped(comm_type: str) -> bool:
     """Whether this algorithm works on stripes."""
     return BACKENDS.get(comm_type).layout == "striped"
+
+
+def _check_cluster(args: Any) -> None:
+    cluster = _read(args, "cp_cluster")
+    if cluster is None:
+        return
+    if AUTO_BACKEND not in comm_types(args):
+        raise ValueError(
+            f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, got {', '.join(comm_types(args))}; "
+            f"leave it out"
+        )
+    load_cluster(cluster)
 
 
 def _check_stripe(args: Any) -> None:

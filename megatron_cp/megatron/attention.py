@@ -13,9 +13,14 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
-from megatron_cp.context.attend import Plan, attend, plan
+from megatron_cp.context import AUTO as AUTO_BACKEND
+from megatron_cp.context import BACKENDS
+from megatron_cp.context.attend import Plan, Sizes, attend, plan
+from megatron_cp.context.auto import default_cluster
 from megatron_cp.kernels import AUTO, Kernel, choose
+from megatron_cp.megatron import cpu
 from megatron_cp.megatron.arguments import HEAD_FIRST, is_striped, refuse_unsupported
+from megatron_cp.planner.hardware import Cluster, load_cluster
 
 CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 
@@ -26,6 +31,8 @@ class CoreAttention(MegatronModule):
     Constructor and forward are Megatron's core-attention contract. The algorithm is `cp_comm_type` (None: zigzag);
     kernel, placement and stripe are read from the attributes `cp_kernel`, `cp_placement` and `cp_stripe` of the config
     where it has them.
+    With `auto` the backend is chosen here for the length `cp_seq_length`, and without it at the first call; the cluster
+    is `cp_cluster` or the one that ships for this machine's GPU.
     Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
@@ -97,7 +104,10 @@ class CoreAttention(MegatronModule):
         axes = f" = {self.plan.axes.inner.size} inner * {self.plan.axes.outer.size} outer" if self.plan.axes else ""
         stages = self.config.pipeline_model_parallel_size
         stage = f", on this one of {stages} pipeline stages" if stages > 1 else ""
-        return f"{self.plan.backend.name}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}"
+        why = f"; auto: {self.plan.why}" if self.plan.why else ""
+        name = self.plan.backend.name
+        what = f"{name} (chosen at the first call)" if name == AUTO_BACKEND else name
+        return f"{what}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}{why}"
 
     def kernel(self, device: str) -> tuple[Kernel, str]:
         """The kernel that computes on such a device, and why."""
@@ -111,7 +121,7 @@ class CoreAttention(MegatronModule):
 
     def _plan(self, causal: bool) -> Plan:
         inner, outer = self._hierarchy()
-        return plan(
+        made = plan(
             self.cp_comm_type,
             cp=_fabric(self.pg_collection.cp, self.config.context_parallel_size),
             inner=inner,
@@ -123,7 +133,24 @@ class CoreAttention(MegatronModule):
             placement=getattr(self.config, "cp_placement", HEAD_FIRST),
             deterministic=self.config.deterministic_mode,
             stripe=getattr(self.config, "cp_stripe", 1) if is_striped(self.cp_comm_type) else 1,
+            cluster=self._cluster(),
         )
+        seq = getattr(self.config, "cp_seq_length", None)
+        return made if seq is None else made.settled(self._sizes(seq))
+
+    def _cluster(self) -> Cluster | None:
+        """What `auto` weighs: among context-parallel ranks, between which tensor-parallel ones lie."""
+        if BACKENDS.get(self.cp_comm_type).name != AUTO_BACKEND or self.config.context_parallel_size == 1:
+            return None
+        name = getattr(self.config, "cp_cluster", None)
+        cluster = load_cluster(name) if name else default_cluster(_device())
+        return cluster.every(self.config.tensor_model_parallel_size)
+
+    def _sizes(self, seq: int) -> Sizes:
+        config, tensor = self.config, self.config.tensor_model_parallel_size
+        heads, groups = config.num_attention_heads // tensor, max(1, (config.num_query_groups or 1) // tensor)
+        dtype = str(config.params_dtype).removeprefix("torch.")
+        return Sizes(seq, heads, groups, config.kv_channels, dtype, _device())
 
     def _hierarchy(self) -> tuple[Fabric | None, Fabric | None]:
         groups = self.pg_collection.hcp
@@ -156,6 +183,11 @@ class CoreAttention(MegatronModule):
 
     def _refuse(self, what: str, way_out: str) -> None:
         raise ValueError(f"layer {self.layer_number}: megatron-cp's attention does not do {what}; {way_out}")
+
+
+def _device() -> str:
+    # a stack under construction may still lie elsewhere than it will run
+    return "cpu" if cpu.needed() or cpu.active() else "cuda"
 
 
 def _fabric(group: torch.distributed.ProcessGroup, size: int) -> Fabric:

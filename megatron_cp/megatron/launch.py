@@ -21,7 +21,7 @@ from megatron_cp.megatron import cpu, hooks
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
 HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-OUR_FLAGS = ("--cp-kernel", "--cp-placement", "--cp-stripe")
+OUR_FLAGS = ("--cp-kernel", "--cp-placement", "--cp-stripe", "--cp-cluster")
 
 # srun starts the processes itself: what torchrun would have set, and SLURM's name for it
 FROM_SLURM = {

@@ -202,9 +202,12 @@ def global_args() -> Any:
 def copy_flags(config: TransformerConfig) -> None:
     """Note on the config what the flags of ours say; it travels with every copy of the config."""
     args = global_args()
-    for name in ("cp_kernel", "cp_placement", "cp_stripe"):
+    for name in ("cp_kernel", "cp_placement", "cp_stripe", "cp_cluster"):
         if hasattr(args, name):
             setattr(config, name, getattr(args, name))
+    # what `auto` chooses for; a program that parses no arguments lets it choose at the first call
+    if getattr(args, "seq_length", None):
+        config.cp_seq_length = args.seq_length
 
 
 def _apply_flags(model: Any, config: TransformerConfig) -> None:

@@ -201,9 +201,8 @@ def _reach(problem: Problem) -> int:
 
 def _played(problem: Problem, cluster: Cluster, record: Record) -> Cost:
     trace = record(problem)
-    return Cost(
-        *map(sum, zip(*(_parts(simulate(run, cluster)) for run in (trace.forward, trace.backward)), strict=True))
-    )
+    forward, backward = (_parts(simulate(run, cluster)) for run in (trace.forward, trace.backward))
+    return Cost(*(a + b for a, b in zip(forward, backward, strict=True)))
 
 
 def _parts(run: Run) -> Cost:

@@ -52,6 +52,8 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cp_comm_type": ["p2p", "ring"]}, "one for each of the 3 layers, got 2"),
         ({"cp_kernel": "referense"}, "did you mean 'reference'"),
         ({"cp_placement": "heads"}, "unknown --cp-placement 'heads'"),
+        ({"cp_cluster": "h100-ip", "cp_comm_type": ["auto"]}, "no cluster 'h100-ip'; did you mean 'h100-ib'"),
+        ({"cp_cluster": "h100-ib"}, "--cp-cluster h100-ib needs --cp-comm-type auto, got"),
         ({"cp_stripe": 0, "cp_comm_type": ["striped"]}, "1 or more, got 0"),
         ({"cp_stripe": 4}, "--cp-stripe 4 needs --cp-comm-type striped, got"),
         ({"cp_stripe": 3, "cp_comm_type": ["striped"], "seq_length": 1024}, "= 12, got 1024; .* --seq-length 1032"),
@@ -87,6 +89,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_kernel": "auto",
         "cp_placement": "head-first",
         "cp_stripe": 1,
+        "cp_cluster": None,
         "pp_schedule": None,
     }
     assert "zigzag=p2p" in parser.format_help()
