@@ -39,7 +39,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.6"],
         "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2", "tiktoken>=0.8"],
         "peers": ["ring-flash-attn==0.1.8", "yunchang==0.6.4"],
-        "dev": ["pytest>=8.3", "ruff>=0.9", "mypy>=1.14", "beartype>=0.20", "types-psutil"],
+        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "beartype>=0.20", "types-psutil"],
     },
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["megatron-cp = megatron_cp.cli:main"]},
