@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cp.context import BACKENDS, heads, ring
+from megatron_cp.context import ALGORITHMS, BACKENDS, heads, ring
 from megatron_cp.context.probe import probe
 from megatron_cp.context.proof import Book, prove, small
 from megatron_cp.context.record import record
@@ -19,7 +19,7 @@ def proved(backend, ranks, causal=True, window=None, **choices):
 
 @pytest.mark.parametrize(("causal", "window"), MASKS)
 @pytest.mark.parametrize("ranks", RANKS, ids=lambda n: f"p{n}")
-@pytest.mark.parametrize("backend", BACKENDS.names)
+@pytest.mark.parametrize("backend", ALGORITHMS)
 def test_every_unmasked_pair_is_computed_once_in_each_pass(backend, ranks, causal, window):
     for grid in grids(backend, ranks):
         proof = proved(backend, ranks, causal, window, grid=grid)
@@ -28,7 +28,7 @@ def test_every_unmasked_pair_is_computed_once_in_each_pass(backend, ranks, causa
         assert proof.pairs == 8 * visible.sum()
 
 
-@pytest.mark.parametrize("backend", BACKENDS.names)
+@pytest.mark.parametrize("backend", ALGORITHMS)
 def test_sixty_four_ranks(backend):
     grid = most_square(64) if BACKENDS.get(backend).needs_grid else None
     proof = prove(small(Problem(backend, 64, 2**20, 64, 8, causal=True, grid=grid)))
