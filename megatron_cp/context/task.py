@@ -56,11 +56,11 @@ class Queries(NamedTuple):
 class Chunks(NamedTuple):
     """Work cut into pieces over time.
 
-    count: how many pieces, None for as many as make a piece of FPDT's size
-    loop:  the backend that does one piece, None for Ulysses
+    pieces: how many pieces, None for as many as make a piece of FPDT's size
+    loop:   the backend that does one piece, None for Ulysses
     """
 
-    count: int | None = None
+    pieces: int | None = None
     loop: ModuleType | None = None
 
 

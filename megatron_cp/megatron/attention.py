@@ -112,7 +112,7 @@ class CoreAttention(MegatronModule):
     def kernel(self, device: str) -> tuple[Kernel, str]:
         """The kernel that computes on such a device, and why."""
         return choose(
-            self.plan.kernel,
+            getattr(self.config, "cp_kernel", AUTO),
             device=device,
             dtype=str(self.config.params_dtype).removeprefix("torch."),
             head_dim=self.config.kv_channels,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_cp.comm import in_process
-from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.context import ALGORITHMS, BACKENDS, PLACEMENTS
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.layouts import indices
 from megatron_cp.grid import Grid
@@ -52,7 +52,7 @@ def assert_equals_dense(parts, task, tolerance=EXACT):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=lambda n: f"h{n}")
 @pytest.mark.parametrize("ranks", RANKS, ids=lambda n: f"p{n}")
-@pytest.mark.parametrize("backend", [entry.name for entry in BACKENDS if not entry.needs_grid])
+@pytest.mark.parametrize("backend", [name for name in ALGORITHMS if not BACKENDS.get(name).needs_grid])
 def test_backend_equals_dense(backend, ranks, heads, kv_heads, causal):
     task = problem(12 * ranks, heads, kv_heads, causal=causal)
     assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, backend)), task)
@@ -77,7 +77,7 @@ WINDOWS = [(True, (5, None)), (True, (20, 0)), (False, (9, 4)), (False, (0, 2)),
 
 @pytest.mark.parametrize(("causal", "window"), WINDOWS)
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8], ids=lambda n: f"p{n}")
-@pytest.mark.parametrize("backend", BACKENDS.names)
+@pytest.mark.parametrize("backend", ALGORITHMS)
 def test_backend_equals_dense_in_a_window(backend, ranks, causal, window):
     task = problem(12 * ranks, 8, 2, causal=causal)._replace(window=window)
     grid = grids(ranks)[len(grids(ranks)) // 2] if BACKENDS.get(backend).needs_grid else None

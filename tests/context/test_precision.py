@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_cp.comm import in_process
-from megatron_cp.context import BACKENDS
+from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import choose
 from tests.context.dense import Problem, dense, problem
@@ -17,7 +17,7 @@ def frobenius(found, expected):
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("backend", BACKENDS.names)
+@pytest.mark.parametrize("backend", ALGORITHMS)
 def test_bf16_error_is_the_unsharded_kernels(backend, ranks):
     exact = problem(1024, 8, 2, causal=True, dim=64, batch=1)
     rounded = Problem(*(tensor.bfloat16() for tensor in exact[:4]), True)

@@ -1,4 +1,4 @@
-"""The real pretrain() gives the same losses and gradient norms however the sequence is cut and whatever else is sharded."""
+"""The real pretrain() gives the same losses and gradient norms however the sequence is cut and what else is sharded."""
 
 import pytest
 
