@@ -5,7 +5,7 @@ import torch
 
 from megatron_cp.bench.live import LiveBytes
 from megatron_cp.comm import in_process
-from megatron_cp.context import BACKENDS
+from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.fpdt import CHUNK_TOKENS, FEWEST_CHUNKS, chunked, cut
 from megatron_cp.context.layouts import LAYOUTS, layout
@@ -21,7 +21,7 @@ MASKS = [(True, None), (False, None), (True, (9, 0)), (False, (3, 11))]
 
 
 @pytest.mark.parametrize(("causal", "window"), MASKS, ids=str)
-@pytest.mark.parametrize("backend", [entry.name for entry in BACKENDS if entry.chunks])
+@pytest.mark.parametrize("backend", [name for name in ALGORITHMS if BACKENDS.get(name).chunks])
 def test_chunks_around_every_backend_equal_dense(backend, causal, window):
     task = problem(48, 8, 2, causal=causal, batch=1)._replace(window=window)
     grid = Grid(2, 2) if BACKENDS.get(backend).needs_grid else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_cp.comm import in_process
-from megatron_cp.context import BACKENDS
+from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.attend import plan
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.task import Task
@@ -58,7 +58,7 @@ def on(task, device, dtype):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("groups", [12, 4, 1])
 @pytest.mark.parametrize("ranks", [4, 6])
-@pytest.mark.parametrize("backend", BACKENDS.names)
+@pytest.mark.parametrize("backend", ALGORITHMS)
 def test_backend_equals_dense(device, backend, ranks, groups, causal):
     task = on(problem(12 * ranks, 12, groups, causal=causal), device, torch.float64)
     found = whole(in_process(ranks, lambda fabric: sharded(fabric, task, backend, "reference")))
@@ -67,7 +67,7 @@ def test_backend_equals_dense(device, backend, ranks, groups, causal):
 
 
 @pytest.mark.parametrize("ranks", [4, 6])
-@pytest.mark.parametrize("backend", BACKENDS.names)
+@pytest.mark.parametrize("backend", ALGORITHMS)
 def test_bf16_is_as_exact_as_the_unsharded_kernel(device, backend, ranks):
     task = on(problem(384 * ranks, 12, 4, causal=True, dim=64), device, torch.bfloat16)
     exact = unsharded(ReferenceKernel(), on(task, device, torch.float64))
