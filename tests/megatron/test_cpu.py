@@ -136,7 +136,8 @@ def test_peak_memory_is_the_processes_and_stays() -> None:
     ((before, held, after),) = run_ranks(1, memory)
     assert before > 0
     assert held - before > 200 * 2**20
-    assert after >= held
+    # the kernel brings its own peak up to date only every some pages
+    assert after >= held - 2**20
 
 
 def event_milliseconds() -> float:
