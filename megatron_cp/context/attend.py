@@ -49,6 +49,7 @@ class Plan:
 
     cluster: what `auto` weighs its choice for; None is looked up by the device
     why:     the reasons of `auto`, in one line
+    met:     the shape of the first call, on which the ranks have agreed; empty before it
     """
 
     backend: Backend
