@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cp.grid import Grid
+
 Message = tuple[Tensor, int]
 
 
@@ -299,6 +301,11 @@ def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
     if post.failed:
         raise post.failed
     return [future.result() for future in futures]
+
+
+def axes_of(grid: Grid, fabric: Fabric) -> tuple[Fabric, Fabric]:
+    """The inner and the outer axis of a grid over a fabric's ranks; all of them call it together."""
+    return fabric.subset(grid.members("inner", fabric.rank)), fabric.subset(grid.members("outer", fabric.rank))
 
 
 def largest(fabric: Fabric, device: torch.device, *values: float) -> list[float]:

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from megatron_cp.bench.contest import WHOLE, Contender, Contest, Entry, Row, Shape, WrongResultError
 from megatron_cp.bench.peers import Peer, counted, installed, load
-from megatron_cp.comm import Fabric, connected
+from megatron_cp.comm import Fabric, axes_of, connected
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.grid import Grid
@@ -121,10 +121,8 @@ def _report(
 
 def ours(contest: Contest, name: str, native: bool) -> Entry:
     """A backend of the registry; `native`: on tokens that lie where it wants them, else in Megatron's zigzag."""
-    fabric, backend, inner, outer = contest.fabric, BACKENDS.get(name), None, None
-    if backend.needs_grid:
-        grid = grid_for(fabric.size)
-        inner, outer = (fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer"))
+    fabric, backend = contest.fabric, BACKENDS.get(name)
+    inner, outer = axes_of(grid_for(fabric.size), fabric) if backend.needs_grid else (None, None)
     layout = (backend.layout if native else None) or "zigzag"
     causal, kernel = contest.shape.causal, contest.kernel_name
     how = plan(name, cp=fabric, inner=inner, outer=outer, causal=causal, kernel=kernel, layout=layout)

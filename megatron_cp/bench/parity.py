@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import LocalFabric, in_process
+from megatron_cp.comm import LocalFabric, axes_of, in_process
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.layouts import indices
@@ -20,10 +20,8 @@ def deviation(backend: str, ranks: int, tokens: int = 96) -> float:
     )
 
     def body(fabric: LocalFabric) -> list[Tensor]:
-        inner = outer = None
-        if BACKENDS.get(backend).needs_grid:
-            grid = Grid(fabric.size, 1)
-            inner, outer = (fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer"))
+        on_grid = BACKENDS.get(backend).needs_grid
+        inner, outer = axes_of(Grid(fabric.size, 1), fabric) if on_grid else (None, None)
         chosen = plan(backend, cp=fabric, inner=inner, outer=outer, kernel="reference")
         mine = torch.tensor(indices("zigzag", tokens, fabric.size, fabric.rank))
         mine_q, mine_k, mine_v = (x[mine].requires_grad_() for x in (q, k, v))

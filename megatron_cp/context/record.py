@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from megatron_cp.bench.live import LiveBytes
-from megatron_cp.comm import Done, Fabric, Handle
+from megatron_cp.comm import Done, Fabric, Handle, axes_of
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.attend import Plan, attend, plan
 from megatron_cp.context.layouts import layout
@@ -53,7 +53,7 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
     if entry.name == AUTO:
         raise ValueError(f"{AUTO!r} has no loop of its own; take what megatron_cp.context.auto.decide names")
     if problem.grid and (entry.needs_grid or entry.takes_grid):
-        inner, outer = (fabric.subset(problem.grid.members(axis, fabric.rank)) for axis in ("inner", "outer"))
+        inner, outer = axes_of(problem.grid, fabric)
     return plan(
         problem.backend,
         cp=fabric,
