@@ -14,7 +14,7 @@ from megatron_cp.bench.peers import Peer, counted, installed, load
 from megatron_cp.comm import Fabric, axes_of, connected
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import attend, plan
-from megatron_cp.grid import Grid
+from megatron_cp.grid import most_square
 
 QUIET = 0.97
 """Share of its core that a computing rank gets on a quiet machine; below it there is no verdict."""
@@ -68,12 +68,6 @@ def bench(contenders: Contenders, ranks: int, shapes: Sequence[Shape], rounds: i
     return answer
 
 
-def grid_for(ranks: int) -> Grid:
-    """The most square grid with the larger axis inside."""
-    outer = max(size for size in range(1, int(ranks**0.5) + 1) if ranks % size == 0)
-    return Grid(ranks // outer, outer)
-
-
 def _rank(
     rank: int, ranks: int, port: int, contenders: Contenders, shapes: list, rounds: int, kernel: str, results: Any
 ) -> None:
@@ -122,7 +116,7 @@ def _report(
 def ours(contest: Contest, name: str, native: bool) -> Entry:
     """A backend of the registry; `native`: on tokens that lie where it wants them, else in Megatron's zigzag."""
     fabric, backend = contest.fabric, BACKENDS.get(name)
-    inner, outer = axes_of(grid_for(fabric.size), fabric) if backend.needs_grid else (None, None)
+    inner, outer = axes_of(most_square(fabric.size), fabric) if backend.needs_grid else (None, None)
     layout = (backend.layout if native else None) or "zigzag"
     causal, kernel = contest.shape.causal, contest.kernel_name
     how = plan(name, cp=fabric, inner=inner, outer=outer, causal=causal, kernel=kernel, layout=layout)
