@@ -1,0 +1,35 @@
+"""Counts as people write them: `4M`, `4e6` and `4194304`.
+
+K, M and G are powers of 1024, as in "128K tokens" and "a batch of 4M tokens", which mean 131,072 and 4,194,304. An
+exponent means a power of ten: `4e6` is 4,000,000.
+"""
+
+import re
+from decimal import Decimal
+
+UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+# more than any run has tokens
+LARGEST = 2**63 - 1
+
+_COUNT = re.compile(
+    r"(\d{1,3}(?:,\d{3})+|\d{1,19}(?:\.\d{1,19})?|\.\d{1,19})(?:e\+?(\d{1,2}))?\s*([a-z]*)", re.A | re.I
+)
+
+
+def count(text: str, what: str) -> int:
+    """The number that `text` means; `what` is the flag or key that it was given for, for the error.
+
+    Raises ValueError for an unknown unit, for what is no number, and for numbers that are not whole or not positive.
+    """
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{what} takes a count such as 4M, 4e6 or 4194304, got {text!r}")
+    digits, exponent, unit = match[1].replace(",", ""), int(match[2] or 0), match[3].upper()
+    if unit not in UNITS:
+        raise ValueError(
+            f"{what}: unknown unit {match[3]!r} in {text!r}; use K, M or G (powers of 1024), or e3, e6, e9"
+        )
+    value = Decimal(digits).scaleb(exponent) * UNITS[unit]
+    if value != value.to_integral_value() or not 0 < value <= LARGEST:
+        raise ValueError(f"{what} takes a positive whole number up to 2**63 - 1, got {text!r}")
+    return int(value)
