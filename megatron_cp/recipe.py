@@ -1,19 +1,20 @@
 """Recipes: one YAML file is one training run, rendered to literal Megatron flags.
 
 The dialect is the one of Megatron-LM's functional tests, `ENV_VARS:` and `MODEL_ARGS:` whose keys are literal flags,
-and four additions:
+and five additions:
 
 - `extends:` one file or a list of files, relative to this file or to configs/; later ones win, this file wins over all;
 - `${NAME}` and `${NAME:-default}` from the environment, anywhere in a value;
 - `LAUNCH:` torchrun's own flags, and `entry`: a module to run, or an upstream script that is run through our launcher;
-- `DATA:` the flags of `megatron-cp data build` for the corpus that is built before training when it is missing.
+- `DATA:` the flags of `megatron-cp data build` for the corpus that is built before training when it is missing;
+- `SLURM:` flags of sbatch, of srun for containers, and of `megatron-cp submit`.
 
 A value is one text, a list (several values), `true` (a bare flag) or `false` (takes an inherited flag back).
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from megatron_cp.registry import suggest
+from megatron_cp.slurm import flags as slurm_flags
 
-SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA")
+SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
 # where true and false mean a flag, not a text
-FLAG_SECTIONS = ("MODEL_ARGS", "LAUNCH", "DATA")
+FLAG_SECTIONS = SECTIONS[1:]
 # read by Megatron's test harness; they say nothing about the training command
 HARNESS_SECTIONS = ("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST")
 DATA_FLAGS = tuple(
@@ -66,13 +68,14 @@ type Section = dict[str, Setting]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run: environment variables, Megatron's flags, torchrun's flags, and the corpus."""
+    """One training run: environment variables, Megatron's flags, torchrun's flags, the corpus, and the job."""
 
     name: str
     env_vars: Section
     model_args: Section
     launch: Section
     data: Section
+    slurm: Section = field(default_factory=dict)
 
     @property
     def save(self) -> Path | None:
@@ -126,15 +129,16 @@ def find(name: str, beside: Path | None = None) -> Path:
     raise ValueError(f"no recipe {name!r}{suggest(name, [*known, *short])}; give a file or one of: {', '.join(known)}")
 
 
-def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = ()) -> Recipe:
+def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (), job: bool = False) -> Recipe:
     """The recipe called `name` with everything it extends merged in, and the flags of `overrides` on top.
 
-    `variables` is what `${NAME}` refers to. Raises ValueError with file and line for what is not a recipe.
+    `variables` is what `${NAME}` refers to; with `job` the overrides may have flags of SLURM's. Raises ValueError with
+    file and line for what is not a recipe.
     """
     file = find(name)
     sections = _merged(file, variables, ())
     for key, setting in command_line_flags(overrides).items():
-        section = "LAUNCH" if key in TORCHRUN_FLAGS else "MODEL_ARGS"
+        section = _section_of(key, job)
         # last on the rendered command line, where argparse lets it win over its own --no- form
         sections[section].pop(key, None)
         sections[section][key] = setting
@@ -143,7 +147,7 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = ())
         if setting.problem:
             raise ValueError(f"{setting.place}: {key}: {setting.problem}")
     _check_keys(given)
-    return Recipe(file.stem, given["ENV_VARS"], given["MODEL_ARGS"], given["LAUNCH"], given["DATA"])
+    return Recipe(file.stem, *(given[section] for section in SECTIONS))
 
 
 def command_line_flags(words: Sequence[str]) -> Section:
@@ -159,6 +163,12 @@ def command_line_flags(words: Sequence[str]) -> Section:
         else:
             found[key] = Setting((*found[key].values, word), COMMAND_LINE)
     return found
+
+
+def _section_of(key: str, job: bool) -> str:
+    if job and slurm_flags.is_slurms(key):
+        return "SLURM"
+    return "LAUNCH" if key in TORCHRUN_FLAGS else "MODEL_ARGS"
 
 
 def _setting(texts: Sequence[str], place: str, plain: bool) -> Setting:
@@ -288,6 +298,10 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _check_keys(sections: Mapping[str, Section]) -> None:
+    slurm_flags.check({key: setting.place for key, setting in sections["SLURM"].items()})
+    for key, setting in sections["ENV_VARS"].items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
+            raise ValueError(f"{setting.place}: {key!r} is no name of an environment variable")
     for section, known in (("LAUNCH", (*TORCHRUN_FLAGS, "entry")), ("DATA", DATA_FLAGS)):
         for key, setting in sections[section].items():
             if key not in known:

@@ -1,0 +1,85 @@
+"""The flags of a recipe's `SLURM:` block: those of sbatch, those of srun for containers, and our own.
+
+Names are literal, as in the rest of a recipe. Sizes that the job shares with the run itself are not among them: they
+follow from the run, and asking for them here is refused with the place where they belong.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from megatron_cp.registry import suggest
+
+# what the job asks of the cluster: lines `#SBATCH --flag=value`
+SBATCH = tuple(
+    f"--{name}"
+    for name in (
+        "account acctg-freq bb begin chdir cluster-constraint clusters comment constraint contiguous core-spec "
+        "cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline dependency distribution error exclude exclusive "
+        "export extra-node-info gpu-bind gpu-freq gpus gpus-per-node gpus-per-task gres gres-flags hold job-name "
+        "licenses mail-type mail-user mem mem-per-cpu mem-per-gpu mincpus network nice nodefile nodelist output "
+        "oversubscribe partition power prefer priority propagate qos reboot reservation segment sockets-per-node "
+        "spread-job switches thread-spec threads-per-core time time-min tmp use-min-nodes wckey"
+    ).split()
+)
+# how its steps are started: words of srun, most of them of the pyxis plugin
+SRUN = tuple(
+    f"--{name}"
+    for name in (
+        "container-image container-mounts container-workdir container-name container-env container-save "
+        "container-mount-home no-container-mount-home container-remap-root no-container-remap-root "
+        "container-entrypoint no-container-entrypoint container-writable container-readonly cpu-bind mem-bind mpi"
+    ).split()
+)
+OURS = ("--launcher", "--python", "--requeues", "--grace", "--chain", "--node-gpus", "--node-free-gb", "--no-preflight")
+KNOWN = (*SBATCH, *SRUN, *OURS)
+# sbatch's flags that we write ourselves, and what to say instead
+WRITTEN_BY_US = {
+    "--nodes": "the number of nodes is --nnodes of LAUNCH",
+    "--ntasks": "the number of processes is --nnodes times --nproc-per-node of LAUNCH",
+    "--ntasks-per-node": "the number of processes of a node is --nproc-per-node of LAUNCH",
+    "--signal": "the warning before the time limit follows from --grace, the seconds that a save may take",
+    "--requeue": "say how often: --requeues N",
+    "--no-requeue": "say --requeues 0",
+    "--open-mode": "logs are appended to, so that a requeued job keeps its record",
+    "--array": "name several recipes: each becomes a task of an array",
+    "--wrap": "the script is ours",
+}
+
+
+def check(places: Mapping[str, str]) -> None:
+    """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` maps flags to where they stand."""
+    for flag, place in places.items():
+        if flag in WRITTEN_BY_US:
+            raise ValueError(f"{place}: {flag} is not for the SLURM block: {WRITTEN_BY_US[flag]}")
+        if flag not in KNOWN:
+            raise ValueError(
+                f"{place}: unknown SLURM flag {flag!r}{suggest(flag, KNOWN)}; known are sbatch's, srun's "
+                f"--container-…, --cpu-bind and --mpi, and {', '.join(OURS)}"
+            )
+
+
+def is_slurms(flag: str) -> bool:
+    """Whether a flag on the command line of a job belongs into the `SLURM:` block."""
+    return flag in KNOWN or flag in WRITTEN_BY_US
+
+
+def minutes(text: str) -> int:
+    """A time limit as SLURM writes it, in whole minutes, or 0 for none; raises ValueError for anything else.
+
+    Forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE", "0"):
+        return 0
+    days, dash, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in ([days, *parts] if dash else parts)) or len(parts) > 3:
+        raise ValueError(
+            f"{text!r} is no time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        )
+    hours, minute, _ = _clock([int(part) for part in parts], after_days=bool(dash))
+    return (int(days or 0) * 24 + hours) * 60 + minute
+
+
+def _clock(parts: Sequence[int], after_days: bool) -> Sequence[int]:
+    if after_days or len(parts) == 3:
+        return [*parts, 0, 0][:3]
+    return [0, *parts, 0][:3]
