@@ -43,7 +43,8 @@ class Hook:
 
 def _without_compiling(old: Callable[..., Any]) -> Callable[..., Any]:
     def compile_helpers(*args: Any, **kwargs: Any) -> None:
-        return None
+        if not dataset_helpers_need_no_make():
+            old(*args, **kwargs)
 
     return compile_helpers
 
@@ -97,9 +98,12 @@ def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_our_mtp(old: Callable[..., Any]) -> Callable[..., Any]:
     def mtp_block_spec(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.spec import mtp_block_spec as ours
+        from megatron_cp.megatron.launch import has_our_layers
+        from megatron_cp.megatron.layers import global_args, mtp_block_spec
 
-        return ours(*args, **kwargs)
+        flags = global_args()
+        ours = flags is not None and has_our_layers(flags)
+        return (mtp_block_spec if ours else old)(*args, **kwargs)
 
     return mtp_block_spec
 
@@ -293,12 +297,21 @@ def apply(names: Iterable[str]) -> Applied:
 
 
 def _bind(hook: Hook, done: list[Replaced]) -> None:
-    old = find(hook.targets[0]).value
+    new = _made(hook, find(hook.targets[0]).value)
+    for target in hook.targets:
+        done.append(replace(target, lambda _: new))
+
+
+def _made(hook: Hook, old: Any) -> Any:
     # an attribute that a hook hung on `old` is not one of `new`
     new = functools.wraps(old, updated=())(hook.make(old))
     setattr(new, _MARK, hook.name)
-    for target in hook.targets:
-        done.append(replace(target, lambda _: new))
+    return new
+
+
+def patched(name: str) -> Callable[[Any], Any]:
+    """The named hook as a decorator: what the call sites in patches/ put over Megatron's own definitions."""
+    return functools.partial(_made, HOOKS.get(name))
 
 
 def dataset_helpers_need_no_make() -> bool:

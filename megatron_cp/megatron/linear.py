@@ -21,15 +21,17 @@ from torch.amp import custom_bwd
 
 from megatron_cp.pipeline.split_backward import WeightQueue, accumulate, weight_gradient
 
-Stock = layers.LinearWithGradAccumulationAndAsyncCommunication
-
 
 @dataclass(frozen=True)
 class Owner:
-    """The parameter whose gradient is computed apart, and the queue; in an object, so that autograd does not see it."""
+    """The parameter whose gradient is computed apart, in an object so that autograd does not see it.
+
+    stock: Megatron's own autograd function
+    """
 
     weight: Tensor
     queue: WeightQueue
+    stock: Any
 
 
 class QueuedLinear(torch.autograd.Function):
@@ -38,7 +40,7 @@ class QueuedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, owner: Owner, *args: Any) -> Tensor:
         ctx.owner = owner
-        output: Tensor = Stock.forward(ctx, *args)
+        output: Tensor = owner.stock.forward(ctx, *args)
         # the fused kernel adds to it in place; the weight that Megatron's forward saw is not the parameter
         ctx.main_grad = getattr(owner.weight, "main_grad", None)
         return output
@@ -47,7 +49,7 @@ class QueuedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         owner = ctx.owner
         if not owner.queue.putting_off:
-            given, weight, *rest = Stock.backward(ctx, gradient)
+            given, weight, *rest = owner.stock.backward(ctx, gradient)
             if weight is not None:
                 accumulate(owner.weight, weight)
             return None, given, None, *rest
@@ -97,7 +99,7 @@ class SplitLinear:
     def apply(self, given: Tensor, weight: Tensor, *rest: Any) -> Any:
         if not self.queue.open or not _splits(given, weight, *rest):
             return self.stock.apply(given, weight, *rest)
-        return QueuedLinear.apply(Owner(weight, self.queue), given, weight.detach(), *rest)
+        return QueuedLinear.apply(Owner(weight, self.queue, self.stock), given, weight.detach(), *rest)
 
 
 def _splits(

@@ -5,10 +5,10 @@ Megatron logs an ImportError of this import and then trains with stock attention
 
 try:
     from megatron_cp.megatron.hybrid import hybrid_stack_spec
-    from megatron_cp.megatron.layers import gpt_layer_spec, mtp_block_spec
+    from megatron_cp.megatron.layers import gpt_layer_spec
 except ImportError as error:
     raise RuntimeError(
         f"--spec megatron_cp.megatron.spec cannot be loaded: {error}; install what is missing"
     ) from error
 
-__all__ = ["gpt_layer_spec", "hybrid_stack_spec", "mtp_block_spec"]
+__all__ = ["gpt_layer_spec", "hybrid_stack_spec"]
