@@ -31,9 +31,9 @@ class Command(NamedTuple):
 
 def command(recipe: Recipe) -> Command:
     """torchrun with the recipe's processes, entry module or script, and literal flags."""
-    launch = [*_torchrun(), *_words(_launch_flags(recipe.launch)), *_entry(recipe.launch)]
+    launch = [*_torchrun(), *flag_words(_launch_flags(recipe.launch)), *entry_words(recipe.launch)]
     environment = {name: setting.text for name, setting in recipe.env_vars.items()}
-    return Command(environment, [*launch, *_words(recipe.model_args)])
+    return Command(environment, [*launch, *flag_words(recipe.model_args)])
 
 
 def complete(recipe: Recipe) -> Recipe:
@@ -79,12 +79,14 @@ def runs_through_us(recipe: Recipe) -> bool:
     return entry == ENTRY or entry.endswith(".py")
 
 
-def _entry(launch: Section) -> list[str]:
+def entry_words(launch: Section) -> list[str]:
+    """What Python runs: a module, or an upstream script through our launcher."""
     entry = launch["entry"].text if "entry" in launch else ENTRY
     return ["-m", "megatron_cp.launch", entry] if entry.endswith(".py") else ["-m", entry]
 
 
-def _words(section: Mapping[str, Setting]) -> list[str]:
+def flag_words(section: Mapping[str, Setting]) -> list[str]:
+    """The flags of a section, each followed by its values."""
     return [word for key, setting in section.items() for word in (key, *setting.values)]
 
 
