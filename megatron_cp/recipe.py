@@ -1,35 +1,29 @@
 """Recipes: one YAML file is one training run, rendered to literal Megatron flags.
 
 The dialect is the one of Megatron-LM's functional tests, `ENV_VARS:` and `MODEL_ARGS:` whose keys are literal flags,
-and five additions:
+and six additions:
 
 - `extends:` one file or a list of files, relative to this file or to configs/; later ones win, this file wins over all;
 - `${NAME}` and `${NAME:-default}` from the environment, anywhere in a value;
 - `LAUNCH:` torchrun's own flags, and `entry`: a module to run, or an upstream script that is run through our launcher;
 - `DATA:` the flags of `megatron-cp data build` for the corpus that is built before training when it is missing;
-- `SLURM:` flags of sbatch, of srun for containers, and of `megatron-cp submit`.
+- `SLURM:` flags of sbatch, of srun for containers, and of `megatron-cp submit`;
+- `CLUSTER:` the machines that the run is made for: the name of a file in configs/clusters/, or a file.
 
-A value is one text, a list (several values), `true` (a bare flag) or `false` (takes an inherited flag back).
+A value is one text, a list (several values), `true` (a bare flag) or `false` (takes an inherited flag back). Values are
+texts and stay texts: no tag is obeyed, and no shell sees them unquoted.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
-
+from megatron_cp import recipe_file
+from megatron_cp.recipe_file import CLUSTER, SECTIONS, Section, Setting, read, shown
 from megatron_cp.registry import suggest
 from megatron_cp.slurm import flags as slurm_flags
 
-SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
-# where true and false mean a flag, not a text
-FLAG_SECTIONS = SECTIONS[1:]
-# read by Megatron's test harness; they say nothing about the training command
-HARNESS_SECTIONS = ("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST")
 DATA_FLAGS = tuple(
     f"--{name}"
     for name in "input output tokenizer glob field eod-id dtype workers max-bytes limit skip-bad no-append-eod".split()
@@ -44,31 +38,12 @@ TORCHRUN_FLAGS = tuple(
 ENTRY = "megatron_cp.pretrain_gpt"
 COMMAND_LINE = "command line"
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?P<fallback>:-(?P<default>(?:[^{}]|\{[^{}]*\})*))?\}")
-
-
-class Setting(NamedTuple):
-    """What a recipe says for one key: its values (none for a bare flag), or that it is taken back, and where.
-
-    `problem` says why the values are not known; it counts only when nothing else lies over the setting.
-    """
-
-    values: tuple[str, ...]
-    place: str
-    given: bool = True
-    problem: str = ""
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.values)
-
-
-type Section = dict[str, Setting]
+_ENTRY = re.compile(r"[A-Za-z_]\w*(\.\w+)*|[^-].*\.py", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run: environment variables, Megatron's flags, torchrun's flags, the corpus, and the job."""
+    """One training run: environment variables, flags of Megatron and torchrun, corpus, job, cluster."""
 
     name: str
     env_vars: Section
@@ -76,6 +51,7 @@ class Recipe:
     launch: Section
     data: Section
     slurm: Section = field(default_factory=dict)
+    cluster: str | None = None
 
     @property
     def save(self) -> Path | None:
@@ -92,6 +68,14 @@ class Recipe:
         if not text.isdecimal():
             raise ValueError(f"{self.model_args[name].place}: {name} takes an int, got {text!r}")
         return int(text)
+
+    def required(self, name: str) -> int:
+        """The value of an integer flag that cannot be left out; raises ValueError where it is."""
+        if name not in self.model_args:
+            raise ValueError(
+                f"recipe {self.name} has no {name}; add it to MODEL_ARGS, or extend a model of configs/models"
+            )
+        return self.number(name, 0)
 
     @property
     def builds_corpus(self) -> bool:
@@ -137,17 +121,18 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
     """
     file = find(name)
     sections = _merged(file, variables, ())
-    for key, setting in command_line_flags(overrides).items():
+    for key, flag in command_line_flags(overrides).items():
         section = _section_of(key, job)
         # last on the rendered command line, where argparse lets it win over its own --no- form
         sections[section].pop(key, None)
-        sections[section][key] = setting
+        sections[section][key] = flag
     given = {name: {key: s for key, s in section.items() if s.given} for name, section in sections.items()}
-    for key, setting in (item for section in given.values() for item in section.items()):
-        if setting.problem:
-            raise ValueError(f"{setting.place}: {key}: {setting.problem}")
+    for key, found in (item for section in given.values() for item in section.items()):
+        if found.problem:
+            raise ValueError(f"{found.place}: {key}: {found.problem}")
     _check_keys(given)
-    return Recipe(file.stem, *(given[section] for section in SECTIONS))
+    cluster = given[CLUSTER][CLUSTER].text if given[CLUSTER] else None
+    return Recipe(file.stem, *(given[section] for section in SECTIONS), cluster)
 
 
 def command_line_flags(words: Sequence[str]) -> Section:
@@ -157,7 +142,7 @@ def command_line_flags(words: Sequence[str]) -> Section:
     for word in words:
         if re.match(r"--[A-Za-z]", word):
             key, equals, value = word.partition("=")
-            found[key] = _setting([value] if equals else [], COMMAND_LINE, plain=True)
+            found[key] = recipe_file.setting([value] if equals else [], COMMAND_LINE, plain=True)
         elif not key:
             raise ValueError(f"expected a --flag after the recipe, got {word!r}")
         else:
@@ -171,47 +156,22 @@ def _section_of(key: str, job: bool) -> str:
     return "LAUNCH" if key in TORCHRUN_FLAGS else "MODEL_ARGS"
 
 
-def _setting(texts: Sequence[str], place: str, plain: bool) -> Setting:
-    if plain and list(texts) == ["true"]:
-        return Setting((), place)
-    if plain and list(texts) == ["false"]:
-        return Setting((), place, given=False)
-    return Setting(tuple(texts), place)
-
-
 def _merged(file: Path, variables: Mapping[str, str], open_files: tuple[Path, ...]) -> dict[str, Section]:
     if file.resolve() in open_files:
         chain = " -> ".join(path.name for path in (*open_files, file))
-        raise ValueError(f"{_shown(file)}: extends itself: {chain}; remove one of these extends")
-    merged: dict[str, Section] = {section: {} for section in SECTIONS}
-    own: dict[str, Section] = {}
-    for key, node in _top_level(file):
-        name = key.value
-        if name == "extends":
-            for parent in _parents(key, node, file, variables):
-                path = _parent(parent, file, key)
-                _lay_over(merged, _merged(path, variables, (*open_files, file.resolve())))
-        elif name in SECTIONS:
-            own[name] = dict(_settings(node, name, file, variables))
-        elif name not in HARNESS_SECTIONS:
-            known = ", ".join(("extends", *SECTIONS))
-            raise ValueError(f"{_place(file, key)}: unknown section {name!r}{suggest(name, SECTIONS)}; known: {known}")
+        raise ValueError(f"{shown(file)}: extends itself: {chain}; remove one of these extends")
+    merged: dict[str, Section] = {section: {} for section in (*SECTIONS, CLUSTER)}
+    parents, own = read(file, variables)
+    if parents.problem:
+        raise ValueError(f"{parents.place}: {parents.problem}")
+    for parent in parents.values:
+        try:
+            path = find(parent, beside=file.parent)
+        except ValueError as error:
+            raise ValueError(f"{parents.place}: extends: {error}") from None
+        _lay_over(merged, _merged(path, variables, (*open_files, file.resolve())))
     _lay_over(merged, own)
     return merged
-
-
-def _parents(key: ScalarNode, node: Any, file: Path, variables: Mapping[str, str]) -> tuple[str, ...]:
-    setting = _entries(node, _place(file, key), variables)
-    if setting.problem:
-        raise ValueError(f"{setting.place}: {setting.problem}")
-    return setting.values
-
-
-def _parent(name: str, file: Path, node: Any) -> Path:
-    try:
-        return find(name, beside=file.parent)
-    except ValueError as error:
-        raise ValueError(f"{_place(file, node)}: extends: {error}") from None
 
 
 def _lay_over(below: dict[str, Section], above: Mapping[str, Section]) -> None:
@@ -219,89 +179,16 @@ def _lay_over(below: dict[str, Section], above: Mapping[str, Section]) -> None:
         below[name] |= section
 
 
-def _top_level(file: Path) -> Iterator[tuple[ScalarNode, Any]]:
-    try:
-        root = YAML(typ="safe", pure=True).compose(file.read_text(encoding="utf-8"))
-    except MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = " ".join(str(error.problem or error.context).split())
-        raise ValueError(f"{_shown(file)}{line}: not YAML: {problem}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{_shown(file)}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(root, MappingNode):
-        raise ValueError(f"{_shown(file)}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
-    yield from _pairs(root, file)
-
-
-def _pairs(node: Any, file: Path) -> Iterator[tuple[ScalarNode, Any]]:
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, ScalarNode):
-            raise ValueError(f"{_shown(file)}:{line}: a key is one word")
-        if key.value in seen:
-            raise ValueError(f"{_shown(file)}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
-        seen[key.value] = line
-        yield key, value
-
-
-def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str]) -> Iterator[tuple[str, Setting]]:
-    if isinstance(node, ScalarNode) and not node.value:
-        return
-    if not isinstance(node, MappingNode):
-        raise ValueError(f"{_place(file, node)}: {section} is a mapping of keys to values")
-    for key, value in _pairs(node, file):
-        yield key.value, _entries(value, _place(file, key), variables, flags=section in FLAG_SECTIONS)
-
-
-def _entries(node: Any, place: str, variables: Mapping[str, str], flags: bool = False) -> Setting:
-    parts = node.value if isinstance(node, SequenceNode) else [node]
-    if not all(isinstance(part, ScalarNode) for part in parts):
-        raise ValueError(f"{place}: a value is one text, a list of texts, true or false")
-    try:
-        texts = [expand(part.value, variables) for part in parts]
-    except ValueError as error:
-        return Setting((), place, problem=str(error))
-    if flags and not any(texts):
-        return Setting((), place, problem="no value; write true for a bare flag, false to take an inherited one back")
-    return _setting(texts, place, plain=flags and isinstance(node, ScalarNode) and node.style is None)
-
-
-def _place(file: Path, node: Any) -> str:
-    return f"{_shown(file)}:{node.start_mark.line + 1}"
-
-
-def _shown(file: Path) -> str:
-    """The path as a user in this folder would write it."""
-    here = Path.cwd()
-    return str(file.relative_to(here) if file.is_relative_to(here) else file)
-
-
-def expand(text: str, variables: Mapping[str, str]) -> str:
-    """`text` with each `${NAME}` and `${NAME:-default}` replaced; an empty variable counts as missing, as in a shell.
-
-    Raises ValueError for a variable that is missing and has no default, and for an unfinished `${`.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1]
-        if variables.get(name):
-            return variables[name]
-        if match["fallback"] is None:
-            raise ValueError(f"variable {name} is not set; set it, or give a default: ${{{name}:-…}}")
-        return expand(match["default"], variables)
-
-    rest = _VARIABLE.sub("", text)
-    if "${" in rest:
-        raise ValueError(f"cannot read the variable in {text!r}; write ${{NAME}} or ${{NAME:-default}}")
-    return _VARIABLE.sub(value, text)
-
-
 def _check_keys(sections: Mapping[str, Section]) -> None:
     slurm_flags.check({key: setting.place for key, setting in sections["SLURM"].items()})
     for key, setting in sections["ENV_VARS"].items():
         if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
-            raise ValueError(f"{setting.place}: {key!r} is no name of an environment variable")
+            raise ValueError(f"{setting.place}: {key!r} is no name of an environment variable; use letters, digits, _")
+    entry = sections["LAUNCH"].get("entry")
+    if entry and not _ENTRY.fullmatch(entry.text):
+        raise ValueError(
+            f"{entry.place}: entry is a module such as {ENTRY} or a script that ends in .py, got {entry.text!r}"
+        )
     for section, known in (("LAUNCH", (*TORCHRUN_FLAGS, "entry")), ("DATA", DATA_FLAGS)):
         for key, setting in sections[section].items():
             if key not in known:

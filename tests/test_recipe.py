@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cp import recipe
+from megatron_cp import recipe, recipe_file
 from megatron_cp.cli import data
 from megatron_cp.command import Command, check_processes, command, complete, corpus_command, corpus_words, processes
 from megatron_cp.megatron import flags
@@ -110,7 +110,7 @@ def test_the_command_line_wins_and_stands_last(write: Write) -> None:
     ],
 )
 def test_variables_expand_as_in_a_shell(text: str, expanded: str) -> None:
-    assert recipe.expand(text, {"A": "a", "EMPTY": ""}) == expanded
+    assert recipe_file.expand(text, {"A": "a", "EMPTY": ""}) == expanded
 
 
 def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> None:

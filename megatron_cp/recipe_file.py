@@ -1,0 +1,194 @@
+"""One file of a recipe: its sections as texts, each with the place where it stands."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+
+from megatron_cp.registry import suggest
+
+SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
+# where true and false mean a flag, not a text
+FLAG_SECTIONS = SECTIONS[1:]
+CLUSTER = "CLUSTER"
+# read by Megatron's test harness; they say nothing about the training command
+HARNESS_SECTIONS = ("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST")
+_VARIABLE = re.compile(r"\$\{(\w+)(?P<fallback>:-(?P<default>(?:[^{}]|\{[^{}]*\})*))?\}")
+# what YAML finds in plain text by itself
+_PLAIN_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in "str int float bool null timestamp merge value seq map".split()]
+# a process's arguments end at a zero, and half a surrogate pair has no bytes
+_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
+
+
+class Setting(NamedTuple):
+    """What a recipe says for one key: its values (none for a bare flag), or that it is taken back, and where.
+
+    `problem` says why the values are not known; it counts only when nothing else lies over the setting.
+    """
+
+    values: tuple[str, ...]
+    place: str
+    given: bool = True
+    problem: str = ""
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.values)
+
+
+type Section = dict[str, Setting]
+
+
+class RecipeFile(NamedTuple):
+    """What one file says: the files that it extends, and its own sections."""
+
+    parents: Setting
+    sections: dict[str, Section]
+
+
+def read(file: Path, variables: Mapping[str, str]) -> RecipeFile:
+    """The sections of `file` with `variables` put in; raises ValueError with its line for what is not a recipe."""
+    parents, own = Setting((), shown(file)), {}
+    for key, node in _top_level(file):
+        name = key.value
+        if name == "extends":
+            parents = _entries(node, key, file, variables)
+        elif name in SECTIONS:
+            own[name] = dict(_settings(node, name, file, variables))
+        elif name == CLUSTER:
+            own[name] = {name: _one_text(node, key, file, variables)}
+        elif name not in HARNESS_SECTIONS:
+            known = ("extends", CLUSTER, *SECTIONS)
+            hint = suggest(name, known)
+            raise ValueError(f"{_place(file, key)}: unknown section {name!r}{hint}; known: {', '.join(known)}")
+    return RecipeFile(parents, own)
+
+
+def setting(texts: Sequence[str], place: str, plain: bool) -> Setting:
+    """What `texts` mean for a flag; only `plain` text, not a quoted one, may stand for a bare flag or its absence."""
+    if plain and list(texts) == ["true"]:
+        return Setting((), place)
+    if plain and list(texts) == ["false"]:
+        return Setting((), place, given=False)
+    return Setting(tuple(texts), place)
+
+
+class Unset(dict[str, str]):
+    """Variables in which a missing one stands for itself: for looking at a recipe that is not to be run here.
+
+    names: those that were asked for in vain
+    """
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        super().__init__({name: value for name, value in variables.items() if value})
+        self.names: list[str] = []
+
+    def __missing__(self, name: str) -> str:
+        if name not in self.names:
+            self.names.append(name)
+        return f"<{name}>"
+
+
+def _one_text(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, str]) -> Setting:
+    found = _entries(node, key, file, variables)
+    return found if found.text or found.problem else found._replace(problem="takes one text")
+
+
+def _top_level(file: Path) -> Iterator[tuple[ScalarNode, Any]]:
+    try:
+        root = YAML(typ="safe", pure=True).compose(file.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = " ".join(str(error.problem or error.context).split())
+        raise ValueError(f"{shown(file)}{line}: not YAML: {problem}") from None
+    except RecursionError:
+        raise ValueError(f"{shown(file)}: nested too deeply for a recipe") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown(file)}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(root, MappingNode):
+        raise ValueError(f"{shown(file)}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
+    yield from _pairs(root, file)
+
+
+def _pairs(node: Any, file: Path) -> Iterator[tuple[ScalarNode, Any]]:
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, ScalarNode):
+            raise ValueError(f"{shown(file)}:{line}: a key is one word")
+        _check_text(key, file)
+        if key.value in seen:
+            raise ValueError(f"{shown(file)}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
+        seen[key.value] = line
+        yield key, value
+
+
+def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str]) -> Iterator[tuple[str, Setting]]:
+    if isinstance(node, ScalarNode) and not node.value:
+        return
+    if not isinstance(node, MappingNode):
+        raise ValueError(f"{_place(file, node)}: {section} is a mapping of keys to values")
+    _check_text(node, file)
+    for key, value in _pairs(node, file):
+        yield key.value, _entries(value, key, file, variables, flags=section in FLAG_SECTIONS)
+
+
+def _entries(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, str], flags: bool = False) -> Setting:
+    place, parts = _place(file, key), node.value if isinstance(node, SequenceNode) else [node]
+    for part in (node, *parts):
+        _check_text(part, file)
+    if not all(isinstance(part, ScalarNode) for part in parts):
+        raise ValueError(f"{place}: a value is one text, a list of texts, true or false")
+    try:
+        texts = [expand(part.value, variables) for part in parts]
+    except ValueError as error:
+        return Setting((), place, problem=str(error))
+    if flags and not any(texts):
+        return Setting((), place, problem="no value; write true for a bare flag, false to take an inherited one back")
+    return setting(texts, place, plain=flags and isinstance(node, ScalarNode) and node.style is None)
+
+
+def _check_text(node: Any, file: Path) -> None:
+    """Refuse a tag, which asks for something to be made of the value, and a text that no command line can carry."""
+    if node.tag not in _PLAIN_TAGS:
+        raise ValueError(
+            f"{_place(file, node)}: a recipe has texts and lists only, got the tag {node.tag!r}; take it out"
+        )
+    if isinstance(node, ScalarNode) and _UNPRINTABLE.search(node.value):
+        raise ValueError(
+            f"{_place(file, node)}: no command line can carry {node.value!r}; take out what is no character"
+        )
+
+
+def _place(file: Path, node: Any) -> str:
+    return f"{shown(file)}:{node.start_mark.line + 1}"
+
+
+def shown(file: Path) -> str:
+    """The path as a user in this folder would write it."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
+
+
+def expand(text: str, variables: Mapping[str, str]) -> str:
+    """`text` with each `${NAME}` and `${NAME:-default}` replaced; an empty variable counts as missing, as in a shell.
+
+    Raises ValueError for a variable that is missing and has no default, and for an unfinished `${`.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if match["fallback"] is not None:
+            return variables.get(name) or expand(match["default"], variables)
+        if found := variables[name] if name in variables or isinstance(variables, Unset) else "":
+            return found
+        raise ValueError(f"variable {name} is not set; set it, or give a default: ${{{name}:-…}}")
+
+    rest = _VARIABLE.sub("", text)
+    if "${" in rest:
+        raise ValueError(f"cannot read the variable in {text!r}; write ${{NAME}} or ${{NAME:-default}}")
+    return _VARIABLE.sub(value, text)
