@@ -132,7 +132,8 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
             raise ValueError(f"{found.place}: {key}: {found.problem}")
     _check_keys(given)
     cluster = given[CLUSTER][CLUSTER].text if given[CLUSTER] else None
-    return Recipe(file.stem, *(given[section] for section in SECTIONS), cluster)
+    env_vars, model_args, launch, data, slurm = (given[section] for section in SECTIONS)
+    return Recipe(file.stem, env_vars, model_args, launch, data, slurm, cluster)
 
 
 def command_line_flags(words: Sequence[str]) -> Section:
