@@ -5,6 +5,7 @@ torch.distributed, `SingleFabric` has nobody to talk to, and `in_process` runs e
 which is what laws and one-GPU checks need.
 """
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -162,10 +163,39 @@ def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None
     """
     members = tuple(dist.get_process_group_ranks(group))
     assert list(members) == sorted(members), f"a new group would number the ranks {members} differently"
+    made = {ranks: [dist.new_group(list(ranks), timeout) for _ in range(count)] for ranks in _groups_of_all(members)}
+    return [Wire(new) for new in made[members] if isinstance(new, dist.ProcessGroup)]
+
+
+def keeps_order_of_ranks() -> bool:
+    """Whether this torch can make a group that numbers its ranks otherwise than the whole run does; 2.12 can."""
+    return "sort_ranks" in inspect.signature(dist.new_group).parameters
+
+
+def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group's ranks numbered from the other end; every process of the run calls this together, as for `wires`."""
+    members = tuple(dist.get_process_group_ranks(group))
+    made = {ranks: dist.new_group(list(ranks[::-1]), sort_ranks=False) for ranks in _groups_of_all(members)}
+    found = made[members]
+    assert isinstance(found, dist.ProcessGroup)
+    return found
+
+
+def hand_over[T](group: dist.ProcessGroup, source: int, target: int, value: T) -> T:
+    """`value` of rank `source` of the group, on rank `target`; other ranks keep their own. It travels as an object."""
+    box = [value]
+    if group.rank() == source:
+        dist.send_object_list(box, group=group, group_dst=target)
+    if group.rank() == target:
+        dist.recv_object_list(box, group=group, group_src=source)
+    return box[0]
+
+
+def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The ranks of every group that some process of the run has named, the same list on all."""
     found: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(found, members)
-    made = {ranks: [dist.new_group(list(ranks), timeout) for _ in range(count)] for ranks in sorted(set(found))}
-    return [Wire(new) for new in made[members] if isinstance(new, dist.ProcessGroup)]
+    return sorted(set(found))
 
 
 @contextmanager
