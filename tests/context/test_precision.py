@@ -17,7 +17,7 @@ def frobenius(found, expected):
 
 
 def computed_in_bf16(rounded):
-    """out, dq, dk, dv of the whole sequence, in bf16 also where the CPU multiplies float32 only and the kernel casts."""
+    """out, dq, dk, dv of the whole sequence, in bf16 also where the kernel casts to what the CPU multiplies."""
     kernel, _ = choose("torch", device="cpu", dtype="bfloat16", head_dim=64)
     out, lse = kernel.forward(rounded.q, rounded.k, rounded.v, scale=0.125, causal=True)
     with pytest.MonkeyPatch.context() as patch:
