@@ -167,13 +167,15 @@ def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None
     return [Wire(new) for new in made[members] if isinstance(new, dist.ProcessGroup)]
 
 
-def keeps_order_of_ranks() -> bool:
-    """Whether this torch can make a group that numbers its ranks otherwise than the whole run does; 2.12 can."""
-    return "sort_ranks" in inspect.signature(dist.new_group).parameters
-
-
 def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group's ranks numbered from the other end; every process of the run calls this together, as for `wires`."""
+    """The group's ranks numbered from the other end; every process of the run calls this together, as for `wires`.
+
+    Raises RuntimeError where torch numbers the ranks of every group upwards.
+    """
+    if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+        raise RuntimeError(
+            f"a group that counts its ranks downwards needs torch 2.12 or later, got {torch.__version__}"
+        )
     members = tuple(dist.get_process_group_ranks(group))
     made = {ranks: dist.new_group(list(ranks[::-1]), sort_ranks=False) for ranks in _groups_of_all(members)}
     found = made[members]

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 
 from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.context.layouts import check_chunks, layout
+from megatron_cp.grid import Grid
 from megatron_cp.kernels import AUTO, KERNELS
+from megatron_cp.megatron.costs import caps, equal, given, refuse_cap
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.action import WEIGHT
-from megatron_cp.pipeline.build import build
-from megatron_cp.pipeline.passes import merge
+from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.schedule import BadSchedule
 from megatron_cp.planner.hardware import load_cluster, shipped_clusters
 from megatron_cp.registry import suggest
 
 HEAD_FIRST = "head-first"
+AUTO_SCHEDULE = "auto"
 
 
 class Unsupported(NamedTuple):
@@ -101,6 +103,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "a coarser balance.",
     )
     group.add_argument(
+        "--cp-chunks",
+        type=int,
+        default=None,
+        metavar="PIECES",
+        help="Cut attention into so many pieces over time, with what waits in host memory (FPDT). Takes every "
+        f"--cp-comm-type but {', '.join(entry.name for entry in BACKENDS if not entry.chunks)}.",
+    )
+    group.add_argument(
         "--cp-cluster",
         default=None,
         metavar="NAME|FILE",
@@ -121,6 +131,29 @@ def _add_schedule_arguments(parser: ArgumentParser) -> None:
         help="Order of forwards and backwards over the pipeline, instead of Megatron's own: "
         + "; ".join(f"{rule.name}: {rule.what}" for rule in SCHEDULES)
         + ". Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin.",
+    )
+    group.add_argument(
+        "--pp-costs",
+        default=None,
+        metavar="FILE",
+        help="With --pp-schedule auto, the times and activations of every stage that it schedules for: YAML or JSON, "
+        "as --pp-profile-steps writes it.",
+    )
+    group.add_argument(
+        "--pp-profile-steps",
+        type=int,
+        default=None,
+        metavar="STEPS",
+        help="With --pp-schedule auto and without --pp-costs, measure them in the first steps, at least 2, schedule "
+        "for them from then on, and leave them beside the checkpoints of --save.",
+    )
+    group.add_argument(
+        "--pp-memory-limit",
+        type=float,
+        default=None,
+        metavar="M_B",
+        help="Most activations of a rank, in what its layers keep of one microbatch (M_B): auto stays below it, a "
+        "fixed schedule that needs more is refused.",
     )
 
 
@@ -163,8 +196,51 @@ SCHEDULE_UNSUPPORTED = (
 )
 
 
+V_UNSUPPORTED = (
+    Unsupported(
+        "multi-token prediction, whose losses Megatron collects on the last rank",
+        lambda args: bool(_read(args, "mtp_num_layers")),
+        "leave --mtp-num-layers out, or take a schedule on the loop",
+    ),
+    Unsupported(
+        "a number of layers for the first or the last rank, whose stages lie elsewhere on the V",
+        lambda args: any(
+            _read(args, f"{which}_pipeline_num_layers") is not None for which in ("decoder_first", "decoder_last")
+        ),
+        "say the layers of every stage with --pipeline-model-parallel-layout",
+    ),
+    Unsupported(
+        "checkpoints that keep a rank's chunks together, for they hold other layers than on the loop",
+        lambda args: (
+            any(_read(args, name) for name in ("save", "load"))
+            and _read(args, "ckpt_format", "torch_dist") not in ("torch_dist",)
+        ),
+        "leave --ckpt-format out, torch_dist can be loaded under any schedule",
+    ),
+)
+
+
+SAYS_CHUNKS = (
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "hybrid_layer_pattern",
+)
+
+
+def imply_chunks(args: Any) -> int:
+    """Fill in the chunks per rank where the schedule knows one number only; that number, or 0 where nothing changed."""
+    name = _read(args, "pp_schedule")
+    chunks = (SCHEDULES.get(name).chunks or 1) if name else 1
+    if chunks == 1 or any(_read(args, option) is not None for option in SAYS_CHUNKS):
+        return 0
+    args.num_virtual_stages_per_pipeline_rank = chunks
+    return chunks
+
+
 def check_schedule(args: Any) -> None:
     """Refuse what `--pp-schedule` names and this run cannot have; ValueError with the rule, the value and a way out."""
+    check_costs(args)
     name = _read(args, "pp_schedule")
     if name is None:
         return
@@ -175,14 +251,31 @@ def check_schedule(args: Any) -> None:
             f"--pp-schedule {name} needs --pipeline-model-parallel-size of at least 2, got {size}; "
             f"leave --pp-schedule out or use more ranks"
         )
-    if rule.placement != "loop" or rule.table is None:
-        runs = [other.name for other in SCHEDULES if other.placement == "loop" and other.table]
-        raise ValueError(
-            f"--pp-schedule {name} cannot be trained with yet, only simulated; take one of {', '.join(runs)}"
-        )
-    for feature in SCHEDULE_UNSUPPORTED:
+    for feature in (*SCHEDULE_UNSUPPORTED, *(V_UNSUPPORTED if rule.placement == "v" else ())):
         if feature.asked(args):
             raise ValueError(f"--pp-schedule {name} does not do {feature.what}; {feature.way_out}")
+
+
+def check_costs(args: Any) -> None:
+    """Refuse what the flags beside `--pp-schedule` cannot mean together; ValueError in one line."""
+    name, file, steps = (_read(args, flag) for flag in ("pp_schedule", "pp_costs", "pp_profile_steps"))
+    limit = _read(args, "pp_memory_limit")
+    for flag, value in (("--pp-costs", file), ("--pp-profile-steps", steps)):
+        if value is not None and name != AUTO_SCHEDULE:
+            raise ValueError(
+                f"{flag} {value} needs --pp-schedule {AUTO_SCHEDULE}, got {name or 'none'}; leave one of the two out"
+            )
+    if steps is not None and steps < 2:
+        raise ValueError(f"--pp-profile-steps must be 2 or more, the first step only warms up, got {steps}")
+    if limit is not None and name is None:
+        raise ValueError(f"--pp-memory-limit {limit:g} needs --pp-schedule; leave it out")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"--pp-memory-limit is a positive number of M_B, got {limit:g}")
+    if name == AUTO_SCHEDULE and (file is None) == (steps is None):
+        raise ValueError(
+            f"--pp-schedule {AUTO_SCHEDULE} schedules from times: give one of --pp-costs FILE and "
+            f"--pp-profile-steps 10, got {'none' if file is None else 'both'}"
+        )
 
 
 def check_table(args: Any) -> None:
@@ -190,28 +283,24 @@ def check_table(args: Any) -> None:
     name = _read(args, "pp_schedule")
     if name is None:
         return
-    chunks = _read(args, "virtual_pipeline_model_parallel_size") or 1
-    if SCHEDULES.get(name).chunks is None and chunks == 1:
+    rule, chunks = SCHEDULES.get(name), _read(args, "virtual_pipeline_model_parallel_size") or 1
+    if rule.table and rule.chunks is None and chunks == 1:
         raise ValueError(
             f"--pp-schedule {name} needs more than one chunk per rank, got 1; "
             f"add --num-virtual-stages-per-pipeline-rank 2 or take zb-h1"
         )
+    placement = place(rule, args.pipeline_model_parallel_size, chunks)
+    known = given(args, placement) or equal(placement)
+    refuse_cap(args, placement, known.costs)
+    if rule.table is None:
+        return
     micros = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     try:
-        schedule = build(name, args.pipeline_model_parallel_size, micros, chunks)
+        build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(args, placement))
     except BadSchedule as bad:
         raise ValueError(f"--pp-schedule {name} {bad.reason}") from bad
-    split = any(action.kind == WEIGHT for actions in merge(schedule).table for action in actions)
-    if split and _read(args, "transformer_impl") == "transformer_engine":
-        raise ValueError(
-            f"--pp-schedule {name} needs linears whose backward can be split, and those of transformer-engine "
-            f"cannot yet; pass --transformer-impl local, or take {', '.join(_unsplit(chunks))}"
-        )
-
-
-def _unsplit(chunks: int) -> list[str]:
-    fits = [rule for rule in SCHEDULES if rule.placement == "loop" and rule.table and rule.chunks in (None, chunks)]
-    return [rule.name for rule in fits if not rule.split and (chunks == 1) == (rule.chunks == 1)]
+    except ValueError as error:
+        raise ValueError(f"--pp-schedule {name}: {error}") from None
 
 
 def check(args: Any) -> None:
@@ -224,6 +313,7 @@ def check(args: Any) -> None:
     _check_sizes(args)
     _check_groups(args)
     _check_stripe(args)
+    _check_chunks(args)
     _check_cluster(args)
     refuse_unsupported(args, "arguments")
     _check_call_inputs(args)
@@ -240,11 +330,35 @@ def _check_names(args: Any) -> None:
         raise ValueError(
             f"unknown --cp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
         )
+    if placement != HEAD_FIRST and not any(takes_placement(name) for name in comm_types(args)):
+        raise ValueError(
+            f"--cp-placement {placement} needs --cp-comm-type usp, got {', '.join(comm_types(args))}; leave it out"
+        )
 
 
 def is_striped(comm_type: str) -> bool:
     """Whether this algorithm works on stripes."""
     return BACKENDS.get(comm_type).layout == "striped"
+
+
+def takes_placement(comm_type: str) -> bool:
+    """Whether this algorithm asks which axis exchanges heads."""
+    return BACKENDS.get(comm_type).placed
+
+
+def _check_chunks(args: Any) -> None:
+    chunks, cp, length = _read(args, "cp_chunks"), _read(args, "context_parallel_size", 1), _read(args, "seq_length")
+    if chunks is None:
+        return
+    if chunks < 1:
+        raise ValueError(f"--cp-chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
+    for entry in map(BACKENDS.get, comm_types(args)):
+        if not entry.chunks:
+            raise ValueError(
+                f"--cp-chunks {chunks} cannot cut --cp-comm-type {entry.name} into pieces; leave it out or use fpdt"
+            )
+        if length:
+            check_chunks(layout(entry.layout or "zigzag", length, cp, _read(args, "cp_stripe", 1)), chunks)
 
 
 def _check_cluster(args: Any) -> None:
@@ -323,6 +437,8 @@ def _check_groups(args: Any) -> None:
             f"{cp} (the context-parallel size), got {sizes or 'none'}; add for example "
             f"--hierarchical-context-parallel-sizes {_split(cp)}"
         )
+    for name in comm_types(args) if sizes and len(sizes) == 2 else ():
+        BACKENDS.get(name).check_grid(Grid(*sizes))
     _check_heads(args, cp, sizes)
 
 

@@ -21,6 +21,8 @@ from megatron_cp.megatron.rebind import Replaced, find, replace, restore
 from megatron_cp.registry import Registry, suggest
 
 SUPPORTED = "0.19."
+FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
+"""Hooks that placing stages on the V takes; they are in force with such a schedule only."""
 _MARK = "megatron_cp_hook"
 
 
@@ -124,6 +126,20 @@ def _with_our_schedule(old: Callable[..., Any]) -> Callable[..., Any]:
     return get_forward_backward_func
 
 
+def _on_v(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A hook that gives the old function to one of `placement`'s."""
+
+    def make(old: Callable[..., Any]) -> Callable[..., Any]:
+        def placed(*args: Any, **kwargs: Any) -> Any:
+            from megatron_cp.megatron import placement
+
+            return getattr(placement, name)(old, *args, **kwargs)
+
+        return placed
+
+    return make
+
+
 def _with_weight_queue(old: Any) -> Any:
     from megatron_cp.megatron.linear import SplitLinear
 
@@ -210,6 +226,30 @@ HOOKS = Registry(
             (),
             "a schedule with input and weight gradients apart needs linears whose backward can stop half-way",
             "backward_dw of Column- and RowParallelLinear that does what transformer-engine's does",
+        ),
+        Hook(
+            "v-stages",
+            ("megatron.training.models.dist_utils:build_virtual_pipeline_stages",),
+            _on_v("build_stages"),
+            ("build_model_func", "pg_collection", "vp_size"),
+            "layers, embedding and head of a chunk are decided from its rank along the loop",
+            "process groups that a model builder may choose for every chunk",
+        ),
+        Hook(
+            "v-data",
+            ("megatron.training.training:build_train_valid_test_data_iterators",),
+            _on_v("feed_stages"),
+            ("build_train_valid_test_datasets_provider",),
+            "the chunks that read data are found from their rank along the loop",
+            "a data provider that is told whether its chunk is the first or the last stage",
+        ),
+        Hook(
+            "v-tied-embeddings",
+            ("megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",),
+            _on_v("add_tied_gradients"),
+            ("model",),
+            "the two copies of a tied embedding are expected on two ranks, and on the V they are on one",
+            "a sum over the copies of this rank before those of the embedding group are reduced",
         ),
         Hook(
             "optimizer-save",

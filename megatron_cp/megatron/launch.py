@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_cp import config
-from megatron_cp.megatron import cpu, hooks
+from megatron_cp.megatron import cpu, hooks, stopped
+from megatron_cp.megatron.arguments import imply_chunks
+from megatron_cp.pipeline import on_v
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
 HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-OUR_FLAGS = ("--cp-kernel", "--cp-placement", "--cp-stripe", "--cp-cluster")
+OUR_FLAGS = ("--cp-kernel", "--cp-placement", "--cp-stripe", "--cp-chunks", "--cp-cluster")
 
 # srun starts the processes itself: what torchrun would have set, and SLURM's name for it
 FROM_SLURM = {
@@ -78,12 +80,13 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
     """The hooks that this command line needs on this machine."""
     layers = wants_layers(argv)
     names = []
-    scheduled = values_of(argv, "--pp-schedule") is not None
+    schedule = values_of(argv, "--pp-schedule")
     # without transformer-engine Megatron's default arguments cannot run
-    if layers or scheduled or cpu_runtime or not has_te() or "--help" in argv or "-h" in argv:
+    if layers or schedule is not None or cpu_runtime or not has_te() or "--help" in argv or "-h" in argv:
         names += ["flags", "checks"]
-    if scheduled:
+    if schedule is not None:
         names += ["schedule", "weight-queue"]
+        names += hooks.FOR_V if schedule and on_v(schedule[0]) else ()
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names.append("mtp-layers")
     if hooks.dataset_helpers_need_no_make():
@@ -100,6 +103,8 @@ def complete(args: Any) -> None:
     if has_our_layers(args) and args.create_attention_mask_in_dataloader:
         args.create_attention_mask_in_dataloader = False
         say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
+    if chunks := imply_chunks(args):
+        say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
     if changed := cpu.fill_arguments(args):
         say(f"this machine has no {'GPU' if cpu.active() else 'transformer-engine'}: {' '.join(changed)}")
 
@@ -169,6 +174,7 @@ def door(argv: Sequence[str]) -> Iterator[Plan]:
     environment_for_gpus(argv)
     with contextlib.ExitStack() as undo:
         undo.enter_context(_refusals_in_one_line())
+        undo.enter_context(stopped.noted())
         undo.enter_context(cpu.cpu_runtime())
         decided = plan(argv, cpu.active())
         undo.enter_context(hooks.apply(decided.hooks))

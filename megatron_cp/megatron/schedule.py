@@ -16,18 +16,19 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_cp.comm import wires
+from megatron_cp.comm import GroupFabric, wires
+from megatron_cp.megatron import costs
 from megatron_cp.megatron.launch import say
 from megatron_cp.megatron.layers import global_args
 from megatron_cp.megatron.linear import queue_in_force
+from megatron_cp.megatron.placement import groups_to_finalize, seen_on_loop, to_last_rank
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action
 from megatron_cp.pipeline.build import build, place
-from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.execute import Channels, Executor, Observe, forward_only, lower, ways
 from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.profile import Profile, agree, hop_seconds, lower_split
 from megatron_cp.pipeline.schedule import Schedule
-from megatron_cp.pipeline.simulate import simulate
 from megatron_cp.pipeline.split_backward import WeightQueue
 
 
@@ -71,23 +72,24 @@ class ModelStages:
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         call, chunk = self._call, self._chunk[stage]
         self._prefetch(chunk, micro)
-        output, tokens = schedules.forward_step(
-            call.forward_step_func,
-            call.data_iterator[chunk],
-            call.model[chunk],
-            call.micros,
-            given,
-            call.store,
-            call.config,
-            call.groups.cp.size(),
-            call.collect_non_loss_data,
-            self._checkpoints(),
-            schedules.check_first_val_step(call.first_val_step, not call.training, micro == 0),
-            micro,
-            # without chunks Megatron's own driver names none either
-            chunk if len(call.model) > 1 else None,
-            stage == self._last,
-        )
+        with seen_on_loop(call.model[chunk]):
+            output, tokens = schedules.forward_step(
+                call.forward_step_func,
+                call.data_iterator[chunk],
+                call.model[chunk],
+                call.micros,
+                given,
+                call.store,
+                call.config,
+                call.groups.cp.size(),
+                call.collect_non_loss_data,
+                self._checkpoints(),
+                schedules.check_first_val_step(call.first_val_step, not call.training, micro == 0),
+                micro,
+                # without chunks Megatron's own driver names none either
+                chunk if len(call.model) > 1 else None,
+                stage == self._last,
+            )
         call.tokens += tokens
         return output
 
@@ -141,8 +143,11 @@ class Pipeline:
     def __init__(self, name: str, observe: Observe = lambda action: nullcontext()) -> None:
         self._rule = SCHEDULES.get(name)
         self._observe = observe
+        self._tables: dict[int, Schedule] = {}
         self._lowered: dict[tuple[int, bool], Schedule] = {}
         self._channels: Channels | None = None
+        self._known: costs.Known | None = None
+        self._profile: Profile | None = None
 
     def __call__(
         self,
@@ -194,39 +199,90 @@ class Pipeline:
             self._run(call)
             if call.training:
                 _finalize(call)
-        return call.store
+        return to_last_rank(call.store, groups.pp)
 
     def _run(self, call: Call) -> None:
-        schedule = self._schedule(call)
+        placement = place(self._rule, call.groups.pp.size(), len(call.model))
+        if self._channels is None:
+            self._channels = connect(call.groups.pp, placement)
+            self._known = costs.given(global_args(), placement)
+            self._profile = _profile_of(call)
+        if call.training and self._profile and self._profile.done:
+            self._reschedule(call, placement)
+        schedule = self._schedule(call, placement)
         rank = call.groups.pp.rank()
         actions = schedule.table[rank]
-        if self._channels is None:
-            self._channels = connect(call.groups.pp, schedule.placement)
         call.window = most_in_flight(actions)
         queue = queue_in_force() if any(action.kind == INPUT for action in actions) else None
-        last = len(schedule.placement.rank_of) - 1
-        stages = ModelStages(call, schedule.placement.of_rank[rank], last, queue)
-        executor = Executor(schedule.placement, rank, stages, self._channels, call.training, self._observe)
+        last = len(placement.rank_of) - 1
+        stages = ModelStages(call, placement.of_rank[rank], last, queue)
+        observe = self._profiled() if call.training else self._observe
+        executor = Executor(placement, rank, stages, self._channels, call.training, observe)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(actions)
 
-    def _schedule(self, call: Call) -> Schedule:
+    def _schedule(self, call: Call, placement: Placement) -> Schedule:
         key = (call.micros, call.training)
         if key not in self._lowered:
-            p, v = call.groups.pp.size(), len(call.model)
-            schedule = build(self._rule.name, p, call.micros, v) if call.training else None
-            if schedule:
-                self._announce(schedule)
-            self._lowered[key] = lower(schedule) if schedule else self._forwards(p, v, call.micros)
+            self._lowered[key] = self._made(call, placement) if call.training else forward_only(placement, call.micros)
         return self._lowered[key]
 
-    def _forwards(self, p: int, v: int, m: int) -> Schedule:
-        return forward_only(place(self._rule, p, v), m)
-
-    def _announce(self, schedule: Schedule) -> None:
-        for line in describe(schedule):
+    def _made(self, call: Call, placement: Placement) -> Schedule:
+        """The table of a step, said once; while costs are measured all of its backwards are in two halves."""
+        known = self._known or costs.equal(placement)
+        limit = costs.caps(global_args(), placement)
+        schedule = build(self._rule.name, placement.ranks, call.micros, placement.chunks, costs=known.costs, caps=limit)
+        for line in costs.describe(schedule, known):
             say(line)
+        self._tables[call.micros] = schedule
+        return lower_split(schedule) if self._profile else lower(schedule)
+
+    def _profiled(self) -> Observe:
+        """What is around every action of this step: also the profile, while it runs."""
+        profile, own = self._profile, self._observe
+        if profile is None:
+            return own
+        profile.begin()
+
+        @contextmanager
+        def observe(action: Action) -> Iterator[None]:
+            with own(action), profile.observe(action):
+                yield
+
+        return observe
+
+    def _reschedule(self, call: Call, placement: Placement) -> None:
+        """All ranks go by the largest of what they measured, and so all come to the same new table."""
+        assert self._profile
+        assert self._channels
+        group, args = call.groups.pp, global_args()
+        stages = {stage: self._profile.of(stage) for stage in placement.of_rank[group.rank()]}
+        buffer = ModelStages(call, (), 0, None).buffer
+        hop = hop_seconds(self._channels, group.rank(), group.size(), buffer)
+        everyone = torch.distributed.group.WORLD
+        assert everyone
+        agreed, hop = agree(GroupFabric(everyone), buffer().device, stages, len(placement.rank_of), hop)
+        self._known = costs.measured(args, placement, agreed, hop, args.pp_profile_steps)
+        self._profile = None
+        self._lowered.clear()
+        before = self._tables[call.micros]
+        self._schedule(call, placement)
+        for line in costs.changes(before, self._tables[call.micros], self._known):
+            say(line)
+
+
+def _profile_of(call: Call) -> Profile | None:
+    """The profile of the run's first steps, where its arguments ask for one."""
+    steps = getattr(global_args(), "pp_profile_steps", None)
+    if not steps:
+        return None
+
+    def parameters() -> set[int]:
+        return {weight.untyped_storage().data_ptr() for chunk in call.model for weight in chunk.parameters()}
+
+    queue = queue_in_force()
+    return Profile(steps, parameters, lambda stage, micro: queue.held((stage, micro)))
 
 
 def connect(group: Any, placement: Placement) -> Channels:
@@ -234,20 +290,6 @@ def connect(group: Any, placement: Placement) -> Channels:
     minutes = getattr(global_args(), "distributed_timeout_minutes", None)
     timeout = timedelta(minutes=minutes) if minutes else None
     return Channels(placement, group.rank(), wires(group, len(ways(placement)), timeout))
-
-
-def describe(schedule: Schedule) -> list[str]:
-    """What runs, and what the simulator makes of it when F, I and W of every stage take equally long."""
-    placement = schedule.placement
-    run = simulate(schedule, uniform(placement, (1.0, 1.0, 1.0, 0.0)))
-    sizes = f"p={placement.ranks} v={placement.chunks} m={schedule.micros}"
-    peak = " ".join(f"{value:g}" for value in run.peak)
-    paper = SCHEDULES.get(schedule.name).paper
-    return [
-        f"pipeline schedule {schedule.name} ({paper}), {sizes}, placement {placement.name}",
-        f"predicted for equal F, I and W: makespan {run.makespan:g} T_F, bubble {run.bubble:.4f}, "
-        f"peak activations per rank {peak} M_B",
-    ]
 
 
 def most_in_flight(actions: tuple[Action, ...]) -> int:
@@ -299,6 +341,6 @@ def _finalize(call: Call) -> None:
         config.finalize_model_grads_func(
             call.model,
             call.tokens if config.calculate_per_token_loss else None,
-            pg_collection=call.groups,
+            pg_collection=groups_to_finalize(call.groups, call.model),
             force_all_reduce=call.force_all_reduce,
         )

@@ -118,3 +118,8 @@ SCHEDULES = Registry(
         Rule("auto", None, "list scheduling on measured times", "fitted to times and memory cap", chunks=None),
     ],
 )
+
+
+def on_v(name: str | None) -> bool:
+    """Whether this schedule places its stages on the V; no name, no schedule."""
+    return name is not None and SCHEDULES.get(name).placement == "v"
