@@ -25,14 +25,14 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Look at everything, the cheap things first."""
     for look in (_python, _torch, _megatron, _optional_packages, _devices, _communication, _hooks, _parity, _between):
-        yield from _guarded(look)
+        yield from guarded(look.__name__.strip("_").replace("_", " "), look)
 
 
-def _guarded(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def guarded(subject: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings of one look; when it dies, that is one."""
     try:
         yield from look()
     except Exception as error:
-        subject = look.__name__.strip("_").replace("_", " ")
         yield Finding(
             subject, "broken", f"{type(error).__name__}: {error}", "mend what the error names, then run again"
         )
@@ -53,7 +53,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def _megatron() -> Iterator[Finding]:
-    version = _version("megatron-core")
+    version = installed("megatron-core")
     fits = version is not None and version.startswith("0.19.")
     yield Finding(
         "megatron-core",
@@ -79,7 +79,7 @@ def _optional_packages() -> Iterator[Finding]:
         ("sentencepiece", "SentencePiece models for data build", "pip install 'megatron-cp[tokenizers]'"),
         ("tiktoken", "tiktoken files for data build", "pip install 'megatron-cp[tokenizers]'"),
     ):
-        version = _version(package)
+        version = installed(package)
         yield Finding(
             package,
             "ok" if version else "optional",
@@ -168,14 +168,15 @@ def _between() -> Iterator[Finding]:
 
 
 def _package(name: str, at_least: tuple[int, ...], remedy: str) -> Finding:
-    version = _version(name)
+    version = installed(name)
     if version is None:
         return Finding(name, "broken", "not installed", remedy)
     fits = tuple(int(part) for part in version.split(".")[: len(at_least)]) >= at_least
     return Finding(name, "ok" if fits else "broken", version, "" if fits else remedy)
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The installed version of a package; None without it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,32 +1,72 @@
 """`megatron-cp doctor`: what works here, what does not, and what to do about it."""
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from megatron_cp.doctor import Finding
+
 MARKS = {"ok": "[green]ok[/green]      ", "optional": "[yellow]optional[/yellow]", "broken": "[red]BROKEN[/red]  "}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+    node: Annotated[bool, typer.Option("--node", help="Only what this node of a job needs, in seconds.")] = False,
+    gpus: Annotated[int, typer.Option(help="With --node: the GPUs that must be usable.")] = 0,
+    free_gb: Annotated[float, typer.Option(help="With --node: the GB that must be free in the folder.")] = 0,
+    master_addr: Annotated[str, typer.Option(help="With --node: the address of the first node.")] = "",
+    report: Annotated[Path | None, typer.Option(help="With --node: a shared folder to leave a report in.")] = None,
+    reports: Annotated[Path | None, typer.Option(help="Read the reports of NODE… and name those to avoid.")] = None,
+    nodes: Annotated[list[str] | None, typer.Argument(metavar="[NODE…]", help="With --reports: all nodes.")] = None,
+) -> None:
     """Report versions, devices, hooks and one parity step of every backend; exit code 1 when something is broken."""
-    from megatron_cp.doctor import examine
+    if reports is not None:
+        _judge(reports, nodes or [])
+    elif node:
+        from megatron_cp.slurm import preflight
 
-    console, findings = Console(soft_wrap=True, highlight=False), []
-    for finding in examine():
-        findings.append(finding)
+        folder = report or Path()
+        found = preflight.examine(preflight.Wanted(gpus, int(free_gb * 1e9), folder, master_addr))
+        if report is not None:
+            preflight.write(found, report)
+        _show(found.findings, as_json)
+    else:
+        from megatron_cp.doctor import examine
+
+        _show(examine(), as_json)
+
+
+def _show(findings: Iterable[Finding], as_json: bool) -> None:
+    console, seen = Console(soft_wrap=True, highlight=False), []
+    for finding in findings:
+        seen.append(finding)
         if not as_json:
             console.print(f"{MARKS[finding.status]} {escape(f'{finding.subject}: {finding.found}')}")
             if finding.remedy:
                 console.print(f"         -> {escape(finding.remedy)}")
     if as_json:
-        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
-    broken = sum(finding.status == "broken" for finding in findings)
+        typer.echo(json.dumps([finding._asdict() for finding in seen], indent=2))
+    broken = sum(finding.status == "broken" for finding in seen)
     if broken and not as_json:
-        console.print(f"{broken} of {len(findings)} findings are broken")
+        console.print(f"{broken} of {len(seen)} findings are broken")
     raise typer.Exit(1 if broken else 0)
+
+
+def _judge(folder: Path, nodes: list[str]) -> None:
+    from megatron_cp.slurm import preflight
+
+    bad = preflight.verdict(preflight.read(folder, nodes), nodes)
+    for node, reasons in bad.items():
+        for reason in reasons:
+            print(f"[megatron-cp] node {node}: {reason}")
+    if bad:
+        print(f"[megatron-cp] {len(bad)} of {len(nodes)} nodes failed; without them: --exclude={','.join(bad)}")
+    raise typer.Exit(1 if bad else 0)
 
 
 def register(app: typer.Typer) -> None:

@@ -26,8 +26,17 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file
 Flags = Annotated[list[str] | None, typer.Argument(metavar="[--flag VALUE…]", help="Megatron flags that win over it.")]
 
 
-def render(name: RecipeName, flags: Flags = None) -> None:
+def render(
+    name: RecipeName,
+    flags: Flags = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print the script for sbatch instead.")] = False,
+) -> None:
     """Print the exact commands that a recipe stands for, ready to be pasted into a shell."""
+    if slurm or "--slurm" in (flags or []):
+        from megatron_cp.cli.submit import print_script
+
+        print_script([name, *(flags or [])])
+        return
     run = _checked(name, flags or [])
     if run.builds_corpus:
         print(corpus_command(run))
@@ -48,7 +57,11 @@ def train(name: RecipeName, flags: Flags = None) -> None:
 
 
 def _checked(name: str, flags: Sequence[str]) -> Recipe:
-    run = recipe.load(name, config.environment(), flags)
+    return checked(recipe.load(name, config.environment(), flags))
+
+
+def checked(run: Recipe) -> Recipe:
+    """The recipe, after everything was refused that its ranks would refuse."""
     check_processes(run)
     from megatron_cp.megatron.flags import check_run
 

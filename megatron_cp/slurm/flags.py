@@ -46,7 +46,7 @@ WRITTEN_BY_US = {
 
 
 def check(places: Mapping[str, str]) -> None:
-    """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` maps flags to where they stand."""
+    """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` says where each stands."""
     for flag, place in places.items():
         if flag in WRITTEN_BY_US:
             raise ValueError(f"{place}: {flag} is not for the SLURM block: {WRITTEN_BY_US[flag]}")

@@ -23,7 +23,7 @@ def test_doctor_finds_nothing_broken_and_proves_every_backend():
 
 
 def test_doctor_fails_with_a_remedy_for_what_is_broken(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.16.1" if name == "megatron-core" else "2.8.0")
+    monkeypatch.setattr(doctor, "installed", lambda name: "0.16.1" if name == "megatron-core" else "2.8.0")
     monkeypatch.setattr(doctor, "_between", lambda: iter(()))
     result = run()
     assert result.exit_code == 1
@@ -35,13 +35,13 @@ def test_doctor_reports_a_check_that_dies():
     def dies():
         raise OSError("no such link")
 
-    (finding,) = doctor._guarded(dies)
+    (finding,) = doctor.guarded("link", dies)
     assert finding.status == "broken"
     assert "OSError: no such link" in finding.found
 
 
 @pytest.mark.parametrize("version", ["2.7.1", "1.13.0+cpu"])
 def test_old_torch_is_broken(monkeypatch, version):
-    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    monkeypatch.setattr(doctor, "installed", lambda name: version)
     (finding,) = doctor._torch()
     assert finding.status == "broken"

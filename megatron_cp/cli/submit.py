@@ -1,0 +1,76 @@
+"""`megatron-cp submit`, and the script that `megatron-cp render --slurm` prints: a recipe as a job of SLURM."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_cp import config, recipe
+from megatron_cp.cli.train import FLAGS_AFTER_RECIPE, checked
+from megatron_cp.slurm.job import Job, job_of
+from megatron_cp.slurm.script import script
+
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE… [--flag VALUE…]",
+        help="Recipes, several for an array of jobs; then flags that win over them: Megatron's, torchrun's, sbatch's, "
+        "srun's --container-…, and --launcher torchrun|srun, --python, --requeues, --grace SECONDS, --chain JOBS, "
+        "--node-gpus, --node-free-gb and --no-preflight.",
+    ),
+]
+
+
+def submit(
+    words: Words,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, submit nothing.")] = False,
+) -> None:
+    """Submit recipes to SLURM: checked on their nodes first, saved before the time is up, and requeued."""
+    if dry_run or "--dry-run" in words:
+        print_script(words)
+        return
+    jobs = jobs_of(words)
+    text = script(jobs)
+    _make_log_folder(jobs[0])
+    for _ in range(jobs[0].chain):
+        _sbatch(text)
+
+
+def print_script(words: Sequence[str]) -> None:
+    """Print the script of `RECIPE… --flag VALUE…`, in which the flags that ask for it do not count."""
+    print(script(jobs_of([word for word in words if word not in ("--slurm", "--dry-run")])), end="")
+
+
+def jobs_of(words: Sequence[str]) -> list[Job]:
+    """The jobs of `RECIPE… --flag VALUE…`, every flag checked against Megatron's parser."""
+    first_flag = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    names, overrides = words[:first_flag], words[first_flag:]
+    if not names:
+        raise ValueError(f"expected a recipe before {words[0]!r}")
+    return [job_of(checked(recipe.load(name, config.environment(), overrides, job=True))) for name in names]
+
+
+def _make_log_folder(job: Job) -> None:
+    """SLURM ends a job without a word when the folder of its log is missing."""
+    for flag in ("--output", "--error"):
+        folder = Path(job.recipe.slurm[flag].text).parent if flag in job.recipe.slurm else Path()
+        if "%" not in str(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def _sbatch(text: str) -> None:
+    try:
+        done = subprocess.run(["sbatch"], input=text, text=True, check=False)
+    except FileNotFoundError:
+        raise RuntimeError(
+            "this machine has no sbatch; write the script with `megatron-cp render RECIPE --slurm`, submit it elsewhere"
+        ) from None
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(context_settings=FLAGS_AFTER_RECIPE)(submit)

@@ -1,0 +1,245 @@
+"""Before a job starts: what each of its nodes has, and which node is unlike the others.
+
+Every node looks at itself and writes a report into the job's folder, which shows that the folder is shared and can be
+written; one process then reads all reports and names the nodes that fail, differ, or did not answer.
+"""
+
+import ipaddress
+import json
+import shutil
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import psutil
+
+from megatron_cp import config
+from megatron_cp.doctor import Finding, guarded, installed
+
+GIB = 2**30
+SHARED_MEMORY = Path("/dev/shm")
+# NCCL keeps its rings between the GPUs of a node there
+SHARED_MEMORY_GIB = 1
+# a GPU with less of its memory free is used by somebody else
+FREE_OF_GPU = 0.9
+# nodes start their check within seconds of each other
+SECONDS_APART = 120
+# how long NFS may show an old folder to another node
+PATIENCE_SECONDS = 35
+# of what most nodes have
+LEAST_MEMORY = 0.9
+PACKAGES = ("torch", "megatron-core", "megatron-cp", "transformer-engine", "flash-attn", "apex")
+
+
+class Wanted(NamedTuple):
+    """What a node must have: GPUs, free bytes in the folder, and an address of the first node that it can resolve."""
+
+    gpus: int
+    free_bytes: int
+    folder: Path
+    master_addr: str
+
+
+class Report(NamedTuple):
+    """What a node found out about itself; `facts` must be the same on all nodes, memory and clock nearly so."""
+
+    node: str
+    clock: float
+    memory: int
+    facts: dict[str, str]
+    findings: list[Finding]
+
+
+def name() -> str:
+    """What SLURM calls this node, or its host name."""
+    return config.variable("SLURMD_NODENAME") or socket.gethostname()
+
+
+def examine(wanted: Wanted) -> Report:
+    """Look at this node; what fails is a finding, never an error."""
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        lambda: _gpus(wanted.gpus),
+        lambda: _shared_memory(wanted.gpus),
+        lambda: _disk(wanted),
+        lambda: _address(wanted.master_addr),
+        _own_address,
+        _grace,
+    )
+    subjects = ("GPUs", "shared memory", "disk", "address of the first node", "own address", "torchrun")
+    findings = [finding for subject, look in zip(subjects, looks, strict=True) for finding in guarded(subject, look)]
+    return Report(name(), time.time(), psutil.virtual_memory().total, _facts(wanted.gpus), findings)
+
+
+def _gpus(wanted: int) -> Iterator[Finding]:
+    """Each GPU is used once, for a broken one may still be listed."""
+    if not wanted:
+        yield Finding("GPUs", "ok", "none wanted")
+        return
+    import torch
+
+    usable = torch.cuda.device_count()
+    yield Finding(
+        "GPUs",
+        "ok" if usable == wanted else "broken",
+        f"{usable} of {wanted} usable",
+        "" if usable == wanted else "look at nvidia-smi on this node, or ask SLURM for as many as the recipe uses",
+    )
+    for index in range(usable):
+        torch.ones(1, device=f"cuda:{index}").item()
+        free, total = torch.cuda.mem_get_info(index)
+        fine = free >= FREE_OF_GPU * total
+        yield Finding(
+            f"GPU {index}",
+            "ok" if fine else "broken",
+            f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
+            "" if fine else "end the processes that an earlier job left on it",
+        )
+
+
+def _shared_memory(gpus: int) -> Iterator[Finding]:
+    free = shutil.disk_usage(SHARED_MEMORY).free / GIB
+    fine = free >= SHARED_MEMORY_GIB or not gpus
+    remedy = f"NCCL needs {SHARED_MEMORY_GIB} GiB; empty it, or give the container more with --shm-size"
+    yield Finding(str(SHARED_MEMORY), "ok" if fine else "broken", f"{free:.2f} GiB free", "" if fine else remedy)
+
+
+def _disk(wanted: Wanted) -> Iterator[Finding]:
+    free = shutil.disk_usage(wanted.folder).free
+    fine = free >= wanted.free_bytes
+    yield Finding(
+        "disk",
+        "ok" if fine else "broken",
+        f"{free / 1e9:.1f} GB free in {wanted.folder}",
+        "" if fine else f"{wanted.free_bytes / 1e9:.1f} GB are wanted: free some, or lower --node-free-gb",
+    )
+
+
+def _address(address: str) -> Iterator[Finding]:
+    """Whether the address at which all ranks meet resolves here, and on the first node, whether it is its own."""
+    if not address:
+        return
+    subject = "address of the first node"
+    resolved = _resolved(address)
+    if not resolved:
+        remedy = (
+            "ranks would wait for it in vain: set NodeAddr in slurm.conf to what resolves, or mend DNS or /etc/hosts"
+        )
+        yield Finding(subject, "broken", f"{address} does not resolve", remedy)
+    elif config.variable("SLURM_NODEID") == "0" and not resolved & _own_addresses():
+        remedy = "set NodeAddr in slurm.conf to an address that this node has"
+        yield Finding(subject, "broken", f"{address} is no address of this node", remedy)
+    else:
+        yield Finding(subject, "ok", f"{address} is {', '.join(sorted(resolved))}")
+
+
+def _own_address() -> Iterator[Finding]:
+    """Gloo, which Megatron also uses beside NCCL, listens on the address of the host's name."""
+    host, interface = socket.gethostname(), config.variable("GLOO_SOCKET_IFNAME")
+    if interface:
+        fine = interface in psutil.net_if_addrs()
+        found = f"GLOO_SOCKET_IFNAME={interface}" + ("" if fine else ", which this node does not have")
+    else:
+        resolved = _resolved(host)
+        alone = config.variable("SLURM_JOB_NUM_NODES", "1") == "1"
+        fine = alone or (bool(resolved) and not all(ipaddress.ip_address(text).is_loopback for text in resolved))
+        found = f"{host} is {', '.join(sorted(resolved)) or 'not resolved'}"
+    remedy = (
+        "other nodes cannot reach gloo there: set GLOO_SOCKET_IFNAME in ENV_VARS to an interface that all nodes have"
+    )
+    yield Finding("own address", "ok" if fine else "broken", found, "" if fine else remedy)
+
+
+def _grace() -> Iterator[Finding]:
+    """Whether this torch lets torchrun wait for ranks that are saving."""
+    seconds = config.variable("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    if not seconds:
+        return
+    from torch.distributed.launcher.api import LaunchConfig
+
+    fine = any(field.name == "shutdown_timeout" for field in fields(LaunchConfig))
+    yield Finding(
+        "torchrun",
+        "ok" if fine else "optional",
+        f"waits {seconds if fine else 30} s for ranks that save",
+        "" if fine else "this torch has no --shutdown-timeout; where saving takes longer, take --launcher srun",
+    )
+
+
+def _resolved(host: str) -> set[str]:
+    try:
+        return {str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
+
+
+def _own_addresses() -> set[str]:
+    return {found.address.partition("%")[0] for several in psutil.net_if_addrs().values() for found in several}
+
+
+def _facts(gpus: int) -> dict[str, str]:
+    """Versions, which must be equal on all nodes of a job."""
+    facts = {"Python": sys.version.split()[0]} | {package: installed(package) or "none" for package in PACKAGES}
+    driver = Path("/sys/module/nvidia/version")
+    facts["NVIDIA driver"] = driver.read_text().strip() if driver.is_file() else "none"
+    if gpus:
+        import torch
+
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
+        facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return facts
+
+
+def write(report: Report, folder: Path) -> None:
+    """Put the report where the other nodes put theirs; raises OSError where this node cannot write."""
+    findings = [finding._asdict() for finding in report.findings]
+    (folder / f"{report.node}.json").write_text(json.dumps({**report._asdict(), "findings": findings}), "utf-8")
+
+
+def read(folder: Path, nodes: Sequence[str], patience: float = PATIENCE_SECONDS) -> dict[str, Report]:
+    """The reports of those `nodes` that wrote one; waits a while for the others, for a network's files come late."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = {node: report for node in nodes if (report := _report(folder / f"{node}.json"))}
+        if len(found) == len(nodes) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
+
+
+def _report(path: Path) -> Report | None:
+    try:
+        said = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Report(**{**said, "findings": [Finding(**finding) for finding in said["findings"]]})
+
+
+def verdict(reports: Mapping[str, Report], nodes: Sequence[str]) -> dict[str, list[str]]:
+    """For each of `nodes` that a job should not start on, why and what to do; empty when all are fine."""
+    known = [reports[node] for node in nodes if node in reports]
+    bad = {node: list(_wrong_with(reports.get(node), known)) for node in nodes}
+    return {node: reasons for node, reasons in bad.items() if reasons}
+
+
+def _wrong_with(report: Report | None, all_reports: Sequence[Report]) -> Iterator[str]:
+    if report is None:
+        yield "no report -> its check died or hangs, or --save is another folder there; see what srun says above"
+        return
+    for finding in report.findings:
+        if finding.status == "broken":
+            yield f"{finding.subject}: {finding.found} -> {finding.remedy}"
+    for fact, here in report.facts.items():
+        there, _ = Counter(other.facts.get(fact, "none") for other in all_reports).most_common(1)[0]
+        if here != there:
+            yield f"{fact}: {here}, elsewhere {there} -> install the same on all nodes"
+    usual = median(other.memory for other in all_reports)
+    if report.memory < LEAST_MEMORY * usual:
+        yield f"memory: {report.memory / GIB:.0f} GiB, elsewhere {usual / GIB:.0f} GiB -> look for a failed module"
+    apart = abs(report.clock - median(other.clock for other in all_reports))
+    if apart > SECONDS_APART:
+        yield f"clock: {apart:.0f} s off the others -> synchronise it, or find out why the node is so slow"

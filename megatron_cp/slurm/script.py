@@ -1,0 +1,137 @@
+"""The script that sbatch takes.
+
+What a recipe says stands in arrays of quoted words, which are passed on as they are: no shell ever evaluates it. What
+is the same for every recipe is `job.sh`, which follows the arrays.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_cp.command import corpus_words, entry_words, flag_words
+from megatron_cp.slurm.flags import SRUN
+from megatron_cp.slurm.job import SECONDS_TO_REQUEUE, Job
+
+BODY = Path(__file__).with_name("job.sh")
+PER_NODE = ("entry", "--nnodes", "--nproc-per-node")
+
+
+def script(jobs: Sequence[Job]) -> str:
+    """A batch script for one recipe, or an array with a task for each of several; raises ValueError if they differ.
+
+    The tasks of an array share what they ask of the cluster; each has a folder of its own to save in.
+    """
+    first = jobs[0]
+    _check_together(jobs)
+    settings = _settings(first) if len(jobs) == 1 else _cases(jobs)
+    return "\n".join(("#!/usr/bin/env bash", *_header(jobs), "", "set -euo pipefail", settings, BODY.read_text()))
+
+
+def _check_together(jobs: Sequence[Job]) -> None:
+    first = jobs[0]
+    for job in jobs[1:]:
+        if _shape(job) != _shape(first):
+            raise ValueError(
+                f"{job.recipe.name} asks for another job than {first.recipe.name}: {_shape(job)} and {_shape(first)}; "
+                f"submit them one by one"
+            )
+    saves = [job.recipe.save for job in jobs if job.recipe.save]
+    if len(set(saves)) < len(saves):
+        raise ValueError(f"two recipes of the array save in the same folder: {', '.join(map(str, saves))}")
+
+
+def _shape(job: Job) -> tuple[object, ...]:
+    return (job.nodes, job.ranks_per_node, job.launcher, job.grace, job.chain, bool(job.requeues), *job.header)
+
+
+def _header(jobs: Sequence[Job]) -> Iterator[str]:
+    job = jobs[0]
+    name = re.sub(r"[^\w.+-]", "_", job.recipe.name, flags=re.ASCII)
+    tasks = job.ranks_per_node if job.launcher == "srun" else 1
+    lines = [
+        f"--job-name={name}" if len(jobs) == 1 else f"--job-name={name}-and-{len(jobs) - 1}-more",
+        "--output=%x-%j.out" if len(jobs) == 1 else "--output=%x-%A_%a.out",
+        f"--nodes={job.nodes}",
+        f"--ntasks-per-node={tasks}",
+        # of the steps, not of this script: it decides when they have ended
+        f"--signal=TERM@{job.grace + SECONDS_TO_REQUEUE}",
+        "--requeue" if job.requeues else "--no-requeue",
+        "--open-mode=append",
+    ]
+    lines += ["--dependency=singleton"] * (job.chain > 1)
+    lines += [f"--array=0-{len(jobs) - 1}"] * (len(jobs) > 1)
+    asked = {line.partition("=")[0] for line in job.header}
+    kept = [line for line in lines if line.partition("=")[0] not in asked]
+    return (f"#SBATCH {line}" for line in (*kept, *job.header))
+
+
+def _cases(jobs: Sequence[Job]) -> str:
+    cases = [f"{index})\n{_settings(job)};;\n" for index, job in enumerate(jobs)]
+    return f'case "$SLURM_ARRAY_TASK_ID" in\n{"".join(cases)}*)\n    exit 1\n    ;;\nesac\n'
+
+
+def _settings(job: Job) -> str:
+    """What `job.sh` reads, for one recipe."""
+    recipe = job.recipe
+    values = {
+        "nodes": str(job.nodes),
+        "ranks_per_node": str(job.ranks_per_node),
+        "launcher": job.launcher,
+        "requeues": str(job.requeues),
+        "preflight": "true" if job.preflight else "false",
+        "python": job.python,
+        "save": str(recipe.save or "."),
+        "corpus_index": f"{recipe.data['--output'].text}.idx" if recipe.builds_corpus else "",
+    }
+    arrays = {
+        "container": _step_words(job),
+        "settings": ["env", *(f"{name}={value}" for name, value in _environment(job).items())],
+        "check": ["--gpus", str(job.gpus), "--free-gb", str(job.free_gb)],
+        "corpus": ["-m", "megatron_cp", *corpus_words(recipe)] if recipe.builds_corpus else [],
+        "train": [*_torchrun_words(job), *entry_words(recipe.launch), *flag_words(recipe.model_args)],
+    }
+    return "".join([f"{name}={_quoted(value)}\n" for name, value in values.items()]) + "".join(
+        _array(name, words) for name, words in arrays.items()
+    )
+
+
+def _environment(job: Job) -> dict[str, str]:
+    # torchrun kills ranks that are still saving when this has passed
+    own = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.grace)} if job.launcher == "torchrun" else {}
+    return own | {name: setting.text for name, setting in job.recipe.env_vars.items()}
+
+
+def _step_words(job: Job) -> list[str]:
+    said = {flag: setting for flag, setting in job.recipe.slurm.items() if flag in SRUN}
+    words = [f"{flag}={','.join(setting.values)}" if setting.values else flag for flag, setting in said.items()]
+    if "--cpus-per-task" in job.recipe.slurm:
+        # srun does not take it over from sbatch any more
+        words.append(f"--cpus-per-task={job.recipe.slurm['--cpus-per-task'].text}")
+    return words
+
+
+def _torchrun_words(job: Job) -> list[str]:
+    if job.launcher == "srun":
+        return []
+    others = {flag: setting for flag, setting in job.recipe.launch.items() if flag not in PER_NODE}
+    sizes = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.ranks_per_node)]
+    return ["-m", "torch.distributed.run", *sizes, *flag_words(others)]
+
+
+def _array(name: str, words: Sequence[str]) -> str:
+    """A bash array with a flag and its values on each line."""
+    if not words:
+        return f"{name}=()\n"
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("-") and lines[-1]:
+            lines.append([])
+        lines[-1].append(_quoted(word))
+    return f"{name}=(\n" + "".join(f"    {' '.join(line)}\n" for line in lines) + ")\n"
+
+
+def _quoted(word: str) -> str:
+    if "\0" in word:
+        raise ValueError(f"a value with a zero byte cannot be passed to a program: {word!r}")
+    return shlex.quote(word)
