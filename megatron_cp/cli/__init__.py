@@ -4,10 +4,11 @@ import sys
 
 import typer
 
-from megatron_cp.cli import backends, bench, data, doctor, simulate, trace, train
+from megatron_cp.cli import backends, bench, data, doctor, simulate, trace, train, validate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train.register(app)
+validate.register(app)
 doctor.register(app)
 backends.register(app)
 simulate.register(app)

@@ -1,0 +1,36 @@
+"""`megatron-cp validate`: Megatron's checks of a recipe and ours, on a machine that is not the cluster."""
+
+from typing import Annotated
+
+import typer
+
+from megatron_cp import config, recipe
+from megatron_cp.cli.train import Flags, RecipeName
+from megatron_cp.command import processes
+from megatron_cp.recipe_file import Unset
+
+ClusterName = Annotated[
+    str | None, typer.Option("--cluster", metavar="NAME|FILE", help="Validate for this one instead of CLUSTER.")
+]
+
+
+def validate(name: RecipeName, flags: Flags = None, cluster: ClusterName = None) -> None:
+    """Check a recipe as its ranks will: Megatron's parser, its arguments and its model config, then our own rules.
+
+    Needs no GPU and touches none. What refuses the recipe is one line and exit code 1.
+    """
+    variables = Unset(config.environment())
+    run = recipe.load(name, variables, flags or [])
+    from megatron_cp.megatron import validate
+
+    checked = validate.run_of(run, cluster)
+    assumed = validate.validate(checked)
+    print(f"{run.name}: valid for {processes(run):,} processes on {checked.cluster.name}")
+    for text in (*assumed, *(f"variable {name}, which is not set here" for name in variables.names)):
+        print(f"  assumed: {text}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    # flags of Megatron's may stand before and behind our own
+    app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(validate)
