@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.9",
         "numpy>=1.26",
         "psutil>=6",
+        "pydantic>=2.7",
         "rich>=13.9",
         "typer>=0.15",
         "ruamel.yaml>=0.18,<0.20",

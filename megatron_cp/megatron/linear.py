@@ -67,13 +67,13 @@ def _input_half(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
             before = reduce_from_tensor_model_parallel_region(before, ctx.tp_group)
     group = ctx.tp_group if ctx.sequence_parallel else None
     ctx.owner.queue.put(
-        partial(_weight_half, ctx.owner.weight, given, gradient, group, ctx.gradient_accumulation_fusion)
+        partial(_weight_half, ctx.owner.weight, group, ctx.gradient_accumulation_fusion), given, gradient
     )
     bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0) if ctx.use_bias else None
     return None, before, None, bias, *[None] * 7
 
 
-def _weight_half(weight: Tensor, given: Tensor, gradient: Tensor, sequence_group: Any, fused: bool) -> None:
+def _weight_half(weight: Tensor, sequence_group: Any, fused: bool, given: Tensor, gradient: Tensor) -> None:
     # what waited is this rank's part of the sequence: a p-th of the memory for one more gather
     if sequence_group is not None:
         given = gather_from_sequence_parallel_region(given, group=sequence_group)

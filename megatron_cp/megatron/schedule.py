@@ -207,6 +207,8 @@ class Pipeline:
             self._channels = connect(call.groups.pp, placement)
             self._known = costs.given(global_args(), placement)
             self._profile = _profile_of(call)
+            if self._profile:
+                say(f"measuring the first {global_args().pp_profile_steps} steps, then scheduling for what they show")
         if call.training and self._profile and self._profile.done:
             self._reschedule(call, placement)
         schedule = self._schedule(call, placement)
@@ -266,10 +268,10 @@ class Pipeline:
         self._known = costs.measured(args, placement, agreed, hop, args.pp_profile_steps)
         self._profile = None
         self._lowered.clear()
+        say(costs.figures(self._known))
         before = self._tables[call.micros]
         self._schedule(call, placement)
-        for line in costs.changes(before, self._tables[call.micros], self._known):
-            say(line)
+        say(costs.changes(before, self._tables[call.micros], self._known))
 
 
 def _profile_of(call: Call) -> Profile | None:

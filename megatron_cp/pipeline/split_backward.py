@@ -8,10 +8,16 @@ part in autograd while a split schedule runs, so there are no dummy gradients th
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor, no_grad
 
-Work = Callable[[], None]
+
+class Work(NamedTuple):
+    """A weight gradient that waits, and the tensors that it is called with; none where a module keeps its own."""
+
+    run: Callable[..., None]
+    keeps: tuple[Tensor, ...]
 
 
 class WeightQueue:
@@ -52,16 +58,25 @@ class WeightQueue:
         finally:
             self._key = None
 
-    def put(self, work: Work) -> None:
-        """Let `work` wait for its W."""
-        self._waiting[self._key].append(work)
+    def put(self, run: Callable[..., None], *keeps: Tensor) -> None:
+        """Let `run` wait for its W, when it is called with the tensors of `keeps`."""
+        self._waiting[self._key].append(Work(run, keeps))
+
+    def held(self, key: Hashable) -> int | None:
+        """Bytes of the tensors that wait under `key`, each storage once; None where a module keeps its own."""
+        if not all(work.keeps for work in self._waiting[key]):
+            return None
+        tensors = (tensor for work in self._waiting[key] for tensor in work.keeps)
+        storages = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)}
+        return sum(storages.values())
 
     def run(self, key: Hashable) -> None:
         """Compute what waits under `key`, oldest first; each entry's tensors are let go as soon as it is done."""
         waiting = self._waiting.pop(key)
         with no_grad():
             while waiting:
-                waiting.popleft()()
+                work = waiting.popleft()
+                work.run(*work.keeps)
 
 
 def weight_gradient(given: Tensor, gradient: Tensor) -> Tensor:

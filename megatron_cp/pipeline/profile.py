@@ -1,0 +1,141 @@
+"""Measure what a schedule is made for: times and activations of each stage, and of a hop, in the first steps of a run.
+
+Every rank measures its own stages with the executor's `observe`; the largest figures over all ranks of the run are what
+every rank then goes by, so that all of them come to the same schedule.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cp.comm import Fabric, largest
+from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action
+from megatron_cp.pipeline.costs_file import StageCosts
+from megatron_cp.pipeline.execute import Channels
+from megatron_cp.pipeline.passes import add_reductions, add_transfers
+from megatron_cp.pipeline.schedule import Schedule
+
+ROUNDS = 5
+TIMED = (FORWARD, INPUT, WEIGHT)
+
+
+def lower_split(schedule: Schedule) -> Schedule:
+    """The compute table lowered with all backwards in two halves, the adjacent ones too: both halves are seen."""
+    table = tuple(tuple(half for action in actions for half in _halves(action)) for actions in schedule.table)
+    return add_transfers(add_reductions(replace(schedule, table=table)))
+
+
+def _halves(action: Action) -> tuple[Action, ...]:
+    return (action._replace(kind=INPUT), action._replace(kind=WEIGHT)) if action.kind == FULL else (action,)
+
+
+class Profile:
+    """The actions of this rank over some steps, at least 2: the first one warms up, and its times do not count.
+
+    parameters: storages that are there anyway, by address; they are no activations
+    held:       bytes that wait for the W of a stage and microbatch, None where nobody knows
+    """
+
+    def __init__(self, steps: int, parameters: Callable[[], set[int]], held: Callable[[int, int], int | None]) -> None:
+        self._steps, self._parameters, self._held_bytes = steps, parameters, held
+        self._times: list[dict[tuple[int, str], list[tuple[Any, Any]]]] = []
+        self._kept: dict[int, int] = {}
+        self._held: dict[int, int | None] = {}
+
+    @property
+    def done(self) -> bool:
+        return len(self._times) == self._steps
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._times.append(defaultdict(list))
+
+    @contextmanager
+    def observe(self, action: Action) -> Iterator[None]:
+        """Note what `action` costs; CUDA's events take the time, so that nothing waits for the device."""
+        if action.kind not in TIMED:
+            yield
+            return
+        stage, kind, micro = action
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if kind == FORWARD and stage not in self._kept:
+            # the hooks cost time: once is enough, all microbatches keep the same
+            with saved_bytes(self._parameters()) as found:
+                yield
+            self._kept[stage] = sum(found.values())
+            return
+        begun.record()
+        yield
+        ended.record()
+        if kind == INPUT and stage not in self._held:
+            self._held[stage] = self._held_bytes(stage, micro or 0)
+        self._times[-1][stage, kind].append((begun, ended))
+
+    def of(self, stage: int) -> StageCosts:
+        """Medians over microbatches and steps."""
+        forward, given, weight = (self._seconds(stage, kind) for kind in TIMED)
+        kept, held = self._kept[stage], self._held[stage]
+        # with recomputation more may wait for W than was kept for I, which a cap cannot tell apart
+        return StageCosts(forward, given, weight, kept, kept if held is None else min(held, kept))
+
+    def _seconds(self, stage: int, kind: str) -> float:
+        torch.cuda.synchronize()
+        pairs = (pair for step in self._times[1:] for pair in step[stage, kind])
+        return median(begun.elapsed_time(ended) for begun, ended in pairs) / 1e3
+
+
+@contextmanager
+def saved_bytes(known: set[int]) -> Iterator[dict[int, int]]:
+    """The storages that autograd saves inside, by address, with their bytes; those of `known` are left out."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        # an output that its own node saved would keep itself alive
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+def hop_seconds(channels: Channels, rank: int, ranks: int, buffer: Callable[[], Tensor]) -> float:
+    """Half of a round trip of one activation between neighbours: this rank's slower one; all ranks call it together."""
+    slowest = 0.0
+    for lower in (*range(0, ranks - 1, 2), *range(1, ranks - 1, 2)):
+        if rank in (lower, lower + 1):
+            trips = [_round_trip(channels, rank, lower, buffer()) for _ in range(ROUNDS)]
+            slowest = max(slowest, median(trips) / 2)
+    return slowest
+
+
+def _round_trip(channels: Channels, rank: int, lower: int, tensor: Tensor) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    if rank == lower:
+        channels.send(lower + 1, FORWARD, tensor).wait()
+        channels.receive(lower + 1, FULL, tensor).wait()
+    else:
+        channels.receive(lower, FORWARD, tensor).wait()
+        channels.send(lower, FULL, tensor).wait()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def agree(
+    fabric: Fabric, device: torch.device, mine: dict[int, StageCosts], stages: int, hop: float
+) -> tuple[Sequence[StageCosts], float]:
+    """The largest costs of every stage, and of a hop, over all ranks that run it: one collective."""
+    nobody = StageCosts(0, 0, 0, 0, 0)
+    values = [value for stage in range(stages) for value in mine.get(stage, nobody)]
+    *agreed, hop = largest(fabric, device, *values, hop)
+    width = len(nobody)
+    return [StageCosts(*agreed[stage * width : (stage + 1) * width]) for stage in range(stages)], hop
