@@ -1,6 +1,7 @@
 """The kernel calls of a trace, timed on this machine."""
 
 import time
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -12,21 +13,30 @@ from megatron_cp.kernels import Kernel, choose
 ROUNDS = 3
 
 
-def measure(trace: Trace, kernel: str = "auto") -> dict[Compute, float]:
-    """Best seconds of each distinct kernel call of both passes, on one core or one GPU."""
+def measure(*traces: Trace, kernel: str = "auto") -> dict[Compute, float]:
+    """Median seconds of each distinct kernel call of all passes, on one core or one GPU.
+
+    The calls take turns, so that a slow spell of the machine falls on all of them; the traces share dtype and head dim.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem, passes = trace.problem, (trace.forward, trace.backward)
+    problem = traces[0].problem
     chosen, _ = choose(kernel, device=device.type, dtype=problem.dtype, head_dim=problem.head_dim)
-    calls = {call: None for run in passes for rank in range(problem.ranks) for call in run.calls(rank)}
+    passes = [run for trace in traces for run in (trace.forward, trace.backward)]
+    found: dict[Compute, list[float]] = {
+        call: [] for run in passes for rank in range(len(run.steps)) for call in run.calls(rank)
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {call: seconds(call, chosen, device, DTYPES[problem.dtype]) for call in calls}
+        for _ in range(ROUNDS):
+            for call, samples in found.items():
+                samples.append(seconds(call, chosen, device, DTYPES[problem.dtype], repeats=1))
     finally:
         torch.set_num_threads(threads)
+    return {call: median(samples) for call, samples in found.items()}
 
 
-def seconds(call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
+def seconds(call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dtype, repeats: int = ROUNDS) -> float:
     """Best seconds of one kernel call, after one that is not counted."""
     q, dout = (_random(call.queries, call.heads, call, device, dtype) for _ in range(2))
     k, v = (_random(call.keys, call.kv_heads, call, device, dtype) for _ in range(2))
@@ -44,7 +54,7 @@ def seconds(call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dt
         return time.perf_counter() - began
 
     once()
-    return min(once() for _ in range(ROUNDS))
+    return min(once() for _ in range(repeats))
 
 
 def _random(tokens: int, heads: int, call: Compute, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_cp.grid import Grid
 from megatron_cp.registry import Registry
 
 
@@ -14,6 +15,7 @@ class Backend:
     needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
     chunks:   whether `fpdt` can cut its work over time: it takes any mask over any positions
     takes_grid: the same where these are given; without them the loop chooses
+    teams:    whether the inner axis is a team, whose size squared has to divide the ranks
     placed:   whether --cp-placement says which axis exchanges heads
     weighed:  whether `auto` weighs it: a loop that is there for its speed, not for its memory or what it shows
     """
@@ -28,8 +30,33 @@ class Backend:
     needs_grid: bool = False
     chunks: bool = True
     takes_grid: bool = False
+    teams: bool = False
     placed: bool = False
     weighed: bool = True
+
+    def check_grid(self, grid: Grid) -> None:
+        """Raise ValueError for a grid that the algorithm cannot take."""
+        ranks = grid.inner * grid.outer
+        if self.teams and grid.inner not in (possible := team_sizes(ranks)):
+            raise ValueError(
+                f"backend {self.name!r} needs context_parallel_size divisible by the square of its teams' size, the "
+                f"inner hierarchical size, got {ranks} and {grid.inner}; possible are "
+                f"{', '.join(map(str, possible))}, backend 'wallfacer' takes any"
+            )
+
+    def check_placement(self, placement: str) -> None:
+        """Raise ValueError for a placement other than the first where it would have no effect."""
+        if not self.placed and placement != next(iter(PLACEMENTS)):
+            placed = " or ".join(repr(entry.name) for entry in BACKENDS if entry.placed)
+            raise ValueError(
+                f"placement says which axis exchanges heads, got {placement!r} with backend {self.name!r}, which "
+                f"does not ask; use backend {placed} or leave it out"
+            )
+
+
+def team_sizes(ranks: int) -> list[int]:
+    """The sizes of teams whose square divides the number of ranks."""
+    return [size for size in range(1, ranks + 1) if ranks % size**2 == 0]
 
 
 AUTO = "auto"
@@ -150,6 +177,7 @@ BACKENDS = Registry(
             "teams of C ranks gather queries and keys, keys of teams go around C rings",
             "(C-1)(2Uq + 2U + Us) + 2U p/C, C² divides p",
             takes_grid=True,
+            teams=True,
         ),
         Backend(
             AUTO,

@@ -118,11 +118,12 @@ def plan(
     chunks:        cut the backend's work into so many pieces over time, what waits lies in host memory (FPDT)
     cluster:       what backend "auto" weighs its choice for: a name, a file or a description, by default by the device
     stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
-    Raises ValueError for an unknown name and for a grid that is missing or does not fit.
+    Raises ValueError for an unknown name, for a grid that is missing or does not fit, and for what has no effect.
     """
     entry, cp = BACKENDS.get(backend), cp or SingleFabric()
     _known("layout", layout, LAYOUTS)
     _known("placement", placement, PLACEMENTS)
+    entry.check_placement(placement)
     _check_stripe(stripe, entry, layout)
     on_grid = entry.needs_grid or (entry.takes_grid and bool(inner or outer))
     axes = _axes(entry, cp, inner, outer, placement) if on_grid else None
@@ -198,7 +199,9 @@ def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None
         )
     if inner.size * outer.size != cp.size:
         raise ValueError(f"hierarchical sizes {inner.size} * {outer.size} must be context_parallel_size = {cp.size}")
-    return Axes(Grid(inner.size, outer.size), inner, outer, PLACEMENTS[placement])
+    grid = Grid(inner.size, outer.size)
+    entry.check_grid(grid)
+    return Axes(grid, inner, outer, PLACEMENTS[placement])
 
 
 def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:

@@ -200,17 +200,11 @@ def cut(runs: Layout, count: int | None) -> Cut:
 
     That is at least FEWEST_CHUNKS. Raises ValueError when `count` does not divide the tokens of a piece.
     """
-    pieces, local = max(map(len, runs)), length(runs[0])
-    piece, tokens = local // pieces, local * len(runs)
+    pieces, piece = layouts.pieces(runs)
     if count is None:
-        wanted = max(FEWEST_CHUNKS, -(-tokens // CHUNK_TOKENS))
+        wanted = max(FEWEST_CHUNKS, -(-pieces * piece * len(runs) // CHUNK_TOKENS))
         count = next((n for n in range(wanted, piece + 1) if piece % n == 0), piece)
-    if piece % count:
-        unit = count * pieces * len(runs)
-        raise ValueError(
-            f"chunks must divide the {piece} tokens of each of a rank's {pieces} pieces, got chunks = {count}; "
-            f"take a divisor or pad S = {tokens} to {-(-tokens // unit) * unit}"
-        )
+    layouts.check_chunks(runs, count)
     stretches = tuple(_stretches(pieces, piece, piece // count, chunk) for chunk in range(count))
     positions = tuple(tuple(_positions(own, chunk) for own in runs) for chunk in stretches)
     shift = positions[-1][0][0].start - positions[0][0][0].start

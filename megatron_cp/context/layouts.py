@@ -103,6 +103,23 @@ def gathered(members: Layout) -> tuple[Runs, tuple[Place, ...]]:
     return join([run for run, *_ in stretches]), places
 
 
+def pieces(runs: Layout) -> tuple[int, int]:
+    """How many pieces of the sequence every rank holds, and how many tokens each has."""
+    count = max(map(len, runs))
+    return count, length(runs[0]) // count
+
+
+def check_chunks(runs: Layout, chunks: int) -> None:
+    """Raise ValueError when `chunks` does not divide the tokens of a piece."""
+    count, piece = pieces(runs)
+    if piece % chunks:
+        unit, tokens = chunks * count * len(runs), count * piece * len(runs)
+        raise ValueError(
+            f"chunks must divide the {piece} tokens of each of a rank's {count} pieces, got chunks = {chunks}; "
+            f"take a divisor or pad S = {tokens} to {-(-tokens // unit) * unit}"
+        )
+
+
 def located(runs: Runs) -> Iterator[tuple[range, slice]]:
     """Each run with the slice of local tokens that holds it."""
     start = 0

@@ -47,6 +47,8 @@ def attend_around(merge: SoftmaxMerge, q: Tensor, k: Tensor, v: Tensor, task: Ta
     way = route(task.runs, task.mask)
     for block in visits(Block(task.fabric.rank, 0, k, v), way, task.fabric):
         task.attend(merge, q, block)
+        # not a third block beside the next two
+        del block
 
 
 def attend_around_backward(dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved, task: Task) -> None:
@@ -111,6 +113,8 @@ def visits(block: Block, way: Route, fabric: Peers) -> Iterator[Block]:
         yield block
         transfer.wait()
         block = following
+        # what was sent would be a third block beside the next two
+        del leaving
     yield block
 
 

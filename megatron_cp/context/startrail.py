@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, Handle
-from megatron_cp.context import tiling
+from megatron_cp.context import team_sizes, tiling
 from megatron_cp.context.ring import empty_like, exchange
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiling import Tiling
@@ -30,10 +30,7 @@ from megatron_cp.grid import Grid
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; twice the keys of a team are alive.
-
-    Raises ValueError for teams whose size squared does not divide the number of ranks.
-    """
+    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; twice the keys of a team are alive."""
     grid = _grid(task)
     return tiling.forward(q, k, v, _rings(k, v, grid, task), teams(grid), task)
 
@@ -100,23 +97,10 @@ def _blocks(owners: Sequence[int], held: list[Tensor], task: Task) -> list[Block
 
 
 def _grid(task: Task) -> Grid:
-    ranks = task.fabric.size
-    if not task.axes:
-        size = least(ranks, *task.heads)
-        return Grid(size, ranks // size)
-    size = task.axes.grid.inner
-    if ranks % size**2:
-        raise ValueError(
-            f"backend 'startrail' needs context_parallel_size divisible by the square of its teams' size, the inner "
-            f"hierarchical size, got {ranks} and {size}; possible are {', '.join(map(str, sizes(ranks)))}, "
-            f"backend 'wallfacer' takes any"
-        )
-    return task.axes.grid
-
-
-def sizes(ranks: int) -> list[int]:
-    """The sizes that teams of so many ranks can have."""
-    return [size for size in range(1, ranks + 1) if ranks % size**2 == 0]
+    if task.axes:
+        return task.axes.grid
+    size = least(task.fabric.size, *task.heads)
+    return Grid(size, task.fabric.size // size)
 
 
 @cache
@@ -128,4 +112,4 @@ def least(ranks: int, heads: int, kv_heads: int) -> int:
         keys = 4 * (size - 1) * (1 + 1) + 4 * size * (ranks // size**2 - 1) + 2 * (ranks - 1) / size
         return 5 * heads * (size - 1) + kv_heads * keys
 
-    return min(sizes(ranks), key=elements)
+    return min(team_sizes(ranks), key=elements)

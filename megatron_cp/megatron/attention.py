@@ -19,7 +19,7 @@ from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster
 from megatron_cp.kernels import AUTO, Kernel, choose
 from megatron_cp.megatron import cpu
-from megatron_cp.megatron.arguments import HEAD_FIRST, is_striped, refuse_unsupported
+from megatron_cp.megatron.arguments import HEAD_FIRST, is_striped, refuse_unsupported, takes_placement
 from megatron_cp.planner.hardware import Cluster, load_cluster
 
 CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
@@ -29,8 +29,8 @@ class CoreAttention(MegatronModule):
     """softmax(q k^T * scale) v over the whole sequence, of which each context-parallel rank holds its zigzag share.
 
     Constructor and forward are Megatron's core-attention contract. The algorithm is `cp_comm_type` (None: zigzag);
-    kernel, placement and stripe are read from the attributes `cp_kernel`, `cp_placement` and `cp_stripe` of the config
-    where it has them.
+    kernel, placement, stripe and chunks are read from the attributes `cp_kernel`, `cp_placement`, `cp_stripe` and
+    `cp_chunks` of the config where it has them.
     With `auto` the backend is chosen here for the length `cp_seq_length`, and without it at the first call; the cluster
     is `cp_cluster` or the one that ships for this machine's GPU.
     Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
@@ -130,13 +130,18 @@ class CoreAttention(MegatronModule):
             window=self.window,
             softmax_scale=self.softmax_scale,
             kernel=getattr(self.config, "cp_kernel", AUTO),
-            placement=getattr(self.config, "cp_placement", HEAD_FIRST),
+            placement=self._placement(),
+            chunks=getattr(self.config, "cp_chunks", None),
             deterministic=self.config.deterministic_mode,
             stripe=getattr(self.config, "cp_stripe", 1) if is_striped(self.cp_comm_type) else 1,
             cluster=self._cluster(),
         )
         seq = getattr(self.config, "cp_seq_length", None)
         return made if seq is None else made.settled(self._sizes(seq))
+
+    def _placement(self) -> str:
+        # said for all layers, while each may have an algorithm of its own
+        return getattr(self.config, "cp_placement", HEAD_FIRST) if takes_placement(self.cp_comm_type) else HEAD_FIRST
 
     def _cluster(self) -> Cluster | None:
         """What `auto` weighs: among context-parallel ranks, between which tensor-parallel ones lie."""

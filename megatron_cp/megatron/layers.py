@@ -202,7 +202,7 @@ def global_args() -> Any:
 def copy_flags(config: TransformerConfig) -> None:
     """Note on the config what the flags of ours say; it travels with every copy of the config."""
     args = global_args()
-    for name in ("cp_kernel", "cp_placement", "cp_stripe", "cp_cluster"):
+    for name in ("cp_kernel", "cp_placement", "cp_stripe", "cp_chunks", "cp_cluster"):
         if hasattr(args, name):
             setattr(config, name, getattr(args, name))
     # what `auto` chooses for; a program that parses no arguments lets it choose at the first call

@@ -60,11 +60,18 @@ def test_backend_equals_dense(backend, ranks, heads, kv_heads, causal):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=lambda n: f"h{n}")
-@pytest.mark.parametrize("placement", list(PLACEMENTS))
 @pytest.mark.parametrize(
     "grid", [grid for ranks in RANKS for grid in grids(ranks)], ids=lambda g: f"{g.inner}x{g.outer}"
 )
-@pytest.mark.parametrize("backend", [entry.name for entry in BACKENDS if entry.needs_grid])
+@pytest.mark.parametrize(
+    ("backend", "placement"),
+    [
+        (entry.name, placement)
+        for entry in BACKENDS
+        if entry.needs_grid
+        for placement in (PLACEMENTS if entry.placed else ["head-first"])
+    ],
+)
 def test_backend_on_a_grid_equals_dense(backend, grid, placement, heads, kv_heads, causal):
     ranks = grid.inner * grid.outer
     task = problem(12 * ranks, heads, kv_heads, causal=causal)
@@ -112,6 +119,7 @@ def test_ulysses_refuses_fewer_heads_than_ranks():
         ({"backend": "usp"}, "backend 'usp' needs two axes of ranks"),
         ({"backend": "ring", "layout": "zigzak"}, "unknown layout 'zigzak'; did you mean 'zigzag'"),
         ({"backend": "usp", "placement": "heads"}, "unknown placement 'heads'"),
+        ({"backend": "zigzag", "placement": "context-first"}, "got 'context-first' with backend 'zigzag', .* 'usp' or"),
     ],
 )
 def test_plan_refuses_by_name(choices, message):

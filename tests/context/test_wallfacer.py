@@ -3,7 +3,8 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_cp.comm import GroupFabric, in_process
+from megatron_cp.comm import GroupFabric, axes_of, in_process
+from megatron_cp.context.attend import plan
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL, FULL
 from megatron_cp.context.startrail import teams
@@ -156,14 +157,13 @@ def test_no_other_grid_sends_less(backend, ranks, heads, kv_heads, causal, windo
     assert total() == min(map(total, fitting))
 
 
-def test_teams_that_do_not_fit_are_refused_before_anything_is_sent():
-    task = problem(96, 8, 2, causal=True)
-
+def test_teams_that_do_not_fit_are_refused_by_the_plan():
     def body(fabric):
+        inner, outer = axes_of(Grid(4, 2), fabric)
         with pytest.raises(
             ValueError, match=r"divisible by the square .* got 8 and 4; possible are 1, 2, backend 'wall"
         ):
-            sharded(fabric, task, "startrail", Grid(4, 2))
+            plan("startrail", cp=fabric, inner=inner, outer=outer)
         return fabric.sent
 
     assert in_process(8, body) == [0] * 8

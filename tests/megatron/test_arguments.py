@@ -37,7 +37,14 @@ def given(**changes: Any) -> Namespace:
         {"cp_comm_type": ["ring", "all_gather", "a2a"]},
         {"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [2, 2]},
         {"cp_comm_type": ["a2a+p2p"], "context_parallel_size": 1},
-        {"cp_kernel": "reference", "cp_placement": "context-first"},
+        {"cp_kernel": "reference"},
+        {
+            "cp_comm_type": ["p2p", "usp", "ring"],
+            "hierarchical_context_parallel_sizes": [2, 2],
+            "cp_placement": "context-first",
+        },
+        {"cp_comm_type": ["startrail"], "hierarchical_context_parallel_sizes": [2, 2]},
+        {"cp_comm_type": ["p2p", "ring", "fpdt"], "cp_chunks": 4},
     ],
 )
 def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
@@ -52,6 +59,14 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cp_comm_type": ["p2p", "ring"]}, "one for each of the 3 layers, got 2"),
         ({"cp_kernel": "referense"}, "did you mean 'reference'"),
         ({"cp_placement": "heads"}, "unknown --cp-placement 'heads'"),
+        ({"cp_placement": "context-first"}, "context-first needs --cp-comm-type usp, got p2p; leave it out"),
+        ({"cp_chunks": 0}, "1 or more, got 0"),
+        ({"cp_chunks": 4, "cp_comm_type": ["distflash"]}, "cannot cut --cp-comm-type distflash into pieces; leave it"),
+        ({"cp_chunks": 3}, "divide the 8 tokens of each of a rank's 2 pieces, got chunks = 3; .* pad S = 64 to 72"),
+        (
+            {"cp_comm_type": ["startrail"], "hierarchical_context_parallel_sizes": [4, 1]},
+            "divisible by the square .* got 4 and 4; possible are 1, 2, backend 'wallfacer'",
+        ),
         ({"cp_cluster": "h100-ip", "cp_comm_type": ["auto"]}, "no cluster 'h100-ip'; did you mean 'h100-ib'"),
         ({"cp_cluster": "h100-ib"}, "--cp-cluster h100-ib needs --cp-comm-type auto, got"),
         ({"cp_stripe": 0, "cp_comm_type": ["striped"]}, "1 or more, got 0"),
@@ -85,12 +100,12 @@ def test_what_cannot_be_done_is_refused_in_one_line(changes: dict[str, Any], wor
 
 def test_flags_have_defaults_and_help() -> None:
     parser = add_arguments(ArgumentParser())
-    assert vars(parser.parse_args([])) == {
+    assert {name: value for name, value in vars(parser.parse_args([])).items() if not name.startswith("pp_")} == {
         "cp_kernel": "auto",
         "cp_placement": "head-first",
         "cp_stripe": 1,
+        "cp_chunks": None,
         "cp_cluster": None,
-        "pp_schedule": None,
     }
     assert "zigzag=p2p" in parser.format_help()
 
