@@ -9,9 +9,13 @@ each of them then advances, so that the bias correction of Adam is wrong from th
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_cp import config
+from megatron_cp.megatron.contents import damage, iterations, unreadable
 
 # what makes two models different; read from the arguments that every checkpoint carries
 MODEL = (
@@ -86,7 +90,19 @@ def _saved_arguments(args: Any) -> Any:
     folder = os.path.join(args.load, f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
     if not os.path.isfile(os.path.join(folder, "metadata.json")):
         return None
+    _check_whole(Path(args.load), Path(folder))
     return load_common_state_dict(folder).get("args")
+
+
+def _check_whole(load: Path, folder: Path) -> None:
+    # every rank reads the index anyway; one rank looks at each of the files, and its end is everybody's
+    problems = damage(folder) if config.variable("RANK", "0") == "0" else unreadable(folder)
+    if not problems:
+        return
+    whole = [path.name for path in iterations(load) if path != folder and not damage(path)]
+    latest = int(whole[-1].removeprefix("iter_")) if whole else None
+    way_out = f"resume from the latest whole one with --ckpt-step {latest}" if whole else "no other one is whole"
+    raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(problems)}; {way_out}")
 
 
 def state_dict(old: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,207 @@
+"""What a checkpoint in Megatron's distributed format holds, whether it is whole, and which topologies can take it."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+from megatron_cp.runlog import checkpoint_iteration
+
+# what a run must share with the checkpoint, in the order in which a reader asks
+SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_experts",
+    "padded_vocab_size",
+    "seq_length",
+)
+TOPOLOGY = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "data_parallel_size",
+    "pp_schedule",
+)
+
+
+class Bytes(NamedTuple):
+    """Bytes on disk by what they are."""
+
+    weights: int = 0
+    optimizer: int = 0
+    other: int = 0
+
+
+class Contents(NamedTuple):
+    """One iteration's checkpoint.
+
+    damage:     what is missing or cut off, one sentence per file; empty for a whole checkpoint
+    parameters: elements of all weight tensors
+    saved:      the training arguments that the checkpoint carries; empty when it is damaged
+    takes:      for every parallel size the values that can load it
+    optimizer:  what may happen to the optimizer state
+    """
+
+    folder: Path
+    iteration: int
+    damage: list[str]
+    parameters: int
+    dtypes: list[str]
+    stored: Bytes
+    saved: dict[str, Any]
+    takes: dict[str, str]
+    optimizer: str
+
+
+def iterations(folder: Path) -> list[Path]:
+    """The iterations in a --save folder, oldest first; `folder` itself when it is one."""
+    if (folder / "metadata.json").is_file() or folder.name.startswith("iter_"):
+        return [folder]
+    return sorted(path for path in folder.glob("iter_*") if path.is_dir())
+
+
+def chosen(folder: Path) -> Path | None:
+    """The iteration that a run with `--load folder` resumes from, by Megatron's tracker file."""
+    newest = checkpoint_iteration(folder)
+    return None if newest is None else folder / f"iter_{newest:07d}"
+
+
+def read(folder: Path) -> Contents:
+    """Read what one iteration's folder says of itself; tensors are not loaded.
+
+    The arguments are unpickled as Megatron does when it resumes: read only checkpoints that you would also load.
+    Raises ValueError for a folder that is not a checkpoint of the format torch_dist.
+    """
+    _check_format(folder)
+    index, damage = _index(folder)
+    damage += [] if index is None else list(_cut_off(folder, index))
+    number = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else -1
+    weights = {} if index is None else _weights(index)
+    elements = sum(prod(tensor.size) for tensor in weights.values())
+    dtypes = sorted({str(tensor.properties.dtype).removeprefix("torch.") for tensor in weights.values()})
+    if index is None or damage:
+        return Contents(folder, number, damage, elements, dtypes, Bytes(), {}, {}, "")
+    arguments = _arguments(folder)
+    saved = {name: getattr(arguments, name, None) for name in (*SHAPE, *TOPOLOGY)}
+    stored = _stored(index)
+    return Contents(
+        folder, number, [], elements, dtypes, stored, saved, takes(arguments), optimizer_rule(arguments, stored)
+    )
+
+
+def unreadable(folder: Path) -> list[str]:
+    """What is wrong with one iteration's index, a sentence; empty for one that can be read."""
+    return _index(folder)[1]
+
+
+def damage(folder: Path) -> list[str]:
+    """What of one iteration's files is missing or cut off, a sentence each; empty for a whole checkpoint."""
+    index, problems = _index(folder)
+    return problems if index is None else list(_cut_off(folder, index))
+
+
+def _check_format(folder: Path) -> None:
+    description = folder / "metadata.json"
+    if not description.is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no metadata.json; name a --save folder or one iteration")
+    found = json.loads(description.read_text()).get("sharded_backend")
+    if found != "torch_dist":
+        raise ValueError(f"{folder} is in the format {found!r}, and only torch_dist is read; save with --ckpt-format")
+
+
+def _index(folder: Path) -> tuple[Any, list[str]]:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not (folder / ".metadata").is_file():
+        return None, ["the index .metadata is missing: the save was interrupted"]
+    try:
+        return FileSystemReader(folder).read_metadata(), []
+    except (EOFError, UnpicklingError, ValueError) as error:
+        return None, [f"the index .metadata cannot be read ({error}): it is cut off or of another kind"]
+
+
+def _cut_off(folder: Path, index: Any) -> Iterator[str]:
+    ends: dict[str, int] = {}
+    for stored in index.storage_data.values():
+        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing, {end:,} bytes"
+        elif (size := path.stat().st_size) < end:
+            yield f"{name} is cut off: {size:,} bytes of {end:,}"
+
+
+def _weights(index: Any) -> dict[str, Any]:
+    tensors = index.state_dict_metadata
+    return {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "size") and _kind(name) == "weights"}
+
+
+def _kind(name: str) -> str:
+    if name.startswith(("optimizer.", "chained_")):
+        return "optimizer"
+    states = ("rng_state", "rerun_state_machine", "common_state", "opt_param_scheduler")
+    return "other" if name.startswith(states) or "_extra_state" in name else "weights"
+
+
+def _stored(index: Any) -> Bytes:
+    sums = dict.fromkeys(Bytes._fields, 0)
+    for key, stored in index.storage_data.items():
+        sums[_kind(key.fqn)] += stored.length
+    return Bytes(**sums)
+
+
+def _arguments(folder: Path) -> Any:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    with warnings.catch_warnings():
+        # one process reads alone, which torch takes for a mistake
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        return load_common_state_dict(str(folder))["args"]
+
+
+def takes(saved: Any) -> dict[str, str]:
+    """For every parallel size which values can load the weights, by Megatron's own rules of divisibility."""
+    groups = saved.num_query_groups or saved.num_attention_heads
+    tensor = [
+        size
+        for size in _divisors(saved.num_attention_heads)
+        if not saved.ffn_hidden_size % size and (groups % size == 0 or size % groups == 0)
+    ]
+    sizes = {
+        "--tensor-model-parallel-size": _listed(tensor),
+        "--pipeline-model-parallel-size": f"{_listed(_divisors(saved.num_layers))} (others with uneven stages)",
+        "--context-parallel-size": f"any with {saved.seq_length} tokens divisible by twice its value",
+    }
+    if saved.num_experts:
+        sizes["--expert-model-parallel-size"] = _listed(_divisors(saved.num_experts))
+    return sizes
+
+
+def optimizer_rule(saved: Any, stored: Bytes) -> str:
+    """What may happen to the optimizer state when the topology changes, in one line."""
+    if not stored.optimizer:
+        return "not saved: resume with --no-load-optim"
+    if not saved.use_distributed_optimizer:
+        return "moves to any topology; without --use-distributed-optimizer only"
+    if saved.dist_ckpt_optim_fully_reshardable:
+        return "moves to any topology; with --use-distributed-optimizer only"
+    sizes = f"TP={saved.tensor_model_parallel_size} and PP={saved.pipeline_model_parallel_size}"
+    return f"moves to any CP and DP at {sizes}; elsewhere only the weights do, with --no-load-optim"
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))
