@@ -167,6 +167,12 @@ def environment_for_gpus(argv: Sequence[str]) -> None:
             say("CUDA_DEVICE_MAX_CONNECTIONS=1, which tensor and context parallelism need")
 
 
+def _save_folder(argv: Sequence[str]) -> str | None:
+    """Where a run saves that is to stop when it is told to."""
+    folder = values_of(argv, "--save")
+    return folder[0] if folder and values_of(argv, "--exit-signal-handler") is not None else None
+
+
 @contextlib.contextmanager
 def door(argv: Sequence[str]) -> Iterator[Plan]:
     """Everything in force that `argv` needs, undone at the end; a refusal ends the process with one line."""
@@ -174,7 +180,7 @@ def door(argv: Sequence[str]) -> Iterator[Plan]:
     environment_for_gpus(argv)
     with contextlib.ExitStack() as undo:
         undo.enter_context(_refusals_in_one_line())
-        undo.enter_context(stopped.noted())
+        undo.enter_context(stopped.noted(_save_folder(argv)))
         undo.enter_context(cpu.cpu_runtime())
         decided = plan(argv, cpu.active())
         undo.enter_context(hooks.apply(decided.hooks))

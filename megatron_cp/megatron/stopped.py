@@ -7,7 +7,8 @@ something to go on from. Megatron leaves with SystemExit out of its training loo
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,42 @@ from megatron_cp.runlog import checkpoint_iteration
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[None]:
-    """Leave `unfinished-JOB.json` in the --save folder when a job's run inside the context stops in time to go on."""
+def noted(save: str | None) -> Iterator[None]:
+    """Leave `unfinished-JOB.json` in the folder `save` when a job's run inside the context stops in time to go on."""
+    job = config.variable("SLURM_JOB_ID")
+    if not job or save is None:
+        yield
+        return
+    marker = Path(save) / f"unfinished-{job}.json"
+    before = signal.signal(signal.SIGTERM, _leaving(marker))
     try:
         yield
     except SystemExit as left:
-        job = config.variable("SLURM_JOB_ID")
-        if job and not left.code and config.variable("RANK", "0") == "0":
-            _note(job)
+        done = None if left.code else _stopped_at()
+        if done is not None and checkpoint_iteration(Path(save)) == done:
+            _leave(marker)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _note(job: str) -> None:
+def _leaving(marker: Path) -> Callable[[int, Any], None]:
+    """Until Megatron handles the signal itself there is nothing to save, and the run may begin again later."""
+
+    def leave(number: int, frame: Any) -> None:
+        _leave(marker)
+        raise SystemExit(128 + number)
+
+    return leave
+
+
+def _stopped_at() -> int | None:
+    """The iterations that were done when the run was told to stop, or None when it was not."""
     args = _arguments()
     done = getattr(args, "curr_iteration", -1) + 1
-    if args is None or not args.save or not 0 < done < args.train_iters or _was_planned(args, done):
-        return
-    folder = Path(args.save)
-    if checkpoint_iteration(folder) == done:
-        _write(folder / f"unfinished-{job}.json", {"iteration": done, "of": args.train_iters})
+    if args is None or not 0 < done < args.train_iters or _was_planned(args, done):
+        return None
+    return done
 
 
 def _arguments() -> Any:
@@ -53,7 +71,10 @@ def _was_planned(args: Any, done: int) -> bool:
     return at_interval or done in (args.phase_transition_iterations or ())
 
 
-def _write(path: Path, what: dict[str, int]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(what) + "\n", encoding="utf-8")
-    os.replace(part, path)
+def _leave(marker: Path) -> None:
+    if config.variable("RANK", "0") != "0":
+        return
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    part = marker.with_suffix(".part")
+    part.write_text(json.dumps({"iteration": checkpoint_iteration(marker.parent) or 0}) + "\n", encoding="utf-8")
+    os.replace(part, marker)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_cp.command import RENDEZVOUS_FLAGS, complete, runs_through_us
+from megatron_cp.command import RENDEZVOUS_FLAGS, complete, corpus_words, runs_through_us
 from megatron_cp.recipe import Recipe, Setting, with_flag
 from megatron_cp.slurm import flags
 
@@ -37,6 +37,8 @@ class Job:
     free_gb: int
     preflight: bool
     header: tuple[str, ...]
+    corpus: tuple[str, ...]
+    corpus_index: str
 
 
 def job_of(recipe: Recipe) -> Job:
@@ -61,6 +63,8 @@ def job_of(recipe: Recipe) -> Job:
         free_gb=_number(recipe, "--node-free-gb", FREE_GB),
         preflight="--no-preflight" not in recipe.slurm,
         header=tuple(_asked(recipe)),
+        corpus=("-m", "megatron_cp", *corpus_words(recipe)) if recipe.builds_corpus else (),
+        corpus_index=f"{recipe.data['--output'].text}.idx" if recipe.builds_corpus else "",
     )
 
 

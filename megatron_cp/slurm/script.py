@@ -6,10 +6,11 @@ is the same for every recipe is `job.sh`, which follows the arrays.
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_cp.command import corpus_words, entry_words, flag_words
+from megatron_cp.command import entry_words, flag_words
+from megatron_cp.recipe import Setting
 from megatron_cp.slurm.flags import SRUN
 from megatron_cp.slurm.job import SECONDS_TO_REQUEUE, Job
 
@@ -82,13 +83,13 @@ def _settings(job: Job) -> str:
         "preflight": "true" if job.preflight else "false",
         "python": job.python,
         "save": str(recipe.save or "."),
-        "corpus_index": f"{recipe.data['--output'].text}.idx" if recipe.builds_corpus else "",
+        "corpus_index": job.corpus_index,
     }
-    arrays = {
+    arrays: dict[str, Sequence[str]] = {
         "container": _step_words(job),
         "settings": ["env", *(f"{name}={value}" for name, value in _environment(job).items())],
         "check": ["--gpus", str(job.gpus), "--free-gb", str(job.free_gb)],
-        "corpus": ["-m", "megatron_cp", *corpus_words(recipe)] if recipe.builds_corpus else [],
+        "corpus": job.corpus,
         "train": [*_torchrun_words(job), *entry_words(recipe.launch), *flag_words(recipe.model_args)],
     }
     return "".join([f"{name}={_quoted(value)}\n" for name, value in values.items()]) + "".join(
@@ -104,11 +105,21 @@ def _environment(job: Job) -> dict[str, str]:
 
 def _step_words(job: Job) -> list[str]:
     said = {flag: setting for flag, setting in job.recipe.slurm.items() if flag in SRUN}
-    words = [f"{flag}={','.join(setting.values)}" if setting.values else flag for flag, setting in said.items()]
+    words = list(_places(said))
+    words += [f"{flag}={','.join(setting.values)}" if setting.values else flag for flag, setting in said.items()]
     if "--cpus-per-task" in job.recipe.slurm:
         # srun does not take it over from sbatch any more
         words.append(f"--cpus-per-task={job.recipe.slurm['--cpus-per-task'].text}")
     return words
+
+
+def _places(said: Mapping[str, Setting]) -> Iterator[str]:
+    """A container sees this folder, under the name that it has outside, unless the recipe says what it sees."""
+    if "--container-image" in said:
+        if "--container-mounts" not in said:
+            yield f"--container-mounts={Path.cwd()}:{Path.cwd()}"
+        if "--container-workdir" not in said:
+            yield f"--container-workdir={Path.cwd()}"
 
 
 def _torchrun_words(job: Job) -> list[str]:
@@ -120,12 +131,12 @@ def _torchrun_words(job: Job) -> list[str]:
 
 
 def _array(name: str, words: Sequence[str]) -> str:
-    """A bash array with a flag and its values on each line."""
+    """A bash array with an assignment, or a flag and its values, on each line."""
     if not words:
         return f"{name}=()\n"
-    lines: list[list[str]] = [[]]
+    lines: list[list[str]] = []
     for word in words:
-        if word.startswith("-") and lines[-1]:
+        if not lines or word.startswith("-") or name == "settings":
             lines.append([])
         lines[-1].append(_quoted(word))
     return f"{name}=(\n" + "".join(f"    {' '.join(line)}\n" for line in lines) + ")\n"
