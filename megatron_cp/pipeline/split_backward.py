@@ -19,6 +19,9 @@ class Work(NamedTuple):
     run: Callable[..., None]
     keeps: tuple[Tensor, ...]
 
+    def __call__(self) -> None:
+        self.run(*self.keeps)
+
 
 class WeightQueue:
     """Weight gradients that wait, under the key of the I that put them there, in the order of that backward.
@@ -75,8 +78,7 @@ class WeightQueue:
         waiting = self._waiting.pop(key)
         with no_grad():
             while waiting:
-                work = waiting.popleft()
-                work.run(*work.keeps)
+                waiting.popleft()()
 
 
 def weight_gradient(given: Tensor, gradient: Tensor) -> Tensor:

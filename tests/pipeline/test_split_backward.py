@@ -173,12 +173,11 @@ def kept_after() -> tuple[bool, bool]:
             with queue.put_off(0):
                 out.sum().backward()
             del out
-            kept = [weakref.ref(argument) for argument in queue._waiting[0][0].args if torch.is_tensor(argument)]
+            kept = [weakref.ref(tensor) for tensor in queue._waiting[0][0].keeps]
             between = all(ref() is not None for ref in kept)
             queue.run(0)
             gc.collect()
-            # the weight itself lives on
-            after = any(ref() is not None for ref in kept if ref() is not weight)
+            after = any(ref() is not None for ref in kept)
     return between, after
 
 
