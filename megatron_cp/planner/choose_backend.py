@@ -159,12 +159,20 @@ def candidates(problem: Problem) -> Iterator[Problem]:
 
 
 def _cost(problem: Problem, cluster: Cluster, record: Record) -> Cost:
+    return Cost(*continued(problem, cluster, record, _both_passes))
+
+
+Measure = Callable[[Trace, Cluster], Sequence[float]]
+
+
+def continued(problem: Problem, cluster: Cluster, record: Record, measure: Measure) -> list[float]:
+    """What `measure` reads off the problem's trace; on many ranks, continued from two smaller problems' traces."""
     if problem.ranks <= EXACT:
-        return _played(problem, cluster, record)
+        return list(measure(record(problem), cluster))
     small, large = samples(problem)
-    first, second = (_played(sample, _shrunk(cluster, sample, problem), record) for sample in (small, large))
+    first, second = (measure(record(sample), _shrunk(cluster, sample, problem)) for sample in (small, large))
     share = (_reach(problem) - small.ranks) / (large.ranks - small.ranks)
-    return Cost(*(max(0.0, a + share * (b - a)) for a, b in zip(first, second, strict=True)))
+    return [max(0.0, a + share * (b - a)) for a, b in zip(first, second, strict=True)]
 
 
 def samples(problem: Problem) -> tuple[Problem, Problem]:
@@ -199,13 +207,13 @@ def _reach(problem: Problem) -> int:
     return min(problem.ranks, max(SAMPLES[-1], -(-(left + right) // tokens) + 1))
 
 
-def _played(problem: Problem, cluster: Cluster, record: Record) -> Cost:
-    trace = record(problem)
-    forward, backward = (_parts(simulate(run, cluster)) for run in (trace.forward, trace.backward))
+def _both_passes(trace: Trace, cluster: Cluster) -> Cost:
+    forward, backward = (parts(simulate(run, cluster)) for run in (trace.forward, trace.backward))
     return Cost(*(a + b for a, b in zip(forward, backward, strict=True)))
 
 
-def _parts(run: Run) -> Cost:
+def parts(run: Run) -> Cost:
+    """What the ranks' time in a pass goes into, as a mean over them."""
     ranks, kinds = len(run.spans), {"attend": 0.0, "copy": 0.0, "transfer": 0.0}
     for span in (span for spans in run.spans for span in spans if span.kind in kinds):
         kinds[span.kind] += (span.end - span.start) / ranks

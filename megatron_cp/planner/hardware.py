@@ -3,9 +3,10 @@
 Every figure is a rate that can be reached, so a peak from a data sheet stands beside the share of it that is reached.
 """
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,28 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Gemm:
+    """Matrix products of one dtype.
+
+    sizes, rates: floating-point operations per second where the smallest of the three dimensions has this size; between
+                  two sizes they follow its logarithm, beyond the ends they stay
+    """
+
+    peak: float
+    sizes: tuple[int, ...]
+    rates: tuple[float, ...]
+
+    def rate(self, size: float) -> float:
+        """Operations per second where the smallest dimension is `size`."""
+        at = bisect(self.sizes, size)
+        if at in (0, len(self.sizes)):
+            return self.rates[min(at, len(self.sizes) - 1)]
+        below, above = self.sizes[at - 1], self.sizes[at]
+        share = log(size / below) / log(above / below)
+        return self.rates[at - 1] * (1 - share) + self.rates[at] * share
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Equal nodes of equal ranks.
 
@@ -41,6 +64,9 @@ class Cluster:
     touch_bytes_per_s: copies and sums, bytes read and written
     host_bytes_per_s:  to and from host memory, or None where there is no other memory
     between:           None for a single node
+    gemms:             matrix products by dtype, for estimates of whole steps
+    memory_bytes:      of a rank, None where the description does not say
+    reserved_bytes:    part of it that is taken before any tensor is made: context, libraries, communication buffers
     """
 
     name: str
@@ -53,6 +79,30 @@ class Cluster:
     ranks_per_node: int
     inside: Link
     between: Link | None
+    gemms: tuple[tuple[str, Gemm], ...] = ()
+    memory_bytes: float | None = None
+    reserved_bytes: float = 0.0
+
+    def gemm(self, dtype: str) -> Gemm:
+        """Matrix products of a dtype; raises ValueError where the description has no rates for it."""
+        known = dict(self.gemms)
+        if dtype not in known:
+            raise ValueError(
+                f"cluster {self.name!r} has no rates of {dtype} matrix products; add gemm.{dtype} to its description"
+                + (f", which has {', '.join(known)}" if known else ", or measure them with megatron-cp calibrate")
+            )
+        return known[dtype]
+
+    def group_rate(self, ranks: int, stride: int) -> float:
+        """Bytes per second that each of `ranks` ranks, `stride` apart, sends in a collective with both levels in use.
+
+        A group over several nodes goes around through the ports of all its ranks on a node at once. Raises ValueError
+        for a group over nodes that nothing joins.
+        """
+        link = self.link(0, (ranks - 1) * stride)
+        if link is self.inside:
+            return link.bytes_per_s
+        return min(self.inside.bytes_per_s, link.bytes_per_s * max(1, self.ranks_per_node // stride))
 
     def link(self, src: int, dst: int) -> Link:
         """The level that joins two ranks; raises ValueError when they are on nodes that nothing joins."""
@@ -112,20 +162,10 @@ def cluster_of(gpu: str | None) -> str:
 
 
 def _cluster(file: Path) -> Cluster:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError
-
-    try:
-        content = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{file}:{line}: {error.problem}") from None
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{file}:1: a cluster is a mapping of compute, memory and links")
-    top = _Section(file, "", content, ("compute", "memory", "host", "ranks_per_node", "inside", "between"))
+    top = _read(file, ())
     compute = top.section("compute", "dtype peak_tflops efficiency_forward efficiency_backward call_us")
-    memory, peak = top.section("memory", "peak_gb_per_s efficiency"), compute.number("peak_tflops") * 1e12
-    single = "between" not in content
+    memory, peak = top.section("memory", MEMORY_KEYS), compute.number("peak_tflops") * 1e12
+    single = not top.has("between")
     return Cluster(
         file.stem,
         compute.word("dtype", ("float64", "float32", "bfloat16", "float16")),
@@ -133,13 +173,53 @@ def _cluster(file: Path) -> Cluster:
         peak * compute.share("efficiency_backward"),
         compute.number("call_us", zero=True) * 1e-6,
         memory.number("peak_gb_per_s") * 1e9 * memory.share("efficiency"),
-        _rate(top.section("host", "peak_gb_per_s efficiency")) if "host" in content else None,
-        2**30 if single and "ranks_per_node" not in content else int(top.number("ranks_per_node")),
+        _rate(top.section("host", "peak_gb_per_s efficiency")) if top.has("host") else None,
+        2**30 if single and not top.has("ranks_per_node") else int(top.number("ranks_per_node")),
         _link(top.section("inside", LINK_KEYS)),
         None if single else _link(top.section("between", LINK_KEYS)),
+        _gemms(top.section("gemm", "fp8 bfloat16 float16 float32")) if top.has("gemm") else (),
+        memory.number("size_gb") * 1e9 if memory.has("size_gb") else None,
+        memory.number("reserved_gb", zero=True) * 1e9 if memory.has("reserved_gb") else 0.0,
     )
 
 
+def _read(file: Path, open_files: tuple[Path, ...]) -> "_Section":
+    """The file's mapping, over that of the description which it extends."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    if file in open_files:
+        raise ValueError(f"{file}:1: extends itself: {' -> '.join(path.name for path in (*open_files, file))}")
+    try:
+        content = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{file}:{line}: {error.problem}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}:1: a cluster is a mapping of compute, memory and links")
+    top = _Section(file, "", content, SECTIONS)
+    if "extends" in content:
+        known = tuple(shipped_clusters())
+        below = configs_folder() / "clusters" / f"{top.word('extends', known)}.yaml"
+        top.below = _read(below, (*open_files, file))
+    return top
+
+
+def _gemms(section: "_Section") -> tuple[tuple[str, Gemm], ...]:
+    return tuple((dtype, _gemm(section.section(dtype, "peak_tflops efficiency"))) for dtype in section.names)
+
+
+def _gemm(section: "_Section") -> Gemm:
+    peak = section.number("peak_tflops") * 1e12
+    shares = section.section("efficiency", None)
+    sizes = sorted(shares.names)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{section.place}: efficiency maps sizes of a product's smallest dimension to shares")
+    return Gemm(peak, tuple(sizes), tuple(peak * shares.share(size) for size in sizes))
+
+
+SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm")
+MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb"
 LINK_KEYS = "peak_gb_per_s efficiency latency_us ports busy_s_per_gb"
 
 
@@ -148,28 +228,54 @@ def _rate(section: "_Section") -> float:
 
 
 def _link(section: "_Section") -> Link:
-    busy = section.number("busy_s_per_gb", zero=True) * 1e-9 if "busy_s_per_gb" in section.content else 0.0
+    busy = section.number("busy_s_per_gb", zero=True) * 1e-9 if section.has("busy_s_per_gb") else 0.0
     return Link(_rate(section), section.number("latency_us", zero=True) * 1e-6, section.word("ports", PORTS), busy)
 
 
 class _Section:
-    """A mapping of the file that knows where its values stand."""
+    """A mapping of the file that knows where its values stand, over one of the file that it extends."""
 
-    def __init__(self, file: Path, path: str, content: Any, keys: tuple[str, ...], line: int = 1) -> None:
-        self._file, self._path, self.content, self._line = file, path, content, line
+    def __init__(self, file: Path, path: str, content: Any, keys: tuple[str, ...] | None, line: int = 1) -> None:
+        self._file, self._path, self._content, self._line = file, path, content, line
+        self.below: _Section | None = None
         for key in content:
-            if key not in keys:
+            if keys is not None and key not in keys:
                 raise ValueError(
                     f"{self._at(key)}: unknown key {path}{key}{suggest(str(key), keys)}; known: {', '.join(keys)}"
                 )
 
-    def section(self, key: str, keys: str) -> "_Section":
+    @property
+    def place(self) -> str:
+        """File and line of its key."""
+        return f"{self._file}:{self._line}"
+
+    @property
+    def names(self) -> list[Any]:
+        """The keys of both."""
+        return list(dict.fromkeys([*(self.below.names if self.below else ()), *self._content]))
+
+    def has(self, key: Any) -> bool:
+        """Whether there is a value; `key:` with none takes back what the file extends."""
+        if key in self._content:
+            return self._content[key] is not None
+        return self.below is not None and self.below.has(key)
+
+    def section(self, key: str, keys: str | None) -> "_Section":
+        """The mapping under a key; without `keys` it may hold any."""
+        below = self.below.section(key, keys) if self.below and self.below.has(key) else None
+        if below and key not in self._content:
+            return below
         value = self._value(key, "a mapping")
         if not isinstance(value, Mapping):
             raise ValueError(f"{self._at(key)}: {self._path}{key} must be a mapping, got {value!r}")
-        return _Section(self._file, f"{key}.", value, tuple(keys.split()), self.content.lc.key(key)[0] + 1)
+        known = None if keys is None else tuple(keys.split())
+        own = _Section(self._file, f"{self._path}{key}.", value, known, self._content.lc.key(key)[0] + 1)
+        own.below = below
+        return own
 
-    def number(self, key: str, *, zero: bool = False) -> float:
+    def number(self, key: Any, *, zero: bool = False) -> float:
+        if self.below and key not in self._content:
+            return self.below.number(key, zero=zero)
         value = self._value(key, "a number")
         good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
         if not good or value < 0 or (value == 0 and not zero):
@@ -177,13 +283,17 @@ class _Section:
             raise ValueError(f"{self._at(key)}: {self._path}{key} must be {rule}, got {value!r}")
         return float(value)
 
-    def share(self, key: str) -> float:
+    def share(self, key: Any) -> float:
+        if self.below and key not in self._content:
+            return self.below.share(key)
         value = self.number(key)
         if value > 1:
             raise ValueError(f"{self._at(key)}: {self._path}{key} is a share of the peak, at most 1, got {value!r}")
         return value
 
     def word(self, key: str, known: tuple[str, ...]) -> str:
+        if self.below and key not in self._content:
+            return self.below.word(key, known)
         value = self._value(key, f"one of: {', '.join(known)}")
         if value not in known:
             raise ValueError(
@@ -192,10 +302,10 @@ class _Section:
             )
         return str(value)
 
-    def _value(self, key: str, what: str) -> Any:
-        if key not in self.content:
+    def _value(self, key: Any, what: str) -> Any:
+        if key not in self._content:
             raise ValueError(f"{self._file}:{self._line}: {self._path}{key} is missing; give {what}")
-        return self.content[key]
+        return self._content[key]
 
-    def _at(self, key: str) -> str:
-        return f"{self._file}:{self.content.lc.key(key)[0] + 1}"
+    def _at(self, key: Any) -> str:
+        return f"{self._file}:{self._content.lc.key(key)[0] + 1}"

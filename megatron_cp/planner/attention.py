@@ -1,0 +1,59 @@
+"""Attention of one layer on a cluster: its kernels alone, or the whole context-parallel loop by its trace."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+from megatron_cp.context.trace import Compute, Problem, Trace
+from megatron_cp.planner.choose_backend import Cost, Record, continued, parts
+from megatron_cp.planner.hardware import Cluster
+from megatron_cp.planner.simulate_trace import call_seconds, simulate
+
+
+class Attention(NamedTuple):
+    """One sequence through one layer's attention, on each rank.
+
+    forward, backward: seconds
+    live:              most bytes beyond the local q, k, v and dout
+    inside, between:   bytes that a rank sends within a node and to other nodes, both passes
+    """
+
+    forward: Cost
+    backward: Cost
+    live: float
+    inside: float
+    between: float
+
+
+@cache
+def attention(problem: Problem, cluster: Cluster, record: Record | None) -> Attention:
+    """What `problem` costs; a pure function that answers a question asked before from memory.
+
+    record: makes traces; without it the loop costs its kernels alone, a lower bound of every backend
+    Raises ValueError for what the backend refuses.
+    """
+    if problem.ranks == 1 or record is None:
+        return _kernels_alone(problem, cluster)
+    numbers = continued(problem, cluster, record, _read)
+    return Attention(Cost(*numbers[:3]), Cost(*numbers[3:6]), *numbers[6:])
+
+
+def _kernels_alone(problem: Problem, cluster: Cluster) -> Attention:
+    sizes = (problem.seq, problem.seq, problem.heads, problem.kv_heads, problem.head_dim, problem.causal)
+    seconds = call_seconds(replace(cluster, call_s=0.0))
+    forward, backward = (
+        Cost(seconds(Compute(*sizes, backward)) / problem.ranks + cluster.call_s, 0.0, 0.0)
+        for backward in (False, True)
+    )
+    return Attention(forward, backward, 0.0, 0.0, 0.0)
+
+
+def _read(trace: Trace, cluster: Cluster) -> Sequence[float]:
+    """The fields of `Attention`, flat."""
+    runs = [simulate(run, cluster) for run in (trace.forward, trace.backward)]
+    flights = [flight for run in runs for flight in run.flights]
+    ranks = trace.problem.ranks
+    sent = [sum(flight.size for flight in flights if flight.inside is inside) / ranks for inside in (True, False)]
+    live = max(max(run.peak) for run in (trace.forward, trace.backward))
+    return [*parts(runs[0]), *parts(runs[1]), live, *sent]

@@ -1,0 +1,293 @@
+"""What a training step takes on a cluster before it is run: seconds and what they go into, memory, traffic, MFU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import NamedTuple
+
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.schedule import Schedule
+from megatron_cp.pipeline.simulate import simulate
+from megatron_cp.planner.choose_backend import Record
+from megatron_cp.planner.hardware import Cluster
+from megatron_cp.planner.memory import Memory, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
+from megatron_cp.planner.model import Model
+from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.traffic import Traffic, step_traffic
+from megatron_cp.planner.work import Rank, Seconds, Work, ends, gather_seconds, layer
+
+
+class Parts(NamedTuple):
+    """Seconds of a step on its slowest pipeline rank, by what they go into.
+
+    pipeline:  idle, or waiting for other pipeline ranks
+    data:      reduction of gradients and gathering of weights, as far as nothing hides them
+    optimizer: its passes over memory
+    The others as in `Seconds`.
+    """
+
+    products: float
+    attention: float
+    memory: float
+    context: float
+    collectives: float
+    pipeline: float
+    data: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+IN_WORDS = {
+    "products": "matrix products",
+    "attention": "attention kernels",
+    "memory": "passes over memory",
+    "context": "copies and waits of context parallelism",
+    "collectives": "collectives of tensor and expert parallelism",
+    "pipeline": "waiting in the pipeline",
+    "data": "gradient reduction and weight gathering",
+    "optimizer": "the optimizer",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One training step of a model, spread over a cluster.
+
+    parts:   of the slowest pipeline rank; their sum is the step
+    memory:  of each pipeline rank
+    traffic: of a rank of the fullest pipeline stage
+    """
+
+    model: Model
+    parallel: Parallel
+    cluster: Cluster
+    seq: int
+    parts: Parts
+    memory: tuple[Memory, ...]
+    traffic: Traffic
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.parts.total
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the whole run."""
+        return self.parallel.global_batch * self.seq / self.seconds
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens_per_s / self.parallel.world
+
+    def flops_per_gpu(self, causal: Fraction = Fraction(1, 2)) -> float:
+        """The model's operations per second and rank, as Megatron's --log-throughput counts them."""
+        return self.model.flops(self.seq, self.parallel.global_batch, causal) / self.seconds / self.parallel.world
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak of the products' dtype that the model's operations reach, recomputation left out."""
+        return self.flops_per_gpu() / self.cluster.gemm(self.parallel.precision).peak
+
+    @property
+    def worst_memory(self) -> Memory:
+        """Of the fullest rank."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank's memory holds it; True where the cluster does not say how much there is."""
+        return self.cluster.memory_bytes is None or self.worst_memory.total <= self.cluster.memory_bytes
+
+    @property
+    def bound_by(self) -> str:
+        """What most of the step goes into."""
+        most = max(Parts._fields, key=lambda name: getattr(self.parts, name))
+        return IN_WORDS[most]
+
+
+def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, record: Record | None = None) -> Estimate:
+    """A step of `model` on sequences of `seq` tokens; a pure function of its arguments.
+
+    record: makes traces of context-parallel loops (megatron_cp.context.record.record); without it their kernels alone
+            are counted, so that the step is a lower bound for every backend
+    Raises ValueError for sizes that do not divide, for a cluster without rates of matrix products, and for what the
+    backend or the schedule refuses.
+    """
+    check(model, parallel, seq)
+    rank = Rank(model, parallel, cluster, seq, record)
+    stages = _stages(rank)
+    each = [sum((stages[at] for at in mine), start=Stage(0.0, Work())) for mine in _placed(parallel)]
+    makespan, kept = _pipeline(rank, stages)
+    memory = tuple(
+        rank_memory(rank, stage.layers, bytes_kept, at == 0, at == parallel.pp - 1)
+        for at, (stage, bytes_kept) in enumerate(zip(each, kept, strict=True))
+    )
+    slowest = max(range(parallel.pp), key=lambda at: each[at].seconds)
+    spent = Seconds()
+    for part in each[slowest].work:
+        spent = spent.plus(part, parallel.micros)
+    data, optimizer = max((_after(rank, stage, at) for at, stage in enumerate(each)), key=sum)
+    parts = Parts(*spent, makespan - spent.total, data, optimizer)
+    return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
+
+
+class Stage(NamedTuple):
+    """A pipeline stage, or all stages of a rank: how many layers, and what one microbatch takes."""
+
+    layers: float
+    work: Work
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.total for part in self.work)
+
+    def __add__(self, other: "Stage") -> "Stage":  # type: ignore[override]
+        return Stage(self.layers + other.layers, self.work.plus(other.work))
+
+
+def check(model: Model, parallel: Parallel, seq: int) -> None:
+    """Raise ValueError, with a way out, where sizes do not divide as Megatron wants them to."""
+    if model.heads % parallel.tp:
+        raise ValueError(f"tensor parallel {parallel.tp} must divide the {model.heads} attention heads; lower it")
+    if max(model.kv_heads, parallel.tp) % min(model.kv_heads, parallel.tp):
+        raise ValueError(f"tensor parallel {parallel.tp} and {model.kv_heads} query groups must divide; lower it")
+    if parallel.cp > 1 and seq % (2 * parallel.cp):
+        raise ValueError(f"context parallel {parallel.cp} needs a sequence divisible by {2 * parallel.cp}, got {seq}")
+    if model.experts % parallel.ep:
+        raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
+    if parallel.vp > 1 and parallel.pp == 1:
+        raise ValueError(f"virtual stages ({parallel.vp}) need a pipeline; raise pp or set vp to 1")
+    slots = model.layers + (2 if parallel.balanced_ends else 0)
+    if slots % (parallel.pp * parallel.vp):
+        raise ValueError(
+            f"{slots} layers{' with the ends' if parallel.balanced_ends else ''} do not divide into "
+            f"{parallel.pp} x {parallel.vp} stages; choose other pipeline sizes"
+        )
+
+
+def _placed(parallel: Parallel) -> Sequence[Sequence[int]]:
+    """The stages of each pipeline rank."""
+    if parallel.pp == 1:
+        return [[0]]
+    return place(SCHEDULES.get(parallel.schedule_name), parallel.pp, parallel.vp).of_rank
+
+
+def _stages(rank: Rank) -> list[Stage]:
+    parallel, model = rank.parallel, rank.model
+    count = parallel.pp * parallel.vp
+    slots = (model.layers + (2 if parallel.balanced_ends else 0)) // count
+    dealt = [slots - (parallel.balanced_ends and at in (0, count - 1)) for at in range(count)]
+    if count == 1:
+        dealt = [model.layers]
+    one = _mean_layer(rank)
+    works = [Work().plus(one, layers) for layers in dealt]
+    first, last = ends(rank)
+    works[0], works[-1] = works[0].plus(first), works[-1].plus(last)
+    return [Stage(layers, work) for layers, work in zip(dealt, works, strict=True)]
+
+
+def _mean_layer(rank: Rank) -> Work:
+    """Dense and mixture layers, as often as the model has them; recomputed in backward where the run does that."""
+    share = rank.model.moe_layers / rank.model.layers
+    work = Work().plus(layer(rank), 1 - share)
+    if share:
+        work = work.plus(layer(rank, moe=True), share)
+    if rank.parallel.recompute == "full":
+        work = work.plus(Work(input=work.forward))
+    return work
+
+
+LONG = 3
+"""Microbatches per pipeline rank that are played; each further one takes the slowest rank's work."""
+
+
+def _pipeline(rank: Rank, stages: Sequence[Stage]) -> tuple[float, list[float]]:
+    """Seconds of a step's microbatches, and bytes of activations that each pipeline rank keeps at most."""
+    parallel = rank.parallel
+    kept = mean_layer_bytes(rank)
+    if parallel.pp == 1:
+        return parallel.micros * stages[0].seconds, [kept * stages[0].layers]
+    p, m = parallel.pp, parallel.micros
+    played = m if m <= LONG * p else LONG * p - p + m % p
+    schedule = _table(parallel.schedule_name, p, played, parallel.vp)
+    run = simulate(schedule, _costs(rank, stages, kept))
+    slowest = max(run.costs.work(schedule.placement))
+    return run.makespan + (m - played) * slowest, list(run.peak)
+
+
+@cache
+def _table(name: str, p: int, m: int, v: int) -> Schedule:
+    return build(name, p, m, v)
+
+
+def _costs(rank: Rank, stages: Sequence[Stage], kept: float) -> Costs:
+    parallel, cluster = rank.parallel, rank.cluster
+    stride = parallel.world // parallel.pp
+    link = cluster.link(0, stride)
+    size = rank.split_tokens * rank.model.hidden * parallel.bytes
+    hop = link.latency_s + size / link.bytes_per_s + size * link.busy_s_per_byte
+    sizes = tuple(max(1.0, stage.layers * kept) for stage in stages)
+    # a stage of the embedding alone has no input gradient, and the simulator no actions without time
+    times = ([max(part.total, 1e-9) for part in stage.work] for stage in stages)
+    forward, backward, weight = (tuple(column) for column in zip(*times, strict=True))
+    # the inputs of norms are needed for the input gradient only
+    held = tuple(size * (1 - 2 * size_of_norms(rank) / kept) for size in sizes)
+    return Costs(forward, backward, weight, hop, sizes, held, 1.0)
+
+
+def size_of_norms(rank: Rank) -> float:
+    """Bytes that the input of one norm takes in one layer; nothing where layers are recomputed."""
+    if rank.parallel.recompute == "full":
+        return 0.0
+    return rank.split_tokens * rank.model.hidden * rank.parallel.bytes
+
+
+BUCKET = 40_000_000
+"""Parameters of Megatron's smallest bucket of gradients."""
+
+ADAM_BYTES = 34
+"""Read and written per parameter: its gradient twice, float32 weight and two moments, and the weight that is used."""
+
+
+def _after(rank: Rank, stage: Stage, at: int) -> tuple[float, float]:
+    """Seconds for gradients and weights that nothing hides, and for the optimizer, of one pipeline rank."""
+    parallel, cluster = rank.parallel, rank.cluster
+    dense, experts = stage_parameters(rank.model, parallel, stage.layers, at == 0, at == parallel.pp - 1)
+    weights, gradients, _ = parameter_bytes(parallel, dense, experts)
+    parameters = dense + experts
+    shards = parallel.dp * parallel.cp
+    # where the optimizer is not spread, gradients are gathered instead of weights
+    back = weights if parallel.distributed_optimizer else gradients
+    reduce, gather = (gather_seconds(cluster, size, shards, parallel.tp) for size in (gradients, back))
+    bucket = min(1.0, BUCKET / parameters)
+    forward, backward = stage.work.forward.total, stage.work.input.total + stage.work.weight.total
+    if parallel.fsdp:
+        data = _fsdp(rank, parameters, stage)
+    else:
+        data = _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
+        data += _left(gather, forward, bucket, parallel.overlap_param_gather and parallel.distributed_optimizer)
+    owned = parameters / (shards if parallel.distributed_optimizer or parallel.fsdp else 1)
+    return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s
+
+
+def _left(seconds: float, behind: float, bucket: float, overlap: bool) -> float:
+    """What is left of a transfer that hides behind work but for one bucket."""
+    return max(seconds * bucket, seconds - behind) if overlap else seconds
+
+
+def _fsdp(rank: Rank, parameters: float, stage: Stage) -> float:
+    """Weights are gathered for each forward and each backward and gradients reduced, one layer ahead of the work."""
+    parallel = rank.parallel
+    shards = parallel.dp * parallel.cp
+    gather = gather_seconds(rank.cluster, parameters * parallel.bytes, shards, parallel.tp)
+    reduce = gather_seconds(rank.cluster, parameters * (4 if parallel.fp32_grads else 2), shards, parallel.tp)
+    forward, backward = stage.work.forward.total, stage.work.input.total + stage.work.weight.total
+    each = max(0.0, gather - forward) + max(0.0, gather + reduce - backward)
+    return parallel.micros * each + gather / max(1.0, stage.layers)

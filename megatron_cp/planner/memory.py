@@ -1,0 +1,108 @@
+"""Bytes that a rank holds at its fullest moment, by kind."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from megatron_cp.planner.model import Model
+from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.work import Rank, context_attention
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank.
+
+    weights, gradients, optimizer: as Megatron keeps them
+    activations: kept from forward to backward, of every microbatch that is under way
+    logits:      of one microbatch, with the cross entropy's copies
+    buffers:     of context parallelism and of one layer at work
+    reserved:    context, libraries and communication buffers
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state for so many parameters of a rank.
+
+    bf16: 2 bytes, gradients in float32 unless reduced in bf16, and master weights and two moments of Adam in float32,
+    spread over the data-parallel and context-parallel ranks by the distributed optimizer (arXiv:1910.02054, 3.1).
+    """
+    parameters = dense + experts
+    # fp8 keeps each weight in bf16, and twice in fp8: as it is and transposed
+    weight = parallel.bytes + (2 if parallel.precision == "fp8" else 0)
+    gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
+    state = 8 if parallel.precision == "float32" else 12
+    shards = parallel.dp * parallel.cp
+    if parallel.fsdp:
+        return parameters * weight / shards, parameters * gradient / shards, parameters * state / shards
+    if parallel.distributed_optimizer:
+        return parameters * weight, parameters * gradient, state * (dense / shards + experts / (shards / parallel.ep))
+    return parameters * weight, parameters * gradient, parameters * state
+
+
+def mean_layer_bytes(rank: Rank) -> float:
+    """Activations that a layer keeps for its backward pass, for one microbatch, as a mean over dense and mixture."""
+    share = rank.model.moe_layers / rank.model.layers
+    return (1 - share) * layer_bytes(rank, moe=False) + share * layer_bytes(rank, moe=True)
+
+
+def layer_bytes(rank: Rank, moe: bool) -> float:
+    """The same of a dense or of a mixture layer (arXiv:2205.05198, 4)."""
+    model, parallel = rank.model, rank.parallel
+    stored = parallel.bytes
+    if parallel.recompute == "full":
+        return stored * rank.split_tokens * model.hidden
+    # the inputs of two norms, and of the products that follow
+    whole = 4 * model.hidden * stored * rank.split_tokens
+    width = model.query + model.key_value + model.query
+    mlp = _mlp_width(model, moe) * model.matrices
+    split = (width + mlp) * stored
+    if parallel.flash:
+        # the row statistics of the softmax
+        split += 4 * model.heads
+    elif parallel.recompute == "none":
+        # scores after softmax and after dropout, and a mask of one byte
+        split += 5 * model.heads * rank.seq
+    return whole + split * rank.tokens / parallel.tp
+
+
+def _mlp_width(model: Model, moe: bool) -> int:
+    return model.top_k * (model.expert_ffn + model.hidden) + model.shared_expert_ffn if moe else model.ffn
+
+
+def stage_parameters(model: Model, parallel: Parallel, layers: float, first: bool, last: bool) -> tuple[float, float]:
+    """Dense and expert parameters of a rank that holds so many layers, and maybe the embedding and the output layer."""
+    share = layers / model.layers
+    ends = (int(first) + int(last)) * model.embedding_parameters
+    if first and last and model.tied:
+        ends = model.embedding_parameters
+    experts = model.expert_parameters / parallel.ep
+    return (share * model.dense_parameters + ends) / parallel.tp, share * experts / parallel.tp
+
+
+def rank_memory(rank: Rank, layers: float, activations: float, first: bool, last: bool) -> Memory:
+    """The fullest moment of a pipeline rank that holds so many layers.
+
+    activations: most bytes that it keeps at once, of all microbatches under way
+    """
+    model, parallel = rank.model, rank.parallel
+    logits = 0.0
+    if last:
+        # what is stored, and its copy in float32 that the cross entropy turns into the gradient
+        logits = (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
+    buffers = context_attention(rank).live
+    if parallel.recompute == "full":
+        buffers += mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))
+    dense, experts = stage_parameters(model, parallel, layers, first, last)
+    weights, gradients, optimizer = parameter_bytes(parallel, dense, experts)
+    return Memory(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

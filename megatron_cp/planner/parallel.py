@@ -1,0 +1,165 @@
+"""How a training run is spread over ranks: Megatron's parallel sizes and what goes with them."""
+
+from dataclasses import dataclass
+
+from megatron_cp.command import processes
+from megatron_cp.context import BACKENDS
+from megatron_cp.grid import Grid
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.recipe import Recipe
+
+RECOMPUTE = ("none", "selective", "full")
+PRECISIONS = {"fp8": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a stored weight and activation; fp8 products are computed in it, and everything is kept in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Parallel sizes, batch and memory choices of a run, under Megatron's names.
+
+    vp:          model chunks per pipeline rank
+    backend, grid, placement: of context parallelism, as --cp-comm-type, --hierarchical-context-parallel-sizes and
+                 --cp-placement say them
+    sp:          sequence parallelism, the norms' tokens spread over the tensor-parallel ranks
+    micro_batch, global_batch: samples
+    recompute:   "none", "selective" (core attention) or "full" (whole layers, all of them)
+    schedule:    of the pipeline; None takes Megatron's own, interleaved where vp > 1
+    balanced_ends: the embedding and the loss count as layers when layers are dealt to stages
+    overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
+    fp32_grads:  gradients are accumulated and reduced in float32
+    flash:       attention by a fused kernel; without it whole score matrices are written
+    fused:       norms, rotary positions and activations by fused kernels, one pass over memory each
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    backend: str = "zigzag"
+    grid: Grid | None = None
+    placement: str = "head-first"
+    sp: bool = False
+    micro_batch: int = 1
+    global_batch: int = 1
+    distributed_optimizer: bool = True
+    recompute: str = "none"
+    schedule: str | None = None
+    balanced_ends: bool = False
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    tp_overlap: bool = False
+    fsdp: bool = False
+    fp32_grads: bool = True
+    flash: bool = True
+    fused: bool = True
+    precision: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vp", "cp", "dp", "ep", "micro_batch", "global_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute is one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.global_batch % (self.dp * self.micro_batch):
+            raise ValueError(
+                f"global batch {self.global_batch} is no multiple of data parallel {self.dp} x micro batch "
+                f"{self.micro_batch}; change one of them"
+            )
+        if self.dp * self.cp % self.ep:
+            raise ValueError(f"expert parallel {self.ep} must divide data parallel x context parallel")
+        BACKENDS.get(self.backend)
+        SCHEDULES.get(self.schedule_name)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the run."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def micros(self) -> int:
+        """Microbatches that a rank sees in a step."""
+        return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def bytes(self) -> int:
+        """Of a stored weight or activation."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def schedule_name(self) -> str:
+        """The pipeline schedule, Megatron's own where none is named."""
+        return self.schedule or ("interleaved" if self.vp > 1 else "1f1b")
+
+
+def parallel_of(recipe: Recipe, layers: int) -> Parallel:
+    """How a recipe spreads its model; raises ValueError with flag and place for what is no number or does not fit."""
+    given = recipe.model_args
+    sizes = {
+        name: recipe.number(f"--{flag}-parallel-size", 1)
+        for name, flag in {"tp": "tensor-model", "pp": "pipeline-model", "cp": "context", "ep": "expert-model"}.items()
+    }
+    world = processes(recipe)
+    if world is None:
+        raise ValueError(
+            "--nproc-per-node and --nnodes must be numbers; what torchrun finds on a node is not known here"
+        )
+    rest, odd = divmod(world, sizes["tp"] * sizes["pp"] * sizes["cp"])
+    if odd or not rest:
+        raise ValueError(
+            f"{world} processes are no multiple of tensor {sizes['tp']} x pipeline {sizes['pp']} x context "
+            f"{sizes['cp']}; change --nproc-per-node or --nnodes, or a parallel size"
+        )
+    micro = recipe.number("--micro-batch-size", 1)
+    return Parallel(
+        **sizes,
+        vp=_chunks(recipe, layers, sizes["pp"]),
+        dp=rest,
+        backend=BACKENDS.get(recipe.flag("--cp-comm-type", "p2p").split()[0]).name,
+        grid=_grid(recipe),
+        placement=recipe.flag("--cp-placement", "head-first"),
+        sp="--sequence-parallel" in given,
+        micro_batch=micro,
+        global_batch=recipe.number("--global-batch-size", micro * rest),
+        distributed_optimizer="--use-distributed-optimizer" in given,
+        recompute=recipe.flag("--recompute-granularity", "none"),
+        schedule=recipe.flag("--pp-schedule", "") or None,
+        balanced_ends="--account-for-loss-in-pipeline-split" in given,
+        overlap_grad_reduce="--overlap-grad-reduce" in given,
+        overlap_param_gather="--overlap-param-gather" in given,
+        tp_overlap="--tp-comm-overlap" in given,
+        fsdp="--use-megatron-fsdp" in given,
+        # Megatron accumulates float32 gradients for bf16 unless told otherwise
+        fp32_grads="--grad-reduce-in-bf16" not in given,
+        precision=_precision(recipe),
+    )
+
+
+def _chunks(recipe: Recipe, layers: int, pp: int) -> int:
+    given = recipe.model_args
+    if "--num-virtual-stages-per-pipeline-rank" in given:
+        return recipe.number("--num-virtual-stages-per-pipeline-rank", 1)
+    if "--num-layers-per-virtual-pipeline-stage" in given:
+        ends = sum(f"--account-for-{end}-in-pipeline-split" in given for end in ("embedding", "loss"))
+        return max(1, (layers + ends) // pp // recipe.number("--num-layers-per-virtual-pipeline-stage", 1))
+    return 1
+
+
+def _grid(recipe: Recipe) -> Grid | None:
+    sizes = recipe.flag("--hierarchical-context-parallel-sizes", "").split()
+    if not sizes:
+        return None
+    if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"--hierarchical-context-parallel-sizes takes two ints, got {' '.join(sizes)!r}")
+    return Grid(int(sizes[0]), int(sizes[1]))
+
+
+def _precision(recipe: Recipe) -> str:
+    if "--fp8-format" in recipe.model_args:
+        return "fp8"
+    if "--bf16" in recipe.model_args:
+        return "bfloat16"
+    return "float16" if "--fp16" in recipe.model_args else "float32"

@@ -1,0 +1,253 @@
+"""Seconds that one pipeline stage's parts take on a rank, for one microbatch: products, attention, memory, collectives.
+
+What overlaps, by assumption: a sequence-parallel linear hides the collectives of its backward behind its two products,
+but for the gather that undoes a reduce-scatter; with --tp-comm-overlap those of forward are hidden as well, but for the
+first of as many pieces as there are ranks. Everything else within a layer happens one after the other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import NamedTuple
+
+from megatron_cp.context.trace import Problem
+from megatron_cp.planner.attention import Attention, attention
+from megatron_cp.planner.choose_backend import Record
+from megatron_cp.planner.hardware import Cluster
+from megatron_cp.planner.model import Model
+from megatron_cp.planner.parallel import Parallel
+
+
+class Seconds(NamedTuple):
+    """What a rank's time goes into.
+
+    products:    matrix products
+    attention:   attention kernels
+    memory:      norms, activations and other passes over memory
+    context:     copies and waits of context parallelism
+    collectives: of tensor and expert parallelism, as far as nothing hides them
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    context: float = 0.0
+    collectives: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def plus(self, other: "Seconds", times: float = 1.0) -> "Seconds":
+        return Seconds(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+
+class Work(NamedTuple):
+    """One microbatch's forward, input gradient and weight gradient."""
+
+    forward: Seconds = Seconds()
+    input: Seconds = Seconds()
+    weight: Seconds = Seconds()
+
+    def plus(self, other: "Work", times: float = 1.0) -> "Work":
+        return Work(*(a.plus(b, times) for a, b in zip(self, other, strict=True)))
+
+
+class Product(NamedTuple):
+    """(rows x inner) times (inner x columns), `times` of them at once."""
+
+    rows: float
+    inner: float
+    columns: float
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What decides the work of a rank; `record` makes traces of context parallelism, see `attention`."""
+
+    model: Model
+    parallel: Parallel
+    cluster: Cluster
+    seq: int
+    record: Record | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Of a microbatch, in a tensor-parallel group."""
+        return self.parallel.micro_batch * self.seq / self.parallel.cp
+
+    @property
+    def split_tokens(self) -> float:
+        """Of a microbatch, that norms and residuals see."""
+        return self.tokens / (self.parallel.tp if self.parallel.sp else 1)
+
+    @property
+    def dtype(self) -> str:
+        """Of what is stored."""
+        return "bfloat16" if self.parallel.precision == "fp8" else self.parallel.precision
+
+
+def product_seconds(rank: Rank, product: Product, dtype: str) -> float:
+    """The product's operations, or the bytes of its operands where these take longer."""
+    rows, inner, columns, times = product
+    rate = rank.cluster.gemm(dtype).rate(min(rows, inner, columns))
+    moved = rank.parallel.bytes * (rows * inner + inner * columns + rows * columns)
+    seconds = max(2 * rows * inner * columns / rate, moved / rank.cluster.touch_bytes_per_s)
+    return times * (seconds + rank.cluster.call_s)
+
+
+def gather_seconds(cluster: Cluster, size: float, ranks: int, stride: int) -> float:
+    """An all-gather or reduce-scatter of `size` bytes in all, among `ranks` ranks that are `stride` apart."""
+    if ranks == 1:
+        return 0.0
+    link = cluster.link(0, (ranks - 1) * stride)
+    sent = size * (ranks - 1) / ranks
+    return (
+        sent / cluster.group_rate(ranks, stride) + link.latency_s * ceil(log2(ranks)) + 2 * sent * link.busy_s_per_byte
+    )
+
+
+def layer(rank: Rank, moe: bool = False) -> Work:
+    """One transformer layer."""
+    return _linears(rank, moe).plus(_attention(rank)).plus(_elementwise(rank, moe)).plus(_collectives(rank, moe))
+
+
+def ends(rank: Rank) -> tuple[Work, Work]:
+    """What the first stage does beside its layers, and the last."""
+    return _embedding(rank), _head(rank)
+
+
+def _linears(rank: Rank, moe: bool) -> Work:
+    products = list(_products(rank, moe))
+    fp8 = rank.parallel.precision == "fp8"
+    dtype = rank.parallel.precision
+    forward = sum(product_seconds(rank, product, dtype) for product in products)
+    # dY W^T and X^T dY have the same three dimensions in another order
+    work = Work(*(Seconds(products=forward),) * 3)
+    if not fp8:
+        return work
+    # a cast reads two bytes and writes the value and its transpose in one byte each
+    casts = [
+        product.times * 4 * product.rows * width for product in products for width in (product.inner, product.columns)
+    ]
+    forward_cast, backward_cast = (sum(casts[at::2]) / rank.cluster.touch_bytes_per_s for at in (0, 1))
+    return work.plus(Work(Seconds(memory=forward_cast), Seconds(memory=backward_cast)))
+
+
+def _products(rank: Rank, moe: bool) -> Iterator[Product]:
+    model, t, tokens = rank.model, rank.parallel.tp, rank.tokens
+    yield Product(tokens, model.hidden, (model.query + model.key_value) / t)
+    yield Product(tokens, model.query / t, model.hidden)
+    first = model.matrices - 1
+    if not moe:
+        yield Product(tokens, model.hidden, first * model.ffn / t)
+        yield Product(tokens, model.ffn / t, model.hidden)
+        return
+    local = model.experts / rank.parallel.ep
+    each = tokens * model.top_k / local
+    yield Product(each, model.hidden, first * model.expert_ffn / t, local)
+    yield Product(each, model.expert_ffn / t, model.hidden, local)
+    yield Product(tokens, model.hidden, model.experts)
+    if model.shared_expert_ffn:
+        yield Product(tokens, model.hidden, first * model.shared_expert_ffn / t)
+        yield Product(tokens, model.shared_expert_ffn / t, model.hidden)
+
+
+def context_attention(rank: Rank) -> Attention:
+    """One sequence's attention in one layer."""
+    model, parallel = rank.model, rank.parallel
+    heads, kv_heads = model.heads // parallel.tp, max(1, model.kv_heads // parallel.tp)
+    problem = Problem(
+        parallel.backend,
+        parallel.cp,
+        rank.seq,
+        heads,
+        kv_heads,
+        model.head_dim,
+        dtype=rank.dtype,
+        grid=parallel.grid,
+        placement=parallel.placement,
+    )
+    return attention(problem, rank.cluster.every(parallel.tp), rank.record)
+
+
+def _attention(rank: Rank) -> Work:
+    if not rank.parallel.flash:
+        return _score_matrices(rank)
+    found = context_attention(rank)
+    forward, backward = (
+        Seconds(attention=cost.kernels, context=cost.copies + cost.idle) for cost in (found.forward, found.backward)
+    )
+    if rank.parallel.recompute == "selective":
+        backward = backward.plus(forward)
+    b = rank.parallel.micro_batch
+    return Work(Seconds().plus(forward, b), Seconds().plus(backward, b))
+
+
+def _score_matrices(rank: Rank) -> Work:
+    """Attention that writes its scores: all of them, for the mask is applied afterwards (arXiv:2205.05198, 4.1)."""
+    model, parallel = rank.model, rank.parallel
+    matrices = parallel.micro_batch * model.heads / parallel.tp
+    product = Product(rank.seq, model.head_dim, rank.seq, 1.0)
+    seconds = matrices * (product_seconds(rank, product, rank.dtype) - rank.cluster.call_s) + rank.cluster.call_s
+    scores = matrices * rank.seq**2 / rank.cluster.touch_bytes_per_s
+    # forward: softmax reads and writes, dropout reads, writes and keeps a mask of one byte; backward undoes both
+    forward = Seconds(attention=2 * seconds, memory=(4 + 5) * scores)
+    backward = Seconds(attention=4 * seconds, memory=(6 + 5) * scores)
+    return Work(forward, backward.plus(forward) if parallel.recompute == "selective" else backward)
+
+
+# elements read and written per token: times the hidden size, the width of queries, keys and values, and the MLP's
+FUSED = ((10, 2, 3), (12, 2, 5))
+
+
+def _elementwise(rank: Rank, moe: bool) -> Work:
+    """Norms, residuals, rotary positions and the activation."""
+    model, parallel = rank.model, rank.parallel
+    width = model.query + model.key_value
+    mlp = model.top_k * model.expert_ffn + model.shared_expert_ffn if moe else model.ffn
+    gate = model.matrices - 1
+    passes = []
+    for hidden, rotary, activation in FUSED:
+        elements = rank.split_tokens * hidden * model.hidden
+        elements += rank.tokens / parallel.tp * (rotary * width + (activation if gate == 2 else activation - 1) * mlp)
+        # dispatched to experts and combined: each copy of a token is read and written twice
+        elements += rank.split_tokens * 4 * model.top_k * model.hidden if moe else 0
+        passes.append(Seconds(memory=elements * parallel.bytes / rank.cluster.touch_bytes_per_s))
+    return Work(*passes)
+
+
+def _collectives(rank: Rank, moe: bool) -> Work:
+    parallel, cluster = rank.parallel, rank.cluster
+    each = gather_seconds(cluster, rank.tokens * rank.model.hidden * parallel.bytes, parallel.tp, 1)
+    # with or without sequence parallelism the same bytes move: an all-reduce is a reduce-scatter and a gather
+    forward = 4 * each / (parallel.tp if parallel.tp_overlap else 1)
+    backward = 2 * each / (parallel.tp if parallel.tp_overlap else 1) if parallel.sp else 4 * each
+    if moe:
+        sent = rank.split_tokens * rank.model.top_k * rank.model.hidden * parallel.bytes
+        exchange = 2 * gather_seconds(cluster, sent, parallel.ep, parallel.tp)
+        forward, backward = forward + exchange, backward + exchange
+    return Work(Seconds(collectives=forward), Seconds(collectives=backward))
+
+
+def _embedding(rank: Rank) -> Work:
+    """Rows are read and written, and added up in backward."""
+    size = rank.tokens * rank.model.hidden * rank.parallel.bytes / rank.cluster.touch_bytes_per_s
+    spread = gather_seconds(rank.cluster, rank.tokens * rank.model.hidden * rank.parallel.bytes, rank.parallel.tp, 1)
+    return Work(Seconds(memory=2 * size, collectives=spread), Seconds(), Seconds(memory=3 * size, collectives=spread))
+
+
+def _head(rank: Rank) -> Work:
+    """The output layer and the cross entropy over its logits, in float32 (vocabulary-parallel, arXiv:1909.08053, 3)."""
+    columns = rank.model.vocab / rank.parallel.tp
+    seconds = Seconds(products=product_seconds(rank, Product(rank.tokens, rank.model.hidden, columns), rank.dtype))
+    logits = rank.tokens * columns / rank.cluster.touch_bytes_per_s
+    # to float32, largest, difference, exponential and its sum; backward: the gradient in place, and to what is stored
+    loss, gradient = Seconds(memory=26 * logits), Seconds(memory=14 * logits)
+    gathered = Seconds(
+        collectives=gather_seconds(
+            rank.cluster, rank.tokens * rank.model.hidden * rank.parallel.bytes, rank.parallel.tp, 1
+        )
+    )
+    return Work(seconds.plus(loss).plus(gathered), seconds.plus(gradient), seconds)
