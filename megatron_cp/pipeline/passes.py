@@ -1,8 +1,9 @@
 """From the compute table of a rule to the table an executor runs: check, merge, add reductions, add transfers."""
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from megatron_cp.pipeline.action import (
     BACKWARD,
@@ -18,6 +19,7 @@ from megatron_cp.pipeline.action import (
     WEIGHT,
     Action,
 )
+from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
 
 
@@ -133,11 +135,20 @@ def deadlock(schedule: Schedule, places: list[int]) -> BadSchedule:
 
 
 def merge(schedule: Schedule) -> Schedule:
-    """The same schedule with every I directly followed by its own W written as one B: no queue, less memory."""
-    return replace(schedule, table=tuple(tuple(_merged(actions)) for actions in schedule.table))
+    """The same schedule with I directly followed by its own W written as one B: no queue, less memory.
+
+    Where another rank waits for the input gradient they stay apart, for it would wait for W too.
+    """
+    ours = partial(_stays_on_rank, schedule.placement)
+    return replace(schedule, table=tuple(tuple(_merged(actions, ours)) for actions in schedule.table))
 
 
-def _merged(actions: Iterable[Action]) -> Iterator[Action]:
+def _stays_on_rank(placement: Placement, stage: int) -> bool:
+    """Whether nobody else uses the input gradient of `stage`."""
+    return stage == 0 or placement.rank_of[stage - 1] == placement.rank_of[stage]
+
+
+def _merged(actions: Iterable[Action], mergeable: Callable[[int], bool]) -> Iterator[Action]:
     held: Action | None = None
     for action in actions:
         if held and action == held._replace(kind=WEIGHT):
@@ -146,7 +157,7 @@ def _merged(actions: Iterable[Action]) -> Iterator[Action]:
             continue
         if held:
             yield held
-        held = action if action.kind == INPUT else None
+        held = action if action.kind == INPUT and mergeable(action.stage) else None
         if not held:
             yield action
     if held:

@@ -97,8 +97,8 @@ def test_rule_works_for_every_number_of_microbatches(name, m):
 @pytest.mark.parametrize("name", FIXED)
 def test_merge_joins_neighbours_only_and_keeps_the_work(name):
     schedule = scheduled(name, 4, 8)
-    merged = check(merge(schedule))
-    for before, after in zip(schedule.table, merged.table, strict=True):
+    merged, rank_of = check(merge(schedule)), schedule.placement.rank_of
+    for rank, (before, after) in enumerate(zip(schedule.table, merged.table, strict=True)):
         split = [
             part
             for action in after
@@ -106,9 +106,18 @@ def test_merge_joins_neighbours_only_and_keeps_the_work(name):
         ]
         whole = [action for action in before if action.kind == "B"]
         assert whole or tuple(split) == before
-        neighbours = sum(left.kind == "I" and right == left._replace(kind="W") for left, right in pairwise(before))
-        assert Counter(action.kind for action in after)["B"] == neighbours + len(whole)
-        assert not any(left.kind == "I" and right == left._replace(kind="W") for left, right in pairwise(after))
+        neighbours = [left for left, right in pairwise(before) if left.kind == "I" and right == left._replace(kind="W")]
+        joined = [action for action in neighbours if not action.stage or rank_of[action.stage - 1] == rank]
+        assert Counter(action.kind for action in after)["B"] == len(joined) + len(whole)
+
+
+@pytest.mark.parametrize("times", [UNIT, (3.0, 4.0, 2.0, 0.5)])
+@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("name", FIXED)
+def test_merge_delays_nobody(name, p, times):
+    schedule = scheduled(name, p, 2 * p)
+    costs = uniform(schedule.placement, times)
+    assert simulate(merge(schedule), costs).makespan == pytest.approx(simulate(schedule, costs).makespan, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", FIXED)
