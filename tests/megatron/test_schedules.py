@@ -1,7 +1,6 @@
 """Through the real pretrain() every schedule trains as Megatron's own: same losses, same parameters, bit for bit."""
 
 import sys
-import time
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.schedule import parse
 from tests.megatron.pretraining import global_names, losses_of_each_iteration, start_from_names, tiny
-from tests.ranks import RankError, run_ranks
+from tests.ranks import run_ranks
 
 # stands for leaving this flag out
 TIED = "--untie-embeddings-and-output-weights"
@@ -139,7 +138,7 @@ TABLES = {
 
 def trained_with_a_table(flags, text):
     """The same with the table of this text in the place of the named schedule's."""
-    done = replace("megatron_cp.megatron.schedule:build", lambda _: lambda name, *sizes: check(parse(text, name)))
+    done = replace("megatron_cp.megatron.schedule:build", lambda _: lambda name, *_, **__: check(parse(text, name)))
     try:
         return trained(flags)
     finally:
@@ -211,34 +210,6 @@ def test_evaluation_gives_the_same_loss(schedule, chunks):
     found = run_ranks(2, evaluated, [*flags, "--pp-schedule", schedule])
     assert found == expected
     assert any(losses for _, losses in found)
-
-
-def failing(flags):
-    """A run whose second rank fails in the forward of its second microbatch; what its error says."""
-    from megatron.core.pipeline_parallel import schedules
-
-    calls = []
-
-    def forward_step(old):
-        def counted(*args, **kwargs):
-            calls.append(args)
-            if torch.distributed.get_rank() == 1 and len(calls) == 2:
-                raise ZeroDivisionError("on purpose")
-            return old(*args, **kwargs)
-
-        return counted
-
-    schedules.forward_step = forward_step(schedules.forward_step)
-    trained(flags)
-
-
-def test_a_step_that_fails_names_rank_stage_and_microbatch():
-    began = time.monotonic()
-    with pytest.raises(RankError) as error:
-        run_ranks(2, failing, tiny(MODEL, TWO, "--pp-schedule zb-h1"))
-    assert "ZeroDivisionError: on purpose" in error.value.errors[1]
-    assert "pipeline rank 1 failed at 1F1: stage 1, microbatch 1" in error.value.errors[1]
-    assert time.monotonic() - began < 60
 
 
 REFUSED = {

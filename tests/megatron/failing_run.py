@@ -1,0 +1,43 @@
+"""Train as door C does, but the last rank fails in the second forward of iteration 3, and says when."""
+
+import sys
+import time
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+
+from megatron_cp.megatron import pretrain
+from megatron_cp.megatron.launch import door
+from tests.megatron.pretraining import start_from_names
+
+
+def fail_in_iteration_3():
+    calls = []
+
+    def failing(old):
+        def forward_step(*args, **kwargs):
+            from megatron.training import get_args
+
+            # the iterations before this one
+            if get_args().curr_iteration == 2:
+                calls.append(args)
+            if len(calls) == 2 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+                print(f"\nfails at {time.monotonic()} s", flush=True)
+                raise ZeroDivisionError("on purpose")
+            return old(*args, **kwargs)
+
+        return forward_step
+
+    schedules.forward_step = failing(schedules.forward_step)
+
+
+def train(flags):
+    """Train with these flags until the failure."""
+    fail_in_iteration_3()
+    sys.argv = ["pretrain_gpt", *flags]
+    with door(flags):
+        pretrain.run(prepare=start_from_names)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])
