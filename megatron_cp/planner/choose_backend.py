@@ -10,6 +10,7 @@ that as large a share of the traffic leaves them. A window beyond which no rank 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS, PLACEMENTS
@@ -42,10 +43,11 @@ IN_WORDS = {"kernels": "kernel calls", "copies": "copies and sums", "idle": "wai
 
 
 class Option(NamedTuple):
-    """A backend with its choices, and what it would cost."""
+    """A backend with its choices, what it would cost, and most live bytes of a rank beside its q, k, v and dout."""
 
     problem: Problem
     cost: Cost
+    peak: float
 
     @property
     def label(self) -> str:
@@ -61,11 +63,13 @@ class Choice:
     """The options that were simulated, fastest first, and the cluster that they were weighed for.
 
     estimated: whether their times are continued from smaller numbers of ranks
+    too_large: those that a rank of the cluster has no memory for
     """
 
     options: tuple[Option, ...]
     cluster: str
     estimated: bool
+    too_large: tuple[Option, ...] = ()
 
     @property
     def problem(self) -> Problem:
@@ -74,7 +78,14 @@ class Choice:
 
     @property
     def why(self) -> str:
-        """One line: the times of the first two and what made the difference."""
+        """One line: the times of the first two and what made the difference, the memory of the first."""
+        memory = f"it keeps at most {self.options[0].peak / 2**20:.4g} MiB beside q, k and v"
+        if self.too_large:
+            memory += f", {', '.join(option.label for option in self.too_large)} more than a rank has"
+        return f"{self._times}; {memory}"
+
+    @property
+    def _times(self) -> str:
         best, *others = self.options
         about = "about " if self.estimated else ""
         line = f"{best.label} takes {about}{_ms(best.cost.time)} on {self.cluster}"
@@ -99,22 +110,36 @@ def choose(problem: Problem, cluster: Cluster, last_rank: LastRank, record: Reco
     last_rank: what the last rank does in both passes; raises ValueError for a problem that the backend refuses
     record:    the trace of a problem
     With a grid the backends on a grid use this one, with either axis for heads; without it those that need one are
-    left out. Raises ValueError when every backend refuses, with the first one's words, and when the cluster does not
+    left out, as are those that keep more than a rank's memory where the cluster says how much that is. Raises
+    ValueError when every backend refuses, with the first one's words, when none fits, and when the cluster does not
     join so many ranks.
     """
     # asked once, and not taken for a backend's refusal
     cluster.link(0, problem.ranks - 1)
     options: list[Option] = []
+    too_large: list[Option] = []
     for least, candidate in sorted(_bounds(problem, cluster, last_rank), key=lambda bound: bound[0]):
         if len(options) > 1 and least > options[1].cost.time:
             break
         try:
-            options.append(Option(candidate, _cost(candidate, cluster, record)))
+            option = _option(candidate, cluster, record)
         except ValueError:
             # it takes the problem, but not the smaller ones that stand for it
             continue
+        (options if option.peak <= _room(cluster) else too_large).append(option)
         options.sort(key=_rating)
-    return Choice(tuple(options), cluster.name, problem.ranks > EXACT)
+    if not options and too_large:
+        least_peak = min(too_large, key=lambda option: option.peak)
+        raise ValueError(
+            f"attention of no backend fits the {_room(cluster) / 2**30:.4g} GiB of a rank of cluster {cluster.name!r}: "
+            f"{least_peak.label} keeps least, {least_peak.peak / 2**30:.4g} GiB; use more ranks or cut it into chunks"
+        )
+    return Choice(tuple(options), cluster.name, problem.ranks > EXACT, tuple(too_large))
+
+
+def _room(cluster: Cluster) -> float:
+    """Bytes of a rank; what the rest of the model takes of them is not known here."""
+    return inf if cluster.memory_bytes is None else cluster.memory_bytes - cluster.reserved_bytes
 
 
 def _rating(option: Option) -> tuple[float, int]:
@@ -158,8 +183,9 @@ def candidates(problem: Problem) -> Iterator[Problem]:
             yield replace(problem, backend=entry.name, grid=grid, placement=placement)
 
 
-def _cost(problem: Problem, cluster: Cluster, record: Record) -> Cost:
-    return Cost(*continued(problem, cluster, record, _both_passes))
+def _option(problem: Problem, cluster: Cluster, record: Record) -> Option:
+    *times, peak = continued(problem, cluster, record, _time_and_peak)
+    return Option(problem, Cost(*times), peak)
 
 
 Measure = Callable[[Trace, Cluster], Sequence[float]]
@@ -207,9 +233,10 @@ def _reach(problem: Problem) -> int:
     return min(problem.ranks, max(SAMPLES[-1], -(-(left + right) // tokens) + 1))
 
 
-def _both_passes(trace: Trace, cluster: Cluster) -> Cost:
-    forward, backward = (parts(simulate(run, cluster)) for run in (trace.forward, trace.backward))
-    return Cost(*(a + b for a, b in zip(forward, backward, strict=True)))
+def _time_and_peak(trace: Trace, cluster: Cluster) -> tuple[float, ...]:
+    passes = (trace.forward, trace.backward)
+    forward, backward = (parts(simulate(run, cluster)) for run in passes)
+    return *(a + b for a, b in zip(forward, backward, strict=True)), max(max(run.peak) for run in passes)
 
 
 def parts(run: Run) -> Cost:

@@ -219,7 +219,7 @@ def _pipeline(rank: Rank, stages: Sequence[Stage]) -> tuple[float, list[float]]:
     schedule = _table(parallel.schedule_name, p, played, parallel.vp)
     run = simulate(schedule, _costs(rank, stages, kept))
     slowest = max(run.costs.work(schedule.placement))
-    return run.makespan + (m - played) * slowest, list(run.peak)
+    return run.objective(parallel.objective) + (m - played) * slowest, list(run.peak)
 
 
 @cache

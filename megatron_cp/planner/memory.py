@@ -38,8 +38,8 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     spread over the data-parallel and context-parallel ranks by the distributed optimizer (arXiv:1910.02054, 3.1).
     """
     parameters = dense + experts
-    # fp8 keeps each weight in bf16, and twice in fp8: as it is and transposed
-    weight = parallel.bytes + (2 if parallel.precision == "fp8" else 0)
+    # fp8 keeps each weight twice, as it is and transposed, and in bf16 unless told otherwise
+    weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
     gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
     state = 8 if parallel.precision == "float32" else 12
     shards = parallel.dp * parallel.cp
@@ -62,11 +62,12 @@ def layer_bytes(rank: Rank, moe: bool) -> float:
     stored = parallel.bytes
     if parallel.recompute == "full":
         return stored * rank.split_tokens * model.hidden
+    # what products take is kept as they take it
+    taken = 1 if parallel.precision == "fp8" else stored
     # the inputs of two norms, and of the products that follow
-    whole = 4 * model.hidden * stored * rank.split_tokens
-    width = model.query + model.key_value + model.query
-    mlp = _mlp_width(model, moe) * model.matrices
-    split = (width + mlp) * stored
+    whole = 2 * model.hidden * (stored + taken) * rank.split_tokens
+    mlp = _mlp_width(model, moe)
+    split = (model.query + model.key_value + (model.matrices - 1) * mlp) * stored + (model.query + mlp) * taken
     if parallel.flash:
         # the row statistics of the softmax
         split += 4 * model.heads

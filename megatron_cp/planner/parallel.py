@@ -24,8 +24,10 @@ class Parallel:
     micro_batch, global_batch: samples
     recompute:   "none", "selective" (core attention) or "full" (whole layers, all of them)
     schedule:    of the pipeline; None takes Megatron's own, interleaved where vp > 1
+    objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are dealt to stages
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
+    fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     flash:       attention by a fused kernel; without it whole score matrices are written
     fused:       norms, rotary positions and activations by fused kernels, one pass over memory each
@@ -46,11 +48,13 @@ class Parallel:
     distributed_optimizer: bool = True
     recompute: str = "none"
     schedule: str | None = None
+    objective: str = "makespan"
     balanced_ends: bool = False
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     tp_overlap: bool = False
     fsdp: bool = False
+    fp8_params: bool = False
     fp32_grads: bool = True
     flash: bool = True
     fused: bool = True
@@ -115,8 +119,11 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         )
     micro = recipe.number("--micro-batch-size", 1)
     return Parallel(
-        **sizes,
+        tp=sizes["tp"],
+        pp=sizes["pp"],
         vp=_chunks(recipe, layers, sizes["pp"]),
+        cp=sizes["cp"],
+        ep=sizes["ep"],
         dp=rest,
         backend=BACKENDS.get(recipe.flag("--cp-comm-type", "p2p").split()[0]).name,
         grid=_grid(recipe),
@@ -132,6 +139,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         overlap_param_gather="--overlap-param-gather" in given,
         tp_overlap="--tp-comm-overlap" in given,
         fsdp="--use-megatron-fsdp" in given,
+        fp8_params="--fp8-param-gather" in given,
         # Megatron accumulates float32 gradients for bf16 unless told otherwise
         fp32_grads="--grad-reduce-in-bf16" not in given,
         precision=_precision(recipe),

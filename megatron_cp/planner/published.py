@@ -1,0 +1,77 @@
+"""Runs that others have published, and what the estimator says about them: configs/published/runs.yaml."""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from statistics import median
+from typing import Any, NamedTuple
+
+from megatron_cp import recipe
+from megatron_cp.grid import Grid
+from megatron_cp.planner.choose_backend import Record
+from megatron_cp.planner.estimate import Estimate, estimate
+from megatron_cp.planner.hardware import load_cluster
+from megatron_cp.planner.model import Model, model_of
+from megatron_cp.planner.parallel import Parallel
+
+PAIRS = {"causal": Fraction(1, 2), "all": Fraction(1)}
+
+
+class Row(NamedTuple):
+    """A published run: what was reported, in `unit`, and the estimate of the same figure."""
+
+    name: str
+    source: str
+    unit: str
+    reported: float
+    predicted: float
+    estimate: Estimate
+
+    @property
+    def error(self) -> float:
+        """Relative to what was reported; above 0 where the estimate is too fast."""
+        return self.predicted / self.reported - 1
+
+
+class Summary(NamedTuple):
+    """Sizes of the errors of all rows."""
+
+    median: float
+    worst: float
+
+
+def published(record: Record | None) -> list[Row]:
+    """Every published run with its estimate."""
+    from ruamel.yaml import YAML
+
+    file = recipe.configs_folder() / "published" / "runs.yaml"
+    return [_row(run, record) for run in YAML(typ="safe").load(file.read_text(encoding="utf-8"))]
+
+
+def summary(rows: Sequence[Row]) -> Summary:
+    """Median and worst of the errors' sizes."""
+    sizes = [abs(row.error) for row in rows]
+    return Summary(median(sizes), max(sizes))
+
+
+def _row(run: Mapping[str, Any], record: Record | None) -> Row:
+    sizes = dict(run["parallel"])
+    grid = Grid(*sizes.pop("grid")) if "grid" in sizes else None
+    cluster = load_cluster(run["cluster"])
+    found = estimate(_model(run["model"]), Parallel(**sizes, grid=grid), cluster, run["seq"], record)
+    unit, reported = next(iter(run["reported"].items()))
+    return Row(run["name"], run["source"], unit, reported, _figure(found, unit, run["reported"].get("pairs")), found)
+
+
+def _model(said: str | Mapping[str, Any]) -> Model:
+    if isinstance(said, str):
+        return model_of(recipe.load(f"models/{said}", {}))
+    return Model("GPT", **said)
+
+
+def _figure(found: Estimate, unit: str, pairs: str | None) -> float:
+    if unit == "tokens_per_s_per_gpu":
+        return found.tokens_per_s_per_gpu
+    if unit == "samples_per_s_per_gpu":
+        return found.tokens_per_s_per_gpu / found.seq
+    flops = found.flops_per_gpu(PAIRS[pairs or "causal"])
+    return flops / 1e12 if unit == "tflops_per_gpu" else flops / found.cluster.gemm("bfloat16").peak

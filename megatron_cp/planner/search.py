@@ -1,0 +1,335 @@
+"""Which parallel sizes train a model fastest on so many GPUs of a cluster, by the estimator, and why.
+
+Every split that Megatron's rules and the memory allow is bounded from below, its context parallelism costing its
+kernels alone. In the order of these bounds the splits are estimated with the traces of their loops, until a bound is
+worse than everything that would be shown.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from megatron_cp.grid import Grid
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.planner.choose_backend import Record
+from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate
+from megatron_cp.planner.hardware import Cluster
+from megatron_cp.planner.memory import parameter_bytes, stage_parameters
+from megatron_cp.planner.model import Model
+from megatron_cp.planner.parallel import Parallel
+
+CONTEXT = ("zigzag", "all-gather", "ulysses", "usp", "double-ring")
+"""Backends that are weighed where none are named: the classics, one of each kind of traffic."""
+
+SCHEDULED = ("1f1b", "interleaved", "zb-h1", "izb")
+"""Schedules that are weighed where none are named."""
+
+CHUNKS = (1, 2, 4, 8)
+MICRO_BATCHES = (1, 2, 4, 8)
+MOST_TOKENS = 65536
+"""Of a microbatch on a rank; products are as fast long before, and activations only grow."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be trained on what.
+
+    global_batch: sequences of a step
+    """
+
+    model: Model
+    seq: int
+    gpus: int
+    cluster: Cluster
+    global_batch: int
+    precision: str = "bfloat16"
+    backends: tuple[str, ...] = CONTEXT
+    schedules: tuple[str, ...] = SCHEDULED
+
+
+class Sizes(NamedTuple):
+    """How ranks are dealt; splits that differ in the rest only are one line of a plan."""
+
+    tp: int
+    cp: int
+    pp: int
+    dp: int
+    ep: int
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The best split of each dealing of ranks, fastest first.
+
+    left_out: how many dealings or splits each rule has left out
+    examined: how many splits were bounded
+    """
+
+    question: Question
+    options: tuple[Estimate, ...]
+    left_out: Counter[str] = field(default_factory=Counter)
+    examined: int = 0
+
+    @property
+    def best(self) -> Estimate:
+        return self.options[0]
+
+    @property
+    def why(self) -> str:
+        """One line: what bounds the winner, and where the runner-up loses."""
+        line = f"{label(self.best.parallel)} is bound by {self.best.bound_by}"
+        if len(self.options) == 1:
+            return f"{line}; nothing else fits"
+        second = self.options[1]
+        lost = {name: getattr(second.parts, name) - getattr(self.best.parts, name) for name in Parts._fields}
+        most = max(lost, key=lambda name: lost[name])
+        slower = second.seconds / self.best.seconds - 1
+        if lost[most] <= 0:
+            return f"{line}; {label(second.parallel)} is as fast"
+        here, there = (getattr(one.parts, most) for one in (self.best, second))
+        return (
+            f"{line}; {label(second.parallel)} takes {100 * slower:.1f}% longer, most of it for {IN_WORDS[most]}: "
+            f"{there:.3g} s a step against {here:.3g} s"
+        )
+
+
+def label(parallel: Parallel) -> str:
+    """A split in a few words."""
+    words = [f"TP={parallel.tp}"]
+    if parallel.cp > 1:
+        grid = f" {parallel.grid.inner}x{parallel.grid.outer}" if parallel.grid else ""
+        words.append(f"CP={parallel.cp} ({parallel.backend}{grid})")
+    if parallel.pp > 1:
+        chunks = f" v={parallel.vp}" if parallel.vp > 1 else ""
+        words.append(f"PP={parallel.pp} ({parallel.schedule_name}{chunks})")
+    words += [f"DP={parallel.dp}"] + ([f"EP={parallel.ep}"] if parallel.ep > 1 else [])
+    words += [f"micro batch {parallel.micro_batch}"] if parallel.micro_batch > 1 else []
+    return " ".join(words + (["full recompute"] if parallel.recompute == "full" else []))
+
+
+Progress = Callable[[float], None]
+
+
+def search(question: Question, record: Record, top: int = 10, progress: Progress = lambda share: None) -> Plans:
+    """The `top` fastest dealings of ranks, each with its best split; a pure function of its arguments.
+
+    record:   makes traces of context-parallel loops, megatron_cp.context.record.record
+    progress: told the share of the work that is done
+    Raises ValueError when nothing fits, with the smallest number of GPUs on which something does.
+    """
+    left_out: Counter[str] = Counter()
+    bounds = _bounds(question, left_out, lambda share: progress(share / 2))
+    best: dict[Sizes, Estimate] = {}
+    for at, bound in enumerate(bounds):
+        progress(0.5 + at / len(bounds) / 2)
+        shown = sorted(one.seconds for one in best.values())[:top]
+        if len(shown) == top and bound.seconds >= shown[-1]:
+            break
+        sizes = _sizes(bound.parallel)
+        if sizes in best and bound.seconds >= best[sizes].seconds:
+            continue
+        found = _with_context(question, bound, record)
+        if found is None:
+            left_out["memory"] += 1
+        elif sizes not in best or found.seconds < best[sizes].seconds:
+            best[sizes] = found
+    progress(1.0)
+    if not best:
+        raise ValueError(_nothing_fits(question, left_out))
+    options = sorted(best.values(), key=lambda one: (one.seconds, _sizes(one.parallel)))[:top]
+    return Plans(question, tuple(options), left_out, len(bounds))
+
+
+def _sizes(parallel: Parallel) -> Sizes:
+    return Sizes(parallel.tp, parallel.cp, parallel.pp, parallel.dp, parallel.ep)
+
+
+def _bounds(question: Question, left_out: Counter[str], progress: Progress) -> list[Estimate]:
+    """Lower bounds of all splits whose memory may fit, fastest first."""
+    bounds = []
+    dealings = list(dealt(question, left_out))
+    for at, sizes in enumerate(dealings):
+        progress(at / len(dealings))
+        for parallel in _splits(question, sizes):
+            bound = _bound(question, parallel, left_out)
+            bounds += [bound] if bound else []
+    return sorted(bounds, key=lambda one: (one.seconds, _sizes(one.parallel)))
+
+
+def dealt(question: Question, left_out: Counter[str]) -> Iterator[Sizes]:
+    """All dealings of the ranks that Megatron's rules of divisibility allow."""
+    for tp in _powers(question.gpus):
+        if reason := _tensor_rule(question, tp):
+            left_out[reason] += 1
+            continue
+        for cp in _powers(question.gpus // tp):
+            if cp > 1 and question.seq % (2 * cp):
+                left_out["sequence divisible by twice CP"] += 1
+                continue
+            yield from _deal_rest(question, tp, cp, left_out)
+
+
+def _tensor_rule(question: Question, tp: int) -> str:
+    model = question.model
+    if tp > question.cluster.ranks_per_node:
+        return "tensor parallel inside a node"
+    if model.heads % tp or model.ffn % tp or max(model.kv_heads, tp) % min(model.kv_heads, tp):
+        return "heads, query groups and MLP width divisible by TP"
+    return ""
+
+
+def _deal_rest(question: Question, tp: int, cp: int, left_out: Counter[str]) -> Iterator[Sizes]:
+    model = question.model
+    for pp in _divisors(question.gpus // (tp * cp)):
+        if pp > model.layers or (model.layers % pp and (model.layers + 2) % pp):
+            left_out["layers divisible by PP"] += 1
+            continue
+        dp = question.gpus // (tp * cp * pp)
+        if question.global_batch % dp:
+            left_out["batch divisible by DP"] += 1
+            continue
+        for ep in _divisors(model.experts) if model.experts else [1]:
+            if dp * cp % ep == 0:
+                yield Sizes(tp, cp, pp, dp, ep)
+
+
+def _splits(question: Question, sizes: Sizes) -> Iterator[Parallel]:
+    """The choices that a dealing leaves open, less recomputation and context parallelism."""
+    layers = question.model.layers
+    for micro in MICRO_BATCHES:
+        if question.global_batch % (sizes.dp * micro):
+            continue
+        if micro > 1 and micro * question.seq // sizes.cp > MOST_TOKENS:
+            continue
+        for vp in CHUNKS if sizes.pp > 1 else (1,):
+            stages = sizes.pp * vp
+            if layers % stages and (layers + 2) % stages:
+                continue
+            for schedule in _schedules(question, sizes.pp, vp):
+                yield Parallel(
+                    **sizes._asdict(),
+                    vp=vp,
+                    sp=sizes.tp > 1,
+                    micro_batch=micro,
+                    global_batch=question.global_batch,
+                    schedule=schedule,
+                    balanced_ends=layers % stages != 0,
+                    precision=question.precision,
+                )
+
+
+def _schedules(question: Question, pp: int, vp: int) -> list[str | None]:
+    if pp == 1:
+        return [None]
+    own = "interleaved" if vp > 1 else "1f1b"
+    rules = map(SCHEDULES.get, question.schedules)
+    fitting = [rule.name for rule in rules if rule.chunks == vp or (rule.chunks is None and vp > 1)]
+    return [None if name == own else name for name in fitting]
+
+
+def _bound(question: Question, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:
+    """The fastest estimate without context parallelism's own cost whose memory may fit: with recomputation at need."""
+    if not _may_fit(question, parallel):
+        left_out["memory"] += 1
+        return None
+    for recompute in _recomputes(parallel):
+        try:
+            found = _estimate(question, replace(parallel, recompute=recompute), None)
+        except ValueError:
+            left_out["the schedule's rule for p, m and v"] += 1
+            return None
+        if found.fits:
+            return found
+    left_out["memory"] += 1
+    return None
+
+
+def _recomputes(parallel: Parallel) -> tuple[str, ...]:
+    # what an input gradient has recomputed would have to stay until its weight gradient
+    return ("none",) if parallel.schedule else ("none", "full")
+
+
+def _may_fit(question: Question, parallel: Parallel) -> bool:
+    """Whether weights, gradients and optimizer alone fit; said of a middle stage, without playing the schedule."""
+    if question.cluster.memory_bytes is None:
+        return True
+    layers = question.model.layers / parallel.pp
+    dense, experts = stage_parameters(question.model, parallel, layers, False, False)
+    state = sum(parameter_bytes(parallel, dense, experts))
+    return state + question.cluster.reserved_bytes < question.cluster.memory_bytes
+
+
+def _estimate(question: Question, parallel: Parallel, record: Record | None) -> Estimate:
+    return estimate(question.model, parallel, question.cluster, question.seq, record)
+
+
+def _with_context(question: Question, bound: Estimate, record: Record) -> Estimate | None:
+    """The fastest way to do the split's context parallelism that fits, recomputing only where nothing does without."""
+    levels = _recomputes(bound.parallel)
+    for recompute in levels[levels.index(bound.parallel.recompute) :]:
+        found = []
+        for parallel in _contexts(question, replace(bound.parallel, recompute=recompute)):
+            try:
+                found.append(_estimate(question, parallel, record))
+            except ValueError:
+                # the backend refuses these heads or sizes
+                continue
+        fitting = [one for one in found if one.fits]
+        if fitting:
+            return min(fitting, key=lambda one: one.seconds)
+    return None
+
+
+def _contexts(question: Question, parallel: Parallel) -> Iterator[Parallel]:
+    from megatron_cp.context import BACKENDS
+
+    if parallel.cp == 1:
+        yield parallel
+        return
+    for entry in map(BACKENDS.get, question.backends):
+        if not entry.needs_grid:
+            yield replace(parallel, backend=entry.name)
+            continue
+        for inner in _divisors(parallel.cp)[1:-1]:
+            yield replace(parallel, backend=entry.name, grid=Grid(inner, parallel.cp // inner))
+
+
+def _nothing_fits(question: Question, left_out: Counter[str]) -> str:
+    rules = ", ".join(f"{name} ({count})" for name, count in left_out.most_common())
+    line = (
+        f"no split of {question.model.name} with {question.seq:,} tokens and batches of {question.global_batch} "
+        f"sequences fits on {question.gpus} GPUs of {question.cluster.name}; left out by: {rules}"
+    )
+    enough = smallest(question)
+    return f"{line}; {enough} GPUs can hold it" if enough else line
+
+
+def smallest(question: Question) -> int | None:
+    """The smallest power of two of GPUs, up to 65536, on which a split may fit; None where none does.
+
+    A batch that has fewer sequences than data-parallel ranks is taken as large as these need.
+    """
+    for gpus in _powers(1 << 16):
+        asked = replace(question, gpus=gpus, global_batch=max(gpus, question.global_batch))
+        if _holds(asked):
+            return gpus
+    return None
+
+
+def _holds(question: Question) -> bool:
+    for sizes in dealt(question, Counter()):
+        for parallel in _splits(question, sizes):
+            if parallel.vp == 1 and parallel.micro_batch == 1 and not parallel.schedule:
+                if _bound(question, parallel, Counter()):
+                    return True
+    return False
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of two that divide `most`."""
+    return [1 << at for at in range(most.bit_length()) if most % (1 << at) == 0]
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
