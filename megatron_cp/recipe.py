@@ -94,8 +94,8 @@ def shipped(folder: str = "") -> list[str]:
     """Names of the shipped recipes below a folder of configs/, as `load` takes them."""
     root = configs_folder()
     found = (path.relative_to(root) for path in (root / folder).rglob("*.yaml"))
-    # a cluster's description is not a recipe
-    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] != "clusters")
+    # descriptions of clusters and published runs are no recipes
+    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] not in ("clusters", "published"))
 
 
 def find(name: str, beside: Path | None = None) -> Path:
