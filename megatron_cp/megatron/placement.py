@@ -3,8 +3,8 @@
 Megatron numbers stages along the loop: chunk c of rank r is stage c * p + r, and whatever it decides for a chunk
 (layers and their numbers, embedding, head, loss, data) it decides from (r, c). On the V every other chunk runs up the
 ranks: chunk c of rank r is the stage that the loop has on rank p - 1 - r. Such a chunk is built, fed and run as if its
-rank were that one: it is given the pipeline's group numbered from the other end, and meanwhile Megatron's own rank is set
-to it.
+rank were that one: it is given the pipeline's group numbered from the other end, and meanwhile Megatron's own rank is
+set to it.
 
 Two things are left that follow from first and last stage being on one rank: tied embeddings are two weights of rank 0,
 and Megatron looks for losses on the last rank.

@@ -20,6 +20,7 @@ from megatron_cp.pipeline.action import (
     WEIGHT,
     Action,
 )
+from megatron_cp.pipeline.early import receive_early
 from megatron_cp.pipeline.passes import add_reductions, add_transfers, merge
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
@@ -67,14 +68,14 @@ Observe = Callable[[Action], AbstractContextManager[object]]
 
 def lower(schedule: Schedule) -> Schedule:
     """The compute table as an executor runs it: I and W merged where adjacent, with reductions and transfers."""
-    return add_transfers(add_reductions(merge(schedule)))
+    return receive_early(add_transfers(add_reductions(merge(schedule))))
 
 
 def forward_only(placement: Placement, m: int) -> Schedule:
     """Forwards alone, lowered, in groups of p microbatches through a rank's stages: evaluation, for any m."""
     p = placement.ranks
     table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
-    return add_transfers(Schedule("forward only", placement, m, table))
+    return receive_early(add_transfers(Schedule("forward only", placement, m, table)))
 
 
 class Way(NamedTuple):
