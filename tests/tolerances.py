@@ -9,7 +9,8 @@ BF16_RATIO = 1.15
 BF16_RATIO_EVEN = 1.3
 """The same where every query's keys are split evenly over the hops (striped): the kernel rounds each partial result to
 bf16, and two equal halves of n keys are each sqrt(2) times as large as the whole, so that the two roundings together
-are as large as the one of the result. It is largest for two ranks and falls from there."""
+are as large as the one of the result. It is largest for two ranks and falls from there. Outputs of the other backends
+come to it from below: the more ranks, the more rows have a partial result that is nearly all of the output."""
 
 LOSS_DIGITS = 6
 """Significant digits in which losses of equal runs agree in fp32, whatever is sharded."""

@@ -1,7 +1,8 @@
 """Backend `auto`: the loop, the grid's use and the ring's direction that the cost model finds fastest for given sizes.
 
 The choice is a function of sizes and of a cluster's description alone, so that ranks which agree on these agree on it
-without a message. It weighs time, for one sequence and both passes; memory it does not look at.
+without a message. It weighs time, for one sequence and both passes, and leaves out what a rank of the cluster has no
+memory for.
 """
 
 from dataclasses import replace

@@ -116,6 +116,22 @@ def test_one_line_says_who_wins_against_whom_and_by_what():
     assert " against " in why
 
 
+def test_what_a_rank_has_no_memory_for_is_left_out():
+    free = chosen(LONG)
+    least = min(free.options, key=lambda option: option.peak)
+    assert least.peak < free.options[0].peak
+    found = chosen(LONG, replace(H100, memory_bytes=least.peak + 1.0, reserved_bytes=1.0))
+    assert found.options[0].peak <= least.peak
+    assert free.options[0] in found.too_large
+    assert f"keeps at most {found.options[0].peak / 2**20:.4g} MiB" in found.why
+    assert f"{free.options[0].label}, " in found.why or f"{free.options[0].label} more than a rank has" in found.why
+
+
+def test_memory_that_nothing_fits_is_refused():
+    with pytest.raises(ValueError, match=r"no backend fits the 0.0009766 GiB of a rank of cluster 'h100-ib': .* GiB;"):
+        chosen(LONG, replace(H100, memory_bytes=2.0**20, reserved_bytes=0.0))
+
+
 def test_a_cluster_that_does_not_join_the_ranks_is_refused():
     with pytest.raises(ValueError, match="is one node of 2 ranks"):
         chosen(LONG, replace(H100, ranks_per_node=2, between=None))
