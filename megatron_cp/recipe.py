@@ -4,7 +4,7 @@ The dialect is the one of Megatron-LM's functional tests, `ENV_VARS:` and `MODEL
 and six additions:
 
 - `extends:` one file or a list of files, relative to this file or to configs/; later ones win, this file wins over all;
-- `${NAME}` and `${NAME:-default}` from the environment, anywhere in a value;
+- `${NAME}` and `${NAME:-default}` from the environment, anywhere in a value; `${RECIPE}` is the recipe's name;
 - `LAUNCH:` torchrun's own flags, and `entry`: a module to run, or an upstream script that is run through our launcher;
 - `DATA:` the flags of `megatron-cp data build` for the corpus that is built before training when it is missing;
 - `SLURM:` flags of sbatch, of srun for containers, and of `megatron-cp submit`;
@@ -15,9 +15,11 @@ texts and stay texts: no tag is obeyed, and no shell sees them unquoted.
 """
 
 import re
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from megatron_cp import recipe_file
 from megatron_cp.recipe_file import CLUSTER, SECTIONS, Section, Setting, read, shown
@@ -36,6 +38,7 @@ TORCHRUN_FLAGS = tuple(
     ).split()
 )
 ENTRY = "megatron_cp.pretrain_gpt"
+RECIPE = "RECIPE"
 COMMAND_LINE = "command line"
 
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\.\w+)*|[^-].*\.py", re.ASCII | re.DOTALL)
@@ -120,7 +123,7 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
     file and line for what is not a recipe.
     """
     file = find(name)
-    sections = _merged(file, variables, ())
+    sections = _merged(file, ChainMap({RECIPE: file.stem}, cast(dict[str, str], variables)), ())
     for key, flag in command_line_flags(overrides).items():
         section = _section_of(key, job)
         # last on the rendered command line, where argparse lets it win over its own --no- form

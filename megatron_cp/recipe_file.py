@@ -1,5 +1,6 @@
 """One file of a recipe: its sections as texts, each with the place where it stands."""
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -184,8 +185,10 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
         name = match[1]
         if match["fallback"] is not None:
             return variables.get(name) or expand(match["default"], variables)
-        if found := variables[name] if name in variables or isinstance(variables, Unset) else "":
-            return found
+        with contextlib.suppress(KeyError):
+            # not .get, which would not ask an Unset
+            if found := variables[name]:
+                return found
         raise ValueError(f"variable {name} is not set; set it, or give a default: ${{{name}:-…}}")
 
     rest = _VARIABLE.sub("", text)

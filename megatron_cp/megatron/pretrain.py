@@ -26,6 +26,8 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_cp.megatron import summary
 from megatron_cp.megatron.launch import door, say
 
+# times the largest loss so far; as in Megatron's own script
+SPIKY_LOSS_FACTOR = 10
 # what a batch of whole sequences, not packed, does not have
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 
@@ -122,11 +124,13 @@ def loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, t
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
+    machine = get_rerun_state_machine()
     if get_args().check_for_nan_in_loss_and_grad:
         for unusable, text in ((torch.isnan, "found NaN in local forward loss"), (torch.isinf, "found Inf")):
-            get_rerun_state_machine().validate_result(
-                result=total, rejection_func=unusable, message=text, tolerance=0.0, fatal=True
-            )
+            machine.validate_result(result=total, rejection_func=unusable, message=text, tolerance=0.0, fatal=True)
+    if get_args().check_for_spiky_loss:
+        spike = functools.partial(machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
+        machine.validate_result(result=total, rejection_func=spike, message="Spiky loss", tolerance=0.0, fatal=False)
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
 
 
