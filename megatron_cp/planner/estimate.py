@@ -25,7 +25,7 @@ class Parts(NamedTuple):
 
     pipeline:  idle, or waiting for other pipeline ranks
     data:      reduction of gradients and gathering of weights, as far as nothing hides them
-    optimizer: its passes over memory
+    optimizer: its passes over memory, and what a step takes beside all work on tensors
     The others as in `Seconds`.
     """
 
@@ -134,7 +134,7 @@ def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, recor
     for part in each[slowest].work:
         spent = spent.plus(part, parallel.micros)
     data, optimizer = max((_after(rank, stage, at) for at, stage in enumerate(each)), key=sum)
-    parts = Parts(*spent, makespan - spent.total, data, optimizer)
+    parts = Parts(*spent, makespan - spent.total, data, optimizer + cluster.step_s)
     return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
 
 

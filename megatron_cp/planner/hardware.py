@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite, log
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from megatron_cp.recipe import configs_folder
 from megatron_cp.registry import suggest
@@ -24,12 +24,19 @@ class Link:
     latency_s:   from the moment both sides are ready to the first byte
     ports:       "shared": one port per rank, as behind a switch; "per-neighbour": one for each rank it talks to
     busy_s_per_byte: time that a transfer takes from the computing rank, sent or received (0 where a device does it)
+    gather_bytes_per_s: that a rank sends in an all-gather, where that is not the port's rate
     """
 
     bytes_per_s: float
     latency_s: float
     ports: str
     busy_s_per_byte: float = 0.0
+    gather_bytes_per_s: float | None = None
+
+    @property
+    def gather_rate(self) -> float:
+        """Bytes per second that a rank sends in a collective."""
+        return self.gather_bytes_per_s or self.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,11 @@ class Cluster:
     gemms:             matrix products by dtype, for estimates of whole steps
     memory_bytes:      of a rank, None where the description does not say
     reserved_bytes:    part of it that is taken before any tensor is made: context, libraries, communication buffers
+    elementwise_bytes_per_s: norms, rotary positions and activations, bytes counted as if each were one fused kernel;
+                       None where they are, and go as fast as copies
+    loss_bytes_per_s:  the cross entropy; None as above
+    step_s:            of a training step, beside all work on tensors: data, logging, launching
+    layer_s:           the same of a layer and microbatch; 0 where launching runs ahead of the device
     """
 
     name: str
@@ -82,6 +94,10 @@ class Cluster:
     gemms: tuple[tuple[str, Gemm], ...] = ()
     memory_bytes: float | None = None
     reserved_bytes: float = 0.0
+    elementwise_bytes_per_s: float | None = None
+    loss_bytes_per_s: float | None = None
+    step_s: float = 0.0
+    layer_s: float = 0.0
 
     def gemm(self, dtype: str) -> Gemm:
         """Matrix products of a dtype; raises ValueError where the description has no rates for it."""
@@ -101,8 +117,8 @@ class Cluster:
         """
         link = self.link(0, (ranks - 1) * stride)
         if link is self.inside:
-            return link.bytes_per_s
-        return min(self.inside.bytes_per_s, link.bytes_per_s * max(1, self.ranks_per_node // stride))
+            return link.gather_rate
+        return min(self.inside.gather_rate, link.gather_rate * max(1, self.ranks_per_node // stride))
 
     def link(self, src: int, dst: int) -> Link:
         """The level that joins two ranks; raises ValueError when they are on nodes that nothing joins."""
@@ -165,6 +181,7 @@ def _cluster(file: Path) -> Cluster:
     top = _read(file, ())
     compute = top.section("compute", "dtype peak_tflops efficiency_forward efficiency_backward call_us")
     memory, peak = top.section("memory", MEMORY_KEYS), compute.number("peak_tflops") * 1e12
+    overhead = top.section("overhead", "step_ms layer_us") if top.has("overhead") else None
     single = not top.has("between")
     return Cluster(
         file.stem,
@@ -178,8 +195,12 @@ def _cluster(file: Path) -> Cluster:
         _link(top.section("inside", LINK_KEYS)),
         None if single else _link(top.section("between", LINK_KEYS)),
         _gemms(top.section("gemm", "fp8 bfloat16 float16 float32")) if top.has("gemm") else (),
-        memory.number("size_gb") * 1e9 if memory.has("size_gb") else None,
-        memory.number("reserved_gb", zero=True) * 1e9 if memory.has("reserved_gb") else 0.0,
+        memory.optional("size_gb", 1e9),
+        memory.optional("reserved_gb", 1e9, 0.0),
+        memory.optional("elementwise_gb_per_s", 1e9),
+        memory.optional("loss_gb_per_s", 1e9),
+        overhead.optional("step_ms", 1e-3, 0.0) if overhead else 0.0,
+        overhead.optional("layer_us", 1e-6, 0.0) if overhead else 0.0,
     )
 
 
@@ -218,9 +239,9 @@ def _gemm(section: "_Section") -> Gemm:
     return Gemm(peak, tuple(sizes), tuple(peak * shares.share(size) for size in sizes))
 
 
-SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm")
-MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb"
-LINK_KEYS = "peak_gb_per_s efficiency latency_us ports busy_s_per_gb"
+SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
+MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_gb_per_s loss_gb_per_s"
+LINK_KEYS = "peak_gb_per_s efficiency latency_us ports busy_s_per_gb gather_gb_per_s"
 
 
 def _rate(section: "_Section") -> float:
@@ -228,8 +249,8 @@ def _rate(section: "_Section") -> float:
 
 
 def _link(section: "_Section") -> Link:
-    busy = section.number("busy_s_per_gb", zero=True) * 1e-9 if section.has("busy_s_per_gb") else 0.0
-    return Link(_rate(section), section.number("latency_us", zero=True) * 1e-6, section.word("ports", PORTS), busy)
+    latency, busy = section.number("latency_us", zero=True) * 1e-6, section.optional("busy_s_per_gb", 1e-9, 0.0)
+    return Link(_rate(section), latency, section.word("ports", PORTS), busy, section.optional("gather_gb_per_s", 1e9))
 
 
 class _Section:
@@ -282,6 +303,16 @@ class _Section:
             rule = "a number of 0 or more" if zero else "a positive number"
             raise ValueError(f"{self._at(key)}: {self._path}{key} must be {rule}, got {value!r}")
         return float(value)
+
+    @overload
+    def optional(self, key: str, unit: float) -> float | None: ...
+
+    @overload
+    def optional(self, key: str, unit: float, default: float) -> float: ...
+
+    def optional(self, key: str, unit: float, default: float | None = None) -> float | None:
+        """A number of 0 or more in `unit`, or `default` where there is none."""
+        return self.number(key, zero=True) * unit if self.has(key) else default
 
     def share(self, key: Any) -> float:
         if self.below and key not in self._content:

@@ -108,9 +108,15 @@ def gather_seconds(cluster: Cluster, size: float, ranks: int, stride: int) -> fl
     )
 
 
+# of the time to launch a layer, in forward, input gradient and weight gradient
+LAUNCHES = (0.4, 0.4, 0.2)
+
+
 def layer(rank: Rank, moe: bool = False) -> Work:
     """One transformer layer."""
-    return _linears(rank, moe).plus(_attention(rank)).plus(_elementwise(rank, moe)).plus(_collectives(rank, moe))
+    launched = Work(*(Seconds(memory=rank.cluster.layer_s * share) for share in LAUNCHES))
+    work = _linears(rank, moe).plus(_attention(rank)).plus(_elementwise(rank, moe))
+    return work.plus(_collectives(rank, moe)).plus(launched)
 
 
 def ends(rank: Rank) -> tuple[Work, Work]:
@@ -204,7 +210,8 @@ FUSED = ((10, 2, 3), (12, 2, 5))
 
 def _elementwise(rank: Rank, moe: bool) -> Work:
     """Norms, residuals, rotary positions and the activation."""
-    model, parallel = rank.model, rank.parallel
+    model, parallel, cluster = rank.model, rank.parallel, rank.cluster
+    touch = cluster.touch_bytes_per_s
     width = model.query + model.key_value
     mlp = model.top_k * model.expert_ffn + model.shared_expert_ffn if moe else model.ffn
     gate = model.matrices - 1
@@ -214,7 +221,7 @@ def _elementwise(rank: Rank, moe: bool) -> Work:
         elements += rank.tokens / parallel.tp * (rotary * width + (activation if gate == 2 else activation - 1) * mlp)
         # dispatched to experts and combined: each copy of a token is read and written twice
         elements += rank.split_tokens * 4 * model.top_k * model.hidden if moe else 0
-        passes.append(Seconds(memory=elements * parallel.bytes / rank.cluster.touch_bytes_per_s))
+        passes.append(Seconds(memory=elements * parallel.bytes / (cluster.elementwise_bytes_per_s or touch)))
     return Work(*passes)
 
 
@@ -222,8 +229,13 @@ def _collectives(rank: Rank, moe: bool) -> Work:
     parallel, cluster = rank.parallel, rank.cluster
     each = gather_seconds(cluster, rank.tokens * rank.model.hidden * parallel.bytes, parallel.tp, 1)
     # with or without sequence parallelism the same bytes move: an all-reduce is a reduce-scatter and a gather
-    forward = 4 * each / (parallel.tp if parallel.tp_overlap else 1)
-    backward = 2 * each / (parallel.tp if parallel.tp_overlap else 1) if parallel.sp else 4 * each
+    exposed = each / (parallel.tp if parallel.tp_overlap else 1)
+    # where the computing rank moves the bytes itself, nothing hides that
+    hidden = (
+        2 * rank.tokens * rank.model.hidden * parallel.bytes * cluster.inside.busy_s_per_byte if parallel.tp > 1 else 0
+    )
+    forward = 4 * exposed
+    backward = 2 * exposed + 4 * hidden if parallel.sp else 4 * each
     if moe:
         sent = rank.split_tokens * rank.model.top_k * rank.model.hidden * parallel.bytes
         exchange = 2 * gather_seconds(cluster, sent, parallel.ep, parallel.tp)
@@ -242,7 +254,7 @@ def _head(rank: Rank) -> Work:
     """The output layer and the cross entropy over its logits, in float32 (vocabulary-parallel, arXiv:1909.08053, 3)."""
     columns = rank.model.vocab / rank.parallel.tp
     seconds = Seconds(products=product_seconds(rank, Product(rank.tokens, rank.model.hidden, columns), rank.dtype))
-    logits = rank.tokens * columns / rank.cluster.touch_bytes_per_s
+    logits = rank.tokens * columns / (rank.cluster.loss_bytes_per_s or rank.cluster.touch_bytes_per_s)
     # to float32, largest, difference, exponential and its sum; backward: the gradient in place, and to what is stored
     loss, gradient = Seconds(memory=26 * logits), Seconds(memory=14 * logits)
     gathered = Seconds(

@@ -1,0 +1,123 @@
+"""Rates of this machine for estimates of whole steps: products by size, norms and activations, the cross entropy.
+
+Two processes measure at the same time, as the ranks of a run compute; on GPUs each has one of its own.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_cp.bench.contest import DTYPES
+from megatron_cp.bench.processes import on_ranks
+from megatron_cp.comm import Fabric, largest
+
+ROWS = {"cpu": 2048, "cuda": 8192}
+SIZES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (128, 256, 512, 1024, 2048, 4096, 8192)}
+WIDTH = {"cpu": 256, "cuda": 4096}
+VOCABULARY = {"cpu": 512, "cuda": 32768}
+HEAD_DIM = 64
+ROUNDS = 9
+
+
+class Rates(NamedTuple):
+    """Operations per second of products by their smallest dimension, and bytes per second as `work` counts bytes.
+
+    elementwise: norms, residuals, rotary positions and the gated activation, forward and backward
+    loss:        the cross entropy, forward and backward
+    gather:      an all-gather, sent by each rank
+    """
+
+    products: dict[int, float]
+    elementwise: float
+    loss: float
+    gather: float
+
+
+def calibrate(dtype: str, ranks: int = 2) -> Rates:
+    """Measure; each figure is the slower rank's, in the median of some rounds."""
+    return on_ranks(ranks, _rates, dtype)[0]
+
+
+def _rates(fabric: Fabric, device: torch.device, dtype: str) -> Rates:
+    kind, real = device.type, DTYPES[dtype]
+    rows = ROWS[kind]
+
+    def measured(run: Callable[[], object]) -> float:
+        return _seconds(fabric, device, run)
+
+    products = {}
+    for size in SIZES[kind]:
+        products[size] = 6 * rows * size * size / measured(_linear(rows, size, device, real))
+    width = WIDTH[kind]
+    touched = rows * width * (10 + 12 + (2 + 2) * 3 + (3 + 5) * 3) * real.itemsize
+    elementwise = touched / measured(_between_products(rows, width, device, real))
+    columns = VOCABULARY[kind]
+    loss = 40 * rows * columns / measured(_cross_entropy(rows, columns, device, real))
+    local = torch.zeros(rows * width, device=device, dtype=real)
+    gather = local.nbytes / measured(lambda: fabric.all_gather(local)) if fabric.size > 1 else float("inf")
+    return Rates(products, elementwise, loss, gather)
+
+
+def _linear(rows: int, size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """The three products of a linear layer: forward, input gradient and weight gradient."""
+    x, weight = (torch.randn(n, size, device=device, dtype=dtype, requires_grad=True) for n in (rows, size))
+    dout = torch.randn(rows, size, device=device, dtype=dtype)
+    return lambda: torch.autograd.grad(functional.linear(x, weight), (x, weight), dout)
+
+
+def _between_products(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """What a layer does between its products, as Megatron without fused kernels does it; an MLP three times as wide."""
+    hidden, dout = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
+    gated = torch.randn(rows, 6 * width, device=device, dtype=dtype)
+    heads = torch.randn(rows, 3 * width // HEAD_DIM, HEAD_DIM, device=device, dtype=dtype)
+    angles = torch.randn(rows, 1, HEAD_DIM, device=device, dtype=dtype)
+    weight = torch.ones(width, device=device, dtype=dtype, requires_grad=True)
+    inputs = [hidden.requires_grad_(), gated.requires_grad_(), heads.requires_grad_(), weight]
+
+    def once() -> Sequence[Tensor]:
+        normed = functional.rms_norm(hidden, (width,), weight) + functional.rms_norm(hidden, (width,), weight)
+        gate, value = gated.chunk(2, dim=-1)
+        first, second = heads.chunk(2, dim=-1)
+        turned = heads * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+        outputs = (hidden + normed, functional.silu(gate) * value, turned)
+        return torch.autograd.grad(outputs, inputs, (dout, gated.detach()[:, : 3 * width], heads.detach()))
+
+    return once
+
+
+def _cross_entropy(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """Largest, difference, exponential, sum and the gradient in place, as Megatron's vocabulary-parallel one."""
+    logits = torch.randn(rows, columns, device=device, dtype=dtype)
+    target = torch.zeros(rows, 1, dtype=torch.long, device=device)
+
+    def once() -> Tensor:
+        wide = logits.float()
+        wide = wide - wide.amax(dim=-1, keepdim=True)
+        chosen = wide.gather(1, target)
+        exponential = torch.exp(wide)
+        total = exponential.sum(dim=-1, keepdim=True)
+        loss = total.log() - chosen
+        exponential.div_(total)
+        exponential.scatter_add_(1, target, -torch.ones_like(loss))
+        return exponential.mul_(loss).to(dtype)
+
+    return once
+
+
+def _seconds(fabric: Fabric, device: torch.device, run: Callable[[], object]) -> float:
+    """Median over rounds of the slower rank's wall time, after two rounds that do not count."""
+    walls = []
+    for _ in range(ROUNDS + 2):
+        largest(fabric, device)
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        (wall,) = largest(fabric, device, time.perf_counter() - began)
+        walls.append(wall)
+    return median(walls[2:])
