@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -38,29 +39,48 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """What one backend did at one shape.
+    """What one contender did at one shape; figures that do not exist are None.
 
+    ranks:     over which the attention was divided
     forward, backward: median seconds; share_of_ideal: whole kernel call / ranks / (forward + backward)
     sent:      bytes per rank, forward and backward, the largest over ranks
     peak:      live bytes that the pass adds to the local q, k, v and dout at most, the largest over ranks
     max_error: deviation of out, dq, dk, dv from the whole kernel call, over its largest value
-    note:      what is wrong with it; figures of a wrong result mean nothing
+    problem:   what is wrong with it, or what it refuses; it gets no times
+    took:      the backend that `auto` took, and why
+    predicted: seconds of both passes by the trace of the backend and tiles timed in the same run
     """
 
     backend: str
     ranks: int
     seq: int
-    forward: float
-    backward: float
+    forward: float | None
+    backward: float | None
     share_of_ideal: float | None
-    sent: int
-    peak: int
-    max_error: float
-    note: str = ""
+    sent: int | None
+    peak: int | None
+    max_error: float | None
+    problem: str = ""
+    took: str = ""
+    predicted: tuple[float, float] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures; predictions only where there are any."""
+        figures = {name: getattr(self, name) for name in JSON_KEYS}
+        if self.predicted:
+            figures |= {"predicted_forward": self.predicted[0], "predicted_backward": self.predicted[1]}
+        return figures
+
+
+JSON_KEYS = "backend ranks seq forward backward share_of_ideal sent peak max_error".split()
 
 
 class WrongResultError(Exception):
     """A backend differs from the whole kernel call; raised on every rank."""
+
+
+class RefusedError(Exception):
+    """Another library's attention cannot take part; raised on every rank, with one line that says why."""
 
 
 class Timed:
@@ -71,17 +91,17 @@ class Timed:
     ) -> None:
         self._fabric, self._device = fabric, device
         self._passes = forward, backward
-        self._seconds: tuple[list[float], list[float]] = ([], [])
+        self.seconds: tuple[list[float], list[float]] = ([], [])
         self._core_shares: list[float] = []
 
     def time(self) -> None:
         forward, backward = self._passes
-        state = self._once(forward, self._seconds[0])
-        self._once(lambda: backward(state), self._seconds[1])
+        state = self._once(forward, self.seconds[0])
+        self._once(lambda: backward(state), self.seconds[1])
 
     @property
     def medians(self) -> tuple[float, float]:
-        return statistics.median(self._seconds[0]), statistics.median(self._seconds[1])
+        return statistics.median(self.seconds[0]), statistics.median(self.seconds[1])
 
     @property
     def core_share(self) -> float:
@@ -127,37 +147,73 @@ class Contest:
         return Row(WHOLE, 1, self.shape.seq, forward, backward, 1.0, 0, size, 0.0)
 
 
+def sends_nothing(run: Callable[[], None]) -> int:
+    """For an `Entry` that does all the work on every rank."""
+    run()
+    return 0
+
+
 class Entry(NamedTuple):
     """An algorithm in the contest.
 
-    layout: the positions that it wants its tokens to have
+    layout: the positions that it wants its tokens to have; None: each rank has all of them and does all the work
     attend: (q, k, v) -> out, differentiable
-    sent:   runs a function and gives the bytes that this rank sent meanwhile
+    sent:   runs a function and gives the bytes that this rank sent meanwhile, or None where nobody can count them
     trusted: a wrong result of ours ends the bench, one of others is told in the table
+    took:   what stands behind the name, where that was chosen for this shape
     """
 
     name: str
-    layout: str
+    layout: str | None
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    sent: Callable[[Callable[[], None]], int]
+    sent: Callable[[Callable[[], None]], int | None]
     trusted: bool = True
+    took: str = ""
 
 
 class Contender(Timed):
-    """One algorithm in a contest."""
+    """One algorithm in a contest; `problem` says why it gets no times."""
 
     def __init__(self, contest: Contest, entry: Entry) -> None:
         super().__init__(contest.fabric, contest.device, self._forward, self._backward)
-        self._contest, self._entry = contest, entry
-        mine = indices(entry.layout, contest.shape.seq, contest.fabric.size, contest.fabric.rank)
+        self._contest, self.entry = contest, entry
+        self._ranks = contest.fabric.size if entry.layout else 1
+        rank = contest.fabric.rank if entry.layout else 0
+        mine = indices(entry.layout or "contiguous", contest.shape.seq, self._ranks, rank)
         self._mine = torch.tensor(mine, device=contest.device)
         q, k, v, self._dout = (tensor[self._mine] for tensor in contest.inputs)
         self._leaves = tuple(tensor.requires_grad_() for tensor in (q, k, v))
-        self._facts = (0, 0, float("nan"))
-        self.note = ""
+        self._facts: tuple[int | None, int | None, float | None] = (None, None, None)
+        self.problem = ""
 
     def check(self) -> None:
         """Note bytes sent, peak live bytes and deviation, the largest over ranks; a wrong result of ours raises."""
+        try:
+            sent, peak, error = largest(self._fabric, self._device, *self._once_checked())
+        except (NotImplementedError, RuntimeError, RefusedError) as refusal:
+            if self.entry.trusted:
+                raise
+            self.problem = f"refused: {str(refusal).splitlines()[0]}"
+            return
+        self._facts = (None if isnan(sent) else int(sent), int(peak), error)
+        if not error <= LARGEST_ERROR[self._contest.dtype]:
+            self.problem = f"wrong: deviates from the whole kernel call by {error:.1e}"
+        if self.problem and self.entry.trusted:
+            raise WrongResultError(
+                f"backend {self.entry.name!r} is {self.problem} at {self._contest.shape}; "
+                "no figure of this run can be trusted"
+            )
+
+    def row(self) -> Row:
+        (sent, peak, error), seq = self._facts, self._contest.shape.seq
+        if self.problem:
+            return Row(self.entry.name, self._ranks, seq, None, None, None, None, None, error, self.problem)
+        forward, backward = self.medians
+        share = sum(self._contest.whole.medians) / self._ranks / (forward + backward)
+        figures = (forward, backward, share, sent, peak, error)
+        return Row(self.entry.name, self._ranks, seq, *figures, took=self.entry.took)
+
+    def _once_checked(self) -> tuple[float, float, float]:
         found: list[Tensor | None] = []
 
         def once() -> None:
@@ -166,27 +222,13 @@ class Contender(Timed):
             found.extend((out, *(leaf.grad for leaf in self._leaves)))
 
         with LiveBytes(*self._leaves, self._dout) as live:
-            sent = self._entry.sent(once)
+            sent = self.entry.sent(once)
         error = max(_deviation(x, whole[self._mine]) for x, whole in zip(found, self._contest.expected, strict=True))
-        sent_most, peak, error = largest(self._fabric, self._device, sent, live.peak, error)
-        self._facts = (int(sent_most), int(peak), error)
-        if not error <= LARGEST_ERROR[self._contest.dtype]:
-            self.note = f"deviates from the whole kernel call by {error:.1e}"
-        if self.note and self._entry.trusted:
-            raise WrongResultError(
-                f"backend {self._entry.name!r} {self.note} at {self._contest.shape}; "
-                "no figure of this run can be trusted"
-            )
-
-    def row(self) -> Row:
-        ranks, (forward, backward), (sent, peak, error) = self._fabric.size, self.medians, self._facts
-        share = sum(self._contest.whole.medians) / ranks / (forward + backward)
-        seq = self._contest.shape.seq
-        return Row(self._entry.name, ranks, seq, forward, backward, share, sent, peak, error, self.note)
+        return nan if sent is None else sent, live.peak, error
 
     def _forward(self) -> Tensor:
         q, k, v = self._leaves
-        return self._entry.attend(q, k, v)
+        return self.entry.attend(q, k, v)
 
     def _backward(self, out: Tensor) -> None:
         for leaf in self._leaves:

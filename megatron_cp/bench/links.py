@@ -4,21 +4,20 @@ Two processes of this machine talk as the ranks of a run do, over gloo on a CPU 
 """
 
 import platform
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from megatron_cp.bench.calls import seconds
 from megatron_cp.bench.contest import DTYPES
-from megatron_cp.bench.context import _device
-from megatron_cp.comm import Fabric, connected, largest
+from megatron_cp.bench.processes import on_ranks
+from megatron_cp.comm import Fabric, largest
 from megatron_cp.context.trace import Compute
 from megatron_cp.kernels import choose
+from megatron_cp.planner.hardware import Link
 
 MESSAGE = 16 << 20
 ROUNDS = 15
@@ -68,26 +67,20 @@ inside:
 
 def measure_links(dtype: str = "float32") -> Measured:
     """Measure with two processes; on one core each, on a CPU."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(_rank, args=(port, dtype, results), nprocs=2)
-    return results.get()
+    return on_ranks(2, _measured, dtype)[0]
 
 
-def _rank(rank: int, port: int, dtype: str, results: Any) -> None:
-    device = _device(rank, 2)
-    with connected(rank, 2, port, device) as fabric:
-        latency, _ = _exchange(fabric, device, 8)
-        whole, busy = _exchange(fabric, device, MESSAGE)
-        touch = _touch(fabric, device)
-        rates = _kernel(fabric, device, dtype)
-        if rank == 0:
-            name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu()
-            speed = MESSAGE / max(whole - latency, 1e-9)
-            results.put(Measured(name, dtype, speed, latency, busy / (2 * MESSAGE), touch, *rates))
+def _measured(fabric: Fabric, device: torch.device, dtype: str) -> Measured:
+    link, touch, rates = link_here(fabric, device), touch_here(fabric, device), _kernel(fabric, device, dtype)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu()
+    return Measured(name, dtype, link.bytes_per_s, link.latency_s, link.busy_s_per_byte, touch, *rates)
+
+
+def link_here(fabric: Fabric, device: torch.device) -> Link:
+    """The link between the first two ranks, with both directions in use; every rank calls it."""
+    latency, _ = _exchange(fabric, device, 8)
+    whole, busy = _exchange(fabric, device, MESSAGE)
+    return Link(MESSAGE / max(whole - latency, 1e-9), latency, "shared", busy / (2 * MESSAGE))
 
 
 def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, float]:
@@ -96,13 +89,14 @@ def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, f
     peer = 1 - fabric.rank
 
     def once() -> None:
-        fabric.exchange([(here, peer)], [(there, peer)]).wait()
+        if 0 <= peer < fabric.size:
+            fabric.exchange([(here, peer)], [(there, peer)]).wait()
 
     return _best(fabric, device, once)
 
 
-def _touch(fabric: Fabric, device: torch.device) -> float:
-    """Bytes per second of a sum in place, both ranks at the same time."""
+def touch_here(fabric: Fabric, device: torch.device) -> float:
+    """Bytes per second of a sum in place, all ranks at the same time."""
     total, part = (torch.zeros(MESSAGE // 4, device=device) for _ in range(2))
     wall, _ = _best(fabric, device, lambda: total.add_(part))
     return 3 * MESSAGE / wall

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +15,7 @@ from megatron_cp.cli.bench_links import links
 from megatron_cp.context import BACKENDS
 
 if TYPE_CHECKING:
-    from megatron_cp.bench.contest import Shape
+    from megatron_cp.bench.contest import Row, Shape
     from megatron_cp.bench.context import Report
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -38,24 +40,40 @@ def context(
     rounds: Annotated[int, typer.Option(min=1, help="How often the contenders take turns.")] = 7,
     native: Annotated[bool, typer.Option(help="Tokens lie where each backend wants them, not in zigzag.")] = False,
     peers: Annotated[bool, typer.Option(help="Also ring-flash-attn and yunchang, all in native layouts.")] = False,
+    predict: Annotated[bool, typer.Option("--predict", help="Also the traces' times, from tiles timed alike.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw bars into this .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
 ) -> None:
-    """Time every backend against one kernel call over the whole sequence, made by all ranks at once in the same run."""
+    """Time backends against one kernel call over the whole sequence, made by all ranks at once in the same run.
+
+    Without --backend, or with --backend all, Megatron's own attention and torch's context_parallel take part too.
+    """
     from megatron_cp.bench.contest import DTYPES, Shape
     from megatron_cp.bench.context import Contenders, bench
+    from megatron_cp.plots.bench import draw_bench
+    from megatron_cp.plots.timeline import PICTURES
     from megatron_cp.registry import suggest
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
-    names = [BACKENDS.get(name).name for name in _chosen(backend)]
+    if plot and plot.suffix not in PICTURES:
+        raise ValueError(f"--plot takes a file that ends in one of: {', '.join(PICTURES)}; got {plot.name!r}")
+    everybody = not backend or "all" in backend
+    names = BACKENDS.names if everybody else [BACKENDS.get(name).name for name in backend or []]
     shapes = [
         Shape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in seq or [4096, 16384]
     ]
-    report = bench(Contenders(tuple(names), native or peers, peers), ranks, shapes, rounds, kernel)
+    contenders = Contenders(tuple(names), native or peers, everybody, peers, predict)
+    report = bench(contenders, ranks, shapes, rounds, kernel)
+    title = _title(report, shapes[0], ranks)
+    if plot:
+        draw_bench(report.judged, plot, title)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
+        for line in _words(report, ranks):
+            typer.echo(line, err=True)
     else:
-        _show(report, shapes, ranks)
+        _show(report, title, ranks)
 
 
 def wide_console() -> Console:
@@ -63,31 +81,67 @@ def wide_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
-def _chosen(backend: list[str] | None) -> list[str]:
-    return BACKENDS.names if not backend or "all" in backend else backend
+def _title(report: "Report", shape: "Shape", ranks: int) -> str:
+    sizes = f"h={shape.heads} g={shape.kv_heads} d={shape.head_dim} {shape.dtype}"
+    return f"{ranks} ranks, {sizes}, {'causal' if shape.causal else 'full'}, kernel {report.kernel}"
 
 
-def _show(report: "Report", shapes: "list[Shape]", ranks: int) -> None:
-    console, shape, quiet = wide_console(), shapes[0], report.quiet
-    table = Table(
-        title=f"{ranks} ranks, h={shape.heads} g={shape.kv_heads} d={shape.head_dim} {shape.dtype}, "
-        f"{'causal' if shape.causal else 'full'}, kernel {report.kernel}"
-    )
+def _show(report: "Report", title: str, ranks: int) -> None:
+    console, predicted = wide_console(), any(row.predicted for row in report.rows)
+    table = Table(title=title)
     for column in ("backend", "S", "fwd s", "bwd s", "of ideal", "sent MiB", "peak MiB", "error"):
         table.add_column(column, justify="left" if column == "backend" else "right")
-    for row in report.rows:
-        share = f"{row.share_of_ideal:.3f}" if quiet else "-"
-        sizes = (f"{row.sent / 2**20:.2f}", f"{row.peak / 2**20:.1f}", f"{row.max_error:.1e}")
-        if row.note:
-            table.add_row(row.backend, str(row.seq), *["-"] * 5, f"{row.max_error:.1e}")
-            continue
-        table.add_row(row.backend, str(row.seq), f"{row.forward:.4f}", f"{row.backward:.4f}", share, *sizes)
+    for column in ("predicted", "measured / predicted") if predicted else ():
+        table.add_column(column, justify="right")
+    for row in report.judged:
+        table.add_row(*_cells(row), *(_forecast(row) if predicted else ()))
     console.print(table)
+    for line in (*_pairs(report), *_words(report, ranks)):
+        console.print(line, highlight=False, markup=False)
+
+
+def _cells(row: "Row") -> list[str]:
+    seconds = [_or_dash(value, ".4f") for value in (row.forward, row.backward)]
+    share = _or_dash(row.share_of_ideal, ".3f")
+    sizes = [_or_dash(row.sent, ".2f", 2**20), _or_dash(row.peak, ".1f", 2**20)]
+    name = f"{row.backend} ({row.took.split(';')[0]})" if row.took else row.backend
+    return [name, str(row.seq), *seconds, share, *sizes, _or_dash(row.max_error, ".1e")]
+
+
+def _or_dash(value: float | None, form: str, unit: int = 1) -> str:
+    return "-" if value is None else format(value / unit, form)
+
+
+def _forecast(row: "Row") -> list[str]:
+    """Seconds of both passes, forward + backward, and what was measured over them."""
+    if not row.predicted or row.forward is None or row.backward is None:
+        return ["-", "-"]
+    forward, backward = row.predicted
+    both = (row.forward + row.backward) / (forward + backward)
+    ratios = f"{row.forward / forward:.3f} + {row.backward / backward:.3f} = {both:.3f}"
+    return [f"{forward:.4f} + {backward:.4f}", ratios]
+
+
+def _pairs(report: "Report") -> Iterator[str]:
+    for pair in report.pairs:
+        wins = f"faster in {pair.wins[0]} and {pair.wins[1]} of {pair.rounds} rounds"
+        yield (
+            f"{pair.ours} beside {pair.theirs}, S={pair.seq}: {wins}, "
+            f"median of their time over ours {pair.forward:.3f} forward, {pair.backward:.3f} backward"
+        )
+
+
+def _words(report: "Report", ranks: int) -> Iterator[str]:
+    """What a table of figures cannot say: who was wrong or refused, what `auto` took, why there is no verdict."""
     for row in report.rows:
-        if row.note:
-            console.print(f"{row.backend}, S={row.seq}: wrong, {row.note}", highlight=False)
-    if not quiet:
-        console.print(
+        if row.problem or row.took:
+            yield f"{row.backend}, S={row.seq}: {row.problem or row.took}"
+    if report.quiet:
+        return
+    if ranks > report.cores:
+        yield f"{ranks} ranks share {report.cores} cores: what counts here is exactness, bytes sent and peak."
+    else:
+        yield (
             f"No verdict: a rank got only {report.core_share:.0%} of its core while it did nothing but compute; "
-            "stop what else runs here, or use at most one rank per core."
+            "stop what else runs here."
         )

@@ -1,0 +1,91 @@
+"""What the traces of backends say that their passes take, from kernel calls timed in the same rounds as the passes.
+
+The simulator is the one of `megatron-cp trace`; its inputs are measured here and now, so that a machine whose speed
+drifts from minute to minute is no error of the model.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_cp.bench.contest import Contest, Row, Timed
+from megatron_cp.bench.links import link_here, touch_here
+from megatron_cp.context import AUTO, BACKENDS
+from megatron_cp.context.record import record
+from megatron_cp.context.trace import Compute, Problem, Trace
+from megatron_cp.grid import most_square
+from megatron_cp.planner.hardware import Cluster
+from megatron_cp.planner.simulate_trace import simulate
+
+
+class Forecast:
+    """The traces of some backends at the contest's shape, and their kernel calls, timed once in every round."""
+
+    def __init__(self, contest: Contest, backends: Sequence[str], native: bool) -> None:
+        self._contest = contest
+        self._traces = {name: record(_problem(contest, name, native)) for name in backends if name != AUTO}
+        # sorted, so that all ranks make the same call at the same time, as they do in the passes
+        calls = sorted({call._replace(backward=False) for trace in self._traces.values() for call in _calls(trace)})
+        self._timed = {call: self._tile(call) for call in calls}
+        self._link, self._touch = link_here(contest.fabric, contest.device), touch_here(contest.fabric, contest.device)
+
+    def time(self) -> None:
+        """Make every kernel call once, on all ranks."""
+        for tile in self._timed.values():
+            tile.time()
+
+    def predicted(self, row: Row) -> tuple[float, float] | None:
+        """Seconds of the forward and the backward pass; None for what has no trace or was at another shape."""
+        if row.backend not in self._traces or row.seq != self._contest.shape.seq:
+            return row.predicted
+        trace, cluster = self._traces[row.backend], self._cluster()
+        forward, backward = (simulate(run, cluster, self._seconds).time for run in (trace.forward, trace.backward))
+        return forward, backward
+
+    def _seconds(self, call: Compute) -> float:
+        return self._timed[call._replace(backward=False)].medians[call.backward]
+
+    def _tile(self, call: Compute) -> Timed:
+        kernel, scale, causal = self._contest.kernel[0], call.head_dim**-0.5, call.causal
+        q, dout = (self._random(call.queries, call.heads) for _ in range(2))
+        k, v = (self._random(call.keys, call.kv_heads) for _ in range(2))
+        return Timed(
+            self._contest.fabric,
+            self._contest.device,
+            lambda: kernel.forward(q, k, v, scale=scale, causal=causal),
+            lambda state: kernel.backward(dout, q, k, v, *state, scale=scale, causal=causal),
+        )
+
+    def _random(self, tokens: int, heads: int) -> Tensor:
+        shape = (tokens, 1, heads, self._contest.shape.head_dim)
+        return torch.randn(shape, device=self._contest.device).to(self._contest.dtype)
+
+    def _cluster(self) -> Cluster:
+        """This machine; matrix products that are no kernel calls (rsa's) run at the rate of the whole call."""
+        shape, (forward, backward) = self._contest.shape, self._contest.whole.medians
+        flops = shape.head_dim * Compute(shape.seq, shape.seq, shape.heads, 0, 0, shape.causal, False).work
+        rates = (4 * flops / forward, 10 * flops / backward)
+        return Cluster("this machine", shape.dtype, *rates, 0.0, self._touch, None, 2**30, self._link, None)
+
+
+def _problem(contest: Contest, name: str, native: bool) -> Problem:
+    shape, ranks, backend = contest.shape, contest.fabric.size, BACKENDS.get(name)
+    return Problem(
+        name,
+        ranks,
+        shape.seq,
+        shape.heads,
+        shape.kv_heads,
+        shape.head_dim,
+        shape.causal,
+        dtype=shape.dtype,
+        grid=most_square(ranks) if backend.needs_grid else None,
+        layout=(backend.layout if native else None) or "zigzag",
+    )
+
+
+def _calls(trace: Trace) -> Iterator[Compute]:
+    for run in (trace.forward, trace.backward):
+        for rank in range(trace.problem.ranks):
+            yield from run.calls(rank)

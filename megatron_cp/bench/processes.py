@@ -1,0 +1,61 @@
+"""Processes of this machine that measure together, each on a core or a GPU of its own."""
+
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from megatron_cp.bench.contest import WrongResultError
+from megatron_cp.comm import connected
+
+QUIET = 0.97
+"""Share of its core that a computing rank gets on a quiet machine; below it there is no verdict."""
+
+
+def on_ranks[T](ranks: int, body: Callable[..., T], *args: Any) -> list[T]:
+    """What `body(fabric, device, *args)` returned on each of `ranks` new processes, connected with each other.
+
+    Raises RuntimeError with the words of a rank that raised ValueError or WrongResultError; all ranks must raise it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with TemporaryDirectory() as folder:
+        mp.spawn(_rank, args=(ranks, port, folder, body, args), nprocs=ranks)
+        answers = [pickle.loads(_answer(folder, rank).read_bytes()) for rank in range(ranks)]
+    for error in answers:
+        if isinstance(error, (ValueError, WrongResultError)):
+            raise RuntimeError(str(error))
+    return answers
+
+
+def _rank(rank: int, ranks: int, port: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    device = own_device(rank, ranks)
+    with connected(rank, ranks, port, device) as fabric:
+        try:
+            answer = body(fabric, device, *args)
+        except (ValueError, WrongResultError) as error:
+            answer = error
+        _answer(folder, rank).write_bytes(pickle.dumps(answer))
+
+
+def _answer(folder: str, rank: int) -> Path:
+    return Path(folder, str(rank))
+
+
+def own_device(rank: int, ranks: int) -> torch.device:
+    """A GPU of this rank's own, or else the CPU, with one thread on a core of its own where there are enough."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= ranks:
+        torch.cuda.set_device(rank)
+        return torch.device("cuda", rank)
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= ranks:
+        os.sched_setaffinity(0, {cores[rank]})
+    return torch.device("cpu")

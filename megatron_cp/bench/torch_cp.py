@@ -1,0 +1,35 @@
+"""torch's own `context_parallel` in the contest: a ring over its zigzag load balancer, by torch's fused attention."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn import functional
+
+from megatron_cp.bench.contest import Contest, Entry
+
+
+def enter(contest: Contest, name: str) -> Entry:
+    """SDPA inside torch's context manager over all ranks; what it refuses shows at the first call."""
+    mesh = init_device_mesh(contest.device.type, (dist.get_world_size(),))
+    causal, grouped = contest.shape.causal, contest.shape.heads != contest.shape.kv_heads
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # s b h d -> b h s d and back
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        # it wants a whole buffer to cut, which the tokens are already
+        tokens = torch.empty(2 * mesh.size(), device=q.device)
+        with context_parallel(mesh, buffers=[tokens], buffer_seq_dims=[0]):
+            # looked up here, where torch has put its own in place
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3)
+
+    return Entry(name, "zigzag", attend, _uncounted, trusted=False)
+
+
+def _uncounted(run: Callable[[], None]) -> None:
+    """Functional collectives pass by what counts the others' messages."""
+    run()

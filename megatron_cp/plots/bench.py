@@ -1,0 +1,45 @@
+"""Bars of a benchmark: what each backend reaches of the ideal, sends and keeps alive."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_cp.plots.timeline import COLOURS
+
+if TYPE_CHECKING:
+    from megatron_cp.bench.contest import Row
+
+PANELS = {
+    "share_of_ideal": ("share of ideal", 1),
+    "sent": ("sent per rank, MiB", 2**20),
+    "peak": ("live beyond local q, k, v, dout, MiB", 2**20),
+}
+SHADES = tuple(COLOURS.values())
+
+
+def draw_bench(rows: "Sequence[Row]", file: Path, title: str) -> Path:
+    """Draw one bar per backend and sequence length in three panels as PNG, SVG or PDF; who got no figure has no bar."""
+    # a figure of its own: pyplot would choose a window system and keep the figure
+    from matplotlib.figure import Figure
+
+    names, lengths = list(dict.fromkeys(row.backend for row in rows)), list(dict.fromkeys(row.seq for row in rows))
+    figure = Figure(figsize=(14, 2 + 0.15 * len(names) * (1 + len(lengths))), layout="constrained")
+    figure.suptitle(title)
+    for axes, (key, (label, unit)) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
+        for number, seq in enumerate(lengths):
+            values = {names.index(row.backend): getattr(row, key) for row in rows if row.seq == seq}
+            bars = {place: value / unit for place, value in values.items() if value is not None}
+            thickness = 0.8 / len(lengths)
+            places = [place - 0.4 + (number + 0.5) * thickness for place in bars]
+            drawn = axes.barh(
+                places, list(bars.values()), thickness, label=f"S = {seq}", color=SHADES[number % len(SHADES)]
+            )
+            axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
+        axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    if len(lengths) > 1:
+        figure.axes[-1].legend(frameon=False)
+    figure.savefig(file, dpi=120)
+    return file
