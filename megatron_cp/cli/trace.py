@@ -57,6 +57,8 @@ def trace(
     # refused before anything takes time
     hardware = load_cluster(cluster)
     _check_plots(plot or [])
+    if placement in PLACEMENTS:
+        BACKENDS.get(backend).check_placement(placement)
     problem = Problem(
         BACKENDS.get(backend).name,
         ranks,
@@ -122,9 +124,15 @@ def _grid(backend: str, ranks: int, sizes: tuple[int, int] | None) -> Grid | Non
             f"--hierarchical-context-parallel-sizes {sizes[0]} {sizes[1]} must multiply to --ranks {ranks}; "
             f"possible are {', '.join(f'{n} {ranks // n}' for n in range(1, ranks + 1) if ranks % n == 0)}"
         )
+    entry = BACKENDS.get(backend)
+    if sizes and not (entry.needs_grid or entry.takes_grid):
+        raise ValueError(
+            f"--hierarchical-context-parallel-sizes has no effect on --backend {entry.name}; leave it out or use one "
+            f"of {', '.join(other.name for other in BACKENDS if other.needs_grid or other.takes_grid)}"
+        )
     if sizes:
         return Grid(*sizes)
-    return most_square(ranks) if BACKENDS.get(backend).needs_grid else None
+    return most_square(ranks) if entry.needs_grid else None
 
 
 def _measured(recorded: Trace) -> Seconds:

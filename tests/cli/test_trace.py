@@ -140,6 +140,9 @@ def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, m
         (["--backend", "ulysses", "--heads", "2"], "4 ranks cannot share 2 query heads"),
         (["--plot", "trace.gif"], "--plot takes a file that ends in one of"),
         (["--backend", "usp", "--hierarchical-context-parallel-sizes", "3", "2"], "must multiply to --ranks 4"),
+        (["--hierarchical-context-parallel-sizes", "2", "2"], "has no effect on --backend zigzag; leave it out or use"),
+        (["--backend", "auto", "--placement", "context-first"], "with backend 'auto', which does not ask"),
+        (["--backend", "startrail", "--hierarchical-context-parallel-sizes", "4", "1"], "possible are 1, 2, backend"),
         (["--dtype", "float32"], "the rates of cluster 'h100-ib' hold for bfloat16"),
     ],
 )
