@@ -157,6 +157,11 @@ def _add_schedule_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def _splits_te(args: Any) -> bool:
+    te = _read(args, "transformer_impl", "transformer_engine") == "transformer_engine"
+    return te and SCHEDULES.get(args.pp_schedule).split
+
+
 SCHEDULE_UNSUPPORTED = (
     Unsupported(
         "CUDA graphs, which are captured in Megatron's own order",
@@ -175,6 +180,16 @@ SCHEDULE_UNSUPPORTED = (
         "Megatron's own delay of weight gradients",
         lambda args: any(_read(args, name, False) for name in ("delay_wgrad_compute", "defer_embedding_wgrad_compute")),
         "leave --delay-wgrad-compute and --defer-embedding-wgrad-compute out, a split schedule delays them itself",
+    ),
+    Unsupported(
+        "transformer-engine's overlap of tensor-parallel communication, which cannot delay weight gradients",
+        lambda args: _splits_te(args) and bool(_read(args, "tp_comm_overlap", False)),
+        "leave --tp-comm-overlap out, or take a schedule without W",
+    ),
+    Unsupported(
+        "transformer-engine's fused operations, which delay no weight gradients",
+        lambda args: _splits_te(args) and bool(_read(args, "use_transformer_engine_op_fuser", False)),
+        "leave --use-transformer-engine-op-fuser out, or take a schedule without W",
     ),
     Unsupported(
         "offloading of activations in Megatron's own order",
@@ -213,7 +228,7 @@ V_UNSUPPORTED = (
         "checkpoints that keep a rank's chunks together, for they hold other layers than on the loop",
         lambda args: (
             any(_read(args, name) for name in ("save", "load"))
-            and _read(args, "ckpt_format", "torch_dist") not in ("torch_dist",)
+            and _read(args, "ckpt_format", "torch_dist") != "torch_dist"
         ),
         "leave --ckpt-format out, torch_dist can be loaded under any schedule",
     ),

@@ -16,6 +16,7 @@ import torch
 
 from megatron_cp import config
 from megatron_cp.megatron.contents import damage, iterations, unreadable
+from megatron_cp.pipeline import on_v
 
 # what makes two models different; read from the arguments that every checkpoint carries
 MODEL = (
@@ -61,8 +62,8 @@ def _check_optimizer(args: Any, saved: Any) -> None:
             f"the checkpoint in {args.load} was saved {_with(saved)} --use-distributed-optimizer and this run is "
             f"{_with(args)} it; make them the same or pass --no-load-optim"
         )
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    moved = [f"{name} {getattr(saved, name)} -> {getattr(args, name)}" for name in sizes if _differs(args, saved, name)]
+    here, there = _topology(args), _topology(saved)
+    moved = [f"{name} {there[name]} -> {here[name]}" for name in here if here[name] != there[name]]
     if moved and saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable:
         raise ValueError(
             f"the optimizer state in {args.load} cannot move between topologies ({', '.join(moved)}); "
@@ -70,8 +71,11 @@ def _check_optimizer(args: Any, saved: Any) -> None:
         )
 
 
-def _differs(args: Any, saved: Any, name: str) -> bool:
-    return bool(getattr(args, name) != getattr(saved, name))
+def _topology(args: Any) -> dict[str, Any]:
+    """What decides which parameters lie together on a rank, and in which order."""
+    sizes = ("tensor", "pipeline", "virtual_pipeline")
+    found = {f"{size}_model_parallel_size": getattr(args, f"{size}_model_parallel_size", None) for size in sizes}
+    return {**found, "placement": "v" if on_v(getattr(args, "pp_schedule", None)) else "loop"}
 
 
 def _with(args: Any) -> str:
