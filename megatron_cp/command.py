@@ -86,8 +86,14 @@ def entry_words(launch: Section) -> list[str]:
 
 
 def flag_words(section: Mapping[str, Setting]) -> list[str]:
-    """The flags of a section, each followed by its values."""
-    return [word for key, setting in section.items() for word in (key, *setting.values)]
+    """The flags of a section, each followed by its values; a single one that looks like a flag is tied to its own."""
+    return [word for key, setting in section.items() for word in _flag(key, setting.values)]
+
+
+def _flag(key: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(values) == 1 and values[0].startswith("-"):
+        return (f"{key}={values[0]}",)
+    return (key, *values)
 
 
 def processes(recipe: Recipe) -> int | None:
@@ -104,7 +110,9 @@ def check_processes(recipe: Recipe) -> None:
     tp, pp, cp = (recipe.number(flag, 1) for flag in flags)
     started, needed = processes(recipe), tp * pp * cp
     if started is not None and started % needed:
+        given = [recipe.launch[flag] for flag in ("--nnodes", "--nproc-per-node") if flag in recipe.launch]
+        place = f"{given[0].place}: " if given else ""
         raise ValueError(
-            f"TP={tp} * PP={pp} * CP={cp} needs a multiple of {needed} processes, got {started}; "
+            f"{place}TP={tp} * PP={pp} * CP={cp} needs a multiple of {needed} processes, got {started}; "
             f"pass --nproc-per-node {needed} or lower a size"
         )

@@ -96,7 +96,8 @@ class Unset(dict[str, str]):
 
 def _one_text(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, str]) -> Setting:
     found = _entries(node, key, file, variables)
-    return found if found.text or found.problem else found._replace(problem="takes one text")
+    one = len(found.values) == 1 and found.text
+    return found if one or found.problem else found._replace(problem="takes one text")
 
 
 def _top_level(file: Path) -> Iterator[tuple[ScalarNode, Any]]:

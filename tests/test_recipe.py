@@ -12,7 +12,16 @@ import pytest
 
 from megatron_cp import recipe, recipe_file
 from megatron_cp.cli import data
-from megatron_cp.command import Command, check_processes, command, complete, corpus_command, corpus_words, processes
+from megatron_cp.command import (
+    Command,
+    check_processes,
+    command,
+    complete,
+    corpus_command,
+    corpus_words,
+    flag_words,
+    processes,
+)
 from megatron_cp.megatron import flags
 from megatron_cp.recipe import Recipe
 
@@ -135,6 +144,22 @@ def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> 
         ("LAUNCH:\n  --nproc: 1\n", "run.yaml:2: unknown LAUNCH key '--nproc'"),
         ("DATA:\n  --input: x\n  --outptu: y\n", "run.yaml:3: unknown DATA key '--outptu'; did you mean '--output'?"),
         ("DATA:\n  --input: x\n", "run.yaml:2: DATA needs --output"),
+        ("CLUSTER: [a, b]\n", "run.yaml:1: CLUSTER: takes one text"),
+        ("CLUSTR: a\n", "run.yaml:1: unknown section 'CLUSTR'; did you mean 'CLUSTER'?"),
+        ("ENV_VARS:\n  A;touch x: 1\n", "run.yaml:2: 'A;touch x' is no name of an environment variable"),
+        ("LAUNCH:\n  entry: -c\n", "run.yaml:2: entry is a module such as megatron_cp.pretrain_gpt or a script"),
+        ("LAUNCH:\n  entry: a b\n", "run.yaml:2: entry is a module"),
+        (
+            "MODEL_ARGS:\n  --save: !!python/object/apply:os.system [touch x]\n",
+            "run.yaml:2: a recipe has texts and lists",
+        ),
+        ("MODEL_ARGS:\n  --save: !!python/name:os.system\n", "run.yaml:2: a recipe has texts and lists"),
+        ("MODEL_ARGS:\n  --save: [!env HOME]\n", "run.yaml:2: a recipe has texts and lists only, got the tag '!env'"),
+        ("MODEL_ARGS: !!python/dict {--save: x}\n", "run.yaml:1: a recipe has texts and lists"),
+        ("MODEL_ARGS:\n  !x --save: x\n", "run.yaml:2: a recipe has texts and lists"),
+        ('MODEL_ARGS:\n  --save: "a\\0b"\n', "run.yaml:2: no command line can carry 'a\\x00b'"),
+        ('MODEL_ARGS:\n  --save: "\\ud800"\n', "run.yaml:2: no command line can carry"),
+        ("MODEL_ARGS: " + 2000 * "[" + "\n", "run.yaml: nested too deeply for a recipe"),
         ("extends: nothing-like-it\n", "run.yaml:1: extends: no recipe 'nothing-like-it'"),
         ("extends: run\n", "run.yaml: extends itself: run.yaml -> run.yaml"),
     ],
@@ -156,6 +181,28 @@ def test_bytes_that_are_no_text_are_not_yaml(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ValueError, match="not YAML"):
         recipe.load(str(tmp_path / "x.yaml"), {})
+
+
+def test_a_recipe_names_its_cluster_and_itself(write: Write) -> None:
+    write("CLUSTER: h100-ib\nMODEL_ARGS:\n  --save: runs/${RECIPE}\n", "parent.yaml")
+    assert recipe.load("parent.yaml", {}).cluster == "h100-ib"
+    run = recipe.load(write("extends: parent\nCLUSTER: ${CLUSTER:-a100-ib}\n"), {"RECIPE": "other"})
+    assert (run.cluster, run.save) == ("a100-ib", Path("runs/run"))
+
+
+def test_a_recipe_can_be_looked_at_without_its_variables(write: Write) -> None:
+    name = write("MODEL_ARGS:\n  --data-path: ${DATA}/${DATA}\n  --lr: ${LR:-1}\n  --seed: ${SEED}\n")
+    variables = recipe_file.Unset({"SEED": "3", "LR": ""})
+    run = recipe.load(name, variables)
+    assert said(run.model_args) == {"--data-path": ("<DATA>/<DATA>",), "--lr": ("1",), "--seed": ("3",)}
+    assert variables.names == ["DATA"]
+
+
+def test_a_size_that_is_missing_is_named(write: Write) -> None:
+    run = recipe.load(write("MODEL_ARGS: {--seq-length: 8}\n"), {})
+    assert run.required("--seq-length") == 8
+    with pytest.raises(ValueError, match="recipe run has no --num-layers; add it to MODEL_ARGS"):
+        run.required("--num-layers")
 
 
 def test_an_unknown_recipe_gets_a_suggestion() -> None:
@@ -263,9 +310,7 @@ def test_shipped_recipes_pass_megatrons_parser(name: str, megatron_parser: argpa
     run = recipe.load(name, VARIABLES)
     flags.check(run.model_args, megatron_parser)
     check_processes(run)
-    words = command(run).words
-    first = next(iter(run.model_args))
-    args = megatron_parser.parse_args(words[words.index(first) :])
+    args = megatron_parser.parse_args(flag_words(run.model_args))
     assert args.num_layers == (run.number("--num-layers", 0) or None)
 
 
@@ -308,6 +353,11 @@ def test_the_small_models_of_llama_3_2_stretch_positions_by_32() -> None:
             "--ckpt-format takes one of torch, torch_dist, torch_dcp, fsdp_dtensor, got 'torch_dit'; did you mean",
         ),
         ("--tokenizer-type", "Bytes", "--tokenizer-type takes one of"),
+        (
+            "--hierarchical-context-parallel-sizes",
+            "[4, -2]",
+            "--hierarchical-context-parallel-sizes takes no value that",
+        ),
         ("--spec", "module name", "--spec takes several values, got the one text 'module name'; write a list"),
         ("--hierarchical-context-parallel-sizes", "[4, x]", "--hierarchical-context-parallel-sizes takes an int"),
         (

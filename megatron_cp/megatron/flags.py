@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_cp.command import runs_through_us
+from megatron_cp.command import flag_words, runs_through_us
 from megatron_cp.recipe import Recipe, Setting
 from megatron_cp.registry import suggest
 
@@ -41,7 +41,7 @@ def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> N
     """
     known = known or parser()
     check(recipe.model_args, known)
-    words = [word for key, setting in recipe.model_args.items() for word in (key, *setting.values)]
+    words = flag_words(recipe.model_args)
     from megatron_cp.megatron import arguments
     from megatron_cp.megatron.launch import SPEC, has_our_layers, wants_layers
 
@@ -73,6 +73,8 @@ def _problem(action: argparse.Action, values: tuple[str, ...]) -> str:
         return f"takes {action.nargs} values, got {len(values)}; write a list"
     if action.nargs is None and len(values) != 1:
         return f"takes one value, got {len(values)}: {_shown(values)}"
+    if len(values) > 1 and (flags := [value for value in values if value.startswith("-")]):
+        return f"takes no value that begins with a dash among several, got {flags[0]!r}"
     if several and len(values) == 1 and len(values[0].split()) > 1:
         return f"takes several values, got the one text {values[0]!r}; write a list: [{', '.join(values[0].split())}]"
     return next((text for value in values if (text := _wrong(action, value))), "")

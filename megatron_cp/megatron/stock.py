@@ -1,7 +1,8 @@
-"""What stock attention cannot do and Megatron's argument checks let pass: a run would find out on its GPUs.
+"""What stock Megatron cannot do and its argument checks let pass: a run would find out on its GPUs.
 
-The rules are those of transformer-engine's context parallelism, which `--cp-comm-type` is handed to as it is, and of
-Megatron's local attention, which has none.
+The rules of attention are those of transformer-engine's context parallelism, which `--cp-comm-type` is handed to as it
+is, and of Megatron's local attention, which has none. Those of pipelines are asked when the model is built, and in the
+first step.
 """
 
 from typing import Any
@@ -14,7 +15,29 @@ COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 WINDOWED = ("all_gather", "a2a")
 
 
-def check(args: Any) -> None:
+def check_pipeline(args: Any, config: Any) -> None:
+    """Raise AssertionError or ValueError where layers do not divide into stages, or microbatches into groups."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    pp, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
+    for rank in range(pp):
+        for chunk in range(chunks or 1):
+            get_num_layers_to_build(config, vp_stage=chunk if chunks else None, pp_rank=rank)
+    if chunks is None or getattr(args, "pp_schedule", None):
+        return
+    group = config.microbatch_group_size_per_vp_stage
+    for flag in ("global_batch_size", "eval_global_batch_size"):
+        sequences = getattr(args, flag) // args.data_parallel_size
+        micros = sequences // (args.micro_batch_size if flag == "global_batch_size" else args.eval_micro_batch_size)
+        if micros < group or 0 < micros % group < pp:
+            raise ValueError(
+                f"--pipeline-model-parallel-size {pp} with chunks takes {group} microbatches at a time, "
+                f"got {micros} from --{flag.replace('_', '-')} {getattr(args, flag)}; use a multiple of {group}, or "
+                f"leave --num-virtual-stages-per-pipeline-rank out"
+            )
+
+
+def check_attention(args: Any) -> None:
     """Raise ValueError, with the rule, the value and a way out, for the first thing that stock attention cannot do."""
     cp, names = args.context_parallel_size, comm_types(args)
     for name in names:

@@ -124,7 +124,7 @@ def _until_the_tokenizer() -> None:
 
     args = arguments.parse_args()
     arguments.validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-    core_transformer_config_from_args(args)
+    model = core_transformer_config_from_args(args)
     init_num_microbatches_calculator(
         args.rank,
         args.rampup_batch_size,
@@ -133,9 +133,10 @@ def _until_the_tokenizer() -> None:
         args.data_parallel_size,
         args.decrease_batch_size_if_needed,
     )
+    stock.check_pipeline(args, model)
     # of somebody else's layers nothing is known
     if args.spec is None or args.spec[0].startswith("megatron."):
-        stock.check(args)
+        stock.check_attention(args)
 
 
 def _with_places(text: str, recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""Every shipped recipe passes Megatron's own checks and ours for its cluster, and broken copies fail with the right line."""
+"""Shipped recipes pass Megatron's own checks and ours for their clusters; broken copies fail with the right line."""
 
 import os
 import subprocess
@@ -74,12 +74,28 @@ def test_every_recipe_is_valid_for_its_cluster(name: str) -> None:
         (["--num-query-groups: 3"], ["num_query_groups (3)", "broken.yaml:3 --num-query-groups 3"]),
         (["--num-layer: 80"], ["broken.yaml:3: unknown flag '--num-layer'; did you mean '--num-layers'?"]),
         (["--cp-comm-type: nonsense"], ["unknown context-parallel backend 'nonsense'"]),
-        (["--seq-length: 32770"], ["--seq-length must be divisible by", "got 32770", "broken.yaml:3 --seq-length 32770"]),
-        (["--context-parallel-size: 16", "--cp-comm-type: ulysses"], ["got 8 heads; use at most 8 ranks"]),
+        (
+            ["--seq-length: 32770"],
+            ["--seq-length must be divisible by", "got 32770", "broken.yaml:3 --seq-length 32770"],
+        ),
+        (
+            ["--context-parallel-size: 16", "--pipeline-model-parallel-size: 2", "--cp-comm-type: ulysses"],
+            ["got 8 heads; use at most 8 ranks"],
+        ),
         (["--context-parallel-size: 5"], ["TP=8 * PP=4 * CP=5 needs a multiple of 160 processes, got 256"]),
         (["--cp-comm-type: usp", "--hierarchical-context-parallel-sizes: [3, 2]"], ["3 * 2 = 6 and 4"]),
         (["--pp-schedule: zb-h1"], ["--pp-schedule zb-h1", "chunk"]),
-        (["--num-virtual-stages-per-pipeline-rank: 7"], ["--num-virtual-stages-per-pipeline-rank 7"]),
+        (
+            ["--num-virtual-stages-per-pipeline-rank: 7"],
+            ["num_layers_per_pipeline_rank 20 should be divisible by", "7"],
+        ),
+        (
+            ["--global-batch-size: 12"],
+            [
+                "--pipeline-model-parallel-size 4 with chunks takes 4 microbatches",
+                "broken.yaml:3 --global-batch-size 12",
+            ],
+        ),
         (["--global-batch-size: 127"], ["127"]),
         (["--recompute-granularity: selective", "--recompute-modules: nothing"], ["recompute_modules"]),
         (["--sequence-parallel: false", "--tp-comm-overlap: true"], ["sequence parallelism"]),
@@ -96,9 +112,15 @@ def test_a_broken_copy_fails_with_the_right_line(broken: Broken, lines: list[str
     ("lines", "words"),
     [
         (["--cp-comm-type: nonsense"], "unknown --cp-comm-type 'nonsense'"),
-        (["--cp-comm-type: a2a", "--context-parallel-size: 4"], "--num-query-groups of a tensor-parallel rank evenly to 4"),
+        (
+            ["--cp-comm-type: a2a", "--context-parallel-size: 4"],
+            "--num-query-groups of a tensor-parallel rank evenly to 4",
+        ),
         (["--cp-comm-type: p2p", "--window-size: '1024,0'"], "--window-size needs --cp-comm-type all_gather or a2a"),
-        (["--transformer-impl: local", "--no-rope-fusion: true"], "--transformer-impl local has no context parallelism"),
+        (
+            ["--transformer-impl: local", "--no-rope-fusion: true"],
+            "--transformer-impl local has no context parallelism",
+        ),
     ],
 )
 def test_what_stock_attention_cannot_do_is_refused_where_ours_is_not_in_force(
