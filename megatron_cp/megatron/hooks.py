@@ -146,6 +146,15 @@ def _with_weight_queue(old: Any) -> Any:
     return SplitLinear(old)
 
 
+def _with_delayed_weights(old: Callable[..., Any]) -> Callable[..., Any]:
+    def __post_init__(*args: Any, **kwargs: Any) -> None:
+        from megatron_cp.megatron.delayed import delay_weights
+
+        delay_weights(old, *args, **kwargs)
+
+    return __post_init__
+
+
 def _with_first_step(old: Callable[..., Any]) -> Callable[..., Any]:
     def state_dict(*args: Any, **kwargs: Any) -> Any:
         from megatron_cp.megatron.resume import state_dict as ours
@@ -250,6 +259,14 @@ HOOKS = Registry(
             ("model",),
             "the two copies of a tied embedding are expected on two ranks, and on the V they are on one",
             "a sum over the copies of this rank before those of the embedding group are reduced",
+        ),
+        Hook(
+            "delayed-weights",
+            ("megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",),
+            _with_delayed_weights,
+            ("self",),
+            "linears of transformer-engine delay weight gradients only with overlap of expert-parallel communication",
+            "a delay_wgrad_compute that any pipeline schedule may use",
         ),
         Hook(
             "optimizer-save",

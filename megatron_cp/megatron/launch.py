@@ -87,6 +87,7 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
     if schedule is not None:
         names += ["schedule", "weight-queue"]
         names += hooks.FOR_V if schedule and on_v(schedule[0]) else ()
+        names += ["delayed-weights"] if has_te() else []
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names.append("mtp-layers")
     if hooks.dataset_helpers_need_no_make():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_cp.comm import GroupFabric, wires
 from megatron_cp.megatron import costs
+from megatron_cp.megatron.delayed import gradients_to_come, watch
 from megatron_cp.megatron.launch import say
 from megatron_cp.megatron.layers import global_args
 from megatron_cp.megatron.linear import queue_in_force
@@ -112,9 +113,12 @@ class ModelStages:
     def backward(
         self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
     ) -> Tensor | None:
-        put_off = self._queue.put_off((stage, micro)) if split and self._queue else nullcontext()
-        with put_off:
+        queue = self._queue if self._queue and (split or self._queue.always) else None
+        chunk = self._call.model[self._chunk[stage]]
+        with queue.put_off((stage, micro)) if queue else nullcontext(), gradients_to_come(chunk):
             before: Tensor | None = schedules.backward_step(given, made, gradient, self._call.config)
+        if queue and not split:
+            queue.run((stage, micro))
         return before
 
     def weight(self, stage: int, micro: int) -> None:
@@ -148,6 +152,7 @@ class Pipeline:
         self._channels: Channels | None = None
         self._known: costs.Known | None = None
         self._profile: Profile | None = None
+        self._delayed = False
 
     def __call__(
         self,
@@ -207,6 +212,7 @@ class Pipeline:
             self._channels = connect(call.groups.pp, placement)
             self._known = costs.given(global_args(), placement)
             self._profile = _profile_of(call)
+            self._delayed = watch(call.model)
             if self._profile:
                 say(f"measuring the first {global_args().pp_profile_steps} steps, then scheduling for what they show")
         if call.training and self._profile and self._profile.done:
@@ -215,7 +221,7 @@ class Pipeline:
         rank = call.groups.pp.rank()
         actions = schedule.table[rank]
         call.window = most_in_flight(actions)
-        queue = queue_in_force() if any(action.kind == INPUT for action in actions) else None
+        queue = queue_in_force() if self._delayed or any(action.kind == INPUT for action in actions) else None
         last = len(placement.rank_of) - 1
         stages = ModelStages(call, placement.of_rank[rank], last, queue)
         observe = self._profiled() if call.training else self._observe

@@ -26,11 +26,12 @@ class Work(NamedTuple):
 class WeightQueue:
     """Weight gradients that wait, under the key of the I that put them there, in the order of that backward.
 
-    open: whether linears are to hand their weight gradients to this queue at all
+    open:   whether linears are to hand their weight gradients to this queue at all
+    always: whether some of them know no whole backward, so that a B goes through the queue too
     """
 
     def __init__(self) -> None:
-        self.open = False
+        self.open = self.always = False
         self._waiting: dict[Hashable, deque[Work]] = {}
         self._key: Hashable | None = None
 
