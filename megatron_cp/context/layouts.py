@@ -9,6 +9,8 @@ from functools import cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from megatron_cp.registry import suggest
+
 Runs = tuple[range, ...]
 Layout = tuple[Runs, ...]
 
@@ -49,8 +51,10 @@ LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "contiguou
 def layout(name: str, tokens: int, ranks: int, stripe: int = 1) -> Layout:
     """The layout called `name` of a sequence of `tokens`; `stripe` is the length of a block of "striped".
 
-    Raises ValueError when the length does not fit.
+    Raises ValueError for an unknown name and when the length does not fit.
     """
+    if name not in LAYOUTS:
+        raise ValueError(f"unknown layout {name!r}{suggest(name, LAYOUTS)}; known: {', '.join(LAYOUTS)}")
     return striped(tokens, ranks, stripe) if name == "striped" else LAYOUTS[name](tokens, ranks)
 
 

@@ -143,6 +143,7 @@ def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, m
         (["--hierarchical-context-parallel-sizes", "2", "2"], "has no effect on --backend zigzag; leave it out or use"),
         (["--backend", "auto", "--placement", "context-first"], "with backend 'auto', which does not ask"),
         (["--backend", "startrail", "--hierarchical-context-parallel-sizes", "4", "1"], "possible are 1, 2, backend"),
+        (["--layout", "zigzak"], "unknown layout 'zigzak'; did you mean 'zigzag'"),
         (["--dtype", "float32"], "the rates of cluster 'h100-ib' hold for bfloat16"),
     ],
 )
