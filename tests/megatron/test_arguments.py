@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cp.megatron.arguments import add_arguments, check, check_table
+from megatron_cp.megatron.arguments import add_arguments, check, check_schedule
 
 GOOD = {
     "cp_comm_type": ["p2p"],
@@ -123,10 +123,11 @@ def scheduled(name: str, **changes: Any) -> Namespace:
     return given(pp_schedule=name, **{**sizes, **changes})
 
 
-def test_split_schedules_refuse_linears_that_cannot_be_split() -> None:
-    with pytest.raises(ValueError, match="pass --transformer-impl local, or take gpipe, 1f1b, dapple-b"):
-        check_table(scheduled("zb-h1", transformer_impl="transformer_engine"))
-    check_table(scheduled("zb-h1", transformer_impl="local"))
-    check_table(scheduled("1f1b", transformer_impl="transformer_engine"))
-    # every W of GIS follows its I, so its backwards stay whole
-    check_table(scheduled("gis", virtual_pipeline_model_parallel_size=2, transformer_impl="transformer_engine"))
+@pytest.mark.parametrize("what", ["tp_comm_overlap", "use_transformer_engine_op_fuser"])
+def test_split_schedules_refuse_what_transformer_engine_cannot_delay(what: str) -> None:
+    te = {"transformer_impl": "transformer_engine", "cuda_graph_impl": "none"}
+    check_schedule(scheduled("zb-h1", **te))
+    with pytest.raises(ValueError, match=f"leave --{what.replace('_', '-')} out, or take a schedule without W"):
+        check_schedule(scheduled("zb-h1", **te, **{what: True}))
+    check_schedule(scheduled("zb-h1", transformer_impl="local", **{what: True}))
+    check_schedule(scheduled("1f1b", **te, **{what: True}))

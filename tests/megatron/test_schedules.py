@@ -215,7 +215,6 @@ def test_evaluation_gives_the_same_loss(schedule, chunks):
 REFUSED = {
     "one rank": ("--pp-schedule zb-h1", "needs --pipeline-model-parallel-size of at least 2, got 1"),
     "unknown": (f"{TWO} --pp-schedule zb-h3", "did you mean 'zb-h"),
-    "placement": (f"{TWO} --pp-schedule zb-v", "cannot be trained with yet"),
     "chunks": (f"{TWO} {CHUNKS} --pp-schedule zb-h1", "zb-h1 has v = 1, got v = 2"),
     "no chunks": (f"{TWO} --pp-schedule izb", "needs more than one chunk per rank, got 1"),
     "microbatches": (
