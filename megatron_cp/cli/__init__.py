@@ -4,7 +4,20 @@ import sys
 
 import typer
 
-from megatron_cp.cli import backends, bench, critical_path, data, doctor, inspect, simulate, submit, trace, train, validate
+from megatron_cp.cli import (
+    backends,
+    bench,
+    critical_path,
+    data,
+    doctor,
+    estimate,
+    inspect,
+    simulate,
+    submit,
+    trace,
+    train,
+    validate,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train.register(app)
@@ -14,6 +27,7 @@ doctor.register(app)
 backends.register(app)
 simulate.register(app)
 trace.register(app)
+estimate.register(app)
 critical_path.register(app)
 inspect.register(app)
 app.add_typer(data.app, name="data")

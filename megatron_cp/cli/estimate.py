@@ -1,0 +1,158 @@
+"""`megatron-cp estimate`: what a recipe's training step takes on a cluster, before a GPU hour is spent."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cp import config, recipe
+from megatron_cp.planner.hardware import Cluster, load_cluster
+
+if TYPE_CHECKING:
+    from megatron_cp.planner.estimate import Estimate
+    from megatron_cp.planner.published import Row
+
+GPU_FIGURES = {"tokens_per_s_per_gpu": "tokens/s", "samples_per_s_per_gpu": "samples/s", "tflops_per_gpu": "TFLOP/s"}
+
+
+def register(app: typer.Typer) -> None:
+    """Mount the command."""
+    app.command("estimate", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})(
+        estimate
+    )
+
+
+def estimate(
+    name: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+    ] = None,
+    flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[--flag VALUE…]", help="Megatron flags that win over it.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A cluster of configs/clusters/, or a file; by default the recipe's own.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option(help="Published runs beside their estimates, instead of a recipe.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time per step, MFU, memory by kind and traffic by link of a recipe, and what bounds it."""
+    from megatron_cp.context.record import record
+
+    if published:
+        from megatron_cp.planner.published import published as runs
+
+        _show_published(runs(record), as_json)
+        return
+    if name is None:
+        raise ValueError("give a recipe, or --published")
+    found = estimate_recipe(recipe.load(name, config.environment(), flags or []), cluster)
+    if as_json:
+        typer.echo(json.dumps(_as_json(found), indent=2))
+    else:
+        _show(found)
+
+
+def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate":
+    """The estimate of a recipe's step; raises ValueError where it names no cluster and none is given."""
+    from megatron_cp.context.record import record
+    from megatron_cp.planner.estimate import estimate as of_step
+    from megatron_cp.planner.model import model_of, needed
+    from megatron_cp.planner.parallel import parallel_of
+
+    model = model_of(run)
+    return of_step(model, parallel_of(run, model.layers), _cluster(run, cluster), needed(run, "--seq-length"), record)
+
+
+def _cluster(run: recipe.Recipe, name: str | None) -> Cluster:
+    chosen = name or run.cluster
+    if chosen is None:
+        raise ValueError(f"recipe {run.name!r} names no CLUSTER; add one, or pass --cluster")
+    return load_cluster(chosen)
+
+
+def _as_json(found: "Estimate") -> dict[str, object]:
+    return {
+        "cluster": found.cluster.name,
+        "gpus": found.parallel.world,
+        "step_seconds": found.seconds,
+        "tokens_per_second_per_gpu": found.tokens_per_s_per_gpu,
+        "tflops_per_gpu": found.flops_per_gpu() / 1e12,
+        "mfu": found.mfu,
+        "bound_by": found.bound_by,
+        "parts_seconds": found.parts._asdict(),
+        "memory_bytes": found.worst_memory._asdict(),
+        "fits": found.fits,
+        "traffic_bytes": {level: getattr(found.traffic, level)._asdict() for level in ("inside", "between")},
+    }
+
+
+def _show(found: "Estimate") -> None:
+    from megatron_cp.planner.estimate import IN_WORDS
+
+    parallel, console = found.parallel, Console()
+    console.print(
+        f"{found.model.name} on {parallel.world} ranks of {found.cluster.name}: TP {parallel.tp}, PP {parallel.pp} x "
+        f"{parallel.vp}, CP {parallel.cp} ({parallel.backend}), DP {parallel.dp}; {parallel.global_batch} sequences of "
+        f"{found.seq} tokens\n"
+        f"{found.seconds:.4g} s per step, {found.tokens_per_s_per_gpu:,.0f} tokens/s per rank, "
+        f"{found.flops_per_gpu() / 1e12:.4g} TFLOP/s per rank, MFU {found.mfu:.1%}; "
+        f"most of it goes into {found.bound_by}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    time = _table("a step's time", ("", "seconds", "share"))
+    for part, seconds in found.parts._asdict().items():
+        time.add_row(IN_WORDS[part], f"{seconds:.4g}", f"{seconds / found.seconds:.1%}")
+    console.print(time, _memory(found), _traffic(found))
+    if not found.fits:
+        console.print(f"does not fit: a rank has {(found.cluster.memory_bytes or 0) / 1e9:,.0f} GB", highlight=False)
+
+
+def _memory(found: "Estimate") -> Table:
+    table = _table("memory of the fullest rank", ("", "GB"))
+    for kind, size in found.worst_memory._asdict().items():
+        table.add_row(kind, f"{size / 1e9:,.2f}")
+    table.add_row("all", f"{found.worst_memory.total / 1e9:,.2f}", style="bold")
+    return table
+
+
+def _traffic(found: "Estimate") -> Table:
+    table = _table("sent by a rank in a step, GB", ("", "inside the node", "between nodes"))
+    inside, between = found.traffic
+    for kind, size in inside._asdict().items():
+        table.add_row(kind, f"{size / 1e9:,.3f}", f"{getattr(between, kind) / 1e9:,.3f}")
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    return table
+
+
+def _show_published(rows: "Sequence[Row]", as_json: bool) -> None:
+    from megatron_cp.planner.published import summary
+
+    sizes = summary(rows)
+    if as_json:
+        told = [
+            {name: getattr(row, name) for name in ("name", "source", "unit", "reported", "predicted", "error")}
+            for row in rows
+        ]
+        typer.echo(json.dumps({"rows": told, **sizes._asdict()}, indent=2))
+        return
+    table = _table("per GPU", ("", "reported", "predicted", "error"))
+    for row in rows:
+        unit = GPU_FIGURES.get(row.unit, "MFU")
+        table.add_row(row.name, f"{row.reported:,.5g} {unit}", f"{row.predicted:,.4g}", f"{row.error:+.1%}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{len(rows)} runs, error {sizes.median:.1%} in the median, {sizes.worst:.1%} at worst", highlight=False
+    )
