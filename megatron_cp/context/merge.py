@@ -14,7 +14,7 @@ class SoftmaxMerge:
     """Online-softmax merge of attention over disjoint sets of keys.
 
     The first result that covers all rows is taken over and merged into in place.
-    l = logaddexp(l1, l2), o = exp(l1 - l) o1 + exp(l2 - l) o2; rows that have seen no key keep o = 0, l = -inf.
+    l = logaddexp(l1, l2), o = o1 + sigmoid(l2 - l1) (o2 - o1); rows that have seen no key keep o = 0, l = -inf.
     Source: Rabe and Staats 2021, arXiv:2112.05682; Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
 
@@ -30,13 +30,10 @@ class SoftmaxMerge:
             return
         total, log_sum = self._started()
         previous = log_sum[rows]
-        merged = torch.logaddexp(previous, lse)
-        # -inf minus -inf is nan; such rows get weight exp(-inf - 0) = 0
-        finite = merged.masked_fill(merged == -torch.inf, 0.0)
-        total[rows].mul_((previous - finite).exp_()[..., None]).addcmul_(
-            out.to(total.dtype), (lse - finite).exp_()[..., None]
-        )
-        log_sum[rows] = merged
+        # -inf minus -inf is nan: rows that no key has met on either side are 0 on both, and any share of them is
+        share = (lse - previous).nan_to_num_(nan=0.0).sigmoid_()
+        total[rows].lerp_(out.to(total.dtype), share[..., None])
+        log_sum[rows] = torch.logaddexp(previous, lse)
 
     def room(self, rows: slice) -> list[Tensor]:
         """Buffers for another rank's result over these rows."""
