@@ -1,0 +1,218 @@
+"""Stages on a V train as the same stages on the loop: Megatron's own interleaved schedule, parameter by parameter."""
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_cp.megatron.launch import door
+from tests.megatron.pretraining import global_names, losses_of_each_iteration, pretrain_losses, start_from_names, tiny
+from tests.ranks import RankError, run_ranks, run_ranks_with_log
+
+# stands for leaving this flag out
+TIED = "--untie-embeddings-and-output-weights"
+MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
+TWO = "--pipeline-model-parallel-size 2"
+FOUR = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 16"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
+# the norm adds up squares rank by rank, and a rank has other layers here: with clipping the last bits differ
+UNCLIPPED = "--clip-grad 0"
+
+
+def trained(flags):
+    """What this rank knows after training: losses of each iteration, and pairs of global name and parameter."""
+    from megatron_cp.megatron import pretrain
+
+    built = []
+
+    def prepare(config):
+        start_from_names(config)
+        config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
+
+    sys.argv = ["pretrain_gpt", *flags]
+    with door(flags), losses_of_each_iteration() as log:
+        pretrain.run(prepare=prepare)
+    return log, [(name, weight.detach().clone()) for chunk in built for name, weight in global_names(chunk)]
+
+
+def run(world_size, *flags):
+    """The losses that the last rank knows; by global name all values of a parameter, in order of rank.
+
+    Equal values are one: replicas of data parallelism, and the copies of a tied embedding. What is left are the parts
+    of tensor and expert parallelism, and whatever went wrong.
+    """
+    without = TIED if TIED in flags else ""
+    ranks = run_ranks(world_size, trained, tiny(MODEL, *(flag for flag in flags if flag != TIED), without=without))
+    values = defaultdict(list)
+    for _, parameters in ranks:
+        for name, value in parameters:
+            if not any(torch.equal(value, known) for known in values[name]):
+                values[name].append(value)
+    return ranks[-1][0], dict(values)
+
+
+@pytest.fixture(scope="module")
+def on_loop():
+    """Runs of Megatron's own drivers, by their flags, each made once."""
+    runs = {}
+
+    def once(world_size, *flags):
+        if (world_size, flags) not in runs:
+            runs[world_size, flags] = run(world_size, *flags)
+        return runs[world_size, flags]
+
+    return once
+
+
+def assert_bit_equal(found, expected):
+    (log, values), (other_log, other_values) = found, expected
+    assert [step["loss"] for step in log] == [step["loss"] for step in other_log]
+    assert values.keys() == other_values.keys()
+    for name, parts in values.items():
+        assert len(parts) == len(other_values[name]), name
+        assert all(map(torch.equal, parts, other_values[name])), name
+    for step, other in zip(log, other_log, strict=True):
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["zb-v", "v-half", "v-min", "1f1b-v", "dualpipe-v"])
+def test_two_ranks_train_as_interleaved(on_loop, schedule):
+    assert_bit_equal(run(2, TWO, UNCLIPPED, f"--pp-schedule {schedule}"), on_loop(2, TWO, UNCLIPPED, CHUNKS))
+
+
+@pytest.mark.parametrize("schedule", ["zb-v", "v-half", "v-min", "1f1b-v", "dualpipe-v"])
+def test_four_ranks_train_as_interleaved(on_loop, schedule):
+    assert_bit_equal(run(4, FOUR, UNCLIPPED, f"--pp-schedule {schedule}"), on_loop(4, FOUR, UNCLIPPED, CHUNKS))
+
+
+LAYOUT = "--pipeline-model-parallel-layout Et|tt|t|L"
+ENDS = "--num-layers 6 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
+COMBINED = {
+    "tied embeddings, loss per token": (2, "v-min", (CHUNKS, TIED, "--calculate-per-token-loss")),
+    "tied embeddings, distributed optimizer": (4, "zb-v", (CHUNKS, TIED, DISTRIBUTED)),
+    "tensor and sequence parallel": (4, "v-half", (CHUNKS, "--tensor-model-parallel-size 2 --sequence-parallel")),
+    "context parallel": (4, "1f1b-v", (CHUNKS, "--context-parallel-size 2 --cp-comm-type zigzag")),
+    "data parallel, overlapped, experts": (4, "zb-v", (CHUNKS, "--overlap-grad-reduce", EXPERTS)),
+    "uneven stages, an empty one with the head": (2, "zb-v", (LAYOUT,)),
+    "embedding and head counted as layers, bf16": (2, "zb-v", (CHUNKS, ENDS, "--bf16")),
+}
+
+
+@pytest.mark.parametrize("case", list(COMBINED))
+def test_combined_with_other_features_trains_as_interleaved(on_loop, case):
+    world_size, schedule, flags = COMBINED[case]
+    flags = (TWO, UNCLIPPED, *flags)
+    assert_bit_equal(run(world_size, *flags, f"--pp-schedule {schedule}"), on_loop(world_size, *flags))
+
+
+def test_clipped_gradients_differ_by_rounding_only(on_loop):
+    (log, values), (other_log, other_values) = run(2, TWO, "--pp-schedule zb-v"), on_loop(2, TWO, CHUNKS)
+    assert [step["loss"] for step in log] == pytest.approx([step["loss"] for step in other_log], rel=1e-6)
+    for name, (value,) in values.items():
+        torch.testing.assert_close(value, other_values[name][0], rtol=1e-6, atol=1e-6)
+
+
+def test_fewer_microbatches_than_ranks_train_as_one_rank(on_loop):
+    few = ("--num-layers 8 --global-batch-size 4", UNCLIPPED)
+    v = run(4, "--pipeline-model-parallel-size 4", *few, "--pp-schedule zb-v")
+    assert_bit_equal(v, on_loop(1, *few))
+
+
+EVALUATED = ("--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12", UNCLIPPED)
+
+
+def test_the_last_rank_prints_the_same_losses():
+    printed = {}
+    for name, flags in {"loop": CHUNKS, "v": "--pp-schedule zb-v"}.items():
+        _, log = run_ranks_with_log(2, pretrain_losses, tiny(MODEL, TWO, *EVALUATED, flags))
+        printed[name] = re.findall(r"lm loss(?: value)?: (\S+)", log)
+    # iterations, and the evaluation at the end
+    assert len(printed["loop"]) >= 4
+    assert printed["v"] == printed["loop"]
+
+
+def tied_weights_before_training(flags):
+    """Whether this rank has both copies of a tied embedding, and they are equal and not zero, as Megatron starts."""
+    from megatron_cp.megatron import placement, pretrain
+
+    found = []
+    sys.argv = ["pretrain_gpt", *flags]
+    with door(flags):
+        pretrain.run(lambda config: config.pre_wrap_hooks.append(lambda models: found.append(placement.tied(models))))
+    ((first, last),) = found if found[0] else ((None, None),)
+    return None if first is None else (torch.equal(first, last), bool(first.any()))
+
+
+def test_tied_embeddings_start_equal():
+    flags = tiny(MODEL, TWO, "--train-iters 1 --pp-schedule zb-v", without=TIED)
+    assert run_ranks(2, tied_weights_before_training, flags) == [(True, True), None]
+
+
+STEPS = "--num-layers 4 --global-batch-size 8 --train-iters 8 --lr-decay-iters 8 --save-interval 2 --override-opt-param-scheduler"
+RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+CHAIN = ("--pp-schedule zb-v", "--pp-schedule 1f1b", f"--pp-schedule interleaved {CHUNKS}", "--pp-schedule v-half")
+
+
+@pytest.mark.parametrize("optimizer", ["", RESHARDABLE], ids=["plain", "distributed"])
+def test_checkpoints_move_between_schedules_and_placements(tmp_path: Path, optimizer: str) -> None:
+    flags = tiny(STEPS, TWO, optimizer)
+    unbroken = run_ranks(2, pretrain_losses, [*flags, "--pp-schedule", "zb-v"])[0]
+    steps = []
+    for number, schedule in enumerate(CHAIN):
+        leg = [*flags, *schedule.split(), "--save", str(tmp_path), "--train-iters", str(2 * number + 2)]
+        leg += ["--load", str(tmp_path)] if number else []
+        steps += run_ranks(2, pretrain_losses, leg)[0]
+    assert [step["iteration"] for step in steps] == list(range(1, 9))
+    for ours, theirs in zip(steps, unbroken, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def test_optimizer_state_by_rank_does_not_move_between_placements(tmp_path: Path) -> None:
+    flags = tiny(STEPS, TWO, "--use-distributed-optimizer --train-iters 2")
+    run_ranks(2, pretrain_losses, [*flags, "--pp-schedule", "zb-v", "--save", str(tmp_path)])
+    with pytest.raises(RankError) as error:
+        run_ranks(2, pretrain_losses, [*flags, *CHUNKS.split(), "--pp-schedule", "izb", "--load", str(tmp_path)])
+    for rank, message in error.value.errors.items():
+        assert message.startswith(f"SystemExit: [megatron-cp] rank {rank}: the optimizer state in")
+        assert "cannot move between topologies (placement v -> loop)" in message.splitlines()[0]
+
+
+REFUSED = {
+    "multi-token prediction": ("--mtp-num-layers 1", "zb-v does not do multi-token prediction"),
+    "first rank": ("--decoder-first-pipeline-num-layers 1", "--pipeline-model-parallel-layout"),
+    "last rank": ("--decoder-last-pipeline-num-layers 1", "--pipeline-model-parallel-layout"),
+    "legacy checkpoint": ("--ckpt-format torch --save somewhere", "leave --ckpt-format out"),
+    "chunks": ("--num-layers 8 --num-virtual-stages-per-pipeline-rank 4", "zb-v has v = 2, got v = 4"),
+    "layout": ("--pipeline-model-parallel-layout Ett|ttL", "zb-v has v = 2, got v = 1"),
+}
+
+
+def refusal(cases):
+    """The one line with which each command line is refused."""
+    import os
+
+    from megatron.training.arguments import parse_and_validate_args
+
+    # the arguments are refused before anybody is waited for
+    os.environ["WORLD_SIZE"] = "2"
+    lines = {}
+    for name, flags in cases.items():
+        sys.argv = ["pretrain_gpt", *flags]
+        with pytest.raises(SystemExit) as stop, door(flags):
+            parse_and_validate_args()
+        lines[name] = str(stop.value)
+    return lines
+
+
+def test_what_the_v_cannot_do_is_refused_in_one_line():
+    cases = {name: tiny(MODEL, TWO, "--pp-schedule zb-v", flags) for name, (flags, _) in REFUSED.items()}
+    (lines,) = run_ranks(1, refusal, cases)
+    for name, (_, text) in REFUSED.items():
+        assert text in lines[name], name
+        assert "\n" not in lines[name]
