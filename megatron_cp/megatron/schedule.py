@@ -16,20 +16,17 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_cp.comm import GroupFabric, wires
-from megatron_cp.megatron import costs
+from megatron_cp.comm import wires
 from megatron_cp.megatron.delayed import gradients_to_come, watch
-from megatron_cp.megatron.launch import say
 from megatron_cp.megatron.layers import global_args
 from megatron_cp.megatron.linear import queue_in_force
 from megatron_cp.megatron.placement import groups_to_finalize, seen_on_loop, to_last_rank
+from megatron_cp.megatron.tables import Tables, profile_of
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action
-from megatron_cp.pipeline.build import build, place
-from megatron_cp.pipeline.execute import Channels, Executor, Observe, forward_only, lower, ways
+from megatron_cp.pipeline.build import place
+from megatron_cp.pipeline.execute import Channels, Executor, Observe, ways
 from megatron_cp.pipeline.placement import Placement
-from megatron_cp.pipeline.profile import Profile, agree, hop_seconds, lower_split
-from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.split_backward import WeightQueue
 
 
@@ -61,6 +58,10 @@ class Call:
     window: int = 0
     forwards: int = 0
     store: list[Any] = field(default_factory=list)
+
+    def buffer(self) -> Tensor:
+        """Room for what passes between stages."""
+        return torch.empty(self.shape, dtype=self.config.pipeline_dtype, device=torch.cuda.current_device())
 
 
 class ModelStages:
@@ -134,8 +135,7 @@ class ModelStages:
             chunk.start_grad_sync()
 
     def buffer(self) -> Tensor:
-        config = self._call.config
-        return torch.empty(self._call.shape, dtype=config.pipeline_dtype, device=torch.cuda.current_device())
+        return self._call.buffer()
 
     def shrink(self, made: Tensor) -> None:
         schedules.deallocate_output_tensor(made, self._call.config.deallocate_pipeline_outputs)
@@ -147,11 +147,8 @@ class Pipeline:
     def __init__(self, name: str, observe: Observe = lambda action: nullcontext()) -> None:
         self._rule = SCHEDULES.get(name)
         self._observe = observe
-        self._tables: dict[int, Schedule] = {}
-        self._lowered: dict[tuple[int, bool], Schedule] = {}
         self._channels: Channels | None = None
-        self._known: costs.Known | None = None
-        self._profile: Profile | None = None
+        self._tables: Tables
         self._delayed = False
 
     def __call__(
@@ -210,87 +207,22 @@ class Pipeline:
         placement = place(self._rule, call.groups.pp.size(), len(call.model))
         if self._channels is None:
             self._channels = connect(call.groups.pp, placement)
-            self._known = costs.given(global_args(), placement)
-            self._profile = _profile_of(call)
+            self._tables = Tables(self._rule, placement, profile_of(call.model))
             self._delayed = watch(call.model)
-            if self._profile:
-                say(f"measuring the first {global_args().pp_profile_steps} steps, then scheduling for what they show")
-        if call.training and self._profile and self._profile.done:
-            self._reschedule(call, placement)
-        schedule = self._schedule(call, placement)
-        rank = call.groups.pp.rank()
+        rank, observe = call.groups.pp.rank(), self._observe
+        if call.training:
+            self._tables.learn(self._channels, rank, call.buffer)
+            observe = self._tables.observing(observe)
+        schedule = self._tables.lowered(call.micros, call.training)
         actions = schedule.table[rank]
         call.window = most_in_flight(actions)
         queue = queue_in_force() if self._delayed or any(action.kind == INPUT for action in actions) else None
         last = len(placement.rank_of) - 1
         stages = ModelStages(call, placement.of_rank[rank], last, queue)
-        observe = self._profiled() if call.training else self._observe
         executor = Executor(placement, rank, stages, self._channels, call.training, observe)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(actions)
-
-    def _schedule(self, call: Call, placement: Placement) -> Schedule:
-        key = (call.micros, call.training)
-        if key not in self._lowered:
-            self._lowered[key] = self._made(call, placement) if call.training else forward_only(placement, call.micros)
-        return self._lowered[key]
-
-    def _made(self, call: Call, placement: Placement) -> Schedule:
-        """The table of a step, said once; while costs are measured all of its backwards are in two halves."""
-        known = self._known or costs.equal(placement)
-        limit = costs.caps(global_args(), placement)
-        schedule = build(self._rule.name, placement.ranks, call.micros, placement.chunks, costs=known.costs, caps=limit)
-        for line in costs.describe(schedule, known):
-            say(line)
-        self._tables[call.micros] = schedule
-        return lower_split(schedule) if self._profile else lower(schedule)
-
-    def _profiled(self) -> Observe:
-        """What is around every action of this step: also the profile, while it runs."""
-        profile, own = self._profile, self._observe
-        if profile is None:
-            return own
-        profile.begin()
-
-        @contextmanager
-        def observe(action: Action) -> Iterator[None]:
-            with own(action), profile.observe(action):
-                yield
-
-        return observe
-
-    def _reschedule(self, call: Call, placement: Placement) -> None:
-        """All ranks go by the largest of what they measured, and so all come to the same new table."""
-        assert self._profile
-        assert self._channels
-        group, args = call.groups.pp, global_args()
-        stages = {stage: self._profile.of(stage) for stage in placement.of_rank[group.rank()]}
-        buffer = ModelStages(call, (), 0, None).buffer
-        hop = hop_seconds(self._channels, group.rank(), group.size(), buffer)
-        everyone = torch.distributed.group.WORLD
-        assert everyone
-        agreed, hop = agree(GroupFabric(everyone), buffer().device, stages, len(placement.rank_of), hop)
-        self._known = costs.measured(args, placement, agreed, hop, args.pp_profile_steps)
-        self._profile = None
-        self._lowered.clear()
-        say(costs.figures(self._known))
-        before = self._tables[call.micros]
-        self._schedule(call, placement)
-        say(costs.changes(before, self._tables[call.micros], self._known))
-
-
-def _profile_of(call: Call) -> Profile | None:
-    """The profile of the run's first steps, where its arguments ask for one."""
-    steps = getattr(global_args(), "pp_profile_steps", None)
-    if not steps:
-        return None
-
-    def parameters() -> set[int]:
-        return {weight.untyped_storage().data_ptr() for chunk in call.model for weight in chunk.parameters()}
-
-    queue = queue_in_force()
-    return Profile(steps, parameters, lambda stage, micro: queue.held((stage, micro)))
 
 
 def connect(group: Any, placement: Placement) -> Channels:

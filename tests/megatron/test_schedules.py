@@ -138,7 +138,7 @@ TABLES = {
 
 def trained_with_a_table(flags, text):
     """The same with the table of this text in the place of the named schedule's."""
-    done = replace("megatron_cp.megatron.schedule:build", lambda _: lambda name, *_, **__: check(parse(text, name)))
+    done = replace("megatron_cp.megatron.tables:build", lambda _: lambda name, *_, **__: check(parse(text, name)))
     try:
         return trained(flags)
     finally:
