@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from megatron_cp.plots.timeline import COLOURS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from megatron_cp.bench.contest import Row
 
 PANELS = {
@@ -29,13 +31,8 @@ def draw_bench(rows: "Sequence[Row]", file: Path, title: str) -> Path:
         for number, seq in enumerate(lengths):
             values = {names.index(row.backend): getattr(row, key) for row in rows if row.seq == seq}
             bars = {place: value / unit for place, value in values.items() if value is not None}
-            thickness = 0.8 / len(lengths)
-            places = [place - 0.4 + (number + 0.5) * thickness for place in bars]
-            drawn = axes.barh(
-                places, list(bars.values()), thickness, label=f"S = {seq}", color=SHADES[number % len(SHADES)]
-            )
-            axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
-        axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
+            _bars(axes, bars, number, lengths)
+        axes.set(xlabel=label if axes.patches else f"{label}: no verdict", yticks=range(len(names)), yticklabels=names)
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
@@ -43,3 +40,12 @@ def draw_bench(rows: "Sequence[Row]", file: Path, title: str) -> Path:
         figure.axes[-1].legend(frameon=False)
     figure.savefig(file, dpi=120)
     return file
+
+
+def _bars(axes: "Axes", bars: dict[int, float], number: int, lengths: Sequence[int]) -> None:
+    """The bars of one sequence length, by place of the backend."""
+    thickness = 0.8 / len(lengths)
+    places = [place - 0.4 + (number + 0.5) * thickness for place in bars]
+    colour = SHADES[number % len(SHADES)]
+    drawn = axes.barh(places, list(bars.values()), thickness, label=f"S = {lengths[number]}", color=colour)
+    axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
