@@ -1,7 +1,7 @@
-"""Tell the job's script that the run has saved and left before its last iteration, because it was told to.
+"""Stop on SIGTERM with everything saved, and tell the script of the job so.
 
-torchrun exits 1 after SIGTERM whether or not its ranks saved, so that its status does not tell whether there is
-something to go on from. Megatron leaves with SystemExit out of its training loop, with the checkpoint complete.
+Megatron's signal handler saves after the iteration and leaves with SystemExit. torchrun exits 1 after SIGTERM whether
+or not its ranks saved, so that its status does not tell whether there is something to go on from: a file does.
 """
 
 import contextlib
@@ -18,9 +18,14 @@ from megatron_cp.runlog import checkpoint_iteration
 
 @contextlib.contextmanager
 def noted(save: str | None) -> Iterator[None]:
-    """Leave `unfinished-JOB.json` in the folder `save` when a job's run inside the context stops in time to go on."""
+    """Leave `unfinished-JOB.json` in the folder `save` when a job's run inside the context stops in time to go on.
+
+    `save` is None for a run that does not save when it is told to stop.
+    """
     job = config.variable("SLURM_JOB_ID")
-    if not job or save is None:
+    if save is not None:
+        _spare_the_writers_queue()
+    if save is None or not job:
         yield
         return
     marker = Path(save) / f"unfinished-{job}.json"
@@ -34,6 +39,20 @@ def noted(save: str | None) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _spare_the_writers_queue() -> None:
+    """Start the process that Megatron's checkpoint writers report to, deaf to SIGTERM.
+
+    SLURM and torchrun signal every process of a rank. Megatron starts this one at the first save, with the default
+    handler, so that a signal in the middle of a save would end it, and the save with it.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # what is ignored stays ignored in the new program
+    get_write_results_queue()
+    signal.signal(signal.SIGTERM, before)
 
 
 def _leaving(marker: Path) -> Callable[[int, Any], None]:

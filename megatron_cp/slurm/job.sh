@@ -20,7 +20,7 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 one_task=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1)
 one_task_per_node=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
-python_there=("${container[@]}" "${settings[@]}" "$python")
+python_there=("${step[@]}" "${settings[@]}" "$python")
 
 if [ "$preflight" = true ]; then
     reports=$save/preflight-$SLURM_JOB_ID
@@ -50,7 +50,7 @@ if [ "$launcher" = srun ]; then
 else
     # one torchrun for each node; only the task knows the number of its node
     # shellcheck disable=SC2016
-    "${one_task_per_node[@]}" --kill-on-bad-exit=1 "${container[@]}" \
+    "${one_task_per_node[@]}" --kill-on-bad-exit=1 "${step[@]}" \
         sh -c 'PET_NODE_RANK=$SLURM_NODEID PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT exec "$@"' sh \
         "${settings[@]}" "$python" "${train[@]}" || status=$?
 fi

@@ -86,7 +86,7 @@ def _settings(job: Job) -> str:
         "corpus_index": job.corpus_index,
     }
     arrays: dict[str, Sequence[str]] = {
-        "container": _step_words(job),
+        "step": _step_words(job),
         "settings": ["env", *(f"{name}={value}" for name, value in _environment(job).items())],
         "check": ["--gpus", str(job.gpus), "--free-gb", str(job.free_gb)],
         "corpus": job.corpus,

@@ -1,0 +1,132 @@
+"""On a real SLURM: a job checks its nodes, trains, saves when it is told to stop, is requeued, and goes on."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_cp import cli, runlog
+from tests.slurm import cluster
+from tests.slurm.cluster import Cluster, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 240
+# enough iterations that nobody gets through them
+RECIPE = """
+extends: quickstart
+ENV_VARS:
+  GLOO_SOCKET_IFNAME: lo
+LAUNCH:
+  --nnodes: 2
+  --nproc-per-node: 1
+DATA:
+  --limit: 100
+MODEL_ARGS:
+  --num-layers: 1
+  --hidden-size: 48
+  --ffn-hidden-size: 64
+  --seq-length: 128
+  --max-position-embeddings: 128
+  --train-iters: 5000
+  --save: ckpt
+  --save-interval: 5000
+SLURM:
+  --requeues: 2
+  --time: 60
+"""
+# a Python that finds another environment on the second node
+PYTHON = """#!/bin/sh
+if [ "$SLURMD_NODENAME" = n2 ]; then export GLOO_SOCKET_IFNAME=wrong0; fi
+exec {python} "$@"
+"""
+
+pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "there is a SLURM")
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    with cluster.running() as started:
+        yield started
+
+
+@pytest.fixture
+def here(tmp_path: Path, two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", two_nodes.environment["SLURM_CONF"])
+    (tmp_path / "run.yaml").write_text(RECIPE)
+    yield tmp_path
+    two_nodes.ask("scancel", "--full", "--signal=KILL", *two_nodes.ask("squeue", "--noheader", "--format=%i").split())
+
+
+def submit(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """The number of the job."""
+    capfd.readouterr()
+    result = CliRunner().invoke(cli.app, ["submit", "run.yaml", *words])
+    said = capfd.readouterr().out
+    assert result.exit_code == 0, f"{result.exception}\n{said}"
+    return said.split()[-1]
+
+
+def losses(log: Path) -> list[tuple[int, float | None]]:
+    steps = (runlog.read_iteration(line) for line in log.read_text(errors="replace").splitlines())
+    return [(step.number, step.loss) for step in steps if step]
+
+
+def wait_until(log: Path, text: str) -> None:
+    def shown() -> str:
+        return log.read_text(errors="replace") if log.is_file() else ""
+
+    wait_for(lambda: text in shown(), SECONDS, lambda: f"{text!r} is missing in\n{shown()[-4000:]}")
+
+
+def wait_for_the_end(two_nodes: Cluster, job: str) -> str:
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+    wait_for(lambda: two_nodes.job(job).get("JobState") in over, SECONDS)
+    return two_nodes.job(job)["JobState"]
+
+
+def test_a_job_saves_on_sigterm_and_goes_on_as_if_unbroken(
+    here: Path, two_nodes: Cluster, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = submit(capfd)
+    log = here / f"run-{job}.out"
+    wait_until(log, " iteration        3/")
+    two_nodes.ask("scancel", "--signal=TERM", job)
+    wait_until(log, f"saved in ckpt; requeues job {job}, 1 of at most 2 times")
+    stopped_after = losses(log)[-1][0]
+    assert runlog.checkpoint_iteration(here / "ckpt") == stopped_after
+    wait_until(log, f" iteration {stopped_after + 3:8}/")
+    # cancelling is not preemption: the job is not requeued once more
+    two_nodes.ask("scancel", job)
+    assert wait_for_the_end(two_nodes, job) == "CANCELLED"
+    assert two_nodes.job(job)["Restarts"] == "1"
+    in_two_pieces = losses(log)
+    assert [number for number, _ in in_two_pieces] == list(range(1, len(in_two_pieces) + 1))
+
+    # without a break, its ranks started by srun, and left at an interval, which is no reason to go on
+    flags = f"--launcher srun --save unbroken --exit-interval {len(in_two_pieces)} --no-preflight --job-name unbroken"
+    whole = submit(capfd, *flags.split())
+    assert wait_for_the_end(two_nodes, whole) == "COMPLETED"
+    unbroken = losses(here / f"unbroken-{whole}.out")
+    assert len(unbroken) == len(in_two_pieces)
+    for (_, resumed), (_, expected) in zip(in_two_pieces, unbroken, strict=True):
+        assert resumed == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_node_that_fails_its_check_is_named_and_training_does_not_start(here: Path, two_nodes: Cluster) -> None:
+    python = here / "python"
+    python.write_text(PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+    words = ["--nodes=2", f"--export=ALL,PYTHON={sys.executable}", "--output=log", "--job-name=bad"]
+    script = [str(ROOT / "scripts/slurm/pretrain.sbatch"), "run.yaml", "--python", str(python)]
+    done = subprocess.run(["sbatch", *words, *script], capture_output=True, text=True, check=True)
+    assert wait_for_the_end(two_nodes, done.stdout.split()[-1]) == "FAILED"
+    log = (here / "log").read_text()
+    assert "[megatron-cp] node n2: own address: GLOO_SOCKET_IFNAME=wrong0, which this node does not have" in log
+    assert "1 of 2 nodes failed; without them: --exclude=n2" in log
+    assert "node n1:" not in log
+    assert "iteration" not in log
+    assert not (here / "runs").exists()

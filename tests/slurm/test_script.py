@@ -1,0 +1,307 @@
+"""The scripts for sbatch, word for word, and what they start when values are hostile."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_cp import recipe
+from megatron_cp.slurm import flags
+from megatron_cp.slurm.job import job_of
+from megatron_cp.slurm.script import BODY, script
+
+type Write = Callable[..., str]
+
+GOLDEN = Path(__file__).with_name("golden")
+BASE = """
+ENV_VARS:
+  OMP_NUM_THREADS: 1
+LAUNCH:
+  --nnodes: 4
+  --nproc-per-node: 8
+  --max-restarts: 0
+MODEL_ARGS:
+  --context-parallel-size: 8
+  --swiglu: true
+  --save: /shared/run
+SLURM:
+  --python: /shared/venv/bin/python
+  --partition: gpu
+  --gpus-per-node: h100:8
+  --time: 4:00:00
+"""
+CONTAINER = """
+extends: base
+DATA:
+  --input: [/shared/a text, /shared/b]
+  --output: /shared/corpus
+SLURM:
+  --python: python3
+  --container-image: nvcr.io#nvidia/nemo:25.07
+  --container-mounts: [/shared:/shared, /scratch:/tmp]
+  --container-workdir: /shared
+  --no-container-mount-home: true
+  --cpus-per-task: 96
+"""
+# one of each kind of place where a shell could take a value for a program
+HOSTILE = (
+    "$(touch hacked)",
+    "`touch hacked`",
+    "'; touch hacked; '",
+    '"; touch hacked; "',
+    "a\n#SBATCH --wrap=x\ntouch hacked",
+    "*",
+)
+# notes its words, then does what it was asked for from the first word that is no option
+SRUN = """#!{python}
+import json, os, sys
+words = sys.argv[1:]
+with open("calls", "a") as file:
+    file.write(json.dumps(words) + "\\n")
+while words[0].startswith("-"):
+    words.pop(0)
+os.environ["SLURM_NODEID"] = "3"
+os.execvp(words[0], words)
+"""
+# stands for Python: notes its words and its environment, and leaves what a trainer that was stopped leaves
+PYTHON = """#!{python}
+import json, os, pathlib, sys
+with open("started", "a") as file:
+    file.write(json.dumps([sys.argv[1:], dict(os.environ)]) + "\\n")
+if "--save" in sys.argv and os.environ.get("STOPPED"):
+    folder = pathlib.Path(sys.argv[sys.argv.index("--save") + 1])
+    (folder / f"unfinished-{{os.environ['SLURM_JOB_ID']}}.json").write_text("{{}}")
+sys.exit(int(os.environ.get("STATUS", "0")) if "--save" in sys.argv else 0)
+"""
+SCONTROL = """#!/bin/sh
+case "$*" in
+*hostnames*) printf '%s\\n' n3 n4 n5 n6 ;;
+*node*) echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=$4 Version=22.05" ;;
+*) echo "$*" >>requeued ;;
+esac
+"""
+SQUEUE = """#!/bin/sh
+echo "${STATE:-RUNNING}"
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "run.yaml") -> str:
+        Path(name).write_text(text)
+        return name
+
+    write(BASE, "base.yaml")
+    return write
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> dict[str, str]:
+    """An environment in which SLURM's commands, and `python`, note how they are called."""
+    programs = {"srun": SRUN, "python": PYTHON, "scontrol": SCONTROL, "squeue": SQUEUE}
+    for name, text in programs.items():
+        file = tmp_path / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text.format(python=sys.executable) if "{python}" in text else text)
+        file.chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    return {"PATH": path, "SLURM_JOB_ID": "40007", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "n[3-6]"}
+
+
+def rendered(*names: str, overrides: str = "") -> str:
+    return script([job_of(recipe.load(name, {}, overrides.split(), job=True)) for name in names])
+
+
+def run(text: str, environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
+    Path("job.sbatch").write_text(text)
+    return subprocess.run(
+        ["bash", "job.sbatch"], env={**environment, **more}, capture_output=True, text=True, check=False
+    )
+
+
+def noted(name: str) -> list:
+    file = Path(name)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "overrides"),
+    [
+        ("bare", ["base.yaml"], ""),
+        ("container", ["run.yaml"], ""),
+        ("srun", ["base.yaml"], "--launcher srun --max-restarts=false --cpu-bind cores"),
+        ("array", ["base.yaml", "second.yaml"], "--requeues 3"),
+        ("singleton", ["base.yaml"], "--chain 5 --job-name long --output logs/%x-%j.out"),
+    ],
+)
+def test_script_is_the_golden_one(write: Write, name: str, names: list[str], overrides: str) -> None:
+    write(CONTAINER)
+    write("extends: base\nMODEL_ARGS:\n  --lr: 1e-4\n  --save: /shared/second\n", "second.yaml")
+    text = rendered(*names, overrides=overrides)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert text.endswith(BODY.read_text())
+    assert text.removesuffix(BODY.read_text()) == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_shell_evaluates_a_value(write: Write, stubs: dict[str, str], launcher: str, value: str) -> None:
+    save = f"runs/{value}"
+    quoted = json.dumps(value)
+    write(
+        f"LAUNCH:\n  --nnodes: 4\n  entry: {json.dumps(value + '.py')}\n"
+        f"ENV_VARS:\n  A: {quoted}\n  BASH_ENV: {quoted}\n"
+        f"DATA:\n  --input: {quoted}\n  --output: {quoted}\n"
+        f"MODEL_ARGS:\n  --save: {json.dumps(save)}\n  --spec: [a, {quoted}]\n"
+        f"SLURM:\n  --python: python\n  --launcher: {launcher}\n  --container-image: {quoted}\n"
+    )
+    done = run(rendered("run.yaml"), stubs)
+    assert done.returncode == 0, done.stderr
+    assert not list(Path().rglob("hacked"))
+    started = noted("started")
+    words, environment = started[-1]
+    assert words[-1 - words[::-1].index("--spec") :][:3] == ["--spec", "a", value]
+    assert f"{value}.py" in words
+    assert (environment["A"], environment["BASH_ENV"]) == (value, value)
+    assert environment.get("PET_NODE_RANK") == ("3" if launcher == "torchrun" else None)
+    assert environment["MASTER_ADDR"] == "10.0.0.7"
+    assert environment["MASTER_PORT"] == "20007"
+    build = next(words for words, _ in started if words[2:4] == ["data", "build"])
+    assert build[-4:] == ["--input", value, "--output", value]
+    assert all(f"--container-image={value}" in call for call in noted("calls"))
+
+
+@pytest.mark.parametrize("value", HOSTILE[:-1])
+def test_a_value_that_a_header_cannot_hold_is_refused(write: Write, value: str) -> None:
+    write(f"extends: base\nSLURM:\n  --comment: {json.dumps(value)}\n")
+    with pytest.raises(ValueError, match=r"run\.yaml:3: --comment .* does not fit into a #SBATCH line"):
+        rendered("run.yaml")
+
+
+def test_a_name_that_a_header_cannot_hold_is_mended(write: Write) -> None:
+    name = write("extends: base\n", "a b\n#SBATCH --wrap='touch hacked'.yaml")
+    assert "#SBATCH --job-name=a_b__SBATCH_--wrap__touch_hacked_\n" in rendered(name)
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "requeued", "text"),
+    [
+        ({"STOPPED": "1", "STATUS": "1"}, 0, True, "requeues job 40007, 1 of at most 10 times"),
+        ({"STOPPED": "1", "SLURM_RESTART_COUNT": "9"}, 0, True, "requeues job 40007, 10 of at most 10 times"),
+        ({"STOPPED": "1", "SLURM_RESTART_COUNT": "10"}, 1, False, "requeued 10 times, which is the limit"),
+        ({"STOPPED": "1", "STATE": "COMPLETING"}, 0, False, "stopped before the last iteration"),
+        ({"STATUS": "1"}, 1, False, ""),
+        ({"STATUS": "0"}, 0, False, ""),
+        ({"SLURM_JOB_NUM_NODES": "2"}, 1, False, "the recipe runs on 4 nodes and this job has 2"),
+    ],
+    ids=["stopped", "last-requeue", "too-often", "cancelled", "failed", "done", "wrong-nodes"],
+)
+def test_a_job_is_requeued_when_the_trainer_says_so_and_not_for_ever(
+    write: Write, stubs: dict[str, str], more: dict[str, str], status: int, requeued: bool, text: str
+) -> None:
+    write("extends: base\nMODEL_ARGS:\n  --save: runs\nSLURM:\n  --python: python\n")
+    done = run(rendered("run.yaml"), stubs, **more)
+    assert done.returncode == status, done.stderr
+    assert text in done.stdout + done.stderr
+    assert Path("requeued").exists() == requeued
+    assert not list(Path("runs").glob("unfinished*"))
+
+
+def test_training_does_not_start_when_a_node_fails(write: Write, stubs: dict[str, str]) -> None:
+    write("extends: base\nMODEL_ARGS:\n  --save: runs\nSLURM:\n  --python: python\n")
+    Path("bin/python").write_text('#!/bin/sh\necho "$*" >>started\ncase "$*" in *--reports*) exit 1 ;; esac\n')
+    done = run(rendered("run.yaml"), stubs)
+    assert done.returncode == 1
+    assert "training was not started" in done.stderr
+    assert "torch.distributed.run" not in Path("started").read_text()
+
+
+def test_the_array_runs_the_recipe_of_its_task(write: Write, stubs: dict[str, str]) -> None:
+    write("extends: base\nMODEL_ARGS:\n  --save: one\n  --lr: 1\nSLURM:\n  --python: python\n", "one.yaml")
+    write("extends: one\nMODEL_ARGS:\n  --save: two\n  --lr: 2\n", "two.yaml")
+    done = run(rendered("one.yaml", "two.yaml"), stubs, SLURM_ARRAY_TASK_ID="1")
+    assert done.returncode == 0, done.stderr
+    words, _ = noted("started")[-1]
+    assert words[words.index("--lr") + 1] == "2"
+    assert words[words.index("--save") + 1] == "two"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ("--nodes 2", "command line: --nodes is not for the SLURM block: the number of nodes is --nnodes of LAUNCH"),
+        (
+            "--signal USR1@60",
+            "--signal is not for the SLURM block: the warning before the time limit follows from --grace",
+        ),
+        ("--time soon", "command line: --time 'soon' is no time limit"),
+        ("--time 6", "--time of 6 minutes leaves none to train before saving; lower --grace"),
+        ("--launcher mpirun", "--launcher is torchrun or srun, got 'mpirun'"),
+        ("--launcher srun", "base.yaml:7: --max-restarts is torchrun's, and --launcher srun starts no torchrun"),
+        ("--rdzv-endpoint a:1", "command line: in a job --rdzv-endpoint follows from SLURM"),
+        ("--nproc-per-node gpu", "command line: a job needs --nproc-per-node as a number, got 'gpu'"),
+        ("--gpus-per-node 4", "8 ranks on a node with 4 GPUs"),
+        ("--requeues many", "--requeues takes a whole number, got 'many'"),
+        ("--chain 0", "--chain takes a whole number, got '0'"),
+        ("--chain 2 --dependency afterok:1", "--chain makes its own --dependency"),
+        ("--load elsewhere", "each attempt would begin at --load 'elsewhere' again, not at --save"),
+        ("--finetune", "each attempt would begin at iteration 0 again with --finetune"),
+        ("--exit-signal SIGINT", "a job is told to stop by SIGTERM"),
+        ("--save=false --requeues 1", "--requeues needs --save"),
+    ],
+)
+def test_what_cannot_be_a_job_is_refused_in_one_line(write: Write, overrides: str, text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)) as refused:
+        rendered("base.yaml", overrides=overrides)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_flag_of_the_block_has_a_suggestion(write: Write) -> None:
+    write("SLURM:\n  --partion: gpu\n")
+    with pytest.raises(ValueError, match=r"run\.yaml:2: unknown SLURM flag '--partion'; did you mean '--partition'\?"):
+        recipe.load("run.yaml", {})
+
+
+@pytest.mark.parametrize("name", ["$(touch hacked)", "A B", "A=B", "1A", ""])
+def test_a_name_of_a_variable_is_one_word(write: Write, name: str) -> None:
+    write(f"ENV_VARS:\n  {json.dumps(name)}: 1\n")
+    with pytest.raises(ValueError, match=r"run\.yaml:2: .* is no name of an environment variable"):
+        recipe.load("run.yaml", {})
+
+
+def test_recipes_of_an_array_ask_for_the_same_job_and_save_apart(write: Write) -> None:
+    write("extends: base\nLAUNCH:\n  --nnodes: 2\nMODEL_ARGS:\n  --save: other\n", "small.yaml")
+    with pytest.raises(ValueError, match="small asks for another job than base"):
+        rendered("base.yaml", "small.yaml")
+    with pytest.raises(ValueError, match="two recipes of the array save in the same folder"):
+        rendered("base.yaml", "base.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("30", 30),
+        ("30:59", 30),
+        ("4:00:00", 240),
+        ("1-2", 26 * 60),
+        ("1-2:30", 26 * 60 + 30),
+        ("2-0:15:0", 2880 + 15),
+        ("UNLIMITED", 0),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
+    assert flags.minutes(text) == expected
+
+
+def test_no_flag_means_two_things() -> None:
+    from megatron_cp.megatron.flags import parser
+
+    assert not set(parser()._option_string_actions) & {*flags.KNOWN, *flags.WRITTEN_BY_US}
+    assert not {*recipe.TORCHRUN_FLAGS} & {*flags.KNOWN, *flags.WRITTEN_BY_US}
