@@ -9,3 +9,7 @@ import torch  # noqa: E402, F401
 
 with contextlib.suppress(ImportError):
     import megatron.training  # noqa: F401
+
+    # what every door imports
+    import megatron_cp.megatron.arguments
+    import megatron_cp.megatron.launch  # noqa: F401

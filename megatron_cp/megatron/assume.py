@@ -16,7 +16,7 @@ from megatron_cp.megatron import cpu
 from megatron_cp.megatron.rebind import Replaced, replace, restore
 from megatron_cp.planner.hardware import Cluster
 
-# what NVIDIA's PyTorch containers of the months around megatron-core 0.19 bring
+# the newest that megatron-core 0.19 asks for anywhere: a version is a question for the machine, doctor answers it there
 TE_VERSION = "2.14.0"
 
 

@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 from typing import Any, NamedTuple
 
 from megatron_cp import config
@@ -87,11 +88,10 @@ def validate(run: Run) -> list[str]:
 
 def examine(run: Run) -> list[str]:
     """The checks themselves, in a process whose environment is `environment(run)`; see `validate`."""
-    from megatron_cp.megatron import flags, hooks, launch
+    from megatron_cp.megatron import hooks, launch
     from megatron_cp.megatron.assume import assumed
 
     _check_environment(run.recipe)
-    flags.check(run.recipe.model_args)
     ours, words = runs_through_us(run.recipe), flag_words(run.recipe.model_args)
     sys.argv = ["validate", *words]
     with contextlib.redirect_stdout(io.StringIO()), assumed(run.cluster) as told:
@@ -99,7 +99,7 @@ def examine(run: Run) -> list[str]:
             launch.environment_for_gpus(words)
         with hooks.apply(("flags", "checks") if ours else ("flags",)):
             try:
-                _until_the_tokenizer()
+                _until_the_tokenizer(run.recipe)
             except (ValueError, AssertionError, NotImplementedError) as error:
                 raise ValueError(_with_places(hooks.one_line(error), run.recipe)) from error
     return told
@@ -114,15 +114,19 @@ def _check_environment(recipe: Recipe) -> None:
             )
 
 
-def _until_the_tokenizer() -> None:
+def _until_the_tokenizer(recipe: Recipe) -> None:
     """What a training script does before it builds the tokenizer, and what would be refused after it."""
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_cp.megatron import stock
+    from megatron_cp.megatron import flags, stock
 
-    args = arguments.parse_args()
+    def checked(parser: ArgumentParser) -> ArgumentParser:
+        flags.check(recipe.model_args, parser)
+        return parser
+
+    args = arguments.parse_args(checked)
     arguments.validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     model = core_transformer_config_from_args(args)
     init_num_microbatches_calculator(
@@ -140,11 +144,14 @@ def _until_the_tokenizer() -> None:
 
 
 def _with_places(text: str, recipe: Recipe) -> str:
-    """The line with the places of the flags that it names, under the name of the flag or of the argument."""
-    named = set(re.findall(r"--[a-z0-9-]+|[a-z0-9]+(?:_[a-z0-9]+)+", text))
-    given = {flag: setting for flag, setting in recipe.model_args.items() if {flag, flag[2:].replace("-", "_")} & named}
-    places = "; ".join(f"{setting.place} {flag} {setting.text}".rstrip() for flag, setting in given.items())
-    return f"{text} ({places})" if places else text
+    """The line with the places of the flags that it names: as a flag, as Megatron's argument, or by a quoted value."""
+    words = set(re.findall(r"--[a-z0-9-]+|[a-z0-9]+(?:_[a-z0-9]+)+|'[^']*'", text))
+    places = [
+        f"{setting.place} {flag} {setting.text}".rstrip()
+        for flag, setting in recipe.model_args.items()
+        if words & {flag, flag[2:].replace("-", "_"), *map(repr, setting.values)} and setting.place not in text
+    ]
+    return f"{text} ({'; '.join(places)})" if places else text
 
 
 def main() -> None:

@@ -71,9 +71,15 @@ def test_every_recipe_is_valid_for_its_cluster(name: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["--num-query-groups: 3"], ["num_query_groups (3)", "broken.yaml:3 --num-query-groups 3"]),
+        (
+            ["--num-query-groups: 3", "--tensor-model-parallel-size: 4"],
+            ["num_query_groups (3) must be", "tensor_model_parallel_size (4)", "broken.yaml:3 --num-query-groups 3"],
+        ),
         (["--num-layer: 80"], ["broken.yaml:3: unknown flag '--num-layer'; did you mean '--num-layers'?"]),
-        (["--cp-comm-type: nonsense"], ["unknown context-parallel backend 'nonsense'"]),
+        (
+            ["--cp-comm-type: nonsense"],
+            ["unknown context-parallel backend 'nonsense'", "broken.yaml:3 --cp-comm-type nonsense"],
+        ),
         (
             ["--seq-length: 32770"],
             ["--seq-length must be divisible by", "got 32770", "broken.yaml:3 --seq-length 32770"],
@@ -84,7 +90,7 @@ def test_every_recipe_is_valid_for_its_cluster(name: str) -> None:
         ),
         (["--context-parallel-size: 5"], ["TP=8 * PP=4 * CP=5 needs a multiple of 160 processes, got 256"]),
         (["--cp-comm-type: usp", "--hierarchical-context-parallel-sizes: [3, 2]"], ["3 * 2 = 6 and 4"]),
-        (["--pp-schedule: zb-h1"], ["--pp-schedule zb-h1", "chunk"]),
+        (["--pp-schedule: zb-h1"], ["zb-h1 has v = 1, got v = 5"]),
         (
             ["--num-virtual-stages-per-pipeline-rank: 7"],
             ["num_layers_per_pipeline_rank 20 should be divisible by", "7"],
