@@ -14,8 +14,9 @@ from megatron_cp.context.layouts import check_chunks, layout
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.megatron.costs import caps, equal, given, refuse_cap
-from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline import SCHEDULES, on_v
 from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.placement import PLACEMENTS as WHERE
 from megatron_cp.pipeline.schedule import BadSchedule
 from megatron_cp.planner.hardware import load_cluster, shipped_clusters
 from megatron_cp.registry import suggest
@@ -133,6 +134,12 @@ def _add_schedule_arguments(parser: ArgumentParser) -> None:
         + ". Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin.",
     )
     group.add_argument(
+        "--pp-placement",
+        default=None,
+        metavar="{" + ",".join(WHERE) + "}",
+        help="With --pp-schedule auto, whether stages go around the ranks, which is the default, or down and up again.",
+    )
+    group.add_argument(
         "--pp-costs",
         default=None,
         metavar="FILE",
@@ -246,7 +253,7 @@ SAYS_CHUNKS = (
 def imply_chunks(args: Any) -> int:
     """Fill in the chunks per rank where the schedule knows one number only; that number, or 0 where nothing changed."""
     name = _read(args, "pp_schedule")
-    chunks = (SCHEDULES.get(name).chunks or 1) if name else 1
+    chunks = (SCHEDULES.get(name).chunks or (2 if _read(args, "pp_placement") == "v" else 1)) if name else 1
     if chunks == 1 or any(_read(args, option) is not None for option in SAYS_CHUNKS):
         return 0
     args.num_virtual_stages_per_pipeline_rank = chunks
@@ -259,14 +266,13 @@ def check_schedule(args: Any) -> None:
     name = _read(args, "pp_schedule")
     if name is None:
         return
-    rule = SCHEDULES.get(name)
     size = _read(args, "pipeline_model_parallel_size", 1)
     if size < 2:
         raise ValueError(
             f"--pp-schedule {name} needs --pipeline-model-parallel-size of at least 2, got {size}; "
             f"leave --pp-schedule out or use more ranks"
         )
-    for feature in (*SCHEDULE_UNSUPPORTED, *(V_UNSUPPORTED if rule.placement == "v" else ())):
+    for feature in (*SCHEDULE_UNSUPPORTED, *(V_UNSUPPORTED if on_v(name, _read(args, "pp_placement")) else ())):
         if feature.asked(args):
             raise ValueError(f"--pp-schedule {name} does not do {feature.what}; {feature.way_out}")
 
@@ -275,11 +281,14 @@ def check_costs(args: Any) -> None:
     """Refuse what the flags beside `--pp-schedule` cannot mean together; ValueError in one line."""
     name, file, steps = (_read(args, flag) for flag in ("pp_schedule", "pp_costs", "pp_profile_steps"))
     limit = _read(args, "pp_memory_limit")
-    for flag, value in (("--pp-costs", file), ("--pp-profile-steps", steps)):
+    placement = _read(args, "pp_placement")
+    for flag, value in (("--pp-placement", placement), ("--pp-costs", file), ("--pp-profile-steps", steps)):
         if value is not None and name != AUTO_SCHEDULE:
             raise ValueError(
                 f"{flag} {value} needs --pp-schedule {AUTO_SCHEDULE}, got {name or 'none'}; leave one of the two out"
             )
+    if placement not in (None, *WHERE):
+        raise ValueError(f"unknown --pp-placement {placement!r}{suggest(placement, WHERE)}; known: {', '.join(WHERE)}")
     if steps is not None and steps < 2:
         raise ValueError(f"--pp-profile-steps must be 2 or more, the first step only warms up, got {steps}")
     if limit is not None and name is None:
@@ -304,7 +313,7 @@ def check_table(args: Any) -> None:
             f"--pp-schedule {name} needs more than one chunk per rank, got 1; "
             f"add --num-virtual-stages-per-pipeline-rank 2 or take zb-h1"
         )
-    placement = place(rule, args.pipeline_model_parallel_size, chunks)
+    placement = place(rule, args.pipeline_model_parallel_size, chunks, _read(args, "pp_placement"))
     known = given(args, placement) or equal(placement)
     refuse_cap(args, placement, known.costs)
     if rule.table is None:

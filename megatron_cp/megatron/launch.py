@@ -86,7 +86,8 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
         names += ["flags", "checks"]
     if schedule is not None:
         names += ["schedule", "weight-queue"]
-        names += hooks.FOR_V if schedule and on_v(schedule[0]) else ()
+        placement = "".join(values_of(argv, "--pp-placement") or ())
+        names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
         names += ["delayed-weights"] if has_te() else []
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names.append("mtp-layers")

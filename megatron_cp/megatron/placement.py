@@ -28,7 +28,8 @@ from megatron_cp.pipeline.placement import vee
 
 def v_in_force() -> bool:
     """Whether the arguments name a schedule on the V."""
-    return on_v(getattr(global_args(), "pp_schedule", None))
+    args = global_args()
+    return on_v(getattr(args, "pp_schedule", None), getattr(args, "pp_placement", None))
 
 
 def rank_on_loop(rank: int, chunk: int, p: int) -> int:

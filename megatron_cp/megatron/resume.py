@@ -53,10 +53,11 @@ def check(args: Any) -> None:
                 f"change --{name.replace('_', '-')} or --load"
             )
     if not (args.no_load_optim or args.finetune or saved.no_save_optim):
-        _check_optimizer(args, saved)
+        check_optimizer(args, saved)
 
 
-def _check_optimizer(args: Any, saved: Any) -> None:
+def check_optimizer(args: Any, saved: Any) -> None:
+    """Refuse a move that the optimizer's state of a checkpoint cannot make; ValueError with the rule and a way out."""
     if args.use_distributed_optimizer != saved.use_distributed_optimizer:
         raise ValueError(
             f"the checkpoint in {args.load} was saved {_with(saved)} --use-distributed-optimizer and this run is "
@@ -75,7 +76,11 @@ def _topology(args: Any) -> dict[str, Any]:
     """What decides which parameters lie together on a rank, and in which order."""
     sizes = ("tensor", "pipeline", "virtual_pipeline")
     found = {f"{size}_model_parallel_size": getattr(args, f"{size}_model_parallel_size", None) for size in sizes}
-    return {**found, "placement": "v" if on_v(getattr(args, "pp_schedule", None)) else "loop"}
+    return {**found, "placement": _placement(args)}
+
+
+def _placement(args: Any) -> str:
+    return "v" if on_v(getattr(args, "pp_schedule", None), getattr(args, "pp_placement", None)) else "loop"
 
 
 def _with(args: Any) -> str:

@@ -204,7 +204,8 @@ class Pipeline:
         return to_last_rank(call.store, groups.pp)
 
     def _run(self, call: Call) -> None:
-        placement = place(self._rule, call.groups.pp.size(), len(call.model))
+        named = getattr(global_args(), "pp_placement", None)
+        placement = place(self._rule, call.groups.pp.size(), len(call.model), named)
         if self._channels is None:
             self._channels = connect(call.groups.pp, placement)
             self._tables = Tables(self._rule, placement, profile_of(call.model))

@@ -39,9 +39,17 @@ class Tables:
 
     def _made(self, micros: int) -> Schedule:
         """The table of a step, said once; while costs are measured all of its backwards are in two halves."""
-        p, v, limit = self._placement.ranks, self._placement.chunks, costs.caps(global_args(), self._placement)
-        schedule = build(self._rule.name, p, micros, v, costs=self._known.costs, caps=limit)
-        for line in costs.describe(schedule, self._known):
+        where, known = self._placement, self._known
+        schedule = build(
+            self._rule.name,
+            where.ranks,
+            micros,
+            where.chunks,
+            placement=where.name,
+            costs=known.costs,
+            caps=costs.caps(global_args(), where),
+        )
+        for line in costs.describe(schedule, known):
             say(line)
         self._built[micros] = schedule
         return lower_split(schedule) if self._profile else lower(schedule)

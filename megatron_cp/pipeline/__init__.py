@@ -120,6 +120,6 @@ SCHEDULES = Registry(
 )
 
 
-def on_v(name: str | None) -> bool:
-    """Whether this schedule places its stages on the V; no name, no schedule."""
-    return name is not None and SCHEDULES.get(name).placement == "v"
+def on_v(name: str | None, placement: str | None = None) -> bool:
+    """Whether this schedule places its stages on the V; no name, no schedule. `placement`: what was asked of `auto`."""
+    return name is not None and (placement or SCHEDULES.get(name).placement) == "v"

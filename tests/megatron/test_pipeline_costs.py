@@ -11,6 +11,7 @@ from megatron_cp.pipeline.costs_file import CostsFile, Model, StageCosts, of_sta
 from megatron_cp.pipeline.placement import loop
 from megatron_cp.pipeline.profile import lower_split
 from megatron_cp.pipeline.simulate import simulate
+from tests.megatron import test_placement
 from tests.megatron.pretraining import tiny
 from tests.megatron.test_schedules import CHUNKS, MODEL, TWO, assert_bit_equal, refusal, run, trained
 from tests.ranks import run_ranks, run_ranks_with_log
@@ -85,6 +86,14 @@ def test_costs_of_a_file_are_what_is_scheduled_for(tmp_path):
     assert max(expected.peak) <= 1.5 < max(free.peak)
 
 
+def test_auto_on_the_v_trains_as_interleaved(tmp_path):
+    stages = {"T_F": [1, 1, 1, 2], "T_I": [1] * 4, "T_W": [1] * 4, "M_B": [1] * 4, "M_W": None}
+    file = costs_file(tmp_path, **stages, model=SIZES | {"virtual_pipeline_model_parallel_size": 2})
+    flags = (TWO, test_placement.UNCLIPPED)
+    found = test_placement.run(2, *flags, f"--pp-schedule auto --pp-placement v --pp-costs {file}")
+    test_placement.assert_bit_equal(found, test_placement.run(2, *flags, CHUNKS))
+
+
 def test_stages_are_measured_by_their_slowest_rank():
     from megatron_cp.comm import in_process
     from megatron_cp.pipeline.profile import agree
@@ -137,6 +146,8 @@ WRONG_FLAGS = {
     "costs of a rule": ("--pp-schedule zb-h1 --pp-costs x", "--pp-costs x needs --pp-schedule auto, got zb-h1"),
     "costs alone": ("--pp-costs x", "--pp-costs x needs --pp-schedule auto, got none"),
     "profile of a rule": ("--pp-schedule zb-h1 --pp-profile-steps 3", "needs --pp-schedule auto, got zb-h1"),
+    "placement of a rule": ("--pp-schedule zb-h1 --pp-placement v", "--pp-placement v needs --pp-schedule auto"),
+    "no placement": ("--pp-schedule auto --pp-profile-steps 2 --pp-placement w", "unknown --pp-placement 'w'"),
     "no steps": ("--pp-schedule auto --pp-profile-steps 0", "must be 2 or more, the first step only warms up, got 0"),
     "limit alone": ("--pp-memory-limit 2", "--pp-memory-limit 2 needs --pp-schedule"),
     "no limit": ("--pp-schedule zb-h1 --pp-memory-limit 0", "is a positive number of M_B, got 0"),
