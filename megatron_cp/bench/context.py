@@ -61,7 +61,7 @@ class Contenders:
 
     native:   our backends on tokens that lie as each wants them, not in Megatron's zigzag
     upstream: also Megatron's and torch's own attention
-    peers:    also ring-flash-attn and yunchang
+    peers:    also ring-flash-attn and yunchang, on the layouts of the backends
     predict:  also simulate the backends' traces, with tiles timed in the same run
     """
 
@@ -130,11 +130,14 @@ def _checked(contest: Contest, entry: Entry) -> Contender:
 
 
 def _entries(contest: Contest, contenders: Contenders) -> Iterator[Entry]:
-    yield from (ours(contest, name, contenders.native) for name in contenders.backends)
+    mine = [ours(contest, name, contenders.native) for name in contenders.backends]
+    yield from mine
     if contenders.upstream:
         yield from (upstream(contest, name) for name in UPSTREAM)
     if contenders.peers:
-        yield from (theirs(contest, peer) for peer in installed())
+        # only those that one of ours can be held against
+        layouts = {entry.layout for entry in mine}
+        yield from (theirs(contest, peer) for peer in installed() if peer.layout in layouts)
 
 
 def ours(contest: Contest, name: str, native: bool) -> Entry:
