@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.cli.bench_links import links
+from megatron_cp.cli.bench_pipeline import pipeline
 from megatron_cp.context import BACKENDS
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 app.command()(kernels)
 app.command()(links)
+app.command()(pipeline)
 
 
 @app.command("context")

@@ -1,0 +1,154 @@
+"""`megatron-cp bench pipeline`: schedules on one machine, against Megatron's own and against the simulator."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.build import place
+
+if TYPE_CHECKING:
+    from megatron_cp.bench.pipeline import Pairs, Row
+    from megatron_cp.megatron.bench_overhead import Overhead
+    from megatron_cp.megatron.bench_pipeline import Heat
+
+DEFAULT = ["zb-h1", "izb"]
+COLUMNS = ("schedule", "v", "m", "step ms", "simulated", "ratio", "Megatron's", "speed-up", "pairs won", "peak M_B")
+NO_VERDICT = (
+    "No verdict: a rank got only {share:.0%} of its core while it did nothing but compute; stop what else runs here, "
+    "or use at most one rank per core."
+)
+
+
+def pipeline(
+    schedule: Annotated[list[str] | None, typer.Option(help="Schedule on the loop; may be repeated.")] = None,
+    ranks: Annotated[
+        int, typer.Option("-p", min=2, help="Processes of this machine, one pipeline stage or more each.")
+    ] = 2,
+    micros: Annotated[list[int] | None, typer.Option("-m", min=1, help="Microbatches; may be repeated.")] = None,
+    chunks: Annotated[int, typer.Option("-v", min=2, help="Chunks per rank where a schedule has several.")] = 2,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the whole model.")] = 8,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size; heads have 64.")] = 512,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a microbatch.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of ours and Megatron's own.")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, help="Steps in turns that make a pair; their median counts.")] = 3,
+    overhead: Annotated[bool, typer.Option("--overhead", help="The executor alone, on one rank.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a step over its simulation: .png, .svg, .pdf or .json.")
+    ] = None,
+) -> None:
+    """Time schedules and Megatron's own on one GPT, in turns, after holding losses and gradients against each other."""
+    from megatron_cp.megatron import bench_pipeline
+
+    if overhead:
+        _overhead(bench_pipeline.overhead(chunks, 4, hidden, seq, rounds * repeat), as_json)
+        return
+    heats = _heats(schedule or DEFAULT, ranks, chunks, micros or [2, 4, 8], layers)
+    model = bench_pipeline.Model(ranks, layers, hidden, seq)
+    if plot and sum(len(heat.names) * len(heat.micros) for heat in heats) != 1:
+        raise ValueError("--plot draws one schedule; give one --schedule and one -m")
+    pairs = bench_pipeline.bench(model, heats, rounds, repeat)
+    rows = [pair.row() for pair in pairs]
+    if as_json:
+        typer.echo(json.dumps([row.as_json() for row in rows], indent=2))
+    else:
+        _show(rows, f"{ranks} ranks, {layers} layers, h={hidden}, S={seq}, float32; times in ms")
+    if plot:
+        _plot(pairs[0], plot)
+
+
+def _heats(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: int) -> "list[Heat]":
+    """What takes turns on the same chunks; raises ValueError for what the bench has no rival to."""
+    from megatron_cp.megatron.bench_pipeline import Heat
+
+    heats: dict[int, list[str]] = {}
+    for rule in map(SCHEDULES.get, names):
+        if rule.placement != "loop" or rule.table is None:
+            raise ValueError(f"{rule.name} has no counterpart among Megatron's own schedules; take one on the loop")
+        where = place(rule, p, rule.chunks or v)
+        if layers % len(where.rank_of):
+            raise ValueError(f"{layers} layers cannot be dealt evenly to {len(where.rank_of)} stages of {rule.name}")
+        heats.setdefault(where.chunks, []).append(rule.name)
+    return [Heat(chunks, tuple(found), tuple(micros)) for chunks, found in sorted(heats.items())]
+
+
+def _show(rows: "list[Row]", title: str) -> None:
+    console, table = Console(width=150), Table(title=title)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    for row in rows:
+        times = " ".join(f"{name} {time:.1f}" for name, time in row.times.items())
+        console.print(f"{row.schedule}, m = {row.micros}, medians: {times} T_comm {row.T_comm:.2f}", highlight=False)
+    for line in _against_interleaved(rows):
+        console.print(line, highlight=False, soft_wrap=True)
+    share = min(row.core_share for row in rows)
+    if not all(row.quiet for row in rows):
+        console.print(NO_VERDICT.format(share=share), soft_wrap=True)
+
+
+def _cells(row: "Row") -> list[str]:
+    peak = " ".join(f"{mine:.3g}/{simulated:.3g}" for mine, simulated in zip(row.peak, row.simulated_peak, strict=True))
+    numbers = [row.schedule, str(row.v), str(row.micros), f"{row.step:.1f}", f"{row.simulated:.1f}"]
+    if not row.quiet:
+        return [*numbers, "-", f"{row.rival_step:.1f}", "-", "-", peak]
+    low, middle, high = (sorted(row.speedups)[place] for place in (0, len(row.speedups) // 2, -1))
+    return [
+        *numbers,
+        f"{row.ratio:.3f}",
+        f"{row.rival_step:.1f}",
+        f"{middle:.3f} ({low:.3f}-{high:.3f})",
+        f"{row.wins} of {len(row.speedups)}",
+        peak,
+    ]
+
+
+def _against_interleaved(rows: "list[Row]") -> Iterable[str]:
+    """Whether zb-h1 can beat interleaved with two chunks, by the times that were measured."""
+    for row in rows:
+        split = sorted(name[:-1] for name in row.times if name.endswith("I"))
+        if row.schedule == "zb-h1" and split:
+            forward, given, weight = (row.times[f"{split[0]}{kind}"] for kind in "FIW")
+            does = "loses" if forward + given > 3 * weight else "does not lose"
+            yield (
+                f"zb-h1 loses to interleaved with v = 2 whenever T_F + T_I > 3 T_W; here, m = {row.micros}, "
+                f"{forward + given:.1f} and {3 * weight:.1f}: it {does}"
+            )
+
+
+def _plot(pairs: "Pairs", file: Path) -> None:
+    from megatron_cp.bench.pipeline import middle, recorded
+    from megatron_cp.plots.timeline import bars, draw_timeline
+
+    row, run = pairs.row(), pairs.ours.run
+    title = f"{row.schedule}, m = {row.micros}: simulated {row.simulated:.0f} ms, measured (below) {row.step:.0f} ms"
+    draw_timeline(bars(run), file, title, recorded(middle(pairs.ours.steps)))
+    typer.echo(f"timeline: {file}", err=True)
+
+
+def _overhead(found: "Overhead", as_json: bool) -> None:
+    from megatron_cp.bench.processes import QUIET
+
+    if as_json:
+        typer.echo(json.dumps(found._asdict() | {"overhead": found.overhead}, indent=2))
+        return
+    typer.echo(
+        f"{found.v} modules on one rank, m = {found.micros}; F {found.forward:.1f} ms, B {found.backward:.1f} ms\n"
+        f"executor         {found.ours:.1f} ms\n"
+        f"Megatron's loop  {found.rival:.1f} ms"
+    )
+    if found.core_share < QUIET:
+        typer.echo(NO_VERDICT.format(share=found.core_share))
+        return
+    typer.echo(
+        f"overhead         {found.overhead:.2%} "
+        f"({min(found.ratios) - 1:.2%} to {max(found.ratios) - 1:.2%} over {len(found.ratios)} pairs)"
+    )
