@@ -3,24 +3,35 @@
 Two processes measure at the same time, as the ranks of a run compute; on GPUs each has one of its own.
 """
 
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_cp.bench.calls import seconds as call_seconds
 from megatron_cp.bench.contest import DTYPES
+from megatron_cp.bench.links import Measured
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, largest
+from megatron_cp.context.trace import Compute
+from megatron_cp.kernels import choose
+from megatron_cp.recipe import ENTRY
 
 ROWS = {"cpu": 2048, "cuda": 8192}
 SIZES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (128, 256, 512, 1024, 2048, 4096, 8192)}
 WIDTH = {"cpu": 256, "cuda": 4096}
 VOCABULARY = {"cpu": 512, "cuda": 32768}
 HEAD_DIM = 64
+# queries, keys, heads, KV heads, head dim
+ATTENTION = {"cpu": (512, 512, 6, 2, 32), "cuda": (8192, 8192, 32, 8, 128)}
 ROUNDS = 9
 
 
@@ -30,17 +41,55 @@ class Rates(NamedTuple):
     elementwise: norms, residuals, rotary positions and the gated activation, forward and backward
     loss:        the cross entropy, forward and backward
     gather:      an all-gather, sent by each rank
+    attention:   forward and backward, of short sequences as the shipped recipes for a CPU have them
+    reserved:    bytes of a process that has loaded what training loads
     """
 
     products: dict[int, float]
     elementwise: float
     loss: float
     gather: float
+    attention: tuple[float, float]
+    reserved: float
 
 
 def calibrate(dtype: str, ranks: int = 2) -> Rates:
     """Measure; each figure is the slower rank's, in the median of some rounds."""
-    return on_ranks(ranks, _rates, dtype)[0]
+    return on_ranks(ranks, _rates, dtype)[0]._replace(reserved=_loaded_bytes())
+
+
+def _loaded_bytes() -> float:
+    """The most memory of a process that loads the trainer and does nothing; on a GPU a context is not counted."""
+    subprocess.run([sys.executable, "-m", ENTRY, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return 1024.0 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def as_yaml(links: Measured, rates: Rates) -> str:
+    """A description of one node with everything that an estimate asks for, as `load_cluster` takes it."""
+    whole, products = links.as_yaml(), rates.products
+    peak, (forward, backward) = max(products.values()), rates.attention
+    best = max(forward, backward)
+    told = {
+        "peak_tflops:": f"{best / 1e12:.4g}",
+        "efficiency_forward:": f"{forward / best:.3g}",
+        "efficiency_backward:": f"{backward / best:.3g}",
+    }
+    lines = []
+    for line in whole.replace("bench links", "calibrate").splitlines():
+        key = next((key for key in told if line.strip().startswith(key)), None)
+        lines.append(f"  {key} {told[key]}" if key else line)
+        if line == "memory:":
+            lines += [
+                f"  size_gb: {psutil.virtual_memory().total / 2e9:.3g}",
+                f"  reserved_gb: {rates.reserved / 1e9:.3g}",
+                f"  elementwise_gb_per_s: {rates.elementwise / 1e9:.3g}",
+                f"  loss_gb_per_s: {rates.loss / 1e9:.3g}",
+            ]
+        if line == "inside:":
+            lines.append(f"  gather_gb_per_s: {rates.gather / 1e9:.3g}")
+    shares = ", ".join(f"{size}: {rate / peak:.3g}" for size, rate in products.items())
+    table = ["gemm:", f"  {links.dtype}:", f"    peak_tflops: {peak / 1e12:.4g}", f"    efficiency: {{{shares}}}"]
+    return "\n".join([*lines, *table, ""])
 
 
 def _rates(fabric: Fabric, device: torch.device, dtype: str) -> Rates:
@@ -60,7 +109,19 @@ def _rates(fabric: Fabric, device: torch.device, dtype: str) -> Rates:
     loss = 40 * rows * columns / measured(_cross_entropy(rows, columns, device, real))
     local = torch.zeros(rows * width, device=device, dtype=real)
     gather = local.nbytes / measured(lambda: fabric.all_gather(local)) if fabric.size > 1 else float("inf")
-    return Rates(products, elementwise, loss, gather)
+    return Rates(products, elementwise, loss, gather, _attention(fabric, device, dtype), 0.0)
+
+
+def _attention(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float]:
+    """Operations per second of causal attention, as `simulate_trace` counts them."""
+    sizes = ATTENTION[device.type]
+    kernel, _ = choose("auto", device=device.type, dtype=dtype, head_dim=sizes[-1])
+    rates = []
+    for backward in (False, True):
+        call = Compute(*sizes, True, backward)
+        (slowest,) = largest(fabric, device, call_seconds(call, kernel, device, DTYPES[dtype]))
+        rates.append((10 if backward else 4) * call.head_dim * call.work / slowest)
+    return rates[0], rates[1]
 
 
 def _linear(rows: int, size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:

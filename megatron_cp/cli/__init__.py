@@ -7,6 +7,7 @@ import typer
 from megatron_cp.cli import (
     backends,
     bench,
+    calibrate,
     critical_path,
     data,
     doctor,
@@ -28,6 +29,7 @@ backends.register(app)
 simulate.register(app)
 trace.register(app)
 estimate.register(app)
+calibrate.register(app)
 critical_path.register(app)
 inspect.register(app)
 app.add_typer(data.app, name="data")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_cp import config, recipe
 from megatron_cp.planner.hardware import Cluster, load_cluster
+from megatron_cp.recipe_file import Unset
 
 if TYPE_CHECKING:
     from megatron_cp.planner.estimate import Estimate
@@ -50,7 +51,7 @@ def estimate(
         return
     if name is None:
         raise ValueError("give a recipe, or --published")
-    found = estimate_recipe(recipe.load(name, config.environment(), flags or []), cluster)
+    found = estimate_recipe(recipe.load(name, Unset(config.environment()), flags or []), cluster)
     if as_json:
         typer.echo(json.dumps(_as_json(found), indent=2))
     else:

@@ -74,6 +74,9 @@ def layer_bytes(rank: Rank, moe: bool) -> float:
     elif parallel.recompute == "none":
         # scores after softmax and after dropout, and a mask of one byte
         split += 5 * model.heads * rank.seq
+    if rank.cluster.elementwise_bytes_per_s:
+        # without fused kernels, the activation's and the rotary positions' intermediate results too
+        split += (mlp + model.query + model.key_value) * stored
     return whole + split * rank.tokens / parallel.tp
 
 
@@ -88,7 +91,8 @@ def stage_parameters(model: Model, parallel: Parallel, layers: float, first: boo
     if first and last and model.tied:
         ends = model.embedding_parameters
     experts = model.expert_parameters / parallel.ep
-    return (share * model.dense_parameters + ends) / parallel.tp, share * experts / parallel.tp
+    norm = model.hidden if last else 0
+    return (share * model.dense_parameters + ends + norm) / parallel.tp, share * experts / parallel.tp
 
 
 def rank_memory(rank: Rank, layers: float, activations: float, first: bool, last: bool) -> Memory:
@@ -101,7 +105,8 @@ def rank_memory(rank: Rank, layers: float, activations: float, first: bool, last
     if last:
         # what is stored, and its copy in float32 that the cross entropy turns into the gradient
         logits = (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
-    buffers = context_attention(rank).live
+    # gradients of the widest layer that is at work
+    buffers = context_attention(rank).live + parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp
     if parallel.recompute == "full":
         buffers += mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))
     dense, experts = stage_parameters(model, parallel, layers, first, last)

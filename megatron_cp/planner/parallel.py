@@ -30,7 +30,6 @@ class Parallel:
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     flash:       attention by a fused kernel; without it whole score matrices are written
-    fused:       norms, rotary positions and activations by fused kernels, one pass over memory each
     """
 
     tp: int = 1
@@ -57,7 +56,6 @@ class Parallel:
     fp8_params: bool = False
     fp32_grads: bool = True
     flash: bool = True
-    fused: bool = True
     precision: str = "bfloat16"
 
     def __post_init__(self) -> None:

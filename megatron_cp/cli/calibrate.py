@@ -1,0 +1,35 @@
+"""`megatron-cp calibrate`: this machine as a cluster description that `estimate` takes."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_cp.registry import suggest
+
+
+def register(app: typer.Typer) -> None:
+    """Mount the command."""
+    app.command("calibrate")(calibrate)
+
+
+def calibrate(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    write: Annotated[Path | None, typer.Option(help="Write the description to this YAML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of YAML.")] = False,
+) -> None:
+    """Measure products by size, attention, norms, loss, copies and links between two processes of this machine."""
+    known = ("float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise ValueError(f"unknown dtype {dtype!r}{suggest(dtype, known)}; known: {', '.join(known)}")
+    from megatron_cp.bench.calibrate import as_yaml
+    from megatron_cp.bench.calibrate import calibrate as rates_of
+    from megatron_cp.bench.links import measure_links
+
+    links, rates = measure_links(dtype), rates_of(dtype)
+    text = as_yaml(links, rates)
+    if write:
+        write.write_text(text, encoding="utf-8")
+    typer.echo(json.dumps({**asdict(links), **rates._asdict()}, indent=2) if as_json else text, nl=as_json)

@@ -1,0 +1,141 @@
+"""The estimator: Megatron's own counts, laws of what a step takes, and published runs."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from megatron_cp import recipe
+from megatron_cp.context.record import record
+from megatron_cp.planner.estimate import estimate
+from megatron_cp.planner.hardware import Gemm, load_cluster, shipped_clusters
+from megatron_cp.planner.model import Model, model_of
+from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.published import published, summary
+
+H100 = load_cluster("dgx-h100-ib")
+LLAMA = model_of(recipe.load("models/llama3.1-8b", {}))
+
+
+def of(parallel: Parallel, model: Model = LLAMA, seq: int = 8192):
+    return estimate(model, parallel, H100, seq)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama2-7b", 6.74),
+        ("llama2-70b", 68.98),
+        ("llama3.1-8b", 8.03),
+        ("llama3.1-405b", 405.85),
+        ("llama3.2-1b", 1.24),
+    ],
+)
+def test_parameters_are_the_published_ones(name, billions):
+    assert model_of(recipe.load(f"models/{name}", {})).parameters / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_operations_are_the_published_ones():
+    # 744 TFLOP/s beside 14,451 tokens/s, and when all pairs were counted 711 beside 12,273 (Megatron Bridge, NeMo)
+    assert LLAMA.flops(8192, 1) / 8192 == pytest.approx(744e12 / 14451, rel=2e-3)
+    assert LLAMA.flops(8192, 1, Fraction(1)) / 8192 == pytest.approx(711e12 / 12273, rel=2e-3)
+
+
+def test_published_runs_are_met():
+    sizes = summary(published(record))
+    assert sizes.median <= 0.10
+    assert sizes.worst <= 0.20
+
+
+def test_parts_add_up_to_the_step_and_none_is_negative():
+    found = of(Parallel(tp=2, pp=4, vp=2, dp=2, sp=True, global_batch=32))
+    assert found.seconds == pytest.approx(sum(found.parts))
+    assert all(part >= -1e-9 for part in found.parts)
+    assert found.mfu < 1
+
+
+def test_the_kernels_alone_are_a_lower_bound_of_every_backend():
+    for backend in ("zigzag", "all-gather", "ulysses", "bidirectional"):
+        parallel = Parallel(cp=4, backend=backend, global_batch=2)
+        assert of(parallel, seq=16384).seconds < estimate(LLAMA, parallel, H100, 16384, record).seconds
+
+
+def test_adam_in_bf16_is_sixteen_bytes_and_two_for_float32_gradients():
+    whole, spread = (of(Parallel(dp=8, global_batch=8, distributed_optimizer=on)).worst_memory for on in (False, True))
+    assert (whole.weights + whole.gradients + whole.optimizer) / LLAMA.parameters == 18
+    assert spread.optimizer * 8 == whole.optimizer
+
+
+def test_activations_of_a_layer_are_those_of_the_paper():
+    # 34 bytes per token and hidden element without dropout's two, and with flash attention (arXiv:2205.05198, 4.1)
+    gpt = Model("gpt", 1, 1024, 4096, 8, 8, 128, 1024, gated=False)
+    kept = of(Parallel(), gpt, seq=2048).worst_memory.activations
+    assert kept == pytest.approx(2048 * (32 * 1024 + 4 * 8))
+
+
+def test_full_recomputation_trades_memory_for_a_forward_pass():
+    plain, again = (of(Parallel(recompute=choice)) for choice in ("none", "full"))
+    assert again.worst_memory.activations < plain.worst_memory.activations / 10
+    assert 1.25 < again.seconds / plain.seconds < 1.35
+
+
+def test_more_microbatches_shrink_the_share_of_the_pipeline():
+    shares = [
+        of(Parallel(pp=4, global_batch=m)).parts.pipeline / of(Parallel(pp=4, global_batch=m)).seconds for m in (8, 64)
+    ]
+    assert shares[0] > 3 * shares[1]
+
+
+def test_a_long_pipeline_is_continued_as_it_is_played():
+    sizes = {m: of(Parallel(pp=4, vp=2, global_batch=m)).seconds for m in (12, 24, 48)}
+    assert sizes[48] - sizes[24] == pytest.approx(2 * (sizes[24] - sizes[12]), rel=0.02)
+
+
+def test_products_are_interpolated_between_sizes_and_flat_beyond():
+    gemm = Gemm(4.0, (128, 512), (1.0, 3.0))
+    assert [gemm.rate(size) for size in (64, 128, 256, 512, 9999)] == pytest.approx([1.0, 1.0, 2.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"tp": 64}, "tensor parallel 64 must divide the 32 attention heads"),
+        ({"pp": 3}, "32 layers do not divide into 3 x 1 stages"),
+        ({"vp": 2}, "virtual stages .2. need a pipeline"),
+        ({"cp": 3}, "context parallel 3 needs a sequence divisible by 6, got 8192"),
+        ({"precision": "float32"}, "cluster 'dgx-h100-ib' has no rates of float32"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(parallel, message):
+    with pytest.raises(ValueError, match=message):
+        of(Parallel(**parallel))
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [({"global_batch": 3, "dp": 2}, "global batch 3 is no multiple"), ({"recompute": "some"}, "recompute is one of")],
+)
+def test_a_batch_or_a_choice_that_is_none_is_refused(field, message):
+    with pytest.raises(ValueError, match=message):
+        Parallel(**field)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe.shipped("recipes") if name.startswith("recipes/tiny")])
+def test_a_recipe_says_how_it_is_spread(name):
+    run = recipe.load(name, {})
+    parallel = parallel_of(run, model_of(run).layers)
+    assert parallel.world == 2
+    assert getattr(parallel, name[-3:-1]) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_clusters() if name.startswith(("dgx", "a800"))])
+def test_every_shipped_gpu_can_be_estimated(name):
+    found = estimate(LLAMA, Parallel(tp=8, global_batch=2), load_cluster(name), 8192)
+    assert 0.2 < found.mfu < 0.6
+    assert found.fits
+
+
+def test_an_extended_cluster_differs_only_where_it_says():
+    whole, node = load_cluster("dgx-h100-ib"), load_cluster("dgx-h100")
+    assert node.between is None
+    assert replace(node, name=whole.name, between=whole.between) == whole
