@@ -1,20 +1,29 @@
 """`megatron-cp estimate`: what a recipe's training step takes on a cluster, before a GPU hour is spent."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp import config, recipe
+from megatron_cp import config, recipe, runlog
 from megatron_cp.planner.hardware import Cluster, load_cluster
 from megatron_cp.recipe_file import Unset
 
 if TYPE_CHECKING:
     from megatron_cp.planner.estimate import Estimate
     from megatron_cp.planner.published import Row
+
+# more than the recipes' warm-up, which Megatron wants shorter than the run
+MEASURED_STEPS = 14
+WARM_UP = 2
 
 GPU_FIGURES = {"tokens_per_s_per_gpu": "tokens/s", "samples_per_s_per_gpu": "samples/s", "tflops_per_gpu": "TFLOP/s"}
 
@@ -39,6 +48,9 @@ def estimate(
     published: Annotated[
         bool, typer.Option(help="Published runs beside their estimates, instead of a recipe.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option(help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time per step, MFU, memory by kind and traffic by link of a recipe, and what bounds it."""
@@ -52,10 +64,56 @@ def estimate(
     if name is None:
         raise ValueError("give a recipe, or --published")
     found = estimate_recipe(recipe.load(name, Unset(config.environment()), flags or []), cluster)
+    taken = _train(name, flags or []) if measure else None
     if as_json:
-        typer.echo(json.dumps(_as_json(found), indent=2))
-    else:
-        _show(found)
+        told = {} if taken is None else {"measured": taken._asdict()}
+        typer.echo(json.dumps({**_as_json(found), **told}, indent=2))
+        return
+    _show(found)
+    if taken is not None:
+        _compare(found, taken)
+
+
+class Taken(NamedTuple):
+    """What some steps of training took: the median step, and the most memory of a process."""
+
+    step_seconds: float
+    memory_bytes: float
+
+
+def _train(name: str, flags: Sequence[str]) -> Taken:
+    """Train a recipe from the start for a few steps; raises RuntimeError with its last words when that fails."""
+    with TemporaryDirectory() as folder:
+        steps = ["--train-iters", str(MEASURED_STEPS), "--save", folder]
+        words = [sys.executable, "-m", "megatron_cp", "train", name, *flags, *steps]
+        ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        history = runlog.read(Path(folder, runlog.LOG_NAME))
+    lines = ran.stdout.splitlines()
+    if ran.returncode or len(history) < 2:
+        raise RuntimeError(f"training {name} failed: {lines[-1] if lines else 'it said nothing'}")
+    said: dict[str, Any] = {}
+    for line in lines:
+        said |= runlog.read_summary(line) or {}
+    steps_ms = [step.fields["elapsed time per iteration (ms)"] for step in history[WARM_UP:]]
+    return Taken(median(steps_ms) / 1e3, said["peak_rss_bytes"])
+
+
+def _compare(found: "Estimate", taken: Taken) -> None:
+    table = _table("beside what it took", ("", "estimated", "measured", "error"))
+    memory = found.worst_memory.total
+    table.add_row(
+        "s per step",
+        f"{found.seconds:.4g}",
+        f"{taken.step_seconds:.4g}",
+        f"{found.seconds / taken.step_seconds - 1:+.1%}",
+    )
+    table.add_row(
+        "GB of a process",
+        f"{memory / 1e9:.4g}",
+        f"{taken.memory_bytes / 1e9:.4g}",
+        f"{memory / taken.memory_bytes - 1:+.1%}",
+    )
+    Console().print(table)
 
 
 def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate":
