@@ -4,11 +4,14 @@ Megatron's signal handler saves after the iteration and leaves with SystemExit. 
 or not its ranks saved, so that its status does not tell whether there is something to go on from: a file does.
 """
 
+import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ def noted(save: str | None) -> Iterator[None]:
     """
     job = config.variable("SLURM_JOB_ID")
     if save is not None:
-        _spare_the_writers_queue()
+        _spare_the_writers()
     if save is None or not job:
         yield
         return
@@ -41,18 +44,27 @@ def noted(save: str | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _spare_the_writers_queue() -> None:
-    """Start the process that Megatron's checkpoint writers report to, deaf to SIGTERM.
+def _spare_the_writers() -> None:
+    """Start the processes that Megatron saves with, deaf to SIGTERM: the queue of the writers, and their server.
 
-    SLURM and torchrun signal every process of a rank. Megatron starts this one at the first save, with the default
-    handler, so that a signal in the middle of a save would end it, and the save with it.
+    SLURM and torchrun signal every process of a rank. Megatron starts these later, with the default handler, so that a
+    signal would end them, and with them the save that it asks for.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # what is ignored stays ignored in the new program
+    # what is ignored stays ignored in the new programs, and in what the server forks
     get_write_results_queue()
+    forkserver.ensure_running()
     signal.signal(signal.SIGTERM, before)
+    atexit.register(_end_writers)
+
+
+def _end_writers() -> None:
+    # multiprocessing would send them SIGTERM when this process ends, and wait
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _leaving(marker: Path) -> Callable[[int, Any], None]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_cp.command import RENDEZVOUS_FLAGS, complete, corpus_words, runs_through_us
-from megatron_cp.recipe import Recipe, Setting, with_flag
+from megatron_cp.recipe import COMMAND_LINE, Recipe, Setting, with_flag
 from megatron_cp.slurm import flags
 
 LAUNCHERS = ("torchrun", "srun")
@@ -16,7 +16,8 @@ GRACE_SECONDS = 300
 # from the warning to the limit, on top of the grace, to decide and requeue
 SECONDS_TO_REQUEUE = 30
 FREE_GB = 1
-OURS_TO_SAY = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
+# what a recipe says of how nodes find each other is for starting them by hand
+FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
 
 _HEADER_VALUE = re.compile(r"[\w.,:/@%=+*~&|()\[\]-]*", re.ASCII)
 
@@ -89,9 +90,9 @@ def _launcher(recipe: Recipe) -> str:
     if setting.text not in LAUNCHERS:
         raise ValueError(f"{setting.place}: --launcher is {' or '.join(LAUNCHERS)}, got {setting.text!r}")
     for flag, said in recipe.launch.items():
-        if flag in OURS_TO_SAY:
-            raise ValueError(f"{said.place}: in a job {flag} follows from SLURM; take it back with {flag}=false")
-        if setting.text == "srun" and flag not in ("entry", "--nnodes", "--nproc-per-node"):
+        if flag in FROM_SLURM and said.place == COMMAND_LINE:
+            raise ValueError(f"{said.place}: in a job {flag} follows from SLURM; take it out")
+        if setting.text == "srun" and flag not in ("entry", "--nnodes", "--nproc-per-node", *FROM_SLURM):
             raise ValueError(f"{said.place}: {flag} is torchrun's, and --launcher srun starts no torchrun")
     return setting.text
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from megatron_cp.command import entry_words, flag_words
 from megatron_cp.recipe import Setting
 from megatron_cp.slurm.flags import SRUN
-from megatron_cp.slurm.job import SECONDS_TO_REQUEUE, Job
+from megatron_cp.slurm.job import FROM_SLURM, SECONDS_TO_REQUEUE, Job
 
 BODY = Path(__file__).with_name("job.sh")
-PER_NODE = ("entry", "--nnodes", "--nproc-per-node")
+# flags of LAUNCH that do not go to torchrun as they are
+SAID_APART = ("entry", "--nnodes", "--nproc-per-node", *FROM_SLURM)
 
 
 def script(jobs: Sequence[Job]) -> str:
@@ -125,7 +126,7 @@ def _places(said: Mapping[str, Setting]) -> Iterator[str]:
 def _torchrun_words(job: Job) -> list[str]:
     if job.launcher == "srun":
         return []
-    others = {flag: setting for flag, setting in job.recipe.launch.items() if flag not in PER_NODE}
+    others = {flag: setting for flag, setting in job.recipe.launch.items() if flag not in SAID_APART}
     sizes = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.ranks_per_node)]
     return ["-m", "torch.distributed.run", *sizes, *flag_words(others)]
 

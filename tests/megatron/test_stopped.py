@@ -1,5 +1,6 @@
 """A run that saved because it was told to stop says so, and only then; saving survives the signal."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ def leave(
     """Whether a run that leaves after 7 of 20 iterations, with the checkpoint of `saved`, leaves a marker."""
     said = {"curr_iteration": 6, "train_iters": 20, "exit_interval": None, "phase_transition_iterations": None, **args}
     monkeypatch.setattr(stopped, "_arguments", lambda: SimpleNamespace(**said))
-    monkeypatch.setattr(stopped, "_spare_the_writers_queue", lambda: None)
+    monkeypatch.setattr(stopped, "_spare_the_writers", lambda: None)
     monkeypatch.setenv("RANK", str(rank))
     (folder / "latest_checkpointed_iteration.txt").write_text(str(saved))
     with pytest.raises(SystemExit), stopped.noted(str(folder)):
@@ -59,7 +60,7 @@ def test_outside_a_job_nothing_is_noted(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_signal_before_training_leaves_and_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopped, "_spare_the_writers_queue", lambda: None)
+    monkeypatch.setattr(stopped, "_spare_the_writers", lambda: None)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left, stopped.noted(str(tmp_path / "save")):
         signal.raise_signal(signal.SIGTERM)
@@ -68,17 +69,24 @@ def test_a_signal_before_training_leaves_and_is_noted(tmp_path: Path, monkeypatc
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def report_to_the_queue_after_a_signal() -> str:
+def save_after_a_signal() -> tuple[str, bool, bool]:
+    """What comes through the writers' queue, and whether a writer lives after the signal, and after the run's end."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
     os.setsid()
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    stopped._spare_the_writers_queue()
+    stopped._spare_the_writers()
+    writer = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,), daemon=True)
+    writer.start()
+    time.sleep(1)
     os.killpg(0, signal.SIGTERM)
     time.sleep(0.5)
     get_write_results_queue().put("written")
-    return str(get_write_results_queue().get())
+    lives = writer.is_alive()
+    stopped._end_writers()
+    writer.join(10)
+    return str(get_write_results_queue().get()), lives, writer.is_alive()
 
 
 def test_saving_survives_a_signal_to_every_process_of_the_rank() -> None:
-    assert run_ranks(1, report_to_the_queue_after_a_signal) == ["written"]
+    assert run_ranks(1, save_after_a_signal) == [("written", True, False)]

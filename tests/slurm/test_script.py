@@ -300,6 +300,17 @@ def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
     assert flags.minutes(text) == expected
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_every_shipped_recipe_is_a_job(launcher: str) -> None:
+    # how nodes find each other when they are started by hand is not for a job
+    for name in recipe.shipped("recipes"):
+        run = recipe.load(name, {"DATA_PATH": "/data"}, ["--launcher", launcher], job=True)
+        text = script([job_of(run)])
+        assert f"#SBATCH --nodes={run.launch['--nnodes'].text if '--nnodes' in run.launch else 1}\n" in text
+        assert "--rdzv" not in text
+        assert "--node-rank" not in text
+
+
 def test_no_flag_means_two_things() -> None:
     from megatron_cp.megatron.flags import parser
 
