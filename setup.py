@@ -20,6 +20,7 @@ setup(
     description="Context-parallel attention and pipeline schedules for stock Megatron-LM",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_cp", "megatron_cp.*"]),
+    package_data={"megatron_cp.slurm": ["*.sh"]},
     install_requires=[
         "megatron-core>=0.19,<0.20",
         "torch>=2.8",

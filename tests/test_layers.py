@@ -29,6 +29,9 @@ PURE = sorted(
         "megatron_cp.recipe",
         "megatron_cp.registry",
         "megatron_cp.runlog",
+        "megatron_cp.slurm.job",
+        "megatron_cp.slurm.preflight",
+        "megatron_cp.slurm.script",
         *(f"megatron_cp.{path.parent.name}.{path.stem}" for path in (PACKAGE / "cli").glob("[!_]*.py")),
         *(f"megatron_cp.{path.parent.name}.{path.stem}" for path in (PACKAGE / "data").glob("[!_]*.py")),
     ]
