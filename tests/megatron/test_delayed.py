@@ -112,19 +112,18 @@ def trained_delaying(flags, fused, table=None):
 
 
 CASES = {
-    "split": (2, (TWO, "--pp-schedule zb-h1"), False, None),
+    "recomputed": (
+        2,
+        (TWO, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --pp-schedule zb-h1"),
+        False,
+        None,
+    ),
     "chunks, added by a fused kernel": (2, (TWO, CHUNKS, "--pp-schedule izb"), True, None),
     "split and whole backwards, reductions overlapped": (
         4,
         (TWO, "--overlap-grad-reduce --pp-schedule zb-h1"),
         False,
         TABLES[4],
-    ),
-    "recomputed": (
-        2,
-        (TWO, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --pp-schedule zb-h2"),
-        False,
-        None,
     ),
 }
 

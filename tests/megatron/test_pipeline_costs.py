@@ -75,8 +75,7 @@ def test_measured_costs_come_to_the_same_schedule_when_read_again(tmp_path):
 
 def test_costs_of_a_file_are_what_is_scheduled_for(tmp_path):
     file = costs_file(tmp_path)
-    found, said = run_and_say(*AUTO, f"--pp-costs {file} --pp-memory-limit 1.5")
-    assert_bit_equal(found, run(2, TWO))
+    _, said = run_and_say(*AUTO, f"--train-iters 1 --pp-costs {file} --pp-memory-limit 1.5")
     # an M_B is what the fullest rank keeps of one microbatch: 6 MiB of the second stage
     assert "M_B of 6 MiB" in said
     costs = read(Path(file)).costs(loop(2))
