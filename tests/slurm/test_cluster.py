@@ -13,7 +13,7 @@ from tests.slurm import cluster
 from tests.slurm.cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 240
+SECONDS = 400
 # enough iterations that nobody gets through them
 RECIPE = """
 extends: quickstart
