@@ -48,7 +48,8 @@ class Chunks:
         self.model = [_chunk(config, size, number if v > 1 else None, overlap) for number in range(v)]
         config.finalize_model_grads_func = finalize_model_grads
         if overlap:
-            config.no_sync_func = [chunk.no_sync for chunk in self.model]
+            functions = [chunk.no_sync for chunk in self.model]
+            config.no_sync_func = functions if v > 1 else functions[0]
         generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
         self._tokens = torch.randint(VOCABULARY, (BATCHES, 1, size.seq + 1), generator=generator).cuda()
         self._positions = torch.arange(size.seq)[None].cuda()
