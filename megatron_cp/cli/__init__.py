@@ -13,6 +13,8 @@ from megatron_cp.cli import (
     doctor,
     estimate,
     inspect,
+    plan,
+    report,
     simulate,
     submit,
     trace,
@@ -29,9 +31,11 @@ backends.register(app)
 simulate.register(app)
 trace.register(app)
 estimate.register(app)
+plan.register(app)
 calibrate.register(app)
 critical_path.register(app)
 inspect.register(app)
+report.register(app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
 

@@ -18,8 +18,9 @@ from megatron_cp.planner.hardware import Cluster
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Model
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.stretch import stretching
 
-CONTEXT = ("zigzag", "all-gather", "ulysses", "usp", "double-ring")
+CONTEXT = ("zigzag", "all-gather", "ulysses", "usp")
 """Backends that are weighed where none are named: the classics, one of each kind of traffic."""
 
 SCHEDULED = ("1f1b", "interleaved", "zb-h1", "izb")
@@ -119,6 +120,7 @@ def search(question: Question, record: Record, top: int = 10, progress: Progress
     Raises ValueError when nothing fits, with the smallest number of GPUs on which something does.
     """
     left_out: Counter[str] = Counter()
+    record = stretching(record)
     bounds = _bounds(question, left_out, lambda share: progress(share / 2))
     best: dict[Sizes, Estimate] = {}
     for at, bound in enumerate(bounds):
@@ -291,8 +293,11 @@ def _contexts(question: Question, parallel: Parallel) -> Iterator[Parallel]:
         if not entry.needs_grid:
             yield replace(parallel, backend=entry.name)
             continue
+        # the inner axis is there to stay on the fast links
+        room = question.cluster.ranks_per_node // parallel.tp
         for inner in _divisors(parallel.cp)[1:-1]:
-            yield replace(parallel, backend=entry.name, grid=Grid(inner, parallel.cp // inner))
+            if inner <= room:
+                yield replace(parallel, backend=entry.name, grid=Grid(inner, parallel.cp // inner))
 
 
 def _nothing_fits(question: Question, left_out: Counter[str]) -> str:
@@ -318,12 +323,9 @@ def smallest(question: Question) -> int | None:
 
 
 def _holds(question: Question) -> bool:
-    for sizes in dealt(question, Counter()):
-        for parallel in _splits(question, sizes):
-            if parallel.vp == 1 and parallel.micro_batch == 1 and not parallel.schedule:
-                if _bound(question, parallel, Counter()):
-                    return True
-    return False
+    splits = (parallel for sizes in dealt(question, Counter()) for parallel in _splits(question, sizes))
+    plain = (one for one in splits if one.vp == 1 and one.micro_batch == 1 and not one.schedule)
+    return any(_bound(question, parallel, Counter()) for parallel in plain)
 
 
 def _powers(most: int) -> list[int]:

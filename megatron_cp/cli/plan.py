@@ -1,0 +1,113 @@
+"""`megatron-cp plan`: the parallel sizes that train a model fastest on so many GPUs of a cluster."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+
+from megatron_cp import config, recipe
+from megatron_cp.planner.hardware import load_cluster
+from megatron_cp.recipe_file import Unset
+from megatron_cp.registry import suggest
+from megatron_cp.units import count
+
+if TYPE_CHECKING:
+    from megatron_cp.planner.estimate import Estimate
+    from megatron_cp.planner.search import Plans
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A model of configs/models, such as llama3.1-8b.")],
+    seq: Annotated[str, typer.Option(help="Tokens in a sequence, such as 131072 or 128K.")],
+    gpus: Annotated[str, typer.Option(help="How many GPUs; the plan uses all.")],
+    cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")],
+    tokens_per_batch: Annotated[str, typer.Option(help="Tokens of a step, such as 4M.")] = "4M",
+    top: Annotated[int, typer.Option(min=1, help="How many plans to show.")] = 10,
+    backends: Annotated[str, typer.Option(help="Context-parallel algorithms to weigh.")] = "",
+    schedules: Annotated[str, typer.Option(help="Pipeline schedules to weigh.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
+) -> None:
+    """Enumerate how ranks can be dealt, leave out what rules and memory forbid, and rank the rest by estimated speed."""
+    from megatron_cp.context.record import record
+    from megatron_cp.planner.model import model_of
+    from megatron_cp.planner.search import CONTEXT, SCHEDULED, Question, search
+
+    if model not in (known := _models()):
+        raise ValueError(f"no model {model!r} in configs/models{suggest(model, known)}; known: {', '.join(known)}")
+    tokens, length = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq")
+    question = Question(
+        model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
+        length,
+        count(gpus, "--gpus"),
+        load_cluster(cluster),
+        max(1, round(tokens / length)),
+        backends=tuple(backends.replace(",", " ").split()) or CONTEXT,
+        schedules=tuple(schedules.replace(",", " ").split()) or SCHEDULED,
+    )
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("weighing splits", total=1.0)
+        found = search(question, record, top, lambda share: bar.update(task, completed=share))
+    if as_json:
+        typer.echo(json.dumps([_plain(one) for one in found.options], indent=2))
+    else:
+        _show(found)
+    if write:
+        _write(found.best, model, write)
+
+
+def _models() -> list[str]:
+    return [path.removeprefix("models/") for path in recipe.shipped("models") if path != "models/llama"]
+
+
+def _plain(one: "Estimate") -> dict[str, Any]:
+    parallel = one.parallel
+    names = ("tp", "cp", "backend", "pp", "vp", "dp", "ep", "micro_batch", "global_batch", "recompute")
+    return {
+        **{name: getattr(parallel, name) for name in names},
+        "grid": list(parallel.grid) if parallel.grid else None,
+        "schedule": parallel.schedule_name,
+        "step_seconds": one.seconds,
+        "tokens_per_second_per_gpu": one.tokens_per_s_per_gpu,
+        "mfu": one.mfu,
+        "memory_bytes": one.worst_memory.total,
+        "bound_by": one.bound_by,
+    }
+
+
+def _show(found: "Plans") -> None:
+    from megatron_cp.planner.search import label
+
+    asked, console = found.question, Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{asked.model.name} on {asked.gpus} GPUs of {asked.cluster.name}, "
+        f"{asked.global_batch} sequences of {asked.seq:,} tokens a step"
+    )
+    table = Table(Column("plan", no_wrap=True), "s/step", "tokens/s/GPU", "MFU", "GB")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in found.options:
+        figures = (f"{one.seconds:.4g}", f"{one.tokens_per_s_per_gpu:,.0f}", f"{one.mfu:.1%}")
+        table.add_row(label(one.parallel), *figures, f"{one.worst_memory.total / 1e9:.1f}")
+    console.print(table)
+    console.print(found.why)
+    rules = ", ".join(f"{name} ({number})" for name, number in found.left_out.most_common())
+    console.print(f"{found.examined} splits weighed; left out by rules: {rules or 'none'}")
+
+
+def _write(best: "Estimate", model: str, file: Path) -> None:
+    from megatron_cp.planner.plan_recipe import as_recipe
+
+    if file.exists():
+        raise ValueError(f"{file} is already there; name another file or remove it")
+    file.write_text(as_recipe(best, model), encoding="utf-8")
+    typer.echo(f"wrote {file}", err=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(plan)

@@ -1,0 +1,61 @@
+"""A plan as a recipe that `train`, `validate`, `estimate` and `render` take as it is."""
+
+import io
+from collections.abc import Iterator
+
+from ruamel.yaml import YAML
+
+from megatron_cp.planner.estimate import Estimate
+from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.search import label
+
+# a step of the shipped recipes for long sequences; planned runs start from it
+LEARNING_RATE = {"--lr": 3e-5, "--min-lr": 3e-6}
+
+
+def as_recipe(plan: Estimate, model: str) -> str:
+    """The YAML of a recipe for the plan; `model` is the name of a file in configs/models."""
+    gpus, per_node = plan.parallel.world, plan.cluster.ranks_per_node
+    local = min(gpus, per_node)
+    extends = [f"models/{model}", "training/long-context", "training/nodes"]
+    extends += ["training/recompute"] if plan.parallel.recompute == "full" else []
+    content = {
+        "extends": extends,
+        "CLUSTER": plan.cluster.name,
+        "LAUNCH": {"--nnodes": gpus // local, "--nproc-per-node": local},
+        "MODEL_ARGS": {"--seq-length": plan.seq, **dict(_flags(plan.parallel)), **LEARNING_RATE},
+    }
+    text = io.StringIO()
+    text.write(f"# {label(plan.parallel)}, planned for {gpus} GPUs of {plan.cluster.name}:\n")
+    text.write(
+        f"# {plan.seconds:.3g} s a step, {plan.tokens_per_s_per_gpu:,.0f} tokens/s per GPU, MFU {plan.mfu:.1%}, "
+        f"{plan.worst_memory.total / 1e9:.0f} GB on the fullest rank.\n"
+    )
+    yaml = YAML()
+    yaml.dump(content, text)
+    return text.getvalue()
+
+
+def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
+    yield "--tensor-model-parallel-size", parallel.tp
+    if parallel.sp:
+        yield "--sequence-parallel", True
+    yield "--context-parallel-size", parallel.cp
+    if parallel.cp > 1:
+        yield "--cp-comm-type", parallel.backend
+    if parallel.grid:
+        yield "--hierarchical-context-parallel-sizes", [parallel.grid.inner, parallel.grid.outer]
+    yield "--pipeline-model-parallel-size", parallel.pp
+    if parallel.vp > 1:
+        yield "--num-virtual-stages-per-pipeline-rank", parallel.vp
+    if parallel.schedule:
+        yield "--pp-schedule", parallel.schedule
+    if parallel.balanced_ends:
+        yield "--account-for-embedding-in-pipeline-split", True
+        yield "--account-for-loss-in-pipeline-split", True
+    if parallel.ep > 1:
+        yield "--expert-model-parallel-size", parallel.ep
+    yield "--micro-batch-size", parallel.micro_batch
+    yield "--global-batch-size", parallel.global_batch
+    if parallel.precision == "bfloat16":
+        yield "--bf16", True

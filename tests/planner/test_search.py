@@ -1,0 +1,105 @@
+"""A plan fits, obeys the rules, beats everything else that was asked for, and comes back from its recipe unchanged."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_cp import recipe
+from megatron_cp.cli import app
+from megatron_cp.context.record import record
+from megatron_cp.grid import Grid
+from megatron_cp.planner.estimate import estimate
+from megatron_cp.planner.hardware import load_cluster
+from megatron_cp.planner.model import model_of
+from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.plan_recipe import as_recipe
+from megatron_cp.planner.search import Plans, Question, search
+from megatron_cp.planner.stretch import stretching
+from megatron_cp.recipe_file import Unset
+
+CLUSTER = "dgx-h100-ib"
+
+
+@cache
+def question(gpus: int = 32) -> Question:
+    model = model_of(recipe.load("models/llama3.1-8b", Unset({})))
+    return Question(model, 32768, gpus, load_cluster(CLUSTER), 16)
+
+
+@cache
+def plans() -> Plans:
+    return search(question(), stretching(record), 5)
+
+
+def test_every_plan_fits_and_uses_all_gpus() -> None:
+    for one in plans().options:
+        parallel = one.parallel
+        assert one.fits
+        assert parallel.world == 32
+        assert parallel.tp <= 8
+        assert 16 % (parallel.dp * parallel.micro_batch) == 0
+
+
+def test_plans_are_ranked_and_the_same_again() -> None:
+    seconds = [one.seconds for one in plans().options]
+    assert seconds == sorted(seconds)
+    assert [one.parallel for one in search(question(), record, 5).options] == [one.parallel for one in plans().options]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Parallel(tp=4, cp=4, dp=2, sp=True, global_batch=16),
+        Parallel(tp=8, cp=2, dp=2, sp=True, global_batch=16),
+        Parallel(cp=8, dp=4, backend="usp", grid=Grid(4, 2), global_batch=16, recompute="full"),
+        Parallel(tp=2, cp=4, pp=4, dp=1, sp=True, global_batch=16, schedule="zb-h1"),
+        Parallel(cp=2, dp=16, global_batch=16, backend="ulysses", recompute="full"),
+    ],
+)
+def test_nothing_that_fits_is_faster_than_the_best_plan(other: Parallel) -> None:
+    found = estimate(question().model, other, question().cluster, 32768, record)
+    assert not found.fits or found.seconds >= plans().best.seconds
+
+
+def test_the_recipe_of_a_plan_is_the_plan(tmp_path: Path) -> None:
+    for one in plans().options:
+        file = tmp_path / "planned.yaml"
+        file.write_text(as_recipe(one, "llama3.1-8b"))
+        read = recipe.load(str(file), {"DATA_PATH": "corpus"})
+        assert parallel_of(read, 32) == one.parallel
+        assert (read.cluster, read.required("--seq-length")) == (CLUSTER, 32768)
+
+
+def test_it_says_why_and_what_was_left_out() -> None:
+    found = plans()
+    assert " is bound by " in found.why
+    assert "longer, most of it for " in found.why or "is as fast" in found.why
+    assert found.left_out["memory"] > 0
+    assert found.left_out["tensor parallel inside a node"] == 2
+
+
+def test_what_fits_nowhere_names_the_gpus_that_can_hold_it() -> None:
+    small = replace(question(), gpus=1, global_batch=1)
+    with pytest.raises(
+        ValueError, match=r"fits on 1 GPUs of dgx-h100-ib; left out by: memory .*; (\d+) GPUs can hold it"
+    ):
+        search(small, record)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ("--model llama4", "no model 'llama4'"),
+        ("--seq 4Q", "unknown unit 'Q'"),
+        ("--cluster h10-ib", "did you mean 'h100-ib'"),
+        ("--backends zigzig", "did you mean 'zigzag'"),
+        ("--schedules 1f1bb", "did you mean '1f1b'"),
+    ],
+)
+def test_bad_input_is_refused_by_name(changed: str, text: str) -> None:
+    words = "plan --model llama3.1-8b --seq 32K --gpus 8 --cluster h100-ib".split() + changed.split()
+    with pytest.raises(ValueError, match=text):
+        CliRunner().invoke(app, words, catch_exceptions=False)
