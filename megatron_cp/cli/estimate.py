@@ -189,9 +189,10 @@ def _traffic(found: "Estimate") -> Table:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+    """A table whose first column, of names, has the title for its head."""
+    table = Table(title)
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
     return table
 
 

@@ -1,0 +1,58 @@
+"""Estimates for the machine at hand: the description that calibrate writes, and the command."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_cp.bench.calibrate import Rates, as_yaml
+from megatron_cp.bench.links import Measured
+from megatron_cp.cli import app
+from megatron_cp.planner.hardware import load_cluster
+
+LINKS = Measured("x86_64 CPU", "float32", 1.2e9, 1e-4, 3e-10, 3e10, 7e10, 6e10, 5e-5)
+RATES = Rates({64: 2e10, 512: 8e10}, 5e9, 1.5e10, 5e8, (4e10, 5e10), 9e8)
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, ["estimate", *words])
+
+
+def test_what_calibrate_writes_is_read_back(tmp_path):
+    file = tmp_path / "here.yaml"
+    file.write_text(as_yaml(LINKS, RATES))
+    cluster = load_cluster(str(file))
+    assert cluster.gemm("float32").rate(512) == pytest.approx(8e10, rel=1e-3)
+    assert cluster.gemm("float32").rate(64) == pytest.approx(2e10, rel=1e-3)
+    assert (cluster.flops_forward, cluster.flops_backward) == pytest.approx((4e10, 5e10), rel=1e-3)
+    assert (cluster.elementwise_bytes_per_s, cluster.loss_bytes_per_s) == pytest.approx((5e9, 1.5e10))
+    assert cluster.inside.gather_rate == pytest.approx(5e8)
+    assert cluster.reserved_bytes == pytest.approx(9e8)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tiny-cp2", "tiny-pp2", "tiny-tp2"])
+def test_small_recipes_are_estimated_for_this_cpu(name):
+    told = json.loads(run(name, "--json").stdout)
+    assert told["gpus"] == 2
+    assert told["fits"]
+    assert sum(told["parts_seconds"].values()) == pytest.approx(told["step_seconds"])
+
+
+def test_a_step_is_told_with_its_memory_and_traffic():
+    said = run("quickstart", "--cp-comm-type", "ulysses").stdout
+    for words in ("CP 2 (ulysses)", "matrix products", "memory of the fullest rank", "inside the node"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give a recipe, or --published"),
+        (["quickstart", "--cluster", "h100ib"], "no cluster 'h100ib'; did you mean 'h100-ib'"),
+        (["models/llama3-8b"], "names no CLUSTER"),
+        (["quickstart", "--cluster", "h100-ib"], "no rates of float32 matrix products"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        raise run(*words).exception
