@@ -40,6 +40,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "te": ["transformer-engine[pytorch]>=2.6"],
         "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2", "tiktoken>=0.8"],
+        "report": ["tensorboard>=2.18"],
         "peers": ["ring-flash-attn==0.1.8", "yunchang==0.6.4"],
         "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "beartype>=0.20", "types-psutil"],
     },

@@ -1,0 +1,57 @@
+"""`megatron-cp report`: a run's curves and figures as a picture and a page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_cp import config, recipe
+from megatron_cp import report as of_run
+from megatron_cp.cli.estimate import estimate_recipe
+from megatron_cp.planner.hardware import load_cluster
+from megatron_cp.recipe_file import Unset
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Where the run saved or logged.")],
+    name: Annotated[
+        str | None, typer.Option("--recipe", help="Its recipe: the predicted step time and the model's operations.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Where it ran: the peak for MFU; by default the recipe's own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The page; by default RUN_DIR/report.html.")] = None,
+) -> None:
+    """Turn a run's logs into report.png and report.html, which has the picture in it."""
+    from megatron_cp.plots.report import draw_report
+
+    target = output or folder / "report.html"
+    if target.suffix != ".html":
+        raise ValueError(f"--output is the page, a file.html, got {str(target)!r}; the picture goes beside it")
+    run, against = of_run.read(folder), _reference(name, cluster)
+    curves = of_run.curves(run, against)
+    title = name or folder.resolve().name
+    picture = draw_report(curves, of_run.lost(run), against.step_seconds, target.with_suffix(".png"), title)
+    rows = of_run.table(run, curves, against)
+    target.write_text(of_run.page(title, rows, picture.read_bytes()), encoding="utf-8")
+    for label, text in rows.items():
+        typer.echo(f"{label:<24}{text}")
+    typer.echo(f"{'written':<24}{target} and {picture}")
+
+
+def _reference(name: str | None, cluster: str | None) -> of_run.Reference:
+    if name is not None:
+        found = estimate_recipe(recipe.load(name, Unset(config.environment()), []), cluster)
+        flops = found.flops_per_gpu() * found.seconds
+        peak = found.cluster.gemm(found.parallel.precision).peak
+        return of_run.Reference(found.seconds, flops, peak, found.seq)
+    if cluster is None:
+        return of_run.Reference()
+    known = load_cluster(cluster)
+    # what a run computes in unless its recipe says otherwise
+    return of_run.Reference(peak=known.gemm(known.dtype).peak)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(report)
