@@ -70,9 +70,19 @@ def submit(capfd: pytest.CaptureFixture[str], *words: str) -> str:
     return said.split()[-1]
 
 
-def losses(log: Path) -> list[tuple[int, float | None]]:
-    steps = (runlog.read_iteration(line) for line in log.read_text(errors="replace").splitlines())
-    return [(step.number, step.loss) for step in steps if step]
+def losses(log: Path) -> list[tuple[int, float]]:
+    """Iterations and their losses, over all attempts of a job.
+
+    Megatron logs the first iteration of a start without resetting its sums, so that the next line has the mean of both.
+    """
+    found = []
+    for attempt in log.read_text(errors="replace").split("] saved in "):
+        steps = [step for step in map(runlog.read_iteration, attempt.splitlines()) if step]
+        logged = [step.fields["lm loss"] for step in steps]
+        if len(logged) > 1:
+            logged[1] = 2 * logged[1] - logged[0]
+        found += [(step.number, loss) for step, loss in zip(steps, logged, strict=True)]
+    return found
 
 
 def wait_until(log: Path, text: str) -> None:
