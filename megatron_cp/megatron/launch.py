@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_cp import config
-from megatron_cp.megatron import cpu, hooks, stopped
+from megatron_cp.megatron import cpu, hooks, left_behind, stopped, unwritten
 from megatron_cp.megatron.arguments import imply_chunks
 from megatron_cp.pipeline import on_v
 
@@ -182,6 +182,8 @@ def door(argv: Sequence[str]) -> Iterator[Plan]:
     environment_for_gpus(argv)
     with contextlib.ExitStack() as undo:
         undo.enter_context(_refusals_in_one_line())
+        undo.enter_context(left_behind.ended_with_this_rank())
+        undo.enter_context(unwritten.explained(next(iter(values_of(argv, "--save") or ()), None)))
         undo.enter_context(stopped.noted(_save_folder(argv)))
         undo.enter_context(cpu.cpu_runtime())
         decided = plan(argv, cpu.active())

@@ -94,8 +94,10 @@ def _saved_arguments(args: Any) -> Any:
     tracker = get_checkpoint_tracker_filename(args.load) if args.load else ""
     if not os.path.isfile(tracker):
         return None
-    with open(tracker) as file:
-        iteration = str(getattr(args, "ckpt_step", None) or file.read().strip())
+    named = Path(tracker).read_text().strip()
+    if not named.isdecimal() and named != "release":
+        raise ValueError(_tracker_names_nothing(Path(tracker), named))
+    iteration = str(getattr(args, "ckpt_step", None) or named)
     folder = os.path.join(args.load, f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
     if not os.path.isfile(os.path.join(folder, "metadata.json")):
         return None
@@ -103,14 +105,25 @@ def _saved_arguments(args: Any) -> Any:
     return load_common_state_dict(folder).get("args")
 
 
+def _tracker_names_nothing(tracker: Path, named: str) -> str:
+    """A save that ended while it wrote the tracker; Megatron would end the run here, as if it were done."""
+    latest = _latest_whole(tracker.parent)
+    way_out = f"write {latest}, its latest whole checkpoint, into it" if latest else "no checkpoint is whole, remove it"
+    return f"{tracker} should name an iteration, got {named!r}; {way_out}"
+
+
+def _latest_whole(load: Path, but: Path | None = None) -> int | None:
+    whole = [path.name for path in iterations(load) if path != but and not damage(path)]
+    return int(whole[-1].removeprefix("iter_")) if whole else None
+
+
 def _check_whole(load: Path, folder: Path) -> None:
     # every rank reads the index anyway; one rank looks at each of the files, and its end is everybody's
     problems = damage(folder) if config.variable("RANK", "0") == "0" else unreadable(folder)
     if not problems:
         return
-    whole = [path.name for path in iterations(load) if path != folder and not damage(path)]
-    latest = int(whole[-1].removeprefix("iter_")) if whole else None
-    way_out = f"resume from the latest whole one with --ckpt-step {latest}" if whole else "no other one is whole"
+    latest = _latest_whole(load, but=folder)
+    way_out = f"resume from the latest whole one with --ckpt-step {latest}" if latest else "no other one is whole"
     raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(problems)}; {way_out}")
 
 
