@@ -32,7 +32,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
 ) -> None:
-    """Enumerate how ranks can be dealt, leave out what rules and memory forbid, and rank the rest by estimated speed."""
+    """Enumerate how ranks can be dealt, leave out what rules and memory forbid, rank the rest by estimated speed."""
     from megatron_cp.context.record import record
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.search import CONTEXT, SCHEDULED, Question, search

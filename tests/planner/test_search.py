@@ -103,3 +103,29 @@ def test_bad_input_is_refused_by_name(changed: str, text: str) -> None:
     words = "plan --model llama3.1-8b --seq 32K --gpus 8 --cluster h100-ib".split() + changed.split()
     with pytest.raises(ValueError, match=text):
         CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+# sizes that others have published for these: Megatron Bridge's recipes (the first two), Llama 3 (arXiv:2407.21783, table 4)
+# and USP (arXiv:2405.07719); the third is its neighbour's, continued to eight times the length and the GPUs
+PUBLISHED = {
+    "llama3.1-8b 131072 64 dgx-h100-ib 32": Parallel(tp=4, pp=2, cp=8, dp=1, sp=True, global_batch=32),
+    "llama3.1-70b 32768 256 dgx-h100-ib 128": Parallel(tp=8, pp=4, cp=4, dp=2, sp=True, global_batch=128),
+    "llama3.1-8b 1048576 512 dgx-h100-ib 4": Parallel(tp=4, pp=2, cp=64, dp=1, sp=True, global_batch=4),
+    "llama3.1-405b 131072 16384 dgx-h100-ib 128": Parallel(
+        tp=8, pp=16, vp=8, cp=16, dp=8, sp=True, backend="all-gather", balanced_ends=True, global_batch=128
+    ),
+    "llama2-7b 212992 16 a800-ib 20": Parallel(
+        cp=16, backend="usp", grid=Grid(8, 2), recompute="full", global_batch=20
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_the_best_plan_is_at_least_as_fast_as_what_was_published(case: str) -> None:
+    name, *numbers = case.split()
+    seq, gpus, batch = int(numbers[0]), int(numbers[1]), int(numbers[3])
+    model, cluster = model_of(recipe.load(f"models/{name}", Unset({}))), load_cluster(numbers[2])
+    recorded = stretching(record)
+    best = search(Question(model, seq, gpus, cluster, batch), recorded, 1).best
+    assert best.fits
+    assert best.seconds <= estimate(model, PUBLISHED[case], cluster, seq, recorded).seconds
