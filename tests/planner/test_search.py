@@ -105,8 +105,8 @@ def test_bad_input_is_refused_by_name(changed: str, text: str) -> None:
         CliRunner().invoke(app, words, catch_exceptions=False)
 
 
-# sizes that others have published for these: Megatron Bridge's recipes (the first two), Llama 3 (arXiv:2407.21783, table 4)
-# and USP (arXiv:2405.07719); the third is its neighbour's, continued to eight times the length and the GPUs
+# sizes that others have published for these: the first two are recipes of Megatron Bridge, the third the first one with
+# eight times the context parallelism, then Llama 3 (arXiv:2407.21783, table 4) and USP (arXiv:2405.07719)
 PUBLISHED = {
     "llama3.1-8b 131072 64 dgx-h100-ib 32": Parallel(tp=4, pp=2, cp=8, dp=1, sp=True, global_batch=32),
     "llama3.1-70b 32768 256 dgx-h100-ib 128": Parallel(tp=8, pp=4, cp=4, dp=2, sp=True, global_batch=128),
