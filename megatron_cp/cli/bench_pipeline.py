@@ -74,6 +74,13 @@ def _heats(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: 
         where = place(rule, p, rule.chunks or v)
         if layers % len(where.rank_of):
             raise ValueError(f"{layers} layers cannot be dealt evenly to {len(where.rank_of)} stages of {rule.name}")
+        odd = next((m for m in micros if where.chunks > 1 and m % p), None)
+        if odd:
+            near = max(p, round(odd / p) * p)
+            raise ValueError(
+                f"Megatron's interleaved schedule takes m in multiples of p = {p}, got m = {odd}; "
+                f"the nearest m that works is {near}"
+            )
         heats.setdefault(where.chunks, []).append(rule.name)
     return [Heat(chunks, tuple(found), tuple(micros)) for chunks, found in sorted(heats.items())]
 

@@ -214,7 +214,7 @@ def test_killed_build_leaves_no_corpus_and_no_process(tmp_path: Path, number: si
         # input goes on until nobody reads it
         while True:
             pipe.write(line)
-    process.join(60)
+    process.join(180)
     assert process.exitcode not in (0, None)
     _until(lambda: _group_is_gone(process.pid or 0))
     left = [] if number != signal.SIGKILL else [".out.building"]
@@ -224,19 +224,26 @@ def test_killed_build_leaves_no_corpus_and_no_process(tmp_path: Path, number: si
     assert _left(tmp_path) == ["a.jsonl", "out.bin", "out.idx", "pipe.jsonl"]
 
 
-def test_dead_worker_is_reported(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 500)
+def test_dead_worker_is_reported(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
 
     def kill_one() -> None:
-        _until(multiprocessing.active_children)
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        # the build cannot be done before its input ends
+        with (tmp_path / "pipe.jsonl").open("wb", buffering=0) as pipe, contextlib.suppress(BrokenPipeError):
+            line = b'{"text": "' + b"x" * 1000 + b'"}\n'
+            pipe.write(line)
+            while not multiprocessing.active_children():
+                pipe.write(line)
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            while True:
+                pipe.write(line)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     with pytest.raises(RuntimeError, match="a worker process died"):
-        build(tmp_path / "out", corpus, workers=2)
+        build(tmp_path / "out", tmp_path / "pipe.jsonl", workers=2)
     killer.join()
-    assert _left(tmp_path) == ["texts"]
+    assert _left(tmp_path) == ["pipe.jsonl"]
 
 
 def test_id_beyond_the_dtype_or_the_vocabulary_is_refused(tmp_path: Path) -> None:

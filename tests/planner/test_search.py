@@ -126,6 +126,8 @@ def test_the_best_plan_is_at_least_as_fast_as_what_was_published(case: str) -> N
     seq, gpus, batch = int(numbers[0]), int(numbers[1]), int(numbers[3])
     model, cluster = model_of(recipe.load(f"models/{name}", Unset({}))), load_cluster(numbers[2])
     recorded = stretching(record)
-    best = search(Question(model, seq, gpus, cluster, batch), recorded, 1).best
+    # a best plan among fewer kinds is a bound for the best of all, and found sooner
+    fewer = {"backends": ("zigzag", "usp"), "schedules": ("1f1b", "interleaved")} if gpus > 1024 else {}
+    best = search(Question(model, seq, gpus, cluster, batch, **fewer), recorded, 1).best
     assert best.fits
     assert best.seconds <= estimate(model, PUBLISHED[case], cluster, seq, recorded).seconds
