@@ -82,7 +82,8 @@ def _plain(one: "Estimate") -> dict[str, Any]:
 def _show(found: "Plans") -> None:
     from megatron_cp.planner.search import label
 
-    asked, console = found.question, Console(highlight=False, soft_wrap=True)
+    # a line of the table is never broken, whatever the terminal
+    asked, console = found.question, Console(highlight=False, soft_wrap=True, width=max(110, Console().width))
     console.print(
         f"{asked.model.name} on {asked.gpus} GPUs of {asked.cluster.name}, "
         f"{asked.global_batch} sequences of {asked.seq:,} tokens a step"
