@@ -23,5 +23,10 @@ class Grid(NamedTuple):
 
 def most_square(ranks: int) -> Grid:
     """The most square grid of so many ranks, with the larger axis inside."""
-    outer = max(size for size in range(1, int(ranks**0.5) + 1) if ranks % size == 0)
+    outer = max(size for size in divisors(ranks) if size**2 <= ranks)
     return Grid(ranks // outer, outer)
+
+
+def divisors(number: int) -> list[int]:
+    """The sizes that `number` can be divided into evenly, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]

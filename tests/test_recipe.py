@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,7 @@ from megatron_cp.command import (
 )
 from megatron_cp.megatron import flags
 from megatron_cp.recipe import Recipe
-
-type Write = Callable[..., str]
+from tests.conftest import Write
 
 VARIABLES = {"DATA_PATH": "/data/corpus"}
 # billions of parameters, from the published models
@@ -41,18 +39,6 @@ BILLIONS = {
     "llama3.2-1b": 1.24,
     "llama3.2-3b": 3.21,
 }
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write a recipe into an empty current folder; its name comes back."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(text: str, name: str = "run.yaml") -> str:
-        Path(name).write_text(text)
-        return name
-
-    return write
 
 
 @pytest.fixture(scope="session")

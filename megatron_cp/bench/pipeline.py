@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from megatron_cp.bench.activations import changes
 from megatron_cp.bench.processes import QUIET
-from megatron_cp.pipeline.action import BACKWARD, COMPUTE, FORWARD, FULL, INPUT, WEIGHT, Action
+from megatron_cp.pipeline.action import COMPUTE, FORWARD, FULL, INPUT, WEIGHT, Action, first_half
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.passes import awaited, merge
 from megatron_cp.pipeline.schedule import Schedule
@@ -149,7 +149,7 @@ def hop_time(schedule: Schedule, steps: Iterable[Step]) -> float:
 
 
 def _gaps(schedule: Schedule, step: Step) -> Iterator[float]:
-    made = {_named(timed.action): (rank, timed.end) for rank, line in enumerate(step) for timed in computed(line)}
+    made = {first_half(timed.action): (rank, timed.end) for rank, line in enumerate(step) for timed in computed(line)}
     for rank, line in enumerate(step):
         free = -inf
         for timed in computed(line):
@@ -159,11 +159,6 @@ def _gaps(schedule: Schedule, step: Step) -> Iterator[float]:
                 if maker != rank and free < end:
                     yield max(0.0, timed.start - end)
             free = timed.end
-
-
-def _named(action: Action) -> Action:
-    """A whole backward under the name of its first half, as `awaited` has it."""
-    return action._replace(kind=INPUT) if action.kind in BACKWARD else action
 
 
 @dataclass(frozen=True)

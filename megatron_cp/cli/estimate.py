@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp import config, recipe, runlog
-from megatron_cp.planner.hardware import Cluster, load_cluster
+from megatron_cp.planner.hardware import cluster_for
 from megatron_cp.recipe_file import Unset
 
 if TYPE_CHECKING:
@@ -120,18 +120,13 @@ def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate
     """The estimate of a recipe's step; raises ValueError where it names no cluster and none is given."""
     from megatron_cp.context.record import record
     from megatron_cp.planner.estimate import estimate as of_step
-    from megatron_cp.planner.model import model_of, needed
+    from megatron_cp.planner.model import model_of
     from megatron_cp.planner.parallel import parallel_of
 
     model = model_of(run)
-    return of_step(model, parallel_of(run, model.layers), _cluster(run, cluster), needed(run, "--seq-length"), record)
-
-
-def _cluster(run: recipe.Recipe, name: str | None) -> Cluster:
-    chosen = name or run.cluster
-    if chosen is None:
-        raise ValueError(f"recipe {run.name!r} names no CLUSTER; add one, or pass --cluster")
-    return load_cluster(chosen)
+    return of_step(
+        model, parallel_of(run, model.layers), cluster_for(run, cluster), run.required("--seq-length"), record
+    )
 
 
 def _as_json(found: "Estimate") -> dict[str, object]:

@@ -39,6 +39,8 @@ def plan(
 
     if model not in (known := _models()):
         raise ValueError(f"no model {model!r} in configs/models{suggest(model, known)}; known: {', '.join(known)}")
+    if write and write.exists():
+        raise ValueError(f"{write} is already there; name another file or remove it")
     tokens, length = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq")
     question = Question(
         model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
@@ -103,8 +105,6 @@ def _show(found: "Plans") -> None:
 def _write(best: "Estimate", model: str, file: Path) -> None:
     from megatron_cp.planner.plan_recipe import as_recipe
 
-    if file.exists():
-        raise ValueError(f"{file} is already there; name another file or remove it")
     file.write_text(as_recipe(best, model), encoding="utf-8")
     typer.echo(f"wrote {file}", err=True)
 

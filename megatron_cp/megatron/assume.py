@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from packaging.version import Version
 
 from megatron_cp.megatron import cpu
-from megatron_cp.megatron.rebind import Replaced, replace, restore
+from megatron_cp.megatron.rebind import Replaced, replace, restore_all
 from megatron_cp.planner.hardware import Cluster
 
 # the newest that megatron-core 0.19 asks for anywhere: a version is a question for the machine, doctor answers it there
@@ -54,7 +54,7 @@ def assumed(cluster: Cluster) -> Iterator[list[str]]:
     gpu = gpu_of(cluster)
     with contextlib.ExitStack() as undo:
         done: list[Replaced] = []
-        undo.callback(_restore_all, done)
+        undo.callback(restore_all, done)
         if gpu is None:
             undo.enter_context(cpu.cpu_runtime())
         table = INPUTS if gpu is None else {**INPUTS, **_answers(gpu, cluster.ranks_per_node), **PACKAGES}
@@ -110,8 +110,3 @@ PACKAGES: dict[str, Callable[[Any], Any]] = {
 }
 # data and checkpoints lie on the cluster
 INPUTS: dict[str, Callable[[Any], Any]] = {"megatron_cp.megatron.launch:check_inputs": _answer(None)}
-
-
-def _restore_all(done: list[Replaced]) -> None:
-    while done:
-        restore(done.pop())

@@ -16,7 +16,7 @@ from megatron_cp.bench.contest import WrongResultError
 from megatron_cp.bench.pipeline import Line, Measured, Pairs, Recorder
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, largest
-from megatron_cp.megatron.rebind import replace, restore
+from megatron_cp.megatron.rebind import replace, restore_all
 from megatron_cp.pipeline.action import FORWARD, FULL, Action
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.execute import Observe
@@ -186,5 +186,4 @@ def _observed(observe: Observe) -> Iterator[None]:
     try:
         yield
     finally:
-        while done:
-            restore(done.pop())
+        restore_all(done)

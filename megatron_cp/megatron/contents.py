@@ -8,6 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
+from megatron_cp.grid import divisors
 from megatron_cp.runlog import checkpoint_iteration
 
 # what a run must share with the checkpoint, in the order in which a reader asks
@@ -174,16 +175,16 @@ def takes(saved: Any) -> dict[str, str]:
     groups = saved.num_query_groups or saved.num_attention_heads
     tensor = [
         size
-        for size in _divisors(saved.num_attention_heads)
+        for size in divisors(saved.num_attention_heads)
         if not saved.ffn_hidden_size % size and (groups % size == 0 or size % groups == 0)
     ]
     sizes = {
         "--tensor-model-parallel-size": _listed(tensor),
-        "--pipeline-model-parallel-size": f"{_listed(_divisors(saved.num_layers))} (others with uneven stages)",
+        "--pipeline-model-parallel-size": f"{_listed(divisors(saved.num_layers))} (others with uneven stages)",
         "--context-parallel-size": f"any with {saved.seq_length} tokens divisible by twice its value",
     }
     if saved.num_experts:
-        sizes["--expert-model-parallel-size"] = _listed(_divisors(saved.num_experts))
+        sizes["--expert-model-parallel-size"] = _listed(divisors(saved.num_experts))
     return sizes
 
 
@@ -197,10 +198,6 @@ def optimizer_rule(saved: Any, stored: Bytes) -> str:
         return "moves to any topology; with --use-distributed-optimizer only"
     sizes = f"TP={saved.tensor_model_parallel_size} and PP={saved.pipeline_model_parallel_size}"
     return f"moves to any CP and DP at {sizes}; elsewhere only the weights do, with --no-load-optim"
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _listed(sizes: list[int]) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from megatron_cp.megatron.rebind import Replaced, replace, restore
+from megatron_cp.megatron.rebind import Replaced, replace, restore_all
 
 
 class Replacement(NamedTuple):
@@ -307,15 +307,10 @@ def cpu_runtime() -> Iterator[bool]:
         undo.callback(logger.removeFilter, _not_about_generators)
         # compiled fusions would be built for the CPU at great cost and no use
         undo.enter_context(_eager())
-        undo.callback(_restore_all, done)
+        undo.callback(restore_all, done)
         for entry in REPLACEMENTS:
             done.extend(replace(target, entry.make) for target in entry.targets)
         yield True
-
-
-def _restore_all(done: list[Replaced]) -> None:
-    while done:
-        restore(done.pop())
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cp.megatron.rebind import Replaced, find, replace, restore
+from megatron_cp.megatron.rebind import Replaced, find, replace, restore_all
 from megatron_cp.registry import Registry, suggest
 
 SUPPORTED = "0.19."
@@ -79,8 +79,9 @@ def _refuse_words(parser: Any, message: str) -> None:
 
 def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.arguments import check, check_schedule, check_table
+        from megatron_cp.megatron.arguments import check
         from megatron_cp.megatron.launch import check_inputs, complete, has_our_layers
+        from megatron_cp.megatron.schedule_arguments import check_schedule, check_table
 
         try:
             complete(args)
@@ -327,8 +328,7 @@ class Applied:
         self._done = done
 
     def revert(self) -> None:
-        while self._done:
-            restore(self._done.pop())
+        restore_all(self._done)
 
     def __enter__(self) -> "Applied":
         return self

@@ -17,7 +17,7 @@ import torch
 
 from megatron_cp import config
 from megatron_cp.megatron import cpu, hooks, left_behind, stopped, unwritten
-from megatron_cp.megatron.arguments import imply_chunks
+from megatron_cp.megatron.schedule_arguments import imply_chunks
 from megatron_cp.pipeline import on_v
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")

@@ -50,9 +50,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for old in folder.glob("*.patch"):
         old.unlink()
-    for name, text in series():
+    made = series()
+    for name, text in made:
         (folder / name).write_text(text)
-    (folder / "series").write_text("".join(f"{name}\n" for name, _ in series()))
+    (folder / "series").write_text("".join(f"{name}\n" for name, _ in made))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def replace(target: str, make: Callable[[Any], Any]) -> Replaced:
     return Replaced(name, old, own)
 
 
+def restore_all(done: list[Replaced]) -> None:
+    """Put back everything, the last first; the list is empty afterwards."""
+    while done:
+        restore(done.pop())
+
+
 def restore(replaced: Replaced) -> None:
     """Put back what `replace` found."""
     owner, attribute = replaced.name

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from megatron_cp import config
 from megatron_cp.command import check_processes, flag_words, processes, runs_through_us
-from megatron_cp.planner.hardware import Cluster, load_cluster, shipped_clusters
+from megatron_cp.planner.hardware import Cluster, cluster_for
 from megatron_cp.recipe import Recipe
 
 # a laptop's, not the cluster's
@@ -40,12 +40,9 @@ def run_of(recipe: Recipe, cluster: str | None = None) -> Run:
 
     Raises ValueError when there is none, or when its nodes are not what LAUNCH asks for.
     """
-    name = cluster or recipe.cluster
-    if name is None:
-        known = ", ".join(shipped_clusters())
-        raise ValueError(f"recipe {recipe.name} names no CLUSTER; add one, or pass --cluster with one of: {known}")
+    described = cluster_for(recipe, cluster)
     check_processes(recipe)
-    described, world_size = load_cluster(name), processes(recipe)
+    world_size = processes(recipe)
     if world_size is None:
         raise ValueError("the number of processes is not known; give --nproc-per-node and --nnodes as numbers")
     per_node = int(recipe.launch["--nproc-per-node"].text) if "--nproc-per-node" in recipe.launch else 1

@@ -34,6 +34,11 @@ class Action(NamedTuple):
         return f"{self.stage}{self.kind}{'' if self.micro is None else self.micro}"
 
 
+def first_half(action: Action) -> Action:
+    """A whole backward under the name of its first half, everything else as it is: what `awaited` names."""
+    return action._replace(kind=INPUT) if action.kind == FULL else action
+
+
 def parse_action(text: str) -> Action:
     """The action written as `text`; raises ValueError for anything else."""
     match = _FORM.fullmatch(text)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 
-from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, RECV_B, RECV_F, Action
+from megatron_cp.pipeline.action import FORWARD, INPUT, RECV_B, RECV_F, Action, first_half
 from megatron_cp.pipeline.schedule import Schedule
 
 RECEIVES = (RECV_F, RECV_B)
@@ -24,7 +24,7 @@ def receive_early(schedule: Schedule) -> Schedule:
 
 def _moved(schedule: Schedule, rank: int) -> Iterator[Action]:
     rest = [action for action in schedule.table[rank] if action.kind not in RECEIVES]
-    places = {_named(action): place for place, action in enumerate(rest)}
+    places = {first_half(action): place for place, action in enumerate(rest)}
     due: dict[int, list[Action]] = defaultdict(list)
     for receives in _channels(schedule, rank):
         for place, receive in zip(_posts(schedule, rank, receives, places), receives, strict=True):
@@ -70,7 +70,3 @@ def _causes(schedule: Schedule, rank: int, receive: Action) -> Iterator[Action]:
             yield Action(stage, FORWARD, receive.micro)
         if receive.kind == RECV_B and stage > receive.stage:
             yield Action(stage, INPUT, receive.micro)
-
-
-def _named(action: Action) -> Action:
-    return action._replace(kind=INPUT) if action.kind in BACKWARD else action

@@ -68,7 +68,12 @@ Observe = Callable[[Action], AbstractContextManager[object]]
 
 def lower(schedule: Schedule) -> Schedule:
     """The compute table as an executor runs it: I and W merged where adjacent, with reductions and transfers."""
-    return receive_early(add_transfers(add_reductions(merge(schedule))))
+    return complete(merge(schedule))
+
+
+def complete(schedule: Schedule) -> Schedule:
+    """The compute table with reductions and transfers, and receives posted early."""
+    return receive_early(add_transfers(add_reductions(schedule)))
 
 
 def forward_only(placement: Placement, m: int) -> Schedule:

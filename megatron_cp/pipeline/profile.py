@@ -18,9 +18,7 @@ from torch import Tensor
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action
 from megatron_cp.pipeline.costs_file import StageCosts
-from megatron_cp.pipeline.early import receive_early
-from megatron_cp.pipeline.execute import Channels
-from megatron_cp.pipeline.passes import add_reductions, add_transfers
+from megatron_cp.pipeline.execute import Channels, complete
 from megatron_cp.pipeline.schedule import Schedule
 
 ROUNDS = 5
@@ -30,7 +28,7 @@ TIMED = (FORWARD, INPUT, WEIGHT)
 def lower_split(schedule: Schedule) -> Schedule:
     """The compute table lowered with all backwards in two halves, the adjacent ones too: both halves are seen."""
     table = tuple(tuple(half for action in actions for half in _halves(action)) for actions in schedule.table)
-    return receive_early(add_transfers(add_reductions(replace(schedule, table=table))))
+    return complete(replace(schedule, table=table))
 
 
 def _halves(action: Action) -> tuple[Action, ...]:

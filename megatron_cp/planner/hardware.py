@@ -10,7 +10,7 @@ from math import isfinite, log
 from pathlib import Path
 from typing import Any, overload
 
-from megatron_cp.recipe import configs_folder
+from megatron_cp.recipe import Recipe, configs_folder
 from megatron_cp.registry import suggest
 
 PORTS = ("shared", "per-neighbour")
@@ -157,6 +157,15 @@ ON_CPU = "this-cpu"
 
 # SXM boards; those in PCIe slots have other links
 BY_GPU = {"A100": "a100-ib", "H100": "h100-ib", "H200": "h100-ib"}
+
+
+def cluster_for(recipe: Recipe, name: str | None) -> Cluster:
+    """The cluster called `name`, or else the recipe's own; raises ValueError where neither says one."""
+    chosen = name or recipe.cluster
+    if chosen is None:
+        known = ", ".join(shipped_clusters())
+        raise ValueError(f"recipe {recipe.name} names no CLUSTER; add one, or pass --cluster with one of: {known}")
+    return load_cluster(chosen)
 
 
 def cluster_of(gpu: str | None) -> str:

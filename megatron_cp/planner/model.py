@@ -94,14 +94,14 @@ class Model:
 
 def model_of(recipe: Recipe) -> Model:
     """The model of a recipe's MODEL_ARGS; raises ValueError with the flag that is missing or is no number."""
-    hidden, heads = needed(recipe, "--hidden-size"), needed(recipe, "--num-attention-heads")
+    hidden, heads = recipe.required("--hidden-size"), recipe.required("--num-attention-heads")
     gated = "--swiglu" in recipe.model_args
     ffn = recipe.number("--ffn-hidden-size", _usual_ffn(hidden, gated))
     experts = recipe.number("--num-experts", 0)
     grouped = "--group-query-attention" in recipe.model_args
     return Model(
         recipe.name,
-        layers=needed(recipe, "--num-layers"),
+        layers=recipe.required("--num-layers"),
         hidden=hidden,
         ffn=ffn,
         heads=heads,
@@ -118,13 +118,6 @@ def model_of(recipe: Recipe) -> Model:
     )
 
 
-def needed(recipe: Recipe, flag: str) -> int:
-    """The value of an integer flag that has no default; raises ValueError where it is left out."""
-    if flag not in recipe.model_args:
-        raise ValueError(f"recipe {recipe.name!r} has no {flag}; add it to MODEL_ARGS, or extend a model")
-    return recipe.number(flag, 0)
-
-
 def _usual_ffn(hidden: int, gated: bool) -> int:
     """What Megatron takes where --ffn-hidden-size is left out."""
     return int(4 * hidden * 2 / 3) // 64 * 64 if gated else 4 * hidden
@@ -133,4 +126,4 @@ def _usual_ffn(hidden: int, gated: bool) -> int:
 def _padded_vocab(recipe: Recipe) -> int:
     multiple = recipe.number("--make-vocab-size-divisible-by", 128)
     multiple *= recipe.number("--tensor-model-parallel-size", 1)
-    return -(-needed(recipe, "--vocab-size") // multiple) * multiple
+    return -(-recipe.required("--vocab-size") // multiple) * multiple

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from megatron_cp.grid import Grid
+from megatron_cp.grid import Grid, divisors
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.choose_backend import Record
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate
@@ -183,7 +183,7 @@ def _tensor_rule(question: Question, tp: int) -> str:
 
 def _deal_rest(question: Question, tp: int, cp: int, left_out: Counter[str]) -> Iterator[Sizes]:
     model = question.model
-    for pp in _divisors(question.gpus // (tp * cp)):
+    for pp in divisors(question.gpus // (tp * cp)):
         if pp > model.layers or (model.layers % pp and (model.layers + 2) % pp):
             left_out["layers divisible by PP"] += 1
             continue
@@ -191,7 +191,7 @@ def _deal_rest(question: Question, tp: int, cp: int, left_out: Counter[str]) -> 
         if question.global_batch % dp:
             left_out["batch divisible by DP"] += 1
             continue
-        for ep in _divisors(model.experts) if model.experts else [1]:
+        for ep in divisors(model.experts) if model.experts else [1]:
             if dp * cp % ep == 0:
                 yield Sizes(tp, cp, pp, dp, ep)
 
@@ -295,7 +295,7 @@ def _contexts(question: Question, parallel: Parallel) -> Iterator[Parallel]:
             continue
         # the inner axis is there to stay on the fast links
         room = question.cluster.ranks_per_node // parallel.tp
-        for inner in _divisors(parallel.cp)[1:-1]:
+        for inner in divisors(parallel.cp)[1:-1]:
             if inner <= room:
                 yield replace(parallel, backend=entry.name, grid=Grid(inner, parallel.cp // inner))
 
@@ -331,7 +331,3 @@ def _holds(question: Question) -> bool:
 def _powers(most: int) -> list[int]:
     """Powers of two that divide `most`."""
     return [1 << at for at in range(most.bit_length()) if most % (1 << at) == 0]
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

@@ -22,6 +22,7 @@ TOKENS = 256
 """Of a rank in what is recorded: enough that every tile and every piece is there, and a divisor of usual lengths."""
 
 
+@cache
 def stretching(record: Record) -> Record:
     """`record` that runs each loop once, at TOKENS per rank, and multiplies tokens; the traces are the same.
 

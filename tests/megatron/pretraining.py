@@ -59,6 +59,22 @@ def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[s
         return from_the_rank_with_losses(log)
 
 
+def trained(flags: list[str]) -> tuple[list[dict[str, Any]], list[tuple[str, torch.Tensor]]]:
+    """The same, from named weights: this rank's own log, and pairs of global name and value of its parameters."""
+    from megatron_cp.megatron import pretrain
+
+    built: list[torch.nn.Module] = []
+
+    def prepare(config: Any) -> None:
+        start_from_names(config)
+        config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
+
+    sys.argv = ["pretrain_gpt", *flags]
+    with door(flags), losses_of_each_iteration() as log:
+        pretrain.run(prepare=prepare)
+    return log, [(name, weight.detach().clone()) for chunk in built for name, weight in global_names(chunk)]
+
+
 def script_losses(flags: list[str]) -> list[dict[str, Any]]:
     """The same through door A with an unmodified script of upstream's kind, from Megatron's own initial weights."""
     sys.argv = ["launch", SCRIPT, *flags]

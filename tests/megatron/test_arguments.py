@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_cp.megatron.arguments import add_arguments, check, check_schedule
+from megatron_cp.megatron.arguments import add_arguments, check
+from megatron_cp.megatron.schedule_arguments import check_schedule
 
 GOOD = {
     "cp_comm_type": ["p2p"],

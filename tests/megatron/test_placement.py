@@ -12,33 +12,17 @@ import torch
 from megatron_cp.megatron import hooks, resume
 from megatron_cp.megatron.launch import door
 from tests.megatron.door_b import grad_norms, losses, train
-from tests.megatron.pretraining import global_names, losses_of_each_iteration, pretrain_losses, start_from_names, tiny
+from tests.megatron.pretraining import (
+    pretrain_losses,
+    tiny,
+    trained,
+)
+from tests.megatron.test_schedules import CHUNKS, EXPERTS, MODEL, TIED, TWO
 from tests.ranks import run_ranks, run_ranks_with_log
 
-# stands for leaving this flag out
-TIED = "--untie-embeddings-and-output-weights"
-MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
-TWO = "--pipeline-model-parallel-size 2"
 FOUR = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 16"
-CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
 # the norm adds up squares rank by rank, and a rank has other layers here: with clipping the last bits differ
 UNCLIPPED = "--clip-grad 0"
-
-
-def trained(flags):
-    """What this rank knows after training: losses of each iteration, and pairs of global name and parameter."""
-    from megatron_cp.megatron import pretrain
-
-    built = []
-
-    def prepare(config):
-        start_from_names(config)
-        config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
-
-    sys.argv = ["pretrain_gpt", *flags]
-    with door(flags), losses_of_each_iteration() as log:
-        pretrain.run(prepare=prepare)
-    return log, [(name, weight.detach().clone()) for chunk in built for name, weight in global_names(chunk)]
 
 
 def run(world_size, *flags):
@@ -89,7 +73,6 @@ def test_four_ranks_train_as_interleaved(on_loop, schedule):
 # the last stage has the head only
 LAYOUT = "--pipeline-model-parallel-layout Et|tt|t|L"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
 COMBINED = {
     "tied embeddings, distributed optimizer": (4, "zb-v", (CHUNKS, TIED, DISTRIBUTED)),
     "tensor and sequence parallel, tied embeddings, loss per token": (

@@ -8,7 +8,8 @@ import torch
 from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.schedule import parse
-from tests.megatron.pretraining import global_names, losses_of_each_iteration, start_from_names, tiny
+from tests.megatron import pretraining
+from tests.megatron.pretraining import tiny
 from tests.ranks import run_ranks
 
 # stands for leaving this flag out
@@ -18,27 +19,8 @@ MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
 
 def trained(flags):
     """What this rank knows after training: losses of each iteration, and its parameters by their name in the model."""
-    from megatron_cp.megatron import pretrain
-    from megatron_cp.megatron.launch import door
-
-    built = []
-
-    def prepare(config):
-        start_from_names(config)
-        config.post_wrap_hooks.append(lambda models: built.extend(models) or models)
-
-    sys.argv = ["pretrain_gpt", *flags]
-    with door(flags), losses_of_each_iteration() as log:
-        pretrain.run(prepare=prepare)
-    return log, {
-        name: parameter.detach().clone() for chunk in built for name, parameter in global_names(_unwrapped(chunk))
-    }
-
-
-def _unwrapped(model):
-    while hasattr(model, "module"):
-        model = model.module
-    return model
+    log, parameters = pretraining.trained(flags)
+    return log, dict(parameters)
 
 
 def run(world_size, *flags):

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from megatron_cp import recipe
 from megatron_cp.slurm import flags
 from megatron_cp.slurm.job import job_of
 from megatron_cp.slurm.script import BODY, script
-
-type Write = Callable[..., str]
+from tests.conftest import Write
 
 GOLDEN = Path(__file__).with_name("golden")
 BASE = """
@@ -91,13 +89,7 @@ echo "${STATE:-RUNNING}"
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    monkeypatch.chdir(tmp_path)
-
-    def write(text: str, name: str = "run.yaml") -> str:
-        Path(name).write_text(text)
-        return name
-
+def write(write: Write) -> Write:
     write(BASE, "base.yaml")
     return write
 
