@@ -32,9 +32,11 @@ def pipeline(
     ] = 2,
     micros: Annotated[list[int] | None, typer.Option("-m", min=1, help="Microbatches; may be repeated.")] = None,
     chunks: Annotated[int, typer.Option("-v", min=2, help="Chunks per rank where a schedule has several.")] = 2,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the whole model.")] = 8,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden size; heads have 64.")] = 512,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a microbatch.")] = 256,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of the whole model; by default one for each chunk of each rank.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size; heads have 64.")] = 1024,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a microbatch.")] = 160,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of ours and Megatron's own.")] = 5,
     repeat: Annotated[int, typer.Option(min=1, help="Steps in turns that make a pair; their median counts.")] = 3,
     overhead: Annotated[bool, typer.Option("--overhead", help="The executor alone, on one rank.")] = False,
@@ -49,6 +51,7 @@ def pipeline(
     if overhead:
         _overhead(bench_pipeline.overhead(chunks, 4, hidden, seq, rounds * repeat), as_json)
         return
+    layers = layers or ranks * chunks
     heats = _heats(schedule or DEFAULT, ranks, chunks, micros or [2, 4, 8], layers)
     model = bench_pipeline.Model(ranks, layers, hidden, seq)
     if plot and sum(len(heat.names) * len(heat.micros) for heat in heats) != 1:

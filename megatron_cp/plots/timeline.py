@@ -24,7 +24,7 @@ MOST_LABELS = 1500
 
 
 class Bar(NamedTuple):
-    """One action and when it ran, in any one unit of time."""
+    """One action and when it ran, in any one unit of time; recorded ones in milliseconds."""
 
     action: Action
     start: float
@@ -56,7 +56,7 @@ def draw_timeline(simulated: Bars, file: Path, title: str, recorded: Bars | None
 
     ranks = len(simulated)
     figure = Figure(figsize=(16, 1.2 + 0.45 * ranks * (2 if recorded else 1)), layout="constrained")
-    axes = figure.add_subplot(xlabel="time", title=title)
+    axes = figure.add_subplot(xlabel="time in ms" if recorded else "time", title=title)
     height = 0.42 if recorded else 0.86
     _draw(axes, simulated, height, offset=-height / 2 if recorded else 0.0)
     if recorded:
