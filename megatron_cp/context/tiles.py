@@ -4,12 +4,14 @@ Local tokens stand in sequence order, so query i sees a stretch of the keys, and
 as i grows: the pairs lie between two staircases, whose steps rise by at most one key per query. Cut into stretches of
 queries over which neither staircase changes its slope, they are a triangle against the lower staircase, a rectangle,
 and a triangle against the upper one. Triangles are square, so that kernels which align causal masks top-left and
-kernels which align them bottom-right do the same.
+kernels which align them bottom-right do the same. A flight of steps that start at the same key is halved around the
+largest rectangle under its middle, and so on: as many tiles as steps, but squares, where one tile for each step would
+be a flat band, which kernels are slower at.
 """
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
 from megatron_cp.context.layouts import Runs, length, located
@@ -58,7 +60,8 @@ class Step(NamedTuple):
 @cache
 def tiles(q_runs: Runs, kv_runs: Runs, mask: Mask) -> tuple[Tile, ...]:
     """Tiles that cover every unmasked pair of `q_runs` with `kv_runs` exactly once."""
-    return tuple(tile for step in _steps(q_runs, kv_runs, mask) for tile in _cover(step))
+    flights = groupby(_steps(q_runs, kv_runs, mask), key=lambda step: (step.low, step.low_slope))
+    return tuple(tile for _, flight in flights for tile in _halve(list(flight)))
 
 
 @cache
@@ -73,6 +76,20 @@ def hull(stretches: tuple[slice, ...]) -> slice:
     if not stretches:
         return slice(0, 0)
     return slice(min(stretch.start for stretch in stretches), max(stretch.stop for stretch in stretches))
+
+
+def _halve(flight: list[Step]) -> Iterator[Tile]:
+    """Tiles of steps that start at the same key."""
+    if len(flight) <= 1:
+        for step in flight:
+            yield from _cover(step)
+        return
+    lower, upper = flight[: len(flight) // 2], flight[len(flight) // 2 :]
+    top = upper[0].high - upper[0].high_slope
+    yield from _halve(lower)
+    if upper[0].low < top:
+        yield Tile(slice(upper[0].start, upper[-1].stop), slice(upper[0].low, top), "full")
+    yield from _halve([step._replace(low=top) for step in upper if step.high > top or step.high_slope])
 
 
 def _cover(step: Step) -> Iterator[Tile]:

@@ -36,6 +36,27 @@ def test_tiles_cover_mask_exactly_once(name, ranks, seen_by):
             assert sum(tile.pairs for tile in found) == len(expected)
 
 
+@pytest.mark.parametrize("seen_by", MASKS, ids=lambda m: f"{m.left}-{m.right}")
+@pytest.mark.parametrize("stripe", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tiles_of_stripes_of_blocks_cover_mask(ranks, stripe, seen_by):
+    owned = layout("striped", 30 * ranks, ranks, stripe)
+    for queries in owned:
+        for keys in owned:
+            covered = sorted(pair for tile in tiles(queries, keys, seen_by) for pair in pairs(tile))
+            assert covered == visible(queries, keys, seen_by)
+
+
+@pytest.mark.parametrize("stairs", [2, 3, 7, 16])
+def test_a_staircase_is_as_many_tiles_as_steps_and_none_is_flat(stairs):
+    behind, ahead = layout("striped", 2 * 64 * stairs, 2, 64)
+    found = tiles(ahead, behind, CAUSAL)
+    assert len(found) == stairs
+    for tile in found:
+        rows, cols = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+        assert rows <= cols <= 2 * rows
+
+
 @pytest.mark.parametrize("name", list(LAYOUTS))
 @pytest.mark.parametrize("ranks", RANKS)
 def test_each_causal_hop_is_at_most_one_kernel_call(name, ranks):
