@@ -35,19 +35,23 @@ def plan(
     """Enumerate how ranks can be dealt, leave out what rules and memory forbid, rank the rest by estimated speed."""
     from megatron_cp.context.record import record
     from megatron_cp.planner.model import model_of
-    from megatron_cp.planner.search import CONTEXT, SCHEDULED, Question, search
+    from megatron_cp.planner.search import CONTEXT, SCHEDULED, Question, search, sequences
 
     if model not in (known := _models()):
         raise ValueError(f"no model {model!r} in configs/models{suggest(model, known)}; known: {', '.join(known)}")
     if write and write.exists():
         raise ValueError(f"{write} is already there; name another file or remove it")
-    tokens, length = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq")
+    if write and not write.parent.is_dir():
+        raise ValueError(f"no folder {write.parent} to write {write.name} to; make it first")
+    tokens, length, ranks = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq"), count(gpus, "--gpus")
+    if 2 * tokens < length:
+        raise ValueError(f"--tokens-per-batch {tokens:,} is less than a sequence of {length:,} tokens; give as many")
     question = Question(
         model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
         length,
-        count(gpus, "--gpus"),
+        ranks,
         load_cluster(cluster),
-        max(1, round(tokens / length)),
+        sequences(tokens, length, ranks),
         backends=tuple(backends.replace(",", " ").split()) or CONTEXT,
         schedules=tuple(schedules.replace(",", " ").split()) or SCHEDULED,
     )

@@ -134,7 +134,9 @@ def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, recor
     for part in each[slowest].work:
         spent = spent.plus(part, parallel.micros)
     data, optimizer = max((_after(rank, stage, at) for at, stage in enumerate(each)), key=sum)
-    parts = Parts(*spent, makespan - spent.total, data, optimizer + cluster.step_s)
+    # no pipeline waits for nothing, whatever the sums are rounded to
+    waiting = max(0.0, makespan - spent.total) if parallel.pp > 1 else 0.0
+    parts = Parts(*spent, waiting, data, optimizer + cluster.step_s)
     return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
 
 

@@ -95,6 +95,20 @@ class Plans:
         )
 
 
+def sequences(tokens: int, seq: int, gpus: int) -> int:
+    """Sequences of a step with so many tokens: up to a sixteenth more or fewer where that suits more ranks.
+
+    What is odd in the number of ranks counts most: layers divide by it less often than by two.
+    """
+    wanted = max(1, round(tokens / seq))
+    odd = gpus // (gpus & -gpus)
+    for ranks in reversed([size for size in divisors(gpus) if size % odd == 0]):
+        near = ranks * round(wanted / ranks)
+        if near and abs(near - wanted) <= wanted / 16:
+            return near
+    return wanted
+
+
 def label(parallel: Parallel) -> str:
     """A split in a few words."""
     words = [f"TP={parallel.tp}"]
@@ -117,8 +131,10 @@ def search(question: Question, record: Record, top: int = 10, progress: Progress
 
     record:   makes traces of context-parallel loops, megatron_cp.context.record.record
     progress: told the share of the work that is done
-    Raises ValueError when nothing fits, with the smallest number of GPUs on which something does.
+    Raises ValueError for GPUs that the cluster cannot have, for one without rates of the products' dtype, and when
+    nothing fits, with the smallest number of GPUs on which something does.
     """
+    _check(question)
     left_out: Counter[str] = Counter()
     record = stretching(record)
     bounds = _bounds(question, left_out, lambda share: progress(share / 2))
@@ -138,9 +154,25 @@ def search(question: Question, record: Record, top: int = 10, progress: Progress
             best[sizes] = found
     progress(1.0)
     if not best:
-        raise ValueError(_nothing_fits(question, left_out))
+        raise ValueError(_nothing_fits(question, left_out, record))
     options = sorted(best.values(), key=lambda one: (one.seconds, _sizes(one.parallel)))[:top]
     return Plans(question, tuple(options), left_out, len(bounds))
+
+
+def _check(question: Question) -> None:
+    cluster, gpus = question.cluster, question.gpus
+    cluster.gemm(question.precision)
+    per_node = cluster.ranks_per_node
+    if gpus > per_node and cluster.between is None:
+        raise ValueError(
+            f"{cluster.name} is one node of {per_node} GPUs, got {gpus}; ask for at most {per_node}, or take a cluster "
+            f"of several nodes"
+        )
+    if gpus > per_node and gpus % per_node:
+        below = gpus // per_node * per_node
+        raise ValueError(
+            f"{gpus} GPUs are no whole number of nodes of {per_node}; ask for {below} or {below + per_node}"
+        )
 
 
 def _sizes(parallel: Parallel) -> Sizes:
@@ -300,32 +332,32 @@ def _contexts(question: Question, parallel: Parallel) -> Iterator[Parallel]:
                 yield replace(parallel, backend=entry.name, grid=Grid(inner, parallel.cp // inner))
 
 
-def _nothing_fits(question: Question, left_out: Counter[str]) -> str:
+def _nothing_fits(question: Question, left_out: Counter[str], record: Record) -> str:
     rules = ", ".join(f"{name} ({count})" for name, count in left_out.most_common())
     line = (
         f"no split of {question.model.name} with {question.seq:,} tokens and batches of {question.global_batch} "
         f"sequences fits on {question.gpus} GPUs of {question.cluster.name}; left out by: {rules}"
     )
-    enough = smallest(question)
-    return f"{line}; {enough} GPUs can hold it" if enough else line
+    enough = smallest(question, record)
+    if enough is None:
+        return line
+    way_out = "" if enough > question.gpus else ", but not so many: ask for a number that layers or batch divide by"
+    return f"{line}; {enough} GPUs can hold it{way_out}"
 
 
-def smallest(question: Question) -> int | None:
-    """The smallest power of two of GPUs, up to 65536, on which a split may fit; None where none does.
-
-    A batch that has fewer sequences than data-parallel ranks is taken as large as these need.
-    """
-    for gpus in _powers(1 << 16):
-        asked = replace(question, gpus=gpus, global_batch=max(gpus, question.global_batch))
-        if _holds(asked):
-            return gpus
-    return None
+def smallest(question: Question, record: Record) -> int | None:
+    """The smallest power of two of GPUs, up to 65536, on which a split with this batch fits; None where none does."""
+    most = 1 << 16 if question.cluster.between else min(1 << 16, question.cluster.ranks_per_node)
+    return next(
+        (gpus for gpus in _powers(1 << 16) if gpus <= most and _holds(replace(question, gpus=gpus), record)), None
+    )
 
 
-def _holds(question: Question) -> bool:
+def _holds(question: Question, record: Record) -> bool:
     splits = (parallel for sizes in dealt(question, Counter()) for parallel in _splits(question, sizes))
     plain = (one for one in splits if one.vp == 1 and one.micro_batch == 1 and not one.schedule)
-    return any(_bound(question, parallel, Counter()) for parallel in plain)
+    bounds = (_bound(question, parallel, Counter()) for parallel in plain)
+    return any(_with_context(question, bound, record) for bound in bounds if bound)
 
 
 def _powers(most: int) -> list[int]:

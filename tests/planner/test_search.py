@@ -1,5 +1,6 @@
 """A plan fits, obeys the rules, beats everything else that was asked for, and comes back from its recipe unchanged."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_cp.planner.hardware import load_cluster
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
-from megatron_cp.planner.search import Plans, Question, search
+from megatron_cp.planner.search import Plans, Question, search, sequences
 from megatron_cp.planner.stretch import stretching
 from megatron_cp.recipe_file import Unset
 
@@ -81,12 +82,23 @@ def test_it_says_why_and_what_was_left_out() -> None:
     assert found.left_out["tensor parallel inside a node"] == 2
 
 
-def test_what_fits_nowhere_names_the_gpus_that_can_hold_it() -> None:
-    small = replace(question(), gpus=1, global_batch=1)
-    with pytest.raises(
-        ValueError, match=r"fits on 1 GPUs of dgx-h100-ib; left out by: memory .*; (\d+) GPUs can hold it"
-    ):
+@pytest.mark.parametrize(("gpus", "batch"), [(1, 1), (4, 16)])
+def test_what_fits_nowhere_names_the_gpus_that_can_hold_it(gpus: int, batch: int) -> None:
+    small = replace(question(), gpus=gpus, global_batch=batch, seq=131072)
+    with pytest.raises(ValueError, match=r"fits on \d GPUs of dgx-h100-ib; left out by: memory ") as refused:
         search(small, record)
+    named = int(re.search(r"; (\d+) GPUs can hold it$", str(refused.value))[1])
+    assert search(replace(small, gpus=named), record, 1).best.fits
+    with pytest.raises(ValueError, match="no split"):
+        search(replace(small, gpus=named // 2), record)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "batch"),
+    [(64, 32, 32), (16384, 128, 128), (16, 20, 20), (8, 4194, 4192), (24, 512, 504), (7, 512, 511), (96, 32, 30)],
+)
+def test_a_batch_is_one_that_ranks_can_share(gpus: int, asked: int, batch: int) -> None:
+    assert sequences(asked * 1000, 1000, gpus) == batch
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,11 @@ def test_what_fits_nowhere_names_the_gpus_that_can_hold_it() -> None:
         ("--cluster h10-ib", "did you mean 'h100-ib'"),
         ("--backends zigzig", "did you mean 'zigzag'"),
         ("--schedules 1f1bb", "did you mean '1f1b'"),
+        ("--cluster dgx-h100 --gpus 16", "dgx-h100 is one node of 8 GPUs, got 16"),
+        ("--gpus 12", "no whole number of nodes of 8; ask for 8 or 16"),
+        ("--cluster this-cpu", "no rates of bfloat16 matrix products"),
+        ("--tokens-per-batch 8K", "less than a sequence of 32,768 tokens"),
+        ("--write nowhere/plan.yaml", "no folder nowhere"),
     ],
 )
 def test_bad_input_is_refused_by_name(changed: str, text: str) -> None:
