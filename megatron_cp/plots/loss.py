@@ -19,7 +19,7 @@ def draw_loss(iterations: Sequence[Iteration], file: Path, title: str) -> Path |
     numbers, losses = zip(*points, strict=True)
     axes.plot(numbers, losses, color="tab:blue", linewidth=1.5, marker="o" if len(points) == 1 else "")
     axes.annotate(
-        f"{losses[-1]:.3f}", (numbers[-1], losses[-1]), textcoords="offset points", xytext=(-4, 8), ha="right"
+        f"{losses[-1]:.3f}", (numbers[-1], losses[-1]), textcoords="offset points", xytext=(4, 0), va="center"
     )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

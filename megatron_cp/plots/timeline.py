@@ -99,6 +99,8 @@ def _legend(axes: "Axes", all_bars: Sequence[Bars]) -> None:
 
     used = {bar.action.kind for lines in all_bars for line in lines for bar in line}
     handles = [Patch(color=colour, label=NAMES[kind]) for kind, colour in COLOURS.items() if kind in used]
+    if any(len({bar.action.stage for bar in line}) > 1 for lines in all_bars for line in lines):
+        handles.append(Patch(color=(OTHER, 0.4), label="paler: a later chunk"))
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
 
 

@@ -53,7 +53,7 @@ def _timeline(axes: "Axes", name: str, run: Run) -> None:
             facecolors=[colours[span.kind] for span in spans],
         )
     axes.axvline(run.ideal * 1e3, color="black", linewidth=0.8, linestyle="--")
-    axes.set_title(f"{name}: {run.time * 1e3:.3f} ms (dashed: kernels alone, spread evenly, {run.ideal * 1e3:.3f} ms)")
+    axes.set_title(f"{name}: {run.time * 1e3:.3f} ms (dashed: kernels alone, evenly, {run.ideal * 1e3:.3f} ms)")
     axes.set_xlabel("ms")
     axes.set_ylabel("rank")
     axes.set_ylim(len(run.spans) - 0.5, -0.5)
@@ -62,7 +62,7 @@ def _timeline(axes: "Axes", name: str, run: Run) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     used = {span.kind for spans in run.spans for span in spans}
     handles = [Patch(color=colour, label=NAMES[kind]) for kind, colour in colours.items() if kind in used]
-    axes.legend(handles=handles, loc="upper right", bbox_to_anchor=(1, -0.06), ncols=4, frameon=False, fontsize=7)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=7)
 
 
 def _memory(axes: "Axes", run: Run) -> None:
@@ -74,7 +74,7 @@ def _memory(axes: "Axes", run: Run) -> None:
             linewidth=0.8,
         )
     axes.set_xlabel("ms")
-    axes.set_ylabel("live MiB beyond\nlocal q, k, v, dout")
+    axes.set_ylabel("live MiB of each rank\nbeyond local q, k, v, dout")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
