@@ -116,6 +116,7 @@ def check(args: Any) -> None:
     _check_stripe(args)
     _check_chunks(args)
     _check_cluster(args)
+    _check_warmup(args)
     refuse_unsupported(args, "arguments")
     _check_call_inputs(args)
 
@@ -256,6 +257,18 @@ def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
             raise ValueError(
                 f"--cp-comm-type {name} deals the query heads of a tensor-parallel rank to {degrees[name]} ranks, "
                 f"got {heads} heads; use at most {heads} ranks for heads, or zigzag"
+            )
+
+
+def _check_warmup(args: Any) -> None:
+    """What Megatron asserts without a word, and only once the model is built."""
+    for unit in ("iters", "samples"):
+        warmup, steps = read(args, f"lr_warmup_{unit}", 0), read(args, f"train_{unit}")
+        decay = read(args, f"lr_decay_{unit}") or steps
+        if steps and warmup >= decay:
+            raise ValueError(
+                f"--lr-warmup-{unit} must be less than --lr-decay-{unit}, by default --train-{unit}, got {warmup} and "
+                f"{decay}; lower it or train longer"
             )
 
 

@@ -46,6 +46,8 @@ def given(**changes: Any) -> Namespace:
         },
         {"cp_comm_type": ["startrail"], "hierarchical_context_parallel_sizes": [2, 2]},
         {"cp_comm_type": ["p2p", "ring", "fpdt"], "cp_chunks": 4},
+        {"lr_warmup_iters": 10, "train_iters": 11},
+        {"lr_warmup_iters": 10, "train_iters": 5, "lr_decay_iters": 20},
     ],
 )
 def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
@@ -55,6 +57,11 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (
+            {"lr_warmup_iters": 10, "train_iters": 6},
+            "less than --lr-decay-iters, by default --train-iters, got 10 and 6",
+        ),
+        ({"lr_warmup_samples": 8, "train_samples": 8}, "--lr-warmup-samples must be less .* got 8 and 8"),
         ({"cp_comm_type": ["nonsense"]}, "unknown context-parallel backend 'nonsense'.*known: zigzag"),
         ({"cp_comm_type": ["p2p", "ulises", "ring"]}, "did you mean 'ulysses'"),
         ({"cp_comm_type": ["p2p", "ring"]}, "one for each of the 3 layers, got 2"),
