@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_cp.command import RENDEZVOUS_FLAGS, complete, corpus_words, runs_through_us
+from megatron_cp.planner.hardware import load_cluster
 from megatron_cp.recipe import COMMAND_LINE, Recipe, Setting, with_flag
 from megatron_cp.slurm import flags
 
@@ -47,7 +48,7 @@ def job_of(recipe: Recipe) -> Job:
     nodes, ranks = _count(recipe, "--nnodes"), _count(recipe, "--nproc-per-node")
     launcher, grace = _launcher(recipe), _number(recipe, "--grace", GRACE_SECONDS)
     chain, requeues = _number(recipe, "--chain", 1), _requeues(recipe)
-    gpus = _number(recipe, "--node-gpus", _gpus_asked(recipe))
+    gpus = _number(recipe, "--node-gpus", _gpus_asked(recipe) or _gpus_used(recipe, ranks))
     if 0 < gpus < ranks:
         raise ValueError(f"{ranks} ranks on a node with {gpus} GPUs; lower --nproc-per-node or ask for more GPUs")
     python = recipe.slurm["--python"].text if "--python" in recipe.slurm else _python(recipe)
@@ -160,6 +161,12 @@ def _gpus_asked(recipe: Recipe) -> int:
         if match:
             return int(match[1])
     return 0
+
+
+def _gpus_used(recipe: Recipe, ranks: int) -> int:
+    """The GPUs of a node that the ranks use, by the cluster that the recipe is made for; 0 on CPUs or without one."""
+    on_gpus = recipe.cluster is not None and load_cluster(recipe.cluster).host_bytes_per_s is not None
+    return ranks if on_gpus else 0
 
 
 def _python(recipe: Recipe) -> str:

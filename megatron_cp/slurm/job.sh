@@ -15,8 +15,8 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 facts=$(scontrol --oneliner show node "${hosts[0]}")
 [[ $facts =~ [[:space:]]NodeAddr=([^[:space:]]+) ]] || stop "scontrol does not tell the address of ${hosts[0]}"
 export MASTER_ADDR=${BASH_REMATCH[1]}
-# jobs that share a node get different ports
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# jobs that share a node get different ports, below those that Linux gives to connections
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 
 one_task=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1)
 one_task_per_node=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
@@ -61,8 +61,11 @@ if [ ! -f "$marker" ]; then
 fi
 rm -f -- "$marker"
 restarts=${SLURM_RESTART_COUNT:-0}
+# the last task of an array has the number of the whole array
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 # a job that is being cancelled is not running any more, and stays cancelled
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+state=$(squeue --noheader --jobs="$job" --format=%T)
 if [ "$requeues" -eq 0 ] || [ "$state" != RUNNING ]; then
     say "stopped before the last iteration, with everything saved in $save"
     exit 0
@@ -70,5 +73,5 @@ fi
 if [ "$restarts" -ge "$requeues" ]; then
     stop "saved in $save; requeued $restarts times, which is the limit: submit it again, or raise --requeues"
 fi
-say "saved in $save; requeues job $SLURM_JOB_ID, $((restarts + 1)) of at most $requeues times"
-scontrol requeue "$SLURM_JOB_ID"
+say "saved in $save; requeues job $job, $((restarts + 1)) of at most $requeues times"
+scontrol requeue "$job"

@@ -86,11 +86,11 @@ def _gpus(wanted: int) -> Iterator[Finding]:
     usable = torch.cuda.device_count()
     yield Finding(
         "GPUs",
-        "ok" if usable == wanted else "broken",
+        "ok" if usable >= wanted else "broken",
         f"{usable} of {wanted} usable",
-        "" if usable == wanted else "look at nvidia-smi on this node, or ask SLURM for as many as the recipe uses",
+        "" if usable >= wanted else "look at nvidia-smi on this node, or ask SLURM for as many as the recipe uses",
     )
-    for index in range(usable):
+    for index in range(min(usable, wanted)):
         torch.ones(1, device=f"cuda:{index}").item()
         free, total = torch.cuda.mem_get_info(index)
         fine = free >= FREE_OF_GPU * total

@@ -164,7 +164,7 @@ def test_no_shell_evaluates_a_value(write: Write, stubs: dict[str, str], launche
     assert (environment["A"], environment["BASH_ENV"]) == (value, value)
     assert environment.get("PET_NODE_RANK") == ("3" if launcher == "torchrun" else None)
     assert environment["MASTER_ADDR"] == "10.0.0.7"
-    assert environment["MASTER_PORT"] == "20007"
+    assert environment["MASTER_PORT"] == "24007"
     build = next(words for words, _ in started if words[2:4] == ["data", "build"])
     assert build[-4:] == ["--input", value, "--output", value]
     assert all(f"--container-image={value}" in call for call in noted("calls"))
@@ -204,6 +204,24 @@ def test_a_job_is_requeued_when_the_trainer_says_so_and_not_for_ever(
     assert text in done.stdout + done.stderr
     assert Path("requeued").exists() == requeued
     assert not list(Path("runs").glob("unfinished*"))
+
+
+def test_a_task_of_an_array_is_requeued_alone(write: Write, stubs: dict[str, str]) -> None:
+    """The last task's job has the number of the whole array: asked for by that, SLURM requeues all tasks."""
+    write("extends: base\nMODEL_ARGS:\n  --save: runs\nSLURM:\n  --python: python\n")
+    done = run(rendered("run.yaml"), stubs, STOPPED="1", SLURM_ARRAY_JOB_ID="40007", SLURM_ARRAY_TASK_ID="3")
+    assert "requeues job 40007_3, 1 of" in done.stdout
+    assert Path("requeued").read_text() == "requeue 40007_3\n"
+
+
+def test_nodes_of_gpus_are_checked_for_those_that_ranks_use() -> None:
+    def gpus(words: str) -> int:
+        return job_of(recipe.load("llama3.1-8b-8k-h100x8", {"DATA_PATH": "corpus"}, words.split(), job=True)).gpus
+
+    assert gpus("") == 8
+    assert gpus("--nproc-per-node 4") == 4
+    assert gpus("--node-gpus 0") == 0
+    assert job_of(recipe.load("quickstart", {}, job=True)).gpus == 0
 
 
 def test_training_does_not_start_when_a_node_fails(write: Write, stubs: dict[str, str]) -> None:
