@@ -211,10 +211,27 @@ def check_table(args: Any) -> None:
     refuse_cap(args, placement, known.costs)
     if rule.table is None:
         return
-    micros = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    try:
-        build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(args, placement))
-    except BadSchedule as bad:
-        raise ValueError(f"--pp-schedule {name} {bad.reason}") from bad
-    except ValueError as error:
-        raise ValueError(f"--pp-schedule {name}: {error}") from None
+    for micros in micros_of(args):
+        try:
+            build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(args, placement))
+        except BadSchedule as bad:
+            raise ValueError(f"--pp-schedule {name} {bad.reason}") from bad
+        except ValueError as error:
+            raise ValueError(f"--pp-schedule {name}: {error}") from None
+
+
+def micros_of(args: Any) -> list[int]:
+    """Every number of microbatches that a step of the run can have, once each."""
+    share = args.micro_batch_size * args.data_parallel_size
+    batches = read(args, "step_batch_size_schedule")
+    if batches is None:
+        return [args.global_batch_size // share]
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    # it says its steps on rank 0
+    nobody = -1
+    sizes = StepBatchsizeNumMicroBatchesCalculator(
+        args.micro_batch_size, args.data_parallel_size, False, nobody, batches, args.seq_length
+    ).schedule
+    # a size below one microbatch per rank is Megatron's to refuse, when it comes to it
+    return sorted({size // share for _, size in sizes if size >= share})

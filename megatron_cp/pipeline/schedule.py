@@ -39,9 +39,11 @@ class BadSchedule(ValueError):
 def parse(text: str, name: str = "table") -> Schedule:
     """The schedule written as `text`, whose placement is read off its forwards.
 
-    Raises ValueError for what is no action and for stages that are missing, or shared by ranks.
+    Raises ValueError for what is no action, for no action at all, and for stages that are missing, or shared by ranks.
     """
     table = tuple(tuple(map(parse_action, line.split())) for line in text.splitlines() if line.strip())
+    if not table:
+        raise ValueError(f"{name} has no action; write a line of actions for each rank, such as 0F0 0B0")
     owners = {(action.stage, rank) for rank, actions in enumerate(table) for action in actions}
     shared = [stage for stage, count in Counter(stage for stage, _ in owners).items() if count > 1]
     rank_of = tuple(rank for _, rank in sorted(owners))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_cp.megatron.arguments import add_arguments, check
-from megatron_cp.megatron.schedule_arguments import check_schedule
+from megatron_cp.megatron.schedule_arguments import check_schedule, check_table
 
 GOOD = {
     "cp_comm_type": ["p2p"],
@@ -139,3 +139,15 @@ def test_split_schedules_refuse_what_transformer_engine_cannot_delay(what: str) 
         check_schedule(scheduled("zb-h1", **te, **{what: True}))
     check_schedule(scheduled("zb-h1", transformer_impl="local", **{what: True}))
     check_schedule(scheduled("1f1b", **te, **{what: True}))
+
+
+# Megatron's size for such a run is one microbatch per rank, which none of its steps has
+GROWING = {"global_batch_size": 1, "seq_length": 64, "virtual_pipeline_model_parallel_size": 2}
+
+
+def test_the_sizes_of_all_steps_of_a_growing_batch_are_checked() -> None:
+    check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4 1K:8"))
+    with pytest.raises(ValueError, match="m = 2, v = 2; the nearest m that works is 3"):
+        check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4 1K:2"))
+    with pytest.raises(ValueError, match="a cap of 2 M_B is below the minimum 4 M_B of breadth-first"):
+        check_table(scheduled("breadth-first", **GROWING, step_batch_size_schedule="0:2,1K:4", pp_memory_limit=2))

@@ -43,6 +43,11 @@ def test_stage_on_two_ranks_is_no_placement():
         parse("0F0 0B0\n0F1 0B1")
 
 
+def test_table_without_an_action_is_refused():
+    with pytest.raises(ValueError, match="table has no action; write"):
+        parse("\n")
+
+
 @pytest.mark.parametrize(
     ("broken", "reason", "cell"),
     [
