@@ -22,7 +22,9 @@ from megatron_cp.cli import (
     validate,
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = "Context-parallel attention and pipeline schedules for Megatron-LM: train, plan, prove and measure."
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 train.register(app)
 validate.register(app)
 submit.register(app)

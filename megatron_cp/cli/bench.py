@@ -14,12 +14,13 @@ from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.cli.bench_links import links
 from megatron_cp.cli.bench_pipeline import pipeline
 from megatron_cp.context import BACKENDS
+from megatron_cp.kernels import AUTO, KERNELS
 
 if TYPE_CHECKING:
     from megatron_cp.bench.contest import Row, Shape
     from megatron_cp.bench.context import Report
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = typer.Typer(no_args_is_help=True, help="Correctness first, then time, side by side in one run on this machine.")
 app.command()(kernels)
 app.command()(links)
 app.command()(pipeline)
@@ -27,22 +28,31 @@ app.command()(pipeline)
 
 @app.command("context")
 def context(
-    backend: Annotated[list[str] | None, typer.Option(help="Backend, or all; may be repeated.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of this machine.")] = 2,
-    seq: Annotated[list[int] | None, typer.Option(help="Tokens of the whole sequence; may be repeated.")] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
-    kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="KV heads; as many as query heads when not given.")
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend, or all, which is the default; may be repeated.")
     ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of this machine.")] = 2,
+    seq: Annotated[
+        list[int] | None, typer.Option(help="Tokens of the whole sequence; may be repeated. By default 4096 and 16384.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads; by default as many as query heads.")] = None,
     head_dim: Annotated[int, typer.Option(min=1, help="Dim of one head.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = True,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    kernel: Annotated[str, typer.Option(help="Kernel, or auto.")] = "auto",
+    kernel: Annotated[str, typer.Option(help=f"One of {', '.join((AUTO, *KERNELS.names))}.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="How often the contenders take turns.")] = 7,
-    native: Annotated[bool, typer.Option(help="Tokens lie where each backend wants them, not in zigzag.")] = False,
+    native: Annotated[
+        bool, typer.Option(help="Tokens lie where each backend wants them, instead of in Megatron's zigzag.")
+    ] = False,
     peers: Annotated[bool, typer.Option(help="Also ring-flash-attn and yunchang, all in native layouts.")] = False,
-    predict: Annotated[bool, typer.Option("--predict", help="Also the traces' times, from tiles timed alike.")] = False,
+    predict: Annotated[
+        bool,
+        typer.Option(
+            "--predict", help="Also the time of each backend's trace, with its kernel calls timed in the same rounds."
+        ),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw bars into this .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
 ) -> None:

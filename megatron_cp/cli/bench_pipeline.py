@@ -26,11 +26,16 @@ NO_VERDICT = (
 
 
 def pipeline(
-    schedule: Annotated[list[str] | None, typer.Option(help="Schedule on the loop; may be repeated.")] = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Schedule on the loop; may be repeated. By default {' and '.join(DEFAULT)}."),
+    ] = None,
     ranks: Annotated[
         int, typer.Option("-p", min=2, help="Processes of this machine, one pipeline stage or more each.")
     ] = 2,
-    micros: Annotated[list[int] | None, typer.Option("-m", min=1, help="Microbatches; may be repeated.")] = None,
+    micros: Annotated[
+        list[int] | None, typer.Option("-m", min=1, help="Microbatches; may be repeated. By default 2, 4 and 8.")
+    ] = None,
     chunks: Annotated[int, typer.Option("-v", min=2, help="Chunks per rank where a schedule has several.")] = 2,
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of the whole model; by default one for each chunk of each rank.")

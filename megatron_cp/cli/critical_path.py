@@ -49,7 +49,7 @@ def show(
     causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = True,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(BYTES)}.")] = "float32",
     backend: Annotated[
-        list[str] | None, typer.Option(help="May be repeated; by default all that call kernels.")
+        list[str] | None, typer.Option(help="Backend; may be repeated. By default all that call kernels.")
     ] = None,
     against: Annotated[str, typer.Option(help="The backend that the others are compared with.")] = "ring",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,

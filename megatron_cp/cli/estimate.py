@@ -40,7 +40,8 @@ def estimate(
         str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
     ] = None,
     flags: Annotated[
-        list[str] | None, typer.Argument(metavar="[--flag VALUE…]", help="Megatron flags that win over it.")
+        list[str] | None,
+        typer.Argument(metavar="[--flag VALUE…]", help="Flags of Megatron and torchrun that win over the recipe's."),
     ] = None,
     cluster: Annotated[
         str | None, typer.Option(help="A cluster of configs/clusters/, or a file; by default the recipe's own.")
@@ -191,6 +192,11 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
+def _figure(value: float) -> str:
+    """Four digits or all before the point, never an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _show_published(rows: "Sequence[Row]", as_json: bool) -> None:
     from megatron_cp.planner.published import summary
 
@@ -205,7 +211,7 @@ def _show_published(rows: "Sequence[Row]", as_json: bool) -> None:
     table = _table("per GPU", ("", "reported", "predicted", "error"))
     for row in rows:
         unit = GPU_FIGURES.get(row.unit, "MFU")
-        table.add_row(row.name, f"{row.reported:,.5g} {unit}", f"{row.predicted:,.4g}", f"{row.error:+.1%}")
+        table.add_row(row.name, f"{_figure(row.reported)} {unit}", _figure(row.predicted), f"{row.error:+.1%}")
     console = Console()
     console.print(table)
     console.print(

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from megatron_cp import config, recipe
 from megatron_cp.planner.hardware import load_cluster
+from megatron_cp.planner.search import CONTEXT, SCHEDULED
 from megatron_cp.recipe_file import Unset
 from megatron_cp.registry import suggest
 from megatron_cp.units import count
@@ -27,15 +28,17 @@ def plan(
     cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")],
     tokens_per_batch: Annotated[str, typer.Option(help="Tokens of a step, such as 4M.")] = "4M",
     top: Annotated[int, typer.Option(min=1, help="How many plans to show.")] = 10,
-    backends: Annotated[str, typer.Option(help="Context-parallel algorithms to weigh.")] = "",
-    schedules: Annotated[str, typer.Option(help="Pipeline schedules to weigh.")] = "",
+    backends: Annotated[str, typer.Option(help="Context-parallel algorithms to weigh, with commas.")] = ",".join(
+        CONTEXT
+    ),
+    schedules: Annotated[str, typer.Option(help="Pipeline schedules to weigh, with commas.")] = ",".join(SCHEDULED),
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
 ) -> None:
     """Enumerate how ranks can be dealt, leave out what rules and memory forbid, rank the rest by estimated speed."""
     from megatron_cp.context.record import record
     from megatron_cp.planner.model import model_of
-    from megatron_cp.planner.search import CONTEXT, SCHEDULED, Question, search, sequences
+    from megatron_cp.planner.search import Question, search, sequences
 
     if model not in (known := _models()):
         raise ValueError(f"no model {model!r} in configs/models{suggest(model, known)}; known: {', '.join(known)}")
@@ -52,8 +55,8 @@ def plan(
         ranks,
         load_cluster(cluster),
         sequences(tokens, length, ranks),
-        backends=tuple(backends.replace(",", " ").split()) or CONTEXT,
-        schedules=tuple(schedules.replace(",", " ").split()) or SCHEDULED,
+        backends=tuple(backends.replace(",", " ").split()),
+        schedules=tuple(schedules.replace(",", " ").split()),
     )
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("weighing splits", total=1.0)

@@ -57,9 +57,12 @@ def simulate(
     compare: Annotated[str | None, typer.Option(help="Schedules side by side: names with commas, or all.")] = None,
     table: Annotated[Path | None, typer.Option(help="A schedule of your own: per rank a line of 2F0 2I0 2W0 …")] = None,
     times: Annotated[
-        str, typer.Option(help="T_F,T_I,T_W of a rank's layers for one microbatch, and T_comm of one hop.")
+        str,
+        typer.Option(help="T_F,T_I,T_W of a rank's layers for one microbatch, and T_comm of one hop; any one unit."),
     ] = "1,1,1,0",
-    memory: Annotated[str, typer.Option(help="M_B,M_W: kept from F to I, and the part of it kept until W.")] = "1,1",
+    memory: Annotated[
+        str, typer.Option(help="M_B,M_W of a microbatch: kept from F to I, and the part of it kept until W.")
+    ] = "1,1",
     cap: Annotated[float | None, typer.Option(help="Most memory of a rank, in M_B.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Warm-up multiplier of izb, 1 to 2.")] = None,
     placement: Annotated[str | None, typer.Option(help="Placement for auto: loop or v.")] = None,

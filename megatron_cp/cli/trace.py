@@ -40,10 +40,21 @@ def trace(
         tuple[int, int] | None, typer.Option(help="INNER OUTER, for backends on a grid; by default the most square.")
     ] = None,
     placement: Annotated[str, typer.Option(help=f"{' or '.join(PLACEMENTS)}, for usp.")] = "head-first",
-    layout: Annotated[str, typer.Option(help="Which positions the ranks' tokens have outside attention.")] = "zigzag",
-    chunks: Annotated[int | None, typer.Option(min=1, help="Pieces over time, with the rest in host memory.")] = None,
+    layout: Annotated[
+        str,
+        typer.Option(help="The ranks' tokens outside attention: zigzag, as in Megatron, contiguous or striped."),
+    ] = "zigzag",
+    chunks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pieces over time, with the rest in host memory; by default only fpdt has any, as many as it needs.",
+        ),
+    ] = None,
     stripe: Annotated[int, typer.Option(min=1, help="Tokens in a block of the striped layout.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="Of the tensors; the cluster's rates hold for one.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the tensors; must be the one that the cluster's rates hold for.")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time this trace's kernel calls on this machine, instead of the rates.")
     ] = False,

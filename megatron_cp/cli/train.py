@@ -23,7 +23,10 @@ FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args":
 SECONDS_TO_STOP = 40
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
-Flags = Annotated[list[str] | None, typer.Argument(metavar="[--flag VALUE…]", help="Megatron flags that win over it.")]
+Flags = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[--flag VALUE…]", help="Flags of Megatron and torchrun that win over the recipe's."),
+]
 
 
 def render(

@@ -10,7 +10,8 @@ from megatron_cp.command import processes
 from megatron_cp.recipe_file import Unset
 
 ClusterName = Annotated[
-    str | None, typer.Option("--cluster", metavar="NAME|FILE", help="Validate for this one instead of CLUSTER.")
+    str | None,
+    typer.Option("--cluster", metavar="NAME|FILE", help="Validate for this one instead of the recipe's CLUSTER."),
 ]
 
 

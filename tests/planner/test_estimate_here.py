@@ -8,10 +8,11 @@ from typer.testing import CliRunner
 from megatron_cp.bench.calibrate import Rates, as_yaml
 from megatron_cp.bench.links import Measured
 from megatron_cp.cli import app
-from megatron_cp.planner.hardware import load_cluster
+from megatron_cp.planner import published
+from megatron_cp.planner.hardware import COLLECTIVES, load_cluster
 
 LINKS = Measured("x86_64 CPU", "float32", 1.2e9, 1e-4, 3e-10, 3e10, 7e10, 6e10, 5e-5)
-RATES = Rates({64: 2e10, 512: 8e10}, 5e9, 1.5e10, 5e8, (4e10, 5e10), 9e8)
+RATES = Rates({64: 2e10, 512: 8e10}, 5e9, 1.5e10, {"gather": 5e8, "scatter": 2e8, "reduce": 4e8}, (4e10, 5e10), 9e8)
 
 
 def run(*words: str):
@@ -26,7 +27,7 @@ def test_what_calibrate_writes_is_read_back(tmp_path):
     assert cluster.gemm("float32").rate(64) == pytest.approx(2e10, rel=1e-3)
     assert (cluster.flops_forward, cluster.flops_backward) == pytest.approx((4e10, 5e10), rel=1e-3)
     assert (cluster.elementwise_bytes_per_s, cluster.loss_bytes_per_s) == pytest.approx((5e9, 1.5e10))
-    assert cluster.inside.gather_rate == pytest.approx(5e8)
+    assert [cluster.inside.rate(kind) for kind in COLLECTIVES] == pytest.approx([5e8, 2e8, 4e8])
     assert cluster.reserved_bytes == pytest.approx(9e8)
 
 
@@ -42,6 +43,14 @@ def test_a_step_is_told_with_its_memory_and_traffic():
     said = run("quickstart", "--cp-comm-type", "ulysses").stdout
     for words in ("CP 2 (ulysses)", "matrix products", "memory of the fullest rank", "inside the node"):
         assert words in said
+
+
+def test_published_figures_are_plain_numbers(monkeypatch):
+    row = published.Row("Llama", "a paper", "tokens_per_s_per_gpu", 12273.0, 13502.4, None)
+    monkeypatch.setattr(published, "published", lambda record: [row])
+    said = run("--published").stdout
+    assert "12,273 tokens/s" in said
+    assert "13,502 " in said
 
 
 @pytest.mark.parametrize(
