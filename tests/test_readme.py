@@ -9,6 +9,7 @@ import typer
 
 from megatron_cp.cli import app
 from megatron_cp.cli.backends import markdown
+from megatron_cp.pipeline import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,6 +19,14 @@ def test_table_of_backends_is_the_registrys():
     block = re.search(r"<!-- backends -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
     assert block is not None
     assert block[1] == markdown(), "write the output of `megatron-cp backends --markdown` into the README"
+
+
+def test_table_of_schedules_is_the_registrys():
+    block = re.search(r"<!-- schedules -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert block is not None
+    for rule, row in zip(SCHEDULES, block[1].splitlines()[2:], strict=True):
+        stages = rule.placement if rule.table else "either"
+        assert row == f"| `{rule.name}` | {', '.join(rule.aliases)} | {stages} | {rule.what} | {rule.paper} |"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:scripts|configs|megatron_cp|docs)/[\w./-]+\w", README))))
