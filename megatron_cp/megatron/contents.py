@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from megatron_cp.grid import divisors
 from megatron_cp.runlog import checkpoint_iteration
 
+INDEX = ".metadata"
 # what a run must share with the checkpoint, in the order in which a reader asks
 SHAPE = (
     "num_layers",
@@ -122,12 +123,12 @@ def _check_format(folder: Path) -> None:
 def _index(folder: Path) -> tuple[Any, list[str]]:
     from torch.distributed.checkpoint import FileSystemReader
 
-    if not (folder / ".metadata").is_file():
-        return None, ["the index .metadata is missing: the save was interrupted"]
+    if not (folder / INDEX).is_file():
+        return None, [f"the index {INDEX} is missing: the save was interrupted"]
     try:
         return FileSystemReader(folder).read_metadata(), []
     except (EOFError, UnpicklingError, ValueError) as error:
-        return None, [f"the index .metadata cannot be read ({error}): it is cut off or of another kind"]
+        return None, [f"the index {INDEX} cannot be read ({error}): it is cut off or of another kind"]
 
 
 def _cut_off(folder: Path, index: Any) -> Iterator[str]:

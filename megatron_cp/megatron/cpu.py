@@ -181,6 +181,17 @@ def _unpinned(function: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
+def _forked_writer(_: Any) -> Callable[..., Any]:
+    def _get_async_caller(self: Any) -> Any:
+        from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+        # one at a time: the writers of a rank answer through one queue, and the first answer counts for the first save
+        self.maybe_finalize_async_calls(blocking=True)
+        return TemporalAsyncCaller()
+
+    return _get_async_caller
+
+
 def _answer(value: Any) -> Callable[[Any], Any]:
     return lambda _: lambda *args, **kwargs: value
 
@@ -197,6 +208,7 @@ FACTORIES = """
 arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like randint
 randint_like randn randn_like randperm tensor tril_indices triu_indices zeros zeros_like
 """
+WRITERS = "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue"
 NEW_METHODS = "new_empty new_full new_ones new_tensor new_zeros"
 
 REPLACEMENTS = (
@@ -276,6 +288,16 @@ REPLACEMENTS = (
         ),
         _to_host_memory,
         "gives split sizes as integers only for CUDA tensors, and all_to_all takes no tensors for them",
+    ),
+    Replacement(
+        (f"{WRITERS}.warmup_persistent_caller",),
+        _answer(None),
+        "the process that writes checkpoints ends when it asks for its device, and its rank waits for ever",
+    ),
+    Replacement(
+        (f"{WRITERS}._get_async_caller",),
+        _forked_writer,
+        "a forked writer has the tensors as they are now; the other one would share those that training changes",
     ),
 )
 

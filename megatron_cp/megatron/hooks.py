@@ -156,6 +156,15 @@ def _with_delayed_weights(old: Callable[..., Any]) -> Callable[..., Any]:
     return __post_init__
 
 
+def _without_old_index(old: Callable[..., Any]) -> Callable[..., Any]:
+    def save(*args: Any, **kwargs: Any) -> Any:
+        from megatron_cp.megatron import overwrite
+
+        return overwrite.save(old, *args, **kwargs)
+
+    return save
+
+
 def _with_first_step(old: Callable[..., Any]) -> Callable[..., Any]:
     def state_dict(*args: Any, **kwargs: Any) -> Any:
         from megatron_cp.megatron.resume import state_dict as ours
@@ -268,6 +277,14 @@ HOOKS = Registry(
             ("self",),
             "linears of transformer-engine delay weight gradients only with overlap of expert-parallel communication",
             "a delay_wgrad_compute that any pipeline schedule may use",
+        ),
+        Hook(
+            "overwrite",
+            ("megatron.core.dist_checkpointing:save",),
+            _without_old_index,
+            ("sharded_state_dict", "checkpoint_dir"),
+            "an interrupted save over an older checkpoint of the same iteration leaves the old index over mixed files",
+            "a save that removes the index of what it writes over",
         ),
         Hook(
             "optimizer-save",

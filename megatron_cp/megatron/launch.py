@@ -61,6 +61,11 @@ def has_te() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def has_nvrx() -> bool:
+    """Whether nvidia-resiliency-ext is installed, with which Megatron saves asynchronously unless told otherwise."""
+    return importlib.util.find_spec("nvidia_resiliency_ext") is not None
+
+
 def wants_layers(argv: Sequence[str]) -> bool:
     """Whether our attention belongs into this run.
 
@@ -93,6 +98,8 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
         names.append("mtp-layers")
     if hooks.dataset_helpers_need_no_make():
         names.append("dataset-helpers")
+    if values_of(argv, "--save") is not None:
+        names.append("overwrite")
     if values_of(argv, "--use-distributed-optimizer") is not None and hooks.resumes_with_torch_adam():
         names += ["optimizer-save", "optimizer-load", "optimizer-copy"]
     return Plan(layers, tuple(names))
@@ -107,6 +114,9 @@ def complete(args: Any) -> None:
         say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
     if chunks := imply_chunks(args):
         say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
+    if args.async_save and args.async_strategy == "nvrx" and (cpu.active() or not has_nvrx()):
+        args.async_strategy = "mcore"
+        say("no GPU with nvidia-resiliency-ext here: --async-strategy mcore")
     if changed := cpu.fill_arguments(args):
         say(f"this machine has no {'GPU' if cpu.active() else 'transformer-engine'}: {' '.join(changed)}")
 

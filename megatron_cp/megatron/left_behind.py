@@ -20,6 +20,9 @@ def ended_with_this_rank() -> Iterator[None]:
         yield
         return
     watcher = subprocess.Popen(WATCH, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert watcher.stdin is not None
+    # the pipe must end with this process, and not with the last one that it forked
+    os.register_at_fork(after_in_child=watcher.stdin.close)
     try:
         yield
     finally:

@@ -48,9 +48,9 @@ def explained(save: str | None) -> Iterator[None]:
 
 
 def _elsewhere(error: CheckpointException) -> str:
-    # only rank 0 hears who it was
+    # only rank 0 hears who it was, and a writer in the background has told its reason to the log alone
     ranks = ", ".join(str(rank) for rank in sorted(error.failures))
-    return f"on rank {ranks}, whose own line says why" if ranks else "on another rank, whose own line says why"
+    return f"on rank {ranks}, whose line or the log says why" if ranks else "on the rank that rank 0's line names"
 
 
 def _in_a_save(error: OSError) -> bool:

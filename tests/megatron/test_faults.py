@@ -7,13 +7,14 @@ environment kills a rank at ten random moments instead of one.
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -28,6 +29,7 @@ KILLS = int(os.environ.get("FAULT_RUNS", "1"))
 STEPS = 4 * KILLS + 8
 RANKS = 2
 SECONDS_TO_END = 30
+IN_THE_BACKGROUND = "--async-save --use-persistent-ckpt-worker"
 
 Losses = dict[int, float]
 
@@ -69,12 +71,14 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
     return folder, found
 
 
+def copy(checkpoint: Path, folder: Path) -> None:
+    shutil.copytree(checkpoint, folder / checkpoint.name)
+
+
 @pytest.fixture
 def started(unbroken: tuple[Path, Losses], tmp_path: Path) -> Path:
     """A save folder as the unbroken run had left it after iteration 2."""
-    for path in (unbroken[0] / "iter_0000002").iterdir():
-        (tmp_path / "iter_0000002").mkdir(exist_ok=True)
-        (tmp_path / "iter_0000002" / path.name).write_bytes(path.read_bytes())
+    copy(unbroken[0] / "iter_0000002", tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     return tmp_path
 
@@ -133,28 +137,45 @@ def test_a_killed_rank_is_named_and_the_job_goes_on(unbroken: tuple[Path, Losses
     assert seen | set(rest) == set(expected)
 
 
+def test_saves_in_the_background_are_whole_and_resume(unbroken: tuple[Path, Losses], tmp_path: Path) -> None:
+    _, expected = unbroken
+    assert in_process(tmp_path, IN_THE_BACKGROUND) == expected
+    assert runlog.checkpoint_iteration(tmp_path) == STEPS
+    assert [contents.damage(folder) for folder in contents.iterations(tmp_path)] == [[]] * (STEPS // 2)
+    rest = in_process(tmp_path, IN_THE_BACKGROUND, "--ckpt-step 4")
+    assert rest == {number: expected[number] for number in range(5, STEPS + 1)}
+
+
 def die_in_a_save(words: list[str], folder: Path) -> None:
-    """Train, and kill this rank as soon as the folder of a new checkpoint is there."""
+    """Train, and kill rank 1 when its own file of this checkpoint is written, by itself or in the background."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    def watch() -> None:
-        while not folder.exists():
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGKILL)
+    # as torchrun's ranks do
+    os.setsid()
+    write, rank = FileSystemWriterAsync.write_preloaded_data, os.getpid()
 
-    if os.environ["RANK"] == "1":
-        threading.Thread(target=watch, daemon=True).start()
+    def write_and_kill(*args: Any, **kwargs: Any) -> Any:
+        written = write(*args, **kwargs)
+        if os.environ["RANK"] == "1" and Path(kwargs["write_bucket"][0]).parent == folder:
+            os.kill(rank, signal.SIGKILL)
+        return written
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write_and_kill)
     pretrain_losses(words, False)
 
 
-def test_a_save_that_was_killed_is_not_resumed_from(unbroken: tuple[Path, Losses], started: Path) -> None:
+@pytest.mark.parametrize("mode", ["", IN_THE_BACKGROUND], ids=["over-a-whole-one", "in-the-background"])
+def test_a_save_that_was_killed_is_not_resumed_from(unbroken: tuple[Path, Losses], started: Path, mode: str) -> None:
+    if not mode:
+        copy(unbroken[0] / "iter_0000004", started)
     with pytest.raises(RankError) as error:
-        run_ranks(RANKS, die_in_a_save, flags(started), started / "iter_0000004")
+        run_ranks(RANKS, die_in_a_save, flags(started, mode), started / "iter_0000004")
     assert error.value.errors[1] == "the process died"
-    assert contents.damage(started / "iter_0000004")
+    assert contents.damage(started / "iter_0000004") == ["the index .metadata is missing: the save was interrupted"]
     assert contents.chosen(started) == started / "iter_0000002"
 
     _, expected = unbroken
-    assert in_process(started) == {number: expected[number] for number in range(3, STEPS + 1)}
+    assert in_process(started, mode) == {number: expected[number] for number in range(3, STEPS + 1)}
     assert not contents.damage(started / "iter_0000004")
     assert runlog.checkpoint_iteration(started) == STEPS
 
