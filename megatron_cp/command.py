@@ -109,10 +109,10 @@ def check_processes(recipe: Recipe) -> None:
     flags = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
     tp, pp, cp = (recipe.number(flag, 1) for flag in flags)
     started, needed = processes(recipe), tp * pp * cp
-    if started is not None and started % needed:
+    if started is not None and (not started or started % needed):
         given = [recipe.launch[flag] for flag in ("--nnodes", "--nproc-per-node") if flag in recipe.launch]
         place = f"{given[0].place}: " if given else ""
         raise ValueError(
             f"{place}TP={tp} * PP={pp} * CP={cp} needs a multiple of {needed} processes, got {started}; "
-            f"pass --nproc-per-node {needed} or lower a size"
+            f"change --nproc-per-node or --nnodes, or lower a size"
         )

@@ -66,10 +66,12 @@ class Recipe:
         return self.model_args[name].text if name in self.model_args else default
 
     def number(self, name: str, default: int) -> int:
-        """The value of an integer flag; raises ValueError with its place when it is none."""
-        text = self.flag(name, str(default))
-        if not text.isdecimal():
-            raise ValueError(f"{self.model_args[name].place}: {name} takes an int, got {text!r}")
+        """The value of a flag that is a size or a count; raises ValueError with its place when it is none."""
+        if name not in self.model_args:
+            return default
+        text, place = self.model_args[name].text, self.model_args[name].place
+        if not text.isdecimal() or not int(text):
+            raise ValueError(f"{place}: {name} takes a positive int, got {text!r}")
         return int(text)
 
     def required(self, name: str) -> int:

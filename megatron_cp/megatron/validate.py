@@ -142,11 +142,13 @@ def _until_the_tokenizer(recipe: Recipe) -> None:
 
 def _with_places(text: str, recipe: Recipe) -> str:
     """The line with the places of the flags that it names: as a flag, as Megatron's argument, or by a quoted value."""
+    if any(setting.place in text for setting in recipe.model_args.values()):
+        return text
     words = set(re.findall(r"--[a-z0-9-]+|[a-z0-9]+(?:_[a-z0-9]+)+|'[^']*'", text))
     places = [
         f"{setting.place} {flag} {setting.text}".rstrip()
         for flag, setting in recipe.model_args.items()
-        if words & {flag, flag[2:].replace("-", "_"), *map(repr, setting.values)} and setting.place not in text
+        if words & {flag, flag[2:].replace("-", "_"), *map(repr, setting.values)}
     ]
     return f"{text} ({'; '.join(places)})" if places else text
 

@@ -103,6 +103,7 @@ def test_every_recipe_is_valid_for_its_cluster(name: str) -> None:
             ],
         ),
         (["--global-batch-size: 127"], ["127"]),
+        (["--context-parallel-size: 0"], ["broken.yaml:3: --context-parallel-size takes a positive int, got '0'"]),
         (["--recompute-granularity: selective", "--recompute-modules: nothing"], ["recompute_modules"]),
         (["--sequence-parallel: false", "--tp-comm-overlap: true"], ["sequence parallelism"]),
     ],
@@ -146,6 +147,7 @@ def test_upstreams_names_are_valid_with_stock_attention(tmp_path: Path) -> None:
     ("more", "words"),
     [
         ("LAUNCH: {--nnodes: 33}\n", "broken.yaml:2: TP=8 * PP=4 * CP=4 needs a multiple of 128 processes, got 264"),
+        ("LAUNCH: {--nnodes: 0}\n", "needs a multiple of 128 processes, got 0; change --nproc-per-node or --nnodes"),
         ("LAUNCH: {--nproc-per-node: 16}\n", "broken.yaml:2: --nproc-per-node 16, but a node of h100-ib has 8 GPUs"),
         ("LAUNCH: {--nproc-per-node: gpu}\n", "the number of processes is not known"),
         ("CLUSTER: h100-lb\n", "no cluster 'h100-lb'; did you mean 'h100-ib'?"),
@@ -155,6 +157,10 @@ def test_upstreams_names_are_valid_with_stock_attention(tmp_path: Path) -> None:
 )
 def test_machines_and_environment_are_checked(broken: Broken, more: str, words: str) -> None:
     assert words in broken("--seed: 1", more=more)
+
+
+def test_a_line_with_its_place_gets_no_others(broken: Broken) -> None:
+    assert broken("--global-batch-size: [1, 2]").endswith("--global-batch-size takes one value, got 2: '1' '2'")
 
 
 def test_the_laptops_own_environment_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
