@@ -346,6 +346,17 @@ def largest(fabric: Fabric, device: torch.device, *values: float) -> list[float]
     return gathered.max(dim=0).values.tolist()[1:]
 
 
+def collective(group: dist.ProcessGroup, kind: str, whole: Tensor) -> None:
+    """A "gather", "scatter" or "reduce" of all of `whole`, flat, whose content is lost: for the time that it takes."""
+    part = whole[: whole.shape[0] // group.size()].clone()
+    if kind == "gather":
+        dist.all_gather_into_tensor(whole, part, group=group)
+    elif kind == "scatter":
+        dist.reduce_scatter_tensor(part, whole, group=group)
+    else:
+        dist.all_reduce(whole, group=group)
+
+
 def values_of_all(fabric: Fabric, device: torch.device, values: Sequence[int]) -> list[tuple[int, ...]]:
     """Every rank's values, in order of rank; what this sends is not counted."""
     before = fabric.sent

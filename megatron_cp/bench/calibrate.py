@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import psutil
@@ -18,11 +20,12 @@ from torch.nn import functional
 
 from megatron_cp.bench.calls import seconds as call_seconds
 from megatron_cp.bench.contest import DTYPES
-from megatron_cp.bench.links import Measured
+from megatron_cp.bench.links import Measured, described
 from megatron_cp.bench.processes import on_ranks
-from megatron_cp.comm import Fabric, largest
+from megatron_cp.comm import Fabric, GroupFabric, collective, largest
 from megatron_cp.context.trace import Compute
 from megatron_cp.kernels import choose
+from megatron_cp.planner.hardware import COLLECTIVES, Collective
 from megatron_cp.recipe import ENTRY
 
 ROWS = {"cpu": 2048, "cuda": 8192}
@@ -33,6 +36,11 @@ HEAD_DIM = 64
 # queries, keys, heads, KV heads, head dim
 ATTENTION = {"cpu": (512, 512, 6, 2, 32), "cuda": (8192, 8192, 32, 8, 128)}
 ROUNDS = 9
+LEAST = """
+--mock-data --num-layers 1 --hidden-size 64 --num-attention-heads 1 --seq-length 64 --max-position-embeddings 64
+--micro-batch-size 1 --global-batch-size 1 --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64
+--eval-interval 2 --eval-iters 0 --save-interval 2 --ckpt-format torch_dist
+"""
 
 
 class Rates(NamedTuple):
@@ -40,7 +48,7 @@ class Rates(NamedTuple):
 
     elementwise: norms, residuals, rotary positions and the gated activation, forward and backward
     loss:        the cross entropy, forward and backward
-    gather:      an all-gather, sent by each rank
+    collectives: an all-gather, a reduce-scatter and an all-reduce, sent by each rank
     attention:   forward and backward, of short sequences as the shipped recipes for a CPU have them
     reserved:    bytes of a process that has loaded what training loads
     """
@@ -48,7 +56,7 @@ class Rates(NamedTuple):
     products: dict[int, float]
     elementwise: float
     loss: float
-    gather: float
+    collectives: dict[Collective, float]
     attention: tuple[float, float]
     reserved: float
 
@@ -59,40 +67,43 @@ def calibrate(dtype: str, ranks: int = 2) -> Rates:
 
 
 def _loaded_bytes() -> float:
-    """The most memory of a process that loads the trainer and does nothing; on a GPU a context is not counted."""
-    subprocess.run([sys.executable, "-m", ENTRY, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """The most memory of a process that trains next to nothing and saves it; on a GPU a context is not counted.
+
+    Raises RuntimeError with the training's last line when it fails.
+    """
+    with TemporaryDirectory() as folder:
+        words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 1 -m".split(), ENTRY]
+        words += [*LEAST.split(), "--save", folder]
+        ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if ran.returncode:
+        told = [line for line in ran.stdout.splitlines() if "Error:" in line or "[megatron-cp] rank" in line]
+        raise RuntimeError(f"a training of one layer failed: {told[0] if told else f'exit status {ran.returncode}'}")
     return 1024.0 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
 def as_yaml(links: Measured, rates: Rates) -> str:
     """A description of one node with everything that an estimate asks for, as `load_cluster` takes it."""
-    whole, products = links.as_yaml(), rates.products
+    sections, products = links.sections(), rates.products
     peak, (forward, backward) = max(products.values()), rates.attention
     best = max(forward, backward)
-    told = {
-        "peak_tflops:": f"{best / 1e12:.4g}",
-        "efficiency_forward:": f"{forward / best:.3g}",
-        "efficiency_backward:": f"{backward / best:.3g}",
+    sections["compute"] |= {
+        "peak_tflops": best / 1e12,
+        "efficiency_forward": forward / best,
+        "efficiency_backward": backward / best,
     }
-    lines = []
-    for line in whole.replace("bench links", "calibrate").splitlines():
-        key = next((key for key in told if line.strip().startswith(key)), None)
-        lines.append(f"  {key} {told[key]}" if key else line)
-        if line == "memory:":
-            lines += [
-                f"  size_gb: {psutil.virtual_memory().total / 2e9:.3g}",
-                f"  reserved_gb: {rates.reserved / 1e9:.3g}",
-                f"  elementwise_gb_per_s: {rates.elementwise / 1e9:.3g}",
-                f"  loss_gb_per_s: {rates.loss / 1e9:.3g}",
-            ]
-        if line == "inside:":
-            lines.append(f"  gather_gb_per_s: {rates.gather / 1e9:.3g}")
-    shares = ", ".join(f"{size}: {rate / peak:.3g}" for size, rate in products.items())
-    table = ["gemm:", f"  {links.dtype}:", f"    peak_tflops: {peak / 1e12:.4g}", f"    efficiency: {{{shares}}}"]
-    return "\n".join([*lines, *table, ""])
+    sections["memory"] |= {
+        "size_gb": psutil.virtual_memory().total / 2e9,
+        "reserved_gb": rates.reserved / 1e9,
+        "elementwise_gb_per_s": rates.elementwise / 1e9,
+        "loss_gb_per_s": rates.loss / 1e9,
+    }
+    sections["inside"] |= {f"{kind}_gb_per_s": rate / 1e9 for kind, rate in rates.collectives.items()}
+    shares = {size: rate / peak for size, rate in products.items()}
+    sections["gemm"] = {links.dtype: {"peak_tflops": peak / 1e12, "efficiency": shares}}
+    return described(links, "calibrate", sections)
 
 
-def _rates(fabric: Fabric, device: torch.device, dtype: str) -> Rates:
+def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
     kind, real = device.type, DTYPES[dtype]
     rows = ROWS[kind]
 
@@ -107,9 +118,14 @@ def _rates(fabric: Fabric, device: torch.device, dtype: str) -> Rates:
     elementwise = touched / measured(_between_products(rows, width, device, real))
     columns = VOCABULARY[kind]
     loss = 40 * rows * columns / measured(_cross_entropy(rows, columns, device, real))
-    local = torch.zeros(rows * width, device=device, dtype=real)
-    gather = local.nbytes / measured(lambda: fabric.all_gather(local)) if fabric.size > 1 else float("inf")
-    return Rates(products, elementwise, loss, gather, _attention(fabric, device, dtype), 0.0)
+    # zeros would lie in one page of memory
+    whole = torch.randn(rows * width, device=device).to(real)
+    sent = whole.nbytes * (fabric.size - 1) / fabric.size
+    collectives: dict[Collective, float] = {
+        kind: (2 if kind == "reduce" else 1) * sent / measured(partial(collective, fabric.group, kind, whole))
+        for kind in COLLECTIVES
+    }
+    return Rates(products, elementwise, loss, collectives, _attention(fabric, device, dtype), 0.0)
 
 
 def _attention(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float]:

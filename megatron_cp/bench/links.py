@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import SEEK_END, StringIO
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from megatron_cp.comm import Fabric, largest
 from megatron_cp.context.trace import Compute
 from megatron_cp.kernels import choose
 from megatron_cp.planner.hardware import Link
+
+type Sections = dict[str, dict[str, Any]]
 
 MESSAGE = 16 << 20
 ROUNDS = 15
@@ -40,29 +43,48 @@ class Measured:
 
     def as_yaml(self) -> str:
         """A cluster description of one node, as `load_cluster` takes it."""
+        return described(self, "bench links", self.sections())
+
+    def sections(self) -> Sections:
+        """The same as a mapping."""
         peak = max(self.flops_forward, self.flops_backward)
-        return f"""\
-# {self.device}.
-# Measured with two processes by: megatron-cp bench links --dtype {self.dtype} --write FILE
-# What was measured stands as the peak: the efficiencies are 1, but for the slower pass.
-compute:
-  dtype: {self.dtype}
-  peak_tflops: {peak / 1e12:.4g}
-  efficiency_forward: {self.flops_forward / peak:.3g}
-  efficiency_backward: {self.flops_backward / peak:.3g}
-  call_us: {self.call_s * 1e6:.3g}
-memory:
-  # copies and sums, bytes read and written
-  peak_gb_per_s: {self.touch_bytes_per_s / 1e9:.3g}
-  efficiency: 1
-inside:
-  peak_gb_per_s: {self.bytes_per_s / 1e9:.3g}
-  efficiency: 1
-  latency_us: {self.latency_s * 1e6:.3g}
-  ports: shared
-  # time of the computing core per GB sent or received
-  busy_s_per_gb: {self.busy_s_per_byte * 1e9:.3g}
-"""
+        return {
+            "compute": {
+                "dtype": self.dtype,
+                "peak_tflops": peak / 1e12,
+                "efficiency_forward": self.flops_forward / peak,
+                "efficiency_backward": self.flops_backward / peak,
+                "call_us": self.call_s * 1e6,
+            },
+            "memory": {"peak_gb_per_s": self.touch_bytes_per_s / 1e9, "efficiency": 1},
+            "inside": {
+                "peak_gb_per_s": self.bytes_per_s / 1e9,
+                "efficiency": 1,
+                "latency_us": self.latency_s * 1e6,
+                "ports": "shared",
+                "busy_s_per_gb": self.busy_s_per_byte * 1e9,
+            },
+        }
+
+
+def described(links: Measured, command: str, sections: Sections) -> str:
+    """The sections as YAML, numbers to four digits, below what they are and how they were measured."""
+    from ruamel.yaml import YAML
+
+    file = StringIO(
+        f"# {links.device}.\n"
+        f"# Measured with two processes by: megatron-cp {command} --dtype {links.dtype} --write FILE\n"
+        "# What was measured stands as the peak: the efficiencies are 1, but for the slower pass.\n"
+    )
+    file.seek(0, SEEK_END)
+    YAML().dump(_rounded(sections), file)
+    return file.getvalue()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(below) for key, below in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def measure_links(dtype: str = "float32") -> Measured:

@@ -17,7 +17,7 @@ from megatron_cp.planner.memory import Memory, mean_layer_bytes, parameter_bytes
 from megatron_cp.planner.model import Model
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.traffic import Traffic, step_traffic
-from megatron_cp.planner.work import Rank, Seconds, Work, ends, gather_seconds, layer
+from megatron_cp.planner.work import Rank, Seconds, Work, collective_seconds, ends, layer
 
 
 class Parts(NamedTuple):
@@ -265,16 +265,16 @@ def _after(rank: Rank, stage: Stage, at: int) -> tuple[float, float]:
     weights, gradients, _ = parameter_bytes(parallel, dense, experts)
     parameters = dense + experts
     shards = parallel.dp * parallel.cp
-    # where the optimizer is not spread, gradients are gathered instead of weights
-    back = weights if parallel.distributed_optimizer else gradients
-    reduce, gather = (gather_seconds(cluster, size, shards, parallel.tp) for size in (gradients, back))
+    spread = parallel.distributed_optimizer
+    reduce = collective_seconds(cluster, "scatter" if spread else "reduce", gradients, shards, parallel.tp)
+    gather = collective_seconds(cluster, "gather", weights, shards, parallel.tp) if spread else 0.0
     bucket = min(1.0, BUCKET / parameters)
     forward, backward = stage.work.forward.total, stage.work.input.total + stage.work.weight.total
     if parallel.fsdp:
         data = _fsdp(rank, parameters, stage)
     else:
         data = _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
-        data += _left(gather, forward, bucket, parallel.overlap_param_gather and parallel.distributed_optimizer)
+        data += _left(gather, forward, bucket, parallel.overlap_param_gather)
     owned = parameters / (shards if parallel.distributed_optimizer or parallel.fsdp else 1)
     return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s
 
@@ -288,8 +288,9 @@ def _fsdp(rank: Rank, parameters: float, stage: Stage) -> float:
     """Weights are gathered for each forward and each backward and gradients reduced, one layer ahead of the work."""
     parallel = rank.parallel
     shards = parallel.dp * parallel.cp
-    gather = gather_seconds(rank.cluster, parameters * parallel.bytes, shards, parallel.tp)
-    reduce = gather_seconds(rank.cluster, parameters * (4 if parallel.fp32_grads else 2), shards, parallel.tp)
+    gather = collective_seconds(rank.cluster, "gather", parameters * parallel.bytes, shards, parallel.tp)
+    gradients = parameters * (4 if parallel.fp32_grads else 2)
+    reduce = collective_seconds(rank.cluster, "scatter", gradients, shards, parallel.tp)
     forward, backward = stage.work.forward.total, stage.work.input.total + stage.work.weight.total
     each = max(0.0, gather - forward) + max(0.0, gather + reduce - backward)
     return parallel.micros * each + gather / max(1.0, stage.layers)

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite, log
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 from megatron_cp.recipe import Recipe, configs_folder
 from megatron_cp.registry import suggest
 
 PORTS = ("shared", "per-neighbour")
+Collective = Literal["gather", "scatter", "reduce"]
+"""All-gather, reduce-scatter, all-reduce."""
+COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Link:
     latency_s:   from the moment both sides are ready to the first byte
     ports:       "shared": one port per rank, as behind a switch; "per-neighbour": one for each rank it talks to
     busy_s_per_byte: time that a transfer takes from the computing rank, sent or received (0 where a device does it)
-    gather_bytes_per_s: that a rank sends in an all-gather, where that is not the port's rate
+    gather_bytes_per_s, scatter_bytes_per_s, reduce_bytes_per_s: that a rank sends in an all-gather, a reduce-scatter or
+                 an all-reduce, its busy time in it; None where that is the port's rate
     """
 
     bytes_per_s: float
@@ -32,11 +36,17 @@ class Link:
     ports: str
     busy_s_per_byte: float = 0.0
     gather_bytes_per_s: float | None = None
+    scatter_bytes_per_s: float | None = None
+    reduce_bytes_per_s: float | None = None
 
-    @property
-    def gather_rate(self) -> float:
+    def rate(self, kind: Collective) -> float:
         """Bytes per second that a rank sends in a collective."""
-        return self.gather_bytes_per_s or self.bytes_per_s
+        measured = {
+            "gather": self.gather_bytes_per_s,
+            "scatter": self.scatter_bytes_per_s,
+            "reduce": self.reduce_bytes_per_s,
+        }
+        return measured[kind] or 1 / (1 / self.bytes_per_s + 2 * self.busy_s_per_byte)
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class Cluster:
             )
         return known[dtype]
 
-    def group_rate(self, ranks: int, stride: int) -> float:
+    def group_rate(self, kind: Collective, ranks: int, stride: int) -> float:
         """Bytes per second that each of `ranks` ranks, `stride` apart, sends in a collective with both levels in use.
 
         A group over several nodes goes around through the ports of all its ranks on a node at once. Raises ValueError
@@ -117,8 +127,8 @@ class Cluster:
         """
         link = self.link(0, (ranks - 1) * stride)
         if link is self.inside:
-            return link.gather_rate
-        return min(self.inside.gather_rate, link.gather_rate * max(1, self.ranks_per_node // stride))
+            return link.rate(kind)
+        return min(self.inside.rate(kind), link.rate(kind) * max(1, self.ranks_per_node // stride))
 
     def link(self, src: int, dst: int) -> Link:
         """The level that joins two ranks; raises ValueError when they are on nodes that nothing joins."""
@@ -250,7 +260,7 @@ def _gemm(section: "_Section") -> Gemm:
 
 SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
 MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_gb_per_s loss_gb_per_s"
-LINK_KEYS = "peak_gb_per_s efficiency latency_us ports busy_s_per_gb gather_gb_per_s"
+LINK_KEYS = "peak_gb_per_s efficiency latency_us ports busy_s_per_gb gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
 
 
 def _rate(section: "_Section") -> float:
@@ -259,7 +269,8 @@ def _rate(section: "_Section") -> float:
 
 def _link(section: "_Section") -> Link:
     latency, busy = section.number("latency_us", zero=True) * 1e-6, section.optional("busy_s_per_gb", 1e-9, 0.0)
-    return Link(_rate(section), latency, section.word("ports", PORTS), busy, section.optional("gather_gb_per_s", 1e9))
+    measured = (section.optional(f"{kind}_gb_per_s", 1e9) for kind in COLLECTIVES)
+    return Link(_rate(section), latency, section.word("ports", PORTS), busy, *measured)
 
 
 class _Section:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from megatron_cp.context.trace import Problem
 from megatron_cp.planner.attention import Attention, attention
 from megatron_cp.planner.choose_backend import Record
-from megatron_cp.planner.hardware import Cluster
+from megatron_cp.planner.hardware import Cluster, Collective
 from megatron_cp.planner.model import Model
 from megatron_cp.planner.parallel import Parallel
 
@@ -97,15 +97,14 @@ def product_seconds(rank: Rank, product: Product, dtype: str) -> float:
     return times * (seconds + rank.cluster.call_s)
 
 
-def gather_seconds(cluster: Cluster, size: float, ranks: int, stride: int) -> float:
-    """An all-gather or reduce-scatter of `size` bytes in all, among `ranks` ranks that are `stride` apart."""
+def collective_seconds(cluster: Cluster, kind: Collective, size: float, ranks: int, stride: int) -> float:
+    """A collective over `size` bytes in all, among `ranks` ranks that are `stride` apart; an all-reduce goes twice."""
     if ranks == 1:
         return 0.0
-    link = cluster.link(0, (ranks - 1) * stride)
+    rounds = 2 if kind == "reduce" else 1
     sent = size * (ranks - 1) / ranks
-    return (
-        sent / cluster.group_rate(ranks, stride) + link.latency_s * ceil(log2(ranks)) + 2 * sent * link.busy_s_per_byte
-    )
+    latency = cluster.link(0, (ranks - 1) * stride).latency_s * ceil(log2(ranks))
+    return rounds * (sent / cluster.group_rate(kind, ranks, stride) + latency)
 
 
 # of the time to launch a layer, in forward, input gradient and weight gradient
@@ -227,27 +226,41 @@ def _elementwise(rank: Rank, moe: bool) -> Work:
 
 def _collectives(rank: Rank, moe: bool) -> Work:
     parallel, cluster = rank.parallel, rank.cluster
-    each = gather_seconds(cluster, rank.tokens * rank.model.hidden * parallel.bytes, parallel.tp, 1)
-    # with or without sequence parallelism the same bytes move: an all-reduce is a reduce-scatter and a gather
-    exposed = each / (parallel.tp if parallel.tp_overlap else 1)
-    # where the computing rank moves the bytes itself, nothing hides that
-    hidden = (
-        2 * rank.tokens * rank.model.hidden * parallel.bytes * cluster.inside.busy_s_per_byte if parallel.tp > 1 else 0
-    )
-    forward = 4 * exposed
-    backward = 2 * exposed + 4 * hidden if parallel.sp else 4 * each
+    gather, scatter, reduce = _of_hidden_states(rank)
+    forward = backward = 2 * reduce
+    if parallel.sp:
+        pieces = parallel.tp if parallel.tp_overlap else 1
+        forward = 2 * (gather + scatter) / pieces
+        backward = 2 * gather / pieces + 2 * _behind_products(rank, gather + scatter)
     if moe:
         sent = rank.split_tokens * rank.model.top_k * rank.model.hidden * parallel.bytes
-        exchange = 2 * gather_seconds(cluster, sent, parallel.ep, parallel.tp)
+        exchange = 2 * collective_seconds(cluster, "gather", sent, parallel.ep, parallel.tp)
         forward, backward = forward + exchange, backward + exchange
     return Work(Seconds(collectives=forward), Seconds(collectives=backward))
+
+
+def _of_hidden_states(rank: Rank) -> tuple[float, float, float]:
+    """An all-gather, a reduce-scatter and an all-reduce of a microbatch's hidden states over tensor-parallel ranks."""
+    size = rank.tokens * rank.model.hidden * rank.parallel.bytes
+    gather, scatter, reduce = (
+        collective_seconds(rank.cluster, kind, size, rank.parallel.tp, 1) for kind in ("gather", "scatter", "reduce")
+    )
+    return gather, scatter, reduce
+
+
+def _behind_products(rank: Rank, seconds: float) -> float:
+    """What is left of collectives that products hide: all of it where the computing rank moves the bytes itself."""
+    return seconds if rank.cluster.inside.busy_s_per_byte else 0.0
 
 
 def _embedding(rank: Rank) -> Work:
     """Rows are read and written, and added up in backward."""
     size = rank.tokens * rank.model.hidden * rank.parallel.bytes / rank.cluster.touch_bytes_per_s
-    spread = gather_seconds(rank.cluster, rank.tokens * rank.model.hidden * rank.parallel.bytes, rank.parallel.tp, 1)
-    return Work(Seconds(memory=2 * size, collectives=spread), Seconds(), Seconds(memory=3 * size, collectives=spread))
+    gather, scatter, reduce = _of_hidden_states(rank)
+    forward, backward = (scatter, gather) if rank.parallel.sp else (reduce, 0.0)
+    return Work(
+        Seconds(memory=2 * size, collectives=forward), Seconds(), Seconds(memory=3 * size, collectives=backward)
+    )
 
 
 def _head(rank: Rank) -> Work:
@@ -255,11 +268,9 @@ def _head(rank: Rank) -> Work:
     columns = rank.model.vocab / rank.parallel.tp
     seconds = Seconds(products=product_seconds(rank, Product(rank.tokens, rank.model.hidden, columns), rank.dtype))
     logits = rank.tokens * columns / (rank.cluster.loss_bytes_per_s or rank.cluster.touch_bytes_per_s)
+    gather, scatter, reduce = _of_hidden_states(rank)
+    forward, backward = (gather, _behind_products(rank, gather + scatter)) if rank.parallel.sp else (0.0, reduce)
     # to float32, largest, difference, exponential and its sum; backward: the gradient in place, and to what is stored
-    loss, gradient = Seconds(memory=26 * logits), Seconds(memory=14 * logits)
-    gathered = Seconds(
-        collectives=gather_seconds(
-            rank.cluster, rank.tokens * rank.model.hidden * rank.parallel.bytes, rank.parallel.tp, 1
-        )
-    )
-    return Work(seconds.plus(loss).plus(gathered), seconds.plus(gradient), seconds)
+    loss = Seconds(memory=26 * logits, collectives=forward)
+    gradient = Seconds(memory=14 * logits, collectives=backward)
+    return Work(seconds.plus(loss), seconds.plus(gradient), seconds)
