@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import place
+from megatron_cp.plots.timeline import check_suffix
 
 if TYPE_CHECKING:
     from megatron_cp.bench.pipeline import Pairs, Row
@@ -53,6 +54,8 @@ def pipeline(
     """Time schedules and Megatron's own on one GPT, in turns, after holding losses and gradients against each other."""
     from megatron_cp.megatron import bench_pipeline
 
+    if plot:
+        check_suffix(plot)
     if overhead:
         _overhead(bench_pipeline.overhead(chunks, 4, hidden, seq, rounds * repeat), as_json)
         return

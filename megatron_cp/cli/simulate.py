@@ -17,6 +17,7 @@ from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, parse
 from megatron_cp.pipeline.simulate import OBJECTIVES, Run
 from megatron_cp.pipeline.simulate import simulate as play
+from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import suggest
 
 
@@ -80,6 +81,8 @@ def simulate(
         )
     if cap is not None and not cap > 0:
         raise ValueError(f"a cap is a positive number of M_B, got {cap:g}")
+    if plot:
+        check_suffix(plot)
     if compare is not None:
         if plot:
             raise ValueError("--plot draws one schedule; give --schedule instead of --compare")

@@ -42,15 +42,20 @@ def bars(run: "Run") -> Bars:
     ]
 
 
+def check_suffix(file: Path) -> None:
+    """Raise ValueError for a file that `draw_timeline` cannot write."""
+    if file.suffix not in (*PICTURES, ".json"):
+        raise ValueError(f"a timeline is a {', '.join(PICTURES)} picture or a .json trace, got {file.name!r}")
+
+
 def draw_timeline(simulated: Bars, file: Path, title: str, recorded: Bars | None = None) -> Path:
     """Write the step to `file`: a picture for .png, .svg or .pdf, a trace for .json.
 
     Later chunks of a rank are drawn paler. Raises ValueError for another suffix.
     """
+    check_suffix(file)
     if file.suffix == ".json":
         return write_trace(simulated, file, recorded)
-    if file.suffix not in PICTURES:
-        raise ValueError(f"a timeline is a {', '.join(PICTURES)} picture or a .json trace, got {file.name!r}")
     # a figure of its own: pyplot would choose a window system and keep the figure
     from matplotlib.figure import Figure
 

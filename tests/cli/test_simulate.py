@@ -117,6 +117,7 @@ def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
         ("--schedule auto -p 4 -m 8 --objective speed", "unknown objective 'speed'"),
         ("--schedule 1f1b -p 4 -m 8 --plot step.txt", "a timeline is a .png"),
         ("--compare all -p 4 -m 8 --plot step.png", "--plot draws one schedule"),
+        ("--compare all -p 4 -m 8 --plot step.gif", "a timeline is a .png"),
         ("--schedule 1f1b --compare all -p 4 -m 8", "give one of"),
         ("--schedule 1f1b -p 4", "-p and of microbatches -m"),
     ],

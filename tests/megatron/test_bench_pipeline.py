@@ -227,6 +227,7 @@ def test_a_step_is_drawn_over_its_simulation(monkeypatch, tmp_path):
         (["--schedule", "izb", "--layers", "6"], "6 layers cannot be dealt evenly to 4 stages"),
         (["--schedule", "interleaved", "-m", "3", "--layers", "4"], "the nearest m that works is"),
         (["--plot", "step.png"], "--plot draws one schedule"),
+        (["--plot", "step.gif"], "a timeline is a .png"),
     ],
 )
 def test_bad_input_is_refused(words, message):
