@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_cp.megatron.hooks import HOOKS, Hook
 from megatron_cp.megatron.rebind import find
 
-REPAIRS = "optimizer-"
-"""Hooks that repair a resume without Apex and transformer-engine; the launcher decides on them for each run."""
+REPAIRS = ("optimizer-", "overwrite")
+"""Hooks that repair saving and resuming, by what their names begin with; the launcher decides on them for each run."""
 
 
 def series() -> list[tuple[str, str]]:
