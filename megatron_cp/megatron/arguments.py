@@ -227,9 +227,9 @@ def _check_sizes(args: Any) -> None:
 def _check_groups(args: Any) -> None:
     cp = read(args, "context_parallel_size", 1)
     sizes = read(args, "hierarchical_context_parallel_sizes")
-    if sizes and prod(sizes) != cp:
+    if sizes and (prod(sizes) != cp or min(sizes) < 1):
         raise ValueError(
-            f"--hierarchical-context-parallel-sizes must multiply to --context-parallel-size, got "
+            f"--hierarchical-context-parallel-sizes must be positive and multiply to --context-parallel-size, got "
             f"{' * '.join(map(str, sizes))} = {prod(sizes)} and {cp}; change one of the two"
         )
     on_grid = [name for name in comm_types(args) if BACKENDS.get(name).needs_grid]

@@ -64,8 +64,12 @@ def _splits_te(args: Any) -> bool:
 UNSUPPORTED = (
     Unsupported(
         "CUDA graphs, which are captured in Megatron's own order",
-        lambda args: read(args, "cuda_graph_impl", "none") != "none",
-        "leave --cuda-graph-impl out",
+        lambda args: (
+            read(args, "cuda_graph_impl", "none") != "none"
+            # older names, which Megatron turns into that one later
+            or any(read(args, name, False) for name in ("enable_cuda_graph", "external_cuda_graph"))
+        ),
+        "leave --cuda-graph-impl and --enable-cuda-graph out",
     ),
     Unsupported(
         "overlap of expert-parallel communication, which brings an order of its own",
@@ -222,7 +226,8 @@ def check_table(args: Any) -> None:
 
 def micros_of(args: Any) -> list[int]:
     """Every number of microbatches that a step of the run can have, once each."""
-    share = args.micro_batch_size * args.data_parallel_size
+    # ranks that share out a weight have microbatches of their own
+    share = args.micro_batch_size * args.data_parallel_size * read(args, "gtp_weight_remat_size", 1)
     batches = read(args, "step_batch_size_schedule")
     if batches is None:
         return [args.global_batch_size // share]
@@ -230,8 +235,6 @@ def micros_of(args: Any) -> list[int]:
 
     # it says its steps on rank 0
     nobody = -1
-    sizes = StepBatchsizeNumMicroBatchesCalculator(
-        args.micro_batch_size, args.data_parallel_size, False, nobody, batches, args.seq_length
-    ).schedule
+    sizes = StepBatchsizeNumMicroBatchesCalculator(share, 1, False, nobody, batches, args.seq_length).schedule
     # a size below one microbatch per rank is Megatron's to refuse, when it comes to it
     return sorted({size // share for _, size in sizes if size >= share})

@@ -83,6 +83,7 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cp_comm_type": ["usp"]}, "needs two --hierarchical-.* got none; add .*-sizes 2 2"),
         ({"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [4]}, r"needs two .* got \[4\]"),
         ({"hierarchical_context_parallel_sizes": [2, 3]}, "got 2 \\* 3 = 6 and 4"),
+        ({"hierarchical_context_parallel_sizes": [-2, -2]}, "must be positive .* got -2 \\* -2 = 4 and 4"),
         ({"num_attention_heads": 7}, "got 7 and 2"),
         ({"world_size": 4}, "needs 8 processes, got 4"),
         ({"seq_length": 1004}, r"divisible by 2 \* --context-parallel-size = 8, got 1004; use 1008"),
@@ -147,6 +148,8 @@ GROWING = {"global_batch_size": 1, "seq_length": 64, "virtual_pipeline_model_par
 
 def test_the_sizes_of_all_steps_of_a_growing_batch_are_checked() -> None:
     check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4 1K:8"))
+    with pytest.raises(ValueError, match="m = 2, v = 2; the nearest m that works is 3"):
+        check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4", gtp_weight_remat_size=2))
     with pytest.raises(ValueError, match="m = 2, v = 2; the nearest m that works is 3"):
         check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4 1K:2"))
     with pytest.raises(ValueError, match="a cap of 2 M_B is below the minimum 4 M_B of breadth-first"):

@@ -205,6 +205,7 @@ REFUSED = {
         "m = 5, v = 4; the nearest m that works is",
     ),
     "graphs": (f"{TWO} --pp-schedule zb-h1 --cuda-graph-impl full_iteration", "does not do CUDA graphs"),
+    "graphs by an older name": (f"{TWO} --pp-schedule zb-h1 --enable-cuda-graph", "does not do CUDA graphs"),
     "experts": (f"{TWO} --pp-schedule zb-h1 --overlap-moe-expert-parallel-comm", "overlap of expert-parallel"),
     "delayed": (f"{TWO} --pp-schedule zb-h1 --defer-embedding-wgrad-compute", "own delay of weight gradients"),
 }
