@@ -29,8 +29,14 @@ fi
 
 case $1 in
 --check) ;;
---apply) [ "$state" = applied ] || git -C "$tree" apply "${series[@]}" && state=applied ;;
---revert) [ "$state" = clean ] || git -C "$tree" apply --reverse "${series[@]}" && state=clean ;;
+--apply)
+    if [ "$state" = clean ]; then git -C "$tree" apply "${series[@]}"; fi
+    state=applied
+    ;;
+--revert)
+    if [ "$state" = applied ]; then git -C "$tree" apply --reverse "${series[@]}"; fi
+    state=clean
+    ;;
 *) usage ;;
 esac
 case $state in

@@ -12,6 +12,7 @@ from megatron_cp.grid import divisors
 from megatron_cp.runlog import checkpoint_iteration
 
 INDEX = ".metadata"
+DESCRIPTION = "metadata.json"
 # what a run must share with the checkpoint, in the order in which a reader asks
 SHAPE = (
     "num_layers",
@@ -66,7 +67,7 @@ class Contents(NamedTuple):
 
 def iterations(folder: Path) -> list[Path]:
     """The iterations in a --save folder, oldest first; `folder` itself when it is one."""
-    if (folder / "metadata.json").is_file() or folder.name.startswith("iter_"):
+    if (folder / DESCRIPTION).is_file() or folder.name.startswith("iter_"):
         return [folder]
     return sorted(path for path in folder.glob("iter_*") if path.is_dir())
 
@@ -81,18 +82,19 @@ def read(folder: Path) -> Contents:
     """Read what one iteration's folder says of itself; tensors are not loaded.
 
     The arguments are unpickled as Megatron does when it resumes: read only checkpoints that you would also load.
-    Raises ValueError for a folder that is not a checkpoint of the format torch_dist.
+    Raises ValueError for a checkpoint of another format than torch_dist.
     """
-    _check_format(folder)
-    index, damage = _index(folder)
+    undescribed = _undescribed(folder)
+    index, damage = (None, undescribed) if undescribed else _index(folder)
     damage += [] if index is None else list(_cut_off(folder, index))
-    number = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else -1
+    digits = folder.name.removeprefix("iter_")
+    number = int(digits) if digits.isdecimal() else -1
     weights = {} if index is None else _weights(index)
     elements = sum(prod(tensor.size) for tensor in weights.values())
     dtypes = sorted({str(tensor.properties.dtype).removeprefix("torch.") for tensor in weights.values()})
     if index is None or damage:
         return Contents(folder, number, damage, elements, dtypes, Bytes(), {}, {}, "")
-    arguments = _arguments(folder)
+    arguments = _arguments(folder, index)
     saved = {name: getattr(arguments, name, None) for name in (*SHAPE, *TOPOLOGY)}
     stored = _stored(index)
     return Contents(
@@ -111,13 +113,18 @@ def damage(folder: Path) -> list[str]:
     return problems if index is None else list(_cut_off(folder, index))
 
 
-def _check_format(folder: Path) -> None:
-    description = folder / "metadata.json"
+def _undescribed(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint's description, which is written last; raises ValueError for other formats."""
+    description = folder / DESCRIPTION
     if not description.is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no metadata.json; name a --save folder or one iteration")
-    found = json.loads(description.read_text()).get("sharded_backend")
+        return [f"{DESCRIPTION} is missing: the save was interrupted, or the folder is of another kind"]
+    try:
+        found = dict(json.loads(description.read_text())).get("sharded_backend")
+    except (TypeError, ValueError) as error:
+        return [f"{DESCRIPTION} cannot be read ({error}): it is cut off or of another kind"]
     if found != "torch_dist":
         raise ValueError(f"{folder} is in the format {found!r}, and only torch_dist is read; save with --ckpt-format")
+    return []
 
 
 def _index(folder: Path) -> tuple[Any, list[str]]:
@@ -127,7 +134,7 @@ def _index(folder: Path) -> tuple[Any, list[str]]:
         return None, [f"the index {INDEX} is missing: the save was interrupted"]
     try:
         return FileSystemReader(folder).read_metadata(), []
-    except (EOFError, UnpicklingError, ValueError) as error:
+    except (AttributeError, EOFError, ImportError, LookupError, TypeError, UnpicklingError, ValueError) as error:
         return None, [f"the index {INDEX} cannot be read ({error}): it is cut off or of another kind"]
 
 
@@ -162,13 +169,20 @@ def _stored(index: Any) -> Bytes:
     return Bytes(**sums)
 
 
-def _arguments(folder: Path) -> Any:
+def _arguments(folder: Path, index: Any) -> Any:
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     with warnings.catch_warnings():
         # one process reads alone, which torch takes for a mistake
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        return load_common_state_dict(str(folder))["args"]
+        # common.pt is where releases before 0.19 put it
+        has = (folder / "common.pt").is_file() or any(
+            name.startswith("common_state") for name in index.state_dict_metadata
+        )
+        common = load_common_state_dict(str(folder)) if has else {}
+    if "args" not in common:
+        raise ValueError(f"{folder} holds no arguments of Megatron's training: another trainer has saved it")
+    return common["args"]
 
 
 def takes(saved: Any) -> dict[str, str]:

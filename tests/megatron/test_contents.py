@@ -2,10 +2,13 @@
 
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint import save
 from typer.testing import CliRunner
 
 from megatron_cp.cli import app
@@ -92,6 +95,30 @@ def test_damage_is_named_and_not_resumed_from(copy: Path, name: str, change: Cal
     assert "iter_0000001  whole" in said
     with pytest.raises(RankError, match=r"is damaged: .*latest whole one with --ckpt-step 1"):
         run_ranks(2, pretrain_losses, saving(copy, f"--load {copy} --tensor-model-parallel-size 2"))
+
+
+def test_a_save_that_was_interrupted_hides_no_other(copy: Path) -> None:
+    (copy / "iter_0000003").mkdir()
+    (copy / "iter_0000003" / "__0_0.distcp").touch()
+    code, said = inspected(copy)
+    assert code == 0
+    assert "iter_0000003  DAMAGED\n    metadata.json is missing: the save was interrupted" in said
+    assert "iter_0000002  whole, resumed from here" in said
+
+
+@pytest.mark.parametrize("index", [pickle.dumps(3), b"cnowhere\nNothing\n."])
+def test_an_index_of_another_kind_is_damage(tmp_path: Path, index: bytes) -> None:
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (tmp_path / ".metadata").write_bytes(index)
+    assert contents.read(tmp_path).damage[0].startswith("the index .metadata cannot be read")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_another_trainer_is_said(tmp_path: Path) -> None:
+    save({"weight": torch.ones(4)}, checkpoint_id=tmp_path, no_dist=True)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    with pytest.raises(ValueError, match="another trainer has saved it"):
+        contents.read(tmp_path)
 
 
 @pytest.mark.parametrize(("make", "text"), [(False, "no folder"), (True, "holds no checkpoint")])

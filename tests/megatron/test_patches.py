@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,16 @@ def test_a_tree_that_does_not_fit_is_left_alone(tree: Path) -> None:
     assert done.returncode == 1
     assert "the series does not fit" in done.stderr
     assert differing(tree) == {"megatron/core/datasets/utils.py"}
+
+
+def test_a_tree_that_git_cannot_write_is_not_called_patched(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "git").write_text('#!/bin/sh\ncase "$*" in *--check*) exec "$GIT" "$@" ;; *) exit 3 ;; esac\n')
+    (tmp_path / "git").chmod(0o755)
+    environment = {**os.environ, "GIT": str(shutil.which("git")), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--apply", str(tree)], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, b"")
 
 
 @pytest.mark.parametrize("arguments", [["--apply"], ["--install", "."], []])
