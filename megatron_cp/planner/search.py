@@ -78,10 +78,10 @@ class Plans:
 
     @property
     def why(self) -> str:
-        """One line: what bounds the winner, and where the runner-up loses."""
+        """One line: what bounds the winner, and where the runner-up loses if there is one."""
         line = f"{label(self.best.parallel)} is bound by {self.best.bound_by}"
         if len(self.options) == 1:
-            return f"{line}; nothing else fits"
+            return line
         second = self.options[1]
         lost = {name: getattr(second.parts, name) - getattr(self.best.parts, name) for name in Parts._fields}
         most = max(lost, key=lambda name: lost[name])

@@ -78,6 +78,8 @@ def test_it_says_why_and_what_was_left_out() -> None:
     found = plans()
     assert " is bound by " in found.why
     assert "longer, most of it for " in found.why or "is as fast" in found.why
+    # others fit too, they were not asked for
+    assert replace(found, options=found.options[:1]).why.endswith(f"is bound by {found.best.bound_by}")
     assert found.left_out["memory"] > 0
     assert found.left_out["tensor parallel inside a node"] == 2
 
