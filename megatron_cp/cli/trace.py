@@ -64,7 +64,10 @@ def trace(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of tables.")] = False,
 ) -> None:
-    """Prove an algorithm's own loop at a short length, then say what it computes, sends, keeps and takes."""
+    """Prove an algorithm's own loop at a short length, then say what it computes, sends, keeps and takes.
+
+    Pairs are unmasked ones of a query and a key, peak is what lives beyond local q, k, v and dout.
+    """
     # refused before anything takes time
     hardware = load_cluster(cluster)
     _check_plots(plot or [])
@@ -201,7 +204,7 @@ def _show(recorded: Trace, proof: "Proof", runs: dict[str, Run], cluster: Cluste
             title=f"{problem.backend} {name} on {cluster.name}: {played.time * 1e3:.3f} ms, "
             f"{played.ideal / played.time:.0%} of it the kernels alone, spread evenly"
         )
-        for column in ("rank", "work", "sent MiB", "between nodes MiB", "received MiB", "peak MiB", "waits"):
+        for column in ("rank", "pairs x heads", "sent MiB", "between nodes MiB", "received MiB", "peak MiB", "waits"):
             table.add_column(column, justify="right")
         between = run.sent_between(cluster.ranks_per_node)
         for rank, work in enumerate(run.work):

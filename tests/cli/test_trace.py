@@ -66,6 +66,7 @@ def test_tables_say_what_was_proved():
     assert result.exit_code == 0, result.output
     assert "is computed exactly once in each pass" in result.stdout
     assert "bring tokens into place" in result.stdout
+    assert "pairs x" in result.stdout
 
 
 def test_a_broken_loop_is_not_covered(monkeypatch):
