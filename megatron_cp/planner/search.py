@@ -340,7 +340,7 @@ def _nothing_fits(question: Question, left_out: Counter[str], record: Record) ->
     )
     enough = smallest(question, record)
     if enough is None:
-        return line
+        return f"{line}; no number of them can hold it"
     way_out = "" if enough > question.gpus else ", but not so many: ask for a number that layers or batch divide by"
     return f"{line}; {enough} GPUs can hold it{way_out}"
 
