@@ -210,7 +210,7 @@ def _cluster(file: Path) -> Cluster:
         compute.number("call_us", zero=True) * 1e-6,
         memory.number("peak_gb_per_s") * 1e9 * memory.share("efficiency"),
         _rate(top.section("host", "peak_gb_per_s efficiency")) if top.has("host") else None,
-        2**30 if single and not top.has("ranks_per_node") else int(top.number("ranks_per_node")),
+        2**30 if single and not top.has("ranks_per_node") else top.count("ranks_per_node"),
         _link(top.section("inside", LINK_KEYS)),
         None if single else _link(top.section("between", LINK_KEYS)),
         _gemms(top.section("gemm", "fp8 bfloat16 float16 float32")) if top.has("gemm") else (),
@@ -331,8 +331,16 @@ class _Section:
     def optional(self, key: str, unit: float, default: float) -> float: ...
 
     def optional(self, key: str, unit: float, default: float | None = None) -> float | None:
-        """A number of 0 or more in `unit`, or `default` where there is none."""
-        return self.number(key, zero=True) * unit if self.has(key) else default
+        """A number in `unit`, or `default` where there is none; 0 is one where a default says so."""
+        return self.number(key, zero=default is not None) * unit if self.has(key) else default
+
+    def count(self, key: str) -> int:
+        if self.below and key not in self._content:
+            return self.below.count(key)
+        value = self.number(key)
+        if not value.is_integer():
+            raise ValueError(f"{self._at(key)}: {self._path}{key} must be a whole number, got {value:g}")
+        return int(value)
 
     def share(self, key: Any) -> float:
         if self.below and key not in self._content:
