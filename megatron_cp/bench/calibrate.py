@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cp.bench.calls import seconds as call_seconds
+from megatron_cp import runlog
+from megatron_cp.bench.calls import prepared
 from megatron_cp.bench.contest import DTYPES
 from megatron_cp.bench.links import Measured, described
 from megatron_cp.bench.processes import on_ranks
@@ -26,21 +27,27 @@ from megatron_cp.comm import Fabric, GroupFabric, collective, largest
 from megatron_cp.context.trace import Compute
 from megatron_cp.kernels import choose
 from megatron_cp.planner.hardware import COLLECTIVES, Collective
+from megatron_cp.planner.simulate_trace import flops
 from megatron_cp.recipe import ENTRY
 
 ROWS = {"cpu": 2048, "cuda": 8192}
 SIZES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (128, 256, 512, 1024, 2048, 4096, 8192)}
+# a transformer's products are about three times as wide as high
+WIDER = 3
 WIDTH = {"cpu": 256, "cuda": 4096}
 VOCABULARY = {"cpu": 512, "cuda": 32768}
 HEAD_DIM = 64
 # queries, keys, heads, KV heads, head dim
 ATTENTION = {"cpu": (512, 512, 6, 2, 32), "cuda": (8192, 8192, 32, 8, 128)}
-ROUNDS = 9
+ROUNDS = 25
 LEAST = """
---mock-data --num-layers 1 --hidden-size 64 --num-attention-heads 1 --seq-length 64 --max-position-embeddings 64
---micro-batch-size 1 --global-batch-size 1 --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64
---eval-interval 2 --eval-iters 0 --save-interval 2 --ckpt-format torch_dist
+--mock-data --hidden-size 64 --num-attention-heads 1 --seq-length 64 --max-position-embeddings 64
+--micro-batch-size 1 --global-batch-size 1 --train-iters 20 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64
+--log-interval 1 --eval-interval 20 --eval-iters 0 --save-interval 20 --ckpt-format torch_dist
 """
+LAYERS = (1, 9)
+# torch's attention for CPUs takes so many keys at once; flash attention's blocks are too short to count
+BLOCK_KEYS = {"cpu": 512, "cuda": 0}
 
 
 class Rates(NamedTuple):
@@ -51,6 +58,7 @@ class Rates(NamedTuple):
     collectives: an all-gather, a reduce-scatter and an all-reduce, sent by each rank
     attention:   forward and backward, of short sequences as the shipped recipes for a CPU have them
     reserved:    bytes of a process that has loaded what training loads
+    step, layer: seconds of a training step and of a layer's microbatch beside all work on tensors
     """
 
     products: dict[int, float]
@@ -58,27 +66,38 @@ class Rates(NamedTuple):
     loss: float
     collectives: dict[Collective, float]
     attention: tuple[float, float]
-    reserved: float
+    block_keys: int
+    reserved: float = 0.0
+    step: float = 0.0
+    layer: float = 0.0
 
 
 def calibrate(dtype: str, ranks: int = 2) -> Rates:
     """Measure; each figure is the slower rank's, in the median of some rounds."""
-    return on_ranks(ranks, _rates, dtype)[0]._replace(reserved=_loaded_bytes())
+    rates, (few, many) = on_ranks(ranks, _rates, dtype)[0], LAYERS
+    short, long = (_least_training(layers) for layers in LAYERS)
+    rates = rates._replace(reserved=1024.0 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    if torch.cuda.is_available():
+        # launching runs ahead of the device
+        return rates
+    layer = max(0.0, long - short) / (many - few)
+    return rates._replace(layer=layer, step=max(0.0, short - few * layer))
 
 
-def _loaded_bytes() -> float:
-    """The most memory of a process that trains next to nothing and saves it; on a GPU a context is not counted.
+def _least_training(layers: int) -> float:
+    """Median seconds of a step that trains next to nothing, in a run that saves it at its end.
 
-    Raises RuntimeError with the training's last line when it fails.
+    Raises RuntimeError with the training's first complaint when it fails.
     """
     with TemporaryDirectory() as folder:
         words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 1 -m".split(), ENTRY]
-        words += [*LEAST.split(), "--save", folder]
+        words += [*LEAST.split(), "--num-layers", str(layers), "--save", folder]
         ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if ran.returncode:
         told = [line for line in ran.stdout.splitlines() if "Error:" in line or "[megatron-cp] rank" in line]
-        raise RuntimeError(f"a training of one layer failed: {told[0] if told else f'exit status {ran.returncode}'}")
-    return 1024.0 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        raise RuntimeError(f"a small training failed: {told[0] if told else f'exit status {ran.returncode}'}")
+    steps = [step for line in ran.stdout.splitlines() if (step := runlog.read_iteration(line))]
+    return median(step.fields["elapsed time per iteration (ms)"] for step in steps[2:]) / 1e3
 
 
 def as_yaml(links: Measured, rates: Rates) -> str:
@@ -86,7 +105,9 @@ def as_yaml(links: Measured, rates: Rates) -> str:
     sections, products = links.sections(), rates.products
     peak, (forward, backward) = max(products.values()), rates.attention
     best = max(forward, backward)
+    sections["overhead"] = {"step_ms": rates.step * 1e3, "layer_us": rates.layer * 1e6}
     sections["compute"] |= {
+        "block_keys": rates.block_keys,
         "peak_tflops": best / 1e12,
         "efficiency_forward": forward / best,
         "efficiency_backward": backward / best,
@@ -112,7 +133,7 @@ def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
 
     products = {}
     for size in SIZES[kind]:
-        products[size] = 6 * rows * size * size / measured(_linear(rows, size, device, real))
+        products[size] = 6 * rows * size * WIDER * size / measured(_linear(rows, size, device, real))
     width = WIDTH[kind]
     touched = rows * width * (10 + 12 + (2 + 2) * 3 + (3 + 5) * 3) * real.itemsize
     elementwise = touched / measured(_between_products(rows, width, device, real))
@@ -125,25 +146,23 @@ def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
         kind: (2 if kind == "reduce" else 1) * sent / measured(partial(collective, fabric.group, kind, whole))
         for kind in COLLECTIVES
     }
-    return Rates(products, elementwise, loss, collectives, _attention(fabric, device, dtype), 0.0)
+    return Rates(products, elementwise, loss, collectives, _attention(fabric, device, dtype), BLOCK_KEYS[kind])
 
 
 def _attention(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float]:
-    """Operations per second of causal attention, as `simulate_trace` counts them."""
-    sizes = ATTENTION[device.type]
-    kernel, _ = choose("auto", device=device.type, dtype=dtype, head_dim=sizes[-1])
-    rates = []
-    for backward in (False, True):
-        call = Compute(*sizes, True, backward)
-        (slowest,) = largest(fabric, device, call_seconds(call, kernel, device, DTYPES[dtype]))
-        rates.append((10 if backward else 4) * call.head_dim * call.work / slowest)
-    return rates[0], rates[1]
+    """Operations per second of causal attention, as `simulate_trace.flops` counts them."""
+    kernel, _ = choose("auto", device=device.type, dtype=dtype, head_dim=ATTENTION[device.type][-1])
+    forward, backward = (Compute(*ATTENTION[device.type], True, way) for way in (False, True))
+    times = [_seconds(fabric, device, run) for run in prepared(forward, kernel, device, DTYPES[dtype])]
+    block = BLOCK_KEYS[device.type]
+    return flops(forward, block) / times[0], flops(backward, block) / times[1]
 
 
 def _linear(rows: int, size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """The three products of a linear layer: forward, input gradient and weight gradient."""
-    x, weight = (torch.randn(n, size, device=device, dtype=dtype, requires_grad=True) for n in (rows, size))
-    dout = torch.randn(rows, size, device=device, dtype=dtype)
+    columns = WIDER * size
+    x, weight = (torch.randn(n, size, device=device, dtype=dtype, requires_grad=True) for n in (rows, columns))
+    dout = torch.randn(rows, columns, device=device, dtype=dtype)
     return lambda: torch.autograd.grad(functional.linear(x, weight), (x, weight), dout)
 
 
@@ -187,14 +206,13 @@ def _cross_entropy(rows: int, columns: int, device: torch.device, dtype: torch.d
 
 
 def _seconds(fabric: Fabric, device: torch.device, run: Callable[[], object]) -> float:
-    """Median over rounds of the slower rank's wall time, after two rounds that do not count."""
+    """The slower rank's median wall time of a round, after two that do not count; ranks start together, once."""
     walls = []
+    largest(fabric, device)
     for _ in range(ROUNDS + 2):
-        largest(fabric, device)
         began = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        (wall,) = largest(fabric, device, time.perf_counter() - began)
-        walls.append(wall)
-    return median(walls[2:])
+        walls.append(time.perf_counter() - began)
+    return largest(fabric, device, median(walls[2:]))[0]

@@ -1,6 +1,7 @@
 """The kernel calls of a trace, timed on this machine."""
 
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -40,23 +41,31 @@ def seconds(call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dt
     """Best seconds of one kernel call, after one that is not counted; where one thread computes, of its own time."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
-    q, dout = (_random(call.queries, call.heads, call, device, dtype) for _ in range(2))
-    k, v = (_random(call.keys, call.kv_heads, call, device, dtype) for _ in range(2))
-    scale = call.head_dim**-0.5
-    out, lse = kernel.forward(q, k, v, scale=scale, causal=call.causal)
+    run = prepared(call, kernel, device, dtype)[call.backward]
 
     def once() -> float:
         began = clock()
-        if call.backward:
-            kernel.backward(dout, q, k, v, out, lse, scale=scale, causal=call.causal)
-        else:
-            kernel.forward(q, k, v, scale=scale, causal=call.causal)
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return clock() - began
 
     once()
     return min(once() for _ in range(repeats))
+
+
+def prepared(
+    call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward and the backward pass of a kernel call, on inputs of its sizes."""
+    q, dout = (_random(call.queries, call.heads, call, device, dtype) for _ in range(2))
+    k, v = (_random(call.keys, call.kv_heads, call, device, dtype) for _ in range(2))
+    how = {"scale": call.head_dim**-0.5, "causal": call.causal}
+    out, lse = kernel.forward(q, k, v, **how)
+    return (
+        lambda: kernel.forward(q, k, v, **how),
+        lambda: kernel.backward(dout, q, k, v, out, lse, **how),
+    )
 
 
 def _random(tokens: int, heads: int, call: Compute, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -78,6 +78,7 @@ class Cluster:
     dtype:             of the attention tensors that the rates hold for
     flops_forward, flops_backward: attention kernels, floating-point operations per second and rank
     call_s:            time of a kernel call beside its operations
+    block_keys:        that the attention kernel takes at once, a causal mask or not; 0 where blocks are short
     touch_bytes_per_s: copies and sums, bytes read and written
     host_bytes_per_s:  to and from host memory, or None where there is no other memory
     between:           None for a single node
@@ -108,6 +109,7 @@ class Cluster:
     loss_bytes_per_s: float | None = None
     step_s: float = 0.0
     layer_s: float = 0.0
+    block_keys: int = 0
 
     def gemm(self, dtype: str) -> Gemm:
         """Matrix products of a dtype; raises ValueError where the description has no rates for it."""
@@ -198,7 +200,7 @@ def cluster_of(gpu: str | None) -> str:
 
 def _cluster(file: Path) -> Cluster:
     top = _read(file, ())
-    compute = top.section("compute", "dtype peak_tflops efficiency_forward efficiency_backward call_us")
+    compute = top.section("compute", COMPUTE_KEYS)
     memory, peak = top.section("memory", MEMORY_KEYS), compute.number("peak_tflops") * 1e12
     overhead = top.section("overhead", "step_ms layer_us") if top.has("overhead") else None
     single = not top.has("between")
@@ -220,6 +222,7 @@ def _cluster(file: Path) -> Cluster:
         memory.optional("loss_gb_per_s", 1e9),
         overhead.optional("step_ms", 1e-3, 0.0) if overhead else 0.0,
         overhead.optional("layer_us", 1e-6, 0.0) if overhead else 0.0,
+        compute.count("block_keys") if compute.has("block_keys") else 0,
     )
 
 
@@ -259,6 +262,7 @@ def _gemm(section: "_Section") -> Gemm:
 
 
 SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
+COMPUTE_KEYS = "dtype peak_tflops efficiency_forward efficiency_backward call_us block_keys"
 MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_gb_per_s loss_gb_per_s"
 LINK_KEYS = "peak_gb_per_s efficiency latency_us ports busy_s_per_gb gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
 

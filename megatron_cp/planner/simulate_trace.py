@@ -69,7 +69,7 @@ Seconds = Callable[[Compute], float]
 
 def call_seconds(cluster: Cluster) -> Seconds:
     """The time of a kernel call from the cluster's rates."""
-    return lambda call: cluster.call_s + _flops(call) / _rate(cluster, call.backward)
+    return lambda call: cluster.call_s + flops(call, cluster.block_keys) / _rate(cluster, call.backward)
 
 
 def simulate(run: Pass, cluster: Cluster, seconds: Seconds | None = None) -> Run:
@@ -82,9 +82,13 @@ def simulate(run: Pass, cluster: Cluster, seconds: Seconds | None = None) -> Run
     return Run(play.spans, sorted(play.flights, key=lambda f: f.start), play.memory, play.ideal)
 
 
-def _flops(call: Compute) -> float:
-    """Two matrix products forward, five backward, of 2 d operations per pair (Dao 2023, arXiv:2307.08691, 4.1)."""
-    return (10 if call.backward else 4) * call.head_dim * call.work
+def flops(call: Compute, block_keys: int = 0) -> float:
+    """Two matrix products forward, five backward, of 2 d operations per pair (Dao 2023, arXiv:2307.08691, 4.1).
+
+    Under a causal mask each query's last block of keys is computed whole: half of it is masked in the mean.
+    """
+    masked = call.heads * call.queries * min(block_keys, call.queries) / 2 if call.causal else 0.0
+    return (10 if call.backward else 4) * call.head_dim * (call.work + masked)
 
 
 def _rate(cluster: Cluster, backward: bool) -> float:

@@ -12,7 +12,17 @@ from megatron_cp.planner import published
 from megatron_cp.planner.hardware import COLLECTIVES, load_cluster
 
 LINKS = Measured("x86_64 CPU", "float32", 1.2e9, 1e-4, 3e-10, 3e10, 7e10, 6e10, 5e-5)
-RATES = Rates({64: 2e10, 512: 8e10}, 5e9, 1.5e10, {"gather": 5e8, "scatter": 2e8, "reduce": 4e8}, (4e10, 5e10), 9e8)
+RATES = Rates(
+    {64: 2e10, 512: 8e10},
+    5e9,
+    1.5e10,
+    {"gather": 5e8, "scatter": 2e8, "reduce": 4e8},
+    (4e10, 5e10),
+    512,
+    9e8,
+    0.02,
+    0.003,
+)
 
 
 def run(*words: str):
@@ -29,6 +39,7 @@ def test_what_calibrate_writes_is_read_back(tmp_path):
     assert (cluster.elementwise_bytes_per_s, cluster.loss_bytes_per_s) == pytest.approx((5e9, 1.5e10))
     assert [cluster.inside.rate(kind) for kind in COLLECTIVES] == pytest.approx([5e8, 2e8, 4e8])
     assert cluster.reserved_bytes == pytest.approx(9e8)
+    assert (cluster.block_keys, cluster.step_s, cluster.layer_s) == pytest.approx((512, 0.02, 0.003))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "tiny-cp2", "tiny-pp2", "tiny-tp2"])
