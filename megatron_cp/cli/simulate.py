@@ -81,6 +81,9 @@ def simulate(
         )
     if cap is not None and not cap > 0:
         raise ValueError(f"a cap is a positive number of M_B, got {cap:g}")
+    told = {"-p": p, "-m": m, "-v": v, "--warmup": warmup, "--placement": placement}
+    if table and any(value is not None for value in told.values()):
+        raise ValueError(f"a --table has its own sizes; leave out {', '.join(k for k in told if told[k] is not None)}")
     if plot:
         check_suffix(plot)
     if compare is not None:

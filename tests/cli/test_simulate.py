@@ -52,6 +52,8 @@ def test_table_of_ones_own(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1\n")
     assert "mine: p = 2, m = 2, v = 1, placement loop" in ask("--table", str(file), "--times", "1,1,1,0")
+    with pytest.raises(ValueError, match="a --table has its own sizes; leave out -p, -m"):
+        ask("--table", str(file), "-p", "3", "-m", "7")
     file.write_text("0F0 0F1 0B0 0B1\n1F1 1B1 1B0 1F0\n")
     with pytest.raises(ValueError, match="1B0: runs before its F") as caught:
         ask("--table", str(file))

@@ -17,7 +17,7 @@ from tests.megatron.pretraining import (
     tiny,
     trained,
 )
-from tests.megatron.test_schedules import CHUNKS, EXPERTS, MODEL, TIED, TWO
+from tests.megatron.test_schedules import CHUNKS, EXPERTS, MODEL, TIED, TWO, refusal
 from tests.ranks import run_ranks, run_ranks_with_log
 
 FOUR = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 16"
@@ -195,23 +195,6 @@ REFUSED = {
     "chunks": ("--num-layers 8 --num-virtual-stages-per-pipeline-rank 4", "zb-v has v = 2, got v = 4"),
     "layout": ("--pipeline-model-parallel-layout Ett|ttL", "zb-v has v = 2, got v = 1"),
 }
-
-
-def refusal(cases):
-    """The one line with which each command line is refused."""
-    import os
-
-    from megatron.training.arguments import parse_and_validate_args
-
-    # the arguments are refused before anybody is waited for
-    os.environ["WORLD_SIZE"] = "2"
-    lines = {}
-    for name, flags in cases.items():
-        sys.argv = ["pretrain_gpt", *flags]
-        with pytest.raises(SystemExit) as stop, door(flags):
-            parse_and_validate_args()
-        lines[name] = str(stop.value)
-    return lines
 
 
 def test_what_the_v_cannot_do_is_refused_in_one_line():
