@@ -103,7 +103,7 @@ def trained_delaying(flags, fused, table=None):
 
         return start
 
-    done = replace("tests.megatron.test_schedules:start_from_names", with_delaying_linears)
+    done = replace("tests.megatron.pretraining:start_from_names", with_delaying_linears)
     try:
         found = trained(flags) if table is None else trained_with_a_table(flags, table)
     finally:
