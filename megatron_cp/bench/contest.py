@@ -138,7 +138,8 @@ class Contest:
             lambda state: attention.backward(dout, q, k, v, *state, scale=scale, causal=causal),
         )
         out, lse = attention.forward(q, k, v, scale=scale, causal=causal)
-        self.expected = (out, *attention.backward(dout, q, k, v, out, lse, scale=scale, causal=causal))
+        results = (out, *attention.backward(dout, q, k, v, out, lse, scale=scale, causal=causal))
+        self.expected = [result.to(self.dtype) for result in results]
 
     def row(self) -> Row:
         """The whole kernel call, as every rank made it."""

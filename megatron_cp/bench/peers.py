@@ -106,7 +106,8 @@ def _stand_in(kernel: Kernel) -> None:
     ) -> tuple[Tensor, Tensor, None, None]:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         out, lse = kernel.forward(q, k, v, scale=softmax_scale, causal=causal)
-        return out.transpose(0, 1), lse.permute(1, 2, 0), None, None
+        # flash_attn's own is in the queries' dtype
+        return out.to(q.dtype).transpose(0, 1), lse.permute(1, 2, 0), None, None
 
     def _flash_attn_backward(
         dout: Tensor,

@@ -105,7 +105,7 @@ class FusedKernel:
         """dq, dk, dv; rows with lse -inf (no key in the whole sequence) give no gradient."""
         check_call(q, k, v, causal)
         check_backward(dout, q, v, out, lse)
-        dout_, q_, k_, v_, out_ = _op_inputs(_op_width(q, v), dout, q, k, v, out)
+        dout_, q_, k_, v_, out_ = _op_inputs(_op_width(q, v), dout, q, k, v, out.to(q.dtype))
         # exp(score - lse) must vanish in a row without keys
         lse_ = lse.masked_fill(lse == float("-inf"), float("inf")).permute(1, 2, 0)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cp.kernels import choose
+from megatron_cp.kernels import aten, choose
 from megatron_cp.kernels.aten import CPU_FLASH, cpu_flash, expanded
 from megatron_cp.kernels.fused import FusedKernel, Only
 from tests.context.dense import dense, problem, relative_error
@@ -38,7 +38,7 @@ def test_kernel_equals_dense(name, dtype, heads, groups, causal):
     task = problem(65, heads, groups, causal=causal, dim=24)
     rounded = task._replace(**{x: getattr(task, x).to(getattr(torch, dtype)) for x in ("q", "k", "v", "dout")})
     out, lse, *grads = run(kernel_named(name, dtype), *rounded[:4], causal)
-    assert {out.dtype, *(grad.dtype for grad in grads)} == {rounded.q.dtype}
+    assert {out.dtype, *(grad.dtype for grad in grads)} <= {rounded.q.dtype, lse.dtype}
     assert lse.dtype == (torch.float64 if dtype == "float64" else torch.float32)
     for what, found, expected in zip(("out", "dq", "dk", "dv"), (out, *grads), dense(rounded), strict=True):
         assert relative_error(found, expected) <= BOUNDS[dtype], what
@@ -147,12 +147,27 @@ def test_what_would_kill_or_mislead_an_op_is_caught_before_it(name, change, mess
         kernel_named(name).forward(**inputs, scale=1.0, causal=True)
 
 
-def test_backward_wants_out_in_the_dtype_of_q():
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_out_is_not_rounded_where_the_cpu_multiplies_no_bf16(monkeypatch, multiplies):
+    monkeypatch.setattr(aten, "multiplies", lambda dtype: multiplies)
+    task = problem(64, 4, 2, causal=True)
+    q, k, v, dout = (x.bfloat16() for x in task[:4])
+    kernel, how = kernel_named("torch", "bfloat16"), {"scale": 0.3, "causal": True}
+    out, lse = kernel.forward(q, k, v, **how)
+    assert out.dtype == (torch.bfloat16 if multiplies else torch.float32)
+    wide, _ = kernel.forward(q.double(), k.double(), v.double(), **how)
+    assert (relative_error(out, wide) < 1e-5) == (not multiplies)
+    # backward rounds it
+    found, expected = (kernel.backward(dout, q, k, v, x, lse, **how) for x in (out, out.bfloat16()))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_backward_refuses_out_in_another_dtype():
     task = problem(8, 2, 2, causal=False)
     q, k, v, dout = (x.bfloat16() for x in task[:4])
     kernel, lse = kernel_named("torch", "bfloat16"), torch.zeros(q.shape[:3])
-    with pytest.raises(AssertionError, match=r"out torch.float32, q torch.bfloat16"):
-        kernel.backward(dout, q, k, v, dout.float(), lse, scale=1.0, causal=False)
+    with pytest.raises(AssertionError, match=r"out is torch.float16, q torch.bfloat16"):
+        kernel.backward(dout, q, k, v, dout.half(), lse, scale=1.0, causal=False)
 
 
 @pytest.mark.parametrize(("version", "native"), [("2.8.1", False), ("2.9.0+cpu", True), ("2.15.0a0+git", True)])
