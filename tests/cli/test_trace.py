@@ -4,7 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_cp.cli import app
-from megatron_cp.context import BACKENDS, ring
+from megatron_cp.context import BACKENDS
+from tests.context.broken import swap_owners
 
 PASS = {"work", "sent", "received", "peak", "time", "ideal"}
 SMALL = ("--ranks", "4", "--seq", "4096", "--heads", "8", "--kv-heads", "2", "--head-dim", "64")
@@ -70,14 +71,7 @@ def test_tables_say_what_was_proved():
 
 
 def test_a_broken_loop_is_not_covered(monkeypatch):
-    original = ring.visits
-
-    def swapped(block, way, fabric):
-        for visitor in original(block, way, fabric):
-            owner = {1: 2, 2: 1}.get(visitor.owner, visitor.owner) if fabric.rank == 0 else visitor.owner
-            yield visitor._replace(owner=owner, runs=way.runs[owner])
-
-    monkeypatch.setattr(ring, "visits", swapped)
+    swap_owners(monkeypatch)
     result = run("--backend", "zigzag", *SMALL, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["covered"] is False

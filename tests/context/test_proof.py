@@ -8,6 +8,7 @@ from megatron_cp.context.proof import Book, prove, small
 from megatron_cp.context.record import record
 from megatron_cp.context.trace import Problem
 from megatron_cp.grid import most_square
+from tests.context.broken import swap_owners, turn_back
 from tests.context.problems import MASKS, grids
 
 RANKS = [2, 3, 4]
@@ -52,23 +53,6 @@ def test_small_problem_keeps_ranks_heads_and_the_window_s_share():
     assert small(short) == short
 
 
-class Mirrored:
-    """Peers whose messages go the other way round the ring; what travels and its labels still agree in length."""
-
-    def __init__(self, fabric):
-        self._fabric, self.rank, self.size = fabric, fabric.rank, fabric.size
-
-    def exchange(self, sends, recvs):
-        return self._fabric.exchange(
-            *([(x, (2 * self.rank - peer) % self.size) for x, peer in y] for y in (sends, recvs))
-        )
-
-
-def turn_back(monkeypatch):
-    original = ring.visits
-    monkeypatch.setattr(ring, "visits", lambda block, way, fabric: original(block, way, Mirrored(fabric)))
-
-
 @pytest.mark.parametrize(("causal", "window"), MASKS)
 @pytest.mark.parametrize("backend", ["zigzag", "ring", "striped"])
 def test_a_ring_that_turns_the_wrong_way_is_caught(monkeypatch, backend, causal, window):
@@ -88,14 +72,7 @@ def test_a_turned_ring_is_consistent_to_the_recorder(monkeypatch):
 
 @pytest.mark.parametrize(("causal", "window"), MASKS)
 def test_a_swapped_owner_is_caught(monkeypatch, causal, window):
-    original = ring.visits
-
-    def swapped(block, way, fabric):
-        for visitor in original(block, way, fabric):
-            owner = {1: 2, 2: 1}.get(visitor.owner, visitor.owner) if fabric.rank == 0 else visitor.owner
-            yield visitor._replace(owner=owner, runs=way.runs[owner])
-
-    monkeypatch.setattr(ring, "visits", swapped)
+    swap_owners(monkeypatch)
     assert not proved("zigzag", 4, causal, window).covered
 
 
