@@ -7,7 +7,7 @@ which is what laws and one-GPU checks need.
 
 import inspect
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -236,40 +236,41 @@ class _Post:
     """Letter boxes of ranks that are threads of one process; a rank that died wakes those who wait for it.
 
     The n-th letter that a rank expects from another is the n-th that this one sends it, whenever they are waited for.
+    running: held by the one rank that runs; it lets go where it waits for a letter. Ranks that ran at the same time
+             would hand the interpreter to and fro at every torch op.
     """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.running = threading.Lock()
+        self._arrival: defaultdict[_Pair, threading.Condition] = defaultdict(lambda: threading.Condition(self.running))
         self.boxes: dict[_Letter, Tensor] = {}
         self.posted: Counter[_Pair] = Counter()
         self.expected: Counter[_Pair] = Counter()
         self.failed: BaseException | None = None
 
     def put(self, pair: _Pair, tensor: Tensor) -> None:
-        with self.changed:
-            self.boxes[pair, self.posted[pair]] = tensor.detach().clone()
-            self.posted[pair] += 1
-            self.changed.notify_all()
+        self.boxes[pair, self.posted[pair]] = tensor.detach().clone()
+        self.posted[pair] += 1
+        self._arrival[pair].notify()
 
     def expect(self, pair: _Pair) -> _Letter:
-        with self.changed:
-            self.expected[pair] += 1
-            return pair, self.expected[pair] - 1
+        self.expected[pair] += 1
+        return pair, self.expected[pair] - 1
 
     def take(self, letter: _Letter) -> Tensor:
-        (_, sender, receiver), _ = letter
-        with self.changed:
-            arrived = self.changed.wait_for(lambda: letter in self.boxes or self.failed, timeout=60)
-            if self.failed:
-                raise RuntimeError(f"another rank failed: {self.failed}")
-            if not arrived:
-                raise RuntimeError(f"rank {receiver} waits for rank {sender}, who sends nothing")
-            return self.boxes.pop(letter)
+        pair, _ = letter
+        _, sender, receiver = pair
+        arrived = self._arrival[pair].wait_for(lambda: letter in self.boxes or self.failed, timeout=60)
+        if self.failed:
+            raise RuntimeError(f"another rank failed: {self.failed}")
+        if not arrived:
+            raise RuntimeError(f"rank {receiver} waits for rank {sender}, who sends nothing")
+        return self.boxes.pop(letter)
 
     def fail(self, error: BaseException) -> None:
-        with self.changed:
-            self.failed = self.failed or error
-            self.changed.notify_all()
+        self.failed = self.failed or error
+        for arrival in self._arrival.values():
+            arrival.notify_all()
 
 
 class LocalFabric:
@@ -313,7 +314,7 @@ class _Letters:
 
 
 def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
-    """What `body` returned on each of `size` ranks, which are threads of this process.
+    """What `body` returned on each of `size` ranks, threads of this process that run one at a time.
 
     The first rank to raise wakes the others, and its error is raised here. On CUDA the body must call a backend's
     forward and backward itself: autograd runs all backward calls of a device on one thread, where ranks would wait for
@@ -322,11 +323,12 @@ def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
     post = _Post()
 
     def rank_body(rank: int) -> T:
-        try:
-            return body(LocalFabric(post, tuple(range(size)), rank))
-        except BaseException as error:
-            post.fail(error)
-            raise
+        with post.running:
+            try:
+                return body(LocalFabric(post, tuple(range(size)), rank))
+            except BaseException as error:
+                post.fail(error)
+                raise
 
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(rank_body, rank) for rank in range(size)]

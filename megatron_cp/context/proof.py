@@ -5,7 +5,6 @@ and the kernel, instead of attention, looks at what it was given and counts ever
 unmasked pair was computed once in each pass, and when all that was computed for a token came home to it.
 """
 
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +76,6 @@ class Counts:
     def __init__(self, name: str, visible: np.ndarray, heads: int) -> None:
         self._name, self._visible = name, visible
         self._found = np.zeros((heads, *visible.shape), dtype=np.int16)
-        self._lock = Lock()
 
     def add(self, heads: list[int], queries: list[int], keys: list[int], unmasked: np.ndarray) -> None:
         """Count the unmasked pairs of one kernel call; raises NotExactError for one that the mask hides."""
@@ -85,8 +83,7 @@ class Counts:
         if hidden.any():
             i, j = np.argwhere(hidden)[0]
             raise NotExactError(f"{self._name}: query {queries[i]} may not see key {keys[j]}, but a kernel call has it")
-        with self._lock:
-            self._found[np.ix_(heads, queries, keys)] += unmasked
+        self._found[np.ix_(heads, queries, keys)] += unmasked
 
     def check(self) -> None:
         """Raise NotExactError for the first pair that was not computed exactly once."""
@@ -243,6 +240,7 @@ def _read(name: str, tokens: Tensor) -> tuple[list[int], list[int]]:
     same = (values[:, 0, :, 0] == positions[:, None]).all() and (values[:, 0, :, 1] == heads).all()
     if not (same and (values[..., 2] == KINDS[name]).all() and (values[..., 3] == 1).all()):
         raise NotExactError(f"a kernel call's {name} is no set of such tokens; the first is {_show(tokens[0, 0, 0])}")
-    if len(np.unique(positions)) < len(positions):
-        raise NotExactError(f"a kernel call has a position of {name} twice: {positions.tolist()}")
-    return positions.astype(int).tolist(), heads.astype(int).tolist()
+    tokens_at = positions.astype(int).tolist()
+    if len({*tokens_at}) < len(tokens_at):
+        raise NotExactError(f"a kernel call has a position of {name} twice: {tokens_at}")
+    return tokens_at, heads.astype(int).tolist()

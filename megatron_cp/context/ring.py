@@ -7,6 +7,7 @@ placement of Megatron-LM and of Zhu's ring-flash-attention. Traffic, memory: `BA
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import Tensor
@@ -100,7 +101,8 @@ def directed(runs: Layout, wanted: Stretches, turn: int) -> Route:
     carried = []
     for owner in range(ranks):
         ahead = [wanted[owner][(owner + turn * hop) % ranks] for hop in range(ranks)]
-        carried.append(tuple(hull(tuple(ahead[hop:])) for hop in range(ranks)))
+        # what a hop carries is what its rank and all further on want
+        carried.append(tuple(accumulate(reversed(ahead), lambda *both: hull(both)))[::-1])
     return Route(turn, runs, wanted, tuple(carried))
 
 

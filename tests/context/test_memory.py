@@ -62,6 +62,6 @@ def test_memory_of_a_rank_is_constant_when_ranks_and_tokens_double_together(meas
 def test_memory_of_a_rank_stays_so_on_more_ranks(backend):
     eight, many = (
         max(max(run.peak) for run in (trace.forward, trace.backward))
-        for trace in (record(on(backend, ranks)) for ranks in (8, 32))
+        for trace in (record(on(backend, ranks)) for ranks in (8, 16))
     )
     assert abs(many - eight) <= 0.1 * eight

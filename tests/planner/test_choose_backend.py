@@ -16,7 +16,7 @@ from megatron_cp.planner.simulate_trace import simulate
 
 H100 = load_cluster("h100-ib")
 LONG = Problem("auto", 4, 2**16, 32, 8, 128, causal=True)
-SHORT = replace(LONG, ranks=4, seq=2**12)
+SHORT = replace(LONG, ranks=4, seq=2**10)
 
 recorded, last = cache(record), cache(last_rank)
 
@@ -31,7 +31,7 @@ def simulated(problem, cluster=H100):
 
 
 @pytest.mark.parametrize("grid", [None, Grid(2, 2)], ids=str)
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, (512, 0)), (False, (64, 64))])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, (128, 0)), (False, (16, 16))])
 def test_first_and_second_are_the_fastest_of_all_that_take_the_problem(causal, window, grid):
     problem = replace(SHORT, causal=causal, window=window, grid=grid)
     times = []
