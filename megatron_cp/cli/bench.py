@@ -136,10 +136,10 @@ def _forecast(row: "Row") -> list[str]:
 
 def _pairs(report: "Report") -> Iterator[str]:
     for pair in report.pairs:
-        wins = f"faster in {pair.wins[0]} and {pair.wins[1]} of {pair.rounds} rounds"
+        wins = f"faster in {pair.forward.wins} and {pair.backward.wins} of {pair.rounds} rounds"
         yield (
             f"{pair.ours} beside {pair.theirs}, S={pair.seq}: {wins}, "
-            f"median of their time over ours {pair.forward:.3f} forward, {pair.backward:.3f} backward"
+            f"median of their time over ours {pair.forward} forward, {pair.backward} backward"
         )
 
 

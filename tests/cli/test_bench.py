@@ -8,7 +8,7 @@ from megatron_cp.bench import context as bench_context
 from megatron_cp.bench import processes
 from megatron_cp.bench.contest import LARGEST_ERROR, WHOLE, Row, Shape
 from megatron_cp.bench.context import UPSTREAM, Contenders, Report, bench
-from megatron_cp.bench.pairs import pairs_of
+from megatron_cp.bench.pairs import Ratio, pairs_of, ratio_of
 from megatron_cp.bench.processes import QUIET
 from megatron_cp.cli import app
 from megatron_cp.context import BACKENDS
@@ -114,7 +114,14 @@ def test_pairs_compare_rounds_of_one_layout():
     theirs = Timed("other", "zigzag", False, [2.0, 1.0, 5.0], [0.5, 0.5, 2.0])
     elsewhere = Timed("other ring", "contiguous", False, [1.0] * 3, [1.0] * 3)
     (pair,) = pairs_of([ours, theirs, elsewhere], 64)
-    assert (pair.forward, pair.backward, pair.wins, pair.rounds) == (1.25, 0.5, (2, 1), 3)
+    assert (pair.forward, pair.backward, pair.rounds) == (Ratio(1.25, 0.5, 2.0, 2), Ratio(0.5, 0.5, 2.0, 1), 3)
+
+
+def test_the_interval_of_a_median_is_the_sign_tests():
+    # tables of the sign test: 95% leave out one value on each side of 9, three of 15, seventeen of 49
+    for rounds, left_out in ((3, 0), (8, 0), (9, 1), (15, 3), (49, 17)):
+        ratio = ratio_of([float(value) for value in range(rounds)])
+        assert (ratio.low, ratio.high) == (left_out, rounds - 1 - left_out)
 
 
 @pytest.mark.parametrize(
