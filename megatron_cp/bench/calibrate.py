@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, GroupFabric, collective, largest
 from megatron_cp.context.trace import Compute
 from megatron_cp.kernels import choose
-from megatron_cp.planner.hardware import COLLECTIVES, Collective
+from megatron_cp.planner.hardware import COLLECTIVES, Cluster, Collective
 from megatron_cp.planner.simulate_trace import flops
 from megatron_cp.recipe import ENTRY
 
@@ -39,7 +39,8 @@ VOCABULARY = {"cpu": 512, "cuda": 32768}
 HEAD_DIM = 64
 # queries, keys, heads, KV heads, head dim
 ATTENTION = {"cpu": (512, 512, 6, 2, 32), "cuda": (8192, 8192, 32, 8, 128)}
-ROUNDS = 25
+ROUNDS, MEANS = 5, 5
+ROUND_SECONDS = 0.02
 LEAST = """
 --mock-data --hidden-size 64 --num-attention-heads 1 --seq-length 64 --max-position-embeddings 64
 --micro-batch-size 1 --global-batch-size 1 --train-iters 20 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64
@@ -73,7 +74,7 @@ class Rates(NamedTuple):
 
 
 def calibrate(dtype: str, ranks: int = 2) -> Rates:
-    """Measure; each figure is the slower rank's, in the median of some rounds."""
+    """Measure; each figure is the slower rank's."""
     rates, (few, many) = on_ranks(ranks, _rates, dtype)[0], LAYERS
     short, long = (_least_training(layers) for layers in LAYERS)
     rates = rates._replace(reserved=1024.0 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -82,6 +83,17 @@ def calibrate(dtype: str, ranks: int = 2) -> Rates:
         return rates
     layer = max(0.0, long - short) / (many - few)
     return rates._replace(layer=layer, step=max(0.0, short - few * layer))
+
+
+def pace(cluster: Cluster, dtype: str, ranks: int = 2) -> float:
+    """How fast products are on this machine now, over the cluster's rates: 1 is as when the cluster was calibrated.
+
+    The median over their sizes, measured as `calibrate` does but for the largest. Raises ValueError where the cluster
+    has no rates of this dtype.
+    """
+    gemm = cluster.gemm(dtype)
+    rates = on_ranks(ranks, _pace_rates, dtype)[0]
+    return median(rate / gemm.rate(size) for size, rate in rates.items())
 
 
 def _least_training(layers: int) -> float:
@@ -131,9 +143,7 @@ def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
     def measured(run: Callable[[], object]) -> float:
         return _seconds(fabric, device, run)
 
-    products = {}
-    for size in SIZES[kind]:
-        products[size] = 6 * rows * size * WIDER * size / measured(_linear(rows, size, device, real))
+    products = _product_rates(fabric, device, dtype, SIZES[kind])
     width = WIDTH[kind]
     touched = rows * width * (10 + 12 + (2 + 2) * 3 + (3 + 5) * 3) * real.itemsize
     elementwise = touched / measured(_between_products(rows, width, device, real))
@@ -147,6 +157,19 @@ def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
         for kind in COLLECTIVES
     }
     return Rates(products, elementwise, loss, collectives, _attention(fabric, device, dtype), BLOCK_KEYS[kind])
+
+
+def _pace_rates(fabric: Fabric, device: torch.device, dtype: str) -> dict[int, float]:
+    return _product_rates(fabric, device, dtype, SIZES[device.type][:-1])
+
+
+def _product_rates(fabric: Fabric, device: torch.device, dtype: str, sizes: Sequence[int]) -> dict[int, float]:
+    """Operations per second of a linear layer's three products, by their smallest dimension."""
+    rows = ROWS[device.type]
+    return {
+        size: 6 * rows * size * WIDER * size / _seconds(fabric, device, _linear(rows, size, device, DTYPES[dtype]))
+        for size in sizes
+    }
 
 
 def _attention(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float]:
@@ -206,13 +229,19 @@ def _cross_entropy(rows: int, columns: int, device: torch.device, dtype: torch.d
 
 
 def _seconds(fabric: Fabric, device: torch.device, run: Callable[[], object]) -> float:
-    """The slower rank's median wall time of a round, after two that do not count; ranks start together, once."""
-    walls = []
-    largest(fabric, device)
-    for _ in range(ROUNDS + 2):
+    """Wall time of a call as in a run whose ranks wait for each other: the slowest counts in every round.
+
+    A round takes calls for as long as ranks compute between two exchanges; of several means over rounds the median.
+    """
+
+    def calls(count: int) -> float:
         began = time.perf_counter()
-        run()
+        for _ in range(count):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        walls.append(time.perf_counter() - began)
-    return largest(fabric, device, median(walls[2:]))[0]
+        return largest(fabric, device, time.perf_counter() - began)[0]
+
+    calls(1)
+    count = max(1, round(ROUND_SECONDS / calls(1)))
+    return median(mean(calls(count) for _ in range(ROUNDS)) for _ in range(MEANS)) / count

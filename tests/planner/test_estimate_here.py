@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from megatron_cp.bench import calibrate
 from megatron_cp.bench.calibrate import Rates, as_yaml
 from megatron_cp.bench.links import Measured
-from megatron_cp.cli import app
+from megatron_cp.cli import app, estimate
+from megatron_cp.comm import SingleFabric
 from megatron_cp.planner import published
 from megatron_cp.planner.hardware import COLLECTIVES, load_cluster
 
@@ -54,6 +57,50 @@ def test_a_step_is_told_with_its_memory_and_traffic():
     said = run("quickstart", "--cp-comm-type", "ulysses").stdout
     for words in ("CP 2 (ulysses)", "matrix products", "memory of the fullest rank", "inside the node"):
         assert words in said
+
+
+@pytest.fixture
+def here(tmp_path):
+    file = tmp_path / "here.yaml"
+    file.write_text(as_yaml(LINKS, RATES))
+    return str(file)
+
+
+def test_pace_is_the_median_over_sizes(here, monkeypatch):
+    # 0.5, 2 and 0.25 of the rates
+    monkeypatch.setattr(calibrate, "on_ranks", lambda ranks, body, dtype: [{64: 1e10, 512: 1.6e11, 2048: 2e10}])
+    assert calibrate.pace(load_cluster(here), "float32") == pytest.approx(0.5, rel=1e-3)
+
+
+def test_rounds_are_as_long_as_ranks_compute_between_exchanges(monkeypatch):
+    calls = []
+    # a call takes 2 ms
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: 2e-3 * len(calls))
+    seconds = calibrate._seconds(SingleFabric(), torch.device("cpu"), lambda: calls.append(None))
+    assert seconds == pytest.approx(2e-3)
+    assert len(calls) == 2 + calibrate.ROUNDS * calibrate.MEANS * round(calibrate.ROUND_SECONDS / 2e-3)
+
+
+def test_products_of_this_machine_are_timed():
+    found = calibrate._product_rates(SingleFabric(), torch.device("cpu"), "float32", (32, 256))
+    # wider products are faster, and a core makes between 0.1 and 1000 GFLOP/s
+    assert 1e8 < found[32] < found[256] < 1e12
+
+
+def test_a_measured_run_stands_beside_the_estimate(here, monkeypatch):
+    paces = iter((0.6, 1.0))
+    monkeypatch.setattr(calibrate, "pace", lambda cluster, dtype: next(paces))
+    monkeypatch.setattr(estimate, "_train", lambda name, flags: (2.0, 1e9))
+    said = run("quickstart", "--measure", "--cluster", here, "--json").stdout
+    told = json.loads(said)
+    assert told["measured"] == {"step_seconds": 2.0, "memory_bytes": 1e9, "pace": pytest.approx(0.8)}
+
+    paces = iter((0.6, 1.0))
+    lines = run("quickstart", "--measure", "--cluster", here).stdout.splitlines()
+    (plain,) = (line for line in lines if "s per step " in line and "pace" not in line)
+    (paced,) = (line for line in lines if "s per step at 0.80 of the cluster's pace" in line)
+    assert f"{told['step_seconds'] / 2 - 1:+.1%}" in plain
+    assert f"{told['step_seconds'] / 0.8 / 2 - 1:+.1%}" in paced
 
 
 def test_published_figures_are_plain_numbers(monkeypatch):
