@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import SEEK_END, StringIO
-from statistics import median
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ def link_here(fabric: Fabric, device: torch.device) -> Link:
 
 
 def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, float]:
-    """Seconds in which both ranks send and receive `size` bytes, and this process's own processor time in it."""
+    """Best seconds in which both ranks send and receive `size` bytes, and this process's own processor time in it."""
     here, there = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     peer = 1 - fabric.rank
 
@@ -115,13 +114,13 @@ def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, f
         if 0 <= peer < fabric.size:
             fabric.exchange([(here, peer)], [(there, peer)]).wait()
 
-    return _typical(fabric, device, once)
+    return _best(fabric, device, once)
 
 
 def touch_here(fabric: Fabric, device: torch.device) -> float:
     """Bytes per second of a sum in place, all ranks at the same time."""
     total, part = (torch.zeros(MESSAGE // 4, device=device) for _ in range(2))
-    wall, _ = _typical(fabric, device, lambda: total.add_(part))
+    wall, _ = _best(fabric, device, lambda: total.add_(part))
     return 3 * MESSAGE / wall
 
 
@@ -137,8 +136,8 @@ def _kernel(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, fl
     return rates[0], rates[1], least
 
 
-def _typical(fabric: Fabric, device: torch.device, run: Callable[[], Any]) -> tuple[float, float]:
-    """Of the slower rank, in the median of some rounds: wall seconds, and processor seconds."""
+def _best(fabric: Fabric, device: torch.device, run: Callable[[], Any]) -> tuple[float, float]:
+    """Of the slower rank, in the best of some rounds: wall seconds, and processor seconds."""
     walls, cores = [], []
     for _ in range(ROUNDS):
         largest(fabric, device)
@@ -149,7 +148,7 @@ def _typical(fabric: Fabric, device: torch.device, run: Callable[[], Any]) -> tu
         wall, core = largest(fabric, device, time.perf_counter() - wall, time.process_time() - core)
         walls.append(wall)
         cores.append(core)
-    return median(walls), median(cores)
+    return min(walls), min(cores)
 
 
 def _cpu() -> str:
