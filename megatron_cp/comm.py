@@ -6,7 +6,6 @@ which is what laws and one-GPU checks need.
 """
 
 import inspect
-import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -205,31 +204,11 @@ def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
 def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator[GroupFabric]:
     """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with uninterrupted_sends():
-        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-        assert dist.group.WORLD is not None
-        yield GroupFabric(dist.group.WORLD)
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-@contextmanager
-def uninterrupted_sends() -> Iterator[None]:
-    """Inside, this thread and those that it starts do not interrupt each other where they share a core.
-
-    gloo's loop thread asks for a connection's lock without waiting, and again at once when it does not get it. Woken on
-    the core of a thread that is about to send and holds the lock, it asks until its time slice is over: 8 bytes took
-    2 ms in the mean between two processes, and take 0.2. Linux lets no thread of SCHED_BATCH interrupt when it wakes;
-    other systems are left as they are, and so is a thread whose scheduling somebody has chosen.
-    """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    assert dist.group.WORLD is not None
+    yield GroupFabric(dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class _Works:

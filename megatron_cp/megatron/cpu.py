@@ -5,9 +5,9 @@ where there is no CUDA device. `cpu_runtime()` replaces the names in REPLACEMENT
 while the context is open; leaving it restores each of them, and `torch.cuda.is_available()` tells the truth again.
 On a machine with a GPU it does nothing. Importing this file changes nothing.
 
-Communication goes over gloo, whose threads are kept from interrupting a send. Streams are in order and events take
-their time from the host's clock. The "GPU's" random generator is the CPU's default one, so Megatron's random-state
-tracker keeps its meaning. Memory figures are the process's resident set, which is what the CPU run really costs.
+Communication goes over gloo. Streams are in order and events take their time from the host's clock. The "GPU's" random
+generator is the CPU's default one, so Megatron's random-state tracker keeps its meaning. Memory figures are the
+process's resident set, which is what the CPU run really costs.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from megatron_cp.comm import uninterrupted_sends
 from megatron_cp.megatron.rebind import Replaced, replace, restore_all
 
 
@@ -330,7 +329,6 @@ def cpu_runtime() -> Iterator[bool]:
         undo.callback(logger.removeFilter, _not_about_generators)
         # compiled fusions would be built for the CPU at great cost and no use
         undo.enter_context(_eager())
-        undo.enter_context(uninterrupted_sends())
         undo.callback(restore_all, done)
         for entry in REPLACEMENTS:
             done.extend(replace(target, entry.make) for target in entry.targets)
