@@ -33,10 +33,15 @@ def run(*words: str):
     return CliRunner().invoke(app, ["estimate", *words])
 
 
-def test_what_calibrate_writes_is_read_back(tmp_path):
+@pytest.fixture
+def here(tmp_path):
     file = tmp_path / "here.yaml"
     file.write_text(as_yaml(LINKS, RATES))
-    cluster = load_cluster(str(file))
+    return str(file)
+
+
+def test_what_calibrate_writes_is_read_back(here):
+    cluster = load_cluster(here)
     assert cluster.gemm("float32").rate(512) == pytest.approx(8e10, rel=1e-3)
     assert cluster.gemm("float32").rate(64) == pytest.approx(2e10, rel=1e-3)
     assert (cluster.flops_forward, cluster.flops_backward) == pytest.approx((4e10, 5e10), rel=1e-3)
@@ -58,13 +63,6 @@ def test_a_step_is_told_with_its_memory_and_traffic():
     said = run("quickstart", "--cp-comm-type", "ulysses").stdout
     for words in ("CP 2 (ulysses)", "matrix products", "memory of the fullest rank", "inside the node"):
         assert words in said
-
-
-@pytest.fixture
-def here(tmp_path):
-    file = tmp_path / "here.yaml"
-    file.write_text(as_yaml(LINKS, RATES))
-    return str(file)
 
 
 def test_pace_is_the_median_over_sizes(here, monkeypatch):
