@@ -10,7 +10,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.schedule import Schedule
-from megatron_cp.pipeline.simulate import simulate
+from megatron_cp.pipeline.simulate import peak_memory, simulate
 from megatron_cp.planner.choose_backend import Record
 from megatron_cp.planner.hardware import Cluster
 from megatron_cp.planner.memory import Memory, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
@@ -103,7 +103,7 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether the fullest rank's memory holds it; True where the cluster does not say how much there is."""
-        return self.cluster.memory_bytes is None or self.worst_memory.total <= self.cluster.memory_bytes
+        return _held(self.cluster, self.memory)
 
     @property
     def bound_by(self) -> str:
@@ -123,12 +123,8 @@ def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, recor
     check(model, parallel, seq)
     rank = Rank(model, parallel, cluster, seq, record)
     stages = _stages(rank)
-    each = [sum((stages[at] for at in mine), start=Stage(0.0, Work())) for mine in _placed(parallel)]
-    makespan, kept = _pipeline(rank, stages)
-    memory = tuple(
-        rank_memory(rank, stage.layers, bytes_kept, at == 0, at == parallel.pp - 1)
-        for at, (stage, bytes_kept) in enumerate(zip(each, kept, strict=True))
-    )
+    each = _of_ranks(rank, stages)
+    makespan = _makespan(rank, stages)
     slowest = max(range(parallel.pp), key=lambda at: each[at].seconds)
     spent = Seconds()
     for part in each[slowest].work:
@@ -137,7 +133,22 @@ def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, recor
     # no pipeline waits for nothing, whatever the sums are rounded to
     waiting = max(0.0, makespan - spent.total) if parallel.pp > 1 else 0.0
     parts = Parts(*spent, waiting, data, optimizer + cluster.step_s)
+    memory = _memory(rank, stages)
     return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
+
+
+def fits(model: Model, parallel: Parallel, cluster: Cluster, seq: int) -> bool:
+    """Whether an `estimate` without traces fits, of the same arguments: the schedule is not played, which takes longer.
+
+    Raises ValueError as `estimate` does.
+    """
+    check(model, parallel, seq)
+    rank = Rank(model, parallel, cluster, seq)
+    return _held(cluster, _memory(rank, _stages(rank)))
+
+
+def _held(cluster: Cluster, memory: Sequence[Memory]) -> bool:
+    return cluster.memory_bytes is None or max(one.total for one in memory) <= cluster.memory_bytes
 
 
 class Stage(NamedTuple):
@@ -174,11 +185,13 @@ def check(model: Model, parallel: Parallel, seq: int) -> None:
         )
 
 
-def _placed(parallel: Parallel) -> Sequence[Sequence[int]]:
-    """The stages of each pipeline rank."""
+def _of_ranks(rank: Rank, stages: Sequence[Stage]) -> list[Stage]:
+    """All stages of each pipeline rank as one."""
+    parallel = rank.parallel
     if parallel.pp == 1:
-        return [[0]]
-    return place(SCHEDULES.get(parallel.schedule_name), parallel.pp, parallel.vp).of_rank
+        return [stages[0]]
+    placed = place(SCHEDULES.get(parallel.schedule_name), parallel.pp, parallel.vp).of_rank
+    return [sum((stages[at] for at in mine), start=Stage(0.0, Work())) for mine in placed]
 
 
 def _stages(rank: Rank) -> list[Stage]:
@@ -210,18 +223,35 @@ LONG = 3
 """Microbatches per pipeline rank that are played; each further one takes the slowest rank's work."""
 
 
-def _pipeline(rank: Rank, stages: Sequence[Stage]) -> tuple[float, list[float]]:
-    """Seconds of a step's microbatches, and bytes of activations that each pipeline rank keeps at most."""
+def _makespan(rank: Rank, stages: Sequence[Stage]) -> float:
+    """Seconds of a step's microbatches."""
     parallel = rank.parallel
-    kept = mean_layer_bytes(rank)
     if parallel.pp == 1:
-        return parallel.micros * stages[0].seconds, [kept * stages[0].layers]
+        return parallel.micros * stages[0].seconds
+    schedule, costs = _played(rank, stages)
+    slowest = max(costs.work(schedule.placement))
+    return simulate(schedule, costs).objective(parallel.objective) + (parallel.micros - schedule.micros) * slowest
+
+
+def _memory(rank: Rank, stages: Sequence[Stage]) -> tuple[Memory, ...]:
+    """Of each pipeline rank."""
+    last = rank.parallel.pp - 1
+    if last == 0:
+        kept = [mean_layer_bytes(rank) * stages[0].layers]
+    else:
+        schedule, costs = _played(rank, stages)
+        kept = [peak_memory(actions, costs) for actions in schedule.table]
+    return tuple(
+        rank_memory(rank, stage.layers, most, at == 0, at == last)
+        for at, (stage, most) in enumerate(zip(_of_ranks(rank, stages), kept, strict=True))
+    )
+
+
+def _played(rank: Rank, stages: Sequence[Stage]) -> tuple[Schedule, Costs]:
+    parallel = rank.parallel
     p, m = parallel.pp, parallel.micros
-    played = m if m <= LONG * p else LONG * p - p + m % p
-    schedule = _table(parallel.schedule_name, p, played, parallel.vp)
-    run = simulate(schedule, _costs(rank, stages, kept))
-    slowest = max(run.costs.work(schedule.placement))
-    return run.objective(parallel.objective) + (m - played) * slowest, list(run.peak)
+    few = m if m <= LONG * p else LONG * p - p + m % p
+    return _table(parallel.schedule_name, p, few, parallel.vp), _costs(rank, stages)
 
 
 @cache
@@ -229,8 +259,8 @@ def _table(name: str, p: int, m: int, v: int) -> Schedule:
     return build(name, p, m, v)
 
 
-def _costs(rank: Rank, stages: Sequence[Stage], kept: float) -> Costs:
-    parallel, cluster = rank.parallel, rank.cluster
+def _costs(rank: Rank, stages: Sequence[Stage]) -> Costs:
+    parallel, cluster, kept = rank.parallel, rank.cluster, mean_layer_bytes(rank)
     stride = parallel.world // parallel.pp
     link = cluster.link(0, stride)
     size = rank.split_tokens * rank.model.hidden * parallel.bytes

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.choose_backend import Record
-from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate
+from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, fits
 from megatron_cp.planner.hardware import Cluster
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Model
@@ -268,13 +268,13 @@ def _bound(question: Question, parallel: Parallel, left_out: Counter[str]) -> Es
         left_out["memory"] += 1
         return None
     for recompute in _recomputes(parallel):
+        there = replace(parallel, recompute=recompute)
         try:
-            found = _estimate(question, replace(parallel, recompute=recompute), None)
+            if fits(question.model, there, question.cluster, question.seq):
+                return _estimate(question, there, None)
         except ValueError:
             left_out["the schedule's rule for p, m and v"] += 1
             return None
-        if found.fits:
-            return found
     left_out["memory"] += 1
     return None
 
