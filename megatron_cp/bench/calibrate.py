@@ -26,7 +26,7 @@ from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, GroupFabric, collective, largest
 from megatron_cp.context.trace import Compute
 from megatron_cp.kernels import choose
-from megatron_cp.planner.hardware import COLLECTIVES, Cluster, Collective
+from megatron_cp.planner.hardware import COLLECTIVES, Collective
 from megatron_cp.planner.simulate_trace import flops
 from megatron_cp.recipe import ENTRY
 
@@ -56,7 +56,8 @@ class Rates(NamedTuple):
 
     elementwise: norms, residuals, rotary positions and the gated activation, forward and backward
     loss:        the cross entropy, forward and backward
-    collectives: an all-gather, a reduce-scatter and an all-reduce, sent by each rank
+    latency:     of a message between two ranks that compute before and after it
+    collectives: an all-gather, a reduce-scatter and an all-reduce, sent by each rank, latency left out
     attention:   forward and backward, of short sequences as the shipped recipes for a CPU have them
     reserved:    bytes of a process that has loaded what training loads
     step, layer: seconds of a training step and of a layer's microbatch beside all work on tensors
@@ -65,6 +66,7 @@ class Rates(NamedTuple):
     products: dict[int, float]
     elementwise: float
     loss: float
+    latency: float
     collectives: dict[Collective, float]
     attention: tuple[float, float]
     block_keys: int
@@ -83,17 +85,6 @@ def calibrate(dtype: str, ranks: int = 2) -> Rates:
         return rates
     layer = max(0.0, long - short) / (many - few)
     return rates._replace(layer=layer, step=max(0.0, short - few * layer))
-
-
-def pace(cluster: Cluster, dtype: str, ranks: int = 2) -> float:
-    """How fast products are on this machine now, over the cluster's rates: 1 is as when the cluster was calibrated.
-
-    The median over their sizes, measured as `calibrate` does but for the largest. Raises ValueError where the cluster
-    has no rates of this dtype.
-    """
-    gemm = cluster.gemm(dtype)
-    rates = on_ranks(ranks, _pace_rates, dtype)[0]
-    return median(rate / gemm.rate(size) for size, rate in rates.items())
 
 
 def _least_training(layers: int) -> float:
@@ -130,6 +121,7 @@ def as_yaml(links: Measured, rates: Rates) -> str:
         "elementwise_gb_per_s": rates.elementwise / 1e9,
         "loss_gb_per_s": rates.loss / 1e9,
     }
+    sections["inside"]["latency_us"] = rates.latency * 1e6
     sections["inside"] |= {f"{kind}_gb_per_s": rate / 1e9 for kind, rate in rates.collectives.items()}
     shares = {size: rate / peak for size, rate in products.items()}
     sections["gemm"] = {links.dtype: {"peak_tflops": peak / 1e12, "efficiency": shares}}
@@ -149,18 +141,16 @@ def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
     elementwise = touched / measured(_between_products(rows, width, device, real))
     columns = VOCABULARY[kind]
     loss = 40 * rows * columns / measured(_cross_entropy(rows, columns, device, real))
+    latency = _latency(fabric, device)
     # zeros would lie in one page of memory
     whole = torch.randn(rows * width, device=device).to(real)
     sent = whole.nbytes * (fabric.size - 1) / fabric.size
-    collectives: dict[Collective, float] = {
-        kind: (2 if kind == "reduce" else 1) * sent / measured(partial(collective, fabric.group, kind, whole))
-        for kind in COLLECTIVES
-    }
-    return Rates(products, elementwise, loss, collectives, _attention(fabric, device, dtype), BLOCK_KEYS[kind])
-
-
-def _pace_rates(fabric: Fabric, device: torch.device, dtype: str) -> dict[int, float]:
-    return _product_rates(fabric, device, dtype, SIZES[device.type][:-1])
+    collectives: dict[Collective, float] = {}
+    for name in COLLECTIVES:
+        rounds, seconds = 2 if name == "reduce" else 1, measured(partial(collective, fabric.group, name, whole))
+        collectives[name] = rounds * sent / max(seconds - rounds * latency, seconds / 2)
+    attention = _attention(fabric, device, dtype)
+    return Rates(products, elementwise, loss, latency, collectives, attention, BLOCK_KEYS[kind])
 
 
 def _product_rates(fabric: Fabric, device: torch.device, dtype: str, sizes: Sequence[int]) -> dict[int, float]:
@@ -170,6 +160,19 @@ def _product_rates(fabric: Fabric, device: torch.device, dtype: str, sizes: Sequ
         size: 6 * rows * size * WIDER * size / _seconds(fabric, device, _linear(rows, size, device, DTYPES[dtype]))
         for size in sizes
     }
+
+
+def _latency(fabric: Fabric, device: torch.device) -> float:
+    """Seconds that an exchange of next to nothing takes away from two ranks that compute before and after it."""
+    here, there = (torch.zeros(8, device=device) for _ in range(2))
+    compute = _linear(ROWS[device.type], SIZES[device.type][0], device, torch.float32)
+
+    def both() -> None:
+        compute()
+        if fabric.rank < 2:
+            fabric.exchange([(here, 1 - fabric.rank)], [(there, 1 - fabric.rank)]).wait()
+
+    return max(1e-9, _seconds(fabric, device, both) - _seconds(fabric, device, compute))
 
 
 def _attention(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float]:

@@ -51,10 +51,7 @@ def estimate(
     ] = False,
     measure: Annotated[
         bool,
-        typer.Option(
-            help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate, as it is and at the "
-            "pace that matrix products have here before and after, over the cluster's."
-        ),
+        typer.Option(help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -69,7 +66,7 @@ def estimate(
     if name is None:
         raise ValueError("give a recipe, or --published")
     found = estimate_recipe(recipe.load(name, Unset(config.environment()), flags or []), cluster)
-    taken = _measure(found, name, flags or []) if measure else None
+    taken = _train(name, flags or []) if measure else None
     if as_json:
         told = {} if taken is None else {"measured": taken._asdict()}
         typer.echo(json.dumps({**_as_json(found), **told}, indent=2))
@@ -80,29 +77,14 @@ def estimate(
 
 
 class Taken(NamedTuple):
-    """What some steps of training took: the median step, and the most memory of a process.
-
-    pace: of this machine around them, over the cluster's; a machine that others share changes it from hour to hour
-    """
+    """What some steps of training took: the median step, and the most memory of a process."""
 
     step_seconds: float
     memory_bytes: float
-    pace: float
 
 
-def _measure(found: "Estimate", name: str, flags: Sequence[str]) -> Taken:
-    from megatron_cp.bench.calibrate import pace
-
-    before = pace(found.cluster, found.parallel.precision)
-    seconds, memory = _train(name, flags)
-    return Taken(seconds, memory, (before + pace(found.cluster, found.parallel.precision)) / 2)
-
-
-def _train(name: str, flags: Sequence[str]) -> tuple[float, float]:
-    """Train a recipe from the start: the median step in seconds, and the most memory of a process.
-
-    Raises RuntimeError with its last words when that fails.
-    """
+def _train(name: str, flags: Sequence[str]) -> Taken:
+    """Train a recipe from the start; raises RuntimeError with its last words when that fails."""
     with TemporaryDirectory() as folder:
         steps = ["--train-iters", str(MEASURED_STEPS), "--save", folder]
         words = [sys.executable, "-m", "megatron_cp", "train", name, *flags, *steps]
@@ -115,14 +97,13 @@ def _train(name: str, flags: Sequence[str]) -> tuple[float, float]:
     for line in lines:
         said |= runlog.read_summary(line) or {}
     steps_ms = [step.fields["elapsed time per iteration (ms)"] for step in history[WARM_UP:]]
-    return median(steps_ms) / 1e3, said["peak_rss_bytes"]
+    return Taken(median(steps_ms) / 1e3, said["peak_rss_bytes"])
 
 
 def _compare(found: "Estimate", taken: Taken) -> None:
     table = _table("beside what it took", ("", "estimated", "measured", "error"))
     for title, estimated, measured in (
         ("s per step", found.seconds, taken.step_seconds),
-        (f"s per step at {taken.pace:.2f} of the cluster's pace", found.seconds / taken.pace, taken.step_seconds),
         ("GB of a process", found.worst_memory.total / 1e9, taken.memory_bytes / 1e9),
     ):
         table.add_row(title, f"{estimated:.4g}", f"{measured:.4g}", f"{estimated / measured - 1:+.1%}")

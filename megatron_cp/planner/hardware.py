@@ -46,6 +46,10 @@ class Link:
         }
         return measured[kind] or 1 / (1 / self.bytes_per_s + 2 * self.busy_s_per_byte)
 
+    def shared_by(self, sequences: int) -> "Link":
+        """The link as one of several sequences sees it that share every message."""
+        return replace(self, latency_s=self.latency_s / sequences)
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -144,6 +148,11 @@ class Cluster:
     def every(self, stride: int) -> "Cluster":
         """The cluster as it is among every `stride`-th rank: fewer of them on a node."""
         return replace(self, ranks_per_node=max(1, self.ranks_per_node // stride))
+
+    def shared_by(self, sequences: int) -> "Cluster":
+        """The cluster as one of several sequences sees it that share every kernel call and every message."""
+        inside, between = self.inside.shared_by(sequences), self.between and self.between.shared_by(sequences)
+        return replace(self, call_s=self.call_s / sequences, inside=inside, between=between)
 
 
 def shipped_clusters() -> list[str]:

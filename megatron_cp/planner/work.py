@@ -160,7 +160,7 @@ def _products(rank: Rank, moe: bool) -> Iterator[Product]:
 
 
 def context_attention(rank: Rank) -> Attention:
-    """One sequence's attention in one layer."""
+    """One sequence's attention in one layer, its part of a microbatch's."""
     model, parallel = rank.model, rank.parallel
     heads, kv_heads = model.heads // parallel.tp, max(1, model.kv_heads // parallel.tp)
     problem = Problem(
@@ -174,7 +174,7 @@ def context_attention(rank: Rank) -> Attention:
         grid=parallel.grid,
         placement=parallel.placement,
     )
-    return attention(problem, rank.cluster.every(parallel.tp), rank.record)
+    return attention(problem, rank.cluster.every(parallel.tp).shared_by(parallel.micro_batch), rank.record)
 
 
 def _attention(rank: Rank) -> Work:

@@ -54,6 +54,17 @@ def test_parts_add_up_to_the_step_and_none_is_negative():
     assert found.mfu < 1
 
 
+def test_sequences_of_a_microbatch_share_kernel_calls_and_messages():
+    slow = replace(H100, call_s=0.5, inside=replace(H100.inside, latency_s=1.0))
+
+    def wait(micro_batch: int) -> float:
+        parallel = Parallel(cp=2, backend="all-gather", micro_batch=micro_batch, global_batch=micro_batch)
+        seconds = [estimate(LLAMA, parallel, cluster, 8192, record).seconds for cluster in (slow, H100)]
+        return seconds[0] - seconds[1]
+
+    assert wait(4) == pytest.approx(wait(1), rel=1e-3)
+
+
 def test_the_kernels_alone_are_a_lower_bound_of_every_backend():
     for backend in ("zigzag", "all-gather", "ulysses", "bidirectional"):
         parallel = Parallel(cp=4, backend=backend, global_batch=2)

@@ -20,6 +20,7 @@ RATES = Rates(
     {64: 2e10, 512: 8e10},
     5e9,
     1.5e10,
+    2e-3,
     {"gather": 5e8, "scatter": 2e8, "reduce": 4e8},
     (4e10, 5e10),
     512,
@@ -47,6 +48,8 @@ def test_what_calibrate_writes_is_read_back(here):
     assert (cluster.flops_forward, cluster.flops_backward) == pytest.approx((4e10, 5e10), rel=1e-3)
     assert (cluster.elementwise_bytes_per_s, cluster.loss_bytes_per_s) == pytest.approx((5e9, 1.5e10))
     assert [cluster.inside.rate(kind) for kind in COLLECTIVES] == pytest.approx([5e8, 2e8, 4e8])
+    # of a message between ranks that compute, not the links' best
+    assert cluster.inside.latency_s == pytest.approx(2e-3)
     assert cluster.reserved_bytes == pytest.approx(9e8)
     assert (cluster.block_keys, cluster.step_s, cluster.layer_s) == pytest.approx((512, 0.02, 0.003))
 
@@ -65,12 +68,6 @@ def test_a_step_is_told_with_its_memory_and_traffic():
         assert words in said
 
 
-def test_pace_is_the_median_over_sizes(here, monkeypatch):
-    # 0.5, 2 and 0.25 of the rates
-    monkeypatch.setattr(calibrate, "on_ranks", lambda ranks, body, dtype: [{64: 1e10, 512: 1.6e11, 2048: 2e10}])
-    assert calibrate.pace(load_cluster(here), "float32") == pytest.approx(0.5, rel=1e-3)
-
-
 def test_rounds_are_as_long_as_ranks_compute_between_exchanges(monkeypatch):
     calls = []
     # a call takes 2 ms
@@ -78,6 +75,18 @@ def test_rounds_are_as_long_as_ranks_compute_between_exchanges(monkeypatch):
     seconds = calibrate._seconds(SingleFabric(), torch.device("cpu"), lambda: calls.append(None))
     assert seconds == pytest.approx(2e-3)
     assert len(calls) == 2 + calibrate.ROUNDS * calibrate.MEANS * round(calibrate.ROUND_SECONDS / 2e-3)
+
+
+class Slow(SingleFabric):
+    """Messages take 10 ms."""
+
+    def exchange(self, sends, recvs):
+        time.sleep(0.01)
+        return super().exchange([], [])
+
+
+def test_latency_is_what_a_message_takes_from_ranks_that_compute():
+    assert 0.008 < calibrate._latency(Slow(), torch.device("cpu")) < 0.03
 
 
 def test_products_of_this_machine_are_timed():
@@ -92,19 +101,12 @@ def test_products_of_this_machine_are_timed():
 
 
 def test_a_measured_run_stands_beside_the_estimate(here, monkeypatch):
-    paces = iter((0.6, 1.0))
-    monkeypatch.setattr(calibrate, "pace", lambda cluster, dtype: next(paces))
-    monkeypatch.setattr(estimate, "_train", lambda name, flags: (2.0, 1e9))
-    said = run("quickstart", "--measure", "--cluster", here, "--json").stdout
-    told = json.loads(said)
-    assert told["measured"] == {"step_seconds": 2.0, "memory_bytes": 1e9, "pace": pytest.approx(0.8)}
-
-    paces = iter((0.6, 1.0))
+    monkeypatch.setattr(estimate, "_train", lambda name, flags: estimate.Taken(2.0, 1e9))
+    told = json.loads(run("quickstart", "--measure", "--cluster", here, "--json").stdout)
+    assert told["measured"] == {"step_seconds": 2.0, "memory_bytes": 1e9}
     lines = run("quickstart", "--measure", "--cluster", here).stdout.splitlines()
-    (plain,) = (line for line in lines if "s per step " in line and "pace" not in line)
-    (paced,) = (line for line in lines if "s per step at 0.80 of the cluster's pace" in line)
-    assert f"{told['step_seconds'] / 2 - 1:+.1%}" in plain
-    assert f"{told['step_seconds'] / 0.8 / 2 - 1:+.1%}" in paced
+    (line,) = (line for line in lines if "s per step " in line)
+    assert f"{told['step_seconds'] / 2 - 1:+.1%}" in line
 
 
 def test_published_figures_are_plain_numbers(monkeypatch):
