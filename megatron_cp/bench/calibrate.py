@@ -41,6 +41,8 @@ HEAD_DIM = 64
 ATTENTION = {"cpu": (512, 512, 6, 2, 32), "cuda": (8192, 8192, 32, 8, 128)}
 ROUNDS, MEANS = 5, 5
 ROUND_SECONDS = 0.02
+# queries, keys and values
+MESSAGES = 3
 LEAST = """
 --mock-data --hidden-size 64 --num-attention-heads 1 --seq-length 64 --max-position-embeddings 64
 --micro-batch-size 1 --global-batch-size 1 --train-iters 20 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 64
@@ -56,8 +58,8 @@ class Rates(NamedTuple):
 
     elementwise: norms, residuals, rotary positions and the gated activation, forward and backward
     loss:        the cross entropy, forward and backward
-    latency:     of a message between two ranks that compute before and after it
-    collectives: an all-gather, a reduce-scatter and an all-reduce, sent by each rank, latency left out
+    message:     seconds that a message of next to nothing takes from a rank that computes while it sends and receives
+    collectives: an all-gather, a reduce-scatter and an all-reduce, sent by each rank, without a message's time
     attention:   forward and backward, of short sequences as the shipped recipes for a CPU have them
     reserved:    bytes of a process that has loaded what training loads
     step, layer: seconds of a training step and of a layer's microbatch beside all work on tensors
@@ -66,7 +68,7 @@ class Rates(NamedTuple):
     products: dict[int, float]
     elementwise: float
     loss: float
-    latency: float
+    message: float
     collectives: dict[Collective, float]
     attention: tuple[float, float]
     block_keys: int
@@ -121,7 +123,7 @@ def as_yaml(links: Measured, rates: Rates) -> str:
         "elementwise_gb_per_s": rates.elementwise / 1e9,
         "loss_gb_per_s": rates.loss / 1e9,
     }
-    sections["inside"]["latency_us"] = rates.latency * 1e6
+    sections["inside"]["busy_us_per_message"] = rates.message * 1e6
     sections["inside"] |= {f"{kind}_gb_per_s": rate / 1e9 for kind, rate in rates.collectives.items()}
     shares = {size: rate / peak for size, rate in products.items()}
     sections["gemm"] = {links.dtype: {"peak_tflops": peak / 1e12, "efficiency": shares}}
@@ -141,16 +143,16 @@ def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
     elementwise = touched / measured(_between_products(rows, width, device, real))
     columns = VOCABULARY[kind]
     loss = 40 * rows * columns / measured(_cross_entropy(rows, columns, device, real))
-    latency = _latency(fabric, device)
+    message = _message(fabric, device)
     # zeros would lie in one page of memory
     whole = torch.randn(rows * width, device=device).to(real)
     sent = whole.nbytes * (fabric.size - 1) / fabric.size
     collectives: dict[Collective, float] = {}
     for name in COLLECTIVES:
         rounds, seconds = 2 if name == "reduce" else 1, measured(partial(collective, fabric.group, name, whole))
-        collectives[name] = rounds * sent / max(seconds - rounds * latency, seconds / 2)
+        collectives[name] = rounds * sent / max(seconds - rounds * message, seconds / 2)
     attention = _attention(fabric, device, dtype)
-    return Rates(products, elementwise, loss, latency, collectives, attention, BLOCK_KEYS[kind])
+    return Rates(products, elementwise, loss, message, collectives, attention, BLOCK_KEYS[kind])
 
 
 def _product_rates(fabric: Fabric, device: torch.device, dtype: str, sizes: Sequence[int]) -> dict[int, float]:
@@ -162,17 +164,19 @@ def _product_rates(fabric: Fabric, device: torch.device, dtype: str, sizes: Sequ
     }
 
 
-def _latency(fabric: Fabric, device: torch.device) -> float:
-    """Seconds that an exchange of next to nothing takes away from two ranks that compute before and after it."""
-    here, there = (torch.zeros(8, device=device) for _ in range(2))
+def _message(fabric: Fabric, device: torch.device) -> float:
+    """Seconds of a computing rank for each of several messages of next to nothing, sent at once with as many back."""
+    there = [torch.zeros(8, device=device) for _ in range(2 * MESSAGES)]
     compute = _linear(ROWS[device.type], SIZES[device.type][0], device, torch.float32)
 
-    def both() -> None:
+    def beside() -> None:
+        peer = 1 - fabric.rank
+        both = [(tensor, peer) for tensor in there] if 0 <= peer < 2 else []
+        sent = fabric.exchange(both[:MESSAGES], both[MESSAGES:])
         compute()
-        if fabric.rank < 2:
-            fabric.exchange([(here, 1 - fabric.rank)], [(there, 1 - fabric.rank)]).wait()
+        sent.wait()
 
-    return max(1e-9, _seconds(fabric, device, both) - _seconds(fabric, device, compute))
+    return max(1e-9, _seconds(fabric, device, beside) - _seconds(fabric, device, compute)) / MESSAGES
 
 
 def _attention(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float]:

@@ -16,7 +16,10 @@ PORTS = ("shared", "per-neighbour")
 SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
 COMPUTE_KEYS = "dtype peak_tflops efficiency_forward efficiency_backward call_us block_keys"
 MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_gb_per_s loss_gb_per_s"
-LINK_KEYS = "peak_gb_per_s efficiency latency_us ports busy_s_per_gb gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
+LINK_KEYS = (
+    "peak_gb_per_s efficiency latency_us ports busy_s_per_gb busy_us_per_message "
+    "gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
+)
 
 
 def read(file: Path) -> Cluster:
@@ -87,7 +90,8 @@ def _rate(section: "_Section") -> float:
 def _link(section: "_Section") -> Link:
     latency, busy = section.number("latency_us", zero=True) * 1e-6, section.optional("busy_s_per_gb", 1e-9, 0.0)
     measured = (section.optional(f"{kind}_gb_per_s", 1e9) for kind in COLLECTIVES)
-    return Link(_rate(section), latency, section.word("ports", PORTS), busy, *measured)
+    message = section.optional("busy_us_per_message", 1e-6, 0.0)
+    return Link(_rate(section), latency, section.word("ports", PORTS), busy, message, *measured)
 
 
 class _Section:

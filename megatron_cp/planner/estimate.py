@@ -264,7 +264,7 @@ def _costs(rank: Rank, stages: Sequence[Stage]) -> Costs:
     stride = parallel.world // parallel.pp
     link = cluster.link(0, stride)
     size = rank.split_tokens * rank.model.hidden * parallel.bytes
-    hop = link.latency_s + size / link.bytes_per_s + size * link.busy_s_per_byte
+    hop = link.least_s + size / link.bytes_per_s + size * link.busy_s_per_byte
     sizes = tuple(max(1.0, stage.layers * kept) for stage in stages)
     # a stage of the embedding alone has no input gradient, and the simulator no actions without time
     times = ([max(part.total, 1e-9) for part in stage.work] for stage in stages)

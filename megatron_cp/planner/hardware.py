@@ -25,6 +25,7 @@ class Link:
     latency_s:   from the moment both sides are ready to the first byte
     ports:       "shared": one port per rank, as behind a switch; "per-neighbour": one for each rank it talks to
     busy_s_per_byte: time that a transfer takes from the computing rank, sent or received (0 where a device does it)
+    busy_s_per_message: the same of a message of no size, sent and another received
     gather_bytes_per_s, scatter_bytes_per_s, reduce_bytes_per_s: that a rank sends in an all-gather, a reduce-scatter or
                  an all-reduce, its busy time in it; None where that is the port's rate
     """
@@ -33,6 +34,7 @@ class Link:
     latency_s: float
     ports: str
     busy_s_per_byte: float = 0.0
+    busy_s_per_message: float = 0.0
     gather_bytes_per_s: float | None = None
     scatter_bytes_per_s: float | None = None
     reduce_bytes_per_s: float | None = None
@@ -46,9 +48,15 @@ class Link:
         }
         return measured[kind] or 1 / (1 / self.bytes_per_s + 2 * self.busy_s_per_byte)
 
+    @property
+    def least_s(self) -> float:
+        """Until a message of no size has arrived and another has left."""
+        return self.latency_s + self.busy_s_per_message
+
     def shared_by(self, sequences: int) -> "Link":
         """The link as one of several sequences sees it that share every message."""
-        return replace(self, latency_s=self.latency_s / sequences)
+        latency, busy = self.latency_s / sequences, self.busy_s_per_message / sequences
+        return replace(self, latency_s=latency, busy_s_per_message=busy)
 
 
 @dataclass(frozen=True)

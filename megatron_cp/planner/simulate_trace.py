@@ -205,6 +205,7 @@ class _Play:
             half.recvs.append(mine)
             self._pair(half, now)
         busy = sum(size * self._cluster.link(rank, peer).busy_s_per_byte for peer, size in (*post.sends, *post.recvs))
+        busy += sum(self._cluster.link(rank, peer).busy_s_per_message for peer, _ in post.sends)
         self._spend(rank, "transfer", busy)
 
     def _pair(self, half: _Half, now: float) -> None:

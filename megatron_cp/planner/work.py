@@ -103,7 +103,7 @@ def collective_seconds(cluster: Cluster, kind: Collective, size: float, ranks: i
         return 0.0
     rounds = 2 if kind == "reduce" else 1
     sent = size * (ranks - 1) / ranks
-    latency = cluster.link(0, (ranks - 1) * stride).latency_s * ceil(log2(ranks))
+    latency = cluster.link(0, (ranks - 1) * stride).least_s * ceil(log2(ranks))
     return rounds * (sent / cluster.group_rate(kind, ranks, stride) + latency)
 
 

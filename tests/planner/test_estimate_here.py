@@ -48,8 +48,7 @@ def test_what_calibrate_writes_is_read_back(here):
     assert (cluster.flops_forward, cluster.flops_backward) == pytest.approx((4e10, 5e10), rel=1e-3)
     assert (cluster.elementwise_bytes_per_s, cluster.loss_bytes_per_s) == pytest.approx((5e9, 1.5e10))
     assert [cluster.inside.rate(kind) for kind in COLLECTIVES] == pytest.approx([5e8, 2e8, 4e8])
-    # of a message between ranks that compute, not the links' best
-    assert cluster.inside.latency_s == pytest.approx(2e-3)
+    assert (cluster.inside.latency_s, cluster.inside.busy_s_per_message) == pytest.approx((1e-4, 2e-3))
     assert cluster.reserved_bytes == pytest.approx(9e8)
     assert (cluster.block_keys, cluster.step_s, cluster.layer_s) == pytest.approx((512, 0.02, 0.003))
 
@@ -78,15 +77,16 @@ def test_rounds_are_as_long_as_ranks_compute_between_exchanges(monkeypatch):
 
 
 class Slow(SingleFabric):
-    """Messages take 10 ms."""
+    """A message takes 10 ms."""
 
     def exchange(self, sends, recvs):
-        time.sleep(0.01)
+        assert len(sends) == len(recvs)
+        time.sleep(0.01 * len(sends))
         return super().exchange([], [])
 
 
-def test_latency_is_what_a_message_takes_from_ranks_that_compute():
-    assert 0.008 < calibrate._latency(Slow(), torch.device("cpu")) < 0.03
+def test_a_message_s_time_is_what_it_takes_from_a_computing_rank():
+    assert 0.008 < calibrate._message(Slow(), torch.device("cpu")) < 0.03
 
 
 def test_products_of_this_machine_are_timed():

@@ -66,6 +66,15 @@ def test_latency_and_the_computing_rank_s_own_part_in_a_transfer():
     assert played.time == pytest.approx(5.0)
 
 
+def test_each_message_takes_its_part_of_the_computing_rank():
+    played = simulate(to_each_other(2, 1), replace(CLUSTER, inside=replace(LINK, busy_s_per_message=3.0)))
+    assert played.time == pytest.approx(3.0)
+    # between two waiting ranks the latency comes on top; sequences that share messages share both
+    slow = replace(LINK, latency_s=0.5, busy_s_per_message=3.0)
+    assert slow.least_s == pytest.approx(3.5)
+    assert slow.shared_by(2).least_s == pytest.approx(1.75)
+
+
 def test_host_copies_run_beside_and_the_pass_ends_with_them():
     played = simulate(one_pass([HostCopy(2), CALL, HostCopy(2)]), CLUSTER)
     assert played.time == pytest.approx(4.0)
