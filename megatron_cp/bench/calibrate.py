@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -39,7 +39,7 @@ VOCABULARY = {"cpu": 512, "cuda": 32768}
 HEAD_DIM = 64
 # queries, keys, heads, KV heads, head dim
 ATTENTION = {"cpu": (512, 512, 6, 2, 32), "cuda": (8192, 8192, 32, 8, 128)}
-ROUNDS, MEANS = 5, 5
+ROUNDS, SWEEPS = 5, 7
 ROUND_SECONDS = 0.02
 # queries, keys and values
 MESSAGES = 3
@@ -132,40 +132,48 @@ def as_yaml(links: Measured, rates: Rates) -> str:
 
 def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
     kind, real = device.type, DTYPES[dtype]
-    rows = ROWS[kind]
-
-    def measured(run: Callable[[], object]) -> float:
-        return _seconds(fabric, device, run)
-
-    products = _product_rates(fabric, device, dtype, SIZES[kind])
-    width = WIDTH[kind]
-    touched = rows * width * (10 + 12 + (2 + 2) * 3 + (3 + 5) * 3) * real.itemsize
-    elementwise = touched / measured(_between_products(rows, width, device, real))
-    columns = VOCABULARY[kind]
-    loss = 40 * rows * columns / measured(_cross_entropy(rows, columns, device, real))
-    message = _message(fabric, device)
+    rows, sizes, width, columns, block = ROWS[kind], SIZES[kind], WIDTH[kind], VOCABULARY[kind], BLOCK_KEYS[kind]
     # zeros would lie in one page of memory
     whole = torch.randn(rows * width, device=device).to(real)
+    passes = [Compute(*ATTENTION[kind], True, backward) for backward in (False, True)]
+    kernel, _ = choose("auto", device=kind, dtype=dtype, head_dim=passes[0].head_dim)
+    forward, backward = prepared(passes[0], kernel, device, real)
+    alone, beside = _messages(fabric, device)
+    products: dict[str, Callable[[], object]] = {f"product {size}": _linear(rows, size, device, real) for size in sizes}
+    seconds = _seconds(
+        fabric,
+        device,
+        products
+        | {name: partial(collective, fabric.group, name, whole) for name in COLLECTIVES}
+        | {
+            "elementwise": _between_products(rows, width, device, real),
+            "loss": _cross_entropy(rows, columns, device, real),
+            "forward": forward,
+            "backward": backward,
+            "alone": alone,
+            "beside": beside,
+        },
+    )
+    touched = rows * width * (10 + 12 + (2 + 2) * 3 + (3 + 5) * 3) * real.itemsize
     sent = whole.nbytes * (fabric.size - 1) / fabric.size
+    message = max(1e-9, seconds["beside"] - seconds["alone"]) / MESSAGES
     collectives: dict[Collective, float] = {}
     for name in COLLECTIVES:
-        rounds, seconds = 2 if name == "reduce" else 1, measured(partial(collective, fabric.group, name, whole))
-        collectives[name] = rounds * sent / max(seconds - rounds * message, seconds / 2)
-    attention = _attention(fabric, device, dtype)
-    return Rates(products, elementwise, loss, message, collectives, attention, BLOCK_KEYS[kind])
+        rounds, took = 2 if name == "reduce" else 1, seconds[name]
+        collectives[name] = rounds * sent / max(took - rounds * message, took / 2)
+    return Rates(
+        {size: 6 * rows * size * WIDER * size / seconds[f"product {size}"] for size in sizes},
+        touched / seconds["elementwise"],
+        40 * rows * columns / seconds["loss"],
+        message,
+        collectives,
+        (flops(passes[0], block) / seconds["forward"], flops(passes[1], block) / seconds["backward"]),
+        block,
+    )
 
 
-def _product_rates(fabric: Fabric, device: torch.device, dtype: str, sizes: Sequence[int]) -> dict[int, float]:
-    """Operations per second of a linear layer's three products, by their smallest dimension."""
-    rows = ROWS[device.type]
-    return {
-        size: 6 * rows * size * WIDER * size / _seconds(fabric, device, _linear(rows, size, device, DTYPES[dtype]))
-        for size in sizes
-    }
-
-
-def _message(fabric: Fabric, device: torch.device) -> float:
-    """Seconds of a computing rank for each of several messages of next to nothing, sent at once with as many back."""
+def _messages(fabric: Fabric, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Some computation, alone and while messages of next to nothing leave and as many come."""
     there = [torch.zeros(8, device=device) for _ in range(2 * MESSAGES)]
     compute = _linear(ROWS[device.type], SIZES[device.type][0], device, torch.float32)
 
@@ -176,16 +184,7 @@ def _message(fabric: Fabric, device: torch.device) -> float:
         compute()
         sent.wait()
 
-    return max(1e-9, _seconds(fabric, device, beside) - _seconds(fabric, device, compute)) / MESSAGES
-
-
-def _attention(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float]:
-    """Operations per second of causal attention, as `simulate_trace.flops` counts them."""
-    kernel, _ = choose("auto", device=device.type, dtype=dtype, head_dim=ATTENTION[device.type][-1])
-    forward, backward = (Compute(*ATTENTION[device.type], True, way) for way in (False, True))
-    times = [_seconds(fabric, device, run) for run in prepared(forward, kernel, device, DTYPES[dtype])]
-    block = BLOCK_KEYS[device.type]
-    return flops(forward, block) / times[0], flops(backward, block) / times[1]
+    return compute, beside
 
 
 def _linear(rows: int, size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
@@ -235,20 +234,26 @@ def _cross_entropy(rows: int, columns: int, device: torch.device, dtype: torch.d
     return once
 
 
-def _seconds(fabric: Fabric, device: torch.device, run: Callable[[], object]) -> float:
-    """Wall time of a call as in a run whose ranks wait for each other: the slowest counts in every round.
+def _seconds(fabric: Fabric, device: torch.device, runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Wall time of each call as in a run whose ranks wait for each other: the slowest counts in every round.
 
-    A round takes calls for as long as ranks compute between two exchanges; of several means over rounds the median.
+    A round takes calls for as long as ranks compute between two exchanges. Of several sweeps over everything the
+    median: what slows the machine for some seconds falls on few of them.
     """
 
-    def calls(count: int) -> float:
+    def calls(name: str, count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            run()
+            runs[name]()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return largest(fabric, device, time.perf_counter() - began)[0]
 
-    calls(1)
-    count = max(1, round(ROUND_SECONDS / calls(1)))
-    return median(mean(calls(count) for _ in range(ROUNDS)) for _ in range(MEANS)) / count
+    for name in runs:
+        calls(name, 1)
+    counts = {name: max(1, round(ROUND_SECONDS / calls(name, 1))) for name in runs}
+    sweeps = [
+        {name: mean(calls(name, count) for _ in range(ROUNDS)) / count for name, count in counts.items()}
+        for _ in range(SWEEPS)
+    ]
+    return {name: median(sweep[name] for sweep in sweeps) for name in runs}

@@ -71,22 +71,24 @@ def test_rounds_are_as_long_as_ranks_compute_between_exchanges(monkeypatch):
     calls = []
     # a call takes 2 ms
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: 2e-3 * len(calls))
-    seconds = calibrate._seconds(SingleFabric(), torch.device("cpu"), lambda: calls.append(None))
-    assert seconds == pytest.approx(2e-3)
-    assert len(calls) == 2 + calibrate.ROUNDS * calibrate.MEANS * round(calibrate.ROUND_SECONDS / 2e-3)
+    seconds = calibrate._seconds(SingleFabric(), torch.device("cpu"), {"call": lambda: calls.append(None)})
+    assert seconds == {"call": pytest.approx(2e-3)}
+    assert len(calls) == 2 + calibrate.ROUNDS * calibrate.SWEEPS * round(calibrate.ROUND_SECONDS / 2e-3)
 
 
-class Slow(SingleFabric):
-    """A message takes 10 ms."""
+def test_a_spell_in_which_the_machine_is_slow_does_not_count(monkeypatch):
+    times = [0.0]
+    sweep = 2 * calibrate.ROUNDS
 
-    def exchange(self, sends, recvs):
-        assert len(sends) == len(recvs)
-        time.sleep(0.01 * len(sends))
-        return super().exchange([], [])
+    def call():
+        # as long as a sweep takes, from the middle of one to the middle of the next
+        slow = 4 + 1.5 * sweep < len(times) <= 4 + 2.5 * sweep
+        times.append(times[-1] + (0.3 if slow else 0.1))
 
-
-def test_a_message_s_time_is_what_it_takes_from_a_computing_rank():
-    assert 0.008 < calibrate._message(Slow(), torch.device("cpu")) < 0.03
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: times[-1])
+    seconds = calibrate._seconds(SingleFabric(), torch.device("cpu"), {"one": call, "other": call})
+    assert times[-1] == pytest.approx(0.1 * (4 + (calibrate.SWEEPS + 2) * sweep))
+    assert seconds == pytest.approx({"one": 0.1, "other": 0.1})
 
 
 def test_products_of_this_machine_are_timed():
@@ -94,10 +96,26 @@ def test_products_of_this_machine_are_timed():
     x @ weight.T
     began = time.perf_counter()
     x @ weight.T
-    rate = 2 * x.shape[0] * weight.numel() / (time.perf_counter() - began)
-    found = calibrate._product_rates(SingleFabric(), torch.device("cpu"), "float32", (256,))
+    whole = 3 * (time.perf_counter() - began)
+    product = calibrate._linear(calibrate.ROWS["cpu"], 256, torch.device("cpu"), torch.float32)
+    seconds = calibrate._seconds(SingleFabric(), torch.device("cpu"), {"product": product})["product"]
     # beside whatever else runs here
-    assert rate / 8 < found[256] < rate * 8
+    assert whole / 8 < seconds < whole * 8
+
+
+def test_messages_go_beside_the_computation():
+    sent = []
+
+    class Listed(SingleFabric):
+        def exchange(self, sends, recvs):
+            sent.append((len(sends), len(recvs), {peer for _, peer in (*sends, *recvs)}))
+            return super().exchange([], [])
+
+    alone, beside = calibrate._messages(Listed(), torch.device("cpu"))
+    alone()
+    assert sent == []
+    beside()
+    assert sent == [(calibrate.MESSAGES, calibrate.MESSAGES, {1})]
 
 
 def test_a_measured_run_stands_beside_the_estimate(here, monkeypatch):
