@@ -20,10 +20,10 @@ def calibrate(
     write: Annotated[Path | None, typer.Option(help="Write the description to this YAML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of YAML.")] = False,
 ) -> None:
-    """Measure products by size, attention, norms, loss, copies and collectives between two processes of this machine.
+    """Measure products by size, attention, norms, loss, copies, messages and collectives between two processes.
 
-    Two trainings of next to nothing follow, for what a process and a step take beside. It takes a minute; stop what
-    else runs here.
+    Two trainings of next to nothing follow, for what a process and a step take beside. It takes a minute or two; stop
+    what else runs on this machine.
     """
     known = ("float32", "bfloat16", "float16")
     if dtype not in known:
