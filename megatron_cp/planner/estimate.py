@@ -123,6 +123,12 @@ def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, recor
     check(model, parallel, seq)
     rank = Rank(model, parallel, cluster, seq, record)
     stages = _stages(rank)
+    return _timed(rank, stages, _memory(rank, stages))
+
+
+def _timed(rank: Rank, stages: "Sequence[Stage]", memory: tuple[Memory, ...]) -> Estimate:
+    """The estimate whose memory is known."""
+    model, parallel, cluster, seq = rank.model, rank.parallel, rank.cluster, rank.seq
     each = _of_ranks(rank, stages)
     makespan = _makespan(rank, stages)
     slowest = max(range(parallel.pp), key=lambda at: each[at].seconds)
@@ -133,18 +139,19 @@ def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, recor
     # no pipeline waits for nothing, whatever the sums are rounded to
     waiting = max(0.0, makespan - spent.total) if parallel.pp > 1 else 0.0
     parts = Parts(*spent, waiting, data, optimizer + cluster.step_s)
-    memory = _memory(rank, stages)
     return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
 
 
-def fits(model: Model, parallel: Parallel, cluster: Cluster, seq: int) -> bool:
-    """Whether an `estimate` without traces fits, of the same arguments: the schedule is not played, which takes longer.
+def estimate_where_it_fits(model: Model, parallel: Parallel, cluster: Cluster, seq: int) -> Estimate | None:
+    """An `estimate` without traces, or None where memory does not hold it: then no schedule is played, which is slow.
 
     Raises ValueError as `estimate` does.
     """
     check(model, parallel, seq)
     rank = Rank(model, parallel, cluster, seq)
-    return _held(cluster, _memory(rank, _stages(rank)))
+    stages = _stages(rank)
+    memory = _memory(rank, stages)
+    return _timed(rank, stages, memory) if _held(cluster, memory) else None
 
 
 def _held(cluster: Cluster, memory: Sequence[Memory]) -> bool:

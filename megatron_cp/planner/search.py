@@ -13,7 +13,7 @@ from typing import NamedTuple
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.choose_backend import Record
-from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, fits
+from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.hardware import Cluster
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Model
@@ -270,11 +270,12 @@ def _bound(question: Question, parallel: Parallel, left_out: Counter[str]) -> Es
     for recompute in _recomputes(parallel):
         there = replace(parallel, recompute=recompute)
         try:
-            if fits(question.model, there, question.cluster, question.seq):
-                return _estimate(question, there, None)
+            found = estimate_where_it_fits(question.model, there, question.cluster, question.seq)
         except ValueError:
             left_out["the schedule's rule for p, m and v"] += 1
             return None
+        if found:
+            return found
     left_out["memory"] += 1
     return None
 
@@ -294,7 +295,7 @@ def _may_fit(question: Question, parallel: Parallel) -> bool:
     return state + question.cluster.reserved_bytes < question.cluster.memory_bytes
 
 
-def _estimate(question: Question, parallel: Parallel, record: Record | None) -> Estimate:
+def _estimate(question: Question, parallel: Parallel, record: Record) -> Estimate:
     return estimate(question.model, parallel, question.cluster, question.seq, record)
 
 
