@@ -1,7 +1,8 @@
-"""The environment: the only file that reads or sets its variables."""
+"""Process environment and shipped files: the only file that reads or sets environment variables."""
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 
 def environment() -> dict[str, str]:
@@ -19,3 +20,10 @@ def set_missing(values: Mapping[str, str]) -> dict[str, str]:
     missing = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(missing)
     return missing
+
+
+def configs_folder() -> Path:
+    """Where the shipped recipes lie: inside the installed package, or next to it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"

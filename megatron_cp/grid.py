@@ -30,3 +30,8 @@ def most_square(ranks: int) -> Grid:
 def divisors(number: int) -> list[int]:
     """The sizes that `number` can be divided into evenly, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def team_sizes(ranks: int) -> list[int]:
+    """The sizes of teams whose square divides the number of ranks."""
+    return [size for size in range(1, ranks + 1) if ranks % size**2 == 0]

@@ -4,6 +4,6 @@ from megatron_cp.quiet import without_import_warnings
 
 if __name__ == "__main__":
     without_import_warnings()
-    from megatron_cp.megatron.launch import main
+    from megatron_cp.megatron.process.launch import main
 
     main()

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401  the hook finds it by name
+
 # shapes in signatures are checked while the tests run
-install_import_hook(["megatron_cp.context"], "beartype.beartype")
+install_import_hook(["megatron_cp.context"], "tests.typecheck.check")
 
 type Write = Callable[..., str]
 

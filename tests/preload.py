@@ -11,5 +11,5 @@ with contextlib.suppress(ImportError):
     import megatron.training  # noqa: F401
 
     # what every door imports
-    import megatron_cp.megatron.arguments
-    import megatron_cp.megatron.launch  # noqa: F401
+    import megatron_cp.megatron.arguments.context
+    import megatron_cp.megatron.process.launch  # noqa: F401

@@ -1,66 +1,87 @@
-"""The layers hold: pure Python below torch below Megatron, one file for the environment, one for collectives."""
+"""The order of folders holds: no import against it, no circle, one file for the environment, one for collectives."""
 
 import ast
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "megatron_cp"
-FILES = sorted(PACKAGE.rglob("*.py"))
+from tests.imports import (
+    ADAPTERS,
+    FILES,
+    PACKAGE,
+    arrows_up,
+    circles,
+    files,
+    imported,
+    levels,
+    loads_by_string,
+    name_of,
+    rooms,
+    tree,
+)
+
 # what a user of the command line or of the menus imports before anything is computed
 PURE = sorted(
     [
         "megatron_cp",
-        "megatron_cp.command",
+        "megatron_cp.recipe.command",
         "megatron_cp.config",
         "megatron_cp.context",
         "megatron_cp.context.layouts",
         "megatron_cp.context.tiles",
-        "megatron_cp.context.trace",
+        "megatron_cp.context.choose",
+        "megatron_cp.context.trace.critical_path",
+        "megatron_cp.context.trace.events",
+        "megatron_cp.context.trace.simulate",
         "megatron_cp.grid",
         "megatron_cp.kernels",
-        "megatron_cp.planner.choose_backend",
-        "megatron_cp.planner.hardware",
-        "megatron_cp.planner.simulate_trace",
-        "megatron_cp.recipe",
+        "megatron_cp.hardware.cluster",
+        "megatron_cp.hardware.cluster_file",
+        "megatron_cp.recipe.recipe",
         "megatron_cp.registry",
         "megatron_cp.runlog",
         "megatron_cp.slurm.job",
         "megatron_cp.slurm.preflight",
         "megatron_cp.slurm.script",
         *(f"megatron_cp.{path.parent.name}.{path.stem}" for path in (PACKAGE / "cli").glob("[!_]*.py")),
-        *(f"megatron_cp.{path.parent.name}.{path.stem}" for path in (PACKAGE / "data").glob("[!_]*.py")),
+        *(f"megatron_cp.{path.parent.name}.{path.stem}" for path in (PACKAGE / "corpus").glob("[!_]*.py")),
     ]
 )
 HEAVY = ("torch", "megatron.core", "megatron.training", "matplotlib")
-# two doors that hand over to megatron_cp.megatron and do nothing else, and the doctor, who looks at every layer
-ABOVE = ("launch.py", "pretrain_gpt.py", "doctor.py")
+# from the bottom to the top: a line imports lines above it only
+ORDER = (
+    "__init__.py config.py errors.py grid.py quiet.py registry.py runlog.py units.py",
+    "comm.py corpus hardware kernels recipe report.py",
+    "context pipeline",
+    "bench planner",
+    "megatron plots",
+    "doctor.py launch.py pretrain_gpt.py",
+    "slurm",
+    "cli",
+    "__main__.py",
+)
+# the same inside the folder that adapts Megatron
+ADAPTER_ORDER = (
+    "rebind.py run.py",
+    "hooks.py pipeline",
+    "checkpoint dataset.py machine patches.py",
+    "arguments",
+    "layers",
+    "process spec.py",
+    "bench __init__.py",
+)
+MOST_LEVELS = 9
+ROOT_OF_ADAPTERS = 7
+# look a module up by its name: for the table of hooks, and for the table of libraries that are measured beside ours
+BY_STRING = ("megatron/rebind.py", "bench/peers.py")
 COLLECTIVES = {
     *("all_gather all_gather_into_tensor all_gather_object all_reduce all_to_all all_to_all_single barrier").split(),
     *("batch_isend_irecv broadcast broadcast_object_list gather gather_object irecv isend recv reduce send").split(),
     *("monitored_barrier reduce_scatter reduce_scatter_tensor scatter scatter_object_list P2POp").split(),
 }
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
-
-
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def imported(root: ast.AST) -> Iterator[str]:
-    """Full names of everything that a file imports, at any depth."""
-    for node in ast.walk(root):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def within(name: str, package: str) -> bool:
@@ -121,35 +142,62 @@ print(seconds({PURE!r}) / libraries, *[name for name in {HEAVY!r} if name in sys
     assert float(ratio) < 2
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_the_adapters_import_megatron(path: Path) -> None:
-    if not name_of(path).startswith("megatron/"):
-        assert not [name for name in imported(tree(path)) if within(name, "megatron")]
+def test_no_import_runs_against_the_order_of_folders() -> None:
+    # the package's own name is what `from megatron_cp import attend` gives to users
+    graph = {name: targets - {"__init__.py"} for name, targets in rooms(files()).items() if name != "__init__.py"}
+    assert arrows_up(graph, ORDER) == []
+    assert max(levels(rooms(files())).values()) <= MOST_LEVELS
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_downward(path: Path) -> None:
-    name = name_of(path)
-    upper: tuple[str, ...]
-    if name.startswith("megatron/") or name in ABOVE:
-        upper = ("megatron_cp.cli",)
-    elif name.startswith("cli/") or name == "__main__.py":
-        upper = ()
-    else:
-        upper = ("megatron_cp.cli", "megatron_cp.megatron")
-    assert not [found for found in imported(tree(path)) if any(within(found, layer) for layer in upper)]
+def test_no_import_runs_against_the_order_inside_the_adapters() -> None:
+    assert arrows_up(rooms(files(), ADAPTERS), [qualified(line) for line in ADAPTER_ORDER]) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_comm_calls_collectives(path: Path) -> None:
-    if name_of(path) != "comm.py":
-        assert not list(collectives(tree(path)))
+def qualified(line: str) -> str:
+    return " ".join(f"{ADAPTERS}/{name}" for name in line.split())
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_config_touches_the_environment(path: Path) -> None:
-    if name_of(path) != "config.py":
-        assert not list(environment_uses(tree(path)))
+def test_no_files_and_no_folders_import_each_other() -> None:
+    assert circles(files()) == []
+    assert circles(rooms(files())) == []
+
+
+def test_the_root_of_the_adapters_holds_no_more_than_its_doors_and_tables() -> None:
+    assert len([path for path in FILES if path.parent.name == ADAPTERS]) <= ROOT_OF_ADAPTERS
+
+
+def test_every_file_keeps_to_its_part() -> None:
+    for path in FILES:
+        name, root = name_of(path), tree(path)
+        assert name.startswith(f"{ADAPTERS}/") or not [found for found in imported(root) if within(found, "megatron")]
+        assert name == "comm.py" or not list(collectives(root)), name
+        assert name == "config.py" or not list(environment_uses(root)), name
+        assert name in BY_STRING or not list(loads_by_string(root)), name
+
+
+GRAPH = {"a/x.py": {"b/y.py"}, "b/y.py": {"c.py"}, "c.py": set()}
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "fault"),
+    [("c.py", "a/x.py", "circle"), ("b/y.py", "a/x.py", "circle"), ("c.py", "b/z.py", "up")],
+)
+def test_an_import_against_the_order_is_noticed(name: str, target: str, fault: str) -> None:
+    graph = {key: frozenset(targets) for key, targets in {**GRAPH, name: {*GRAPH[name], target}}.items()}
+    assert arrows_up(rooms(graph), ("c.py", "b", "a")) == [(name.split("/")[0], target.split("/")[0])]
+    assert bool(circles(graph)) == (fault == "circle")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import importlib\nimportlib.import_module('megatron_cp.comm')",
+        "from importlib import import_module\nimport_module(entry.module)",
+        "__import__(name)",
+    ],
+)
+def test_an_import_by_string_is_noticed(code: str) -> None:
+    assert list(loads_by_string(ast.parse(code)))
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ from megatron_cp.bench.contest import DTYPES
 from megatron_cp.bench.links import Measured, described
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, GroupFabric, collective, largest
-from megatron_cp.context.trace import Compute
+from megatron_cp.context.trace.events import Compute
+from megatron_cp.context.trace.simulate import flops
+from megatron_cp.hardware.cluster import COLLECTIVES, Collective
 from megatron_cp.kernels import choose
-from megatron_cp.planner.hardware import COLLECTIVES, Collective
-from megatron_cp.planner.simulate_trace import flops
-from megatron_cp.recipe import ENTRY
+from megatron_cp.recipe.recipe import ENTRY
 
 ROWS = {"cpu": 2048, "cuda": 8192}
 SIZES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (128, 256, 512, 1024, 2048, 4096, 8192)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.bench.contest import DTYPES
-from megatron_cp.context.trace import Compute, Trace
+from megatron_cp.context.trace.events import Compute, Trace
 from megatron_cp.kernels import Kernel, choose
 
 ROUNDS = 3

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.bench.live import LiveBytes
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.context.layouts import indices
+from megatron_cp.context.trace.live import LiveBytes
 from megatron_cp.kernels import choose
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,8 +1,7 @@
 """Context-parallel backends against one kernel call over the whole sequence, made by all ranks at the same time."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -16,14 +15,12 @@ from megatron_cp.bench.processes import QUIET, on_ranks
 from megatron_cp.comm import Fabric, axes_of
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
+from megatron_cp.context.auto import settle
 from megatron_cp.grid import most_square
 from megatron_cp.quiet import without_import_warnings
 
-UPSTREAM = {
-    "Megatron DotProductAttention": "megatron_cp.megatron.contender",
-    "torch context_parallel": "megatron_cp.bench.torch_cp",
-}
-"""What a user would have without this package; each module offers `enter(contest) -> Entry`."""
+Enter = Callable[[Contest, str], Entry]
+"""Makes the entry of an attention of somebody else's; raises RefusedError for a shape that it cannot do."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +57,14 @@ class Contenders:
     """Who takes part.
 
     native:   our backends on tokens that lie as each wants them, not in Megatron's zigzag
-    upstream: also Megatron's and torch's own attention
+    upstream: attention that a user would have without this package, by name
     peers:    also ring-flash-attn and yunchang, on the layouts of the backends
     predict:  also simulate the backends' traces, with tiles timed in the same run
     """
 
     backends: tuple[str, ...]
     native: bool = False
-    upstream: bool = False
+    upstream: Mapping[str, Enter] = field(default_factory=dict)
     peers: bool = False
     predict: bool = False
 
@@ -132,8 +129,7 @@ def _checked(contest: Contest, entry: Entry) -> Contender:
 def _entries(contest: Contest, contenders: Contenders) -> Iterator[Entry]:
     mine = [ours(contest, name, contenders.native) for name in contenders.backends]
     yield from mine
-    if contenders.upstream:
-        yield from (upstream(contest, name) for name in UPSTREAM)
+    yield from (upstream(contest, name, enter) for name, enter in contenders.upstream.items())
     if contenders.peers:
         # only those that one of ours can be held against
         layouts = {entry.layout for entry in mine}
@@ -162,7 +158,7 @@ def _took(how: Plan, contest: Contest) -> str:
         return ""
     shape = contest.shape
     sizes = Sizes(shape.seq, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype, contest.device.type)
-    settled = how.settled(sizes)
+    settled = settle(how, sizes)
     return f"{settled.backend.name}; {settled.why}"
 
 
@@ -179,11 +175,11 @@ def theirs(contest: Contest, peer: Peer) -> Entry:
     return Entry(peer.name, peer.layout, lambda q, k, v: function(q, k, v, causal, None), sent, trusted=False)
 
 
-def upstream(contest: Contest, name: str) -> Entry:
+def upstream(contest: Contest, name: str, enter: Enter) -> Entry:
     """What Megatron or torch has itself; one that cannot take part refuses at its first call, as others do."""
     without_import_warnings()
     try:
-        return import_module(UPSTREAM[name]).enter(contest, name)
+        return enter(contest, name)
     except RefusedError as refusal:
         words = refusal
 

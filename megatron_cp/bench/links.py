@@ -16,9 +16,9 @@ from megatron_cp.bench.calls import seconds
 from megatron_cp.bench.contest import DTYPES
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, largest
-from megatron_cp.context.trace import Compute
+from megatron_cp.context.trace.events import Compute
+from megatron_cp.hardware.cluster import Link
 from megatron_cp.kernels import choose
-from megatron_cp.planner.hardware import Link
 
 type Sections = dict[str, dict[str, Any]]
 

@@ -17,8 +17,16 @@ from megatron_cp.pipeline.action import COMPUTE, FORWARD, FULL, INPUT, WEIGHT, A
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.passes import awaited, merge
 from megatron_cp.pipeline.schedule import Schedule
-from megatron_cp.pipeline.simulate import Run, simulate
-from megatron_cp.plots.timeline import Bar
+from megatron_cp.pipeline.simulate import Bar, Run, simulate
+
+
+class GptSize(NamedTuple):
+    """A GPT in float32 on the ranks of a pipeline; a microbatch is one sequence."""
+
+    ranks: int
+    layers: int
+    hidden: int
+    seq: int
 
 
 class Timed(NamedTuple):

@@ -12,11 +12,11 @@ from torch import Tensor
 from megatron_cp.bench.contest import Contest, Row, Timed
 from megatron_cp.bench.links import link_here, touch_here
 from megatron_cp.context import AUTO, BACKENDS
-from megatron_cp.context.record import record
-from megatron_cp.context.trace import Compute, Problem, Trace
+from megatron_cp.context.trace.events import Compute, Problem, Trace
+from megatron_cp.context.trace.record import record
+from megatron_cp.context.trace.simulate import simulate
 from megatron_cp.grid import most_square
-from megatron_cp.planner.hardware import Cluster
-from megatron_cp.planner.simulate_trace import simulate
+from megatron_cp.hardware.cluster import Cluster
 
 
 class Forecast:

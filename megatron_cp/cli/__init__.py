@@ -14,6 +14,7 @@ from megatron_cp.cli import (
     estimate,
     inspect,
     plan,
+    render,
     report,
     simulate,
     submit,
@@ -26,6 +27,7 @@ HELP = "Context-parallel attention and pipeline schedules for Megatron-LM: train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 train.register(app)
+render.register(app)
 validate.register(app)
 submit.register(app)
 doctor.register(app)

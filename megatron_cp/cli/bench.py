@@ -17,7 +17,7 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import AUTO, KERNELS
 
 if TYPE_CHECKING:
-    from megatron_cp.bench.contest import Row, Shape
+    from megatron_cp.bench.contest import Contest, Entry, Row, Shape
     from megatron_cp.bench.context import Report
 
 app = typer.Typer(no_args_is_help=True, help="Correctness first, then time, side by side in one run on this machine.")
@@ -75,7 +75,7 @@ def context(
     shapes = [
         Shape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in seq or [4096, 16384]
     ]
-    contenders = Contenders(tuple(names), native or peers, everybody, peers, predict)
+    contenders = Contenders(tuple(names), native or peers, UPSTREAM if everybody else {}, peers, predict)
     report = bench(contenders, ranks, shapes, rounds, kernel)
     title = _title(report, shapes[0], ranks)
     if plot:
@@ -86,6 +86,22 @@ def context(
             typer.echo(line, err=True)
     else:
         _show(report, title, ranks)
+
+
+def _megatron_attention(contest: "Contest", name: str) -> "Entry":
+    from megatron_cp.megatron.bench.attention import enter
+
+    return enter(contest, name)
+
+
+def _torch_attention(contest: "Contest", name: str) -> "Entry":
+    from megatron_cp.bench.torch_cp import enter
+
+    return enter(contest, name)
+
+
+UPSTREAM = {"Megatron DotProductAttention": _megatron_attention, "torch context_parallel": _torch_attention}
+"""What a user would have without this package; imported where it is measured."""
 
 
 def wide_console() -> Console:

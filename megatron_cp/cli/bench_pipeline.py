@@ -15,8 +15,8 @@ from megatron_cp.plots.timeline import check_suffix
 
 if TYPE_CHECKING:
     from megatron_cp.bench.pipeline import Pairs, Row
-    from megatron_cp.megatron.bench_overhead import Overhead
-    from megatron_cp.megatron.bench_pipeline import Heat
+    from megatron_cp.megatron.bench.overhead import Overhead
+    from megatron_cp.megatron.bench.pipeline import Heat
 
 DEFAULT = ["zb-h1", "izb"]
 COLUMNS = ("schedule", "v", "m", "step ms", "simulated", "ratio", "Megatron's", "speed-up", "pairs won", "peak M_B")
@@ -52,19 +52,20 @@ def pipeline(
     ] = None,
 ) -> None:
     """Time schedules and Megatron's own on one GPT, in turns, after holding losses and gradients against each other."""
-    from megatron_cp.megatron import bench_pipeline
+    from megatron_cp.bench.pipeline import GptSize
+    from megatron_cp.megatron.bench import pipeline as megatron_pipeline
 
     if plot:
         check_suffix(plot)
     if overhead:
-        _overhead(bench_pipeline.overhead(chunks, 4, hidden, seq, rounds * repeat), as_json)
+        _overhead(megatron_pipeline.overhead(chunks, 4, hidden, seq, rounds * repeat), as_json)
         return
     layers = layers or ranks * chunks
     heats = _heats(schedule or DEFAULT, ranks, chunks, micros or [2, 4, 8], layers)
-    model = bench_pipeline.Model(ranks, layers, hidden, seq)
+    model = GptSize(ranks, layers, hidden, seq)
     if plot and sum(len(heat.names) * len(heat.micros) for heat in heats) != 1:
         raise ValueError("--plot draws one schedule; give one --schedule and one -m")
-    pairs = bench_pipeline.bench(model, heats, rounds, repeat)
+    pairs = megatron_pipeline.bench(model, heats, rounds, repeat)
     rows = [pair.row() for pair in pairs]
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in rows], indent=2))
@@ -76,7 +77,7 @@ def pipeline(
 
 def _heats(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: int) -> "list[Heat]":
     """What takes turns on the same chunks; raises ValueError for what the bench has no rival to."""
-    from megatron_cp.megatron.bench_pipeline import Heat
+    from megatron_cp.megatron.bench.pipeline import Heat
 
     heats: dict[int, list[str]] = {}
     for rule in map(SCHEDULES.get, names):

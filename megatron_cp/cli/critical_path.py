@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.context import ALGORITHMS, BACKENDS
-from megatron_cp.context.trace import BYTES, Problem, Trace
+from megatron_cp.context.trace.critical_path import critical_path
+from megatron_cp.context.trace.events import BYTES, Problem, Trace
 from megatron_cp.grid import most_square
-from megatron_cp.planner.critical_path import critical_path
 
 # tiles of shorter blocks are mostly overhead; the paper's single tokens make one tile per hop
 SHORTEST_STRIPE = 32
@@ -74,7 +74,7 @@ def _problems(whole: Problem, names: Sequence[str], *, asked: bool) -> Iterator[
 
     What a backend refuses is raised where it was asked for by name, and left out else.
     """
-    from megatron_cp.context.record import record
+    from megatron_cp.context.trace.record import record
 
     for name in dict.fromkeys([whole.backend, *names]):
         entry = BACKENDS.get(name)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megatron_cp.data.encode import Batch
-    from megatron_cp.data.tokenizers import Tokenizer
+    from megatron_cp.corpus.encode import Batch
+    from megatron_cp.corpus.tokenizers import Tokenizer
     from megatron_cp.megatron.dataset import Written
 
 app = typer.Typer(no_args_is_help=True, help="Build and inspect corpora in Megatron's .bin/.idx format.")
@@ -79,10 +79,10 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing corpus.")] = False,
 ) -> None:
     """Turn text into a corpus for Megatron; both files appear only when complete."""
-    from megatron_cp.data.documents import cut
-    from megatron_cp.data.encode import encode, make_plan, workers_for
-    from megatron_cp.data.sources import find_sources
-    from megatron_cp.data.tokenizers import load_tokenizer
+    from megatron_cp.corpus.documents import cut
+    from megatron_cp.corpus.encode import encode, make_plan, workers_for
+    from megatron_cp.corpus.sources import find_sources
+    from megatron_cp.corpus.tokenizers import load_tokenizer
     from megatron_cp.megatron.dataset import Limits, check_output, write
 
     names = [*(inputs or []), *(more_inputs or [])]
@@ -110,7 +110,7 @@ def build(
 @app.command()
 def info(prefix: Annotated[str, typer.Argument(help="Prefix of PREFIX.bin and PREFIX.idx.")]) -> None:
     """Check a corpus and say what is in it."""
-    from megatron_cp.data.index import check_prefix, first_document
+    from megatron_cp.corpus.index import check_prefix, first_document
 
     found = check_prefix(prefix)
     typer.echo(

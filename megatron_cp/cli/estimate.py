@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp import config, recipe, runlog
-from megatron_cp.planner.hardware import cluster_for
-from megatron_cp.recipe_file import Unset
+from megatron_cp import config, runlog
+from megatron_cp.planner.parallel import cluster_for
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.file import Unset
 
 if TYPE_CHECKING:
     from megatron_cp.planner.estimate import Estimate
@@ -56,7 +57,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time per step, MFU, memory by kind and traffic by link of a recipe, and what bounds it."""
-    from megatron_cp.context.record import record
+    from megatron_cp.context.trace.record import record
 
     if published:
         from megatron_cp.planner.published import published as runs
@@ -112,7 +113,7 @@ def _compare(found: "Estimate", taken: Taken) -> None:
 
 def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate":
     """The estimate of a recipe's step; raises ValueError where it names no cluster and none is given."""
-    from megatron_cp.context.record import record
+    from megatron_cp.context.trace.record import record
     from megatron_cp.planner.estimate import estimate as of_step
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.parallel import parallel_of

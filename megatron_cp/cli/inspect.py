@@ -11,7 +11,7 @@ from rich.markup import escape
 from megatron_cp.quiet import without_import_warnings
 
 if TYPE_CHECKING:
-    from megatron_cp.megatron.contents import Contents
+    from megatron_cp.megatron.checkpoint.contents import Contents
 
 
 def inspect(
@@ -20,7 +20,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint holds and which topologies can take it; exit code 1 when the one to resume is damaged."""
     without_import_warnings()
-    from megatron_cp.megatron import contents
+    from megatron_cp.megatron.checkpoint import contents
 
     if not checkpoint.is_dir():
         raise ValueError(f"no folder {checkpoint}; name a --save folder or one iteration in it")

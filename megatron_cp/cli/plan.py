@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from megatron_cp import config, recipe
-from megatron_cp.planner.hardware import load_cluster
+from megatron_cp import config
+from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.search import CONTEXT, SCHEDULED
-from megatron_cp.recipe_file import Unset
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.file import Unset
 from megatron_cp.registry import suggest
 from megatron_cp.units import count
 
@@ -36,7 +37,7 @@ def plan(
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
 ) -> None:
     """Enumerate how ranks can be dealt, leave out what rules and memory forbid, rank the rest by estimated speed."""
-    from megatron_cp.context.record import record
+    from megatron_cp.context.trace.record import record
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.search import Question, search, sequences
 

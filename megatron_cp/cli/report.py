@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from megatron_cp import config, recipe
+from megatron_cp import config
 from megatron_cp import report as of_run
 from megatron_cp.cli.estimate import estimate_recipe
-from megatron_cp.planner.hardware import load_cluster
-from megatron_cp.recipe_file import Unset
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.file import Unset
 
 
 def report(

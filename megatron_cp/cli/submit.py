@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_cp import config, recipe
+from megatron_cp import config
 from megatron_cp.cli.train import FLAGS_AFTER_RECIPE, checked
+from megatron_cp.recipe import recipe
 from megatron_cp.slurm.job import Job, job_of
 from megatron_cp.slurm.script import script
 

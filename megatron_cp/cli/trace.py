@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
-from megatron_cp.context.trace import Pass, Problem, Trace
+from megatron_cp.context.trace.events import Pass, Problem, Trace
+from megatron_cp.context.trace.simulate import Run, Seconds, simulate
 from megatron_cp.grid import Grid, most_square
-from megatron_cp.planner.hardware import Cluster, load_cluster, shipped_clusters
-from megatron_cp.planner.simulate_trace import Run, Seconds, simulate
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 
 if TYPE_CHECKING:
-    from megatron_cp.context.proof import Proof
+    from megatron_cp.context.trace.proof import Proof
 
 
 def register(app: typer.Typer) -> None:
@@ -90,8 +91,8 @@ def trace(
         stripe,
     )
     problem, chosen = _settled(problem, hardware)
-    from megatron_cp.context.proof import prove, small
-    from megatron_cp.context.record import record
+    from megatron_cp.context.trace.proof import prove, small
+    from megatron_cp.context.trace.record import record
 
     recorded = record(problem)
     proof = prove(small(problem))

@@ -1,4 +1,4 @@
-"""`megatron-cp train` and `megatron-cp render`: a recipe as a run, and as the command that runs it."""
+"""`megatron-cp train`: a recipe as a run on this machine."""
 
 import os
 import shlex
@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_cp import config, recipe, runlog
+from megatron_cp import config, runlog
 from megatron_cp.cli import data
-from megatron_cp.command import Command, check_processes, command, complete, corpus_command, corpus_words
-from megatron_cp.recipe import Recipe
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words
+from megatron_cp.recipe.recipe import Recipe
 
 # what follows RECIPE belongs to Megatron, also what looks like an option of ours
 FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
@@ -29,26 +30,9 @@ Flags = Annotated[
 ]
 
 
-def render(
-    name: RecipeName,
-    flags: Flags = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Print the script for sbatch instead.")] = False,
-) -> None:
-    """Print the exact commands that a recipe stands for, ready to be pasted into a shell."""
-    if slurm or "--slurm" in (flags or []):
-        from megatron_cp.cli.submit import print_script
-
-        print_script([name, *(flags or [])])
-        return
-    run = _checked(name, flags or [])
-    if run.builds_corpus:
-        print(corpus_command(run))
-    print(command(complete(run)))
-
-
 def train(name: RecipeName, flags: Flags = None) -> None:
     """Train a recipe on this machine: build its corpus if missing, resume from its checkpoint, sum up at the end."""
-    run = _checked(name, flags or [])
+    run = load_checked(name, flags or [])
     _ready_corpus(run)
     _say_where_it_starts(run)
     folder = run.save or Path("runs") / run.name
@@ -59,14 +43,15 @@ def train(name: RecipeName, flags: Flags = None) -> None:
     raise typer.Exit(status)
 
 
-def _checked(name: str, flags: Sequence[str]) -> Recipe:
+def load_checked(name: str, flags: Sequence[str]) -> Recipe:
+    """The recipe with these flags, checked as `checked` does."""
     return checked(recipe.load(name, config.environment(), flags))
 
 
 def checked(run: Recipe) -> Recipe:
     """The recipe, after everything was refused that its ranks would refuse."""
     check_processes(run)
-    from megatron_cp.megatron.flags import check_run
+    from megatron_cp.megatron.arguments.recipe_flags import check_run
 
     check_run(run)
     return run
@@ -198,6 +183,5 @@ def _say(text: str) -> None:
 
 
 def register(app: typer.Typer) -> None:
-    """Add both commands to the app."""
-    for function in (train, render):
-        app.command(context_settings=FLAGS_AFTER_RECIPE)(function)
+    """Add the command to the app."""
+    app.command(context_settings=FLAGS_AFTER_RECIPE)(train)

@@ -4,10 +4,11 @@ from typing import Annotated
 
 import typer
 
-from megatron_cp import config, recipe
+from megatron_cp import config
 from megatron_cp.cli.train import Flags, RecipeName
-from megatron_cp.command import processes
-from megatron_cp.recipe_file import Unset
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.command import processes
+from megatron_cp.recipe.file import Unset
 
 ClusterName = Annotated[
     str | None,
@@ -22,7 +23,7 @@ def validate(name: RecipeName, flags: Flags = None, cluster: ClusterName = None)
     """
     variables = Unset(config.environment())
     run = recipe.load(name, variables, flags or [])
-    from megatron_cp.megatron import validate
+    from megatron_cp.megatron.arguments import validate
 
     checked = validate.run_of(run, cluster)
     assumed = validate.validate(checked)

@@ -1,8 +1,10 @@
 """The menu of context-parallel backends. Pure: a backend's loop is imported with its first use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
-from megatron_cp.grid import Grid
+from megatron_cp.grid import Grid, team_sizes
 from megatron_cp.registry import Registry
 
 
@@ -10,6 +12,7 @@ from megatron_cp.registry import Registry
 class Backend:
     """One context-parallel algorithm.
 
+    load:     imports the module whose `forward` and `backward` do it
     layout:   which positions its loop wants on a rank; None takes Megatron's zigzag as it comes
     moves:    what travels, per rank and layer, in elements of one of K or V (U = s b g d), Uq = s b h d
     needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
@@ -21,7 +24,7 @@ class Backend:
     """
 
     name: str
-    module: str
+    load: Callable[[], ModuleType]
     paper: str
     what: str
     moves: str
@@ -54,9 +57,80 @@ class Backend:
             )
 
 
-def team_sizes(ranks: int) -> list[int]:
-    """The sizes of teams whose square divides the number of ranks."""
-    return [size for size in range(1, ranks + 1) if ranks % size**2 == 0]
+def _ring() -> ModuleType:
+    from megatron_cp.context.algorithms import ring
+
+    return ring
+
+
+def _bidirectional() -> ModuleType:
+    from megatron_cp.context.algorithms import bidirectional
+
+    return bidirectional
+
+
+def _all_gather() -> ModuleType:
+    from megatron_cp.context.algorithms import all_gather
+
+    return all_gather
+
+
+def _ulysses() -> ModuleType:
+    from megatron_cp.context.algorithms import ulysses
+
+    return ulysses
+
+
+def _usp() -> ModuleType:
+    from megatron_cp.context.algorithms import usp
+
+    return usp
+
+
+def _double_ring() -> ModuleType:
+    from megatron_cp.context.algorithms import double_ring
+
+    return double_ring
+
+
+def _tokenring() -> ModuleType:
+    from megatron_cp.context.algorithms import tokenring
+
+    return tokenring
+
+
+def _distflash() -> ModuleType:
+    from megatron_cp.context.algorithms import distflash
+
+    return distflash
+
+
+def _fpdt() -> ModuleType:
+    from megatron_cp.context.algorithms import fpdt
+
+    return fpdt
+
+
+def _rsa() -> ModuleType:
+    from megatron_cp.context.algorithms import rsa
+
+    return rsa
+
+
+def _wallfacer() -> ModuleType:
+    from megatron_cp.context.algorithms import wallfacer
+
+    return wallfacer
+
+
+def _startrail() -> ModuleType:
+    from megatron_cp.context.algorithms import startrail
+
+    return startrail
+
+
+def _auto() -> ModuleType:
+    raise AssertionError("auto has no loop of its own: nothing is chosen yet")
 
 
 AUTO = "auto"
@@ -66,7 +140,7 @@ BACKENDS = Registry(
     [
         Backend(
             "zigzag",
-            "megatron_cp.context.ring",
+            _ring,
             "arXiv:2310.01889 on the head-tail layout",
             "ring of K and V, balanced under a causal mask",
             "2(p-1)U, causal 3/4 of it",
@@ -74,14 +148,14 @@ BACKENDS = Registry(
         ),
         Backend(
             "bidirectional",
-            "megatron_cp.context.bidirectional",
+            _bidirectional,
             "arXiv:2310.01889 on the head-tail layout",
             "ring of K and V both ways, early halves up and late ones down",
             "2(p-1)U, half of it each way, causal 3/4 of it",
         ),
         Backend(
             "ring",
-            "megatron_cp.context.ring",
+            _ring,
             "arXiv:2310.01889",
             "ring of K and V over contiguous pieces",
             "2(p-1)U, causal 1/2 of it on average",
@@ -89,7 +163,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "striped",
-            "megatron_cp.context.ring",
+            _ring,
             "arXiv:2311.09431",
             "ring of K and V, every p-th token on a rank",
             "2(p-1)U",
@@ -97,7 +171,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "all-gather",
-            "megatron_cp.context.all_gather",
+            _all_gather,
             "arXiv:2407.21783, 3.3.2",
             "every rank gathers K and V, group by group of KV heads",
             "2(p-1)U, causal 3/4 of it",
@@ -105,7 +179,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "ulysses",
-            "megatron_cp.context.ulysses",
+            _ulysses,
             "arXiv:2309.14509",
             "heads for tokens and back",
             "(p-1)/p (2Uq + 2U)",
@@ -113,7 +187,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "usp",
-            "megatron_cp.context.usp",
+            _usp,
             "arXiv:2405.07719",
             "Ulysses on one axis, ring on the other",
             "(u-1)/u (2Uq + 2U) + 2(r-1)U, p = u r",
@@ -123,7 +197,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "double-ring",
-            "megatron_cp.context.double_ring",
+            _double_ring,
             "arXiv:2406.18485",
             "rings of K and V inside windows of ranks, and between the windows meanwhile",
             "2W(w-1)U inside + 2(W-1)U between, p = w W, causal 3/4 of it",
@@ -132,14 +206,14 @@ BACKENDS = Registry(
         ),
         Backend(
             "tokenring",
-            "megatron_cp.context.tokenring",
+            _tokenring,
             "arXiv:2412.20501",
             "ring of queries, partial results straight home",
             "2(p-1)Uq, causal 3/4 of it",
         ),
         Backend(
             "distflash",
-            "megatron_cp.context.distflash",
+            _distflash,
             "arXiv:2310.03294",
             "early ranks help late ones, everything lent directly",
             "causal (3p-2)/4 U + p/4 Uq, about pU + Uq where KV heads are shared; full 2(p-1)U",
@@ -148,7 +222,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "fpdt",
-            "megatron_cp.context.fpdt",
+            _fpdt,
             "arXiv:2408.16978",
             "Ulysses in chunks over time, what waits lies in host memory",
             "(p-1)/p (2Uq + 2U)",
@@ -156,7 +230,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "rsa",
-            "megatron_cp.context.rsa",
+            _rsa,
             "arXiv:2105.13120",
             "ring of K, then of V, over whole rows of scores; takes a bias, shows probabilities",
             "2(p-1)U, causal 3/4 of it",
@@ -164,7 +238,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "wallfacer",
-            "megatron_cp.context.wallfacer",
+            _wallfacer,
             "arXiv:2407.00611, tiles of arXiv:2512.20968",
             "queries of a row of ranks meet keys of a column of ranks",
             "(a-1)(2Uq + Us) + 2(c-1)U, p = a c",
@@ -172,7 +246,7 @@ BACKENDS = Registry(
         ),
         Backend(
             "startrail",
-            "megatron_cp.context.startrail",
+            _startrail,
             "arXiv:2407.00611",
             "teams of C ranks gather queries and keys, keys of teams go around C rings",
             "(C-1)(2Uq + 2U + Us) + 2U p/C, C² divides p",
@@ -181,7 +255,7 @@ BACKENDS = Registry(
         ),
         Backend(
             AUTO,
-            "megatron_cp.context.auto",
+            _auto,
             "the cost model of megatron-cp trace",
             "the fastest of the others for these sizes on a cluster, and says why",
             "as the one it takes",

@@ -12,13 +12,14 @@ from threading import Lock
 import torch
 
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
-from megatron_cp.context.attend import Plan, Sizes
+from megatron_cp.context.choose import Choice, choose
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import Mask
-from megatron_cp.context.record import record, record_rank
-from megatron_cp.context.trace import Problem, Step
-from megatron_cp.planner.choose_backend import Choice, choose
-from megatron_cp.planner.hardware import Cluster, cluster_of, load_cluster
+from megatron_cp.context.plan import Plan, Sizes
+from megatron_cp.context.trace.events import Problem, Step
+from megatron_cp.context.trace.record import record, record_rank
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import cluster_of, load_cluster
 
 _one_at_a_time = Lock()
 
@@ -26,8 +27,11 @@ _one_at_a_time = Lock()
 def settle(plan: Plan, sizes: Sizes) -> Plan:
     """The plan with the backend, grid and placement that are fastest for such tensors; nothing is sent.
 
+    A plan whose backend is not `auto` comes back as it is.
     Raises ValueError when every backend refuses them and when no cluster is known for the device.
     """
+    if plan.backend.name != AUTO:
+        return plan
     if plan.cp.size == 1:
         return replace(plan, backend=BACKENDS.get("zigzag"), axes=None, why="one rank has the whole sequence")
     choice = decide(_problem(plan, sizes), plan.cluster or default_cluster(sizes.device))

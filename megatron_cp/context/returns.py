@@ -5,9 +5,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_cp.comm import Done, Fabric, Handle
+from megatron_cp.comm import Done, Fabric, Handle, Peers
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.task import Queries
+
+
+def empty_like(tensors: list[Tensor], tokens: int) -> list[Tensor]:
+    """Buffers for as many tensors of `tokens` tokens."""
+    return [tensor.new_empty((tokens, *tensor.shape[1:])) for tensor in tensors]
+
+
+def exchange(fabric: Peers, leaving: list[Tensor], dst: int, arriving: list[Tensor], src: int) -> Handle:
+    """Send to one rank, receive from another; empty tensors are not sent, both sides know their length."""
+    sends = [(tensor.contiguous(), dst) for tensor in leaving if tensor.shape[0]]
+    return fabric.exchange(sends, [(buffer, src) for buffer in arriving if buffer.shape[0]])
 
 
 class Leaving(NamedTuple):

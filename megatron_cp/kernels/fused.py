@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cp.kernels import check_backward, check_call
+from megatron_cp.kernels.protocol import check_backward, check_call
 
 type Gradients = tuple[Tensor, Tensor, Tensor]
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_cp.kernels import check_backward, check_call
+from megatron_cp.kernels.protocol import check_backward, check_call
 
 
 def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:

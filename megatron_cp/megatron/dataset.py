@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_cp.data.documents import Bad
-from megatron_cp.data.encode import Batch
-from megatron_cp.data.index import Statistics, check_prefix
+from megatron_cp.corpus.documents import Bad
+from megatron_cp.corpus.encode import Batch
+from megatron_cp.corpus.index import Statistics, check_prefix
+from megatron_cp.megatron.hooks import dataset_helpers_need_no_make
 
 __all__ = ["Limits", "Written", "check_data_path", "check_output", "check_prefix", "write"]
 
@@ -208,3 +209,9 @@ def _publish(partial: Path, target: Path) -> None:
         shutil.rmtree(indices)
     new_bin.replace(bin_path)
     new_index.replace(index_path)
+
+
+def compile_helpers(old: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Run make for Megatron's dataset helpers, but not where they are installed without a Makefile."""
+    if not dataset_helpers_need_no_make():
+        old(*args, **kwargs)

@@ -9,16 +9,13 @@ asked for and does not fit the installed Megatron is an error, never a warning. 
 import functools
 import importlib.util
 import inspect
-import linecache
 import os
-import re
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_cp.megatron.rebind import Replaced, find, replace, restore_all
-from megatron_cp.registry import Registry, suggest
+from megatron_cp.registry import Registry
 
 SUPPORTED = "0.19."
 FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
@@ -26,170 +23,39 @@ FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
 _MARK = "megatron_cp_hook"
 
 
-class BadArguments(ValueError):
-    """The command line asks for something that Megatron or we refuse; the text is one line."""
-
-
 @dataclass(frozen=True)
 class Hook:
-    """One change to Megatron: `make(old)` gives what is bound to each of `targets` instead."""
+    """One change to Megatron.
+
+    targets:    the bindings that are replaced, `module:path.to.attribute`
+    by:         the function of ours, as a name of the same form: it is called as `by(old, *args, **kwargs)`
+    parameters: parameters of the replaced function that `by` relies on
+    reason:     why Megatron cannot be asked for it in another way
+    retired_by: the change upstream that would make the hook superfluous
+    makes:      `by(old)` makes what is bound, once, when the hook is installed
+    """
 
     name: str
     targets: tuple[str, ...]
-    make: Callable[[Any], Any]
+    by: str
     parameters: tuple[str, ...]
     reason: str
     retired_by: str
+    makes: bool = False
     aliases: tuple[str, ...] = ()
 
+    def replacement(self, old: Any) -> Any:
+        """What is bound instead of `old`.
 
-def _without_compiling(old: Callable[..., Any]) -> Callable[..., Any]:
-    def compile_helpers(*args: Any, **kwargs: Any) -> None:
-        if not dataset_helpers_need_no_make():
-            old(*args, **kwargs)
+        A function of ours is imported at its first call: a patched Megatron asks for it while it is being imported.
+        """
+        if self.makes:
+            return find(self.by).value(old)
 
-    return compile_helpers
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            return find(self.by).value(old, *args, **kwargs)
 
-
-def _with_our_flags(old: Callable[..., Any]) -> Callable[..., Any]:
-    def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.arguments import add_arguments
-
-        parser = old(*args, **kwargs)
-        add_arguments(parser)
-        _mend_help(parser)
-        parser.error = functools.partial(_refuse_words, parser)
-        return parser
-
-    return add_megatron_arguments
-
-
-def _mend_help(parser: Any) -> None:
-    # one of Megatron's help texts ends in a bare per cent sign, which makes --help fail
-    for action in parser._actions:
-        if action.help:
-            action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
-
-
-def _refuse_words(parser: Any, message: str) -> None:
-    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-    hint = suggest(unknown[0], parser._option_string_actions) if "unrecognized" in message and unknown else ""
-    raise BadArguments(message + hint)
-
-
-def _with_our_checks(old: Callable[..., Any]) -> Callable[..., Any]:
-    def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.arguments import check
-        from megatron_cp.megatron.launch import check_inputs, complete, has_our_layers
-        from megatron_cp.megatron.schedule_arguments import check_schedule, check_table
-
-        try:
-            complete(args)
-            # before Megatron's checks, for ours say more than a bare assertion
-            if has_our_layers(args):
-                check(args)
-            check_schedule(args)
-            result = old(args, *rest, **kwargs)
-            check_table(args)
-            check_inputs(args)
-        except (ValueError, AssertionError) as error:
-            raise BadArguments(one_line(error)) from error
-        return result
-
-    return validate_args
-
-
-def _with_our_mtp(old: Callable[..., Any]) -> Callable[..., Any]:
-    def mtp_block_spec(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.launch import has_our_layers
-        from megatron_cp.megatron.layers import global_args, mtp_block_spec
-
-        flags = global_args()
-        ours = flags is not None and has_our_layers(flags)
-        return (mtp_block_spec if ours else old)(*args, **kwargs)
-
-    return mtp_block_spec
-
-
-def _with_our_schedule(old: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.cache
-    def pipeline(name: str) -> Any:
-        from megatron_cp.megatron.schedule import Pipeline
-
-        return Pipeline(name)
-
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.schedule import name_in_force
-
-        name = name_in_force(*args, **kwargs)
-        return pipeline(name) if name else old(*args, **kwargs)
-
-    return get_forward_backward_func
-
-
-def _on_v(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A hook that gives the old function to one of `placement`'s."""
-
-    def make(old: Callable[..., Any]) -> Callable[..., Any]:
-        def placed(*args: Any, **kwargs: Any) -> Any:
-            from megatron_cp.megatron import placement
-
-            return getattr(placement, name)(old, *args, **kwargs)
-
-        return placed
-
-    return make
-
-
-def _with_weight_queue(old: Any) -> Any:
-    from megatron_cp.megatron.linear import SplitLinear
-
-    return SplitLinear(old)
-
-
-def _with_delayed_weights(old: Callable[..., Any]) -> Callable[..., Any]:
-    def __post_init__(*args: Any, **kwargs: Any) -> None:
-        from megatron_cp.megatron.delayed import delay_weights
-
-        delay_weights(old, *args, **kwargs)
-
-    return __post_init__
-
-
-def _without_old_index(old: Callable[..., Any]) -> Callable[..., Any]:
-    def save(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron import overwrite
-
-        return overwrite.save(old, *args, **kwargs)
-
-    return save
-
-
-def _with_first_step(old: Callable[..., Any]) -> Callable[..., Any]:
-    def state_dict(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.resume import state_dict as ours
-
-        return ours(old, *args, **kwargs)
-
-    return state_dict
-
-
-def _with_own_steps(old: Callable[..., Any]) -> Callable[..., Any]:
-    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.resume import load_state_dict as ours
-
-        return ours(old, *args, **kwargs)
-
-    return load_state_dict
-
-
-def _without_steps(old: Callable[..., Any]) -> Callable[..., Any]:
-    def _set_main_param_and_optimizer_states(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.resume import set_states
-
-        return set_states(old, *args, **kwargs)
-
-    return _set_main_param_and_optimizer_states
+        return replaced
 
 
 HOOKS = Registry(
@@ -198,7 +64,7 @@ HOOKS = Registry(
         Hook(
             "dataset-helpers",
             ("megatron.core.datasets.utils:compile_helpers",),
-            _without_compiling,
+            "megatron_cp.megatron.dataset:compile_helpers",
             (),
             "the wheel has the compiled dataset helpers but no Makefile, and rank 0 exits when make fails",
             "compile_helpers that returns when helpers_cpp imports, or a Makefile in the wheel",
@@ -206,23 +72,23 @@ HOOKS = Registry(
         Hook(
             "flags",
             ("megatron.training.arguments:add_megatron_arguments",),
-            _with_our_flags,
+            "megatron_cp.megatron.arguments.checks:add_megatron_arguments",
             ("parser",),
-            "an unmodified script has no place for our flags, and they belong into --help and the arguments' dump",
+            "an unmodified script has no place for our flags, and they belong in --help and the arguments' dump",
             "an entry point for argument providers",
         ),
         Hook(
             "checks",
             ("megatron.training.arguments:validate_args",),
-            _with_our_checks,
+            "megatron_cp.megatron.arguments.checks:validate_args",
             ("args",),
-            "our layer spec is chosen and our refusals are spoken, on every rank, before Megatron's own checks",
+            "our layer spec is chosen and our checks run, on every rank, before Megatron's own checks",
             "an entry point for argument providers",
         ),
         Hook(
             "mtp-layers",
             ("megatron.training.models.gpt:mtp_block_spec",),
-            _with_our_mtp,
+            "megatron_cp.megatron.layers.specs:mtp_layers",
             ("config", "transformer_layer_spec", "vp_stage"),
             "--spec does not reach the layers of multi-token prediction, which would keep stock attention",
             "mtp_block_spec that builds on the layer spec it is given",
@@ -233,23 +99,25 @@ HOOKS = Registry(
                 "megatron.training.training:get_forward_backward_func",
                 "megatron.core.pipeline_parallel:get_forward_backward_func",
             ),
-            _with_our_schedule,
+            "megatron_cp.megatron.pipeline.lookup:forward_backward",
             (),
             "the pipeline schedule is looked up by name, twice, and cannot be passed in",
             "a schedule argument of pretrain()",
+            makes=True,
         ),
         Hook(
             "weight-queue",
             ("megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",),
-            _with_weight_queue,
+            "megatron_cp.megatron.pipeline.split_linear:SplitLinear",
             (),
             "a schedule with input and weight gradients apart needs linears whose backward can stop half-way",
             "backward_dw of Column- and RowParallelLinear that does what transformer-engine's does",
+            makes=True,
         ),
         Hook(
             "v-stages",
             ("megatron.training.models.dist_utils:build_virtual_pipeline_stages",),
-            _on_v("build_stages"),
+            "megatron_cp.megatron.pipeline.v_placement:build_stages",
             ("build_model_func", "pg_collection", "vp_size"),
             "layers, embedding and head of a chunk are decided from its rank along the loop",
             "process groups that a model builder may choose for every chunk",
@@ -257,7 +125,7 @@ HOOKS = Registry(
         Hook(
             "v-data",
             ("megatron.training.training:build_train_valid_test_data_iterators",),
-            _on_v("feed_stages"),
+            "megatron_cp.megatron.pipeline.v_placement:feed_stages",
             ("build_train_valid_test_datasets_provider",),
             "the chunks that read data are found from their rank along the loop",
             "a data provider that is told whether its chunk is the first or the last stage",
@@ -265,7 +133,7 @@ HOOKS = Registry(
         Hook(
             "v-tied-embeddings",
             ("megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",),
-            _on_v("add_tied_gradients"),
+            "megatron_cp.megatron.pipeline.v_placement:add_tied_gradients",
             ("model",),
             "the two copies of a tied embedding are expected on two ranks, and on the V they are on one",
             "a sum over the copies of this rank before those of the embedding group are reduced",
@@ -273,7 +141,7 @@ HOOKS = Registry(
         Hook(
             "delayed-weights",
             ("megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",),
-            _with_delayed_weights,
+            "megatron_cp.megatron.pipeline.te_weight_gradients:delay_weights",
             ("self",),
             "linears of transformer-engine delay weight gradients only with overlap of expert-parallel communication",
             "a delay_wgrad_compute that any pipeline schedule may use",
@@ -281,7 +149,7 @@ HOOKS = Registry(
         Hook(
             "overwrite",
             ("megatron.core.dist_checkpointing:save",),
-            _without_old_index,
+            "megatron_cp.megatron.checkpoint.overwrite:save",
             ("sharded_state_dict", "checkpoint_dir"),
             "an interrupted save over an older checkpoint of the same iteration leaves the old index over mixed files",
             "a save that removes the index of what it writes over",
@@ -289,7 +157,7 @@ HOOKS = Registry(
         Hook(
             "optimizer-save",
             ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",),
-            _with_first_step,
+            "megatron_cp.megatron.checkpoint.resume:state_dict",
             ("self",),
             "torch's AdamW has no step count before its first step, and loading a checkpoint asks for one",
             "a state_dict of DistributedOptimizer that takes a fresh optimizer of torch's",
@@ -297,7 +165,7 @@ HOOKS = Registry(
         Hook(
             "optimizer-load",
             ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",),
-            _with_own_steps,
+            "megatron_cp.megatron.checkpoint.resume:load_state_dict",
             ("self", "state_dict"),
             "all parameters of torch's AdamW get one step tensor, which each advances, and training goes on wrongly",
             "a load_state_dict of DistributedOptimizer that gives every parameter a step tensor of its own",
@@ -305,7 +173,7 @@ HOOKS = Registry(
         Hook(
             "optimizer-copy",
             ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",),
-            _without_steps,
+            "megatron_cp.megatron.checkpoint.resume:set_states",
             ("self", "model_param", "tensors"),
             "a checkpoint has no step count per parameter, and fp32 parameters refuse to be written under autograd",
             "a copy of DistributedOptimizer that leaves out `step`, without autograd",
@@ -378,7 +246,7 @@ def _bind(hook: Hook, done: list[Replaced]) -> None:
 
 def _made(hook: Hook, old: Any) -> Any:
     # an attribute that a hook hung on `old` is not one of `new`
-    new = functools.wraps(old, updated=())(hook.make(old))
+    new = functools.wraps(old, updated=())(hook.replacement(old))
     setattr(new, _MARK, hook.name)
     return new
 
@@ -401,12 +269,3 @@ def resumes_with_torch_adam() -> bool:
     from megatron.core.optimizer import distrib_optimizer
 
     return not distrib_optimizer.HAVE_APEX_OR_TE
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text in one line; of an assertion without text, the line that asserts."""
-    text = " ".join(str(error).split())
-    if text or error.__traceback__ is None:
-        return text
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"Megatron requires: {linecache.getline(frame.filename, frame.lineno or 0).strip()}"

@@ -4,8 +4,8 @@ Megatron logs an ImportError of this import and then trains with stock attention
 """
 
 try:
-    from megatron_cp.megatron.hybrid import hybrid_stack_spec
-    from megatron_cp.megatron.layers import gpt_layer_spec
+    from megatron_cp.megatron.layers.hybrid import hybrid_stack_spec
+    from megatron_cp.megatron.layers.specs import gpt_layer_spec
 except ImportError as error:
     raise RuntimeError(
         f"--spec megatron_cp.megatron.spec cannot be loaded: {error}; install what is missing"

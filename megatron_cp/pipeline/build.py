@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.list_schedule import EPSILON
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
 from megatron_cp.pipeline.schedules.auto import auto
 from megatron_cp.pipeline.simulate import peak_memory
-from megatron_cp.pipeline.weave import EPSILON
 from megatron_cp.registry import suggest
 
 

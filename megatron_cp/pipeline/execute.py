@@ -20,9 +20,9 @@ from megatron_cp.pipeline.action import (
     WEIGHT,
     Action,
 )
-from megatron_cp.pipeline.early import receive_early
 from megatron_cp.pipeline.passes import add_reductions, add_transfers, merge
 from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.receive_early import receive_early
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import inf
+from typing import NamedTuple
 
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, FULL, INPUT, WEIGHT, Action
 from megatron_cp.pipeline.costs import Costs
@@ -174,3 +175,11 @@ def peak_memory(actions: Sequence[Action], costs: Costs) -> float:
         elif kind == WEIGHT:
             alive -= costs.held[stage]
     return peak / costs.unit
+
+
+class Bar(NamedTuple):
+    """One action and when it ran, in any one unit of time; recorded ones in milliseconds."""
+
+    action: Action
+    start: float
+    end: float

@@ -5,10 +5,10 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from megatron_cp.context.trace import Compute, Problem, Trace
-from megatron_cp.planner.choose_backend import Cost, Record, continued, parts
-from megatron_cp.planner.hardware import Cluster
-from megatron_cp.planner.simulate_trace import call_seconds, simulate
+from megatron_cp.context.choose import Cost, Record, continued, parts
+from megatron_cp.context.trace.events import Compute, Problem, Trace
+from megatron_cp.context.trace.simulate import call_seconds, simulate
+from megatron_cp.hardware.cluster import Cluster
 
 
 class Attention(NamedTuple):

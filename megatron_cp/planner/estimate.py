@@ -6,13 +6,13 @@ from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
 
+from megatron_cp.context.choose import Record
+from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import peak_memory, simulate
-from megatron_cp.planner.choose_backend import Record
-from megatron_cp.planner.hardware import Cluster
 from megatron_cp.planner.memory import Memory, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
 from megatron_cp.planner.model import Model
 from megatron_cp.planner.parallel import Parallel
@@ -115,8 +115,8 @@ class Estimate:
 def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, record: Record | None = None) -> Estimate:
     """A step of `model` on sequences of `seq` tokens; a pure function of its arguments.
 
-    record: makes traces of context-parallel loops (megatron_cp.context.record.record); without it their kernels alone
-            are counted, so that the step is a lower bound for every backend
+    record: makes traces of context-parallel loops (megatron_cp.context.trace.record.record); without it their kernels
+            alone are counted, so that the step is a lower bound for every backend
     Raises ValueError for sizes that do not divide, for a cluster without rates of matrix products, and for what the
     backend or the schedule refuses.
     """

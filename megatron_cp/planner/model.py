@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_cp.recipe import Recipe
+from megatron_cp.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

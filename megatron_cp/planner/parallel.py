@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
-from megatron_cp.command import processes
 from megatron_cp.context import BACKENDS
 from megatron_cp.grid import Grid
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.recipe import Recipe
+from megatron_cp.recipe.command import processes
+from megatron_cp.recipe.recipe import Recipe
 
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = {"fp8": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -169,3 +171,12 @@ def _precision(recipe: Recipe) -> str:
     if "--bf16" in recipe.model_args:
         return "bfloat16"
     return "float16" if "--fp16" in recipe.model_args else "float32"
+
+
+def cluster_for(recipe: Recipe, name: str | None) -> Cluster:
+    """The cluster called `name`, or else the recipe's own; raises ValueError where neither says one."""
+    chosen = name or recipe.cluster
+    if chosen is None:
+        known = ", ".join(shipped_clusters())
+        raise ValueError(f"recipe {recipe.name} names no CLUSTER; add one, or pass --cluster with one of: {known}")
+    return load_cluster(chosen)

@@ -5,13 +5,14 @@ from fractions import Fraction
 from statistics import median
 from typing import Any, NamedTuple
 
-from megatron_cp import recipe
+from megatron_cp.config import configs_folder
+from megatron_cp.context.choose import Record
 from megatron_cp.grid import Grid
-from megatron_cp.planner.choose_backend import Record
+from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate
-from megatron_cp.planner.hardware import load_cluster
 from megatron_cp.planner.model import Model, model_of
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.recipe import recipe
 
 PAIRS = {"causal": Fraction(1, 2), "all": Fraction(1)}
 
@@ -43,7 +44,7 @@ def published(record: Record | None) -> list[Row]:
     """Every published run with its estimate."""
     from ruamel.yaml import YAML
 
-    file = recipe.configs_folder() / "published" / "runs.yaml"
+    file = configs_folder() / "published" / "runs.yaml"
     return [_row(run, record) for run in YAML(typ="safe").load(file.read_text(encoding="utf-8"))]
 
 

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from megatron_cp.context.choose import Record
+from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.grid import Grid, divisors
+from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.planner.choose_backend import Record
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
-from megatron_cp.planner.hardware import Cluster
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Model
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.stretch import stretching
 
 CONTEXT = ("zigzag", "all-gather", "ulysses", "usp")
 """Backends that are weighed where none are named: the classics, one of each kind of traffic."""
@@ -129,7 +129,7 @@ Progress = Callable[[float], None]
 def search(question: Question, record: Record, top: int = 10, progress: Progress = lambda share: None) -> Plans:
     """The `top` fastest dealings of ranks, each with its best split; a pure function of its arguments.
 
-    record:   makes traces of context-parallel loops, megatron_cp.context.record.record
+    record:   makes traces of context-parallel loops, megatron_cp.context.trace.record.record
     progress: told the share of the work that is done
     Raises ValueError for GPUs that the cluster cannot have, for one without rates of the products' dtype, and when
     nothing fits, with the smallest number of GPUs on which something does.

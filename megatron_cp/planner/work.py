@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from math import ceil, log2
 from typing import NamedTuple
 
-from megatron_cp.context.trace import Problem
+from megatron_cp.context.choose import Record
+from megatron_cp.context.trace.events import Problem
+from megatron_cp.hardware.cluster import Cluster, Collective
 from megatron_cp.planner.attention import Attention, attention
-from megatron_cp.planner.choose_backend import Record
-from megatron_cp.planner.hardware import Cluster, Collective
 from megatron_cp.planner.model import Model
 from megatron_cp.planner.parallel import Parallel
 

@@ -6,9 +6,9 @@ Bars come from the simulator or from a real run's recorded times; given both, th
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from megatron_cp.pipeline.action import Action
+from megatron_cp.pipeline.simulate import Bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,14 +21,6 @@ OTHER = "#bab0ac"
 PICTURES = (".png", ".svg", ".pdf")
 # beyond this many bars the labels would be unreadable and slow
 MOST_LABELS = 1500
-
-
-class Bar(NamedTuple):
-    """One action and when it ran, in any one unit of time; recorded ones in milliseconds."""
-
-    action: Action
-    start: float
-    end: float
 
 
 Bars = Sequence[Sequence[Bar]]

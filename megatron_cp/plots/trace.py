@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cp.context.trace import Pass, Trace
-from megatron_cp.planner.simulate_trace import Run
+from megatron_cp.context.trace.events import Pass, Trace
+from megatron_cp.context.trace.simulate import Run
 from megatron_cp.plots.timeline import COLOURS, OTHER, PICTURES
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_cp.command import RENDEZVOUS_FLAGS, complete, corpus_words, runs_through_us
-from megatron_cp.planner.hardware import load_cluster
-from megatron_cp.recipe import COMMAND_LINE, Recipe, Setting, with_flag
-from megatron_cp.slurm import flags
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.recipe import slurm_flags
+from megatron_cp.recipe.command import RENDEZVOUS_FLAGS, complete, corpus_words, runs_through_us
+from megatron_cp.recipe.recipe import COMMAND_LINE, Recipe, Setting, with_flag
 
 LAUNCHERS = ("torchrun", "srun")
 REQUEUES = 10
@@ -149,7 +149,7 @@ def _told_to_stop(recipe: Recipe, grace: int) -> Recipe:
 def _minutes(recipe: Recipe) -> int:
     setting = recipe.slurm.get("--time")
     try:
-        return flags.minutes(setting.text) if setting else 0
+        return slurm_flags.minutes(setting.text) if setting else 0
     except ValueError as error:
         raise ValueError(f"{recipe.slurm['--time'].place}: --time {error}") from None
 
@@ -177,7 +177,7 @@ def _python(recipe: Recipe) -> str:
 def _asked(recipe: Recipe) -> Iterator[str]:
     """Lines for sbatch of what the recipe asks of the cluster, each flag with its value."""
     for flag, setting in recipe.slurm.items():
-        if flag not in flags.SBATCH:
+        if flag not in slurm_flags.SBATCH:
             continue
         value = ",".join(setting.values)
         if not _HEADER_VALUE.fullmatch(value):

@@ -9,9 +9,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_cp.command import entry_words, flag_words
-from megatron_cp.recipe import Setting
-from megatron_cp.slurm.flags import SRUN
+from megatron_cp.recipe.command import entry_words, flag_words
+from megatron_cp.recipe.recipe import Setting
+from megatron_cp.recipe.slurm_flags import SRUN
 from megatron_cp.slurm.job import FROM_SLURM, SECONDS_TO_REQUEUE, Job
 
 BODY = Path(__file__).with_name("job.sh")

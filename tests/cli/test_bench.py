@@ -7,10 +7,11 @@ from typer.testing import CliRunner
 from megatron_cp.bench import context as bench_context
 from megatron_cp.bench import processes
 from megatron_cp.bench.contest import LARGEST_ERROR, WHOLE, Row, Shape
-from megatron_cp.bench.context import UPSTREAM, Contenders, Report, bench
+from megatron_cp.bench.context import Contenders, Report, bench
 from megatron_cp.bench.pairs import Ratio, pairs_of, ratio_of
 from megatron_cp.bench.processes import QUIET
 from megatron_cp.cli import app
+from megatron_cp.cli.bench import UPSTREAM
 from megatron_cp.context import BACKENDS
 
 KEYS = {"backend", "ranks", "seq", "forward", "backward", "share_of_ideal", "sent", "peak", "max_error"}
@@ -96,7 +97,7 @@ def test_competing_load_is_said_instead_of_a_verdict(monkeypatch):
 def test_scores_that_do_not_fit_are_refused_in_words(monkeypatch):
     monkeypatch.setattr(processes.mp, "spawn", _in_this_process)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
-    *_, megatron, _ = bench(Contenders((), upstream=True), 1, [Shape(256)], 1).rows
+    *_, megatron, _ = bench(Contenders((), upstream=UPSTREAM), 1, [Shape(256)], 1).rows
     assert megatron.forward is None
     assert megatron.problem.startswith("refused: the scores of all pairs are ")
 

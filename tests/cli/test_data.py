@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from megatron_cp.cli import app
 from megatron_cp.cli.data import parse_size
-from tests.data.reading import jsonl, texts_of
+from tests.corpus.reading import jsonl, texts_of
 
 
 def _run(*arguments: object) -> Result:

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from megatron_cp.cli import train
-from megatron_cp.command import Command
+from megatron_cp.recipe.command import Command
 
 HOSTILE = [
     "$(touch x)",

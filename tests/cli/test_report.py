@@ -68,14 +68,14 @@ def test_a_cluster_gives_the_share_of_its_peak(logged: Path, tmp_path: Path) -> 
 
 
 def report_peak(cluster: str) -> float:
-    from megatron_cp.planner.hardware import load_cluster
+    from megatron_cp.hardware.cluster_file import load_cluster
 
     return load_cluster(cluster).gemm("bfloat16").peak
 
 
 def test_a_recipe_gives_the_prediction(logged: Path) -> None:
-    from megatron_cp import recipe
     from megatron_cp.cli.estimate import estimate_recipe
+    from megatron_cp.recipe import recipe
 
     found = estimate_recipe(recipe.load("llama3.1-8b-8k-h100x8", {"DATA_PATH": "corpus"}))
     text = reported(logged, "--recipe", "llama3.1-8b-8k-h100x8")

@@ -82,7 +82,8 @@ def test_trace_has_one_event_for_every_action(tmp_path):
 
 def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
     from megatron_cp.pipeline.action import parse_action
-    from megatron_cp.plots.timeline import Bar, draw_timeline
+    from megatron_cp.pipeline.simulate import Bar
+    from megatron_cp.plots.timeline import draw_timeline
 
     simulated = [[Bar(parse_action("0F0"), 0, 1)], [Bar(parse_action("1F0"), 1, 2)]]
     recorded = [[Bar(parse_action("0F0"), 0, 1.5)], [Bar(parse_action("1F0"), 1.6, 2)]]

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from megatron_cp.cli import app
 from megatron_cp.context import BACKENDS
-from tests.context.broken import swap_owners
+from tests.context.trace.broken import swap_owners
 
 PASS = {"work", "sent", "received", "peak", "time", "ideal"}
 SMALL = ("--ranks", "4", "--seq", "4096", "--heads", "8", "--kv-heads", "2", "--head-dim", "64")

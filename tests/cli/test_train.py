@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_cp import cli
 from megatron_cp.cli import train
-from megatron_cp.command import Command
+from megatron_cp.recipe.command import Command
 from megatron_cp.runlog import LOG_NAME
 
 # stands for the trainer: logs each iteration that its arguments and a checkpoint leave to do
@@ -109,7 +109,7 @@ def test_a_signal_ends_the_command_too(tmp_path: Path, number: int, status: int)
 import sys
 from pathlib import Path
 from megatron_cp.cli import train
-from megatron_cp.command import Command
+from megatron_cp.recipe.command import Command
 train.app = train.typer.Typer()
 train.app.command()(lambda: train._stream(Command({{}}, [sys.executable, "-c", {worker!r}]), Path("log")) and None)
 train.app()

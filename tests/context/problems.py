@@ -1,8 +1,8 @@
 """Small problems for every backend of the menu, on every grid that it takes."""
 
 from megatron_cp.context import BACKENDS
-from megatron_cp.context.record import record
-from megatron_cp.context.trace import Problem
+from megatron_cp.context.trace.events import Problem
+from megatron_cp.context.trace.record import record
 from megatron_cp.grid import Grid
 
 MASKS = [(True, None), (False, None), (True, (9, 0)), (False, (7, 3))]

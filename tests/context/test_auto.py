@@ -5,11 +5,11 @@ import pytest
 from megatron_cp.comm import in_process
 from megatron_cp.context import AUTO, BACKENDS, auto
 from megatron_cp.context.attend import Sizes, plan
-from megatron_cp.context.auto import decide
-from megatron_cp.context.record import record
-from megatron_cp.context.trace import Problem
+from megatron_cp.context.auto import decide, settle
+from megatron_cp.context.trace.events import Problem
+from megatron_cp.context.trace.record import record
 from megatron_cp.grid import Grid
-from megatron_cp.planner.hardware import load_cluster
+from megatron_cp.hardware.cluster_file import load_cluster
 from tests.context.dense import problem
 from tests.context.test_backends import assert_equals_dense, sharded
 
@@ -18,7 +18,7 @@ SIZES = Sizes(96, 8, 2, 16, "float64", "cpu")
 
 def settled(fabric, grid=None, sizes=SIZES, **choices):
     axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
-    return plan(AUTO, cp=fabric, **axes, **choices).settled(sizes)
+    return settle(plan(AUTO, cp=fabric, **axes, **choices), sizes)
 
 
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, (9, 0)), (False, (3, 11))])
@@ -62,9 +62,9 @@ def test_layers_of_one_shape_cost_one_decision(monkeypatch):
 
 
 def test_one_rank_has_nothing_to_choose():
-    made = plan(AUTO).settled(SIZES)
+    made = settle(plan(AUTO), SIZES)
     assert made.backend.name == "zigzag"
-    assert plan("ulysses").settled(SIZES).backend.name == "ulysses"
+    assert settle(plan("ulysses"), SIZES).backend.name == "ulysses"
 
 
 def test_an_unknown_cluster_is_refused_with_a_suggestion():

@@ -2,8 +2,8 @@
 
 import torch
 
-from megatron_cp.bench.live import LiveBytes
 from megatron_cp.context.host_store import HostStore, Lanes, visits
+from megatron_cp.context.trace.live import LiveBytes
 
 CPU = torch.device("cpu")
 

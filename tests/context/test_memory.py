@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_cp.bench.live import LiveBytes
 from megatron_cp.comm import GroupFabric
 from megatron_cp.context.attend import attend
-from megatron_cp.context.record import plan_on, record
-from megatron_cp.context.trace import Problem
+from megatron_cp.context.trace.events import Problem
+from megatron_cp.context.trace.live import LiveBytes
+from megatron_cp.context.trace.record import plan_on, record
 from megatron_cp.grid import Grid
 from tests.ranks import run_ranks
 

@@ -3,10 +3,10 @@
 import pytest
 
 from megatron_cp.comm import in_process
+from megatron_cp.context.algorithms.ring import route
 from megatron_cp.context.heads import deal
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL, FULL, Mask
-from megatron_cp.context.ring import route
 from tests.context.dense import problem
 from tests.context.test_backends import sharded
 

@@ -1,7 +1,5 @@
 """On a GPU every backend equals dense attention; its ranks are threads that share the GPU."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
@@ -35,7 +33,7 @@ def sharded(fabric, task, backend, kernel):
     runs = layout(entry.layout or "zigzag", task.q.shape[0], fabric.size)
     heads = (task.q.shape[2], task.k.shape[2])
     job = Task(fabric, runs, made.mask, task.q.shape[3] ** -0.5, made.kernel_for(task.q)[0], heads, made.axes)
-    mine, loop = tokens_of(runs[fabric.rank]), import_module(entry.module)
+    mine, loop = tokens_of(runs[fabric.rank]), entry.load()
     out, saved = loop.forward(task.q[mine], task.k[mine], task.v[mine], job)
     return mine, (out, *loop.backward(task.dout[mine], saved, job))
 

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_cp.megatron import cpu, hooks
+from megatron_cp.megatron import hooks
+from megatron_cp.megatron.machine import cpu
 from tests.megatron.pretraining import tiny, weights_from_names
 
 # what an unmodified script must be told on a machine without GPU, Apex and TransformerEngine
@@ -39,7 +40,7 @@ def _train(inspect: Callable[[list[Any]], Any] | None) -> Any:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_cp.megatron.pretrain import datasets, forward_step
+    from megatron_cp.megatron.process.pretrain import datasets, forward_step
 
     args = parse_and_validate_args()
     config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)

@@ -6,8 +6,8 @@ import time
 import torch
 from megatron.core.pipeline_parallel import schedules
 
-from megatron_cp.megatron import pretrain
-from megatron_cp.megatron.launch import door
+from megatron_cp.megatron.process import pretrain
+from megatron_cp.megatron.process.launch import door
 from tests.megatron.pretraining import start_from_names
 
 

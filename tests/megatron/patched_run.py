@@ -10,8 +10,9 @@ from pathlib import Path
 import megatron.core
 
 from megatron_cp.config import variable
-from megatron_cp.megatron import cpu, pretrain
 from megatron_cp.megatron.hooks import HOOKS, is_on
+from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.process import pretrain
 from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cp.megatron import launch
-from megatron_cp.megatron.launch import door
+from megatron_cp.megatron.process import launch
+from megatron_cp.megatron.process.launch import door
 from megatron_cp.megatron.rebind import replace, restore
 
 SCRIPT = os.path.join(os.path.dirname(__file__), "pretrain_script.py")
@@ -51,7 +51,7 @@ def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[s
     With `named_weights` every topology starts from the same model, unless a checkpoint is loaded. Raises SystemExit
     with one line for a command line that is refused.
     """
-    from megatron_cp.megatron import pretrain
+    from megatron_cp.megatron.process import pretrain
 
     sys.argv = ["pretrain_gpt", *flags]
     with door(flags), losses_of_each_iteration() as log:
@@ -61,7 +61,7 @@ def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[s
 
 def trained(flags: list[str]) -> tuple[list[dict[str, Any]], list[tuple[str, torch.Tensor]]]:
     """The same, from named weights: this rank's own log, and pairs of global name and value of its parameters."""
-    from megatron_cp.megatron import pretrain
+    from megatron_cp.megatron.process import pretrain
 
     built: list[torch.nn.Module] = []
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megatron_cp import config
-from megatron_cp.megatron import launch
+from megatron_cp.megatron.machine.environment import environment_for_gpus, first_host
+from megatron_cp.megatron.process import launch
+from megatron_cp.megatron.run import values_of
 from tests.megatron.pretraining import SCRIPT, pretrain_losses, script_losses, tiny
 from tests.ranks import RankError, free_port, run_ranks
 
@@ -99,7 +101,7 @@ def test_an_unmodified_script_trains_as_our_own_does(flags: str) -> None:
 
 
 def rope_factor(flags: list[str]) -> float:
-    from megatron_cp.megatron import pretrain
+    from megatron_cp.megatron.process import pretrain
 
     sys.argv = ["pretrain_gpt", *flags]
     with launch.door(flags):
@@ -137,7 +139,7 @@ def test_bad_flags_are_refused_in_one_line_on_every_rank(flags: str, text: str) 
 
 def help_text(command: str) -> None:
     sys.argv = [command, *([SCRIPT] if command == "launch" else []), "--help"]
-    launch.main() if command == "launch" else importlib.import_module("megatron_cp.megatron.pretrain").main()
+    launch.main() if command == "launch" else importlib.import_module("megatron_cp.megatron.process.pretrain").main()
 
 
 @pytest.mark.parametrize("command", ["launch", "pretrain_gpt"])
@@ -167,7 +169,7 @@ def test_the_connections_variable_is_set_where_needed_and_never_overridden(
     if own is None:
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    launch.environment_for_gpus(flags.split())
+    environment_for_gpus(flags.split())
     assert config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
@@ -209,7 +211,7 @@ def test_a_missing_script_is_said(arguments: list[str], monkeypatch: pytest.Monk
     [("gpu7", "gpu7"), ("a1,b2", "a1"), ("gpu[03-04,7],login1", "gpu03"), ("n[1,3]-ib", "n1-ib"), ("a1,n[1,3]", "a1")],
 )
 def test_the_first_host_of_a_slurm_node_list(nodes: str, first: str) -> None:
-    assert launch.first_host(nodes) == first
+    assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize(
@@ -223,4 +225,4 @@ def test_the_first_host_of_a_slurm_node_list(nodes: str, first: str) -> None:
     ],
 )
 def test_values_of_a_flag(argv: str, values: list[str] | None) -> None:
-    assert launch.values_of(argv.split(), "--a") == values
+    assert values_of(argv.split(), "--a") == values

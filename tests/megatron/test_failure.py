@@ -8,9 +8,9 @@ import time
 import pytest
 
 from tests.megatron import failing_run
+from tests.megatron.pipeline.test_schedules import MODEL, TWO, assert_bit_equal, run
 from tests.megatron.pretraining import tiny
 from tests.megatron.test_doors import environment
-from tests.megatron.test_schedules import MODEL, TWO, assert_bit_equal, run
 from tests.ranks import RankError, free_port, run_ranks
 
 SCHEDULE = (TWO, "--pp-schedule zb-h1", "--train-iters 4")

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from megatron_cp import runlog
-from megatron_cp.megatron import contents
+from megatron_cp.megatron.checkpoint import contents
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.megatron.test_doors import environment
 from tests.ranks import RankError, free_port, run_ranks, run_ranks_with_log

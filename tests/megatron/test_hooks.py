@@ -1,13 +1,16 @@
 """Hooks: exactly the declared names change, everything comes back, and what does not fit is an error."""
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from megatron_cp.megatron import hooks, launch
+from megatron_cp.megatron import hooks
+from megatron_cp.megatron.arguments import command_line
+from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.rebind import find
 from tests.megatron.pretraining import tiny
 from tests.ranks import run_ranks
@@ -126,6 +129,32 @@ def test_the_schedule_getter_passes_through_under_both_names() -> None:
     assert run_ranks(1, called_through, "schedule") == [[True, True]]
 
 
+def unfit(names: Iterable[str]) -> list[str]:
+    """The hooks whose function of ours is not there, or cannot be called as the one that it replaces is."""
+    load_everything()
+    found = []
+    for hook in map(hooks.HOOKS.get, names):
+        ours, theirs = find(hook.by).value, find(hook.targets[0]).value
+        if hook.makes:
+            fits = len(inspect.signature(ours).parameters) == 1
+        else:
+            # whatever is passed to Megatron's function is passed on behind it
+            parameters = inspect.signature(theirs).parameters.values()
+            plain = [
+                each.name
+                for each in parameters
+                if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+            ]
+            inspect.signature(ours).bind(theirs, *plain)
+            fits = next(iter(inspect.signature(ours).parameters)) == "old"
+        found += [] if fits else [hook.name]
+    return found
+
+
+def test_every_hook_names_a_function_that_fits_what_it_replaces() -> None:
+    assert run_ranks(1, unfit, hooks.HOOKS.names) == [[]]
+
+
 def test_every_hook_says_why_it_exists_and_what_would_retire_it() -> None:
     assert all(hook.reason and hook.retired_by and hook.targets for hook in hooks.HOOKS)
 
@@ -139,7 +168,7 @@ def on_a_plain_gpu_node(flags: list[str]) -> tuple[launch.Plan, set[str]]:
     load_everything()
     # a checkout with its Makefile, transformer-engine and a GPU
     torch.cuda.is_available = lambda: True
-    launch.has_te = lambda: True  # type: ignore[assignment]
+    launch.has_te = command_line.has_te = lambda: True  # type: ignore[assignment]
     hooks.dataset_helpers_need_no_make = lambda: False  # type: ignore[assignment]
     hooks.resumes_with_torch_adam = lambda: False  # type: ignore[assignment]
     before = attributes()

@@ -1,8 +1,8 @@
 """What the shipped recipes watch for, NaN, spikes and large gradients, changes nothing in a run that is well."""
 
-from megatron_cp import recipe
-from megatron_cp.command import flag_words
-from megatron_cp.recipe_file import Unset
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.command import flag_words
+from megatron_cp.recipe.file import Unset
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks
 

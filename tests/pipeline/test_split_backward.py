@@ -82,7 +82,7 @@ def linear_runs(mode: str) -> dict[str, dict[str, list[torch.Tensor]]]:
     """Per order of actions the gradients of a linear of Megatron's, under the CPU runtime, on these ranks."""
     from megatron.core import parallel_state
 
-    from megatron_cp.megatron import cpu
+    from megatron_cp.megatron.machine import cpu
 
     torch.distributed.init_process_group("gloo")
     parallel_state._set_global_memory_buffer()
@@ -93,13 +93,14 @@ def linear_runs(mode: str) -> dict[str, dict[str, list[torch.Tensor]]]:
 def _one_run(mode: str, actions: list[str]) -> dict[str, list[torch.Tensor]]:
     from megatron.core.tensor_parallel import layers
 
-    from megatron_cp.megatron import hooks, linear
+    from megatron_cp.megatron import hooks
+    from megatron_cp.megatron.pipeline import split_linear
 
     weight, bias, given, gradients = _parts(mode)
     weight.main_grad = torch.zeros(OUT, WIDTH)  # type: ignore[attr-defined]
     made: dict[int, torch.Tensor] = {}
     with hooks.apply(["weight-queue"]):
-        queue = linear.queue_in_force()
+        queue = split_linear.queue_in_force()
         with queue.step():
             for action in actions:
                 kind, micro = action[0], int(action[1])
@@ -127,7 +128,7 @@ def stock_run(mode: str) -> dict[str, list[torch.Tensor]]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import layers
 
-    from megatron_cp.megatron import cpu
+    from megatron_cp.megatron.machine import cpu
 
     torch.distributed.init_process_group("gloo")
     parallel_state._set_global_memory_buffer()
@@ -159,12 +160,13 @@ def kept_after() -> tuple[bool, bool]:
     """Whether a linear's input is alive between I and W, and after W."""
     from megatron.core.tensor_parallel import layers
 
-    from megatron_cp.megatron import hooks, linear
+    from megatron_cp.megatron import hooks
+    from megatron_cp.megatron.pipeline import split_linear
 
     torch.distributed.init_process_group("gloo")
     weight = torch.nn.Parameter(torch.randn(OUT, WIDTH))
     with hooks.apply(["weight-queue"]):
-        queue = linear.queue_in_force()
+        queue = split_linear.queue_in_force()
         with queue.step():
             given = torch.randn(TOKENS, WIDTH).requires_grad_()
             out = layers.linear_with_grad_accumulation_and_async_allreduce(
@@ -189,7 +191,8 @@ def shared_weight() -> list[torch.Tensor]:
     """The gradient of a weight that is an embedding and a linear: put off, and by Megatron's own backward."""
     from megatron.core.tensor_parallel import layers
 
-    from megatron_cp.megatron import hooks, linear
+    from megatron_cp.megatron import hooks
+    from megatron_cp.megatron.pipeline import split_linear
 
     torch.distributed.init_process_group("gloo")
     tokens = torch.tensor([1, 3, 3, 5])
@@ -205,10 +208,10 @@ def shared_weight() -> list[torch.Tensor]:
     stock = torch.nn.Parameter(start.clone())
     loss(stock).backward()
     split = torch.nn.Parameter(start.clone())
-    with hooks.apply(["weight-queue"]), linear.queue_in_force().step():
-        with linear.queue_in_force().put_off(0):
+    with hooks.apply(["weight-queue"]), split_linear.queue_in_force().step():
+        with split_linear.queue_in_force().put_off(0):
             loss(split).backward()
-        linear.queue_in_force().run(0)
+        split_linear.queue_in_force().run(0)
     assert stock.grad is not None
     assert split.grad is not None
     return [split.grad, stock.grad]
@@ -222,17 +225,18 @@ def test_a_weight_that_is_also_an_embedding_gets_both_gradients() -> None:
 def without_a_gradient_of_the_input() -> bool:
     from megatron.core.tensor_parallel import layers
 
-    from megatron_cp.megatron import hooks, linear
+    from megatron_cp.megatron import hooks
+    from megatron_cp.megatron.pipeline import split_linear
 
     torch.distributed.init_process_group("gloo")
     weight = torch.nn.Parameter(torch.randn(OUT, WIDTH))
-    with hooks.apply(["weight-queue"]), linear.queue_in_force().step():
+    with hooks.apply(["weight-queue"]), split_linear.queue_in_force().step():
         out = layers.linear_with_grad_accumulation_and_async_allreduce(
             torch.ones(TOKENS, WIDTH), weight, None, False, False, False, tp_group=torch.distributed.group.WORLD
         )
-        with linear.queue_in_force().put_off(0):
+        with split_linear.queue_in_force().put_off(0):
             out.sum().backward()
-        linear.queue_in_force().run(0)
+        split_linear.queue_in_force().run(0)
     return weight.grad is not None and bool((weight.grad == TOKENS).all())
 
 

@@ -5,13 +5,14 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_cp import recipe
-from megatron_cp.context.record import record
+from megatron_cp.context.trace.record import record
+from megatron_cp.hardware.cluster import Gemm
+from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.planner.estimate import estimate
-from megatron_cp.planner.hardware import Gemm, load_cluster, shipped_clusters
 from megatron_cp.planner.model import Model, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.published import published, summary
+from megatron_cp.recipe import recipe
 
 H100 = load_cluster("dgx-h100-ib")
 LLAMA = model_of(recipe.load("models/llama3.1-8b", {}))

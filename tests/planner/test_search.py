@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megatron_cp import recipe
 from megatron_cp.cli import app
-from megatron_cp.context.record import record
+from megatron_cp.context.trace.record import record
+from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.grid import Grid
+from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import estimate
-from megatron_cp.planner.hardware import load_cluster
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.search import Plans, Question, search, sequences
-from megatron_cp.planner.stretch import stretching
-from megatron_cp.recipe_file import Unset
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.file import Unset
 
 CLUSTER = "dgx-h100-ib"
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cp import recipe
-from megatron_cp.slurm import flags
+from megatron_cp.recipe import recipe, slurm_flags
 from megatron_cp.slurm.job import job_of
 from megatron_cp.slurm.script import BODY, script
 from tests.conftest import Write
@@ -307,7 +306,7 @@ def test_recipes_of_an_array_ask_for_the_same_job_and_save_apart(write: Write) -
     ],
 )
 def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
-    assert flags.minutes(text) == expected
+    assert slurm_flags.minutes(text) == expected
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
@@ -322,7 +321,7 @@ def test_every_shipped_recipe_is_a_job(launcher: str) -> None:
 
 
 def test_no_flag_means_two_things() -> None:
-    from megatron_cp.megatron.flags import parser
+    from megatron_cp.megatron.arguments.recipe_flags import parser
 
-    assert not set(parser()._option_string_actions) & {*flags.KNOWN, *flags.WRITTEN_BY_US}
-    assert not {*recipe.TORCHRUN_FLAGS} & {*flags.KNOWN, *flags.WRITTEN_BY_US}
+    assert not set(parser()._option_string_actions) & {*slurm_flags.KNOWN, *slurm_flags.WRITTEN_BY_US}
+    assert not {*recipe.TORCHRUN_FLAGS} & {*slurm_flags.KNOWN, *slurm_flags.WRITTEN_BY_US}

@@ -16,10 +16,10 @@ from typing import NamedTuple
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.bounds import least_memory, lower_bound
 from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.list_schedule import EPSILON, Knobs, Order, grouped, orders_of, weave
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
 from megatron_cp.pipeline.simulate import OBJECTIVES, Run, peak_memory, simulate_below
-from megatron_cp.pipeline.weave import EPSILON, Knobs, Order, grouped, orders_of, weave
 
 WARMUPS = (1.0, 1.25, 1.5, 1.75, 2.0)
 # actions that the search may place; the shorter step it searches on has a few thousand

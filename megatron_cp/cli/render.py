@@ -1,0 +1,29 @@
+"""`megatron-cp render`: print the command, or the SLURM script, that a recipe stands for."""
+
+from typing import Annotated
+
+import typer
+
+from megatron_cp.cli.submit import print_script
+from megatron_cp.cli.train import FLAGS_AFTER_RECIPE, Flags, RecipeName, load_checked
+from megatron_cp.recipe.command import command, complete, corpus_command
+
+
+def render(
+    name: RecipeName,
+    flags: Flags = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print the script for sbatch instead.")] = False,
+) -> None:
+    """Print the exact commands that a recipe stands for, ready to be pasted into a shell."""
+    if slurm or "--slurm" in (flags or []):
+        print_script([name, *(flags or [])])
+        return
+    run = load_checked(name, flags or [])
+    if run.builds_corpus:
+        print(corpus_command(run))
+    print(command(complete(run)))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(context_settings=FLAGS_AFTER_RECIPE)(render)

@@ -1,0 +1,1 @@
+"""Context-parallel algorithms, one file per paper."""

@@ -1,0 +1,84 @@
+"""DeepSpeed-Ulysses: heads for tokens and back; in between every rank attends the whole sequence with its own heads.
+
+A rank's heads come in two chunks, so that one chunk's exchange runs beside the other's attention, in both passes. The
+chunks are KV heads with their queries; a rank with a single KV head gets it with the first chunk of its queries, and
+its gradients leave with the last. What is sent is the same as at once.
+
+Source: Jacobs et al. 2023, arXiv:2309.14509. Traffic: `BACKENDS` in `megatron_cp.context`.
+"""
+
+from itertools import batched, chain
+
+from torch import Tensor
+
+from megatron_cp.comm import SingleFabric
+from megatron_cp.context.algorithms import ring
+from megatron_cp.context.heads import Chunk, Homeward, Swap, cut, deal
+from megatron_cp.context.merge import Sum
+from megatron_cp.context.task import Saved, Task
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+
+    A KV head that query heads of several ranks need goes to each of them; heads that p does not divide are dealt
+    unevenly. Raises ValueError for more ranks than query heads.
+    """
+    return forward_between(q, k, v, task, *split(task))
+
+
+def backward(dout: Tensor, saved: tuple[Tensor, ...], task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    """dout [s b h d] -> dq, dk, dv; the exchanges of the forward pass the other way round."""
+    return backward_between(dout, saved, task, *split(task))
+
+
+def forward_between(
+    q: Tensor, k: Tensor, v: Tensor, task: Task, swap: Swap, inside: Task
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Attention of my heads over the tokens of `inside`, between the two exchanges; saved is one `Saved` per chunk."""
+    chunks, home = _chunks(swap, inside), Homeward(swap, [swap.hands.q])
+    arrivals = swap.visits([q, k, v], [(chunk.hands.q, chunk.arriving, chunk.arriving) for chunk in chunks])
+    saved: list[Saved] = []
+    for chunk, (q_i, k_i, v_i) in zip(chunks, arrivals, strict=True):
+        if not k_i.shape[2]:
+            k_i, v_i = saved[-1].k, saved[-1].v
+        out, saved_i = ring.forward(q_i, k_i, v_i, _on_chunk(chunk, task, swap, inside))
+        home.start([out], [chunk.hands.q])
+        saved.append(saved_i)
+    return home.results()[0], tuple(chain(*saved))
+
+
+def backward_between(
+    dout: Tensor, saved: tuple[Tensor, ...], task: Task, swap: Swap, inside: Task
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `forward_between`; a KV head's add up in float32 until it has met all of its queries."""
+    chunks, home = _chunks(swap, inside), Homeward(swap, [swap.hands.q, swap.hands.kv, swap.hands.kv])
+    arrivals = swap.visits([dout], [(chunk.hands.q,) for chunk in chunks])
+    total_k = total_v = None
+    for chunk, (dout_i,), tensors in zip(chunks, arrivals, batched(saved, len(Saved._fields)), strict=True):
+        saved_i = Saved(*tensors)
+        total_q, total_k, total_v = Sum(saved_i.q), total_k or Sum(saved_i.k), total_v or Sum(saved_i.v)
+        here = _on_chunk(chunk, task, swap, inside)
+        ring.attend_around_backward(total_q, total_k, total_v, dout_i, saved_i, here)
+        leaving = [saved_i.k[:, :, :0], saved_i.v[:, :, :0]]
+        if chunk.leaves(swap.fabric.rank):
+            leaving = [total_k.result(), total_v.result()]
+            total_k = total_v = None
+        home.start([total_q.result(), *leaving], [chunk.hands.q, chunk.leaving, chunk.leaving])
+    dq, dk, dv = home.results()
+    return dq, dk, dv
+
+
+def split(task: Task) -> tuple[Swap, Task]:
+    """All ranks exchange heads; what remains is attention on one rank."""
+    swap = Swap(task.fabric, task.runs, deal(*task.heads, task.fabric.size))
+    return swap, task.on(SingleFabric(), (swap.whole,), swap.kernel(task.kernel))
+
+
+def _chunks(swap: Swap, inside: Task) -> tuple[Chunk, ...]:
+    # a ring would carry a KV head once per chunk of its queries
+    return cut(swap.hands, within_group=inside.fabric.size == 1)
+
+
+def _on_chunk(chunk: Chunk, task: Task, swap: Swap, inside: Task) -> Task:
+    return inside.on(inside.fabric, inside.runs, swap.kernel(task.kernel, chunk.hands))

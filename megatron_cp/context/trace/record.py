@@ -1,0 +1,278 @@
+"""Run every rank's loop alone, on tensors without data, and note what it does: any sequence length, any rank count."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from megatron_cp.comm import Done, Fabric, Handle, axes_of
+from megatron_cp.context import AUTO, BACKENDS
+from megatron_cp.context.function import run as attend
+from megatron_cp.context.layouts import layout
+from megatron_cp.context.merge import accumulator_dtype
+from megatron_cp.context.plan import Plan, plan
+from megatron_cp.context.tiles import tiles
+from megatron_cp.context.trace.events import (
+    Compute,
+    Event,
+    HostCopy,
+    Matmul,
+    Message,
+    Pass,
+    Post,
+    Problem,
+    Step,
+    Touch,
+    Trace,
+    Wait,
+    match,
+)
+from megatron_cp.context.trace.live import LiveBytes
+from megatron_cp.kernels import Kernel
+
+
+def record(problem: Problem) -> Trace:
+    """The trace of a backend at a problem; nothing is computed and nobody talks.
+
+    Raises ValueError for what the backend refuses and UnmatchedError for a loop whose ranks would hang.
+    """
+    forward, backward = _passes(problem)
+    for run in (forward, backward):
+        match(run)
+    return Trace(problem, forward, backward, _relayout(problem, forward, backward))
+
+
+def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
+    """The plan of one rank of a problem."""
+    inner = outer = None
+    entry = BACKENDS.get(problem.backend)
+    if entry.name == AUTO:
+        raise ValueError(f"{AUTO!r} has no loop of its own; take what megatron_cp.context.auto.decide names")
+    if problem.grid and (entry.needs_grid or entry.takes_grid):
+        inner, outer = axes_of(problem.grid, fabric)
+    return plan(
+        problem.backend,
+        cp=fabric,
+        inner=inner,
+        outer=outer,
+        causal=problem.causal,
+        window=problem.window,
+        kernel=kernel,
+        placement=problem.placement,
+        layout=problem.layout,
+        chunks=problem.chunks,
+        stripe=problem.stripe,
+    )
+
+
+def _passes(problem: Problem) -> tuple[Pass, Pass]:
+    # refused before a share of the sequence is taken
+    layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
+    forward, backward = zip(*(record_rank(problem, rank) for rank in range(problem.ranks)), strict=True)
+    rows = () if any(isinstance(event, Compute) for event, _ in forward[0]) else _rows(problem)
+    return Pass(forward, problem.head_dim, rows), Pass(backward, problem.head_dim, rows)
+
+
+def _rows(problem: Problem) -> tuple[int, ...]:
+    """The work of each rank's own queries with the whole sequence."""
+    layouts = BACKENDS.get(problem.backend).layout or problem.layout
+    whole = (range(problem.seq),)
+    return tuple(
+        sum(tile.pairs for run in runs for tile in tiles((run,), whole, problem.mask)) * problem.heads
+        for runs in layout(layouts, problem.seq, problem.ranks, problem.stripe)
+    )
+
+
+def _relayout(problem: Problem, *passes: Pass) -> list[int]:
+    """What every rank sends more than it would if its tokens lay as the loop wants them."""
+    wanted = BACKENDS.get(problem.backend).layout
+    if wanted in (None, problem.layout):
+        return [0] * problem.ranks
+    native = _passes(replace(problem, layout=wanted))
+    ours, theirs = ([sum(sent) for sent in zip(*(run.sent for run in both), strict=True)] for both in (passes, native))
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """One rank's forward and backward steps."""
+    tokens, dtype = problem.seq // problem.ranks, getattr(torch, problem.dtype)
+    q, k, v, dout = (
+        torch.empty(tokens, 1, heads, problem.head_dim, dtype=dtype, device="meta")
+        for heads in (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
+    )
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    with Recorder(q, k, v, dout) as recorder:
+        fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank)
+        made = plan_on(problem, fabric, RecordingKernel(recorder))
+        out = attend(q, k, v, made)
+        forward = recorder.take()
+        out.backward(dout)
+        return forward, recorder.take()
+
+
+class Recorder(LiveBytes):
+    """Notes what runs inside the block: events from fabric and kernel, memory from every operation on tensors."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__(*inputs)
+        self._steps: list[Step] = []
+        self._touched, self._batches, self.backward = 0, 0, False
+        self._forms: dict[tuple, tuple] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = _kind(func)
+        if kind == "in place":
+            result = args[0]
+            if self._is_host(result) or (len(args) > 1 and self._is_host(args[1])):
+                self.note(HostCopy(_bytes(result)))
+                return result
+        else:
+            run = partial(self._shaped, func) if kind == "new" else func
+            result = super().__torch_dispatch__(run, types, args, kwargs)
+        if func.overloadpacket.__name__ in ("bmm", "mm"):
+            self.note(Matmul(2 * result.numel() * args[0].shape[-1], self.backward))
+        elif kind != "free":
+            self._touched += sum(_bytes(x) for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor))
+        return result
+
+    def _is_host(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._host
+
+    def _shaped(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """The result of an operation that makes a tensor; torch takes long to find its shape, so it is asked once."""
+        key = (func, *(_form(leaf) for leaf in tree_iter((args, kwargs))))
+        if key not in self._forms:
+            result = func(*args, **kwargs)
+            self._forms[key] = _form(result)
+            return result
+        size, stride, dtype = self._forms[key]
+        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+    def note(self, event: Event) -> None:
+        """Append an event, after what was touched before it."""
+        if self._touched:
+            self._append(Touch(self._touched))
+        self._append(event)
+
+    def post(
+        self, group: tuple[int, ...], sends: Sequence[Message], recvs: Sequence[Message], buffers: Sequence[object]
+    ) -> Handle:
+        """Note a batch of messages; the handle notes the wait, and holds on to the buffers until then."""
+        batch, self._batches = self._batches, self._batches + 1
+        self.note(Post(batch, group, tuple(sends), tuple(recvs)))
+        return _Pending(self, batch, buffers)
+
+    def take(self) -> tuple[Step, ...]:
+        """What was noted since the last time, closed by what was touched at the end."""
+        self._append(Touch(self._touched))
+        steps, self._steps, self.backward = tuple(self._steps), [], True
+        return steps
+
+    def _append(self, event: Event) -> None:
+        self._steps.append(Step(event, self.peak))
+        self._touched, self.peak = 0, self.now
+
+
+# they reserve memory and write nothing, or are views that do not say so
+_UNTOUCHED = "empty empty_like new_empty empty_strided new_empty_strided host_empty _unsafe_view".split()
+
+
+@cache
+def _kind(func: Any) -> str:
+    """What an operation does without data: "free" touches nothing, "in place" makes nothing, "new" one tensor."""
+    name, arguments, results = func.overloadpacket.__name__, func._schema.arguments, func._schema.returns
+    if func.is_view or name in _UNTOUCHED:
+        return "free"
+    changed = arguments[0].alias_info if arguments else None
+    if name.endswith("_") and changed is not None and changed.is_write:
+        return "in place"
+    # an operation of our own says what it does itself
+    makes = [(str(result.type), result.alias_info) for result in results] == [("Tensor", None)]
+    takes = bool(arguments) and "Tensor" in str(arguments[0].type)
+    return "new" if func.namespace == "aten" and makes and takes else "other"
+
+
+def _form(value: Any) -> Any:
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
+
+
+class RecordingFabric:
+    """A rank of `members` that talks to nobody."""
+
+    def __init__(self, recorder: Recorder, members: tuple[int, ...], me: int) -> None:
+        self._recorder, self._members = recorder, members
+        self.rank, self.size, self.sent = members.index(me), len(members), 0
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Handle:
+        assert all(tensor.is_contiguous() for tensor, _ in chain(sends, recvs)), "messages are contiguous tensors"
+        if not sends and not recvs:
+            return Done()
+        self.sent += sum(_bytes(tensor) for tensor, _ in sends)
+        return self._recorder.post(self._members, self._messages(sends), self._messages(recvs), [*sends, *recvs])
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        # as the flat buffer of a process group: room for all, one's own part copied into it
+        gathered, local = local.new_empty((self.size, *local.shape)), local.contiguous()
+        gathered[self.rank] = local
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        self.exchange([(local, peer) for peer in others], [(gathered[peer], peer) for peer in others]).wait()
+        return gathered
+
+    def subset(self, ranks: Sequence[int]) -> "RecordingFabric":
+        return RecordingFabric(self._recorder, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
+
+    def _messages(self, transfers: Sequence[tuple[Tensor, int]]) -> list[Message]:
+        return [Message(self._members[peer], _bytes(tensor)) for tensor, peer in transfers]
+
+
+class _Pending:
+    """A batch under way; a second wait is nothing."""
+
+    def __init__(self, recorder: Recorder, batch: int, buffers: Sequence[object]) -> None:
+        self._recorder, self._batch, self._waited = recorder, batch, False
+        self._buffers = buffers
+
+    def wait(self) -> None:
+        if not self._waited:
+            self._recorder.note(Wait(self._batch))
+        self._waited, self._buffers = True, ()
+
+    def done(self) -> bool:
+        return False
+
+
+class RecordingKernel:
+    """Results without values, as large as a fused kernel's."""
+
+    name = "recording"
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        self._note(q, k, causal, backward=False)
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._note(q, k, causal, backward=True)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def _note(self, q: Tensor, k: Tensor, causal: bool, *, backward: bool) -> None:
+        assert q.numel() * k.numel(), "an empty tile never reaches a kernel"
+        assert not causal or len(q) == len(k), "a causal tile has as many queries as keys"
+        batches = q.shape[1]
+        self._recorder.note(
+            Compute(len(q), len(k), batches * q.shape[2], batches * k.shape[2], q.shape[3], causal, backward)
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,179 @@
+"""Documents to token ids, by worker processes, in an order that does not depend on how many there are."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_cp.corpus.documents import Bad, Piece, read
+from megatron_cp.corpus.tokenizers import BYTE, Tokenizer, load_tokenizer
+
+# Megatron's own threshold (indexed_dataset.DType.optimal_dtype): below it ids are stored in two bytes
+UINT16_VOCABULARY = 65500
+DTYPES = ("uint16", "int32")
+# the .idx file stores the length of a document as int32
+LONGEST_DOCUMENT = 2**31 - 1
+PIECES_AHEAD_PER_WORKER = 3
+# bytes of input below which one more process costs more time to start than it saves
+WORTH_A_BYTE_WORKER, WORTH_A_WORKER = 64_000_000, 2_000_000
+
+
+class Plan(NamedTuple):
+    """All that a worker needs to know: it loads the tokenizer itself, once."""
+
+    tokenizer: str
+    eod_id: int | None
+    append_eod: bool
+    field: str
+    dtype: str
+
+
+class Batch(NamedTuple):
+    """The documents of one piece: their ids one after another, and for each its tokens and its bytes of UTF-8.
+
+    `bad` pairs what could not be read with the number of documents before it; `empty` counts texts without tokens.
+    """
+
+    tokens: NDArray[Any]
+    lengths: NDArray[np.int64]
+    text_bytes: NDArray[np.int64]
+    bad: tuple[tuple[int, Bad], ...]
+    empty: int
+    disk_bytes: int
+
+    def head(self, documents: int) -> "Batch":
+        """The batch up to and with the given number of documents."""
+        tokens = self.tokens[: self.lengths[:documents].sum()]
+        bad = tuple(each for each in self.bad if each[0] < documents)
+        sizes = (self.lengths[:documents], self.text_bytes[:documents])
+        return self._replace(tokens=tokens, lengths=sizes[0], text_bytes=sizes[1], bad=bad)
+
+
+def make_plan(tokenizer: Tokenizer, eod_id: int | None, append_eod: bool, field: str, dtype: str | None) -> Plan:
+    """The plan for a loaded tokenizer; `dtype` None chooses as Megatron does, by the size of the vocabulary.
+
+    Raises ValueError when documents shall end with a token that the tokenizer does not have.
+    """
+    if append_eod and tokenizer.eod is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} names no end-of-document token; choose one with --eod-id or leave it out "
+            "with --no-append-eod"
+        )
+    dtype = dtype or ("uint16" if tokenizer.vocabulary < UINT16_VOCABULARY else "int32")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    return Plan(tokenizer.name, eod_id, append_eod, field, dtype)
+
+
+def encode_piece(piece: Piece, tokenizer: Tokenizer, plan: Plan) -> Batch:
+    """The token ids of one piece; raises ValueError for an id that the tokenizer or the dtype does not allow."""
+    documents: list[NDArray[Any]] = []
+    text_bytes: list[int] = []
+    bad, empty = [], 0
+    for text in read(piece, plan.field):
+        if isinstance(text, Bad):
+            bad.append((len(documents), text))
+            continue
+        ids = _ids_of(text, tokenizer, plan) if text.strip() else None
+        if ids is None:
+            empty += 1
+        else:
+            documents.append(ids)
+            text_bytes.append(len(text.encode()))
+    tokens = np.concatenate(documents) if documents else np.empty(0, plan.dtype)
+    lengths = np.array([len(ids) for ids in documents], np.int64)
+    return Batch(tokens, lengths, np.array(text_bytes, np.int64), tuple(bad), empty, piece.disk_bytes)
+
+
+def _ids_of(text: str, tokenizer: Tokenizer, plan: Plan) -> NDArray[Any] | None:
+    ids = np.asarray(tokenizer.encode(text))
+    if not len(ids):
+        return None
+    largest = max(int(ids.max()), tokenizer.eod if plan.append_eod and tokenizer.eod is not None else 0)
+    if largest > np.iinfo(plan.dtype).max:
+        raise ValueError(f"token id {largest} of {tokenizer.name} does not fit --dtype {plan.dtype}; use int32")
+    if largest >= tokenizer.vocabulary:
+        raise ValueError(f"{tokenizer.name} produced token id {largest}, beyond its vocabulary {tokenizer.vocabulary}")
+    if len(ids) + plan.append_eod > LONGEST_DOCUMENT:
+        raise ValueError(f"a document of {len(ids)} tokens is longer than the format allows; split it")
+    if not plan.append_eod:
+        return ids.astype(plan.dtype)
+    return np.append(ids.astype(plan.dtype), np.array(tokenizer.eod, plan.dtype))
+
+
+def workers_for(disk_bytes: int, tokenizer: str) -> int:
+    """How many processes pay off for so much input, at most one for each CPU this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, 1 + disk_bytes // (WORTH_A_BYTE_WORKER if tokenizer == BYTE else WORTH_A_WORKER))
+
+
+def encode(pieces: Iterable[Piece], plan: Plan, workers: int) -> Generator[Batch]:
+    """Batches in the order of the pieces; one worker is this process itself.
+
+    Raises RuntimeError when a worker process dies. Workers end with this generator, and also when this process is
+    killed.
+    """
+    if workers < 1:
+        raise ValueError(f"--workers {workers} is less than 1")
+    if workers == 1:
+        tokenizer = load_tokenizer(plan.tokenizer, plan.eod_id)
+        yield from (encode_piece(piece, tokenizer, plan) for piece in pieces)
+        return
+    with _pool(workers) as pool:
+        running: deque[Future[Batch]] = deque()
+        try:
+            for piece in pieces:
+                running.append(pool.submit(_encode_in_worker, piece, plan))
+                if len(running) >= PIECES_AHEAD_PER_WORKER * workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError("a worker process died, perhaps for want of memory; try fewer --workers") from error
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # spawn, not fork: the progress bar and torch have threads by now
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    try:
+        yield pool
+    except BaseException:
+        # a worker may be minutes away from the end of a large document
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole process group; the parent alone decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+_loaded = functools.cache(load_tokenizer)
+
+
+def _encode_in_worker(piece: Piece, plan: Plan) -> Batch:
+    return encode_piece(piece, _loaded(plan.tokenizer, plan.eod_id), plan)

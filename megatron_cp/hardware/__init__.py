@@ -1,0 +1,1 @@
+"""Clusters and machines: rates and links, built in or read from a file."""

@@ -1,0 +1,232 @@
+"""Reads the description of a cluster: the keys, units and rules of a file, over the description that it extends."""
+
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any, overload
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from megatron_cp.config import configs_folder
+from megatron_cp.hardware.cluster import COLLECTIVES, Cluster, Gemm, Link
+from megatron_cp.registry import suggest
+
+PORTS = ("shared", "per-neighbour")
+SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
+COMPUTE_KEYS = "dtype peak_tflops efficiency_forward efficiency_backward call_us block_keys"
+MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_gb_per_s loss_gb_per_s"
+LINK_KEYS = (
+    "peak_gb_per_s efficiency latency_us ports busy_s_per_gb busy_us_per_message "
+    "gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
+)
+
+
+ON_CPU = "this-cpu"
+
+# SXM boards; those in PCIe slots have other links
+BY_GPU = {"A100": "a100-ib", "H100": "h100-ib", "H200": "h100-ib"}
+
+
+def shipped_clusters() -> list[str]:
+    """Names of the shipped descriptions."""
+    return sorted(path.stem for path in (configs_folder() / "clusters").glob("*.yaml"))
+
+
+def load_cluster(name: str) -> Cluster:
+    """The cluster that a file or a shipped name describes.
+
+    Raises ValueError with file and line for a number that is missing, negative or none at all, and for unknown keys.
+    """
+    known = {path.stem: path for path in sorted((configs_folder() / "clusters").glob("*.yaml"))}
+    file = Path(name) if Path(name).is_file() else known.get(name)
+    if file is None:
+        raise ValueError(f"no cluster {name!r}{suggest(name, known)}; give a file or one of: {', '.join(known)}")
+    return read(file)
+
+
+def cluster_of(gpu: str | None) -> str:
+    """The shipped cluster for a GPU, by the name that CUDA gives it, or for a CPU.
+
+    Raises ValueError for a GPU that no shipped cluster has.
+    """
+    if gpu is None:
+        return ON_CPU
+    words = gpu.upper().replace("-", " ").split()
+    if not any(word.startswith("PCI") or word == "NVL" for word in words):
+        for board, name in BY_GPU.items():
+            if board in words:
+                return name
+    raise ValueError(
+        f"no shipped cluster has {gpu!r}, so that 'auto' cannot tell what is fast; "
+        f"pass --cp-cluster with a file of your own or one of: {', '.join(shipped_clusters())}"
+    )
+
+
+def read(file: Path) -> Cluster:
+    """The cluster in `file`; raises ValueError with file and line for what is missing, unknown or no such number."""
+    top = _read(file, ())
+    compute = top.section("compute", COMPUTE_KEYS)
+    memory, peak = top.section("memory", MEMORY_KEYS), compute.number("peak_tflops") * 1e12
+    overhead = top.section("overhead", "step_ms layer_us") if top.has("overhead") else None
+    single = not top.has("between")
+    return Cluster(
+        file.stem,
+        compute.word("dtype", ("float64", "float32", "bfloat16", "float16")),
+        peak * compute.share("efficiency_forward"),
+        peak * compute.share("efficiency_backward"),
+        compute.number("call_us", zero=True) * 1e-6,
+        memory.number("peak_gb_per_s") * 1e9 * memory.share("efficiency"),
+        _rate(top.section("host", "peak_gb_per_s efficiency")) if top.has("host") else None,
+        2**30 if single and not top.has("ranks_per_node") else top.count("ranks_per_node"),
+        _link(top.section("inside", LINK_KEYS)),
+        None if single else _link(top.section("between", LINK_KEYS)),
+        _gemms(top.section("gemm", "fp8 bfloat16 float16 float32")) if top.has("gemm") else (),
+        memory.optional("size_gb", 1e9),
+        memory.optional("reserved_gb", 1e9, 0.0),
+        memory.optional("elementwise_gb_per_s", 1e9),
+        memory.optional("loss_gb_per_s", 1e9),
+        overhead.optional("step_ms", 1e-3, 0.0) if overhead else 0.0,
+        overhead.optional("layer_us", 1e-6, 0.0) if overhead else 0.0,
+        compute.count("block_keys") if compute.has("block_keys") else 0,
+    )
+
+
+def _read(file: Path, open_files: tuple[Path, ...]) -> "_Section":
+    """The file's mapping, over that of the description which it extends."""
+    if file in open_files:
+        raise ValueError(f"{file}:1: extends itself: {' -> '.join(path.name for path in (*open_files, file))}")
+    try:
+        content = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{file}:{line}: {error.problem}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}:1: a cluster is a mapping of compute, memory and links")
+    top = _Section(file, "", content, SECTIONS)
+    if "extends" in content:
+        known = tuple(shipped_clusters())
+        below = configs_folder() / "clusters" / f"{top.word('extends', known)}.yaml"
+        top.below = _read(below, (*open_files, file))
+    return top
+
+
+def _gemms(section: "_Section") -> tuple[tuple[str, Gemm], ...]:
+    return tuple((dtype, _gemm(section.section(dtype, "peak_tflops efficiency"))) for dtype in section.names)
+
+
+def _gemm(section: "_Section") -> Gemm:
+    peak = section.number("peak_tflops") * 1e12
+    shares = section.section("efficiency", None)
+    sizes = sorted(shares.names)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{section.place}: efficiency maps sizes of a product's smallest dimension to shares")
+    return Gemm(peak, tuple(sizes), tuple(peak * shares.share(size) for size in sizes))
+
+
+def _rate(section: "_Section") -> float:
+    return section.number("peak_gb_per_s") * 1e9 * section.share("efficiency")
+
+
+def _link(section: "_Section") -> Link:
+    latency, busy = section.number("latency_us", zero=True) * 1e-6, section.optional("busy_s_per_gb", 1e-9, 0.0)
+    measured = (section.optional(f"{kind}_gb_per_s", 1e9) for kind in COLLECTIVES)
+    message = section.optional("busy_us_per_message", 1e-6, 0.0)
+    return Link(_rate(section), latency, section.word("ports", PORTS), busy, message, *measured)
+
+
+class _Section:
+    """A mapping of the file that knows where its values stand, over one of the file that it extends."""
+
+    def __init__(self, file: Path, path: str, content: Any, keys: tuple[str, ...] | None, line: int = 1) -> None:
+        self._file, self._path, self._content, self._line = file, path, content, line
+        self.below: _Section | None = None
+        for key in content:
+            if keys is not None and key not in keys:
+                raise ValueError(
+                    f"{self._at(key)}: unknown key {path}{key}{suggest(str(key), keys)}; known: {', '.join(keys)}"
+                )
+
+    @property
+    def place(self) -> str:
+        """File and line of its key."""
+        return f"{self._file}:{self._line}"
+
+    @property
+    def names(self) -> list[Any]:
+        """The keys of both."""
+        return list(dict.fromkeys([*(self.below.names if self.below else ()), *self._content]))
+
+    def has(self, key: Any) -> bool:
+        """Whether there is a value; `key:` with none takes back what the file extends."""
+        if key in self._content:
+            return self._content[key] is not None
+        return self.below is not None and self.below.has(key)
+
+    def section(self, key: str, keys: str | None) -> "_Section":
+        """The mapping under a key; without `keys` it may hold any."""
+        below = self.below.section(key, keys) if self.below and self.below.has(key) else None
+        if below and key not in self._content:
+            return below
+        value = self._value(key, "a mapping")
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self._at(key)}: {self._path}{key} must be a mapping, got {value!r}")
+        known = None if keys is None else tuple(keys.split())
+        own = _Section(self._file, f"{self._path}{key}.", value, known, self._content.lc.key(key)[0] + 1)
+        own.below = below
+        return own
+
+    def number(self, key: Any, *, zero: bool = False) -> float:
+        if self.below and key not in self._content:
+            return self.below.number(key, zero=zero)
+        value = self._value(key, "a number")
+        good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        if not good or value < 0 or (value == 0 and not zero):
+            rule = "a number of 0 or more" if zero else "a positive number"
+            raise ValueError(f"{self._at(key)}: {self._path}{key} must be {rule}, got {value!r}")
+        return float(value)
+
+    @overload
+    def optional(self, key: str, unit: float) -> float | None: ...
+
+    @overload
+    def optional(self, key: str, unit: float, default: float) -> float: ...
+
+    def optional(self, key: str, unit: float, default: float | None = None) -> float | None:
+        """A number in `unit`, or `default` where there is none; 0 is one where a default says so."""
+        return self.number(key, zero=default is not None) * unit if self.has(key) else default
+
+    def count(self, key: str) -> int:
+        if self.below and key not in self._content:
+            return self.below.count(key)
+        value = self.number(key)
+        if not value.is_integer():
+            raise ValueError(f"{self._at(key)}: {self._path}{key} must be a whole number, got {value:g}")
+        return int(value)
+
+    def share(self, key: Any) -> float:
+        if self.below and key not in self._content:
+            return self.below.share(key)
+        value = self.number(key)
+        if value > 1:
+            raise ValueError(f"{self._at(key)}: {self._path}{key} is a share of the peak, at most 1, got {value!r}")
+        return value
+
+    def word(self, key: str, known: tuple[str, ...]) -> str:
+        if self.below and key not in self._content:
+            return self.below.word(key, known)
+        value = self._value(key, f"one of: {', '.join(known)}")
+        if value not in known:
+            raise ValueError(
+                f"{self._at(key)}: {self._path}{key} must be one of: {', '.join(known)}; got {value!r}"
+                f"{suggest(str(value), known)}"
+            )
+        return str(value)
+
+    def _value(self, key: Any, what: str) -> Any:
+        if key not in self._content:
+            raise ValueError(f"{self._file}:{self._line}: {self._path}{key} is missing; give {what}")
+        return self._content[key]
+
+    def _at(self, key: Any) -> str:
+        return f"{self._file}:{self._content.lc.key(key)[0] + 1}"

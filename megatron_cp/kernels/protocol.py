@@ -1,0 +1,62 @@
+"""Attention on one device: what every backend computes through, and what a kernel may rely on."""
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """Softmax attention of one tile; knows nothing of ranks.
+
+    q is `s b h d`, k and v are `s b g d` with h a multiple of g, out and dout are `s b h d`, lse is `s b h`: the
+    natural-log logsumexp of the scaled scores in float32 (float64 for float64). Inputs may be strided views with a
+    contiguous last dim and are never empty. `causal` asks for equally many queries and keys. out and the gradients
+    come back in q's dtype or, where the op computes wider, in lse's, not rounded before they are added up; maybe as
+    strided views. A row without any key has out 0 and lse -inf.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def forward(
+        self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float, causal: bool
+    ) -> tuple["Tensor", "Tensor"]: ...
+
+    def backward(
+        self,
+        dout: "Tensor",
+        q: "Tensor",
+        k: "Tensor",
+        v: "Tensor",
+        out: "Tensor",
+        lse: "Tensor",
+        *,
+        scale: float,
+        causal: bool,
+    ) -> tuple["Tensor", "Tensor", "Tensor"]:
+        """(dq, dk, dv) of this tile; out (in q's dtype or lse's) and lse belong to the whole, merged softmax."""
+        ...
+
+
+def check_call(q: "Tensor", k: "Tensor", v: "Tensor", causal: bool) -> None:
+    """Assert what a kernel may rely on; some fused ops kill the process or answer wrongly instead of saying so."""
+    assert q.ndim == k.ndim == v.ndim == 4, "attention tensors are s b h d"
+    assert q.dtype == k.dtype == v.dtype, f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
+    assert all(x.numel() for x in (q, k, v)), "an empty tile never reaches a kernel"
+    assert k.shape[:3] == v.shape[:3], f"k {tuple(k.shape)} and v {tuple(v.shape)} are of different tokens or heads"
+    assert q.shape[1::2] == k.shape[1::2], f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dim"
+    assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+    # with it no row is without keys, and top-left and bottom-right causal are the same
+    assert not causal or q.shape[0] == k.shape[0], "a causal tile has as many queries as keys"
+    assert q.stride(3) == k.stride(3) == v.stride(3) == 1, "the last dim is contiguous"
+
+
+def check_backward(dout: "Tensor", q: "Tensor", v: "Tensor", out: "Tensor", lse: "Tensor") -> None:
+    """Assert that what backward gets from outside fits the tile."""
+    shape = (*q.shape[:3], v.shape[3])
+    assert dout.shape == out.shape == shape, f"dout {tuple(dout.shape)}, out {tuple(out.shape)}, expected {shape}"
+    assert lse.shape == q.shape[:3], f"lse {tuple(lse.shape)}, expected {tuple(q.shape[:3])}"
+    assert dout.dtype == q.dtype, f"dout is {dout.dtype}, q {q.dtype}"
+    assert out.dtype in (q.dtype, lse.dtype), f"out is {out.dtype}, q {q.dtype}, lse {lse.dtype}"

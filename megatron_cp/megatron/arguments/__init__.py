@@ -1,0 +1,1 @@
+"""Command-line flags: added, checked, filled in, and validated without a GPU."""

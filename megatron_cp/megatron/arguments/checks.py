@@ -1,0 +1,116 @@
+"""Megatron's parser and checks with ours: flags added, values filled in for this machine, refusals in one line."""
+
+import functools
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_cp.errors import BadArguments, one_line
+from megatron_cp.megatron import dataset
+from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, has_nvrx, wants_layers
+from megatron_cp.megatron.arguments.context import add_arguments, check
+from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table, imply_chunks
+from megatron_cp.megatron.checkpoint import resume
+from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.run import has_our_layers, say
+from megatron_cp.registry import suggest
+
+
+def add_megatron_arguments(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Megatron's parser with our flags, a help that can be printed, and errors in one line."""
+    parser = old(*args, **kwargs)
+    add_arguments(parser)
+    _mend_help(parser)
+    parser.error = functools.partial(_refuse_words, parser)
+    return parser
+
+
+def _mend_help(parser: Any) -> None:
+    # one of Megatron's help texts ends in a bare per cent sign, which makes --help fail
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
+
+
+def _refuse_words(parser: Any, message: str) -> None:
+    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    hint = suggest(unknown[0], parser._option_string_actions) if "unrecognized" in message and unknown else ""
+    raise BadArguments(message + hint)
+
+
+def validate_args(old: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Fill in and check the parsed arguments, ours and Megatron's; raises BadArguments with one line."""
+    try:
+        complete(args)
+        # before Megatron's checks, for ours say more than a bare assertion
+        if has_our_layers(args):
+            check(args)
+        check_schedule(args)
+        result = old(args, *rest, **kwargs)
+        check_table(args)
+        check_inputs(args)
+    except (ValueError, AssertionError) as error:
+        raise BadArguments(one_line(error)) from error
+    return result
+
+
+def complete(args: Any) -> None:
+    """Fill in what this machine and our layers need of parsed arguments, before Megatron validates them."""
+    if args.spec is None and wants_layers(sys.argv[1:]):
+        args.spec = list(HYBRID_SPEC if getattr(args, "hybrid_layer_pattern", None) else SPEC)
+    if has_our_layers(args) and args.create_attention_mask_in_dataloader:
+        args.create_attention_mask_in_dataloader = False
+        say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
+    if chunks := imply_chunks(args):
+        say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
+    if args.async_save and args.async_strategy == "nvrx" and (cpu.active() or not has_nvrx()):
+        args.async_strategy = "mcore"
+        say("no GPU with nvidia-resiliency-ext here: --async-strategy mcore")
+    if changed := fill_arguments(args):
+        say(f"this machine has no {'GPU' if cpu.active() else 'transformer-engine'}: {' '.join(changed)}")
+
+
+def check_inputs(args: Any) -> None:
+    """Refuse data or a checkpoint that cannot be read, before anything is built; ValueError says what and why."""
+    resume.check(args)
+    if not args.mock_data:
+        given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+        for prefixes in filter(None, given):
+            dataset.check_data_path(prefixes)
+
+
+# The plain implementation of what is otherwise a kernel of transformer-engine or Apex: (name, value, the flag for it).
+# None changes what is computed, so one recipe serves machines with and without them.
+WITHOUT_TE: tuple[tuple[str, Any, str], ...] = (
+    ("transformer_impl", "local", "--transformer-impl local"),
+    ("apply_rope_fusion", False, "--no-rope-fusion"),
+    ("no_persist_layer_norm", True, "--no-persist-layer-norm"),
+    ("gradient_accumulation_fusion", False, "--no-gradient-accumulation-fusion"),
+    ("masked_softmax_fusion", False, "--no-masked-softmax-fusion"),
+    ("moe_permute_fusion", False, "no --moe-permute-fusion"),
+    ("moe_router_fusion", False, "no --moe-router-fusion"),
+    ("tp_comm_overlap", False, "no --tp-comm-overlap"),
+)
+# The same for what is a compiled or CUDA kernel in torch or Megatron itself.
+WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
+    ("distributed_backend", "gloo", "--distributed-backend gloo"),
+    ("use_cpu_initialization", True, "--use-cpu-initialization"),
+    ("bias_swiglu_fusion", False, "--no-bias-swiglu-fusion"),
+    ("bias_gelu_fusion", False, "--no-bias-gelu-fusion"),
+    ("bias_dropout_fusion", False, "--no-bias-dropout-fusion"),
+    ("cross_entropy_loss_fusion", False, "no --cross-entropy-loss-fusion"),
+    # a forked worker would inherit gloo's threads in the middle of whatever they do
+    ("num_workers", 0, "--num-workers 0"),
+)
+
+
+def fill_arguments(args: Any) -> list[str]:
+    """Set in parsed `args` what this machine needs; the flags that say the same, for those that differed."""
+    lacks_te = importlib.util.find_spec("transformer_engine") is None
+    needed_here = (WITHOUT_TE if lacks_te or cpu.active() else ()) + (WITHOUT_GPU if cpu.active() else ())
+    changed = [entry for entry in needed_here if getattr(args, entry[0], entry[1]) != entry[1]]
+    for name, value, _ in changed:
+        setattr(args, name, value)
+    return [flag for *_, flag in changed]

@@ -1,0 +1,292 @@
+"""Flags of ours for attention, and the checks that Megatron's own argument validation leaves out.
+
+Pure Python: everything here reads attributes, so that a parsed namespace and a TransformerConfig can both be asked.
+"""
+
+from argparse import ArgumentParser
+from math import prod
+from typing import Any
+
+from megatron_cp.context import AUTO as AUTO_BACKEND
+from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.context.layouts import check_chunks, layout
+from megatron_cp.grid import Grid, most_square
+from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
+from megatron_cp.kernels import AUTO, KERNELS
+from megatron_cp.megatron.arguments.pipeline import add_schedule_arguments
+from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.registry import suggest
+
+HEAD_FIRST = "head-first"
+
+
+def _mla_heads_differ(source: Any) -> bool:
+    if not read(source, "multi_latent_attention", False):
+        return False
+    query_key = read(source, "qk_head_dim", 0) + read(source, "qk_pos_emb_head_dim", 0)
+    return bool(query_key != read(source, "v_head_dim", 0))
+
+
+# Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
+UNSUPPORTED = (
+    Unsupported(
+        "a softmax with a sink (softmax_type other than 'vanilla')",
+        lambda source: read(source, "softmax_type", "vanilla") != "vanilla",
+        "leave --softmax-type out",
+    ),
+    Unsupported(
+        "clipping by the largest logit (qk_clip)",
+        lambda source: bool(read(source, "qk_clip", False)),
+        "leave --qk-clip out",
+    ),
+    Unsupported(
+        "logging the largest logit (log_max_attention_logit)",
+        lambda source: bool(read(source, "log_max_attention_logit", False)),
+        "leave --log-max-attention-logit out",
+    ),
+    Unsupported(
+        "multi-latent attention whose v_head_dim is not qk_head_dim + qk_pos_emb_head_dim",
+        _mla_heads_differ,
+        "leave --multi-latent-attention out or use stock attention",
+    ),
+)
+
+
+def refuse_unsupported(source: Any, where: str) -> None:
+    """Raise ValueError, beginning with `where`, for the first thing asked of `source` that attention cannot do."""
+    refuse(UNSUPPORTED, source, f"{where}: megatron-cp's attention")
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags of ours to Megatron's parser; usable as an `extra_args_provider`."""
+    group = parser.add_argument_group(title="context-parallel attention (megatron-cp)")
+    group.add_argument(
+        "--cp-kernel",
+        default=AUTO,
+        metavar="{" + ",".join([AUTO, *KERNELS.names]) + "}",
+        help="Attention kernel on one device; auto takes the fastest one that the machine has and says why. "
+        "The algorithm between the ranks is chosen with --cp-comm-type: "
+        + ", ".join("=".join([entry.name, *entry.aliases]) for entry in BACKENDS)
+        + ".",
+    )
+    group.add_argument(
+        "--cp-placement",
+        default=HEAD_FIRST,
+        metavar="{" + ",".join(PLACEMENTS) + "}",
+        help="With --cp-comm-type usp, which of the two --hierarchical-context-parallel-sizes exchanges heads: "
+        "head-first the first (neighbouring ranks), context-first the second.",
+    )
+    group.add_argument(
+        "--cp-stripe",
+        type=int,
+        default=1,
+        metavar="TOKENS",
+        help="With --cp-comm-type striped, tokens in a block that one rank owns; longer blocks make larger tiles and "
+        "a coarser balance.",
+    )
+    group.add_argument(
+        "--cp-chunks",
+        type=int,
+        default=None,
+        metavar="PIECES",
+        help="Cut attention into so many pieces over time, with what waits in host memory (FPDT). Takes every "
+        f"--cp-comm-type but {', '.join(entry.name for entry in BACKENDS if not entry.chunks)}.",
+    )
+    group.add_argument(
+        "--cp-cluster",
+        default=None,
+        metavar="NAME|FILE",
+        help="With --cp-comm-type auto, the cluster that a backend is chosen for: "
+        + ", ".join(shipped_clusters())
+        + ", or a YAML file; by default the one that ships for this machine's GPU.",
+    )
+    add_schedule_arguments(parser)
+    return parser
+
+
+def check(args: Any) -> None:
+    """Cross-check the arguments of a run that uses our attention.
+
+    Reads only what the command line says, so it may run before or after Megatron's `validate_args`; before it, a
+    user reads these sentences instead of bare assertions. Raises ValueError with the rule, the value and a way out.
+    """
+    _check_names(args)
+    _check_sizes(args)
+    _check_groups(args)
+    _check_stripe(args)
+    _check_chunks(args)
+    _check_cluster(args)
+    _check_warmup(args)
+    refuse_unsupported(args, "arguments")
+    _check_call_inputs(args)
+
+
+def _check_names(args: Any) -> None:
+    for name in comm_types(args):
+        BACKENDS.get(name)
+    kernel = read(args, "cp_kernel", AUTO)
+    if kernel != AUTO:
+        KERNELS.get(kernel)
+    placement = read(args, "cp_placement", HEAD_FIRST)
+    if placement not in PLACEMENTS:
+        raise ValueError(
+            f"unknown --cp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
+        )
+    if placement != HEAD_FIRST and not any(takes_placement(name) for name in comm_types(args)):
+        raise ValueError(
+            f"--cp-placement {placement} needs --cp-comm-type usp, got {', '.join(comm_types(args))}; leave it out"
+        )
+
+
+def is_striped(comm_type: str) -> bool:
+    """Whether this algorithm works on stripes."""
+    return BACKENDS.get(comm_type).layout == "striped"
+
+
+def takes_placement(comm_type: str) -> bool:
+    """Whether this algorithm asks which axis exchanges heads."""
+    return BACKENDS.get(comm_type).placed
+
+
+def _check_chunks(args: Any) -> None:
+    chunks, cp, length = read(args, "cp_chunks"), read(args, "context_parallel_size", 1), read(args, "seq_length")
+    if chunks is None:
+        return
+    if chunks < 1:
+        raise ValueError(f"--cp-chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
+    for entry in map(BACKENDS.get, comm_types(args)):
+        if not entry.chunks:
+            raise ValueError(
+                f"--cp-chunks {chunks} cannot cut --cp-comm-type {entry.name} into pieces; leave it out or use fpdt"
+            )
+        if length:
+            check_chunks(layout(entry.layout or "zigzag", length, cp, read(args, "cp_stripe", 1)), chunks)
+
+
+def _check_cluster(args: Any) -> None:
+    cluster = read(args, "cp_cluster")
+    if cluster is None:
+        return
+    if AUTO_BACKEND not in comm_types(args):
+        raise ValueError(
+            f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, got {', '.join(comm_types(args))}; "
+            f"leave it out"
+        )
+    load_cluster(cluster)
+
+
+def _check_stripe(args: Any) -> None:
+    stripe, cp, length = read(args, "cp_stripe", 1), read(args, "context_parallel_size", 1), read(args, "seq_length")
+    if stripe < 1:
+        raise ValueError(f"--cp-stripe is the number of tokens in a block, 1 or more, got {stripe}")
+    if stripe > 1 and not any(is_striped(name) for name in comm_types(args)):
+        raise ValueError(
+            f"--cp-stripe {stripe} needs --cp-comm-type striped, got {', '.join(comm_types(args))}; leave it out"
+        )
+    if stripe > 1 and cp > 1 and length and length % (stripe * cp):
+        raise ValueError(
+            f"--seq-length must be divisible by --cp-stripe * --context-parallel-size = {stripe * cp}, got {length}; "
+            f"use another stripe or --seq-length {-(-length // (stripe * cp)) * stripe * cp}"
+        )
+
+
+def comm_types(args: Any) -> list[str]:
+    """What --cp-comm-type says, one entry for all layers or one for each layer."""
+    value = read(args, "cp_comm_type") or ["p2p"]
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _check_sizes(args: Any) -> None:
+    cp, tp = read(args, "context_parallel_size", 1), read(args, "tensor_model_parallel_size", 1)
+    pp, world = read(args, "pipeline_model_parallel_size", 1), read(args, "world_size")
+    if world and tp * cp * pp > world:
+        raise ValueError(
+            f"--context-parallel-size {cp} with --tensor-model-parallel-size {tp} and --pipeline-model-parallel-size "
+            f"{pp} needs {tp * cp * pp} processes, got {world}; start more processes or lower a size"
+        )
+    heads = read(args, "num_attention_heads")
+    if heads and heads % tp:
+        raise ValueError(
+            f"--num-attention-heads must be divisible by --tensor-model-parallel-size, got {heads} and {tp}; "
+            f"change one of the two"
+        )
+    length = read(args, "seq_length")
+    if length and cp > 1 and length % (2 * cp):
+        near = -(-length // (2 * cp)) * 2 * cp
+        raise ValueError(
+            f"--seq-length must be divisible by 2 * --context-parallel-size = {2 * cp}, got {length}; use {near}"
+        )
+    types, layers = comm_types(args), read(args, "num_layers")
+    if layers and len(types) not in (1, layers):
+        raise ValueError(
+            f"--cp-comm-type takes one name or one for each of the {layers} layers, got {len(types)}; "
+            f"repeat names until there are {layers}"
+        )
+
+
+def _check_groups(args: Any) -> None:
+    cp = read(args, "context_parallel_size", 1)
+    sizes = read(args, "hierarchical_context_parallel_sizes")
+    if sizes and (prod(sizes) != cp or min(sizes) < 1):
+        raise ValueError(
+            f"--hierarchical-context-parallel-sizes must be positive and multiply to --context-parallel-size, got "
+            f"{' * '.join(map(str, sizes))} = {prod(sizes)} and {cp}; change one of the two"
+        )
+    on_grid = [name for name in comm_types(args) if BACKENDS.get(name).needs_grid]
+    if on_grid and cp > 1 and (not sizes or len(sizes) != 2):
+        square = most_square(cp)
+        raise ValueError(
+            f"--cp-comm-type {on_grid[0]} needs two --hierarchical-context-parallel-sizes whose product is "
+            f"{cp} (the context-parallel size), got {sizes or 'none'}; add for example "
+            f"--hierarchical-context-parallel-sizes {square.inner} {square.outer}"
+        )
+    for name in comm_types(args) if sizes and len(sizes) == 2 else ():
+        BACKENDS.get(name).check_grid(Grid(*sizes))
+    _check_heads(args, cp, sizes)
+
+
+def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
+    """Ranks that exchange heads need one query head each; heads are shared with tensor parallelism."""
+    heads = (read(args, "num_attention_heads") or 0) // read(args, "tensor_model_parallel_size", 1)
+    names = {BACKENDS.get(name).name for name in comm_types(args)}
+    inner, outer = sizes if sizes and len(sizes) == 2 else (1, 1)
+    usp = inner if read(args, "cp_placement", HEAD_FIRST) == HEAD_FIRST else outer
+    degrees = {"ulysses": cp, "fpdt": cp, "usp": usp}
+    for name in sorted(names & set(degrees)):
+        if 0 < heads < degrees[name]:
+            raise ValueError(
+                f"--cp-comm-type {name} deals the query heads of a tensor-parallel rank to {degrees[name]} ranks, "
+                f"got {heads} heads; use at most {heads} ranks for heads, or zigzag"
+            )
+
+
+def _check_warmup(args: Any) -> None:
+    """What Megatron asserts without a word, and only once the model is built."""
+    for unit in ("iters", "samples"):
+        warmup, steps = read(args, f"lr_warmup_{unit}", 0), read(args, f"train_{unit}")
+        decay = read(args, f"lr_decay_{unit}") or steps
+        if steps and warmup >= decay:
+            raise ValueError(
+                f"--lr-warmup-{unit} must be less than --lr-decay-{unit}, by default --train-{unit}, got {warmup} and "
+                f"{decay}; lower it or train longer"
+            )
+
+
+def _check_call_inputs(args: Any) -> None:
+    dropout = read(args, "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"megatron-cp's attention does not do dropout, got --attention-dropout {dropout}; "
+            f"pass --attention-dropout 0"
+        )
+    for name in ("reset_attention_mask", "sft", "hybrid_context_parallel", "rl_use_sequence_packing"):
+        if read(args, name, False):
+            raise ValueError(
+                f"megatron-cp's attention does not do packed documents, which --{name.replace('_', '-')} asks for; "
+                f"leave it out"
+            )
+    if read(args, "create_attention_mask_in_dataloader", False):
+        raise ValueError(
+            "megatron-cp's attention needs no mask tensor, and a full one takes memory with the square of the "
+            "sequence length; pass --no-create-attention-mask-in-dataloader"
+        )

@@ -1,0 +1,240 @@
+"""Flags of ours for pipeline schedules, and what is refused before the model is built."""
+
+from argparse import ArgumentParser
+from typing import Any
+
+from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
+from megatron_cp.pipeline import SCHEDULES, on_v
+from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.placement import PLACEMENTS
+from megatron_cp.pipeline.schedule import BadSchedule
+from megatron_cp.registry import suggest
+
+AUTO = "auto"
+
+
+def add_schedule_arguments(parser: ArgumentParser) -> None:
+    """Add `--pp-schedule` and the flags beside it."""
+    group = parser.add_argument_group(title="pipeline schedules (megatron-cp)")
+    group.add_argument(
+        "--pp-schedule",
+        default=None,
+        metavar="{" + ",".join(SCHEDULES.names) + "}",
+        help="Order of forwards and backwards over the pipeline, instead of Megatron's own: "
+        + "; ".join(f"{rule.name}: {rule.what}" for rule in SCHEDULES)
+        + ". Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin.",
+    )
+    group.add_argument(
+        "--pp-placement",
+        default=None,
+        metavar="{" + ",".join(PLACEMENTS) + "}",
+        help="With --pp-schedule auto, whether stages go around the ranks, which is the default, or down and up again.",
+    )
+    group.add_argument(
+        "--pp-costs",
+        default=None,
+        metavar="FILE",
+        help="With --pp-schedule auto, the times and activations of every stage that it schedules for: YAML or JSON, "
+        "as --pp-profile-steps writes it.",
+    )
+    group.add_argument(
+        "--pp-profile-steps",
+        type=int,
+        default=None,
+        metavar="STEPS",
+        help="With --pp-schedule auto and without --pp-costs, measure them in the first steps, at least 2, schedule "
+        "for them from then on, and leave them beside the checkpoints of --save.",
+    )
+    group.add_argument(
+        "--pp-memory-limit",
+        type=float,
+        default=None,
+        metavar="M_B",
+        help="Most activations of a rank, in what its layers keep of one microbatch (M_B): auto stays below it, a "
+        "fixed schedule that needs more is refused.",
+    )
+
+
+def _splits_te(args: Any) -> bool:
+    te = read(args, "transformer_impl", "transformer_engine") == "transformer_engine"
+    return te and SCHEDULES.get(args.pp_schedule).split
+
+
+UNSUPPORTED = (
+    Unsupported(
+        "CUDA graphs, which are captured in Megatron's own order",
+        lambda args: (
+            read(args, "cuda_graph_impl", "none") != "none"
+            # older names, which Megatron turns into that one later
+            or any(read(args, name, False) for name in ("enable_cuda_graph", "external_cuda_graph"))
+        ),
+        "leave --cuda-graph-impl and --enable-cuda-graph out",
+    ),
+    Unsupported(
+        "overlap of expert-parallel communication, which brings an order of its own",
+        lambda args: any(
+            read(args, name, False)
+            for name in ("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad")
+        ),
+        "leave --overlap-moe-expert-parallel-comm out",
+    ),
+    Unsupported(
+        "Megatron's own delay of weight gradients",
+        lambda args: any(read(args, name, False) for name in ("delay_wgrad_compute", "defer_embedding_wgrad_compute")),
+        "leave --delay-wgrad-compute and --defer-embedding-wgrad-compute out, a split schedule delays them itself",
+    ),
+    Unsupported(
+        "transformer-engine's overlap of tensor-parallel communication, which cannot delay weight gradients",
+        lambda args: _splits_te(args) and bool(read(args, "tp_comm_overlap", False)),
+        "leave --tp-comm-overlap out, or take a schedule without W",
+    ),
+    Unsupported(
+        "transformer-engine's fused operations, which delay no weight gradients",
+        lambda args: _splits_te(args) and bool(read(args, "use_transformer_engine_op_fuser", False)),
+        "leave --use-transformer-engine-op-fuser out, or take a schedule without W",
+    ),
+    Unsupported(
+        "offloading of activations in Megatron's own order",
+        lambda args: bool(read(args, "fine_grained_activation_offloading", False)),
+        "leave --fine-grained-activation-offloading out",
+    ),
+    Unsupported(
+        "a stash of routed tokens that is replayed",
+        lambda args: (
+            bool(read(args, "moe_paged_stash", False)) or read(args, "moe_expert_rank_capacity_factor") is not None
+        ),
+        "leave --moe-paged-stash and --moe-expert-rank-capacity-factor out",
+    ),
+    Unsupported(
+        "Megatron's or torch's fully sharded data parallelism",
+        lambda args: any(read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2")),
+        "use --use-distributed-optimizer",
+    ),
+)
+
+
+V_UNSUPPORTED = (
+    Unsupported(
+        "multi-token prediction, whose losses Megatron collects on the last rank",
+        lambda args: bool(read(args, "mtp_num_layers")),
+        "leave --mtp-num-layers out, or take a schedule on the loop",
+    ),
+    Unsupported(
+        "a number of layers for the first or the last rank, whose stages lie elsewhere on the V",
+        lambda args: any(
+            read(args, f"{which}_pipeline_num_layers") is not None for which in ("decoder_first", "decoder_last")
+        ),
+        "say the layers of every stage with --pipeline-model-parallel-layout",
+    ),
+    Unsupported(
+        "checkpoints that keep a rank's chunks together, for they hold other layers than on the loop",
+        lambda args: (
+            any(read(args, name) for name in ("save", "load"))
+            and read(args, "ckpt_format", "torch_dist") != "torch_dist"
+        ),
+        "leave --ckpt-format out, torch_dist can be loaded under any schedule",
+    ),
+)
+
+
+SAYS_CHUNKS = (
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "hybrid_layer_pattern",
+)
+
+
+def imply_chunks(args: Any) -> int:
+    """Fill in the chunks per rank where the schedule knows one number only; that number, or 0 where nothing changed."""
+    name = read(args, "pp_schedule")
+    chunks = (SCHEDULES.get(name).chunks or (2 if read(args, "pp_placement") == "v" else 1)) if name else 1
+    if chunks == 1 or any(read(args, option) is not None for option in SAYS_CHUNKS):
+        return 0
+    args.num_virtual_stages_per_pipeline_rank = chunks
+    return chunks
+
+
+def check_schedule(args: Any) -> None:
+    """Refuse what `--pp-schedule` names and this run cannot have; ValueError with the rule, the value and a way out."""
+    check_costs(args)
+    name = read(args, "pp_schedule")
+    if name is None:
+        return
+    size = read(args, "pipeline_model_parallel_size", 1)
+    if size < 2:
+        raise ValueError(
+            f"--pp-schedule {name} needs --pipeline-model-parallel-size of at least 2, got {size}; "
+            f"leave --pp-schedule out or use more ranks"
+        )
+    on_the_v = V_UNSUPPORTED if on_v(name, read(args, "pp_placement")) else ()
+    refuse((*UNSUPPORTED, *on_the_v), args, f"--pp-schedule {name}")
+
+
+def check_costs(args: Any) -> None:
+    """Refuse what the flags beside `--pp-schedule` cannot mean together; ValueError in one line."""
+    name, file, steps = (read(args, flag) for flag in ("pp_schedule", "pp_costs", "pp_profile_steps"))
+    limit = read(args, "pp_memory_limit")
+    placement = read(args, "pp_placement")
+    for flag, value in (("--pp-placement", placement), ("--pp-costs", file), ("--pp-profile-steps", steps)):
+        if value is not None and name != AUTO:
+            raise ValueError(
+                f"{flag} {value} needs --pp-schedule {AUTO}, got {name or 'none'}; leave one of the two out"
+            )
+    if placement not in (None, *PLACEMENTS):
+        raise ValueError(
+            f"unknown --pp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
+        )
+    if steps is not None and steps < 2:
+        raise ValueError(f"--pp-profile-steps must be 2 or more, the first step only warms up, got {steps}")
+    if limit is not None and name is None:
+        raise ValueError(f"--pp-memory-limit {limit:g} needs --pp-schedule; leave it out")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"--pp-memory-limit is a positive number of M_B, got {limit:g}")
+    if name == AUTO and (file is None) == (steps is None):
+        raise ValueError(
+            f"--pp-schedule {AUTO} schedules from times: give one of --pp-costs FILE and "
+            f"--pp-profile-steps 10, got {'none' if file is None else 'both'}"
+        )
+
+
+def check_table(args: Any) -> None:
+    """Refuse sizes that `--pp-schedule` has no table for, once Megatron has worked them out; ValueError in one line."""
+    name = read(args, "pp_schedule")
+    if name is None:
+        return
+    rule, chunks = SCHEDULES.get(name), read(args, "virtual_pipeline_model_parallel_size") or 1
+    if rule.table and rule.chunks is None and chunks == 1:
+        raise ValueError(
+            f"--pp-schedule {name} needs more than one chunk per rank, got 1; "
+            f"add --num-virtual-stages-per-pipeline-rank 2 or take zb-h1"
+        )
+    placement = place(rule, args.pipeline_model_parallel_size, chunks, read(args, "pp_placement"))
+    known = given(args, placement) or equal(placement)
+    refuse_cap(args, placement, known.costs)
+    if rule.table is None:
+        return
+    for micros in micros_of(args):
+        try:
+            build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(args, placement))
+        except BadSchedule as bad:
+            raise ValueError(f"--pp-schedule {name} {bad.reason}") from bad
+        except ValueError as error:
+            raise ValueError(f"--pp-schedule {name}: {error}") from None
+
+
+def micros_of(args: Any) -> list[int]:
+    """Every number of microbatches that a step of the run can have, once each."""
+    # ranks that share out a weight have microbatches of their own
+    share = args.micro_batch_size * args.data_parallel_size * read(args, "gtp_weight_remat_size", 1)
+    batches = read(args, "step_batch_size_schedule")
+    if batches is None:
+        return [args.global_batch_size // share]
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    # it says its steps on rank 0
+    nobody = -1
+    sizes = StepBatchsizeNumMicroBatchesCalculator(share, 1, False, nobody, batches, args.seq_length).schedule
+    # a size below one microbatch per rank is Megatron's to refuse, when it comes to it
+    return sorted({size // share for _, size in sizes if size >= share})

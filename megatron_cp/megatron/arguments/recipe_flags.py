@@ -1,0 +1,105 @@
+"""Check the flags of a recipe against Megatron's real parser and the flags of ours."""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_cp.recipe.command import flag_words, runs_through_us
+from megatron_cp.recipe.recipe import Recipe, Setting
+from megatron_cp.registry import suggest
+
+# --flag and --no-flag take no value
+BARE = 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Megatron's parser with the flags of ours; building it imports megatron.training, which takes seconds."""
+    # torch says at import which CUDA it did not find, which is no news to somebody who renders a command
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.training.arguments import add_megatron_arguments
+
+        from megatron_cp.megatron.arguments.context import add_arguments
+
+        return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None = None) -> None:
+    """Raise ValueError, one line for each flag that Megatron does not have or whose value it would not take."""
+    found = list(problems(settings, known or parser()))
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> None:
+    """What the ranks would refuse, said before one of them starts; raises ValueError with the rule and a way out.
+
+    The flags themselves are checked first. Runs without our attention are left to Megatron's own checks.
+    """
+    known = known or parser()
+    check(recipe.model_args, known)
+    words = flag_words(recipe.model_args)
+    from megatron_cp.megatron.arguments import context
+    from megatron_cp.megatron.arguments.command_line import SPEC, wants_layers
+    from megatron_cp.megatron.run import has_our_layers
+
+    args = known.parse_args(words)
+    if args.spec is None and runs_through_us(recipe) and wants_layers(words):
+        # what the launcher fills in before it asks the same
+        args.spec, args.create_attention_mask_in_dataloader = list(SPEC), False
+    if has_our_layers(args):
+        context.check(args)
+
+
+def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) -> Iterator[str]:
+    """One line for each wrong flag, beginning with the place where the recipe says it."""
+    actions = known._option_string_actions
+    for flag, setting in settings.items():
+        if flag not in actions:
+            yield f"{setting.place}: unknown flag {flag!r}{suggest(flag, actions)}"
+        elif text := _problem(actions[flag], setting.values):
+            yield f"{setting.place}: {flag} {text}"
+
+
+def _problem(action: argparse.Action, values: tuple[str, ...]) -> str:
+    if action.nargs == BARE:
+        return f"takes no value, got {_shown(values)}; write true, or false to take it back" if values else ""
+    if not values and action.nargs != "*":
+        return "needs a value"
+    several = action.nargs in ("*", "+")
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        return f"takes {action.nargs} values, got {len(values)}; write a list"
+    if action.nargs is None and len(values) != 1:
+        return f"takes one value, got {len(values)}: {_shown(values)}"
+    if len(values) > 1 and (flags := [value for value in values if value.startswith("-")]):
+        return f"takes no value that begins with a dash among several, got {flags[0]!r}"
+    if several and len(values) == 1 and len(values[0].split()) > 1:
+        return f"takes several values, got the one text {values[0]!r}; write a list: [{', '.join(values[0].split())}]"
+    return next((text for value in values if (text := _wrong(action, value))), "")
+
+
+def _wrong(action: argparse.Action, text: str) -> str:
+    convert: Any = action.type or str
+    # a choice is a text, a number, or a member of an enumeration that is looked up by name
+    names = [str(getattr(choice, "name", choice)) for choice in action.choices or ()]
+    one_of = f"takes one of {', '.join(names)}, got {text!r}{suggest(text, names)}"
+    try:
+        value = convert(text)
+    except (TypeError, ValueError, LookupError, argparse.ArgumentTypeError, AssertionError) as error:
+        if names:
+            return one_of
+        # int and float say their own name; of Megatron's own types only the error says something
+        named = isinstance(convert, type)
+        return f"takes {_article(convert.__name__)}, got {text!r}" if named else f"cannot take {text!r}: {error}"
+    return one_of if action.choices is not None and value not in action.choices else ""
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _shown(values: tuple[str, ...]) -> str:
+    return " ".join(repr(value) for value in values)

@@ -1,0 +1,126 @@
+"""A GPT of Megatron's, cut into stages on the loop, for measurements without `pretrain()`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_cp.bench.pipeline import GptSize
+from megatron_cp.megatron import hooks
+from megatron_cp.megatron.machine import cpu
+
+VOCABULARY = 512
+HEAD_DIM = 64
+BATCHES = 64
+
+
+@contextmanager
+def pipeline_of(ranks: int) -> Iterator[None]:
+    """Megatron's groups for a pipeline of `ranks`, data parallel beyond that, and linears that can be split."""
+    with cpu.cpu_runtime(), hooks.apply(["weight-queue"]):
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=ranks)
+        model_parallel_cuda_manual_seed(1)
+        yield
+        parallel_state.destroy_model_parallel()
+
+
+class Chunks:
+    """This rank's v chunks of the GPT, as Megatron would train them, and the batches that every step takes.
+
+    overlap: gradients are reduced while backwards go on, as with --overlap-grad-reduce
+    """
+
+    def __init__(self, size: GptSize, v: int, overlap: bool = False) -> None:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(v if v > 1 else None)
+        self._size = size
+        config = config_of(size, v)
+        self.model = [_chunk(config, size, number if v > 1 else None, overlap) for number in range(v)]
+        config.finalize_model_grads_func = finalize_model_grads
+        if overlap:
+            functions = [chunk.no_sync for chunk in self.model]
+            config.no_sync_func = functions if v > 1 else functions[0]
+        generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
+        self._tokens = torch.randint(VOCABULARY, (BATCHES, 1, size.seq + 1), generator=generator).cuda()
+        self._positions = torch.arange(size.seq)[None].cuda()
+
+    def step(self, function: Callable[..., Any], m: int) -> list[float]:
+        """One step of a forward-backward function; the losses of the microbatches, on the last rank."""
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        losses = function(
+            forward_step_func=self._forward_step,
+            data_iterator=[iter(self._tokens[:m]) for _ in self.model],
+            model=self.model,
+            num_microbatches=m,
+            seq_length=self._size.seq,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return [float(part["loss"]) for part in losses]
+
+    @property
+    def gradients(self) -> Tensor:
+        """A copy of all weights' gradients, in one dimension."""
+        return torch.cat([buffer.grad_data for chunk in self.model for buffer in chunk.buffers])
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """Tensors that are there all the time: batches and weights."""
+        return [self._tokens, self._positions, *(weight for chunk in self.model for weight in chunk.parameters())]
+
+    def _forward_step(self, batches: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        tokens = next(batches)
+        output = chunk(tokens[:, :-1], self._positions, None, labels=tokens[:, 1:].contiguous())
+        # Megatron's block would hold on to the input of its last forward, also when nobody needs it any more
+        chunk.module.set_input_tensor(None)
+        return output, _loss
+
+
+def _loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    mean = losses.mean()
+    return mean, {"loss": mean.detach()}
+
+
+def config_of(size: GptSize, v: int) -> TransformerConfig:
+    """Megatron's configuration of the model, in v chunks per rank."""
+    return TransformerConfig(
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=max(1, size.hidden // HEAD_DIM),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=cpu.active(),
+        pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=size.ranks,
+        virtual_pipeline_model_parallel_size=v if v > 1 else None,
+        # as Megatron's arguments set them
+        overlap_p2p_comm=v > 1,
+        batch_p2p_comm=v == 1,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _chunk(config: TransformerConfig, size: GptSize, number: int | None, overlap: bool) -> Any:
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        VOCABULARY,
+        size.seq,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
+        vp_stage=number,
+    )
+    reduction = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
+    return DistributedDataParallel(config, reduction, model.cuda(torch.cuda.current_device()))

@@ -1,0 +1,180 @@
+"""Our pipeline schedules against Megatron's own on one GPT, in the same processes, step by step in turns."""
+
+import gc
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from megatron_cp.bench.activations import LiveActivations
+from megatron_cp.bench.contest import WrongResultError
+from megatron_cp.bench.pipeline import GptSize, Line, Measured, Pairs, Recorder
+from megatron_cp.bench.processes import on_ranks
+from megatron_cp.comm import Fabric, largest
+from megatron_cp.megatron.rebind import replace, restore_all
+from megatron_cp.pipeline.action import FORWARD, FULL, Action
+from megatron_cp.pipeline.build import build
+from megatron_cp.pipeline.execute import Observe
+
+if TYPE_CHECKING:
+    from megatron_cp.megatron.bench.model import Chunks
+    from megatron_cp.megatron.bench.overhead import Overhead
+
+RIVALS = {False: "Megatron's 1F1B", True: "Megatron's interleaved"}
+
+
+Key = tuple[int, int, str]
+
+
+class Heat(NamedTuple):
+    """What takes turns: schedules of ours with v chunks, at these numbers of microbatches."""
+
+    v: int
+    names: tuple[str, ...]
+    micros: tuple[int, ...]
+
+
+class Laps(NamedTuple):
+    """One rank's steps of one schedule at one number of microbatches, and its activations after each action."""
+
+    lines: list[Line]
+    live: list[tuple[Action, int]]
+
+
+def bench(model: GptSize, heats: Sequence[Heat], rounds: int, repeat: int = 1) -> list[Pairs]:
+    """Race on processes of this machine, pinned to cores on a CPU: `rounds` pairs of `repeat` steps each.
+
+    Raises ValueError for what a schedule cannot do, and RuntimeError when losses or gradients differ from those of
+    Megatron's own schedule.
+    """
+    for v, names, micros in heats:
+        for name, m in product(names, micros):
+            build(name, model.ranks, m, v)
+    if 0 < torch.cuda.device_count() < model.ranks:
+        raise RuntimeError(
+            f"{model.ranks} ranks need a GPU each, this machine has {torch.cuda.device_count()}; hide them "
+            "with CUDA_VISIBLE_DEVICES= to use the CPU's cores"
+        )
+    return list(pairs(heats, on_ranks(model.ranks, _race, model, list(heats), rounds * repeat), repeat))
+
+
+def pairs(heats: Sequence[Heat], laps: Sequence[Mapping[Key, Laps]], repeat: int = 1) -> Iterator[Pairs]:
+    """What all ranks measured, schedule by schedule."""
+
+    def steps(*key: Any) -> list[list[Line]]:
+        return list(map(list, zip(*(mine[key].lines for mine in laps), strict=True)))
+
+    for v, names, micros in heats:
+        for name, m in product(names, micros):
+            live = [mine[v, m, name].live for mine in laps]
+            measured = Measured(build(name, len(laps), m, v), steps(v, m, name), live)
+            yield Pairs(measured, RIVALS[v > 1], steps(v, m, RIVALS[v > 1]), repeat)
+
+
+def overhead(v: int, m: int, hidden: int, seq: int, rounds: int) -> "Overhead":
+    """The executor alone, with v modules on one rank; see `bench_overhead`."""
+    return on_ranks(1, _overhead, v, m, hidden, seq, rounds)[0]
+
+
+def _race(fabric: Fabric, device: torch.device, model: GptSize, heats: list[Heat], steps: int) -> dict[Key, Laps]:
+    _quietly()
+    from megatron_cp.megatron.bench.model import Chunks, pipeline_of
+
+    found: dict[Key, Laps] = {}
+    # what a schedule says when it is made stands in the table
+    with pipeline_of(model.ranks), redirect_stdout(io.StringIO()):
+        for heat in heats:
+            contest = Contest(fabric, device, Chunks(model, heat.v), heat)
+            for m in heat.micros:
+                contest.check(m)
+                contest.race(m, steps)
+            found |= contest.laps
+    return found
+
+
+def _overhead(fabric: Fabric, device: torch.device, *sizes: int) -> "Overhead":
+    _quietly()
+    from megatron_cp.megatron.bench.overhead import measure
+
+    return measure(device, *sizes)
+
+
+def _quietly() -> None:
+    """No warnings about what is deprecated in Megatron or missing beside it."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+class Contest:
+    """Megatron's own driver and schedules of ours, on the same chunks."""
+
+    def __init__(self, fabric: Fabric, device: torch.device, chunks: "Chunks", heat: Heat) -> None:
+        from megatron.core.pipeline_parallel import schedules
+
+        from megatron_cp.megatron.pipeline.schedule import Pipeline
+
+        self._fabric, self._device, self.chunks, self._v = fabric, device, chunks, heat.v
+        self.observe: Observe = Recorder().observe
+        self._rival = RIVALS[heat.v > 1]
+        stock = schedules.get_forward_backward_func(fabric.size, heat.v if heat.v > 1 else None)
+        self._functions: dict[str, Callable[..., Any]] = {self._rival: stock}
+        self._functions |= {name: Pipeline(name, lambda action: self.observe(action)) for name in heat.names}
+        self.laps: dict[Key, Laps] = {}
+
+    def check(self, m: int) -> None:
+        """One step of everybody: losses and gradients must be the rival's, bit for bit; activations are noted."""
+        expected = self.step(self._rival, m), self.chunks.gradients
+        for name in self._functions:
+            live = LiveActivations(self.chunks.constants)
+            self.observe = live.observe
+            with live.counting():
+                losses, gradients = self.step(name, m), self.chunks.gradients
+            equal = losses == expected[0] and torch.equal(gradients, expected[1])
+            (unequal,) = largest(self._fabric, self._device, not equal)
+            if unequal:
+                raise WrongResultError(f"losses or gradients of {name} at m = {m} differ from {self._rival}")
+            self.laps[self._v, m, name] = Laps([], live.after)
+
+    def race(self, m: int, steps: int) -> None:
+        """Time everybody in turns, one after the other and then the other way round."""
+        recorder = Recorder(torch.cuda.synchronize)
+        self.observe = recorder.observe
+        for lap in range(steps):
+            for name in list(self._functions)[:: -1 if lap % 2 else 1]:
+                self.step(name, m)
+                self.laps[self._v, m, name].lines.append(recorder.take())
+
+    def step(self, name: str, m: int) -> list[float]:
+        gc.collect()
+        largest(self._fabric, self._device)
+        with _observed(self.observe) if name == self._rival else ExitStack():
+            return self.chunks.step(self._functions[name], m)
+
+
+@contextmanager
+def _observed(observe: Observe) -> Iterator[None]:
+    """Megatron's own forwards and backwards are observed too; which stage and microbatch they are of is not known."""
+
+    def around(kind: str) -> Callable[[Any], Any]:
+        def make(old: Callable[..., Any]) -> Callable[..., Any]:
+            def observed(*args: Any, **kwargs: Any) -> Any:
+                with observe(Action(0, kind, 0)):
+                    return old(*args, **kwargs)
+
+            return observed
+
+        return make
+
+    targets = {"forward_step": FORWARD, "backward_step": FULL}
+    done = [
+        replace(f"megatron.core.pipeline_parallel.schedules:{name}", around(kind)) for name, kind in targets.items()
+    ]
+    try:
+        yield
+    finally:
+        restore_all(done)

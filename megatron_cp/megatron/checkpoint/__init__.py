@@ -1,0 +1,1 @@
+"""Checkpoints: inspect, resume, overwrite, and clean up after a failed save."""

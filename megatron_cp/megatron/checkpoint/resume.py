@@ -1,0 +1,175 @@
+"""Resume from a checkpoint: what cannot be resumed is refused early, and torch's own AdamW works with the distributed
+optimizer.
+
+Torch's Adam counts steps per parameter, in a tensor of the parameter's state; the fused ones count per group. Megatron
+0.19 stores one count per group and has two gaps on the way back. A fresh optimizer has no state yet, so that there is
+no count to read and loading stops at an assertion. And loading hands one and the same tensor to all parameters, which
+each of them then advances, so that the bias correction of Adam is wrong from the first step on.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cp import config
+from megatron_cp.megatron.checkpoint.contents import damage, iterations, unreadable
+from megatron_cp.pipeline import on_v
+
+# what makes two models different; read from the arguments that every checkpoint carries
+MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "mtp_num_layers",
+    "normalization",
+    "position_embedding_type",
+    "swiglu",
+    "add_bias_linear",
+    "untie_embeddings_and_output_weights",
+)
+
+
+def check(args: Any) -> None:
+    """Refuse a checkpoint of another model, or whose optimizer state cannot come into this topology.
+
+    Reads the arguments that the checkpoint carries; one that is not there yet, or is not in Megatron's distributed
+    format, is left to Megatron. Raises ValueError with the rule, both values and a way out.
+    """
+    saved = _saved_arguments(args)
+    if saved is None:
+        return
+    for name in MODEL:
+        here, there = getattr(args, name, None), getattr(saved, name, None)
+        if here != there:
+            raise ValueError(
+                f"the checkpoint in {args.load} is of another model: its {name} is {there}, here it is {here}; "
+                f"change --{name.replace('_', '-')} or --load"
+            )
+    if not (args.no_load_optim or args.finetune or saved.no_save_optim):
+        check_optimizer(args, saved)
+
+
+def check_optimizer(args: Any, saved: Any) -> None:
+    """Refuse a move that the optimizer's state of a checkpoint cannot make; ValueError with the rule and a way out."""
+    if args.use_distributed_optimizer != saved.use_distributed_optimizer:
+        raise ValueError(
+            f"the checkpoint in {args.load} was saved {_with(saved)} --use-distributed-optimizer and this run is "
+            f"{_with(args)} it; make them the same or pass --no-load-optim"
+        )
+    here, there = _topology(args), _topology(saved)
+    moved = [f"{name} {there[name]} -> {here[name]}" for name in here if here[name] != there[name]]
+    if moved and saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable:
+        raise ValueError(
+            f"the optimizer state in {args.load} cannot move between topologies ({', '.join(moved)}); "
+            f"save with --dist-ckpt-optim-fully-reshardable or pass --no-load-optim"
+        )
+
+
+def _topology(args: Any) -> dict[str, Any]:
+    """What decides which parameters lie together on a rank, and in which order."""
+    sizes = ("tensor", "pipeline", "virtual_pipeline")
+    found = {f"{size}_model_parallel_size": getattr(args, f"{size}_model_parallel_size", None) for size in sizes}
+    return {**found, "placement": _placement(args)}
+
+
+def _placement(args: Any) -> str:
+    return "v" if on_v(getattr(args, "pp_schedule", None), getattr(args, "pp_placement", None)) else "loop"
+
+
+def _with(args: Any) -> str:
+    return "with" if args.use_distributed_optimizer else "without"
+
+
+def _saved_arguments(args: Any) -> Any:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+    from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+    tracker = get_checkpoint_tracker_filename(args.load) if args.load else ""
+    if not os.path.isfile(tracker):
+        return None
+    named = Path(tracker).read_text().strip()
+    if not named.isdecimal() and named != "release":
+        raise ValueError(_tracker_names_nothing(Path(tracker), named))
+    iteration = str(getattr(args, "ckpt_step", None) or named)
+    folder = os.path.join(args.load, f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    if not os.path.isfile(os.path.join(folder, "metadata.json")):
+        return None
+    _check_whole(Path(args.load), Path(folder))
+    return load_common_state_dict(folder).get("args")
+
+
+def _tracker_names_nothing(tracker: Path, named: str) -> str:
+    """A save that ended while it wrote the tracker; Megatron would end the run here, as if it were done."""
+    latest = _latest_whole(tracker.parent)
+    way_out = f"write {latest}, its latest whole checkpoint, into it" if latest else "no checkpoint is whole, remove it"
+    return f"{tracker} should name an iteration, got {named!r}; {way_out}"
+
+
+def _latest_whole(load: Path, but: Path | None = None) -> int | None:
+    whole = [path.name for path in iterations(load) if path != but and not damage(path)]
+    return int(whole[-1].removeprefix("iter_")) if whole else None
+
+
+def _check_whole(load: Path, folder: Path) -> None:
+    # every rank reads the index anyway; one rank looks at each of the files, and its end is everybody's
+    problems = damage(folder) if config.variable("RANK", "0") == "0" else unreadable(folder)
+    if not problems:
+        return
+    latest = _latest_whole(load, but=folder)
+    way_out = f"resume from the latest whole one with --ckpt-step {latest}" if latest else "no other one is whole"
+    raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(problems)}; {way_out}")
+
+
+def state_dict(old: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The optimizer's common state; parameters that were never stepped first get the state of step 0.
+
+    That is what AdamW itself would begin with, so a save before the first step is right too. Raises RuntimeError when
+    this rank's shard has no parameter at all, for then there is nowhere to count.
+    """
+    parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    if not parameters:
+        raise RuntimeError(
+            "the distributed optimizer gave this rank no parameters, and torch's AdamW keeps its step count with them; "
+            "use fewer data-parallel ranks or install transformer-engine"
+        )
+    for parameter in parameters:
+        _begin(self.optimizer.state[parameter], parameter)
+    return old(self, *args, **kwargs)
+
+
+def load_state_dict(old: Callable[..., Any], self: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Load as Megatron does, then give every parameter a step count of its own, as the checkpoint has it."""
+    steps = {float(group["step"]) for group in state["optimizer"]["param_groups"]}
+    if len(steps) != 1:
+        raise ValueError(
+            f"the checkpoint's parameter groups are at different steps, {sorted(steps)}; start with --no-load-optim"
+        )
+    result = old(self, state, *args, **kwargs)
+    (step,) = steps
+    for parameter_state in self.optimizer.state.values():
+        parameter_state["step"] = torch.tensor(step, dtype=torch.float32)
+    return result
+
+
+def set_states(old: Callable[..., Any], self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+    """Copy one parameter's tensors from the checkpoint, all but the step count, which the groups bring.
+
+    In fp32 the main parameter is a view of the model's, which may be written to only without autograd.
+    """
+    with torch.no_grad():
+        # Megatron leaves out what is not a tensor
+        return old(self, model_param, {**tensors, "step": None})
+
+
+def _begin(state: dict[str, Any], parameter: torch.Tensor) -> None:
+    if not state:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)

@@ -1,0 +1,1 @@
+"""Layer specs and the attention module inside Megatron's layers."""

@@ -1,0 +1,201 @@
+"""Context-parallel attention in the core-attention slot of Megatron's layers."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
+from megatron_cp.context import AUTO as AUTO_BACKEND
+from megatron_cp.context import BACKENDS
+from megatron_cp.context.attend import Plan, Sizes, attend, plan
+from megatron_cp.context.auto import default_cluster, settle
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.kernels import AUTO, Kernel, choose
+from megatron_cp.megatron.arguments.context import HEAD_FIRST, is_striped, refuse_unsupported, takes_placement
+from megatron_cp.megatron.machine import cpu
+
+CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
+
+
+class CoreAttention(MegatronModule):
+    """softmax(q k^T * scale) v over the whole sequence, of which each context-parallel rank holds its zigzag share.
+
+    Constructor and forward are Megatron's core-attention contract. The algorithm is `cp_comm_type` (None: zigzag);
+    kernel, placement, stripe and chunks are read from the attributes `cp_kernel`, `cp_placement`, `cp_stripe` and
+    `cp_chunks` of the config where it has them.
+    With `auto` the backend is chosen here for the length `cp_seq_length`, and without it at the first call; the cluster
+    is `cp_cluster` or the one that ships for this machine's GPU.
+    Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
+
+    Raises ValueError, in the constructor where the config says so and else before any communication, for what the
+    attention cannot do: packed sequences, dropout in training, bias, sinks, mask tensors, logit statistics,
+    values narrower than keys.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        num_splits: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = max(1, layer_number)
+        self.attn_mask_type = attn_mask_type
+        self.attention_type = attention_type
+        self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        refuse_unsupported(config, f"layer {self.layer_number}")
+        if k_channels != v_channels:
+            self._refuse(
+                f"values narrower than keys (k_channels {k_channels}, v_channels {v_channels})", "make them equal"
+            )
+        if num_splits is not None:
+            self._refuse(f"num_splits {num_splits}", "leave it out")
+        # Query-key layer scaling divides before and multiplies after a half-precision product: the kernels here keep
+        # scores in fp32, so that the scale as a whole is this one.
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        self.cp_comm_type = cp_comm_type or "zigzag"
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        self.window = config.window_size if windowed else None
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "hcp"])
+        self.pg_collection = pg_collection
+        self._causal = self._is_causal(attn_mask_type)
+        self.plan = self._plan(self._causal)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | Tensor | int | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend: query s b h d, key and value s b g d with h a multiple of g, returns s b (h d).
+
+        All ranks of the context-parallel group communicate. `s` is this rank's share of the sequence.
+        """
+        self._refuse_call(query, key, attention_mask, attention_bias, packed_seq_params)
+        causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
+        out = attend(query, key, value, self.plan if causal == self._causal else self._plan(causal))
+        # s b h d -> s b (h d)
+        return out.flatten(2)
+
+    def describe(self, device: str) -> str:
+        """What runs on such a device: algorithm, kernel with its reason, sizes."""
+        kernel, reason = self.kernel(device)
+        axes = f" = {self.plan.axes.inner.size} inner * {self.plan.axes.outer.size} outer" if self.plan.axes else ""
+        stages = self.config.pipeline_model_parallel_size
+        stage = f", on this one of {stages} pipeline stages" if stages > 1 else ""
+        why = f"; auto: {self.plan.why}" if self.plan.why else ""
+        name = self.plan.backend.name
+        what = f"{name} (chosen at the first call)" if name == AUTO_BACKEND else name
+        return f"{what}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}{why}"
+
+    def kernel(self, device: str) -> tuple[Kernel, str]:
+        """The kernel that computes on such a device, and why."""
+        return choose(
+            getattr(self.config, "cp_kernel", AUTO),
+            device=device,
+            dtype=str(self.config.params_dtype).removeprefix("torch."),
+            head_dim=self.config.kv_channels,
+            deterministic=self.plan.deterministic,
+        )
+
+    def _plan(self, causal: bool) -> Plan:
+        inner, outer = self._hierarchy()
+        made = plan(
+            self.cp_comm_type,
+            cp=_fabric(self.pg_collection.cp, self.config.context_parallel_size),
+            inner=inner,
+            outer=outer,
+            causal=causal,
+            window=self.window,
+            softmax_scale=self.softmax_scale,
+            kernel=getattr(self.config, "cp_kernel", AUTO),
+            placement=self._placement(),
+            chunks=getattr(self.config, "cp_chunks", None),
+            deterministic=self.config.deterministic_mode,
+            stripe=getattr(self.config, "cp_stripe", 1) if is_striped(self.cp_comm_type) else 1,
+            cluster=self._cluster(),
+        )
+        seq = getattr(self.config, "cp_seq_length", None)
+        return made if seq is None else settle(made, self._sizes(seq))
+
+    def _placement(self) -> str:
+        # said for all layers, while each may have an algorithm of its own
+        return getattr(self.config, "cp_placement", HEAD_FIRST) if takes_placement(self.cp_comm_type) else HEAD_FIRST
+
+    def _cluster(self) -> Cluster | None:
+        """What `auto` weighs: among context-parallel ranks, between which tensor-parallel ones lie."""
+        if BACKENDS.get(self.cp_comm_type).name != AUTO_BACKEND or self.config.context_parallel_size == 1:
+            return None
+        name = getattr(self.config, "cp_cluster", None)
+        cluster = load_cluster(name) if name else default_cluster(_device())
+        return cluster.every(self.config.tensor_model_parallel_size)
+
+    def _sizes(self, seq: int) -> Sizes:
+        config, tensor = self.config, self.config.tensor_model_parallel_size
+        heads, groups = config.num_attention_heads // tensor, max(1, (config.num_query_groups or 1) // tensor)
+        dtype = str(config.params_dtype).removeprefix("torch.")
+        return Sizes(seq, heads, groups, config.kv_channels, dtype, _device())
+
+    def _hierarchy(self) -> tuple[Fabric | None, Fabric | None]:
+        groups = self.pg_collection.hcp
+        if not groups or self.config.context_parallel_size == 1:
+            return None, None
+        if len(groups) != 2:
+            self._refuse(f"{len(groups)} hierarchical context-parallel sizes", "give two, the inner one first")
+        return GroupFabric(groups[0]), GroupFabric(groups[1])
+
+    def _is_causal(self, mask: AttnMaskType | Tensor | int) -> bool:
+        kind = mask if isinstance(mask, AttnMaskType) else AttnMaskType(int(mask))
+        if kind not in CAUSAL:
+            self._refuse(f"the mask type {kind.name!r}", "use causal or no_mask")
+        return CAUSAL[kind]
+
+    def _refuse_call(self, query: Tensor, key: Tensor, mask: Any, bias: Any, packed: Any) -> None:
+        if packed is not None:
+            self._refuse("packed sequences (packed_seq_params)", "use unpacked samples")
+        if bias is not None:
+            self._refuse("an additive bias (attention_bias)", "use rotary or learned positions")
+        if mask is not None:
+            self._refuse(
+                f"a mask tensor (attention_mask of shape {tuple(mask.shape)})",
+                "pass --no-create-attention-mask-in-dataloader, the mask type says all",
+            )
+        if self.training and self.attention_dropout > 0:
+            self._refuse(f"dropout (attention_dropout {self.attention_dropout})", "pass --attention-dropout 0")
+        if query.shape[0] != key.shape[0]:
+            self._refuse(f"{query.shape[0]} queries over {key.shape[0]} keys", "make both sequences equally long")
+
+    def _refuse(self, what: str, way_out: str) -> None:
+        raise ValueError(f"layer {self.layer_number}: megatron-cp's attention does not do {what}; {way_out}")
+
+
+def _device() -> str:
+    # a stack under construction may still lie elsewhere than it will run
+    return "cpu" if cpu.needed() or cpu.active() else "cuda"
+
+
+def _fabric(group: torch.distributed.ProcessGroup, size: int) -> Fabric:
+    # one rank needs no group, so that a model can be built without torch.distributed
+    return SingleFabric() if size == 1 else GroupFabric(group)

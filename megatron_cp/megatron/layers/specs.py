@@ -1,0 +1,282 @@
+"""Layer specs with context-parallel attention, for every way in which Megatron and its relatives ask for one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+    get_gpt_mtp_block_spec_for_backend,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megatron_cp.megatron.hooks import HOOKS, is_on
+from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.layers.norm import Norm
+from megatron_cp.megatron.layers.verify import verify_models
+from megatron_cp.megatron.run import global_args, has_our_layers
+
+# Checkpoints name a layer's norms as TransformerEngine does, where they are part of the linears that follow.
+NORM_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+class SpecProvider(LocalSpecProvider):
+    """Megatron's local building blocks with our core attention and our norm."""
+
+    def core_attention(self) -> type:
+        """Context-parallel attention."""
+        return CoreAttention
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        """A norm that also works under sequence parallelism; the config says which one."""
+        return Norm
+
+
+def gpt_layer_spec(
+    model: Any = None, config: TransformerConfig | None = None, vp_stage: int | None = None
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """This pipeline stage's decoder layers with context-parallel attention, and the final norm.
+
+    Called as `(GPTModelConfig, vp_stage=)` by Megatron 0.19, with a provider that is itself a TransformerConfig by
+    Megatron-Bridge, as `(args, config, vp_stage)` by slime, and with nothing at all: then the global arguments are
+    read. Where the model config takes hooks, the built model is verified and the banner is printed.
+
+    Raises ValueError for what the spec cannot express, RuntimeError when transformer-engine is asked for and missing.
+    """
+    transformer = _transformer_config(model, config)
+    _apply_flags(model, transformer)
+    refuse_implementation(transformer)
+    _refuse_stock_mtp(model, transformer)
+    _attach_verification(model)
+    if transformer.transformer_impl == "transformer_engine":
+        return with_our_attention(_stock_spec(model, transformer, vp_stage))
+    return local_block_spec(transformer, SpecProvider(), vp_stage)
+
+
+def mtp_block_spec(
+    config: Any, transformer_layer_spec: Any, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The multi-token-prediction block, its layers like the decoder's last one with our attention.
+
+    Takes the place of Megatron's function of this name, which builds stock layers whatever the decoder's are.
+    """
+    transformer: TransformerConfig = config.transformer
+    if transformer.mtp_num_layers is None:
+        return None
+    if transformer.transformer_impl == "transformer_engine":
+        stock = get_gpt_decoder_layer_specs(transformer, True, transformer.normalization, transformer.qk_l2_norm)
+        last = with_our_attention(stock[-1])
+        return get_gpt_mtp_block_spec(transformer, last, use_transformer_engine=True, vp_stage=vp_stage)
+    provider = SpecProvider()
+    last = local_layer_specs(transformer, provider)[-1]
+    return get_gpt_mtp_block_spec_for_backend(transformer, last, provider, vp_stage=vp_stage)
+
+
+def mtp_layers(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`mtp_block_spec` where the arguments name a layer spec of ours, Megatron's function elsewhere."""
+    flags = global_args()
+    ours = flags is not None and has_our_layers(flags)
+    return (mtp_block_spec if ours else old)(*args, **kwargs)
+
+
+def local_layer_spec(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) -> ModuleSpec:
+    """One decoder layer, dense or with experts, of the provider's parts."""
+    norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    qk_norm = L2Norm if config.qk_l2_norm else norm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=provider.column_parallel_linear(),
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(
+                backend=provider,
+                num_experts=config.num_moe_experts if moe else None,
+                moe_grouped_gemm=config.moe_grouped_gemm and moe,
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(NORM_KEYS),
+        ),
+    )
+
+
+def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) -> list[ModuleSpec]:
+    """The specs of all decoder layers of the model, in order."""
+    specs = {moe: local_layer_spec(config, provider, moe) for moe in set(_moe_layers(config))}
+    return [specs[moe] for moe in _moe_layers(config)]
+
+
+def local_block_spec(
+    config: TransformerConfig, provider: BackendSpecProvider, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage, with a final norm of the provider."""
+    layers = local_layer_specs(config, provider)
+    if config.pipeline_model_parallel_layout is not None:
+        ours = config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    else:
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        ours = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    return TransformerBlockSubmodules(
+        layer_specs=[layers[index] for index in ours],
+        layer_norm=provider.layer_norm(rms_norm=config.normalization == "RMSNorm"),
+    )
+
+
+def with_our_attention[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec) -> Spec:
+    """The same layer, or block of layers, with our core attention; the given spec stays as it is."""
+    if isinstance(spec, TransformerBlockSubmodules):
+        return replace(spec, layer_specs=[_layer_with_our_attention(layer) for layer in spec.layer_specs or ()])
+    return _layer_with_our_attention(spec)
+
+
+def _layer_with_our_attention(layer: ModuleSpec) -> ModuleSpec:
+    parts: Any = layer.submodules
+    attention = getattr(parts.self_attention, "submodules", None)
+    if attention is None or not hasattr(attention, "core_attention"):
+        raise ValueError(
+            f"the stock spec has a layer without core attention ({parts.self_attention}); "
+            f"megatron-cp serves self-attention layers only"
+        )
+    ours = replace(parts.self_attention, submodules=replace(attention, core_attention=CoreAttention))
+    return replace(layer, submodules=replace(parts, self_attention=ours))
+
+
+def _moe_layers(config: TransformerConfig) -> list[bool]:
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    if isinstance(frequency, int):
+        return [index % frequency == 0 for index in range(config.num_layers)]
+    if len(frequency) != config.num_layers:
+        raise ValueError(f"moe_layer_freq needs {config.num_layers} entries, one per layer, got {len(frequency)}")
+    return [bool(entry) for entry in frequency]
+
+
+def _transformer_config(model: Any, config: TransformerConfig | None) -> TransformerConfig:
+    if config is not None:
+        return config
+    if isinstance(model, TransformerConfig):
+        return model
+    if isinstance(getattr(model, "transformer", None), TransformerConfig):
+        return model.transformer
+    if model is None:
+        from megatron.training import get_args
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        return core_transformer_config_from_args(get_args())
+    raise TypeError(f"gpt_layer_spec takes a model config, a TransformerConfig or (args, config), got {type(model)}")
+
+
+def copy_flags(config: TransformerConfig) -> None:
+    """Note on the config what the flags of ours say; it travels with every copy of the config."""
+    args = global_args()
+    for name in ("cp_kernel", "cp_placement", "cp_stripe", "cp_chunks", "cp_cluster"):
+        if hasattr(args, name):
+            setattr(config, name, getattr(args, name))
+    # what `auto` chooses for; a program that parses no arguments lets it choose at the first call
+    if getattr(args, "seq_length", None):
+        config.cp_seq_length = args.seq_length
+
+
+def _apply_flags(model: Any, config: TransformerConfig) -> None:
+    copy_flags(config)
+    # Megatron parses --rope-scaling-factor and never hands it on: every model would get 8.
+    factor = getattr(global_args(), "rope_scaling_factor", None)
+    if factor is not None and hasattr(model, "rope_scaling_factor"):
+        model.rope_scaling_factor = factor
+
+
+def refuse_implementation(config: TransformerConfig) -> None:
+    """Raise ValueError or RuntimeError unless the config's transformer implementation can carry our attention here."""
+    if config.transformer_impl == "transformer_engine":
+        if not HAVE_TE:
+            raise RuntimeError(
+                "--transformer-impl transformer_engine needs transformer-engine, which is not installed; "
+                "install it or pass --transformer-impl local"
+            )
+    elif config.transformer_impl != "local":
+        raise ValueError(
+            f"megatron-cp's attention takes --transformer-impl local or transformer_engine, "
+            f"got {config.transformer_impl!r}"
+        )
+    else:
+        _refuse_on_local(config)
+
+
+def _refuse_stock_mtp(model: Any, config: TransformerConfig) -> None:
+    if config.mtp_num_layers and hasattr(model, "transformer") and not _mtp_is_ours():
+        raise ValueError(
+            "multi-token prediction (--mtp-num-layers) is built outside --spec, with stock attention; "
+            "start through megatron_cp.launch or megatron_cp.pretrain_gpt, or leave --mtp-num-layers out"
+        )
+
+
+def _refuse_on_local(config: TransformerConfig) -> None:
+    for name in (
+        "multi_latent_attention",
+        "experimental_attention_variant",
+        "use_kitchen",
+        "heterogeneous_block_specs",
+    ):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"the local spec of megatron-cp does not do {name}, got {getattr(config, name)!r}; leave it out"
+            )
+
+
+def _mtp_is_ours() -> bool:
+    return is_on(HOOKS.get("mtp-layers"))
+
+
+def _attach_verification(model: Any) -> None:
+    # Megatron-Bridge keeps its list to itself and has a method for it
+    hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
+    # the spec is asked for once per virtual pipeline stage
+    if verify_models in hooks:
+        return
+    if hasattr(model, "register_post_wrap_hook"):
+        model.register_post_wrap_hook(verify_models)
+    elif isinstance(hooks, list):
+        hooks.append(verify_models)
+
+
+def _stock_spec(model: Any, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+    if hasattr(model, "transformer"):
+        from megatron.training.models.gpt import default_layer_spec
+
+        return default_layer_spec(model, vp_stage)
+    return get_gpt_decoder_block_spec(
+        config, True, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm, vp_stage=vp_stage
+    )

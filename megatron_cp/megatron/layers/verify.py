@@ -1,0 +1,60 @@
+"""After the model is built: every layer must have our attention, and a line says what runs."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+import torch
+from megatron.core.transformer.attention import Attention
+from torch import nn
+
+from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.machine import cpu
+
+
+def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
+    """Verify every attention of the model chunks, and let rank 0 say what runs; a post-wrap hook of Megatron's.
+
+    Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
+    would see only this rank's tokens, or cut the sequence in another way.
+    """
+    cores = core_attentions(models)
+    foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
+    if foreign:
+        raise RuntimeError(
+            f"some layers do not have megatron-cp's attention: {', '.join(foreign)}; "
+            f"all layers must have it, check --spec and how multi-token prediction is built"
+        )
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        # a stack under construction may still lie elsewhere than it will run
+        for line in banner(cores, "cpu" if cpu.needed() or cpu.active() else "cuda"):
+            print(f"[megatron-cp] {line}", flush=True)
+    return models
+
+
+def core_attentions(models: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The core attention of every layer on this rank, those of multi-token prediction included, with its name."""
+    return [
+        (f"{name}.core_attention", module.core_attention)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, Attention)
+    ]
+
+
+def banner(cores: Sequence[tuple[str, nn.Module]], device: str) -> list[str]:
+    """What runs on such a device, a line for the layers that agree."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name, core in cores:
+        assert isinstance(core, CoreAttention)
+        # multi-token prediction counts its layers from 1 again
+        kind = "MTP layer" if "mtp." in name else "layer"
+        numbers.setdefault((kind, core.describe(device)), []).append(core.layer_number)
+    return [f"{_layers(kind, group)}: {text}" for (kind, text), group in numbers.items()]
+
+
+def _layers(kind: str, numbers: Iterable[int]) -> str:
+    distinct = sorted(set(numbers))
+    # consecutive numbers differ from their index by the same amount
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(distinct), lambda pair: pair[1] - pair[0])]
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{kind}{'s' if len(distinct) > 1 else ''} {text}"

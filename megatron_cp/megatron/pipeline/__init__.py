@@ -1,0 +1,1 @@
+"""Pipeline schedules inside Megatron's training step."""

@@ -1,0 +1,287 @@
+"""Megatron's forward-backward function with the order of a schedule of ours.
+
+`Pipeline` takes the place of Megatron's own drivers: the same call, the same duties around the step, the same building
+blocks for one forward and one backward; only the order, the transfers and the start of reductions are the schedule's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_cp.comm import wires
+from megatron_cp.megatron.pipeline.split_linear import queue_in_force
+from megatron_cp.megatron.pipeline.tables import Tables, profile_of
+from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
+from megatron_cp.megatron.pipeline.v_placement import groups_to_finalize, seen_on_loop, to_last_rank
+from megatron_cp.megatron.run import global_args
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action
+from megatron_cp.pipeline.build import place
+from megatron_cp.pipeline.execute import Channels, Executor, Observe, ways
+from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.split_backward import WeightQueue
+
+
+def name_in_force(
+    pp_size: int | None = None, vp_size: int | None = None, schedule_pg_collection: Any = None
+) -> str | None:
+    """The schedule that the arguments name, for a call of Megatron's getter; None leaves the choice to Megatron."""
+    if isinstance(schedule_pg_collection, MultiModuleProcessGroupCollection) or pp_size == 1:
+        return None
+    return getattr(global_args(), "pp_schedule", None)
+
+
+@dataclass
+class Call:
+    """What one call of the forward-backward function came with, and what its actions leave behind."""
+
+    forward_step_func: Callable[..., Any]
+    data_iterator: list[Any]
+    model: list[Any]
+    micros: int
+    config: Any
+    groups: Any
+    shape: tuple[int, ...]
+    training: bool
+    collect_non_loss_data: bool
+    first_val_step: bool | None
+    force_all_reduce: bool
+    tokens: Tensor
+    window: int = 0
+    forwards: int = 0
+    store: list[Any] = field(default_factory=list)
+
+    def buffer(self) -> Tensor:
+        """Room for what passes between stages."""
+        return torch.empty(self.shape, dtype=self.config.pipeline_dtype, device=torch.cuda.current_device())
+
+
+class ModelStages:
+    """This rank's stages as an executor runs them: the n-th of `stages` is the n-th model chunk."""
+
+    def __init__(self, call: Call, stages: tuple[int, ...], last: int, queue: WeightQueue | None) -> None:
+        self._call, self._last, self._queue = call, last, queue
+        self._chunk = {stage: chunk for chunk, stage in enumerate(stages)}
+
+    def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
+        call, chunk = self._call, self._chunk[stage]
+        self._prefetch(chunk, micro)
+        with seen_on_loop(call.model[chunk]):
+            output, tokens = schedules.forward_step(
+                call.forward_step_func,
+                call.data_iterator[chunk],
+                call.model[chunk],
+                call.micros,
+                given,
+                call.store,
+                call.config,
+                call.groups.cp.size(),
+                call.collect_non_loss_data,
+                self._checkpoints(),
+                schedules.check_first_val_step(call.first_val_step, not call.training, micro == 0),
+                micro,
+                # without chunks Megatron's own driver names none either
+                chunk if len(call.model) > 1 else None,
+                stage == self._last,
+            )
+        call.tokens += tokens
+        return output
+
+    def _prefetch(self, chunk: int, micro: int) -> None:
+        """Gather the next chunk's parameters while this one's first microbatch runs, where Megatron aligns gathers."""
+        call = self._call
+        if call.config.param_sync_func is None or not call.training or micro or not 0 < chunk < len(call.model) - 1:
+            return
+        _listed(call.config.param_sync_func, call.model)[chunk + 1](call.model[chunk + 1].parameters())
+
+    def _checkpoints(self) -> bool | None:
+        """Whether this microbatch recomputes all layers, where only some of those in flight may keep activations."""
+        call = self._call
+        spared = call.config.num_microbatches_with_partial_activation_checkpoints
+        if spared is None:
+            return None
+        call.forwards += 1
+        return bool((call.forwards - 1) % call.window >= spared)
+
+    def backward(
+        self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
+    ) -> Tensor | None:
+        queue = self._queue if self._queue and (split or self._queue.always) else None
+        chunk = self._call.model[self._chunk[stage]]
+        with queue.put_off((stage, micro)) if queue else nullcontext(), gradients_to_come(chunk):
+            before: Tensor | None = schedules.backward_step(given, made, gradient, self._call.config)
+        if queue and not split:
+            queue.run((stage, micro))
+        return before
+
+    def weight(self, stage: int, micro: int) -> None:
+        assert self._queue, "a schedule with W runs with a queue"
+        self._queue.run((stage, micro))
+
+    def reduce(self, stage: int) -> None:
+        """Start the reduction of the chunk's gradients, where Megatron overlaps it; elsewhere it comes at the end."""
+        chunk = self._call.model[self._chunk[stage]]
+        overlaps = getattr(chunk, "ddp_config", None) and chunk.ddp_config.overlap_grad_reduce
+        # with several instances of the distributed optimizer Megatron keeps no handle, and would start it again
+        if overlaps and chunk.ddp_config.num_distributed_optimizer_instances == 1 and not self._call.force_all_reduce:
+            chunk.start_grad_sync()
+
+    def buffer(self) -> Tensor:
+        return self._call.buffer()
+
+    def shrink(self, made: Tensor) -> None:
+        schedules.deallocate_output_tensor(made, self._call.config.deallocate_pipeline_outputs)
+
+
+class Pipeline:
+    """A forward-backward function of Megatron's that runs one schedule."""
+
+    def __init__(self, name: str, observe: Observe = lambda action: nullcontext()) -> None:
+        self._rule = SCHEDULES.get(name)
+        self._observe = observe
+        self._channels: Channels | None = None
+        self._tables: Tables
+        self._delayed = False
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: Any,
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Any = None,
+        p2p_communicator: Any = None,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+    ) -> list[Any]:
+        """One step, or with `forward_only` one batch of an evaluation; what Megatron's drivers take and return."""
+        if adjust_tensor_shapes_fn is not None:
+            raise ValueError(f"--pp-schedule {self._rule.name} does not do adjusted tensor shapes (distillation)")
+        groups = schedules._build_default_pg_collection() if pg_collection is None else pg_collection
+        chunks = model if isinstance(model, list) else [model]
+        config = get_model_config(chunks[0])
+        (shape,) = schedules.get_tensor_shapes(
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            decoder_seq_length=decoder_seq_length,
+            config=config,
+            tp_group=groups.tp,
+            cp_group=groups.cp,
+        )
+        call = Call(
+            forward_step_func,
+            data_iterator if isinstance(data_iterator, list) else [data_iterator],
+            chunks,
+            num_microbatches,
+            config,
+            groups,
+            shape,
+            not forward_only,
+            collect_non_loss_data,
+            first_val_step,
+            bool(force_all_reduce),
+            torch.zeros([], dtype=torch.int, device="cuda"),
+        )
+        with _timed(config):
+            self._run(call)
+            if call.training:
+                _finalize(call)
+        return to_last_rank(call.store, groups.pp)
+
+    def _run(self, call: Call) -> None:
+        named = getattr(global_args(), "pp_placement", None)
+        placement = place(self._rule, call.groups.pp.size(), len(call.model), named)
+        if self._channels is None:
+            self._channels = connect(call.groups.pp, placement)
+            self._tables = Tables(self._rule, placement, profile_of(call.model))
+            self._delayed = watch(call.model)
+        rank, observe = call.groups.pp.rank(), self._observe
+        if call.training:
+            self._tables.learn(self._channels, rank, call.buffer)
+            observe = self._tables.observing(observe)
+        schedule = self._tables.lowered(call.micros, call.training)
+        actions = schedule.table[rank]
+        call.window = most_in_flight(actions)
+        queue = queue_in_force() if self._delayed or any(action.kind == INPUT for action in actions) else None
+        last = len(placement.rank_of) - 1
+        stages = ModelStages(call, placement.of_rank[rank], last, queue)
+        executor = Executor(placement, rank, stages, self._channels, call.training, observe)
+        with _without_reductions(call), queue.step() if queue else nullcontext():
+            _prefetch_first_chunks(call)
+            executor.run(actions)
+
+
+def connect(group: Any, placement: Placement) -> Channels:
+    """The communicators of this rank's pipeline; all ranks of the run connect together."""
+    minutes = getattr(global_args(), "distributed_timeout_minutes", None)
+    timeout = timedelta(minutes=minutes) if minutes else None
+    return Channels(placement, group.rank(), wires(group, len(ways(placement)), timeout))
+
+
+def most_in_flight(actions: tuple[Action, ...]) -> int:
+    """The most microbatches, over all chunks, forwarded and not yet returned."""
+    alive = most = 0
+    for action in actions:
+        alive += (action.kind == FORWARD) - (action.kind in BACKWARD)
+        most = max(most, alive)
+    return most
+
+
+@contextmanager
+def _timed(config: Any) -> Iterator[None]:
+    # evaluation takes the timers away
+    if config.timers is None:
+        yield
+        return
+    config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    yield
+    config.timers("forward-backward").stop()
+
+
+@contextmanager
+def _without_reductions(call: Call) -> Iterator[None]:
+    """No gradient reduction starts by itself: a bucket would be complete before its last W."""
+    functions = call.config.no_sync_func
+    with ExitStack() as stack:
+        for function in functions if isinstance(functions, list) else [functions]:
+            if function is not None:
+                stack.enter_context(function())
+        yield
+
+
+def _prefetch_first_chunks(call: Call) -> None:
+    functions = call.config.param_sync_func
+    if functions is None or not call.training:
+        return
+    for function, chunk in list(zip(_listed(functions, call.model), call.model, strict=True))[:2]:
+        function(chunk.parameters())
+
+
+def _listed(functions: Any, model: list[Any]) -> list[Any]:
+    return functions if isinstance(functions, list) else [functions] * len(model)
+
+
+def _finalize(call: Call) -> None:
+    config = call.config
+    if config.finalize_model_grads_func is not None:
+        config.finalize_model_grads_func(
+            call.model,
+            call.tokens if config.calculate_per_token_loss else None,
+            pg_collection=groups_to_finalize(call.groups, call.model),
+            force_all_reduce=call.force_all_reduce,
+        )

@@ -1,0 +1,109 @@
+"""Doors A and C: what is put in force around a training script, decided from its command line.
+
+With none of our features asked for, on a machine with a GPU and a Megatron-LM checkout, nothing is.
+"""
+
+import contextlib
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from megatron_cp import config
+from megatron_cp.errors import BadArguments, one_line
+from megatron_cp.megatron import hooks
+from megatron_cp.megatron.arguments.command_line import has_te, wants_layers
+from megatron_cp.megatron.checkpoint import failed_save
+from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.machine.environment import environment_for_gpus, environment_from_slurm
+from megatron_cp.megatron.process import children, stop_signal
+from megatron_cp.megatron.run import values_of
+from megatron_cp.pipeline import on_v
+
+PACKAGE = os.path.dirname(os.path.abspath(config.__file__)) + os.sep
+
+
+class Plan(NamedTuple):
+    """What a command line asks of us."""
+
+    layers: bool
+    hooks: tuple[str, ...]
+
+
+def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
+    """The hooks that this command line needs on this machine."""
+    layers = wants_layers(argv)
+    names = []
+    schedule = values_of(argv, "--pp-schedule")
+    # without transformer-engine Megatron's default arguments cannot run
+    if layers or schedule is not None or cpu_runtime or not has_te() or "--help" in argv or "-h" in argv:
+        names += ["flags", "checks"]
+    if schedule is not None:
+        names += ["schedule", "weight-queue"]
+        placement = "".join(values_of(argv, "--pp-placement") or ())
+        names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
+        names += ["delayed-weights"] if has_te() else []
+    if layers and values_of(argv, "--mtp-num-layers") is not None:
+        names.append("mtp-layers")
+    if hooks.dataset_helpers_need_no_make():
+        names.append("dataset-helpers")
+    if values_of(argv, "--save") is not None:
+        names.append("overwrite")
+    if values_of(argv, "--use-distributed-optimizer") is not None and hooks.resumes_with_torch_adam():
+        names += ["optimizer-save", "optimizer-load", "optimizer-copy"]
+    return Plan(layers, tuple(names))
+
+
+def _save_folder(argv: Sequence[str]) -> str | None:
+    """Where a run saves that is to stop when it is told to."""
+    folder = values_of(argv, "--save")
+    return folder[0] if folder and values_of(argv, "--exit-signal-handler") is not None else None
+
+
+@contextlib.contextmanager
+def door(argv: Sequence[str]) -> Iterator[Plan]:
+    """Everything in force that `argv` needs, undone at the end; a refusal ends the process with one line."""
+    environment_from_slurm()
+    environment_for_gpus(argv)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(_refusals_in_one_line())
+        undo.enter_context(children.ended_with_this_rank())
+        undo.enter_context(failed_save.explained(next(iter(values_of(argv, "--save") or ()), None)))
+        undo.enter_context(stop_signal.noted(_save_folder(argv)))
+        undo.enter_context(cpu.cpu_runtime())
+        decided = plan(argv, cpu.active())
+        undo.enter_context(hooks.apply(decided.hooks))
+        yield decided
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if not is_refusal(error):
+            raise
+        raise SystemExit(f"[megatron-cp] rank {config.variable('RANK', '0')}: {one_line(error)}") from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether one of our own checks spoke: the text then says it all, and a traceback would hide it."""
+    if isinstance(error, BadArguments):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return PACKAGE in os.path.abspath(last.filename) and (last.line or "").startswith("raise ")
+
+
+def main() -> None:
+    """`torchrun -m megatron_cp.launch SCRIPT FLAGS`: run an unmodified Megatron script with our features."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: torchrun … -m megatron_cp.launch SCRIPT.py FLAGS")
+    script = sys.argv[1]
+    if not os.path.isfile(script):
+        raise SystemExit(f"[megatron-cp] no script {script!r}")
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    with door(sys.argv[1:]):
+        runpy.run_path(script, run_name="__main__")

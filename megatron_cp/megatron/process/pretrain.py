@@ -1,0 +1,200 @@
+"""Door C: pretrain a GPT where only PyPI's megatron-core is installed.
+
+The wheel has `megatron.training` but no pretrain_gpt.py. This is the same program on the same public calls: parse and
+validate, make the model's config, and hand a dataset provider and a forward step to `pretrain`.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
+
+from megatron_cp.megatron.process import summary
+from megatron_cp.megatron.process.launch import door
+from megatron_cp.megatron.run import say
+
+# times the largest loss so far; as in Megatron's own script
+SPIKY_LOSS_FACTOR = 10
+# what a batch of whole sequences, not packed, does not have
+PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+
+
+def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list[Any]:
+    """Train, validation and test datasets of the requested sizes; mock data when no path is given."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 0,
+    )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    needed = functools.partial(_reads_data, vp_stage)
+    built: list[Any] = BlendedMegatronDatasetBuilder(kind, samples, needed, config).build()
+    return built
+
+
+# rank 0 of each tensor-parallel group is not the only one that may build: the builder asks _reads_data
+datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _has_mtp(vp_stage: int | None) -> bool:
+    args = get_args()
+    layout = get_args().pipeline_model_parallel_layout
+    return bool(
+        mtp_on_this_rank(layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
+        if args.mtp_num_layers
+        else False
+    )
+
+
+def _reads_data(vp_stage: int | None = None) -> bool:
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return False
+    return bool(is_first_or_last_pipeline_stage(vp_stage)) or _has_mtp(vp_stage)
+
+
+def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None = None) -> dict[str, Any]:
+    """This rank's part of the next microbatch: broadcast over TP, cut over CP; None where a stage needs nothing."""
+    args = get_args()
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    mtp = _has_mtp(vp_stage)
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", *PACKED_KEYS)
+    whole: dict[str, Any] = dict.fromkeys(keys)
+    if not (first or last or mtp):
+        return whole
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    if tp_rank == 0:
+        assert data_iterator is not None
+        whole |= {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
+    on_this_rank = get_batch_on_this_tp_rank(
+        whole,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    cut: dict[str, Any] = get_batch_on_this_cp_rank(
+        on_this_rank, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+    return cut
+
+
+def loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of this rank's token losses, the number of its tokens, and both for the log."""
+    mask = loss_mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    tokens = mask.sum().detach().to(torch.int)
+    machine = get_rerun_state_machine()
+    if get_args().check_for_nan_in_loss_and_grad:
+        for unusable, text in ((torch.isnan, "found NaN in local forward loss"), (torch.isinf, "found Inf")):
+            machine.validate_result(result=total, rejection_func=unusable, message=text, tolerance=0.0, fatal=True)
+    if get_args().check_for_spiky_loss:
+        spike = functools.partial(machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
+        machine.validate_result(result=total, rejection_func=spike, message="Spiky loss", tolerance=0.0, fatal=False)
+    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+
+
+def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """One microbatch through this stage: its output, and the function that makes a loss of the last stage's."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    part = batch(data_iterator, getattr(_unwrapped(model), "vp_stage", None))
+    timers("batch-generator").stop()
+    output = model(
+        part["tokens"],
+        part["position_ids"],
+        part["attention_mask"],
+        labels=part["labels"],
+        loss_mask=part["loss_mask"],
+    )
+    return output, functools.partial(loss, part["loss_mask"])
+
+
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def model_config(args: Any) -> GPTModelConfig:
+    """The model that the arguments describe, with the rope factor that Megatron's own function leaves out."""
+    config: GPTModelConfig = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def _note(models: list[torch.nn.Module], built: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    models.extend(built)
+    return built
+
+
+def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any) -> None:
+    """Parse sys.argv and train; `prepare` may change the model's config before the model is built.
+
+    `options` go to Megatron's `pretrain`. Hooks and the CPU runtime are expected to be in force.
+    """
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    config = model_config(args)
+    if prepare is not None:
+        prepare(config)
+    models: list[torch.nn.Module] = []
+    config.post_wrap_hooks.append(functools.partial(_note, models))
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        **options,
+    )
+    # a run that was complete already takes no step
+    last = getattr(args, "curr_iteration", args.iteration - 1)
+    text = summary.line(models, last + 1 - args.iteration)
+    if text:
+        say(text)
+
+
+def main() -> None:
+    """`torchrun -m megatron_cp.pretrain_gpt FLAGS`."""
+    with door(sys.argv[1:]):
+        run()

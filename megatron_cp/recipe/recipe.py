@@ -1,0 +1,204 @@
+"""Recipes: one YAML file is one training run, rendered to literal Megatron flags.
+
+The dialect is the one of Megatron-LM's functional tests, `ENV_VARS:` and `MODEL_ARGS:` whose keys are literal flags,
+and six additions:
+
+- `extends:` one file or a list of files, relative to this file or to configs/; later ones win, this file wins over all;
+- `${NAME}` and `${NAME:-default}` from the environment, anywhere in a value; `${RECIPE}` is the recipe's name;
+- `LAUNCH:` torchrun's own flags, and `entry`: a module to run, or an upstream script that is run through our launcher;
+- `DATA:` the flags of `megatron-cp data build` for the corpus that is built before training when it is missing;
+- `SLURM:` flags of sbatch, of srun for containers, and of `megatron-cp submit`;
+- `CLUSTER:` the machines that the run is made for: the name of a file in configs/clusters/, or a file.
+
+A value is one text, a list (several values), `true` (a bare flag) or `false` (takes an inherited flag back). Values are
+texts and stay texts: no tag is obeyed, and no shell sees them unquoted.
+"""
+
+import re
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from megatron_cp.config import configs_folder
+from megatron_cp.recipe import file, slurm_flags
+from megatron_cp.recipe.file import CLUSTER, SECTIONS, Section, Setting, read, shown
+from megatron_cp.registry import suggest
+
+DATA_FLAGS = tuple(
+    f"--{name}"
+    for name in "input output tokenizer glob field eod-id dtype workers max-bytes limit skip-bad no-append-eod".split()
+)
+TORCHRUN_FLAGS = tuple(
+    f"--{name}"
+    for name in (
+        "nproc-per-node nnodes node-rank master-addr master-port rdzv-backend rdzv-endpoint rdzv-id rdzv-conf "
+        "standalone max-restarts monitor-interval log-dir redirects tee role local-addr numa-binding"
+    ).split()
+)
+ENTRY = "megatron_cp.pretrain_gpt"
+RECIPE = "RECIPE"
+COMMAND_LINE = "command line"
+
+_ENTRY = re.compile(r"[A-Za-z_]\w*(\.\w+)*|[^-].*\.py", re.ASCII | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run: environment variables, flags of Megatron and torchrun, corpus, job, cluster."""
+
+    name: str
+    env_vars: Section
+    model_args: Section
+    launch: Section
+    data: Section
+    slurm: Section = field(default_factory=dict)
+    cluster: str | None = None
+
+    @property
+    def save(self) -> Path | None:
+        """Where checkpoints go; None where none are saved."""
+        return Path(self.model_args["--save"].text) if "--save" in self.model_args else None
+
+    def flag(self, name: str, default: str) -> str:
+        """The value of a Megatron flag, or `default` where the recipe leaves it out."""
+        return self.model_args[name].text if name in self.model_args else default
+
+    def number(self, name: str, default: int) -> int:
+        """The value of a flag that is a size or a count; raises ValueError with its place when it is none."""
+        if name not in self.model_args:
+            return default
+        text, place = self.model_args[name].text, self.model_args[name].place
+        if not text.isdecimal() or not int(text):
+            raise ValueError(f"{place}: {name} takes a positive int, got {text!r}")
+        return int(text)
+
+    def required(self, name: str) -> int:
+        """The value of an integer flag that cannot be left out; raises ValueError where it is."""
+        if name not in self.model_args:
+            raise ValueError(
+                f"recipe {self.name} has no {name}; add it to MODEL_ARGS, or extend a model of configs/models"
+            )
+        return self.number(name, 0)
+
+    @property
+    def builds_corpus(self) -> bool:
+        """Whether the corpus of DATA is trained on; a --data-path or --mock-data takes its place."""
+        return bool(self.data) and not {"--data-path", "--mock-data"} & set(self.model_args)
+
+
+def shipped(folder: str = "") -> list[str]:
+    """Names of the shipped recipes below a folder of configs/, as `load` takes them."""
+    root = configs_folder()
+    found = (path.relative_to(root) for path in (root / folder).rglob("*.yaml"))
+    # descriptions of clusters and published runs are no recipes
+    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] not in ("clusters", "published"))
+
+
+def find(name: str, beside: Path | None = None) -> Path:
+    """The file that `name` means: a path, or a shipped recipe's name with or without folder and `.yaml`.
+
+    Raises ValueError with a suggestion when there is none.
+    """
+    root = configs_folder()
+    folders = [beside or Path(), root, root / "recipes", root / "models"]
+    for candidate in (folder / f"{name}{suffix}" for folder in folders for suffix in ("", ".yaml")):
+        if candidate.is_file():
+            return candidate
+    known = shipped()
+    short = [Path(entry).name for entry in known]
+    raise ValueError(f"no recipe {name!r}{suggest(name, [*known, *short])}; give a file or one of: {', '.join(known)}")
+
+
+def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (), job: bool = False) -> Recipe:
+    """The recipe called `name` with everything it extends merged in, and the flags of `overrides` on top.
+
+    `variables` is what `${NAME}` refers to; with `job` the overrides may have flags of SLURM's. Raises ValueError with
+    file and line for what is not a recipe.
+    """
+    file = find(name)
+    sections = _merged(file, ChainMap({RECIPE: file.stem}, cast(dict[str, str], variables)), ())
+    for key, flag in command_line_flags(overrides).items():
+        section = _section_of(key, job)
+        # last on the rendered command line, where argparse lets it win over its own --no- form
+        sections[section].pop(key, None)
+        sections[section][key] = flag
+    given = {name: {key: s for key, s in section.items() if s.given} for name, section in sections.items()}
+    for key, found in (item for section in given.values() for item in section.items()):
+        if found.problem:
+            raise ValueError(f"{found.place}: {key}: {found.problem}")
+    _check_keys(given)
+    cluster = given[CLUSTER][CLUSTER].text if given[CLUSTER] else None
+    env_vars, model_args, launch, data, slurm = (given[section] for section in SECTIONS)
+    return Recipe(file.stem, env_vars, model_args, launch, data, slurm, cluster)
+
+
+def command_line_flags(words: Sequence[str]) -> Section:
+    """Flags with their values, as a recipe would say them; `--flag=false` takes one back."""
+    found: Section = {}
+    key = ""
+    for word in words:
+        if re.match(r"--[A-Za-z]", word):
+            key, equals, value = word.partition("=")
+            found[key] = file.setting([value] if equals else [], COMMAND_LINE, plain=True)
+        elif not key:
+            raise ValueError(f"expected a --flag after the recipe, got {word!r}")
+        else:
+            found[key] = Setting((*found[key].values, word), COMMAND_LINE)
+    return found
+
+
+def _section_of(key: str, job: bool) -> str:
+    if job and slurm_flags.is_slurms(key):
+        return "SLURM"
+    return "LAUNCH" if key in TORCHRUN_FLAGS else "MODEL_ARGS"
+
+
+def _merged(file: Path, variables: Mapping[str, str], open_files: tuple[Path, ...]) -> dict[str, Section]:
+    if file.resolve() in open_files:
+        chain = " -> ".join(path.name for path in (*open_files, file))
+        raise ValueError(f"{shown(file)}: extends itself: {chain}; remove one of these extends")
+    merged: dict[str, Section] = {section: {} for section in (*SECTIONS, CLUSTER)}
+    parents, own = read(file, variables)
+    if parents.problem:
+        raise ValueError(f"{parents.place}: {parents.problem}")
+    for parent in parents.values:
+        try:
+            path = find(parent, beside=file.parent)
+        except ValueError as error:
+            raise ValueError(f"{parents.place}: extends: {error}") from None
+        _lay_over(merged, _merged(path, variables, (*open_files, file.resolve())))
+    _lay_over(merged, own)
+    return merged
+
+
+def _lay_over(below: dict[str, Section], above: Mapping[str, Section]) -> None:
+    for name, section in above.items():
+        below[name] |= section
+
+
+def _check_keys(sections: Mapping[str, Section]) -> None:
+    slurm_flags.check({key: setting.place for key, setting in sections["SLURM"].items()})
+    for key, setting in sections["ENV_VARS"].items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
+            raise ValueError(f"{setting.place}: {key!r} is no name of an environment variable; use letters, digits, _")
+    entry = sections["LAUNCH"].get("entry")
+    if entry and not _ENTRY.fullmatch(entry.text):
+        raise ValueError(
+            f"{entry.place}: entry is a module such as {ENTRY} or a script that ends in .py, got {entry.text!r}"
+        )
+    for section, known in (("LAUNCH", (*TORCHRUN_FLAGS, "entry")), ("DATA", DATA_FLAGS)):
+        for key, setting in sections[section].items():
+            if key not in known:
+                hint = suggest(key, known)
+                raise ValueError(f"{setting.place}: unknown {section} key {key!r}{hint}; known: {', '.join(known)}")
+    for key in ("--input", "--output"):
+        if sections["DATA"] and key not in sections["DATA"]:
+            place = next(iter(sections["DATA"].values())).place
+            raise ValueError(f"{place}: DATA needs {key}; add it, or take the section out")
+
+
+def with_flag(recipe: Recipe, name: str, setting: Setting) -> Recipe:
+    """The recipe with one Megatron flag added at the end."""
+    return replace(recipe, model_args={**recipe.model_args, name: setting})

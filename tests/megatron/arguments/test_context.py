@@ -1,0 +1,156 @@
+"""Our flags and the cross-checks that Megatron leaves out: each refusal says rule, value and way out."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import pytest
+
+from megatron_cp.megatron.arguments.context import add_arguments, check
+from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table
+
+GOOD = {
+    "cp_comm_type": ["p2p"],
+    "cp_kernel": "auto",
+    "cp_placement": "head-first",
+    "context_parallel_size": 4,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 1,
+    "world_size": 8,
+    "num_attention_heads": 8,
+    "num_layers": 3,
+    "seq_length": 64,
+    "hierarchical_context_parallel_sizes": None,
+    "attention_dropout": 0.0,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "create_attention_mask_in_dataloader": False,
+}
+
+
+def given(**changes: Any) -> Namespace:
+    return Namespace(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cp_comm_type": ["ring", "all_gather", "a2a"]},
+        {"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [2, 2]},
+        {"cp_comm_type": ["a2a+p2p"], "context_parallel_size": 1},
+        {"cp_kernel": "reference"},
+        {
+            "cp_comm_type": ["p2p", "usp", "ring"],
+            "hierarchical_context_parallel_sizes": [2, 2],
+            "cp_placement": "context-first",
+        },
+        {"cp_comm_type": ["startrail"], "hierarchical_context_parallel_sizes": [2, 2]},
+        {"cp_comm_type": ["p2p", "ring", "fpdt"], "cp_chunks": 4},
+        {"lr_warmup_iters": 10, "train_iters": 11},
+        {"lr_warmup_iters": 10, "train_iters": 5, "lr_decay_iters": 20},
+    ],
+)
+def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
+    check(given(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"lr_warmup_iters": 10, "train_iters": 6},
+            "less than --lr-decay-iters, by default --train-iters, got 10 and 6",
+        ),
+        ({"lr_warmup_samples": 8, "train_samples": 8}, "--lr-warmup-samples must be less .* got 8 and 8"),
+        ({"cp_comm_type": ["nonsense"]}, "unknown context-parallel backend 'nonsense'.*known: zigzag"),
+        ({"cp_comm_type": ["p2p", "ulises", "ring"]}, "did you mean 'ulysses'"),
+        ({"cp_comm_type": ["p2p", "ring"]}, "one for each of the 3 layers, got 2"),
+        ({"cp_kernel": "referense"}, "did you mean 'reference'"),
+        ({"cp_placement": "heads"}, "unknown --cp-placement 'heads'"),
+        ({"cp_placement": "context-first"}, "context-first needs --cp-comm-type usp, got p2p; leave it out"),
+        ({"cp_chunks": 0}, "1 or more, got 0"),
+        ({"cp_chunks": 4, "cp_comm_type": ["distflash"]}, "cannot cut --cp-comm-type distflash into pieces; leave it"),
+        ({"cp_chunks": 3}, "divide the 8 tokens of each of a rank's 2 pieces, got chunks = 3; .* pad S = 64 to 72"),
+        (
+            {"cp_comm_type": ["startrail"], "hierarchical_context_parallel_sizes": [4, 1]},
+            "divisible by the square .* got 4 and 4; possible are 1, 2, backend 'wallfacer'",
+        ),
+        ({"cp_cluster": "h100-ip", "cp_comm_type": ["auto"]}, "no cluster 'h100-ip'; did you mean 'h100-ib'"),
+        ({"cp_cluster": "h100-ib"}, "--cp-cluster h100-ib needs --cp-comm-type auto, got"),
+        ({"cp_stripe": 0, "cp_comm_type": ["striped"]}, "1 or more, got 0"),
+        ({"cp_stripe": 4}, "--cp-stripe 4 needs --cp-comm-type striped, got"),
+        ({"cp_stripe": 3, "cp_comm_type": ["striped"], "seq_length": 1024}, "= 12, got 1024; .* --seq-length 1032"),
+        ({"cp_comm_type": ["usp"]}, "needs two --hierarchical-.* got none; add .*-sizes 2 2"),
+        ({"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [4]}, r"needs two .* got \[4\]"),
+        ({"hierarchical_context_parallel_sizes": [2, 3]}, "got 2 \\* 3 = 6 and 4"),
+        ({"hierarchical_context_parallel_sizes": [-2, -2]}, "must be positive .* got -2 \\* -2 = 4 and 4"),
+        ({"num_attention_heads": 7}, "got 7 and 2"),
+        ({"world_size": 4}, "needs 8 processes, got 4"),
+        ({"seq_length": 1004}, r"divisible by 2 \* --context-parallel-size = 8, got 1004; use 1008"),
+        ({"cp_comm_type": ["a2a"], "num_attention_heads": 6}, "deals the query heads .* to 4 ranks, got 3 heads"),
+        ({"softmax_type": "learnable"}, "--softmax-type"),
+        ({"qk_clip": True}, "--qk-clip"),
+        ({"attention_dropout": 0.1}, "--attention-dropout 0"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask"),
+        ({"sft": True}, "--sft"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
+        (
+            {"multi_latent_attention": True, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128},
+            "multi-latent attention whose v_head_dim",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        check(given(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_have_defaults_and_help() -> None:
+    parser = add_arguments(ArgumentParser())
+    assert {name: value for name, value in vars(parser.parse_args([])).items() if not name.startswith("pp_")} == {
+        "cp_kernel": "auto",
+        "cp_placement": "head-first",
+        "cp_stripe": 1,
+        "cp_chunks": None,
+        "cp_cluster": None,
+    }
+    assert "zigzag=p2p" in parser.format_help()
+
+
+@pytest.mark.filterwarnings("ignore:.type. is deprecated as of Python 3.12:DeprecationWarning")
+def test_flags_stand_in_megatrons_own_parser_without_a_clash() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser()))
+    assert parser.parse_args(["--cp-kernel", "reference"]).cp_kernel == "reference"
+
+
+def scheduled(name: str, **changes: Any) -> Namespace:
+    sizes = {"global_batch_size": 8, "micro_batch_size": 1, "data_parallel_size": 1, "pipeline_model_parallel_size": 2}
+    return given(pp_schedule=name, **{**sizes, **changes})
+
+
+@pytest.mark.parametrize("what", ["tp_comm_overlap", "use_transformer_engine_op_fuser"])
+def test_split_schedules_refuse_what_transformer_engine_cannot_delay(what: str) -> None:
+    te = {"transformer_impl": "transformer_engine", "cuda_graph_impl": "none"}
+    check_schedule(scheduled("zb-h1", **te))
+    with pytest.raises(ValueError, match=f"leave --{what.replace('_', '-')} out, or take a schedule without W"):
+        check_schedule(scheduled("zb-h1", **te, **{what: True}))
+    check_schedule(scheduled("zb-h1", transformer_impl="local", **{what: True}))
+    check_schedule(scheduled("1f1b", **te, **{what: True}))
+
+
+# Megatron's size for such a run is one microbatch per rank, which none of its steps has
+GROWING = {"global_batch_size": 1, "seq_length": 64, "virtual_pipeline_model_parallel_size": 2}
+
+
+def test_the_sizes_of_all_steps_of_a_growing_batch_are_checked() -> None:
+    check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4 1K:8"))
+    with pytest.raises(ValueError, match="m = 2, v = 2; the nearest m that works is 3"):
+        check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4", gtp_weight_remat_size=2))
+    with pytest.raises(ValueError, match="m = 2, v = 2; the nearest m that works is 3"):
+        check_table(scheduled("dualpipe-v", **GROWING, step_batch_size_schedule="0:4 1K:2"))
+    with pytest.raises(ValueError, match="a cap of 2 M_B is below the minimum 4 M_B of breadth-first"):
+        check_table(scheduled("breadth-first", **GROWING, step_batch_size_schedule="0:2,1K:4", pp_memory_limit=2))

@@ -1,0 +1,223 @@
+"""Our module in Megatron's core-attention slot: equal to dense attention, and honest about what it cannot do."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_cp.context.layouts import layout
+from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.machine.cpu import cpu_runtime
+from tests.ranks import run_ranks
+
+# Megatron's own config warns of its own default
+pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWarning")
+
+S, B, H, G, D = 48, 2, 4, 2, 8
+
+
+def config(**changes: Any) -> TransformerConfig:
+    sizes = {"num_layers": 2, "hidden_size": H * D, "num_attention_heads": H, "num_query_groups": G}
+    return TransformerConfig(**{**sizes, "attention_dropout": 0.0, "use_cpu_initialization": True, **changes})
+
+
+def alone() -> ProcessGroupCollection:
+    return ProcessGroupCollection()
+
+
+def attention(
+    settings: TransformerConfig, groups: ProcessGroupCollection | None = None, **changes: Any
+) -> CoreAttention:
+    contract = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
+    return CoreAttention(settings, **{**contract, "pg_collection": groups or alone(), **changes})
+
+
+def inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(S, B, H, D), (S, B, G, D), (S, B, G, D), (S, B, H * D)]
+    q, k, v, dout = (torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float = D**-0.5) -> Tensor:
+    group = q.shape[2] // k.shape[2]
+    scores = torch.einsum("sbhd,tbhd->bhst", q, k.repeat_interleave(group, dim=2)) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+    return torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), v.repeat_interleave(group, dim=2)).flatten(2)
+
+
+def results(module: Any, seed: int = 0, **call: Any) -> list[Tensor]:
+    q, k, v, dout = inputs(seed)
+    out = module(q, k, v, None, **call)
+    out.backward(dout)
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-12) -> None:
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine.shape == yours.shape
+        assert (mine - yours).abs().max() <= tolerance * yours.abs().max()
+
+
+def dense_module(causal: bool) -> Any:
+    return lambda q, k, v, mask: dense(q, k, v, causal)
+
+
+@pytest.mark.parametrize("mask", [AttnMaskType.causal, AttnMaskType.no_mask])
+def test_one_rank_equals_dense(mask: AttnMaskType) -> None:
+    ours = results(attention(config(), attn_mask_type=mask))
+    assert_equal(ours, results(dense_module(mask is AttnMaskType.causal)))
+
+
+@pytest.mark.parametrize("mask", [AttnMaskType.no_mask, AttnMaskType.no_mask.value, torch.tensor([3])])
+def test_mask_type_of_the_call_wins_and_may_be_a_number(mask: Any) -> None:
+    assert_equal(results(attention(config()), attn_mask_type=mask), results(dense_module(False)))
+
+
+def test_copied_config_with_more_groups_is_fine() -> None:
+    copied = copy.deepcopy(config())
+    copied.num_query_groups = 4
+    assert_equal(results(attention(copied)), results(dense_module(True)))
+
+
+def test_softmax_scale_is_taken() -> None:
+    ours = results(attention(config(), softmax_scale=0.25))
+    assert_equal(ours, results(lambda q, k, v, mask: dense(q, k, v, True, scale=0.25)))
+
+
+def test_kernel_of_the_config_is_used() -> None:
+    settings = config()
+    settings.cp_kernel = "reference"
+    assert "kernel reference ('reference' was asked for by name), CP=1" in attention(settings).describe("cpu")
+
+
+def test_recomputation_gives_the_same_gradients() -> None:
+    module = attention(config())
+
+    def recomputed(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(module, q, k, v, mask, AttnMaskType.causal, use_reentrant=False)
+
+    assert_equal(results(recomputed), results(module), tolerance=0.0)
+
+
+def _against_stock(layer_scaling: bool) -> bool:
+    """The stock module on the same inputs, layer 2 of a model with or without query-key layer scaling."""
+    torch.distributed.init_process_group("gloo")
+    with cpu_runtime():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        settings = config(apply_query_key_layer_scaling=layer_scaling, masked_softmax_fusion=False)
+        groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        stock = DotProductAttention(settings, 2, AttnMaskType.causal, "self", pg_collection=groups)
+        mask = torch.ones(S, S).triu(1).bool()[None, None]
+        theirs = results(lambda q, k, v, _: stock(q.float(), k.float(), v.float(), mask).double())
+        ours = results(attention(settings, groups, layer_number=2))
+    assert_equal(ours, theirs, tolerance=1e-6)
+    return True
+
+
+@pytest.mark.parametrize("layer_scaling", [False, True])
+def test_equals_stock_attention(layer_scaling: bool) -> None:
+    assert run_ranks(1, _against_stock, layer_scaling) == [True]
+
+
+def _sharded(comm_type: str | None, sizes: list[int] | None, mask: AttnMaskType) -> list[Tensor]:
+    torch.distributed.init_process_group("gloo")
+    world = torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(context_parallel_size=world, hierarchical_context_parallel_sizes=sizes)
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"])
+    module = attention(config(context_parallel_size=world), groups, cp_comm_type=comm_type, attn_mask_type=mask)
+    mine = torch.tensor([token for run in layout("zigzag", S, world)[torch.distributed.get_rank()] for token in run])
+    whole = inputs()
+    q, k, v, dout = (tensor.detach()[mine] for tensor in whole)
+    q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
+    out = module(q, k, v, None)
+    out.backward(dout)
+    dense_out = dense(*whole[:3], mask is AttnMaskType.causal)
+    dense_out.backward(whole[3])
+    assert_equal(
+        [out.detach(), q.grad, k.grad, v.grad],
+        [dense_out.detach()[mine], *(tensor.grad[mine] for tensor in whole[:3])],
+    )
+    return [module.describe("cpu")]
+
+
+@pytest.mark.parametrize("comm_type", [None, "p2p", "ring", "all_gather", "a2a"])
+def test_two_ranks_equal_dense(comm_type: str | None) -> None:
+    described = run_ranks(2, _sharded, comm_type, None, AttnMaskType.causal)
+    assert described[0] == described[1]
+    assert described[0][0].endswith("CP=2")
+
+
+@pytest.mark.parametrize("mask", [AttnMaskType.causal, AttnMaskType.no_mask])
+def test_usp_takes_megatrons_hierarchical_groups(mask: AttnMaskType) -> None:
+    assert "CP=4 = 2 inner * 2 outer" in run_ranks(4, _sharded, "usp", [2, 2], mask)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"softmax_type": "off-by-one"}, "softmax_type"),
+        ({"qk_clip": True}, "qk_clip"),
+        ({"log_max_attention_logit": True}, "log_max_attention_logit"),
+    ],
+)
+def test_constructor_refuses_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^layer 1: megatron-cp's attention does not do .*{words}.*; leave"):
+        attention(config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k_channels": 24, "v_channels": 16}, "k_channels 24, v_channels 16"),
+        ({"attn_mask_type": AttnMaskType.padding}, "mask type 'padding'"),
+        ({"attn_mask_type": AttnMaskType.arbitrary}, "mask type 'arbitrary'"),
+        ({"num_splits": 2}, "num_splits 2"),
+        ({"cp_comm_type": "zigzak"}, "did you mean 'zigzag'"),
+        ({"cp_comm_type": "usp"}, "hierarchical"),
+    ],
+)
+def test_constructor_arguments_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        attention(config(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, S, S)}, "mask tensor"),
+        ({"attention_bias": torch.zeros(1, H, S, S)}, "attention_bias"),
+        ({"packed_seq_params": SimpleNamespace(qkv_format="thd")}, "packed_seq_params"),
+        ({"attn_mask_type": AttnMaskType.padding_causal}, "padding_causal"),
+    ],
+)
+def test_call_refuses_by_name(call: dict[str, Any], words: str) -> None:
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match=words):
+        attention(config())(q, k, v, **{"attention_mask": None, **call})
+
+
+def test_dropout_is_refused_in_training_only() -> None:
+    module = attention(config(attention_dropout=0.1))
+    q, k, v, _ = inputs()
+    module.eval()(q, k, v, None)
+    with pytest.raises(ValueError, match=r"dropout \(attention_dropout 0.1\)"):
+        module.train()(q, k, v, None)
+
+
+def test_cross_attention_needs_equal_lengths() -> None:
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match=f"{S} queries over {S - 2} keys"):
+        attention(config(), attn_mask_type=AttnMaskType.no_mask)(q, k[:-2], v[:-2], None)

@@ -1,0 +1,67 @@
+"""HybridModel through our ready stack spec: attention and MLP layers without TransformerEngine."""
+
+from typing import Any
+
+import pytest
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_cp.megatron.layers import hybrid
+from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.layers.norm import Norm
+from megatron_cp.megatron.spec import hybrid_stack_spec
+from tests.megatron.door_b import grad_norms, losses, train
+from tests.ranks import RankError, run_ranks, run_ranks_with_log
+
+PATTERN = "--hybrid-layer-pattern *-*- --num-layers 4"
+NAME = "hybrid_stack_spec"
+
+
+def trained(world_size: int, flags: str) -> str:
+    return run_ranks_with_log(world_size, train, f"{PATTERN} {flags}", None, NAME)[1]
+
+
+def test_spec_is_a_ready_object() -> None:
+    assert isinstance(hybrid_stack_spec, ModuleSpec)
+
+
+def test_trains_the_same_on_several_ranks() -> None:
+    whole = trained(1, "")
+    assert len(losses(whole)) == 4
+    assert "[megatron-cp] layers 1, 3: zigzag" in whole
+    for flags in ("--context-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel"):
+        log = trained(2, flags)
+        assert losses(log) == pytest.approx(losses(whole), rel=1e-6)
+        assert grad_norms(log) == pytest.approx(grad_norms(whole), rel=1e-3)
+
+
+def _parts(models: list[Any]) -> None:
+    stack = models[0].module.decoder
+    assert isinstance(stack.final_norm, Norm)
+    assert isinstance(stack.layers[0].self_attention.core_attention, CoreAttention)
+    assert isinstance(stack.layers[0].input_layernorm, Norm)
+    assert isinstance(stack.layers[1].pre_mlp_layernorm, Norm)
+
+
+def test_final_norm_and_attention_are_ours() -> None:
+    run_ranks(1, train, f"{PATTERN} --train-iters 1", _parts, NAME)
+
+
+def test_with_transformer_engine_the_stock_stack_gets_our_attention() -> None:
+    edited = hybrid._stock_submodules()
+    attention = edited.attention_layer.submodules.self_attention.submodules
+    assert attention.core_attention is CoreAttention
+    stock = hybrid.stock_stack_spec.submodules.attention_layer.submodules.self_attention.submodules
+    assert stock.core_attention is TEDotProductAttention
+    attention.core_attention = stock.core_attention
+    assert edited.attention_layer == hybrid.stock_stack_spec.submodules.attention_layer
+
+
+def test_missing_transformer_engine_is_said() -> None:
+    with pytest.raises(RankError, match="RuntimeError: --transformer-impl transformer_engine needs"):
+        run_ranks(1, train, f"{PATTERN} --transformer-impl transformer_engine", None, NAME)
+
+
+def test_other_layers_are_refused_by_name() -> None:
+    with pytest.raises(RankError, match=r"ValueError: without transformer-engine .* layers \* -, got M"):
+        run_ranks(1, train, "--hybrid-layer-pattern M-*- --num-layers 4", None, NAME)

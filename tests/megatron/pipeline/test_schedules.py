@@ -1,0 +1,239 @@
+"""Through the real pretrain() every schedule trains as Megatron's own: same losses, same parameters, bit for bit."""
+
+import sys
+
+import pytest
+import torch
+
+from megatron_cp.megatron.rebind import replace, restore
+from megatron_cp.pipeline.passes import check
+from megatron_cp.pipeline.schedule import parse
+from tests.megatron import pretraining
+from tests.megatron.pretraining import tiny
+from tests.ranks import run_ranks
+
+# stands for leaving this flag out
+TIED = "--untie-embeddings-and-output-weights"
+MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
+
+
+def trained(flags):
+    """What this rank knows after training: losses of each iteration, and its parameters by their name in the model."""
+    log, parameters = pretraining.trained(flags)
+    return log, dict(parameters)
+
+
+def run(world_size, *flags):
+    """Losses of the last pipeline stage, and every rank's parameters."""
+    without = TIED if TIED in flags else ""
+    ranks = run_ranks(world_size, trained, tiny(MODEL, *(flag for flag in flags if flag != TIED), without=without))
+    log = next(log for log, _ in ranks if log[0]["loss"] is not None)
+    return log, [parameters for _, parameters in ranks]
+
+
+@pytest.fixture(scope="module")
+def megatrons_own():
+    """Runs of Megatron's own drivers, by their flags, each made once."""
+    runs = {}
+
+    def once(world_size, *flags):
+        if (world_size, flags) not in runs:
+            runs[world_size, flags] = run(world_size, *flags)
+        return runs[world_size, flags]
+
+    return once
+
+
+def assert_bit_equal(found, expected):
+    (log, parameters), (other_log, other_parameters) = found, expected
+    assert [step["loss"] for step in log] == [step["loss"] for step in other_log]
+    assert [step["grad_norm"] for step in log] == [step["grad_norm"] for step in other_log]
+    for ours, theirs in zip(parameters, other_parameters, strict=True):
+        assert list(ours) == list(theirs)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+TWO = "--pipeline-model-parallel-size 2"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "dapple-b", "zb-h1", "zb-h2"])
+def test_one_chunk_per_rank_trains_as_1f1b(megatrons_own, schedule):
+    assert_bit_equal(run(2, TWO, f"--pp-schedule {schedule}"), megatrons_own(2, TWO))
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "breadth-first", "izb", "gis"])
+def test_several_chunks_per_rank_train_as_interleaved(megatrons_own, schedule):
+    assert_bit_equal(run(2, TWO, CHUNKS, f"--pp-schedule {schedule}"), megatrons_own(2, TWO, CHUNKS))
+
+
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
+ONE_CHUNK, TWO_CHUNKS = ("zb-h1", ""), ("izb", CHUNKS)
+COMBINED = {
+    "tied embeddings": (2, ONE_CHUNK, (TIED, "--calculate-per-token-loss")),
+    "tied embeddings in chunks": (2, TWO_CHUNKS, (TIED,)),
+    "tensor and sequence parallel": (4, TWO_CHUNKS, ("--tensor-model-parallel-size 2 --sequence-parallel",)),
+    "tensor parallel, biases": (4, ONE_CHUNK, ("--tensor-model-parallel-size 2 --add-qkv-bias",)),
+    "context parallel": (4, TWO_CHUNKS, ("--context-parallel-size 2 --cp-comm-type zigzag",)),
+    "data parallel": (4, ONE_CHUNK, ()),
+    "data parallel, overlapped": (4, ONE_CHUNK, ("--overlap-grad-reduce",)),
+    "distributed optimizer": (
+        4,
+        TWO_CHUNKS,
+        ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
+    ),
+    "experts": (2, ONE_CHUNK, (EXPERTS,)),
+    "expert parallel": (4, TWO_CHUNKS, ("--expert-model-parallel-size 2", EXPERTS)),
+    "bf16": (2, TWO_CHUNKS, ("--bf16",)),
+    "full recompute": (
+        2,
+        ONE_CHUNK,
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(COMBINED))
+def test_combined_with_other_features_trains_as_megatrons_own(megatrons_own, case):
+    world_size, (schedule, chunks), flags = COMBINED[case]
+    assert_bit_equal(
+        run(world_size, TWO, chunks, *flags, f"--pp-schedule {schedule}"),
+        megatrons_own(world_size, TWO, chunks, *flags),
+    )
+
+
+FOUR = "--pipeline-model-parallel-size 4 --global-batch-size 16"
+
+
+# by the number of ranks: with two pipelines each has half of the microbatches
+TABLES = {
+    2: """
+    0F0 0F1 0B0 0F2 0I1 0F3 0I2 0W1 0W2 0B3
+    1F0 1B0 1F1 1I1 1F2 1I2 1W1 1F3 1W2 1B3
+    """,
+    4: """
+    0F0 0F1 0I0 0W0 0B1
+    1F0 1I0 1F1 1W0 1B1
+    """,
+}
+
+
+def trained_with_a_table(flags, text):
+    """The same with the table of this text in the place of the named schedule's."""
+    done = replace(
+        "megatron_cp.megatron.pipeline.tables:build", lambda _: lambda name, *_, **__: check(parse(text, name))
+    )
+    try:
+        return trained(flags)
+    finally:
+        restore(done)
+
+
+@pytest.mark.parametrize(("world_size", "flags"), [(2, ()), (4, ("--overlap-grad-reduce",))])
+def test_whole_and_split_backwards_in_one_step_train_as_1f1b(megatrons_own, world_size, flags):
+    ours = tiny(MODEL, TWO, *flags, "--pp-schedule zb-h1")
+    ranks = run_ranks(world_size, trained_with_a_table, ours, TABLES[world_size])
+    log = next(log for log, _ in ranks if log[0]["loss"] is not None)
+    assert_bit_equal((log, [parameters for _, parameters in ranks]), megatrons_own(world_size, TWO, *flags))
+
+
+def test_four_ranks_train_as_1f1b(megatrons_own):
+    assert_bit_equal(run(4, FOUR, "--pp-schedule zb-h1"), megatrons_own(4, FOUR))
+
+
+def test_four_ranks_train_as_interleaved(megatrons_own):
+    chunks = (FOUR, CHUNKS, "--num-layers 8")
+    assert_bit_equal(run(4, *chunks, "--pp-schedule izb"), megatrons_own(4, *chunks))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_fewer_microbatches_than_ranks_train_as_1f1b(megatrons_own, schedule):
+    few = "--pipeline-model-parallel-size 4 --global-batch-size 4"
+    assert_bit_equal(run(4, few, f"--pp-schedule {schedule}"), megatrons_own(4, few))
+
+
+def test_uneven_stages_train_as_1f1b(megatrons_own):
+    uneven = (TWO, "--decoder-first-pipeline-num-layers 3")
+    assert_bit_equal(run(2, *uneven, "--pp-schedule zb-h1"), megatrons_own(2, *uneven))
+
+
+def test_a_weight_shared_inside_a_chunk_trains_as_1f1b_but_for_rounding(megatrons_own):
+    # the last stage's copy of the tied embedding serves as embedding and twice as head: W adds the uses one by one,
+    # autograd adds them to each other first
+    flags = (TWO, TIED, "--mtp-num-layers 1 --cp-comm-type zigzag")
+    (log, _), (other_log, _) = run(2, *flags, "--pp-schedule zb-h1"), megatrons_own(2, *flags)
+    for step, other in zip(log, other_log, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def evaluated(flags):
+    """Training with an evaluation at the end; the losses that evaluation printed are returned by the last stage."""
+    found = []
+    done = replace("megatron.training.training:evaluate", lambda old: _noting(old, found))
+    try:
+        log, _ = trained(flags)
+    finally:
+        restore(done)
+    return log, found
+
+
+def _noting(evaluate, found):
+    def noted(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        found.append({name: float(loss) for name, loss in result[0].items()})
+        return result
+
+    return noted
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("zb-h1", ""), ("izb", CHUNKS)])
+def test_evaluation_gives_the_same_loss(schedule, chunks):
+    flags = tiny(MODEL, TWO, chunks, "--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12")
+    expected = run_ranks(2, evaluated, flags)
+    found = run_ranks(2, evaluated, [*flags, "--pp-schedule", schedule])
+    assert found == expected
+    assert any(losses for _, losses in found)
+
+
+REFUSED = {
+    "one rank": ("--pp-schedule zb-h1", "needs --pipeline-model-parallel-size of at least 2, got 1"),
+    "unknown": (f"{TWO} --pp-schedule zb-h3", "did you mean 'zb-h"),
+    "chunks": (f"{TWO} {CHUNKS} --pp-schedule zb-h1", "zb-h1 has v = 1, got v = 2"),
+    "no chunks": (f"{TWO} --pp-schedule izb", "needs more than one chunk per rank, got 1"),
+    "microbatches": (
+        "--pipeline-model-parallel-size 4 --num-layers 16 --num-virtual-stages-per-pipeline-rank 4 "
+        "--global-batch-size 10 --pp-schedule interleaved",
+        "m = 5, v = 4; the nearest m that works is",
+    ),
+    "graphs": (f"{TWO} --pp-schedule zb-h1 --cuda-graph-impl full_iteration", "does not do CUDA graphs"),
+    "graphs by an older name": (f"{TWO} --pp-schedule zb-h1 --enable-cuda-graph", "does not do CUDA graphs"),
+    "experts": (f"{TWO} --pp-schedule zb-h1 --overlap-moe-expert-parallel-comm", "overlap of expert-parallel"),
+    "delayed": (f"{TWO} --pp-schedule zb-h1 --defer-embedding-wgrad-compute", "own delay of weight gradients"),
+}
+
+
+def refusal(cases):
+    """The one line with which each command line is refused."""
+    import os
+
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_cp.megatron.process.launch import door
+
+    # the arguments are refused before anybody is waited for
+    os.environ["WORLD_SIZE"] = "4"
+    lines = {}
+    for name, flags in cases.items():
+        sys.argv = ["pretrain_gpt", *flags]
+        with pytest.raises(SystemExit) as stop, door(flags):
+            parse_and_validate_args()
+        lines[name] = str(stop.value)
+    return lines
+
+
+def test_what_a_schedule_cannot_do_is_refused_in_one_line():
+    (lines,) = run_ranks(1, refusal, {name: tiny(MODEL, flags) for name, (flags, _) in REFUSED.items()})
+    for name, (_, text) in REFUSED.items():
+        assert text in lines[name], name
+        assert "\n" not in lines[name]
