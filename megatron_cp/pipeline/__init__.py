@@ -11,10 +11,10 @@ from megatron_cp.pipeline.schedules import (
     dapple,
     dualpipe,
     gpipe,
+    interleaved,
     interleaved_zero_bubble,
+    one_forward_one_backward,
     pipe_offload,
-    pipedream_flush,
-    ptdp,
     zero_bubble,
 )
 from megatron_cp.registry import Registry
@@ -56,7 +56,7 @@ SCHEDULES = Registry(
         Rule("gpipe", gpipe.gpipe, "arXiv:1811.06965", "all forwards, then all backwards", split=False),
         Rule(
             "1f1b",
-            pipedream_flush.one_forward_one_backward,
+            one_forward_one_backward.one_forward_one_backward,
             "arXiv:2006.09503",
             "one forward, one backward, flushed every step",
             split=False,
@@ -65,7 +65,7 @@ SCHEDULES = Registry(
         Rule("dapple-b", dapple.policy_b, "arXiv:2007.01045", "1F1B with about twice the warm-up", split=False),
         Rule(
             "interleaved",
-            ptdp.interleaved,
+            interleaved.interleaved,
             "arXiv:2104.04473",
             "1F1B over v chunks per rank",
             chunks=None,

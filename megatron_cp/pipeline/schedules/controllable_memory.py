@@ -10,7 +10,7 @@ from functools import partial
 
 from megatron_cp.pipeline.action import FULL, INPUT, Action
 from megatron_cp.pipeline.placement import vee
-from megatron_cp.pipeline.schedules.slots import Board, Event, Pass, fill_weights, filled_peak, squeeze
+from megatron_cp.pipeline.schedules.building_blocks import Board, Event, Pass, fill_weights, filled_peak, squeeze
 
 PERIOD = 6
 Block = Sequence[tuple[int, int, int, int]]
