@@ -12,6 +12,24 @@ install_import_hook(["megatron_cp.context"], "tests.typecheck.check")
 type Write = Callable[..., str]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    """Leave slow cases out unless -m or a case's own id asks for them, and keep a module's shared fixtures together."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def _shares_a_fixture(item: pytest.Function) -> bool:
+    """True if a fixture of the module, made once for all who ask, is among this test's."""
+    definitions = item._fixtureinfo.name2fixturedefs.values()
+    return any(definition.scope == "module" for found in definitions for definition in found)
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write a recipe into an empty current folder; its name comes back."""
