@@ -160,10 +160,10 @@ def _parity() -> Iterator[Finding]:
 
 def _between() -> Iterator[Finding]:
     """One step between two processes of this machine, over its real links."""
-    from megatron_cp.bench.contest import Shape
-    from megatron_cp.bench.context import Contenders, bench
+    from megatron_cp.bench.comparison import AttentionShape
+    from megatron_cp.bench.context import Selection, bench
 
-    row = bench(Contenders(("zigzag",)), 2, [Shape(512)], rounds=1).rows[-1]
+    row = bench(Selection(("zigzag",)), 2, [AttentionShape(512)], rounds=1).rows[-1]
     yield Finding("two processes", "ok", f"zigzag agrees with attention on one rank to {row.max_error:.1e} (float32)")
 
 

@@ -34,7 +34,7 @@ _ARGUMENT = re.compile(r"^\s+(seq_length|world_size) \.+ (\d+)\s*$")
 Points = dict[int, float]
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     """A run's iterations in order, with Megatron's names for their fields, and what it says of its arguments."""
 
     steps: list[runlog.Iteration]
@@ -57,7 +57,7 @@ class Reference(NamedTuple):
     seq: int | None = None
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path) -> TrainingRun:
     """Everything that lies in a run's folder; of an iteration that was done twice the later one counts.
 
     Raises ValueError for a folder without any iteration, RuntimeError for event files alone without tensorboard.
@@ -80,7 +80,9 @@ def read(folder: Path) -> Run:
     if not fields:
         _nothing(folder)
     last = max(fields)
-    return Run([runlog.Iteration(number, last, fields[number]) for number in sorted(fields)], arguments, sources)
+    return TrainingRun(
+        [runlog.Iteration(number, last, fields[number]) for number in sorted(fields)], arguments, sources
+    )
 
 
 def _nothing(folder: Path) -> None:
@@ -128,7 +130,7 @@ def _events(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
                 yield event.step, {name: event.value * factor}
 
 
-def curves(run: Run, against: Reference) -> dict[str, Points]:
+def curves(run: TrainingRun, against: Reference) -> dict[str, Points]:
     """What the page draws, by its label; a curve without any point is left out."""
     seq = against.seq or run.arguments.get("seq_length")
     seconds = {number: time / 1e3 for number, time in _field(run, STEP_TIME).items()}
@@ -146,7 +148,7 @@ def curves(run: Run, against: Reference) -> dict[str, Points]:
     return {label: points for label, points in found.items() if points}
 
 
-def _operations(run: Run, against: Reference, seconds: Points) -> dict[str, Points]:
+def _operations(run: TrainingRun, against: Reference, seconds: Points) -> dict[str, Points]:
     logged = {number: value * 1e12 for number, value in _field(run, THROUGHPUT).items()}
     if not any(logged.values()):
         # Megatron prints one decimal, and nothing without --log-throughput
@@ -156,11 +158,11 @@ def _operations(run: Run, against: Reference, seconds: Points) -> dict[str, Poin
     return {"TFLOP/s per rank": {number: value / 1e12 for number, value in logged.items()}}
 
 
-def _field(run: Run, name: str) -> Points:
+def _field(run: TrainingRun, name: str) -> Points:
     return {step.number: step.fields[name] for step in run.steps if name in step.fields}
 
 
-def lost(run: Run) -> dict[str, list[int]]:
+def lost(run: TrainingRun) -> dict[str, list[int]]:
     """The iterations whose update was skipped, and those with a loss or a gradient that is no number."""
     no_number = {
         step.number
@@ -170,7 +172,7 @@ def lost(run: Run) -> dict[str, list[int]]:
     return {"skipped": [step.number for step in run.steps if step.fields.get(SKIPPED)], "NaN": sorted(no_number)}
 
 
-def table(run: Run, drawn: Mapping[str, Points], against: Reference) -> dict[str, str]:
+def table(run: TrainingRun, drawn: Mapping[str, Points], against: Reference) -> dict[str, str]:
     """The page's table: medians without the first iteration, which also pays for starting up."""
     rows = {"iterations": f"{len(run.steps)}, {run.steps[0].number} to {run.steps[-1].number}"}
     rows["read from"] = ", ".join(run.sources)

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from megatron_cp import runlog
 from megatron_cp.bench.calls import prepared
-from megatron_cp.bench.contest import DTYPES
-from megatron_cp.bench.links import Measured, described
+from megatron_cp.bench.comparison import DTYPES
+from megatron_cp.bench.links import MachineRates, described
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, GroupFabric, collective, largest
 from megatron_cp.context.trace.events import Compute
@@ -105,7 +105,7 @@ def _least_training(layers: int) -> float:
     return median(step.fields["elapsed time per iteration (ms)"] for step in steps[2:]) / 1e3
 
 
-def as_yaml(links: Measured, rates: Rates) -> str:
+def as_yaml(links: MachineRates, rates: Rates) -> str:
     """A description of one node with everything that an estimate asks for, as `load_cluster` takes it."""
     sections, products = links.sections(), rates.products
     peak, (forward, backward) = max(products.values()), rates.attention

@@ -7,7 +7,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from megatron_cp.bench.contest import DTYPES
+from megatron_cp.bench.comparison import DTYPES
 from megatron_cp.context.trace.events import Compute, Trace
 from megatron_cp.kernels import Kernel, choose
 

@@ -7,7 +7,17 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_cp.bench.contest import WHOLE, Contender, Contest, Entry, RefusedError, Row, Shape, Timed, sends_nothing
+from megatron_cp.bench.comparison import (
+    WHOLE,
+    AttentionShape,
+    BackendResult,
+    Candidate,
+    Comparison,
+    Implementation,
+    RefusedError,
+    TimedPasses,
+    sends_nothing,
+)
 from megatron_cp.bench.pairs import Pair, pairs_of
 from megatron_cp.bench.peers import Peer, counted, installed, load
 from megatron_cp.bench.predict import Forecast
@@ -19,18 +29,18 @@ from megatron_cp.context.auto import settle
 from megatron_cp.grid import most_square
 from megatron_cp.quiet import without_import_warnings
 
-Enter = Callable[[Contest, str], Entry]
+MakeImplementation = Callable[[Comparison, str], Implementation]
 """Makes the entry of an attention of somebody else's; raises RefusedError for a shape that it cannot do."""
 
 
 @dataclass(frozen=True)
-class Report:
+class BackendReport:
     """Rows, other libraries pair by pair, the kernel and why, and what the ranks had to compute with.
 
     core_share: of its core that the rank with the least got while it did nothing but compute; cores: of all ranks
     """
 
-    rows: list[Row]
+    rows: list[BackendResult]
     kernel: str
     reason: str
     core_share: float
@@ -43,17 +53,17 @@ class Report:
         return self.core_share >= QUIET
 
     @property
-    def judged(self) -> list[Row]:
+    def judged(self) -> list[BackendResult]:
         """The rows; without a verdict no share of the ideal."""
         return self.rows if self.quiet else [replace(row, share_of_ideal=None) for row in self.rows]
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object per contender; without a verdict `share_of_ideal` is null."""
+        """One object per candidate; without a verdict `share_of_ideal` is null."""
         return [row.as_json() for row in self.judged if row.backend != WHOLE]
 
 
 @dataclass(frozen=True)
-class Contenders:
+class Selection:
     """Who takes part.
 
     native:   our backends on tokens that lie as each wants them, not in Megatron's zigzag
@@ -64,54 +74,56 @@ class Contenders:
 
     backends: tuple[str, ...]
     native: bool = False
-    upstream: Mapping[str, Enter] = field(default_factory=dict)
+    upstream: Mapping[str, MakeImplementation] = field(default_factory=dict)
     peers: bool = False
     predict: bool = False
 
 
-def bench(contenders: Contenders, ranks: int, shapes: Sequence[Shape], rounds: int, kernel: str = "auto") -> Report:
-    """Run `ranks` processes of this machine (pinned to cores on a CPU) and measure; contenders take turns.
+def bench(
+    selection: Selection, ranks: int, shapes: Sequence[AttentionShape], rounds: int, kernel: str = "auto"
+) -> BackendReport:
+    """Run `ranks` processes of this machine (pinned to cores on a CPU) and measure; the candidates take turns.
 
     Raises RuntimeError when a backend's result differs from the whole kernel call.
     """
-    if contenders.peers:
+    if selection.peers:
         installed()
-    if contenders.predict and any(shape.batch > 1 for shape in shapes):
+    if selection.predict and any(shape.batch > 1 for shape in shapes):
         raise ValueError("traces are of one sequence, so that --predict needs --batch 1; use more heads instead")
-    return on_ranks(ranks, _report, contenders, list(shapes), rounds, kernel, _cores(ranks))[0]
+    return on_ranks(ranks, _report, selection, list(shapes), rounds, kernel, _cores(ranks))[0]
 
 
 def _report(
     fabric: Fabric,
     device: torch.device,
-    contenders: Contenders,
-    shapes: list[Shape],
+    selection: Selection,
+    shapes: list[AttentionShape],
     rounds: int,
     kernel: str,
     cores: int,
-) -> Report:
-    rows: list[Row] = []
+) -> BackendReport:
+    rows: list[BackendResult] = []
     pairs: list[Pair] = []
     shares, chosen = [], None
     for shape in shapes:
-        contest = Contest(fabric, device, shape, kernel)
-        chosen = contest.kernel
-        entered = [_checked(contest, entry) for entry in _entries(contest, contenders)]
-        running = [contender for contender in entered if not contender.problem]
-        forecast = Forecast(contest, contenders.backends, contenders.native) if contenders.predict else None
-        timed: list[Timed | Forecast] = [contest.whole, *([forecast] if forecast else []), *running]
+        comparison = Comparison(fabric, device, shape, kernel)
+        chosen = comparison.kernel
+        entered = [_checked(comparison, entry) for entry in _entries(comparison, selection)]
+        running = [candidate for candidate in entered if not candidate.problem]
+        forecast = Forecast(comparison, selection.backends, selection.native) if selection.predict else None
+        timed: list[TimedPasses | Forecast] = [comparison.whole, *([forecast] if forecast else []), *running]
         for turn in range(rounds):
             # nobody is always behind the same one, whose memory it finds
             first = turn % len(timed)
             for one in (*timed[first:], *timed[:first]):
                 one.time()
-        shares.append(contest.whole.core_share)
-        rows += [contest.row(), *(contender.row() for contender in entered)]
+        shares.append(comparison.whole.core_share)
+        rows += [comparison.row(), *(candidate.row() for candidate in entered)]
         if forecast:
             rows = [replace(row, predicted=forecast.predicted(row)) for row in rows]
         pairs += pairs_of(running, shape.seq)
     assert chosen is not None, "no shape was asked for"
-    return Report(rows, chosen[0].name, chosen[1], min(shares), cores, tuple(pairs))
+    return BackendReport(rows, chosen[0].name, chosen[1], min(shares), cores, tuple(pairs))
 
 
 def _cores(ranks: int) -> int:
@@ -120,29 +132,29 @@ def _cores(ranks: int) -> int:
     return gpus if gpus >= ranks else len(psutil.Process().cpu_affinity())
 
 
-def _checked(contest: Contest, entry: Entry) -> Contender:
-    contender = Contender(contest, entry)
-    contender.check()
-    return contender
+def _checked(comparison: Comparison, entry: Implementation) -> Candidate:
+    candidate = Candidate(comparison, entry)
+    candidate.check()
+    return candidate
 
 
-def _entries(contest: Contest, contenders: Contenders) -> Iterator[Entry]:
-    mine = [ours(contest, name, contenders.native) for name in contenders.backends]
+def _entries(comparison: Comparison, selection: Selection) -> Iterator[Implementation]:
+    mine = [ours(comparison, name, selection.native) for name in selection.backends]
     yield from mine
-    yield from (upstream(contest, name, enter) for name, enter in contenders.upstream.items())
-    if contenders.peers:
+    yield from (upstream(comparison, name, enter) for name, enter in selection.upstream.items())
+    if selection.peers:
         # only those that one of ours can be held against
         layouts = {entry.layout for entry in mine}
-        yield from (theirs(contest, peer) for peer in installed() if peer.layout in layouts)
+        yield from (theirs(comparison, peer) for peer in installed() if peer.layout in layouts)
 
 
-def ours(contest: Contest, name: str, native: bool) -> Entry:
+def ours(comparison: Comparison, name: str, native: bool) -> Implementation:
     """A backend of the registry; `native`: on tokens that lie where it wants them, else in Megatron's zigzag."""
-    fabric, backend, shape = contest.fabric, BACKENDS.get(name), contest.shape
+    fabric, backend, shape = comparison.fabric, BACKENDS.get(name), comparison.shape
     inner, outer = axes_of(most_square(fabric.size), fabric) if backend.needs_grid else (None, None)
     layout = (backend.layout if native else None) or "zigzag"
     how = plan(
-        name, cp=fabric, inner=inner, outer=outer, causal=shape.causal, kernel=contest.kernel_name, layout=layout
+        name, cp=fabric, inner=inner, outer=outer, causal=shape.causal, kernel=comparison.kernel_name, layout=layout
     )
 
     def sent(run: Callable[[], None]) -> int:
@@ -150,21 +162,21 @@ def ours(contest: Contest, name: str, native: bool) -> Entry:
         run()
         return how.sent - before
 
-    return Entry(name, layout, lambda q, k, v: attend(q, k, v, how), sent, took=_took(how, contest))
+    return Implementation(name, layout, lambda q, k, v: attend(q, k, v, how), sent, took=_took(how, comparison))
 
 
-def _took(how: Plan, contest: Contest) -> str:
+def _took(how: Plan, comparison: Comparison) -> str:
     if how.backend.name != AUTO:
         return ""
-    shape = contest.shape
-    sizes = Sizes(shape.seq, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype, contest.device.type)
+    shape = comparison.shape
+    sizes = Sizes(shape.seq, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype, comparison.device.type)
     settled = settle(how, sizes)
     return f"{settled.backend.name}; {settled.why}"
 
 
-def theirs(contest: Contest, peer: Peer) -> Entry:
+def theirs(comparison: Comparison, peer: Peer) -> Implementation:
     """Another library's function, on tokens that lie where it wants them."""
-    function, causal = load(peer, contest.kernel[0]), contest.shape.causal
+    function, causal = load(peer, comparison.kernel[0]), comparison.shape.causal
 
     def sent(run: Callable[[], None]) -> int:
         with counted() as sizes:
@@ -172,18 +184,18 @@ def theirs(contest: Contest, peer: Peer) -> Entry:
         return sum(sizes)
 
     # no group means all processes
-    return Entry(peer.name, peer.layout, lambda q, k, v: function(q, k, v, causal, None), sent, trusted=False)
+    return Implementation(peer.name, peer.layout, lambda q, k, v: function(q, k, v, causal, None), sent, trusted=False)
 
 
-def upstream(contest: Contest, name: str, enter: Enter) -> Entry:
+def upstream(comparison: Comparison, name: str, enter: MakeImplementation) -> Implementation:
     """What Megatron or torch has itself; one that cannot take part refuses at its first call, as others do."""
     without_import_warnings()
     try:
-        return enter(contest, name)
+        return enter(comparison, name)
     except RefusedError as refusal:
         words = refusal
 
     def refuse(*_: torch.Tensor) -> torch.Tensor:
         raise words
 
-    return Entry(name, None, refuse, sends_nothing, trusted=False)
+    return Implementation(name, None, refuse, sends_nothing, trusted=False)

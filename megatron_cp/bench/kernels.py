@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.bench.contest import DTYPES, Shape
+from megatron_cp.bench.comparison import DTYPES, AttentionShape
 from megatron_cp.kernels import AUTO, KERNELS, Kernel, choose
 from megatron_cp.kernels.aten import CUDA_FLASH, cudnn
 from megatron_cp.kernels.fused import FusedKernel, Only
@@ -28,7 +28,7 @@ BACKWARD_OVER_FORWARD = 2.5
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelResult:
     """What one kernel did at one length: best milliseconds, TFLOP/s (a causal mask counts as half), relative error.
 
     skipped: why it was not timed; then there are no figures.
@@ -45,10 +45,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class KernelReport:
     """Rows, the machine, which kernel auto takes there and which op the torch kernel chose for each shape."""
 
-    rows: list[Row]
+    rows: list[KernelResult]
     device: str
     torch: str
     auto: str
@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
     v: Tensor
 
 
-def bench(names: Sequence[str], shapes: Sequence[Shape], device: str, rounds: int) -> Report:
+def bench(names: Sequence[str], shapes: Sequence[AttentionShape], device: str, rounds: int) -> KernelReport:
     """Check and time the kernels of these names, on CUDA also each op that the torch kernel chooses from.
 
     Raises ValueError for a kernel that cannot run the shape, RuntimeError for a missing device or package and for a
@@ -83,10 +83,10 @@ def bench(names: Sequence[str], shapes: Sequence[Shape], device: str, rounds: in
     choices = [line for kernel in kernels.values() if isinstance(kernel, FusedKernel) for line in kernel.report()]
     auto = choose(AUTO, device=device, dtype=shapes[0].dtype, head_dim=shapes[0].head_dim)[1]
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return Report(rows, where, torch.__version__, auto, choices)
+    return KernelReport(rows, where, torch.__version__, auto, choices)
 
 
-def check(kernel: Kernel, shape: Shape, device: str) -> float:
+def check(kernel: Kernel, shape: AttentionShape, device: str) -> float:
     """The kernel's error in out and gradients against the float64 reference; raises RuntimeError above the bound."""
     inputs = make_inputs(shape, min(shape.seq, CHECKED_TOKENS), device)
     found = _both(kernel, inputs, shape.causal)
@@ -103,7 +103,7 @@ def check(kernel: Kernel, shape: Shape, device: str) -> float:
     return errors[worst]
 
 
-def make_inputs(shape: Shape, tokens: int, device: str) -> Inputs:
+def make_inputs(shape: AttentionShape, tokens: int, device: str) -> Inputs:
     """Random inputs of this shape, the same ones on every call."""
     generator = torch.Generator(device).manual_seed(0)
     sizes = [
@@ -112,13 +112,13 @@ def make_inputs(shape: Shape, tokens: int, device: str) -> Inputs:
     return Inputs(*(torch.randn(s, generator=generator, device=device).to(DTYPES[shape.dtype]) for s in sizes))
 
 
-def flops(shape: Shape) -> float:
+def flops(shape: AttentionShape) -> float:
     """Floating-point operations of the forward pass."""
     whole = 4.0 * shape.batch * shape.heads * shape.head_dim * shape.seq**2
     return whole / 2 if shape.causal else whole
 
 
-def _kernels(names: Sequence[str], shape: Shape, device: str) -> dict[str, Kernel]:
+def _kernels(names: Sequence[str], shape: AttentionShape, device: str) -> dict[str, Kernel]:
     how: dict[str, Any] = {"device": device, "dtype": shape.dtype, "head_dim": shape.head_dim}
     if names:
         kernels = {KERNELS.get(name).name: choose(name, **how)[0] for name in names}
@@ -136,10 +136,10 @@ def _if_able(name: str, how: dict[str, Any]) -> Kernel | None:
         return None
 
 
-def _row(name: str, kernel: Kernel, shape: Shape, device: str, rounds: int, error: float) -> Row:
+def _row(name: str, kernel: Kernel, shape: AttentionShape, device: str, rounds: int, error: float) -> KernelResult:
     needed = shape.batch * shape.heads * shape.seq**2 * 4
     if isinstance(kernel, ReferenceKernel) and needed > SCORE_BYTES:
-        return Row(name, shape.seq, skipped=f"a score matrix of {needed / 2**30:.0f} GiB")
+        return KernelResult(name, shape.seq, skipped=f"a score matrix of {needed / 2**30:.0f} GiB")
     dout, q, k, v = make_inputs(shape, shape.seq, device)
     how: dict[str, Any] = {"scale": shape.head_dim**-0.5, "causal": shape.causal}
     out, lse = kernel.forward(q, k, v, **how)
@@ -147,7 +147,7 @@ def _row(name: str, kernel: Kernel, shape: Shape, device: str, rounds: int, erro
     backward = best_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, **how), device, rounds)
     rate = flops(shape) / 1e12
     tflops = (rate / forward, BACKWARD_OVER_FORWARD * rate / backward)
-    return Row(name, shape.seq, forward * 1e3, backward * 1e3, *tflops, error)
+    return KernelResult(name, shape.seq, forward * 1e3, backward * 1e3, *tflops, error)
 
 
 def best_seconds(call: Callable[[], object], device: str, rounds: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_cp.bench.calls import seconds
-from megatron_cp.bench.contest import DTYPES
+from megatron_cp.bench.comparison import DTYPES
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.context.trace.events import Compute
@@ -28,7 +28,7 @@ TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Measured:
+class MachineRates:
     """What was reached: bytes and operations per second, seconds; busy is a core's time per byte sent and received."""
 
     device: str
@@ -67,13 +67,13 @@ class Measured:
         }
 
 
-def described(links: Measured, command: str, sections: Sections) -> str:
+def described(links: MachineRates, command: str, sections: Sections) -> str:
     """The sections as YAML, numbers to four digits, below what they are and how they were measured."""
     from ruamel.yaml import YAML
 
     file = StringIO(
         f"# {links.device}.\n"
-        f"# Measured with two processes by: megatron-cp {command} --dtype {links.dtype} --write FILE\n"
+        f"# MachineRates with two processes by: megatron-cp {command} --dtype {links.dtype} --write FILE\n"
         "# What was measured stands as the peak: the efficiencies are 1, but for the slower pass.\n"
     )
     file.seek(0, SEEK_END)
@@ -87,15 +87,15 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def measure_links(dtype: str = "float32") -> Measured:
+def measure_links(dtype: str = "float32") -> MachineRates:
     """Measure with two processes; on one core each, on a CPU."""
     return on_ranks(2, _measured, dtype)[0]
 
 
-def _measured(fabric: Fabric, device: torch.device, dtype: str) -> Measured:
+def _measured(fabric: Fabric, device: torch.device, dtype: str) -> MachineRates:
     link, touch, rates = link_here(fabric, device), touch_here(fabric, device), _kernel(fabric, device, dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu()
-    return Measured(name, dtype, link.bytes_per_s, link.latency_s, link.busy_s_per_byte, touch, *rates)
+    return MachineRates(name, dtype, link.bytes_per_s, link.latency_s, link.busy_s_per_byte, touch, *rates)
 
 
 def link_here(fabric: Fabric, device: torch.device) -> Link:

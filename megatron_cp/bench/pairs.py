@@ -9,7 +9,7 @@ from itertools import accumulate, product
 from math import comb
 from statistics import median
 
-from megatron_cp.bench.contest import Contender
+from megatron_cp.bench.comparison import Candidate
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Pair:
     rounds: int
 
 
-def pairs_of(contenders: Sequence[Contender], seq: int) -> Iterator[Pair]:
-    """Each backend of ours with each other library's contender that has the same layout and divides the work too."""
-    ours = [contender for contender in contenders if contender.entry.trusted]
-    others = [contender for contender in contenders if not contender.entry.trusted and contender.entry.layout]
+def pairs_of(candidates: Sequence[Candidate], seq: int) -> Iterator[Pair]:
+    """Each backend of ours with each other library's candidate that has the same layout and divides the work too."""
+    ours = [candidate for candidate in candidates if candidate.entry.trusted]
+    others = [candidate for candidate in candidates if not candidate.entry.trusted and candidate.entry.layout]
     for mine, other in product(ours, others):
         if mine.entry.layout == other.entry.layout:
             yield _pair(mine, other, seq)
 
 
-def _pair(mine: Contender, other: Contender, seq: int) -> Pair:
+def _pair(mine: Candidate, other: Candidate, seq: int) -> Pair:
     forward, backward = (
         ratio_of([there / here for here, there in zip(*both, strict=True)])
         for both in zip(mine.seconds, other.seconds, strict=True)

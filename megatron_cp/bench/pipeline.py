@@ -29,7 +29,7 @@ class GptSize(NamedTuple):
     seq: int
 
 
-class Timed(NamedTuple):
+class TimedAction(NamedTuple):
     """One action, when it ran, in milliseconds of the machine's clock, and the share of its core that it got."""
 
     action: Action
@@ -38,12 +38,12 @@ class Timed(NamedTuple):
     core_share: float
 
 
-Line = list[Timed]
+Line = list[TimedAction]
 """One rank's step."""
 Step = Sequence[Line]
 
 
-class Recorder:
+class ActionRecorder:
     """What an executor puts around every action, to note when it ran; processes of one machine share the clock.
 
     settle: waits until the device has done what it was given
@@ -59,7 +59,7 @@ class Recorder:
         yield
         self._settle()
         end, core = time.perf_counter(), time.process_time() - core
-        self.line.append(Timed(action, start * 1e3, end * 1e3, core / (end - start)))
+        self.line.append(TimedAction(action, start * 1e3, end * 1e3, core / (end - start)))
 
     def take(self) -> Line:
         """The step so far; the next one begins."""
@@ -86,7 +86,7 @@ def core_share(steps: Iterable[Step]) -> float:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSchedule:
     """Steps of one schedule, per round, and the bytes of activations alive after each action of one more, per rank."""
 
     schedule: Schedule
@@ -170,16 +170,16 @@ def _gaps(schedule: Schedule, step: Step) -> Iterator[float]:
 
 
 @dataclass(frozen=True)
-class Row:
+class ScheduleResult:
     """One schedule at one number of microbatches; times in milliseconds, per microbatch and stage medians.
 
     step:       first start to last end over ranks, median
     simulated:  makespan of the same actions' medians, which are `times`; T_comm is a hop's
-    rival:      Megatron's own schedule with the same v, and `rival_step` its step
-    speedups:   of each pair the rival's time over ours
+    baseline:      Megatron's own schedule with the same v, and `baseline_step` its step
+    speedups:   of each pair the baseline's time over ours
     peak:       per rank, in M_B of that rank, most activations alive after an action; simulated from the run's own M_B
                 and M_W beside it
-    core_share: of its core, the least that a rank got while it computed, in ours and the rival's steps
+    core_share: of its core, the least that a rank got while it computed, in ours and the baseline's steps
     """
 
     schedule: str
@@ -187,8 +187,8 @@ class Row:
     micros: int
     step: float
     simulated: float
-    rival: str
-    rival_step: float
+    baseline: str
+    baseline_step: float
     speedups: list[float]
     peak: list[float]
     simulated_peak: list[float]
@@ -198,7 +198,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Measured step over simulated makespan."""
+        """MeasuredSchedule step over simulated makespan."""
         return self.step / self.simulated
 
     @property
@@ -219,32 +219,32 @@ class Row:
 class Pairs(NamedTuple):
     """Steps of ours and of Megatron's own schedule in turns; `repeat` of each make a pair."""
 
-    ours: Measured
-    rival: str
-    rival_steps: Sequence[Step]
+    ours: MeasuredSchedule
+    baseline: str
+    baseline_steps: Sequence[Step]
     repeat: int
 
-    def row(self) -> Row:
+    def row(self) -> ScheduleResult:
         measured, run = self.ours, self.ours.run
         schedule, costs = measured.schedule, measured.costs
         own = [sum(costs.kept[stage] for stage in mine) for mine in schedule.placement.of_rank]
-        return Row(
+        return ScheduleResult(
             schedule.name,
             schedule.placement.chunks,
             schedule.micros,
             median(map(step_time, measured.steps)),
             run.makespan,
-            self.rival,
-            median(map(step_time, self.rival_steps)),
+            self.baseline,
+            median(map(step_time, self.baseline_steps)),
             [
                 theirs / ours
-                for theirs, ours in zip(self._times(self.rival_steps), self._times(measured.steps), strict=True)
+                for theirs, ours in zip(self._times(self.baseline_steps), self._times(measured.steps), strict=True)
             ],
             [size / unit for size, unit in zip(measured.peak, own, strict=True)],
             [size / unit for size, unit in zip(run.peak, own, strict=True)],
             {f"{stage}{kind}": time for (stage, kind), time in sorted(measured.times.items())},
             costs.comm,
-            core_share([*measured.steps, *self.rival_steps]),
+            core_share([*measured.steps, *self.baseline_steps]),
         )
 
     def _times(self, steps: Sequence[Step]) -> list[float]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_cp.bench.contest import Contest, Row, Timed
+from megatron_cp.bench.comparison import BackendResult, Comparison, TimedPasses
 from megatron_cp.bench.links import link_here, touch_here
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.trace.events import Compute, Problem, Trace
@@ -20,24 +20,27 @@ from megatron_cp.hardware.cluster import Cluster
 
 
 class Forecast:
-    """The traces of some backends at the contest's shape, and their kernel calls, timed once in every round."""
+    """The traces of some backends at the comparison's shape, and their kernel calls, timed once in every round."""
 
-    def __init__(self, contest: Contest, backends: Sequence[str], native: bool) -> None:
-        self._contest = contest
-        self._traces = {name: record(_problem(contest, name, native)) for name in backends if name != AUTO}
+    def __init__(self, comparison: Comparison, backends: Sequence[str], native: bool) -> None:
+        self._comparison = comparison
+        self._traces = {name: record(_problem(comparison, name, native)) for name in backends if name != AUTO}
         # sorted, so that all ranks make the same call at the same time, as they do in the passes
         calls = sorted({call._replace(backward=False) for trace in self._traces.values() for call in _calls(trace)})
         self._timed = {call: self._tile(call) for call in calls}
-        self._link, self._touch = link_here(contest.fabric, contest.device), touch_here(contest.fabric, contest.device)
+        self._link, self._touch = (
+            link_here(comparison.fabric, comparison.device),
+            touch_here(comparison.fabric, comparison.device),
+        )
 
     def time(self) -> None:
         """Make every kernel call once, on all ranks."""
         for tile in self._timed.values():
             tile.time()
 
-    def predicted(self, row: Row) -> tuple[float, float] | None:
+    def predicted(self, row: BackendResult) -> tuple[float, float] | None:
         """Seconds of the forward and the backward pass; None for what has no trace or was at another shape."""
-        if row.backend not in self._traces or row.seq != self._contest.shape.seq:
+        if row.backend not in self._traces or row.seq != self._comparison.shape.seq:
             return row.predicted
         trace, cluster = self._traces[row.backend], self._cluster()
         forward, backward = (simulate(run, cluster, self._seconds).time for run in (trace.forward, trace.backward))
@@ -46,31 +49,31 @@ class Forecast:
     def _seconds(self, call: Compute) -> float:
         return self._timed[call._replace(backward=False)].medians[call.backward]
 
-    def _tile(self, call: Compute) -> Timed:
-        kernel, scale, causal = self._contest.kernel[0], call.head_dim**-0.5, call.causal
+    def _tile(self, call: Compute) -> TimedPasses:
+        kernel, scale, causal = self._comparison.kernel[0], call.head_dim**-0.5, call.causal
         q, dout = (self._random(call.queries, call.heads) for _ in range(2))
         k, v = (self._random(call.keys, call.kv_heads) for _ in range(2))
-        return Timed(
-            self._contest.fabric,
-            self._contest.device,
+        return TimedPasses(
+            self._comparison.fabric,
+            self._comparison.device,
             lambda: kernel.forward(q, k, v, scale=scale, causal=causal),
             lambda state: kernel.backward(dout, q, k, v, *state, scale=scale, causal=causal),
         )
 
     def _random(self, tokens: int, heads: int) -> Tensor:
-        shape = (tokens, 1, heads, self._contest.shape.head_dim)
-        return torch.randn(shape, device=self._contest.device).to(self._contest.dtype)
+        shape = (tokens, 1, heads, self._comparison.shape.head_dim)
+        return torch.randn(shape, device=self._comparison.device).to(self._comparison.dtype)
 
     def _cluster(self) -> Cluster:
         """This machine; matrix products that are no kernel calls (rsa's) run at the rate of the whole call."""
-        shape, (forward, backward) = self._contest.shape, self._contest.whole.medians
+        shape, (forward, backward) = self._comparison.shape, self._comparison.whole.medians
         flops = shape.head_dim * Compute(shape.seq, shape.seq, shape.heads, 0, 0, shape.causal, False).work
         rates = (4 * flops / forward, 10 * flops / backward)
         return Cluster("this machine", shape.dtype, *rates, 0.0, self._touch, None, 2**30, self._link, None)
 
 
-def _problem(contest: Contest, name: str, native: bool) -> Problem:
-    shape, ranks, backend = contest.shape, contest.fabric.size, BACKENDS.get(name)
+def _problem(comparison: Comparison, name: str, native: bool) -> Problem:
+    shape, ranks, backend = comparison.shape, comparison.fabric.size, BACKENDS.get(name)
     return Problem(
         name,
         ranks,

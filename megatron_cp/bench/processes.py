@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from megatron_cp.bench.contest import WrongResultError
+from megatron_cp.bench.comparison import WrongResultError
 from megatron_cp.comm import connected
 
 QUIET = 0.97

@@ -1,4 +1,4 @@
-"""torch's own `context_parallel` in the contest: a ring over its zigzag load balancer, by torch's fused attention."""
+"""Compare with torch's own `context_parallel`: a ring over its zigzag load balancer, with torch's fused attention."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn import functional
 
-from megatron_cp.bench.contest import Contest, Entry
+from megatron_cp.bench.comparison import Comparison, Implementation
 
 
-def enter(contest: Contest, name: str) -> Entry:
+def enter(comparison: Comparison, name: str) -> Implementation:
     """SDPA inside torch's context manager over all ranks; what it refuses shows at the first call."""
-    mesh = init_device_mesh(contest.device.type, (dist.get_world_size(),))
-    causal, grouped = contest.shape.causal, contest.shape.heads != contest.shape.kv_heads
+    mesh = init_device_mesh(comparison.device.type, (dist.get_world_size(),))
+    causal, grouped = comparison.shape.causal, comparison.shape.heads != comparison.shape.kv_heads
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # s b h d -> b h s d and back
@@ -27,7 +27,7 @@ def enter(contest: Contest, name: str) -> Entry:
             out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3)
 
-    return Entry(name, "zigzag", attend, _uncounted, trusted=False)
+    return Implementation(name, "zigzag", attend, _uncounted, trusted=False)
 
 
 def _uncounted(run: Callable[[], None]) -> None:

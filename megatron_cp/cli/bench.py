@@ -17,8 +17,8 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import AUTO, KERNELS
 
 if TYPE_CHECKING:
-    from megatron_cp.bench.contest import Contest, Entry, Row, Shape
-    from megatron_cp.bench.context import Report
+    from megatron_cp.bench.comparison import AttentionShape, BackendResult, Comparison, Implementation
+    from megatron_cp.bench.context import BackendReport
 
 app = typer.Typer(no_args_is_help=True, help="Correctness first, then time, side by side in one run on this machine.")
 app.command()(kernels)
@@ -42,7 +42,7 @@ def context(
     causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = True,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
     kernel: Annotated[str, typer.Option(help=f"One of {', '.join((AUTO, *KERNELS.names))}.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="How often the contenders take turns.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every candidate is timed once.")] = 7,
     native: Annotated[
         bool, typer.Option(help="Tokens lie where each backend wants them, instead of in Megatron's zigzag.")
     ] = False,
@@ -60,8 +60,8 @@ def context(
 
     Without --backend, or with --backend all, Megatron's own attention and torch's context_parallel take part too.
     """
-    from megatron_cp.bench.contest import DTYPES, Shape
-    from megatron_cp.bench.context import Contenders, bench
+    from megatron_cp.bench.comparison import DTYPES, AttentionShape
+    from megatron_cp.bench.context import Selection, bench
     from megatron_cp.plots.bench import draw_bench
     from megatron_cp.plots.timeline import PICTURES
     from megatron_cp.registry import suggest
@@ -73,10 +73,11 @@ def context(
     everybody = not backend or "all" in backend
     names = BACKENDS.names if everybody else [BACKENDS.get(name).name for name in backend or []]
     shapes = [
-        Shape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in seq or [4096, 16384]
+        AttentionShape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype)
+        for tokens in seq or [4096, 16384]
     ]
-    contenders = Contenders(tuple(names), native or peers, UPSTREAM if everybody else {}, peers, predict)
-    report = bench(contenders, ranks, shapes, rounds, kernel)
+    selection = Selection(tuple(names), native or peers, UPSTREAM if everybody else {}, peers, predict)
+    report = bench(selection, ranks, shapes, rounds, kernel)
     title = _title(report, shapes[0], ranks)
     if plot:
         draw_bench(report.judged, plot, title)
@@ -88,16 +89,16 @@ def context(
         _show(report, title, ranks)
 
 
-def _megatron_attention(contest: "Contest", name: str) -> "Entry":
+def _megatron_attention(comparison: "Comparison", name: str) -> "Implementation":
     from megatron_cp.megatron.bench.attention import enter
 
-    return enter(contest, name)
+    return enter(comparison, name)
 
 
-def _torch_attention(contest: "Contest", name: str) -> "Entry":
+def _torch_attention(comparison: "Comparison", name: str) -> "Implementation":
     from megatron_cp.bench.torch_cp import enter
 
-    return enter(contest, name)
+    return enter(comparison, name)
 
 
 UPSTREAM = {"Megatron DotProductAttention": _megatron_attention, "torch context_parallel": _torch_attention}
@@ -109,12 +110,12 @@ def wide_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
-def _title(report: "Report", shape: "Shape", ranks: int) -> str:
+def _title(report: "BackendReport", shape: "AttentionShape", ranks: int) -> str:
     sizes = f"h={shape.heads} g={shape.kv_heads} d={shape.head_dim} {shape.dtype}"
     return f"{ranks} ranks, {sizes}, {'causal' if shape.causal else 'full'}, kernel {report.kernel}"
 
 
-def _show(report: "Report", title: str, ranks: int) -> None:
+def _show(report: "BackendReport", title: str, ranks: int) -> None:
     console, predicted = wide_console(), any(row.predicted for row in report.rows)
     table = Table(title=title)
     for column in ("backend", "S", "fwd s", "bwd s", "of ideal", "sent MiB", "peak MiB", "error"):
@@ -128,7 +129,7 @@ def _show(report: "Report", title: str, ranks: int) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _cells(row: "Row") -> list[str]:
+def _cells(row: "BackendResult") -> list[str]:
     seconds = [_or_dash(value, ".4f") for value in (row.forward, row.backward)]
     share = _or_dash(row.share_of_ideal, ".3f")
     sizes = [_or_dash(row.sent, ".2f", 2**20), _or_dash(row.peak, ".1f", 2**20)]
@@ -140,7 +141,7 @@ def _or_dash(value: float | None, form: str, unit: int = 1) -> str:
     return "-" if value is None else format(value / unit, form)
 
 
-def _forecast(row: "Row") -> list[str]:
+def _forecast(row: "BackendResult") -> list[str]:
     """Seconds of both passes, forward + backward, and what was measured over them."""
     if not row.predicted or row.forward is None or row.backward is None:
         return ["-", "-"]
@@ -150,7 +151,7 @@ def _forecast(row: "Row") -> list[str]:
     return [f"{forward:.4f} + {backward:.4f}", ratios]
 
 
-def _pairs(report: "Report") -> Iterator[str]:
+def _pairs(report: "BackendReport") -> Iterator[str]:
     for pair in report.pairs:
         wins = f"faster in {pair.forward.wins} and {pair.backward.wins} of {pair.rounds} rounds"
         yield (
@@ -159,7 +160,7 @@ def _pairs(report: "Report") -> Iterator[str]:
         )
 
 
-def _words(report: "Report", ranks: int) -> Iterator[str]:
+def _words(report: "BackendReport", ranks: int) -> Iterator[str]:
     """What a table of figures cannot say: who was wrong or refused, what `auto` took, why there is no verdict."""
     for row in report.rows:
         if row.problem or row.took:

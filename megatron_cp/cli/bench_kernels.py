@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_cp.registry import suggest
 
 if TYPE_CHECKING:
-    from megatron_cp.bench.kernels import Report, Row
+    from megatron_cp.bench.kernels import KernelReport, KernelResult
 
 
 def kernels(
@@ -35,7 +35,7 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of a table.")] = False,
 ) -> None:
     """Time each kernel's forward and backward pass, after holding it against the reference."""
-    from megatron_cp.bench.contest import DTYPES, Shape
+    from megatron_cp.bench.comparison import DTYPES, AttentionShape
     from megatron_cp.bench.kernels import bench
 
     _known("dtype", dtype, list(DTYPES))
@@ -43,7 +43,7 @@ def kernels(
     if heads % (kv_heads or heads):
         raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
     lengths = seq or ([8192, 16384, 32768, 65536, 131072] if device == "cuda" else [1024, 2048, 4096])
-    shapes = [Shape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in lengths]
+    shapes = [AttentionShape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in lengths]
     report = bench(kernel or [], shapes, device, rounds)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
@@ -57,7 +57,7 @@ def _known(what: str, value: str, known: list[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}{suggest(value, known)}; known: {', '.join(known)}")
 
 
-def _show(report: "Report", title: str) -> None:
+def _show(report: "KernelReport", title: str) -> None:
     console, table = Console(), Table(title=title)
     for column in ("kernel", "S", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
@@ -68,7 +68,7 @@ def _show(report: "Report", title: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _cells(row: "Row") -> list[str]:
+def _cells(row: "KernelResult") -> list[str]:
     if row.skipped:
         return [f"skipped: {row.skipped}"]
     numbers = (row.forward_ms, row.forward_tflops, row.backward_ms, row.backward_tflops)

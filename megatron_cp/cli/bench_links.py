@@ -14,7 +14,7 @@ def links(
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of YAML.")] = False,
 ) -> None:
     """Measure links, memory and attention kernel of this machine between two processes."""
-    from megatron_cp.bench.contest import DTYPES
+    from megatron_cp.bench.comparison import DTYPES
     from megatron_cp.bench.links import measure_links
     from megatron_cp.registry import suggest
 

@@ -14,9 +14,9 @@ from megatron_cp.pipeline.build import place
 from megatron_cp.plots.timeline import check_suffix
 
 if TYPE_CHECKING:
-    from megatron_cp.bench.pipeline import Pairs, Row
+    from megatron_cp.bench.pipeline import Pairs, ScheduleResult
     from megatron_cp.megatron.bench.overhead import Overhead
-    from megatron_cp.megatron.bench.pipeline import Heat
+    from megatron_cp.megatron.bench.pipeline import ScheduleGroup
 
 DEFAULT = ["zb-h1", "izb"]
 COLUMNS = ("schedule", "v", "m", "step ms", "simulated", "ratio", "Megatron's", "speed-up", "pairs won", "peak M_B")
@@ -61,11 +61,11 @@ def pipeline(
         _overhead(megatron_pipeline.overhead(chunks, 4, hidden, seq, rounds * repeat), as_json)
         return
     layers = layers or ranks * chunks
-    heats = _heats(schedule or DEFAULT, ranks, chunks, micros or [2, 4, 8], layers)
+    groups = _groups(schedule or DEFAULT, ranks, chunks, micros or [2, 4, 8], layers)
     model = GptSize(ranks, layers, hidden, seq)
-    if plot and sum(len(heat.names) * len(heat.micros) for heat in heats) != 1:
+    if plot and sum(len(group.names) * len(group.micros) for group in groups) != 1:
         raise ValueError("--plot draws one schedule; give one --schedule and one -m")
-    pairs = megatron_pipeline.bench(model, heats, rounds, repeat)
+    pairs = megatron_pipeline.bench(model, groups, rounds, repeat)
     rows = [pair.row() for pair in pairs]
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in rows], indent=2))
@@ -75,11 +75,11 @@ def pipeline(
         _plot(pairs[0], plot)
 
 
-def _heats(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: int) -> "list[Heat]":
-    """What takes turns on the same chunks; raises ValueError for what the bench has no rival to."""
-    from megatron_cp.megatron.bench.pipeline import Heat
+def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: int) -> "list[ScheduleGroup]":
+    """What takes turns on the same chunks; raises ValueError for what the bench has no baseline to."""
+    from megatron_cp.megatron.bench.pipeline import ScheduleGroup
 
-    heats: dict[int, list[str]] = {}
+    groups: dict[int, list[str]] = {}
     for rule in map(SCHEDULES.get, names):
         if rule.placement != "loop" or rule.table is None:
             raise ValueError(f"{rule.name} has no counterpart among Megatron's own schedules; take one on the loop")
@@ -93,11 +93,11 @@ def _heats(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: 
                 f"Megatron's interleaved schedule takes m in multiples of p = {p}, got m = {odd}; "
                 f"the nearest m that works is {near}"
             )
-        heats.setdefault(where.chunks, []).append(rule.name)
-    return [Heat(chunks, tuple(found), tuple(micros)) for chunks, found in sorted(heats.items())]
+        groups.setdefault(where.chunks, []).append(rule.name)
+    return [ScheduleGroup(chunks, tuple(found), tuple(micros)) for chunks, found in sorted(groups.items())]
 
 
-def _show(rows: "list[Row]", title: str) -> None:
+def _show(rows: "list[ScheduleResult]", title: str) -> None:
     console, table = Console(width=150), Table(title=title)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "schedule" else "right")
@@ -114,23 +114,23 @@ def _show(rows: "list[Row]", title: str) -> None:
         console.print(NO_VERDICT.format(share=share), soft_wrap=True)
 
 
-def _cells(row: "Row") -> list[str]:
+def _cells(row: "ScheduleResult") -> list[str]:
     peak = " ".join(f"{mine:.3g}/{simulated:.3g}" for mine, simulated in zip(row.peak, row.simulated_peak, strict=True))
     numbers = [row.schedule, str(row.v), str(row.micros), f"{row.step:.1f}", f"{row.simulated:.1f}"]
     if not row.quiet:
-        return [*numbers, "-", f"{row.rival_step:.1f}", "-", "-", peak]
+        return [*numbers, "-", f"{row.baseline_step:.1f}", "-", "-", peak]
     low, middle, high = (sorted(row.speedups)[place] for place in (0, len(row.speedups) // 2, -1))
     return [
         *numbers,
         f"{row.ratio:.3f}",
-        f"{row.rival_step:.1f}",
+        f"{row.baseline_step:.1f}",
         f"{middle:.3f} ({low:.3f}-{high:.3f})",
         f"{row.wins} of {len(row.speedups)}",
         peak,
     ]
 
 
-def _against_interleaved(rows: "list[Row]") -> Iterable[str]:
+def _against_interleaved(rows: "list[ScheduleResult]") -> Iterable[str]:
     """Whether zb-h1 can beat interleaved with two chunks, by the times that were measured."""
     for row in rows:
         split = sorted(name[:-1] for name in row.times if name.endswith("I"))
@@ -162,7 +162,7 @@ def _overhead(found: "Overhead", as_json: bool) -> None:
     typer.echo(
         f"{found.v} modules on one rank, m = {found.micros}; F {found.forward:.1f} ms, B {found.backward:.1f} ms\n"
         f"executor         {found.ours:.1f} ms\n"
-        f"Megatron's loop  {found.rival:.1f} ms"
+        f"Megatron's loop  {found.baseline:.1f} ms"
     )
     if found.core_share < QUIET:
         typer.echo(NO_VERDICT.format(share=found.core_share))

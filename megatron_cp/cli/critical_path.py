@@ -18,7 +18,7 @@ from megatron_cp.grid import most_square
 SHORTEST_STRIPE = 32
 
 
-class Chain(NamedTuple):
+class CriticalPath(NamedTuple):
     """Seconds of a backend's longest chain of kernel calls in each pass; `stripe` is the block length of `striped`."""
 
     backend: str
@@ -98,13 +98,13 @@ def _stripes(problem: Problem) -> list[int]:
     return [1, *(size for size in (2**n for n in range(share.bit_length())) if SHORTEST_STRIPE <= size < share)]
 
 
-def _chains(traces: Iterator[Trace]) -> list[Chain]:
+def _chains(traces: Iterator[Trace]) -> list[CriticalPath]:
     from megatron_cp.bench.calls import measure
 
     recorded = list(traces)
     times = measure(*recorded)
     return [
-        Chain(
+        CriticalPath(
             trace.problem.backend,
             trace.problem.stripe,
             *(critical_path(run, times.__getitem__) for run in (trace.forward, trace.backward)),
@@ -113,7 +113,7 @@ def _chains(traces: Iterator[Trace]) -> list[Chain]:
     ]
 
 
-def _print(chains: Sequence[Chain], problem: Problem) -> None:
+def _print(chains: Sequence[CriticalPath], problem: Problem) -> None:
     first = chains[0]
     table = Table(
         title=f"{problem.ranks} ranks, S={problem.seq}, h={problem.heads}, g={problem.kv_heads}, "

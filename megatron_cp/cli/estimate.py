@@ -20,7 +20,7 @@ from megatron_cp.recipe.file import Unset
 
 if TYPE_CHECKING:
     from megatron_cp.planner.estimate import Estimate
-    from megatron_cp.planner.published import Row
+    from megatron_cp.planner.published import PublishedRun
 
 # more than the recipes' warm-up, which Megatron wants shorter than the run
 MEASURED_STEPS = 14
@@ -191,7 +191,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _show_published(rows: "Sequence[Row]", as_json: bool) -> None:
+def _show_published(rows: "Sequence[PublishedRun]", as_json: bool) -> None:
     from megatron_cp.planner.published import summary
 
     sizes = summary(rows)

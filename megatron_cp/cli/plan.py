@@ -39,7 +39,7 @@ def plan(
     """Enumerate how ranks can be dealt, leave out what rules and memory forbid, rank the rest by estimated speed."""
     from megatron_cp.context.trace.record import record
     from megatron_cp.planner.model import model_of
-    from megatron_cp.planner.search import Question, search, sequences
+    from megatron_cp.planner.search import PlanRequest, search, sequences
 
     if model not in (known := _models()):
         raise ValueError(f"no model {model!r} in configs/models{suggest(model, known)}; known: {', '.join(known)}")
@@ -50,7 +50,7 @@ def plan(
     tokens, length, ranks = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq"), count(gpus, "--gpus")
     if 2 * tokens < length:
         raise ValueError(f"--tokens-per-batch {tokens:,} is less than a sequence of {length:,} tokens; give as many")
-    question = Question(
+    request = PlanRequest(
         model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
         length,
         ranks,
@@ -61,7 +61,7 @@ def plan(
     )
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("weighing splits", total=1.0)
-        found = search(question, record, top, lambda share: bar.update(task, completed=share))
+        found = search(request, record, top, lambda share: bar.update(task, completed=share))
     if as_json:
         typer.echo(json.dumps([_plain(one) for one in found.options], indent=2))
     else:
@@ -93,7 +93,7 @@ def _show(found: "Plans") -> None:
     from megatron_cp.planner.search import label
 
     # a line of the table is never broken, whatever the terminal
-    asked, console = found.question, Console(highlight=False, soft_wrap=True, width=max(110, Console().width))
+    asked, console = found.request, Console(highlight=False, soft_wrap=True, width=max(110, Console().width))
     console.print(
         f"{asked.model.name} on {asked.gpus} GPUs of {asked.cluster.name}, "
         f"{asked.global_batch} sequences of {asked.seq:,} tokens a step"

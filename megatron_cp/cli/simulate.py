@@ -22,7 +22,7 @@ from megatron_cp.registry import suggest
 
 
 @dataclass(frozen=True)
-class Question:
+class SimulationRequest:
     """What the user asked about every schedule that is played."""
 
     p: int | None
@@ -74,7 +74,7 @@ def simulate(
     """Play a pipeline schedule: makespan, bubble and peak memory, from the times of one microbatch."""
     if sum(choice is not None for choice in (schedule, compare, table)) != 1:
         raise ValueError("give one of --schedule NAME, --compare all and --table FILE")
-    asked = Question(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective, warmup)
+    asked = SimulationRequest(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective, warmup)
     if objective not in OBJECTIVES:
         raise ValueError(
             f"unknown objective {objective!r}{suggest(objective, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}"
@@ -107,7 +107,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise ValueError(f"--{option} is a list of numbers with commas, got {text!r}") from None
 
 
-def _run(name: str, asked: Question, warmup: float | None = None, placement: str | None = None) -> Run:
+def _run(name: str, asked: SimulationRequest, warmup: float | None = None, placement: str | None = None) -> Run:
     if asked.p is None or asked.m is None:
         raise ValueError("give the number of ranks -p and of microbatches -m")
     where = place(SCHEDULES.get(name), asked.p, asked.v, placement)
@@ -126,7 +126,7 @@ def _run(name: str, asked: Question, warmup: float | None = None, placement: str
     return play(schedule, costs)
 
 
-def _load(file: Path, asked: Question) -> Run:
+def _load(file: Path, asked: SimulationRequest) -> Run:
     schedule = check(parse(file.read_text(), file.stem))
     costs = asked.costs(schedule.placement)
     caps = asked.caps(schedule.placement)
@@ -145,7 +145,7 @@ def _as_json(run: Run) -> dict[str, object]:
     }
 
 
-def _show(run: Run, asked: Question) -> None:
+def _show(run: Run, asked: SimulationRequest) -> None:
     placement, bound = run.schedule.placement, asked.bound(run)
     typer.echo(
         f"{run.schedule.name}: p = {placement.ranks}, m = {run.schedule.micros}, v = {placement.chunks}, "
@@ -166,7 +166,7 @@ def _plot(run: Run, file: Path) -> None:
     typer.echo(f"timeline: {file}", err=True)
 
 
-def _contenders(names: str, asked: Question) -> Iterator[tuple[str, Run | str]]:
+def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, Run | str]]:
     """Every schedule asked for, played, or the reason why there is none."""
     for name in SCHEDULES.names if names == "all" else [name.strip() for name in names.split(",")]:
         rule = SCHEDULES.get(name)
@@ -181,26 +181,26 @@ def _contenders(names: str, asked: Question) -> Iterator[tuple[str, Run | str]]:
                 yield label, str(error)
 
 
-def _compare(names: str, asked: Question, as_json: bool) -> None:
+def _compare(names: str, asked: SimulationRequest, as_json: bool) -> None:
     # what is wrong with the question itself is said once, not in every row
     _run("1f1b", replace(asked, v=None, cap=None))
-    contenders = list(_contenders(names, asked))
+    simulations = list(_simulations(names, asked))
     if as_json:
         typer.echo(
             json.dumps(
                 [
                     {"schedule": name} | (_as_json(run) if isinstance(run, Run) else {"error": run})
-                    for name, run in contenders
+                    for name, run in simulations
                 ]
             )
         )
         return
     typer.echo(f"{'schedule':<14} v    makespan   bubble  span bubble    bound  peak (M_B)  transfers")
-    for name, run in contenders:
+    for name, run in simulations:
         typer.echo(f"{name:<14}{_row(run, asked) if isinstance(run, Run) else f' {run}'}")
 
 
-def _row(run: Run, asked: Question) -> str:
+def _row(run: Run, asked: SimulationRequest) -> str:
     return (
         f"{run.schedule.placement.chunks:>2}{run.makespan:>12.3f}{run.bubble:>9.4f}{run.span_bubble:>13.4f}"
         f"{1 - run.work / asked.bound(run):>9.4f}{max(run.peak):>12g}{run.transfers:>11}"

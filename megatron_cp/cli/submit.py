@@ -10,7 +10,7 @@ import typer
 from megatron_cp import config
 from megatron_cp.cli.train import FLAGS_AFTER_RECIPE, checked
 from megatron_cp.recipe import recipe
-from megatron_cp.slurm.job import Job, job_of
+from megatron_cp.slurm.job import SlurmJob, job_of
 from megatron_cp.slurm.script import script
 
 Words = Annotated[
@@ -44,7 +44,7 @@ def print_script(words: Sequence[str]) -> None:
     print(script(jobs_of([word for word in words if word not in ("--slurm", "--dry-run")])), end="")
 
 
-def jobs_of(words: Sequence[str]) -> list[Job]:
+def jobs_of(words: Sequence[str]) -> list[SlurmJob]:
     """The jobs of `RECIPE… --flag VALUE…`, every flag checked against Megatron's parser."""
     first_flag = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     names, overrides = words[:first_flag], words[first_flag:]
@@ -53,7 +53,7 @@ def jobs_of(words: Sequence[str]) -> list[Job]:
     return [job_of(checked(recipe.load(name, config.environment(), overrides, job=True))) for name in names]
 
 
-def _make_log_folder(job: Job) -> None:
+def _make_log_folder(job: SlurmJob) -> None:
     """SLURM ends a job without a word when the folder of its log is missing."""
     for flag in ("--output", "--error"):
         folder = Path(job.recipe.slurm[flag].text).parent if flag in job.recipe.slurm else Path()

@@ -13,11 +13,11 @@ from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import peak_memory, simulate
-from megatron_cp.planner.memory import Memory, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
-from megatron_cp.planner.model import Model
+from megatron_cp.planner.memory import MemoryUse, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
+from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.traffic import Traffic, step_traffic
-from megatron_cp.planner.work import Rank, Seconds, Work, collective_seconds, ends, layer
+from megatron_cp.planner.work import PassTimes, RankConfig, Seconds, collective_seconds, ends, layer
 
 
 class Parts(NamedTuple):
@@ -64,12 +64,12 @@ class Estimate:
     traffic: of a rank of the fullest pipeline stage
     """
 
-    model: Model
+    model: Transformer
     parallel: Parallel
     cluster: Cluster
     seq: int
     parts: Parts
-    memory: tuple[Memory, ...]
+    memory: tuple[MemoryUse, ...]
     traffic: Traffic
 
     @property
@@ -96,7 +96,7 @@ class Estimate:
         return self.flops_per_gpu() / self.cluster.gemm(self.parallel.precision).peak
 
     @property
-    def worst_memory(self) -> Memory:
+    def worst_memory(self) -> MemoryUse:
         """Of the fullest rank."""
         return max(self.memory, key=lambda memory: memory.total)
 
@@ -112,7 +112,9 @@ class Estimate:
         return IN_WORDS[most]
 
 
-def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, record: Record | None = None) -> Estimate:
+def estimate(
+    model: Transformer, parallel: Parallel, cluster: Cluster, seq: int, record: Record | None = None
+) -> Estimate:
     """A step of `model` on sequences of `seq` tokens; a pure function of its arguments.
 
     record: makes traces of context-parallel loops (megatron_cp.context.trace.record.record); without it their kernels
@@ -121,12 +123,12 @@ def estimate(model: Model, parallel: Parallel, cluster: Cluster, seq: int, recor
     backend or the schedule refuses.
     """
     check(model, parallel, seq)
-    rank = Rank(model, parallel, cluster, seq, record)
+    rank = RankConfig(model, parallel, cluster, seq, record)
     stages = _stages(rank)
     return _timed(rank, stages, _memory(rank, stages))
 
 
-def _timed(rank: Rank, stages: "Sequence[Stage]", memory: tuple[Memory, ...]) -> Estimate:
+def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse, ...]) -> Estimate:
     """The estimate whose memory is known."""
     model, parallel, cluster, seq = rank.model, rank.parallel, rank.cluster, rank.seq
     each = _of_ranks(rank, stages)
@@ -142,19 +144,19 @@ def _timed(rank: Rank, stages: "Sequence[Stage]", memory: tuple[Memory, ...]) ->
     return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
 
 
-def estimate_where_it_fits(model: Model, parallel: Parallel, cluster: Cluster, seq: int) -> Estimate | None:
+def estimate_where_it_fits(model: Transformer, parallel: Parallel, cluster: Cluster, seq: int) -> Estimate | None:
     """An `estimate` without traces, or None where memory does not hold it: then no schedule is played, which is slow.
 
     Raises ValueError as `estimate` does.
     """
     check(model, parallel, seq)
-    rank = Rank(model, parallel, cluster, seq)
+    rank = RankConfig(model, parallel, cluster, seq)
     stages = _stages(rank)
     memory = _memory(rank, stages)
     return _timed(rank, stages, memory) if _held(cluster, memory) else None
 
 
-def _held(cluster: Cluster, memory: Sequence[Memory]) -> bool:
+def _held(cluster: Cluster, memory: Sequence[MemoryUse]) -> bool:
     return cluster.memory_bytes is None or max(one.total for one in memory) <= cluster.memory_bytes
 
 
@@ -162,7 +164,7 @@ class Stage(NamedTuple):
     """A pipeline stage, or all stages of a rank: how many layers, and what one microbatch takes."""
 
     layers: float
-    work: Work
+    work: PassTimes
 
     @property
     def seconds(self) -> float:
@@ -172,7 +174,7 @@ class Stage(NamedTuple):
         return Stage(self.layers + other.layers, self.work.plus(other.work))
 
 
-def check(model: Model, parallel: Parallel, seq: int) -> None:
+def check(model: Transformer, parallel: Parallel, seq: int) -> None:
     """Raise ValueError, with a way out, where sizes do not divide as Megatron wants them to."""
     if model.heads % parallel.tp:
         raise ValueError(f"tensor parallel {parallel.tp} must divide the {model.heads} attention heads; lower it")
@@ -192,16 +194,16 @@ def check(model: Model, parallel: Parallel, seq: int) -> None:
         )
 
 
-def _of_ranks(rank: Rank, stages: Sequence[Stage]) -> list[Stage]:
+def _of_ranks(rank: RankConfig, stages: Sequence[Stage]) -> list[Stage]:
     """All stages of each pipeline rank as one."""
     parallel = rank.parallel
     if parallel.pp == 1:
         return [stages[0]]
     placed = place(SCHEDULES.get(parallel.schedule_name), parallel.pp, parallel.vp).of_rank
-    return [sum((stages[at] for at in mine), start=Stage(0.0, Work())) for mine in placed]
+    return [sum((stages[at] for at in mine), start=Stage(0.0, PassTimes())) for mine in placed]
 
 
-def _stages(rank: Rank) -> list[Stage]:
+def _stages(rank: RankConfig) -> list[Stage]:
     parallel, model = rank.parallel, rank.model
     count = parallel.pp * parallel.vp
     slots = (model.layers + (2 if parallel.balanced_ends else 0)) // count
@@ -209,20 +211,20 @@ def _stages(rank: Rank) -> list[Stage]:
     if count == 1:
         dealt = [model.layers]
     one = _mean_layer(rank)
-    works = [Work().plus(one, layers) for layers in dealt]
+    works = [PassTimes().plus(one, layers) for layers in dealt]
     first, last = ends(rank)
     works[0], works[-1] = works[0].plus(first), works[-1].plus(last)
     return [Stage(layers, work) for layers, work in zip(dealt, works, strict=True)]
 
 
-def _mean_layer(rank: Rank) -> Work:
+def _mean_layer(rank: RankConfig) -> PassTimes:
     """Dense and mixture layers, as often as the model has them; recomputed in backward where the run does that."""
     share = rank.model.moe_layers / rank.model.layers
-    work = Work().plus(layer(rank), 1 - share)
+    work = PassTimes().plus(layer(rank), 1 - share)
     if share:
         work = work.plus(layer(rank, moe=True), share)
     if rank.parallel.recompute == "full":
-        work = work.plus(Work(input=work.forward))
+        work = work.plus(PassTimes(input=work.forward))
     return work
 
 
@@ -230,7 +232,7 @@ LONG = 3
 """Microbatches per pipeline rank that are played; each further one takes the slowest rank's work."""
 
 
-def _makespan(rank: Rank, stages: Sequence[Stage]) -> float:
+def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
     """Seconds of a step's microbatches."""
     parallel = rank.parallel
     if parallel.pp == 1:
@@ -240,7 +242,7 @@ def _makespan(rank: Rank, stages: Sequence[Stage]) -> float:
     return simulate(schedule, costs).objective(parallel.objective) + (parallel.micros - schedule.micros) * slowest
 
 
-def _memory(rank: Rank, stages: Sequence[Stage]) -> tuple[Memory, ...]:
+def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
     """Of each pipeline rank."""
     last = rank.parallel.pp - 1
     if last == 0:
@@ -254,7 +256,7 @@ def _memory(rank: Rank, stages: Sequence[Stage]) -> tuple[Memory, ...]:
     )
 
 
-def _played(rank: Rank, stages: Sequence[Stage]) -> tuple[Schedule, Costs]:
+def _played(rank: RankConfig, stages: Sequence[Stage]) -> tuple[Schedule, Costs]:
     parallel = rank.parallel
     p, m = parallel.pp, parallel.micros
     few = m if m <= LONG * p else LONG * p - p + m % p
@@ -266,7 +268,7 @@ def _table(name: str, p: int, m: int, v: int) -> Schedule:
     return build(name, p, m, v)
 
 
-def _costs(rank: Rank, stages: Sequence[Stage]) -> Costs:
+def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
     parallel, cluster, kept = rank.parallel, rank.cluster, mean_layer_bytes(rank)
     stride = parallel.world // parallel.pp
     link = cluster.link(0, stride)
@@ -281,7 +283,7 @@ def _costs(rank: Rank, stages: Sequence[Stage]) -> Costs:
     return Costs(forward, backward, weight, hop, sizes, held, 1.0)
 
 
-def size_of_norms(rank: Rank) -> float:
+def size_of_norms(rank: RankConfig) -> float:
     """Bytes that the input of one norm takes in one layer; nothing where layers are recomputed."""
     if rank.parallel.recompute == "full":
         return 0.0
@@ -295,7 +297,7 @@ ADAM_BYTES = 34
 """Read and written per parameter: its gradient twice, float32 weight and two moments, and the weight that is used."""
 
 
-def _after(rank: Rank, stage: Stage, at: int) -> tuple[float, float]:
+def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
     """Seconds for gradients and weights that nothing hides, and for the optimizer, of one pipeline rank."""
     parallel, cluster = rank.parallel, rank.cluster
     dense, experts = stage_parameters(rank.model, parallel, stage.layers, at == 0, at == parallel.pp - 1)
@@ -321,7 +323,7 @@ def _left(seconds: float, behind: float, bucket: float, overlap: bool) -> float:
     return max(seconds * bucket, seconds - behind) if overlap else seconds
 
 
-def _fsdp(rank: Rank, parameters: float, stage: Stage) -> float:
+def _fsdp(rank: RankConfig, parameters: float, stage: Stage) -> float:
     """Weights are gathered for each forward and each backward and gradients reduced, one layer ahead of the work."""
     parallel = rank.parallel
     shards = parallel.dp * parallel.cp

@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from megatron_cp.planner.model import Model
+from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.work import Rank, context_attention
+from megatron_cp.planner.work import RankConfig, context_attention
 
 
-class Memory(NamedTuple):
+class MemoryUse(NamedTuple):
     """Bytes of one rank.
 
     weights, gradients, optimizer: as Megatron keeps them
@@ -50,13 +50,13 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     return parameters * weight, parameters * gradient, parameters * state
 
 
-def mean_layer_bytes(rank: Rank) -> float:
+def mean_layer_bytes(rank: RankConfig) -> float:
     """Activations that a layer keeps for its backward pass, for one microbatch, as a mean over dense and mixture."""
     share = rank.model.moe_layers / rank.model.layers
     return (1 - share) * layer_bytes(rank, moe=False) + share * layer_bytes(rank, moe=True)
 
 
-def layer_bytes(rank: Rank, moe: bool) -> float:
+def layer_bytes(rank: RankConfig, moe: bool) -> float:
     """The same of a dense or of a mixture layer (arXiv:2205.05198, 4)."""
     model, parallel = rank.model, rank.parallel
     stored = parallel.bytes
@@ -80,11 +80,13 @@ def layer_bytes(rank: Rank, moe: bool) -> float:
     return whole + split * rank.tokens / parallel.tp
 
 
-def _mlp_width(model: Model, moe: bool) -> int:
+def _mlp_width(model: Transformer, moe: bool) -> int:
     return model.top_k * (model.expert_ffn + model.hidden) + model.shared_expert_ffn if moe else model.ffn
 
 
-def stage_parameters(model: Model, parallel: Parallel, layers: float, first: bool, last: bool) -> tuple[float, float]:
+def stage_parameters(
+    model: Transformer, parallel: Parallel, layers: float, first: bool, last: bool
+) -> tuple[float, float]:
     """Dense and expert parameters of a rank that holds so many layers, and maybe the embedding and the output layer."""
     share = layers / model.layers
     ends = (int(first) + int(last)) * model.embedding_parameters
@@ -95,7 +97,7 @@ def stage_parameters(model: Model, parallel: Parallel, layers: float, first: boo
     return (share * model.dense_parameters + ends + norm) / parallel.tp, share * experts / parallel.tp
 
 
-def rank_memory(rank: Rank, layers: float, activations: float, first: bool, last: bool) -> Memory:
+def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool, last: bool) -> MemoryUse:
     """The fullest moment of a pipeline rank that holds so many layers.
 
     activations: most bytes that it keeps at once, of all microbatches under way
@@ -111,4 +113,4 @@ def rank_memory(rank: Rank, layers: float, activations: float, first: bool, last
         buffers += mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))
     dense, experts = stage_parameters(model, parallel, layers, first, last)
     weights, gradients, optimizer = parameter_bytes(parallel, dense, experts)
-    return Memory(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)
+    return MemoryUse(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

@@ -7,7 +7,7 @@ from megatron_cp.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Model:
+class Transformer:
     """Sizes of a GPT model under Megatron's names, without biases.
 
     vocab:    padded
@@ -92,14 +92,14 @@ class Model:
         return 6.0 * samples * seq * (per_token + pairs)
 
 
-def model_of(recipe: Recipe) -> Model:
+def model_of(recipe: Recipe) -> Transformer:
     """The model of a recipe's MODEL_ARGS; raises ValueError with the flag that is missing or is no number."""
     hidden, heads = recipe.required("--hidden-size"), recipe.required("--num-attention-heads")
     gated = "--swiglu" in recipe.model_args
     ffn = recipe.number("--ffn-hidden-size", _usual_ffn(hidden, gated))
     experts = recipe.number("--num-experts", 0)
     grouped = "--group-query-attention" in recipe.model_args
-    return Model(
+    return Transformer(
         recipe.name,
         layers=recipe.required("--num-layers"),
         hidden=hidden,

@@ -10,14 +10,14 @@ from megatron_cp.context.choose import Record
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate
-from megatron_cp.planner.model import Model, model_of
+from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.recipe import recipe
 
 PAIRS = {"causal": Fraction(1, 2), "all": Fraction(1)}
 
 
-class Row(NamedTuple):
+class PublishedRun(NamedTuple):
     """A published run: what was reported, in `unit`, and the estimate of the same figure."""
 
     name: str
@@ -34,13 +34,13 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Sizes of the errors of all rows."""
+    """Median and largest of the relative errors of all rows."""
 
     median: float
     worst: float
 
 
-def published(record: Record | None) -> list[Row]:
+def published(record: Record | None) -> list[PublishedRun]:
     """Every published run with its estimate."""
     from ruamel.yaml import YAML
 
@@ -48,25 +48,27 @@ def published(record: Record | None) -> list[Row]:
     return [_row(run, record) for run in YAML(typ="safe").load(file.read_text(encoding="utf-8"))]
 
 
-def summary(rows: Sequence[Row]) -> Summary:
+def summary(rows: Sequence[PublishedRun]) -> Summary:
     """Median and worst of the errors' sizes."""
     sizes = [abs(row.error) for row in rows]
     return Summary(median(sizes), max(sizes))
 
 
-def _row(run: Mapping[str, Any], record: Record | None) -> Row:
+def _row(run: Mapping[str, Any], record: Record | None) -> PublishedRun:
     sizes = dict(run["parallel"])
     grid = Grid(*sizes.pop("grid")) if "grid" in sizes else None
     cluster = load_cluster(run["cluster"])
     found = estimate(_model(run["model"]), Parallel(**sizes, grid=grid), cluster, run["seq"], record)
     unit, reported = next(iter(run["reported"].items()))
-    return Row(run["name"], run["source"], unit, reported, _figure(found, unit, run["reported"].get("pairs")), found)
+    return PublishedRun(
+        run["name"], run["source"], unit, reported, _figure(found, unit, run["reported"].get("pairs")), found
+    )
 
 
-def _model(said: str | Mapping[str, Any]) -> Model:
+def _model(said: str | Mapping[str, Any]) -> Transformer:
     if isinstance(said, str):
         return model_of(recipe.load(f"models/{said}", {}))
-    return Model("GPT", **said)
+    return Transformer("GPT", **said)
 
 
 def _figure(found: Estimate, unit: str, pairs: str | None) -> float:

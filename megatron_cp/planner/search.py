@@ -17,7 +17,7 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
-from megatron_cp.planner.model import Model
+from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 
 CONTEXT = ("zigzag", "all-gather", "ulysses", "usp")
@@ -33,13 +33,13 @@ MOST_TOKENS = 65536
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """What is to be trained on what.
 
     global_batch: sequences of a step
     """
 
-    model: Model
+    model: Transformer
     seq: int
     gpus: int
     cluster: Cluster
@@ -49,7 +49,7 @@ class Question:
     schedules: tuple[str, ...] = SCHEDULED
 
 
-class Sizes(NamedTuple):
+class RankSplit(NamedTuple):
     """How ranks are dealt; splits that differ in the rest only are one line of a plan."""
 
     tp: int
@@ -67,7 +67,7 @@ class Plans:
     examined: how many splits were bounded
     """
 
-    question: Question
+    request: PlanRequest
     options: tuple[Estimate, ...]
     left_out: Counter[str] = field(default_factory=Counter)
     examined: int = 0
@@ -126,7 +126,7 @@ def label(parallel: Parallel) -> str:
 Progress = Callable[[float], None]
 
 
-def search(question: Question, record: Record, top: int = 10, progress: Progress = lambda share: None) -> Plans:
+def search(request: PlanRequest, record: Record, top: int = 10, progress: Progress = lambda share: None) -> Plans:
     """The `top` fastest dealings of ranks, each with its best split; a pure function of its arguments.
 
     record:   makes traces of context-parallel loops, megatron_cp.context.trace.record.record
@@ -134,11 +134,11 @@ def search(question: Question, record: Record, top: int = 10, progress: Progress
     Raises ValueError for GPUs that the cluster cannot have, for one without rates of the products' dtype, and when
     nothing fits, with the smallest number of GPUs on which something does.
     """
-    _check(question)
+    _check(request)
     left_out: Counter[str] = Counter()
     record = stretching(record)
-    bounds = _bounds(question, left_out, lambda share: progress(share / 2))
-    best: dict[Sizes, Estimate] = {}
+    bounds = _bounds(request, left_out, lambda share: progress(share / 2))
+    best: dict[RankSplit, Estimate] = {}
     for at, bound in enumerate(bounds):
         progress(0.5 + at / len(bounds) / 2)
         shown = sorted(one.seconds for one in best.values())[:top]
@@ -147,21 +147,21 @@ def search(question: Question, record: Record, top: int = 10, progress: Progress
         sizes = _sizes(bound.parallel)
         if sizes in best and bound.seconds >= best[sizes].seconds:
             continue
-        found = _with_context(question, bound, record)
+        found = _with_context(request, bound, record)
         if found is None:
             left_out["memory"] += 1
         elif sizes not in best or found.seconds < best[sizes].seconds:
             best[sizes] = found
     progress(1.0)
     if not best:
-        raise ValueError(_nothing_fits(question, left_out, record))
+        raise ValueError(_nothing_fits(request, left_out, record))
     options = sorted(best.values(), key=lambda one: (one.seconds, _sizes(one.parallel)))[:top]
-    return Plans(question, tuple(options), left_out, len(bounds))
+    return Plans(request, tuple(options), left_out, len(bounds))
 
 
-def _check(question: Question) -> None:
-    cluster, gpus = question.cluster, question.gpus
-    cluster.gemm(question.precision)
+def _check(request: PlanRequest) -> None:
+    cluster, gpus = request.cluster, request.gpus
+    cluster.gemm(request.precision)
     per_node = cluster.ranks_per_node
     if gpus > per_node and cluster.between is None:
         raise ValueError(
@@ -175,102 +175,102 @@ def _check(question: Question) -> None:
         )
 
 
-def _sizes(parallel: Parallel) -> Sizes:
-    return Sizes(parallel.tp, parallel.cp, parallel.pp, parallel.dp, parallel.ep)
+def _sizes(parallel: Parallel) -> RankSplit:
+    return RankSplit(parallel.tp, parallel.cp, parallel.pp, parallel.dp, parallel.ep)
 
 
-def _bounds(question: Question, left_out: Counter[str], progress: Progress) -> list[Estimate]:
+def _bounds(request: PlanRequest, left_out: Counter[str], progress: Progress) -> list[Estimate]:
     """Lower bounds of all splits whose memory may fit, fastest first."""
     bounds = []
-    dealings = list(dealt(question, left_out))
+    dealings = list(dealt(request, left_out))
     for at, sizes in enumerate(dealings):
         progress(at / len(dealings))
-        for parallel in _splits(question, sizes):
-            bound = _bound(question, parallel, left_out)
+        for parallel in _splits(request, sizes):
+            bound = _bound(request, parallel, left_out)
             bounds += [bound] if bound else []
     return sorted(bounds, key=lambda one: (one.seconds, _sizes(one.parallel)))
 
 
-def dealt(question: Question, left_out: Counter[str]) -> Iterator[Sizes]:
+def dealt(request: PlanRequest, left_out: Counter[str]) -> Iterator[RankSplit]:
     """All dealings of the ranks that Megatron's rules of divisibility allow."""
-    for tp in _powers(question.gpus):
-        if reason := _tensor_rule(question, tp):
+    for tp in _powers(request.gpus):
+        if reason := _tensor_rule(request, tp):
             left_out[reason] += 1
             continue
-        for cp in _powers(question.gpus // tp):
-            if cp > 1 and question.seq % (2 * cp):
+        for cp in _powers(request.gpus // tp):
+            if cp > 1 and request.seq % (2 * cp):
                 left_out["sequence divisible by twice CP"] += 1
                 continue
-            yield from _deal_rest(question, tp, cp, left_out)
+            yield from _deal_rest(request, tp, cp, left_out)
 
 
-def _tensor_rule(question: Question, tp: int) -> str:
-    model = question.model
-    if tp > question.cluster.ranks_per_node:
+def _tensor_rule(request: PlanRequest, tp: int) -> str:
+    model = request.model
+    if tp > request.cluster.ranks_per_node:
         return "tensor parallel inside a node"
     if model.heads % tp or model.ffn % tp or max(model.kv_heads, tp) % min(model.kv_heads, tp):
         return "heads, query groups and MLP width divisible by TP"
     return ""
 
 
-def _deal_rest(question: Question, tp: int, cp: int, left_out: Counter[str]) -> Iterator[Sizes]:
-    model = question.model
-    for pp in divisors(question.gpus // (tp * cp)):
+def _deal_rest(request: PlanRequest, tp: int, cp: int, left_out: Counter[str]) -> Iterator[RankSplit]:
+    model = request.model
+    for pp in divisors(request.gpus // (tp * cp)):
         if pp > model.layers or (model.layers % pp and (model.layers + 2) % pp):
             left_out["layers divisible by PP"] += 1
             continue
-        dp = question.gpus // (tp * cp * pp)
-        if question.global_batch % dp:
+        dp = request.gpus // (tp * cp * pp)
+        if request.global_batch % dp:
             left_out["batch divisible by DP"] += 1
             continue
         for ep in divisors(model.experts) if model.experts else [1]:
             if dp * cp % ep == 0:
-                yield Sizes(tp, cp, pp, dp, ep)
+                yield RankSplit(tp, cp, pp, dp, ep)
 
 
-def _splits(question: Question, sizes: Sizes) -> Iterator[Parallel]:
+def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
     """The choices that a dealing leaves open, less recomputation and context parallelism."""
-    layers = question.model.layers
+    layers = request.model.layers
     for micro in MICRO_BATCHES:
-        if question.global_batch % (sizes.dp * micro):
+        if request.global_batch % (sizes.dp * micro):
             continue
-        if micro > 1 and micro * question.seq // sizes.cp > MOST_TOKENS:
+        if micro > 1 and micro * request.seq // sizes.cp > MOST_TOKENS:
             continue
         for vp in CHUNKS if sizes.pp > 1 else (1,):
             stages = sizes.pp * vp
             if layers % stages and (layers + 2) % stages:
                 continue
-            for schedule in _schedules(question, sizes.pp, vp):
+            for schedule in _schedules(request, sizes.pp, vp):
                 yield Parallel(
                     **sizes._asdict(),
                     vp=vp,
                     sp=sizes.tp > 1,
                     micro_batch=micro,
-                    global_batch=question.global_batch,
+                    global_batch=request.global_batch,
                     schedule=schedule,
                     balanced_ends=layers % stages != 0,
-                    precision=question.precision,
+                    precision=request.precision,
                 )
 
 
-def _schedules(question: Question, pp: int, vp: int) -> list[str | None]:
+def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
     if pp == 1:
         return [None]
     own = "interleaved" if vp > 1 else "1f1b"
-    rules = map(SCHEDULES.get, question.schedules)
+    rules = map(SCHEDULES.get, request.schedules)
     fitting = [rule.name for rule in rules if rule.chunks == vp or (rule.chunks is None and vp > 1)]
     return [None if name == own else name for name in fitting]
 
 
-def _bound(question: Question, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:
+def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:
     """The fastest estimate without context parallelism's own cost whose memory may fit: with recomputation at need."""
-    if not _may_fit(question, parallel):
+    if not _may_fit(request, parallel):
         left_out["memory"] += 1
         return None
     for recompute in _recomputes(parallel):
         there = replace(parallel, recompute=recompute)
         try:
-            found = estimate_where_it_fits(question.model, there, question.cluster, question.seq)
+            found = estimate_where_it_fits(request.model, there, request.cluster, request.seq)
         except ValueError:
             left_out["the schedule's rule for p, m and v"] += 1
             return None
@@ -285,28 +285,28 @@ def _recomputes(parallel: Parallel) -> tuple[str, ...]:
     return ("none",) if parallel.schedule else ("none", "full")
 
 
-def _may_fit(question: Question, parallel: Parallel) -> bool:
+def _may_fit(request: PlanRequest, parallel: Parallel) -> bool:
     """Whether weights, gradients and optimizer alone fit; said of a middle stage, without playing the schedule."""
-    if question.cluster.memory_bytes is None:
+    if request.cluster.memory_bytes is None:
         return True
-    layers = question.model.layers / parallel.pp
-    dense, experts = stage_parameters(question.model, parallel, layers, False, False)
+    layers = request.model.layers / parallel.pp
+    dense, experts = stage_parameters(request.model, parallel, layers, False, False)
     state = sum(parameter_bytes(parallel, dense, experts))
-    return state + question.cluster.reserved_bytes < question.cluster.memory_bytes
+    return state + request.cluster.reserved_bytes < request.cluster.memory_bytes
 
 
-def _estimate(question: Question, parallel: Parallel, record: Record) -> Estimate:
-    return estimate(question.model, parallel, question.cluster, question.seq, record)
+def _estimate(request: PlanRequest, parallel: Parallel, record: Record) -> Estimate:
+    return estimate(request.model, parallel, request.cluster, request.seq, record)
 
 
-def _with_context(question: Question, bound: Estimate, record: Record) -> Estimate | None:
+def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Estimate | None:
     """The fastest way to do the split's context parallelism that fits, recomputing only where nothing does without."""
     levels = _recomputes(bound.parallel)
     for recompute in levels[levels.index(bound.parallel.recompute) :]:
         found = []
-        for parallel in _contexts(question, replace(bound.parallel, recompute=recompute)):
+        for parallel in _contexts(request, replace(bound.parallel, recompute=recompute)):
             try:
-                found.append(_estimate(question, parallel, record))
+                found.append(_estimate(request, parallel, record))
             except ValueError:
                 # the backend refuses these heads or sizes
                 continue
@@ -316,49 +316,49 @@ def _with_context(question: Question, bound: Estimate, record: Record) -> Estima
     return None
 
 
-def _contexts(question: Question, parallel: Parallel) -> Iterator[Parallel]:
+def _contexts(request: PlanRequest, parallel: Parallel) -> Iterator[Parallel]:
     from megatron_cp.context import BACKENDS
 
     if parallel.cp == 1:
         yield parallel
         return
-    for entry in map(BACKENDS.get, question.backends):
+    for entry in map(BACKENDS.get, request.backends):
         if not entry.needs_grid:
             yield replace(parallel, backend=entry.name)
             continue
         # the inner axis is there to stay on the fast links
-        room = question.cluster.ranks_per_node // parallel.tp
+        room = request.cluster.ranks_per_node // parallel.tp
         for inner in divisors(parallel.cp)[1:-1]:
             if inner <= room:
                 yield replace(parallel, backend=entry.name, grid=Grid(inner, parallel.cp // inner))
 
 
-def _nothing_fits(question: Question, left_out: Counter[str], record: Record) -> str:
+def _nothing_fits(request: PlanRequest, left_out: Counter[str], record: Record) -> str:
     rules = ", ".join(f"{name} ({count})" for name, count in left_out.most_common())
     line = (
-        f"no split of {question.model.name} with {question.seq:,} tokens and batches of {question.global_batch} "
-        f"sequences fits on {question.gpus} GPUs of {question.cluster.name}; left out by: {rules}"
+        f"no split of {request.model.name} with {request.seq:,} tokens and batches of {request.global_batch} "
+        f"sequences fits on {request.gpus} GPUs of {request.cluster.name}; left out by: {rules}"
     )
-    enough = smallest(question, record)
+    enough = smallest(request, record)
     if enough is None:
         return f"{line}; no number of them can hold it"
-    way_out = "" if enough > question.gpus else ", but not so many: ask for a number that layers or batch divide by"
+    way_out = "" if enough > request.gpus else ", but not so many: ask for a number that layers or batch divide by"
     return f"{line}; {enough} GPUs can hold it{way_out}"
 
 
-def smallest(question: Question, record: Record) -> int | None:
+def smallest(request: PlanRequest, record: Record) -> int | None:
     """The smallest power of two of GPUs, up to 65536, on which a split with this batch fits; None where none does."""
-    most = 1 << 16 if question.cluster.between else min(1 << 16, question.cluster.ranks_per_node)
+    most = 1 << 16 if request.cluster.between else min(1 << 16, request.cluster.ranks_per_node)
     return next(
-        (gpus for gpus in _powers(1 << 16) if gpus <= most and _holds(replace(question, gpus=gpus), record)), None
+        (gpus for gpus in _powers(1 << 16) if gpus <= most and _holds(replace(request, gpus=gpus), record)), None
     )
 
 
-def _holds(question: Question, record: Record) -> bool:
-    splits = (parallel for sizes in dealt(question, Counter()) for parallel in _splits(question, sizes))
+def _holds(request: PlanRequest, record: Record) -> bool:
+    splits = (parallel for sizes in dealt(request, Counter()) for parallel in _splits(request, sizes))
     plain = (one for one in splits if one.vp == 1 and one.micro_batch == 1 and not one.schedule)
-    bounds = (_bound(question, parallel, Counter()) for parallel in plain)
-    return any(_with_context(question, bound, record) for bound in bounds if bound)
+    bounds = (_bound(request, parallel, Counter()) for parallel in plain)
+    return any(_with_context(request, bound, record) for bound in bounds if bound)
 
 
 def _powers(most: int) -> list[int]:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
-from megatron_cp.planner.work import Rank, context_attention
+from megatron_cp.planner.work import RankConfig, context_attention
 
 
 class Level(NamedTuple):
@@ -27,7 +27,7 @@ class Traffic(NamedTuple):
     between: Level
 
 
-def step_traffic(rank: Rank, layers: float) -> Traffic:
+def step_traffic(rank: RankConfig, layers: float) -> Traffic:
     """What a rank with so many layers sends."""
     parallel, model = rank.parallel, rank.model
     micros = parallel.micros
@@ -62,7 +62,7 @@ def _around(size: float, ranks: int) -> float:
     return size * (ranks - 1) / ranks
 
 
-def _share_between(rank: Rank, ranks: int, stride: int) -> float:
+def _share_between(rank: RankConfig, ranks: int, stride: int) -> float:
     """The share of a ring's hops that leave a node."""
     per_node = max(1, rank.cluster.ranks_per_node // stride)
     return 0.0 if ranks <= per_node else 1 / per_node

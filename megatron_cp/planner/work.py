@@ -14,7 +14,7 @@ from megatron_cp.context.choose import Record
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.hardware.cluster import Cluster, Collective
 from megatron_cp.planner.attention import Attention, attention
-from megatron_cp.planner.model import Model
+from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 
 
@@ -42,15 +42,15 @@ class Seconds(NamedTuple):
         return Seconds(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
-class Work(NamedTuple):
+class PassTimes(NamedTuple):
     """One microbatch's forward, input gradient and weight gradient."""
 
     forward: Seconds = Seconds()
     input: Seconds = Seconds()
     weight: Seconds = Seconds()
 
-    def plus(self, other: "Work", times: float = 1.0) -> "Work":
-        return Work(*(a.plus(b, times) for a, b in zip(self, other, strict=True)))
+    def plus(self, other: "PassTimes", times: float = 1.0) -> "PassTimes":
+        return PassTimes(*(a.plus(b, times) for a, b in zip(self, other, strict=True)))
 
 
 class Product(NamedTuple):
@@ -63,10 +63,10 @@ class Product(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankConfig:
     """What decides the work of a rank; `record` makes traces of context parallelism, see `attention`."""
 
-    model: Model
+    model: Transformer
     parallel: Parallel
     cluster: Cluster
     seq: int
@@ -88,7 +88,7 @@ class Rank:
         return "bfloat16" if self.parallel.precision == "fp8" else self.parallel.precision
 
 
-def product_seconds(rank: Rank, product: Product, dtype: str) -> float:
+def product_seconds(rank: RankConfig, product: Product, dtype: str) -> float:
     """The product's operations, or the bytes of its operands where these take longer."""
     rows, inner, columns, times = product
     rate = rank.cluster.gemm(dtype).rate(min(rows, inner, columns))
@@ -111,25 +111,25 @@ def collective_seconds(cluster: Cluster, kind: Collective, size: float, ranks: i
 LAUNCHES = (0.4, 0.4, 0.2)
 
 
-def layer(rank: Rank, moe: bool = False) -> Work:
+def layer(rank: RankConfig, moe: bool = False) -> PassTimes:
     """One transformer layer."""
-    launched = Work(*(Seconds(memory=rank.cluster.layer_s * share) for share in LAUNCHES))
+    launched = PassTimes(*(Seconds(memory=rank.cluster.layer_s * share) for share in LAUNCHES))
     work = _linears(rank, moe).plus(_attention(rank)).plus(_elementwise(rank, moe))
     return work.plus(_collectives(rank, moe)).plus(launched)
 
 
-def ends(rank: Rank) -> tuple[Work, Work]:
+def ends(rank: RankConfig) -> tuple[PassTimes, PassTimes]:
     """What the first stage does beside its layers, and the last."""
     return _embedding(rank), _head(rank)
 
 
-def _linears(rank: Rank, moe: bool) -> Work:
+def _linears(rank: RankConfig, moe: bool) -> PassTimes:
     products = list(_products(rank, moe))
     fp8 = rank.parallel.precision == "fp8"
     dtype = rank.parallel.precision
     forward = sum(product_seconds(rank, product, dtype) for product in products)
     # dY W^T and X^T dY have the same three dimensions in another order
-    work = Work(*(Seconds(products=forward),) * 3)
+    work = PassTimes(*(Seconds(products=forward),) * 3)
     if not fp8:
         return work
     # a cast reads two bytes and writes the value and its transpose in one byte each
@@ -137,10 +137,10 @@ def _linears(rank: Rank, moe: bool) -> Work:
         product.times * 4 * product.rows * width for product in products for width in (product.inner, product.columns)
     ]
     forward_cast, backward_cast = (sum(casts[at::2]) / rank.cluster.touch_bytes_per_s for at in (0, 1))
-    return work.plus(Work(Seconds(memory=forward_cast), Seconds(memory=backward_cast)))
+    return work.plus(PassTimes(Seconds(memory=forward_cast), Seconds(memory=backward_cast)))
 
 
-def _products(rank: Rank, moe: bool) -> Iterator[Product]:
+def _products(rank: RankConfig, moe: bool) -> Iterator[Product]:
     model, t, tokens = rank.model, rank.parallel.tp, rank.tokens
     yield Product(tokens, model.hidden, (model.query + model.key_value) / t)
     yield Product(tokens, model.query / t, model.hidden)
@@ -159,7 +159,7 @@ def _products(rank: Rank, moe: bool) -> Iterator[Product]:
         yield Product(tokens, model.shared_expert_ffn / t, model.hidden)
 
 
-def context_attention(rank: Rank) -> Attention:
+def context_attention(rank: RankConfig) -> Attention:
     """One sequence's attention in one layer, its part of a microbatch's."""
     model, parallel = rank.model, rank.parallel
     heads, kv_heads = model.heads // parallel.tp, max(1, model.kv_heads // parallel.tp)
@@ -177,7 +177,7 @@ def context_attention(rank: Rank) -> Attention:
     return attention(problem, rank.cluster.every(parallel.tp).shared_by(parallel.micro_batch), rank.record)
 
 
-def _attention(rank: Rank) -> Work:
+def _attention(rank: RankConfig) -> PassTimes:
     if not rank.parallel.flash:
         return _score_matrices(rank)
     found = context_attention(rank)
@@ -187,10 +187,10 @@ def _attention(rank: Rank) -> Work:
     if rank.parallel.recompute == "selective":
         backward = backward.plus(forward)
     b = rank.parallel.micro_batch
-    return Work(Seconds().plus(forward, b), Seconds().plus(backward, b))
+    return PassTimes(Seconds().plus(forward, b), Seconds().plus(backward, b))
 
 
-def _score_matrices(rank: Rank) -> Work:
+def _score_matrices(rank: RankConfig) -> PassTimes:
     """Attention that writes its scores: all of them, for the mask is applied afterwards (arXiv:2205.05198, 4.1)."""
     model, parallel = rank.model, rank.parallel
     matrices = parallel.micro_batch * model.heads / parallel.tp
@@ -200,14 +200,14 @@ def _score_matrices(rank: Rank) -> Work:
     # forward: softmax reads and writes, dropout reads, writes and keeps a mask of one byte; backward undoes both
     forward = Seconds(attention=2 * seconds, memory=(4 + 5) * scores)
     backward = Seconds(attention=4 * seconds, memory=(6 + 5) * scores)
-    return Work(forward, backward.plus(forward) if parallel.recompute == "selective" else backward)
+    return PassTimes(forward, backward.plus(forward) if parallel.recompute == "selective" else backward)
 
 
 # elements read and written per token: times the hidden size, the width of queries, keys and values, and the MLP's
 FUSED = ((10, 2, 3), (12, 2, 5))
 
 
-def _elementwise(rank: Rank, moe: bool) -> Work:
+def _elementwise(rank: RankConfig, moe: bool) -> PassTimes:
     """Norms, residuals, rotary positions and the activation."""
     model, parallel, cluster = rank.model, rank.parallel, rank.cluster
     touch = cluster.touch_bytes_per_s
@@ -221,10 +221,10 @@ def _elementwise(rank: Rank, moe: bool) -> Work:
         # dispatched to experts and combined: each copy of a token is read and written twice
         elements += rank.split_tokens * 4 * model.top_k * model.hidden if moe else 0
         passes.append(Seconds(memory=elements * parallel.bytes / (cluster.elementwise_bytes_per_s or touch)))
-    return Work(*passes)
+    return PassTimes(*passes)
 
 
-def _collectives(rank: Rank, moe: bool) -> Work:
+def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
     parallel, cluster = rank.parallel, rank.cluster
     gather, scatter, reduce = _of_hidden_states(rank)
     forward = backward = 2 * reduce
@@ -236,10 +236,10 @@ def _collectives(rank: Rank, moe: bool) -> Work:
         sent = rank.split_tokens * rank.model.top_k * rank.model.hidden * parallel.bytes
         exchange = 2 * collective_seconds(cluster, "gather", sent, parallel.ep, parallel.tp)
         forward, backward = forward + exchange, backward + exchange
-    return Work(Seconds(collectives=forward), Seconds(collectives=backward))
+    return PassTimes(Seconds(collectives=forward), Seconds(collectives=backward))
 
 
-def _of_hidden_states(rank: Rank) -> tuple[float, float, float]:
+def _of_hidden_states(rank: RankConfig) -> tuple[float, float, float]:
     """An all-gather, a reduce-scatter and an all-reduce of a microbatch's hidden states over tensor-parallel ranks."""
     size = rank.tokens * rank.model.hidden * rank.parallel.bytes
     gather, scatter, reduce = (
@@ -248,22 +248,22 @@ def _of_hidden_states(rank: Rank) -> tuple[float, float, float]:
     return gather, scatter, reduce
 
 
-def _behind_products(rank: Rank, seconds: float) -> float:
+def _behind_products(rank: RankConfig, seconds: float) -> float:
     """What is left of collectives that products hide: all of it where the computing rank moves the bytes itself."""
     return seconds if rank.cluster.inside.busy_s_per_byte else 0.0
 
 
-def _embedding(rank: Rank) -> Work:
+def _embedding(rank: RankConfig) -> PassTimes:
     """Rows are read and written, and added up in backward."""
     size = rank.tokens * rank.model.hidden * rank.parallel.bytes / rank.cluster.touch_bytes_per_s
     gather, scatter, reduce = _of_hidden_states(rank)
     forward, backward = (scatter, gather) if rank.parallel.sp else (reduce, 0.0)
-    return Work(
+    return PassTimes(
         Seconds(memory=2 * size, collectives=forward), Seconds(), Seconds(memory=3 * size, collectives=backward)
     )
 
 
-def _head(rank: Rank) -> Work:
+def _head(rank: RankConfig) -> PassTimes:
     """The output layer and the cross entropy over its logits, in float32 (vocabulary-parallel, arXiv:1909.08053, 3)."""
     columns = rank.model.vocab / rank.parallel.tp
     seconds = Seconds(products=product_seconds(rank, Product(rank.tokens, rank.model.hidden, columns), rank.dtype))
@@ -273,4 +273,4 @@ def _head(rank: Rank) -> Work:
     # to float32, largest, difference, exponential and its sum; backward: the gradient in place, and to what is stored
     loss = Seconds(memory=26 * logits, collectives=forward)
     gradient = Seconds(memory=14 * logits, collectives=backward)
-    return Work(seconds.plus(loss), seconds.plus(gradient), seconds)
+    return PassTimes(seconds.plus(loss), seconds.plus(gradient), seconds)

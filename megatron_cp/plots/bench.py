@@ -9,7 +9,7 @@ from megatron_cp.plots.timeline import COLOURS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from megatron_cp.bench.contest import Row
+    from megatron_cp.bench.comparison import BackendResult
 
 PANELS = {
     "share_of_ideal": ("share of ideal", 1),
@@ -19,7 +19,7 @@ PANELS = {
 SHADES = tuple(COLOURS.values())
 
 
-def draw_bench(rows: "Sequence[Row]", file: Path, title: str) -> Path:
+def draw_bench(rows: "Sequence[BackendResult]", file: Path, title: str) -> Path:
     """Draw one bar per backend and sequence length in three panels as PNG, SVG or PDF; who got no figure has no bar."""
     # a figure of its own: pyplot would choose a window system and keep the figure
     from matplotlib.figure import Figure

@@ -24,7 +24,7 @@ _HEADER_VALUE = re.compile(r"[\w.,:/@%=+*~&|()\[\]-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A recipe as a job: its nodes, how its ranks are started, how often it is requeued, and what a node must have."""
 
     recipe: Recipe
@@ -43,7 +43,7 @@ class Job:
     corpus_index: str
 
 
-def job_of(recipe: Recipe) -> Job:
+def job_of(recipe: Recipe) -> SlurmJob:
     """The job of a recipe; raises ValueError with place, rule and way out for what cannot be one."""
     nodes, ranks = _count(recipe, "--nnodes"), _count(recipe, "--nproc-per-node")
     launcher, grace = _launcher(recipe), _number(recipe, "--grace", GRACE_SECONDS)
@@ -52,7 +52,7 @@ def job_of(recipe: Recipe) -> Job:
     if 0 < gpus < ranks:
         raise ValueError(f"{ranks} ranks on a node with {gpus} GPUs; lower --nproc-per-node or ask for more GPUs")
     python = recipe.slurm["--python"].text if "--python" in recipe.slurm else _python(recipe)
-    return Job(
+    return SlurmJob(
         recipe=_told_to_stop(complete(recipe), grace),
         nodes=nodes,
         ranks_per_node=ranks,

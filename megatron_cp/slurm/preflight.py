@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
     master_addr: str
 
 
-class Report(NamedTuple):
+class NodeReport(NamedTuple):
     """What a node found out about itself; `facts` must be the same on all nodes, memory and clock nearly so."""
 
     node: str
@@ -61,7 +61,7 @@ def name() -> str:
     return config.variable("SLURMD_NODENAME") or socket.gethostname()
 
 
-def examine(wanted: Wanted) -> Report:
+def examine(wanted: Wanted) -> NodeReport:
     """Look at this node; what fails is a finding, never an error."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         lambda: _gpus(wanted.gpus),
@@ -73,7 +73,7 @@ def examine(wanted: Wanted) -> Report:
     )
     subjects = ("GPUs", "shared memory", "disk", "address of the first node", "own address", "torchrun")
     findings = [finding for subject, look in zip(subjects, looks, strict=True) for finding in guarded(subject, look)]
-    return Report(name(), time.time(), psutil.virtual_memory().total, _facts(wanted.gpus), findings)
+    return NodeReport(name(), time.time(), psutil.virtual_memory().total, _facts(wanted.gpus), findings)
 
 
 def _gpus(wanted: int) -> Iterator[Finding]:
@@ -196,13 +196,13 @@ def _facts(gpus: int) -> dict[str, str]:
     return facts
 
 
-def write(report: Report, folder: Path) -> None:
+def write(report: NodeReport, folder: Path) -> None:
     """Put the report where the other nodes put theirs; raises OSError where this node cannot write."""
     findings = [finding._asdict() for finding in report.findings]
     (folder / f"{report.node}.json").write_text(json.dumps({**report._asdict(), "findings": findings}), "utf-8")
 
 
-def read(folder: Path, nodes: Sequence[str], patience: float = PATIENCE_SECONDS) -> dict[str, Report]:
+def read(folder: Path, nodes: Sequence[str], patience: float = PATIENCE_SECONDS) -> dict[str, NodeReport]:
     """The reports of those `nodes` that wrote one; waits a while for the others, for a network's files come late."""
     deadline = time.monotonic() + patience
     while True:
@@ -212,22 +212,22 @@ def read(folder: Path, nodes: Sequence[str], patience: float = PATIENCE_SECONDS)
         time.sleep(0.5)
 
 
-def _report(path: Path) -> Report | None:
+def _report(path: Path) -> NodeReport | None:
     try:
         said = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return Report(**{**said, "findings": [Finding(**finding) for finding in said["findings"]]})
+    return NodeReport(**{**said, "findings": [Finding(**finding) for finding in said["findings"]]})
 
 
-def verdict(reports: Mapping[str, Report], nodes: Sequence[str]) -> dict[str, list[str]]:
+def verdict(reports: Mapping[str, NodeReport], nodes: Sequence[str]) -> dict[str, list[str]]:
     """For each of `nodes` that a job should not start on, why and what to do; empty when all are fine."""
     known = [reports[node] for node in nodes if node in reports]
     bad = {node: list(_wrong_with(reports.get(node), known)) for node in nodes}
     return {node: reasons for node, reasons in bad.items() if reasons}
 
 
-def _wrong_with(report: Report | None, all_reports: Sequence[Report]) -> Iterator[str]:
+def _wrong_with(report: NodeReport | None, all_reports: Sequence[NodeReport]) -> Iterator[str]:
     if report is None:
         yield "no report -> its check died or hangs, or --save is another folder there; see what srun says above"
         return

@@ -12,14 +12,14 @@ from pathlib import Path
 from megatron_cp.recipe.command import entry_words, flag_words
 from megatron_cp.recipe.recipe import Setting
 from megatron_cp.recipe.slurm_flags import SRUN
-from megatron_cp.slurm.job import FROM_SLURM, SECONDS_TO_REQUEUE, Job
+from megatron_cp.slurm.job import FROM_SLURM, SECONDS_TO_REQUEUE, SlurmJob
 
 BODY = Path(__file__).with_name("job.sh")
 # flags of LAUNCH that do not go to torchrun as they are
 SAID_APART = ("entry", "--nnodes", "--nproc-per-node", *FROM_SLURM)
 
 
-def script(jobs: Sequence[Job]) -> str:
+def script(jobs: Sequence[SlurmJob]) -> str:
     """A batch script for one recipe, or an array with a task for each of several; raises ValueError if they differ.
 
     The tasks of an array share what they ask of the cluster; each has a folder of its own to save in.
@@ -30,7 +30,7 @@ def script(jobs: Sequence[Job]) -> str:
     return "\n".join(("#!/usr/bin/env bash", *_header(jobs), "", "set -euo pipefail", settings, BODY.read_text()))
 
 
-def _check_together(jobs: Sequence[Job]) -> None:
+def _check_together(jobs: Sequence[SlurmJob]) -> None:
     first = jobs[0]
     for job in jobs[1:]:
         if _shape(job) != _shape(first):
@@ -43,11 +43,11 @@ def _check_together(jobs: Sequence[Job]) -> None:
         raise ValueError(f"two recipes of the array save in the same folder: {', '.join(map(str, saves))}")
 
 
-def _shape(job: Job) -> tuple[object, ...]:
+def _shape(job: SlurmJob) -> tuple[object, ...]:
     return (job.nodes, job.ranks_per_node, job.launcher, job.grace, job.chain, bool(job.requeues), *job.header)
 
 
-def _header(jobs: Sequence[Job]) -> Iterator[str]:
+def _header(jobs: Sequence[SlurmJob]) -> Iterator[str]:
     job = jobs[0]
     name = re.sub(r"[^\w.+-]", "_", job.recipe.name, flags=re.ASCII)
     tasks = job.ranks_per_node if job.launcher == "srun" else 1
@@ -68,12 +68,12 @@ def _header(jobs: Sequence[Job]) -> Iterator[str]:
     return (f"#SBATCH {line}" for line in (*kept, *job.header))
 
 
-def _cases(jobs: Sequence[Job]) -> str:
+def _cases(jobs: Sequence[SlurmJob]) -> str:
     cases = [f"{index})\n{_settings(job)};;\n" for index, job in enumerate(jobs)]
     return f'case "$SLURM_ARRAY_TASK_ID" in\n{"".join(cases)}*)\n    exit 1\n    ;;\nesac\n'
 
 
-def _settings(job: Job) -> str:
+def _settings(job: SlurmJob) -> str:
     """What `job.sh` reads, for one recipe."""
     recipe = job.recipe
     values = {
@@ -98,13 +98,13 @@ def _settings(job: Job) -> str:
     )
 
 
-def _environment(job: Job) -> dict[str, str]:
+def _environment(job: SlurmJob) -> dict[str, str]:
     # torchrun kills ranks that are still saving when this has passed
     own = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.grace)} if job.launcher == "torchrun" else {}
     return own | {name: setting.text for name, setting in job.recipe.env_vars.items()}
 
 
-def _step_words(job: Job) -> list[str]:
+def _step_words(job: SlurmJob) -> list[str]:
     said = {flag: setting for flag, setting in job.recipe.slurm.items() if flag in SRUN}
     words = list(_places(said))
     words += [f"{flag}={','.join(setting.values)}" if setting.values else flag for flag, setting in said.items()]
@@ -123,7 +123,7 @@ def _places(said: Mapping[str, Setting]) -> Iterator[str]:
             yield f"--container-workdir={Path.cwd()}"
 
 
-def _torchrun_words(job: Job) -> list[str]:
+def _torchrun_words(job: SlurmJob) -> list[str]:
     if job.launcher == "srun":
         return []
     others = {flag: setting for flag, setting in job.recipe.launch.items() if flag not in SAID_APART}

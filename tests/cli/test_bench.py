@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 from megatron_cp.bench import context as bench_context
 from megatron_cp.bench import processes
-from megatron_cp.bench.contest import LARGEST_ERROR, WHOLE, Row, Shape
-from megatron_cp.bench.context import Contenders, Report, bench
+from megatron_cp.bench.comparison import LARGEST_ERROR, WHOLE, AttentionShape, BackendResult
+from megatron_cp.bench.context import BackendReport, Selection, bench
 from megatron_cp.bench.pairs import Ratio, pairs_of, ratio_of
 from megatron_cp.bench.processes import QUIET
 from megatron_cp.cli import app
@@ -44,8 +44,8 @@ def test_every_backend_is_timed_and_checked(tmp_path):
 
 @pytest.fixture(scope="module")
 def small_rows():
-    contenders = Contenders(("zigzag", "ulysses"), predict=True)
-    return {row.backend: row for row in bench(contenders, 2, [Shape(256, heads=2, kv_heads=2)], 3).rows}
+    selection = Selection(("zigzag", "ulysses"), predict=True)
+    return {row.backend: row for row in bench(selection, 2, [AttentionShape(256, heads=2, kv_heads=2)], 3).rows}
 
 
 def test_traffic_is_the_formulas_bytes(small_rows):
@@ -69,7 +69,7 @@ def test_a_wrong_backend_gets_no_figures(monkeypatch):
     monkeypatch.setitem(LARGEST_ERROR, __import__("torch").float32, -1.0)
     monkeypatch.setattr(processes.mp, "spawn", _in_this_process)
     with pytest.raises(RuntimeError, match="no figure of this run can be trusted"):
-        bench(Contenders(("zigzag",)), 1, [Shape(64)], 1)
+        bench(Selection(("zigzag",)), 1, [AttentionShape(64)], 1)
 
 
 def _in_this_process(function, args, nprocs):
@@ -78,10 +78,10 @@ def _in_this_process(function, args, nprocs):
 
 
 def test_competing_load_is_said_instead_of_a_verdict(monkeypatch):
-    row = Row("zigzag", 2, 64, 0.1, 0.2, 0.5, 1, 1, 1e-7)
+    row = BackendResult("zigzag", 2, 64, 0.1, 0.2, 0.5, 1, 1, 1e-7)
 
     def reported(core_share, cores):
-        report = Report([row], "torch", "", core_share, cores)
+        report = BackendReport([row], "torch", "", core_share, cores)
         monkeypatch.setattr(bench_context, "bench", lambda *args, **kwargs: report)
         return run("--seq", "64", "--ranks", "2").stdout
 
@@ -97,13 +97,13 @@ def test_competing_load_is_said_instead_of_a_verdict(monkeypatch):
 def test_scores_that_do_not_fit_are_refused_in_words(monkeypatch):
     monkeypatch.setattr(processes.mp, "spawn", _in_this_process)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
-    *_, megatron, _ = bench(Contenders((), upstream=UPSTREAM), 1, [Shape(256)], 1).rows
+    *_, megatron, _ = bench(Selection((), upstream=UPSTREAM), 1, [AttentionShape(256)], 1).rows
     assert megatron.forward is None
     assert megatron.problem.startswith("refused: the scores of all pairs are ")
 
 
-class Timed:
-    """What a pair needs of a contender."""
+class TimedPasses:
+    """What a pair needs of a candidate."""
 
     def __init__(self, name, layout, trusted, forward, backward):
         self.entry = SimpleNamespace(name=name, layout=layout, trusted=trusted)
@@ -111,9 +111,9 @@ class Timed:
 
 
 def test_pairs_compare_rounds_of_one_layout():
-    ours = Timed("zigzag", "zigzag", True, [1.0, 2.0, 4.0], [1.0, 1.0, 1.0])
-    theirs = Timed("other", "zigzag", False, [2.0, 1.0, 5.0], [0.5, 0.5, 2.0])
-    elsewhere = Timed("other ring", "contiguous", False, [1.0] * 3, [1.0] * 3)
+    ours = TimedPasses("zigzag", "zigzag", True, [1.0, 2.0, 4.0], [1.0, 1.0, 1.0])
+    theirs = TimedPasses("other", "zigzag", False, [2.0, 1.0, 5.0], [0.5, 0.5, 2.0])
+    elsewhere = TimedPasses("other ring", "contiguous", False, [1.0] * 3, [1.0] * 3)
     (pair,) = pairs_of([ours, theirs, elsewhere], 64)
     assert (pair.forward, pair.backward, pair.rounds) == (Ratio(1.25, 0.5, 2.0, 2), Ratio(0.5, 0.5, 2.0, 1), 3)
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cp.planner.model import Model
+from megatron_cp.planner.model import Transformer
 
-DENSE = Model("dense", 4, 256, 704, 8, 2, 32, 1024)
-PLAIN = Model("plain", 3, 128, 512, 4, 4, 32, 512, gated=False)
-MIXTURE = Model("mixture", 4, 256, 704, 8, 2, 32, 1024, experts=8, top_k=2, expert_ffn=320, moe_every=2)
+DENSE = Transformer("dense", 4, 256, 704, 8, 2, 32, 1024)
+PLAIN = Transformer("plain", 3, 128, 512, 4, 4, 32, 512, gated=False)
+MIXTURE = Transformer("mixture", 4, 256, 704, 8, 2, 32, 1024, experts=8, top_k=2, expert_ffn=320, moe_every=2)
 
 
 @pytest.mark.parametrize("model", [DENSE, PLAIN, MIXTURE], ids=lambda model: model.name)

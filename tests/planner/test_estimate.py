@@ -9,7 +9,7 @@ from megatron_cp.context.trace.record import record
 from megatron_cp.hardware.cluster import Gemm
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.planner.estimate import estimate
-from megatron_cp.planner.model import Model, model_of
+from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.published import published, summary
 from megatron_cp.recipe import recipe
@@ -18,7 +18,7 @@ H100 = load_cluster("dgx-h100-ib")
 LLAMA = model_of(recipe.load("models/llama3.1-8b", {}))
 
 
-def of(parallel: Parallel, model: Model = LLAMA, seq: int = 8192):
+def of(parallel: Parallel, model: Transformer = LLAMA, seq: int = 8192):
     return estimate(model, parallel, H100, seq)
 
 
@@ -80,7 +80,7 @@ def test_adam_in_bf16_is_sixteen_bytes_and_two_for_float32_gradients():
 
 def test_activations_of_a_layer_are_those_of_the_paper():
     # 34 bytes per token and hidden element without dropout's two, and with flash attention (arXiv:2205.05198, 4.1)
-    gpt = Model("gpt", 1, 1024, 4096, 8, 8, 128, 1024, gated=False)
+    gpt = Transformer("gpt", 1, 1024, 4096, 8, 8, 128, 1024, gated=False)
     kept = of(Parallel(), gpt, seq=2048).worst_memory.activations
     assert kept == pytest.approx(2048 * (32 * 1024 + 4 * 8))
 

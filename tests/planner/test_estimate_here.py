@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 from megatron_cp.bench import calibrate
 from megatron_cp.bench.calibrate import Rates, as_yaml
-from megatron_cp.bench.links import Measured
+from megatron_cp.bench.links import MachineRates
 from megatron_cp.cli import app, estimate
 from megatron_cp.comm import SingleFabric
 from megatron_cp.hardware.cluster import COLLECTIVES
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner import published
 
-LINKS = Measured("x86_64 CPU", "float32", 1.2e9, 1e-4, 3e-10, 3e10, 7e10, 6e10, 5e-5)
+LINKS = MachineRates("x86_64 CPU", "float32", 1.2e9, 1e-4, 3e-10, 3e10, 7e10, 6e10, 5e-5)
 RATES = Rates(
     {64: 2e10, 512: 8e10},
     5e9,

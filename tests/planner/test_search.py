@@ -17,7 +17,7 @@ from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
-from megatron_cp.planner.search import Plans, Question, search, sequences
+from megatron_cp.planner.search import PlanRequest, Plans, search, sequences
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 
@@ -25,14 +25,14 @@ CLUSTER = "dgx-h100-ib"
 
 
 @cache
-def question(gpus: int = 32) -> Question:
+def request(gpus: int = 32) -> PlanRequest:
     model = model_of(recipe.load("models/llama3.1-8b", Unset({})))
-    return Question(model, 32768, gpus, load_cluster(CLUSTER), 16)
+    return PlanRequest(model, 32768, gpus, load_cluster(CLUSTER), 16)
 
 
 @cache
 def plans() -> Plans:
-    return search(question(), stretching(record), 5)
+    return search(request(), stretching(record), 5)
 
 
 def test_every_plan_fits_and_uses_all_gpus() -> None:
@@ -47,7 +47,7 @@ def test_every_plan_fits_and_uses_all_gpus() -> None:
 def test_plans_are_ranked_and_the_same_again() -> None:
     seconds = [one.seconds for one in plans().options]
     assert seconds == sorted(seconds)
-    assert [one.parallel for one in search(question(), record, 5).options] == [one.parallel for one in plans().options]
+    assert [one.parallel for one in search(request(), record, 5).options] == [one.parallel for one in plans().options]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_plans_are_ranked_and_the_same_again() -> None:
     ],
 )
 def test_nothing_that_fits_is_faster_than_the_best_plan(other: Parallel) -> None:
-    found = estimate(question().model, other, question().cluster, 32768, record)
+    found = estimate(request().model, other, request().cluster, 32768, record)
     assert not found.fits or found.seconds >= plans().best.seconds
 
 
@@ -86,7 +86,7 @@ def test_it_says_why_and_what_was_left_out() -> None:
 
 @pytest.mark.parametrize(("gpus", "batch"), [(1, 1), (4, 16)])
 def test_what_fits_nowhere_names_the_gpus_that_can_hold_it(gpus: int, batch: int) -> None:
-    small = replace(question(), gpus=gpus, global_batch=batch, seq=131072)
+    small = replace(request(), gpus=gpus, global_batch=batch, seq=131072)
     with pytest.raises(ValueError, match=r"fits on \d GPUs of dgx-h100-ib; left out by: memory ") as refused:
         search(small, record)
     named = int(re.search(r"; (\d+) GPUs can hold it$", str(refused.value))[1])
@@ -148,6 +148,6 @@ def test_the_best_plan_is_at_least_as_fast_as_what_was_published(case: str) -> N
     recorded = stretching(record)
     # a best plan among fewer kinds is a bound for the best of all, and found sooner
     fewer = {"backends": ("zigzag", "usp"), "schedules": ("1f1b", "interleaved")} if gpus > 1024 else {}
-    best = search(Question(model, seq, gpus, cluster, batch, **fewer), recorded, 1).best
+    best = search(PlanRequest(model, seq, gpus, cluster, batch, **fewer), recorded, 1).best
     assert best.fits
     assert best.seconds <= estimate(model, PUBLISHED[case], cluster, seq, recorded).seconds

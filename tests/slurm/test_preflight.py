@@ -9,15 +9,15 @@ from typer.testing import CliRunner
 from megatron_cp import cli
 from megatron_cp.doctor import Finding
 from megatron_cp.slurm import preflight
-from megatron_cp.slurm.preflight import GIB, Report, Wanted
+from megatron_cp.slurm.preflight import GIB, NodeReport, Wanted
 
 NODES = ["n1", "n2", "n3"]
 
 
-def report(node: str, **differs: object) -> Report:
+def report(node: str, **differs: object) -> NodeReport:
     facts = {"torch": "2.8.0", "NVIDIA driver": "570.86"}
     like_all = {"clock": 1000.0, "memory": 500 * GIB, "facts": facts, "findings": [Finding("disk", "ok", "9 GB free")]}
-    return Report(node, **{**like_all, **differs})
+    return NodeReport(node, **{**like_all, **differs})
 
 
 def reasons(**differs: object) -> list[str]:

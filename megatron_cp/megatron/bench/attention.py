@@ -15,7 +15,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_cp.bench.contest import Contest, Entry, RefusedError, Shape, sends_nothing
+from megatron_cp.bench.comparison import AttentionShape, Comparison, Implementation, RefusedError, sends_nothing
 from megatron_cp.comm import largest
 from megatron_cp.megatron.machine.cpu import cpu_runtime
 
@@ -23,14 +23,14 @@ ALIVE = 5
 """Tensors as large as the scores that are alive at most, in the backward pass."""
 
 
-def enter(contest: Contest, name: str) -> Entry:
+def enter(comparison: Comparison, name: str) -> Implementation:
     """The stock module for this shape; raises RefusedError where the scores of all ranks do not fit the memory."""
-    _check_memory(contest)
+    _check_memory(comparison)
     with cpu_runtime():
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel()
             model_parallel_cuda_manual_seed(1)
-        module = _module(contest.shape)
+        module = _module(comparison.shape)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with cpu_runtime():
@@ -38,10 +38,10 @@ def enter(contest: Contest, name: str) -> Entry:
         # s b (h d) -> s b h d
         return out.unflatten(2, q.shape[2:])
 
-    return Entry(name, None, attend, sends_nothing, trusted=False)
+    return Implementation(name, None, attend, sends_nothing, trusted=False)
 
 
-def _module(shape: Shape) -> DotProductAttention:
+def _module(shape: AttentionShape) -> DotProductAttention:
     with warnings.catch_warnings():
         # about a default of its own
         warnings.filterwarnings("ignore", message="full scope is deprecated")
@@ -51,7 +51,7 @@ def _module(shape: Shape) -> DotProductAttention:
     return DotProductAttention(config, 1, mask, "self", pg_collection=groups)
 
 
-def _config(shape: Shape) -> TransformerConfig:
+def _config(shape: AttentionShape) -> TransformerConfig:
     return TransformerConfig(
         num_layers=1,
         hidden_size=shape.heads * shape.head_dim,
@@ -66,15 +66,15 @@ def _config(shape: Shape) -> TransformerConfig:
     )
 
 
-def _check_memory(contest: Contest) -> None:
-    shape, size = contest.shape, contest.dtype.itemsize
+def _check_memory(comparison: Comparison) -> None:
+    shape, size = comparison.shape, comparison.dtype.itemsize
     scores = shape.batch * shape.heads * shape.seq**2 * size
-    if contest.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(contest.device)
+    if comparison.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(comparison.device)
     else:
-        free = psutil.virtual_memory().available // contest.fabric.size
+        free = psutil.virtual_memory().available // comparison.fabric.size
     # what one rank refuses all refuse
-    (missing,) = largest(contest.fabric, contest.device, ALIVE * scores - free)
+    (missing,) = largest(comparison.fabric, comparison.device, ALIVE * scores - free)
     if missing > 0:
         raise RefusedError(
             f"the scores of all pairs are {scores / 2**30:.1f} GiB, {ALIVE} times that is alive, "

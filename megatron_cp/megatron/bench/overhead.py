@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
-from megatron_cp.bench.contest import WrongResultError
-from megatron_cp.bench.pipeline import GptSize, Recorder, Timed
+from megatron_cp.bench.comparison import WrongResultError
+from megatron_cp.bench.pipeline import ActionRecorder, GptSize, TimedAction
 from megatron_cp.megatron.bench.model import VOCABULARY, config_of, pipeline_of
 from megatron_cp.pipeline.action import FORWARD, FULL, Action
 from megatron_cp.pipeline.execute import Channels, Executor, Observe
@@ -27,7 +27,7 @@ class Overhead(NamedTuple):
     """Medians in milliseconds.
 
     forward, backward: of one action
-    ours, rival:       of a step of the executor, and of Megatron's loop
+    ours, baseline:       of a step of the executor, and of Megatron's loop
     ratios:            of each pair of steps, the executor's over Megatron's
     core_share:        share of its core that this process got while it computed
     """
@@ -37,7 +37,7 @@ class Overhead(NamedTuple):
     forward: float
     backward: float
     ours: float
-    rival: float
+    baseline: float
     ratios: list[float]
     core_share: float
 
@@ -115,16 +115,18 @@ def measure(device: torch.device, v: int, m: int, hidden: int, seq: int, rounds:
             for stage in range(v)
         ]
         batches = torch.randint(VOCABULARY, (m, seq + 1), generator=torch.Generator().manual_seed(0)).to(device)
-        chain, recorder = Chain(modules), Recorder(torch.cuda.synchronize)
-        rival, ours = _rival(chain, batches), _executor(modules, batches)
-        _check(chain, rival, _executor(modules, batches, recorder.observe))
+        chain, recorder = Chain(modules), ActionRecorder(torch.cuda.synchronize)
+        baseline, ours = _baseline(chain, batches), _executor(modules, batches)
+        _check(chain, baseline, _executor(modules, batches, recorder.observe))
         actions = recorder.take()
         # in turns, the other way round every other time
-        laps = [
-            [_lap(chain, step) for step in ((ours, rival) if lap % 2 else (rival, ours))][:: 1 if lap % 2 else -1]
-            for lap in range(rounds)
+        pairs = [
+            [_timed_step(chain, step) for step in ((ours, baseline) if turn % 2 else (baseline, ours))][
+                :: 1 if turn % 2 else -1
+            ]
+            for turn in range(rounds)
         ]
-    mine, theirs = ([lap.seconds for lap in column] for column in zip(*laps, strict=True))
+    mine, theirs = ([step.seconds for step in column] for column in zip(*pairs, strict=True))
     return Overhead(
         v,
         m,
@@ -133,11 +135,11 @@ def measure(device: torch.device, v: int, m: int, hidden: int, seq: int, rounds:
         1e3 * median(mine),
         1e3 * median(theirs),
         [one / other for one, other in zip(mine, theirs, strict=True)],
-        median(lap.core_share for pair in laps for lap in pair),
+        median(step.core_share for pair in pairs for step in pair),
     )
 
 
-def _rival(chain: Chain, batches: Tensor) -> Callable[[], list[float]]:
+def _baseline(chain: Chain, batches: Tensor) -> Callable[[], list[float]]:
     def forward_step(iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         return model(next(iterator)), lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
 
@@ -176,9 +178,9 @@ def _executor(
     return step
 
 
-def _check(chain: Chain, rival: Callable[[], list[float]], ours: Callable[[], list[float]]) -> None:
+def _check(chain: Chain, baseline: Callable[[], list[float]], ours: Callable[[], list[float]]) -> None:
     found = []
-    for step in (rival, ours):
+    for step in (baseline, ours):
         chain.zero_grad()
         losses = step()
         found.append((losses, [weight.grad.clone() for weight in chain.parameters() if weight.grad is not None]))
@@ -187,12 +189,12 @@ def _check(chain: Chain, rival: Callable[[], list[float]], ours: Callable[[], li
         raise WrongResultError("losses or gradients of the executor differ from those of Megatron's loop")
 
 
-class _Lap(NamedTuple):
+class _Step(NamedTuple):
     seconds: float
     core_share: float
 
 
-def _lap(chain: Chain, step: Callable[[], list[float]]) -> _Lap:
+def _timed_step(chain: Chain, step: Callable[[], list[float]]) -> _Step:
     chain.zero_grad()
     gc.collect()
     torch.cuda.synchronize()
@@ -200,8 +202,8 @@ def _lap(chain: Chain, step: Callable[[], list[float]]) -> _Lap:
     step()
     torch.cuda.synchronize()
     wall, core = time.perf_counter() - wall, time.process_time() - core
-    return _Lap(wall, core / wall)
+    return _Step(wall, core / wall)
 
 
-def _median(line: Sequence[Timed], kind: str) -> float:
+def _median(line: Sequence[TimedAction], kind: str) -> float:
     return median(timed.end - timed.start for timed in line if timed.action.kind == kind)

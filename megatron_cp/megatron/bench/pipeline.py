@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from megatron_cp.bench.activations import LiveActivations
-from megatron_cp.bench.contest import WrongResultError
-from megatron_cp.bench.pipeline import GptSize, Line, Measured, Pairs, Recorder
+from megatron_cp.bench.comparison import WrongResultError
+from megatron_cp.bench.pipeline import ActionRecorder, GptSize, Line, MeasuredSchedule, Pairs
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.megatron.rebind import replace, restore_all
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from megatron_cp.megatron.bench.model import Chunks
     from megatron_cp.megatron.bench.overhead import Overhead
 
-RIVALS = {False: "Megatron's 1F1B", True: "Megatron's interleaved"}
+BASELINES = {False: "Megatron's 1F1B", True: "Megatron's interleaved"}
 
 
 Key = tuple[int, int, str]
 
 
-class Heat(NamedTuple):
+class ScheduleGroup(NamedTuple):
     """What takes turns: schedules of ours with v chunks, at these numbers of microbatches."""
 
     v: int
@@ -39,20 +39,20 @@ class Heat(NamedTuple):
     micros: tuple[int, ...]
 
 
-class Laps(NamedTuple):
+class RankSteps(NamedTuple):
     """One rank's steps of one schedule at one number of microbatches, and its activations after each action."""
 
     lines: list[Line]
     live: list[tuple[Action, int]]
 
 
-def bench(model: GptSize, heats: Sequence[Heat], rounds: int, repeat: int = 1) -> list[Pairs]:
+def bench(model: GptSize, groups: Sequence[ScheduleGroup], rounds: int, repeat: int = 1) -> list[Pairs]:
     """Race on processes of this machine, pinned to cores on a CPU: `rounds` pairs of `repeat` steps each.
 
     Raises ValueError for what a schedule cannot do, and RuntimeError when losses or gradients differ from those of
     Megatron's own schedule.
     """
-    for v, names, micros in heats:
+    for v, names, micros in groups:
         for name, m in product(names, micros):
             build(name, model.ranks, m, v)
     if 0 < torch.cuda.device_count() < model.ranks:
@@ -60,20 +60,22 @@ def bench(model: GptSize, heats: Sequence[Heat], rounds: int, repeat: int = 1) -
             f"{model.ranks} ranks need a GPU each, this machine has {torch.cuda.device_count()}; hide them "
             "with CUDA_VISIBLE_DEVICES= to use the CPU's cores"
         )
-    return list(pairs(heats, on_ranks(model.ranks, _race, model, list(heats), rounds * repeat), repeat))
+    return list(pairs(groups, on_ranks(model.ranks, _compare, model, list(groups), rounds * repeat), repeat))
 
 
-def pairs(heats: Sequence[Heat], laps: Sequence[Mapping[Key, Laps]], repeat: int = 1) -> Iterator[Pairs]:
+def pairs(
+    groups: Sequence[ScheduleGroup], taken: Sequence[Mapping[Key, RankSteps]], repeat: int = 1
+) -> Iterator[Pairs]:
     """What all ranks measured, schedule by schedule."""
 
     def steps(*key: Any) -> list[list[Line]]:
-        return list(map(list, zip(*(mine[key].lines for mine in laps), strict=True)))
+        return list(map(list, zip(*(mine[key].lines for mine in taken), strict=True)))
 
-    for v, names, micros in heats:
+    for v, names, micros in groups:
         for name, m in product(names, micros):
-            live = [mine[v, m, name].live for mine in laps]
-            measured = Measured(build(name, len(laps), m, v), steps(v, m, name), live)
-            yield Pairs(measured, RIVALS[v > 1], steps(v, m, RIVALS[v > 1]), repeat)
+            live = [mine[v, m, name].live for mine in taken]
+            measured = MeasuredSchedule(build(name, len(taken), m, v), steps(v, m, name), live)
+            yield Pairs(measured, BASELINES[v > 1], steps(v, m, BASELINES[v > 1]), repeat)
 
 
 def overhead(v: int, m: int, hidden: int, seq: int, rounds: int) -> "Overhead":
@@ -81,19 +83,21 @@ def overhead(v: int, m: int, hidden: int, seq: int, rounds: int) -> "Overhead":
     return on_ranks(1, _overhead, v, m, hidden, seq, rounds)[0]
 
 
-def _race(fabric: Fabric, device: torch.device, model: GptSize, heats: list[Heat], steps: int) -> dict[Key, Laps]:
+def _compare(
+    fabric: Fabric, device: torch.device, model: GptSize, groups: list[ScheduleGroup], steps: int
+) -> dict[Key, RankSteps]:
     _quietly()
     from megatron_cp.megatron.bench.model import Chunks, pipeline_of
 
-    found: dict[Key, Laps] = {}
+    found: dict[Key, RankSteps] = {}
     # what a schedule says when it is made stands in the table
     with pipeline_of(model.ranks), redirect_stdout(io.StringIO()):
-        for heat in heats:
-            contest = Contest(fabric, device, Chunks(model, heat.v), heat)
-            for m in heat.micros:
-                contest.check(m)
-                contest.race(m, steps)
-            found |= contest.laps
+        for group in groups:
+            comparison = ScheduleComparison(fabric, device, Chunks(model, group.v), group)
+            for m in group.micros:
+                comparison.check(m)
+                comparison.time(m, steps)
+            found |= comparison.taken
     return found
 
 
@@ -110,25 +114,25 @@ def _quietly() -> None:
     logging.disable(logging.WARNING)
 
 
-class Contest:
+class ScheduleComparison:
     """Megatron's own driver and schedules of ours, on the same chunks."""
 
-    def __init__(self, fabric: Fabric, device: torch.device, chunks: "Chunks", heat: Heat) -> None:
+    def __init__(self, fabric: Fabric, device: torch.device, chunks: "Chunks", group: ScheduleGroup) -> None:
         from megatron.core.pipeline_parallel import schedules
 
         from megatron_cp.megatron.pipeline.schedule import Pipeline
 
-        self._fabric, self._device, self.chunks, self._v = fabric, device, chunks, heat.v
-        self.observe: Observe = Recorder().observe
-        self._rival = RIVALS[heat.v > 1]
-        stock = schedules.get_forward_backward_func(fabric.size, heat.v if heat.v > 1 else None)
-        self._functions: dict[str, Callable[..., Any]] = {self._rival: stock}
-        self._functions |= {name: Pipeline(name, lambda action: self.observe(action)) for name in heat.names}
-        self.laps: dict[Key, Laps] = {}
+        self._fabric, self._device, self.chunks, self._v = fabric, device, chunks, group.v
+        self.observe: Observe = ActionRecorder().observe
+        self._baseline = BASELINES[group.v > 1]
+        stock = schedules.get_forward_backward_func(fabric.size, group.v if group.v > 1 else None)
+        self._functions: dict[str, Callable[..., Any]] = {self._baseline: stock}
+        self._functions |= {name: Pipeline(name, lambda action: self.observe(action)) for name in group.names}
+        self.taken: dict[Key, RankSteps] = {}
 
     def check(self, m: int) -> None:
-        """One step of everybody: losses and gradients must be the rival's, bit for bit; activations are noted."""
-        expected = self.step(self._rival, m), self.chunks.gradients
+        """One step of everybody: losses and gradients must be the baseline's, bit for bit; activations are noted."""
+        expected = self.step(self._baseline, m), self.chunks.gradients
         for name in self._functions:
             live = LiveActivations(self.chunks.constants)
             self.observe = live.observe
@@ -137,22 +141,22 @@ class Contest:
             equal = losses == expected[0] and torch.equal(gradients, expected[1])
             (unequal,) = largest(self._fabric, self._device, not equal)
             if unequal:
-                raise WrongResultError(f"losses or gradients of {name} at m = {m} differ from {self._rival}")
-            self.laps[self._v, m, name] = Laps([], live.after)
+                raise WrongResultError(f"losses or gradients of {name} at m = {m} differ from {self._baseline}")
+            self.taken[self._v, m, name] = RankSteps([], live.after)
 
-    def race(self, m: int, steps: int) -> None:
+    def time(self, m: int, steps: int) -> None:
         """Time everybody in turns, one after the other and then the other way round."""
-        recorder = Recorder(torch.cuda.synchronize)
+        recorder = ActionRecorder(torch.cuda.synchronize)
         self.observe = recorder.observe
-        for lap in range(steps):
-            for name in list(self._functions)[:: -1 if lap % 2 else 1]:
+        for turn in range(steps):
+            for name in list(self._functions)[:: -1 if turn % 2 else 1]:
                 self.step(name, m)
-                self.laps[self._v, m, name].lines.append(recorder.take())
+                self.taken[self._v, m, name].lines.append(recorder.take())
 
     def step(self, name: str, m: int) -> list[float]:
         gc.collect()
         largest(self._fabric, self._device)
-        with _observed(self.observe) if name == self._rival else ExitStack():
+        with _observed(self.observe) if name == self._baseline else ExitStack():
             return self.chunks.step(self._functions[name], m)
 
 

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_cp.bench.activations import changes
-from megatron_cp.bench.pipeline import GptSize, Measured, Pairs, Recorder, Timed
+from megatron_cp.bench.pipeline import ActionRecorder, GptSize, MeasuredSchedule, Pairs, TimedAction
 from megatron_cp.cli import app
 from megatron_cp.comm import GroupFabric
 from megatron_cp.megatron.bench import pipeline as megatron_pipeline
-from megatron_cp.megatron.bench.pipeline import RIVALS, Contest, Heat, pairs
+from megatron_cp.megatron.bench.pipeline import BASELINES, ScheduleComparison, ScheduleGroup, pairs
 from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build
@@ -26,39 +26,39 @@ from megatron_cp.pipeline.simulate import simulate
 from tests.ranks import RankError, run_ranks
 
 LOOP = [rule for rule in SCHEDULES if rule.placement == "loop" and rule.table]
-ONE_CHUNK = Heat(1, tuple(rule.name for rule in LOOP if rule.chunks == 1), (4,))
-TWO_CHUNKS = Heat(2, tuple(rule.name for rule in LOOP if rule.chunks is None), (4,))
+ONE_CHUNK = ScheduleGroup(1, tuple(rule.name for rule in LOOP if rule.chunks == 1), (4,))
+TWO_CHUNKS = ScheduleGroup(2, tuple(rule.name for rule in LOOP if rule.chunks is None), (4,))
 TINY = GptSize(ranks=2, layers=4, hidden=64, seq=128)
 
 
 @contextlib.contextmanager
-def contest(heat, overlap=False):
+def comparison(group, overlap=False):
     from megatron_cp.megatron.bench.model import Chunks, pipeline_of
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     fabric = GroupFabric(torch.distributed.group.WORLD)
     with pipeline_of(TINY.ranks), contextlib.redirect_stdout(io.StringIO()):
-        yield Contest(fabric, torch.device("cpu"), Chunks(TINY, heat.v, overlap), heat)
+        yield ScheduleComparison(fabric, torch.device("cpu"), Chunks(TINY, group.v, overlap), group)
 
 
-def raced(heats):
+def timed(groups):
     found = {}
-    for heat in heats:
-        with contest(heat) as running:
-            for m in heat.micros:
+    for group in groups:
+        with comparison(group) as running:
+            for m in group.micros:
                 running.check(m)
-                running.race(m, 1)
-            found |= running.laps
+                running.time(m, 1)
+            found |= running.taken
     return found
 
 
 @pytest.fixture(scope="module")
 def measured():
     """Every schedule on the loop, by name."""
-    heats = [ONE_CHUNK, TWO_CHUNKS]
-    laps = run_ranks(2, raced, heats)
-    return {pair.ours.schedule.name: pair for pair in pairs(heats, laps)}
+    groups = [ONE_CHUNK, TWO_CHUNKS]
+    taken = run_ranks(2, timed, groups)
+    return {pair.ours.schedule.name: pair for pair in pairs(groups, taken)}
 
 
 @pytest.mark.parametrize("name", [*ONE_CHUNK.names, *TWO_CHUNKS.names])
@@ -84,10 +84,10 @@ def test_a_step_is_recorded_action_by_action(measured):
     for pair in measured.values():
         for actions, line in zip(merge(pair.ours.schedule).table, pair.ours.steps[0], strict=True):
             assert [timed.action for timed in line if timed.action.kind in "FBIW"] == list(actions)
-        assert pair.row().rival_step > 0
+        assert pair.row().baseline_step > 0
 
 
-def with_a_wrong_gradient(heat):
+def with_a_wrong_gradient(group):
     def wrong(call):
         def step(*args, **kwargs):
             losses = call(*args, **kwargs)
@@ -98,7 +98,7 @@ def with_a_wrong_gradient(heat):
 
     done = replace("megatron_cp.megatron.pipeline.schedule:Pipeline.__call__", wrong)
     try:
-        with contest(heat) as running:
+        with comparison(group) as running:
             running.check(2)
     finally:
         restore(done)
@@ -106,11 +106,11 @@ def with_a_wrong_gradient(heat):
 
 def test_wrong_gradients_get_no_figures():
     with pytest.raises(RankError) as error:
-        run_ranks(2, with_a_wrong_gradient, Heat(1, ("1f1b",), (2,)))
+        run_ranks(2, with_a_wrong_gradient, ScheduleGroup(1, ("1f1b",), (2,)))
     assert all("WrongResultError: losses or gradients of 1f1b" in text for text in error.value.errors.values())
 
 
-def reductions(heat):
+def reductions(group):
     """This rank's recorded step, and when each group of gradients began to be reduced, by its chunk."""
     began = defaultdict(list)
 
@@ -124,11 +124,11 @@ def reductions(heat):
     name = "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync"
     done = replace(name, noting)
     try:
-        with contest(heat, overlap=True) as running:
-            (m,) = heat.micros
+        with comparison(group, overlap=True) as running:
+            (m,) = group.micros
             running.check(m)
             began.clear()
-            line = record(running, heat.names[0], m)
+            line = record(running, group.names[0], m)
             groups = [[began[id(group)] for group in chunk.bucket_groups] for chunk in running.chunks.model]
     finally:
         restore(done)
@@ -136,17 +136,19 @@ def reductions(heat):
 
 
 def record(running, name, m):
-    recorder = Recorder()
+    recorder = ActionRecorder()
     running.observe = recorder.observe
     running.step(name, m)
     return recorder.take()
 
 
-@pytest.mark.parametrize("heat", [Heat(1, ("zb-h1",), (4,)), Heat(2, ("izb",), (4,))], ids=lambda heat: heat.names[0])
-def test_a_chunk_is_reduced_right_after_its_last_weight_gradient(heat):
-    for rank, line, groups in run_ranks(4, reductions, heat):
+@pytest.mark.parametrize(
+    "group", [ScheduleGroup(1, ("zb-h1",), (4,)), ScheduleGroup(2, ("izb",), (4,))], ids=lambda group: group.names[0]
+)
+def test_a_chunk_is_reduced_right_after_its_last_weight_gradient(group):
+    for rank, line, groups in run_ranks(4, reductions, group):
         # two data-parallel copies of each pipeline rank
-        stages = build(heat.names[0], 2, 4, heat.v).placement.of_rank[rank // 2]
+        stages = build(group.names[0], 2, 4, group.v).placement.of_rank[rank // 2]
         for stage, starts in zip(stages, groups, strict=True):
             last = max(place for place, timed in enumerate(line) if timed.action[:2] in [(stage, "W"), (stage, "B")])
             reduce = line[last + 1]
@@ -155,20 +157,20 @@ def test_a_chunk_is_reduced_right_after_its_last_weight_gradient(heat):
             for times in starts:
                 assert len(times) == 1
                 assert reduce.start <= times[0] <= reduce.end
-        if heat.v > 1:
+        if group.v > 1:
             # the other chunk still computes meanwhile
             kinds = [timed.action.kind for timed in line]
             assert {"B", "W"} & set(kinds[kinds.index("REDUCE") :])
 
 
 def as_played(name, m, core_share=1.0, speedup=1.1):
-    """Pairs whose steps ran as the simulator says, the rival's slower."""
+    """Pairs whose steps ran as the simulator says, the baseline's slower."""
     schedule = build(name, 2, m)
     run = simulate(merge(schedule), uniform(schedule.placement, (50.0, 60.0, 40.0, 2.0)))
 
     def step(slower=1.0):
         return [
-            [Timed(*bar, core_share) for bar in zip(actions, starts, [end * slower for end in ends], strict=True)]
+            [TimedAction(*bar, core_share) for bar in zip(actions, starts, [end * slower for end in ends], strict=True)]
             for actions, starts, ends in zip(run.schedule.table, run.starts, run.ends, strict=True)
         ]
 
@@ -177,7 +179,7 @@ def as_played(name, m, core_share=1.0, speedup=1.1):
         list(zip(actions, accumulate(sizes[action.kind] for action in actions), strict=True))
         for actions in run.schedule.table
     ]
-    return Pairs(Measured(schedule, [step()] * 3, live), RIVALS[False], [step(speedup)] * 3, 1), run
+    return Pairs(MeasuredSchedule(schedule, [step()] * 3, live), BASELINES[False], [step(speedup)] * 3, 1), run
 
 
 @pytest.mark.parametrize("m", [2, 5])
@@ -246,4 +248,4 @@ def overhead():
 def test_the_executor_alone_computes_as_megatrons_loop_does():
     (found,) = run_ranks(1, overhead)
     assert len(found.ratios) == 2
-    assert min(found.forward, found.backward, found.ours, found.rival) > 0
+    assert min(found.forward, found.backward, found.ours, found.baseline) > 0

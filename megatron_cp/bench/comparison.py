@@ -25,7 +25,7 @@ WHOLE = "whole kernel call"
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """One attention: batch, tokens, query and KV heads, head dim."""
 
     seq: int
@@ -38,8 +38,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one contender did at one shape; figures that do not exist are None.
+class BackendResult:
+    """What one candidate did at one shape; figures that do not exist are None.
 
     ranks:     over which the attention was divided
     forward, backward: median seconds; share_of_ideal: whole kernel call / ranks / (forward + backward)
@@ -83,7 +83,7 @@ class RefusedError(Exception):
     """Another library's attention cannot take part; raised on every rank, with one line that says why."""
 
 
-class Timed:
+class TimedPasses:
     """A forward and a backward pass that all ranks start together; the slowest rank counts."""
 
     def __init__(
@@ -121,17 +121,17 @@ class Timed:
         return result
 
 
-class Contest:
+class Comparison:
     """One shape: the same inputs on every rank, and the whole kernel call on them."""
 
-    def __init__(self, fabric: Fabric, device: torch.device, shape: Shape, kernel: str) -> None:
+    def __init__(self, fabric: Fabric, device: torch.device, shape: AttentionShape, kernel: str) -> None:
         self.fabric, self.device, self.shape, self.kernel_name = fabric, device, shape, kernel
         self.dtype = DTYPES[shape.dtype]
         self.inputs = _inputs(shape, device)
         self.kernel = choose(kernel, device=device.type, dtype=shape.dtype, head_dim=shape.head_dim)
         scale, causal, (q, k, v, dout) = shape.head_dim**-0.5, shape.causal, self.inputs
         attention = self.kernel[0]
-        self.whole = Timed(
+        self.whole = TimedPasses(
             fabric,
             device,
             lambda: attention.forward(q, k, v, scale=scale, causal=causal),
@@ -141,21 +141,21 @@ class Contest:
         results = (out, *attention.backward(dout, q, k, v, out, lse, scale=scale, causal=causal))
         self.expected = [result.to(self.dtype) for result in results]
 
-    def row(self) -> Row:
+    def row(self) -> BackendResult:
         """The whole kernel call, as every rank made it."""
         forward, backward = self.whole.medians
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.expected)
-        return Row(WHOLE, 1, self.shape.seq, forward, backward, 1.0, 0, size, 0.0)
+        return BackendResult(WHOLE, 1, self.shape.seq, forward, backward, 1.0, 0, size, 0.0)
 
 
 def sends_nothing(run: Callable[[], None]) -> int:
-    """For an `Entry` that does all the work on every rank."""
+    """For an `Implementation` that does all the work on every rank."""
     run()
     return 0
 
 
-class Entry(NamedTuple):
-    """An algorithm in the contest.
+class Implementation(NamedTuple):
+    """An algorithm in the comparison.
 
     layout: the positions that it wants its tokens to have; None: each rank has all of them and does all the work
     attend: (q, k, v) -> out, differentiable
@@ -172,17 +172,17 @@ class Entry(NamedTuple):
     took: str = ""
 
 
-class Contender(Timed):
-    """One algorithm in a contest; `problem` says why it gets no times."""
+class Candidate(TimedPasses):
+    """One algorithm in a comparison; `problem` says why it gets no times."""
 
-    def __init__(self, contest: Contest, entry: Entry) -> None:
-        super().__init__(contest.fabric, contest.device, self._forward, self._backward)
-        self._contest, self.entry = contest, entry
-        self._ranks = contest.fabric.size if entry.layout else 1
-        rank = contest.fabric.rank if entry.layout else 0
-        mine = indices(entry.layout or "contiguous", contest.shape.seq, self._ranks, rank)
-        self._mine = torch.tensor(mine, device=contest.device)
-        q, k, v, self._dout = (tensor[self._mine] for tensor in contest.inputs)
+    def __init__(self, comparison: Comparison, entry: Implementation) -> None:
+        super().__init__(comparison.fabric, comparison.device, self._forward, self._backward)
+        self._comparison, self.entry = comparison, entry
+        self._ranks = comparison.fabric.size if entry.layout else 1
+        rank = comparison.fabric.rank if entry.layout else 0
+        mine = indices(entry.layout or "contiguous", comparison.shape.seq, self._ranks, rank)
+        self._mine = torch.tensor(mine, device=comparison.device)
+        q, k, v, self._dout = (tensor[self._mine] for tensor in comparison.inputs)
         self._leaves = tuple(tensor.requires_grad_() for tensor in (q, k, v))
         self._facts: tuple[int | None, int | None, float | None] = (None, None, None)
         self.problem = ""
@@ -197,22 +197,22 @@ class Contender(Timed):
             self.problem = f"refused: {str(refusal).splitlines()[0]}"
             return
         self._facts = (None if isnan(sent) else int(sent), int(peak), error)
-        if not error <= LARGEST_ERROR[self._contest.dtype]:
+        if not error <= LARGEST_ERROR[self._comparison.dtype]:
             self.problem = f"wrong: deviates from the whole kernel call by {error:.1e}"
         if self.problem and self.entry.trusted:
             raise WrongResultError(
-                f"backend {self.entry.name!r} is {self.problem} at {self._contest.shape}; "
+                f"backend {self.entry.name!r} is {self.problem} at {self._comparison.shape}; "
                 "no figure of this run can be trusted"
             )
 
-    def row(self) -> Row:
-        (sent, peak, error), seq = self._facts, self._contest.shape.seq
+    def row(self) -> BackendResult:
+        (sent, peak, error), seq = self._facts, self._comparison.shape.seq
         if self.problem:
-            return Row(self.entry.name, self._ranks, seq, None, None, None, None, None, error, self.problem)
+            return BackendResult(self.entry.name, self._ranks, seq, None, None, None, None, None, error, self.problem)
         forward, backward = self.medians
-        share = sum(self._contest.whole.medians) / self._ranks / (forward + backward)
+        share = sum(self._comparison.whole.medians) / self._ranks / (forward + backward)
         figures = (forward, backward, share, sent, peak, error)
-        return Row(self.entry.name, self._ranks, seq, *figures, took=self.entry.took)
+        return BackendResult(self.entry.name, self._ranks, seq, *figures, took=self.entry.took)
 
     def _once_checked(self) -> tuple[float, float, float]:
         found: list[Tensor | None] = []
@@ -224,7 +224,7 @@ class Contender(Timed):
 
         with LiveBytes(*self._leaves, self._dout) as live:
             sent = self.entry.sent(once)
-        error = max(_deviation(x, whole[self._mine]) for x, whole in zip(found, self._contest.expected, strict=True))
+        error = max(_deviation(x, whole[self._mine]) for x, whole in zip(found, self._comparison.expected, strict=True))
         return nan if sent is None else sent, live.peak, error
 
     def _forward(self) -> Tensor:
@@ -237,7 +237,7 @@ class Contender(Timed):
         out.backward(self._dout)
 
 
-def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
+def _inputs(shape: AttentionShape, device: torch.device) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
     sizes = [(shape.seq, shape.batch, count, shape.head_dim) for count in heads]
