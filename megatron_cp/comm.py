@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cp.errors import CannotRun
 from megatron_cp.grid import Grid
 
 Message = tuple[Tensor, int]
@@ -173,9 +174,7 @@ def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:
     Raises RuntimeError where torch numbers the ranks of every group upwards.
     """
     if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
-        raise RuntimeError(
-            f"a group that counts its ranks downwards needs torch 2.12 or later, got {torch.__version__}"
-        )
+        raise CannotRun(f"a group that counts its ranks downwards needs torch 2.12 or later, got {torch.__version__}")
     members = tuple(dist.get_process_group_ranks(group))
     made = {ranks: dist.new_group(list(ranks[::-1]), sort_ranks=False) for ranks in _groups_of_all(members)}
     found = made[members]

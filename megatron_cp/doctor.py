@@ -4,38 +4,16 @@ import importlib.util
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from importlib import metadata
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
 
 from megatron_cp.context import BACKENDS
-
-Status = Literal["ok", "optional", "broken"]
-
-
-class Finding(NamedTuple):
-    """One thing that was looked at; `remedy` is empty where nothing has to be done."""
-
-    subject: str
-    status: Status
-    found: str
-    remedy: str = ""
+from megatron_cp.findings import Finding, guarded, installed
 
 
 def examine() -> Iterator[Finding]:
     """Look at everything, the cheap things first."""
     for look in (_python, _torch, _megatron, _optional_packages, _devices, _communication, _hooks, _parity, _between):
         yield from guarded(look.__name__.strip("_").replace("_", " "), look)
-
-
-def guarded(subject: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings of one look; when it dies, that is one."""
-    try:
-        yield from look()
-    except Exception as error:
-        yield Finding(
-            subject, "broken", f"{type(error).__name__}: {error}", "mend what the error names, then run again"
-        )
 
 
 def _python() -> Iterator[Finding]:
@@ -173,11 +151,3 @@ def _package(name: str, at_least: tuple[int, ...], remedy: str) -> Finding:
         return Finding(name, "broken", "not installed", remedy)
     fits = tuple(int(part) for part in version.split(".")[: len(at_least)]) >= at_least
     return Finding(name, "ok" if fits else "broken", version, "" if fits else remedy)
-
-
-def installed(name: str) -> str | None:
-    """The installed version of a package; None without it."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,17 +1,35 @@
-"""Errors whose text is one line for the user."""
+"""Exceptions whose text is one line for the user: the launcher prints that line instead of a traceback."""
 
 import linecache
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-class BadArguments(ValueError):
-    """The command line asks for something that Megatron or we refuse; the text is one line."""
+class Refused(ValueError):
+    """A request that cannot be met; the text gives the rule, the value and a way out."""
+
+
+class CannotRun(RuntimeError):
+    """A fault of the machine, the installation or the script, not of the request; the text says what to change."""
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text in one line; of an assertion without text, the line that asserts."""
+    """Return the error's text in one line; for an assertion without text, the source line that asserts."""
     text = " ".join(str(error).split())
     if text or error.__traceback__ is None:
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"Megatron requires: {linecache.getline(frame.filename, frame.lineno or 0).strip()}"
+    place = f"line {frame.lineno} of {frame.filename}"
+    return f"Megatron requires: {linecache.getline(frame.filename, frame.lineno or 0).strip() or place}"
+
+
+@contextmanager
+def as_refusals() -> Iterator[None]:
+    """Raise Refused for a ValueError or an assertion of Megatron's own checks inside the context."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (ValueError, AssertionError) as error:
+        raise Refused(one_line(error)) from error

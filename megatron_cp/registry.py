@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+from megatron_cp.errors import Refused
+
 
 class Entry(Protocol):
     """What a menu needs to know of a dish."""
@@ -33,9 +35,7 @@ class Registry[T: Entry]:
         """The entry called `name`; raises ValueError with a suggestion when there is none."""
         if name in self._by_name:
             return self._by_name[name]
-        raise ValueError(
-            f"unknown {self.kind} {name!r}{suggest(name, self._by_name)}; known: {', '.join(self._by_name)}"
-        )
+        raise Refused(f"unknown {self.kind} {name!r}{suggest(name, self._by_name)}; known: {', '.join(self._by_name)}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

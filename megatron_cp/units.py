@@ -7,6 +7,8 @@ exponent means a power of ten: `4e6` is 4,000,000.
 import re
 from decimal import Decimal
 
+from megatron_cp.errors import Refused
+
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 # more than any run has tokens
 LARGEST = 2**63 - 1
@@ -23,13 +25,11 @@ def count(text: str, what: str) -> int:
     """
     match = _COUNT.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{what} takes a count such as 4M, 4e6 or 4194304, got {text!r}")
+        raise Refused(f"{what} takes a count such as 4M, 4e6 or 4194304, got {text!r}")
     digits, exponent, unit = match[1].replace(",", ""), int(match[2] or 0), match[3].upper()
     if unit not in UNITS:
-        raise ValueError(
-            f"{what}: unknown unit {match[3]!r} in {text!r}; use K, M or G (powers of 1024), or e3, e6, e9"
-        )
+        raise Refused(f"{what}: unknown unit {match[3]!r} in {text!r}; use K, M or G (powers of 1024), or e3, e6, e9")
     value = Decimal(digits).scaleb(exponent) * UNITS[unit]
     if value != value.to_integral_value() or not 0 < value <= LARGEST:
-        raise ValueError(f"{what} takes a positive whole number up to 2**63 - 1, got {text!r}")
+        raise Refused(f"{what} takes a positive whole number up to 2**63 - 1, got {text!r}")
     return int(value)

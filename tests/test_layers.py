@@ -53,7 +53,8 @@ PURE = sorted(
 HEAVY = ("torch", "megatron.core", "megatron.training", "matplotlib")
 # from the bottom to the top: a line imports lines above it only
 ORDER = (
-    "__init__.py config.py errors.py grid.py quiet.py registry.py runlog.py units.py",
+    "__init__.py config.py errors.py findings.py quiet.py runlog.py",
+    "grid.py registry.py units.py",
     "comm.py corpus hardware kernels recipe report.py",
     "context pipeline",
     "bench planner",

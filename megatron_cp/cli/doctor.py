@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from megatron_cp.doctor import Finding
+from megatron_cp.findings import Finding
 
 MARKS = {"ok": "[green]ok[/green]      ", "optional": "[yellow]optional[/yellow]", "broken": "[red]BROKEN[/red]  "}
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, team_sizes
 from megatron_cp.registry import Registry
 
@@ -41,7 +42,7 @@ class Backend:
         """Raise ValueError for a grid that the algorithm cannot take."""
         ranks = grid.inner * grid.outer
         if self.teams and grid.inner not in (possible := team_sizes(ranks)):
-            raise ValueError(
+            raise Refused(
                 f"backend {self.name!r} needs context_parallel_size divisible by the square of its teams' size, the "
                 f"inner hierarchical size, got {ranks} and {grid.inner}; possible are "
                 f"{', '.join(map(str, possible))}, backend 'wallfacer' takes any"
@@ -51,7 +52,7 @@ class Backend:
         """Raise ValueError for a placement other than the first where it would have no effect."""
         if not self.placed and placement != next(iter(PLACEMENTS)):
             placed = " or ".join(repr(entry.name) for entry in BACKENDS if entry.placed)
-            raise ValueError(
+            raise Refused(
                 f"placement says which axis exchanges heads, got {placement!r} with backend {self.name!r}, which "
                 f"does not ask; use backend {placed} or leave it out"
             )

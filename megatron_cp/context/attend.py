@@ -7,6 +7,7 @@ from megatron_cp.comm import Fabric, values_of_all
 from megatron_cp.context.auto import settle
 from megatron_cp.context.function import run
 from megatron_cp.context.plan import Plan, Sizes, plan
+from megatron_cp.errors import Refused
 
 __all__ = ["Plan", "Sizes", "attend", "plan"]
 
@@ -38,7 +39,5 @@ def _agree(q: Tensor, k: Tensor, cp: Fabric) -> None:
     if len(set(shapes)) > 1:
         each = ", ".join(f"rank {rank}: {shape[0]}" for rank, shape in enumerate(shapes))
         if len({shape[0] for shape in shapes}) > 1:
-            raise ValueError(
-                f"all ranks must hold equally many tokens, got {each}; pad the sequence to a common length"
-            )
-        raise ValueError(f"all ranks must hold q and k of one shape, got (s, b, h, d, g) {shapes}")
+            raise Refused(f"all ranks must hold equally many tokens, got {each}; pad the sequence to a common length")
+        raise Refused(f"all ranks must hold q and k of one shape, got (s, b, h, d, g) {shapes}")

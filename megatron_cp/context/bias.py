@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from megatron_cp.context.algorithms import rsa
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.task import Saved, Task
+from megatron_cp.errors import Refused
 
 
 def attention_probabilities(
@@ -61,12 +62,12 @@ class _Biased(torch.autograd.Function):
 def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None) -> Task:
     """The task of such tensors; refuses other backends and a bias that does not fit."""
     if plan.backend.name != "rsa" or plan.chunks is not None:
-        raise ValueError(
+        raise Refused(
             f"whole rows of scores are held by backend 'rsa' without chunks only, got {plan.backend.name!r} with "
             f"chunks = {plan.chunks}; make the plan with plan('rsa', ...)"
         )
     task = task_for(q, k, v, plan)
     whole = (q.shape[1], q.shape[2], q.shape[0], rsa.tokens_of(task))
     if bias is not None and (bias.ndim != 4 or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True))):
-        raise ValueError(f"bias must be b h s S = {whole}, or 1 where it is broadcast, got {tuple(bias.shape)}")
+        raise Refused(f"bias must be b h s S = {whole}, or 1 where it is broadcast, got {tuple(bias.shape)}")
     return task

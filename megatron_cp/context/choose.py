@@ -16,6 +16,7 @@ from typing import NamedTuple
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.context.trace.events import Compute, Problem, Step, Touch, Trace
 from megatron_cp.context.trace.simulate import Run, call_seconds, simulate
+from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 
@@ -130,7 +131,7 @@ def choose(problem: Problem, cluster: Cluster, last_rank: LastRank, record: Reco
         options.sort(key=_rating)
     if not options and too_large:
         least_peak = min(too_large, key=lambda option: option.peak)
-        raise ValueError(
+        raise Refused(
             f"attention of no backend fits the {_room(cluster) / 2**30:.4g} GiB of a rank of cluster {cluster.name!r}: "
             f"{least_peak.label} keeps least, {least_peak.peak / 2**30:.4g} GiB; use more ranks or cut it into chunks"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_cp.comm import Done, Fabric, Handle
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
 from megatron_cp.context.merge import Sum
+from megatron_cp.errors import Refused
 from megatron_cp.kernels import Kernel
 
 CHUNKS = 2
@@ -32,7 +33,7 @@ def deal(heads: int, kv_heads: int, ranks: int) -> Hands:
     Raises ValueError when some rank would get none.
     """
     if ranks > heads:
-        raise ValueError(
+        raise Refused(
             f"{ranks} ranks cannot share {heads} query heads; "
             f"exchange heads among at most {heads} ranks (backend 'usp') or use backend 'zigzag'"
         )

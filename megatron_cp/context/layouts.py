@@ -9,6 +9,7 @@ from functools import cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from megatron_cp.errors import Refused
 from megatron_cp.registry import suggest
 
 Runs = tuple[range, ...]
@@ -54,7 +55,7 @@ def layout(name: str, tokens: int, ranks: int, stripe: int = 1) -> Layout:
     Raises ValueError for an unknown name and when the length does not fit.
     """
     if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}{suggest(name, LAYOUTS)}; known: {', '.join(LAYOUTS)}")
+        raise Refused(f"unknown layout {name!r}{suggest(name, LAYOUTS)}; known: {', '.join(LAYOUTS)}")
     return striped(tokens, ranks, stripe) if name == "striped" else LAYOUTS[name](tokens, ranks)
 
 
@@ -99,7 +100,7 @@ def gathered(members: Layout) -> tuple[Runs, tuple[Place, ...]]:
     )
     for (earlier, *_), (later, *_) in pairwise(stretches):
         if earlier[-1] >= later.start:
-            raise ValueError("ranks whose positions interleave cannot be gathered; use layout 'zigzag' or 'contiguous'")
+            raise Refused("ranks whose positions interleave cannot be gathered; use layout 'zigzag' or 'contiguous'")
     ends = accumulate(len(run) for run, *_ in stretches)
     places = tuple(
         Place(rank, local, slice(end - len(run), end)) for (run, rank, local), end in zip(stretches, ends, strict=True)
@@ -118,7 +119,7 @@ def check_chunks(runs: Layout, chunks: int) -> None:
     count, piece = pieces(runs)
     if piece % chunks:
         unit, tokens = chunks * count * len(runs), count * piece * len(runs)
-        raise ValueError(
+        raise Refused(
             f"chunks must divide the {piece} tokens of each of a rank's {count} pieces, got chunks = {chunks}; "
             f"take a divisor or pad S = {tokens} to {-(-tokens // unit) * unit}"
         )
@@ -165,7 +166,7 @@ def _intersection(a: range, b: range) -> range:
     step = max(a.step, b.step)
     coarse, fine = (a, b) if a.step >= b.step else (b, a)
     if fine.step not in (1, coarse.step):
-        raise ValueError(f"runs with steps {a.step} and {b.step} cannot be intersected")
+        raise Refused(f"runs with steps {a.step} and {b.step} cannot be intersected")
     if fine.step == coarse.step and (fine.start - coarse.start) % step:
         return range(0)
     skipped = max(0, -(-(fine.start - coarse.start) // step))
@@ -183,5 +184,5 @@ def _within(common: range, run: range, local: slice) -> slice:
 def _divide(tokens: int, parts: int, name: str, rule: str) -> int:
     if tokens % parts:
         fits = tokens + parts - tokens % parts
-        raise ValueError(f"layout {name!r} needs S divisible by {rule} = {parts}, got S = {tokens}; pad to {fits}")
+        raise Refused(f"layout {name!r} needs S divisible by {rule} = {parts}, got S = {tokens}; pad to {fits}")
     return tokens // parts

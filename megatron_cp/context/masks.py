@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from megatron_cp.errors import Refused
+
 
 class Mask(NamedTuple):
     """The query at position i sees the keys at positions i - left .. i + right; None is no limit on that side."""
@@ -42,5 +44,5 @@ def mask(causal: bool, window: tuple[int | None, int | None] | None = None) -> M
     left, right = (None if limit in (None, -1) else limit for limit in window or (None, None))
     for limit in (left, right):
         if limit is not None and limit < 0:
-            raise ValueError(f"a window's limits are 0 or more, or -1 for none, got {tuple(window or ())}")
+            raise Refused(f"a window's limits are 0 or more, or -1 for none, got {tuple(window or ())}")
     return Mask(left, 0 if causal else right)

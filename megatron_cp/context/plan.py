@@ -15,6 +15,7 @@ from megatron_cp.context.layouts import LAYOUTS
 from megatron_cp.context.layouts import layout as positions
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.context.task import Axes, Chunks, Task
+from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -116,11 +117,9 @@ def plan(
     on_grid = entry.needs_grid or (entry.takes_grid and bool(inner or outer))
     axes = _axes(entry, cp, inner, outer, placement) if on_grid else None
     if chunks is not None and chunks < 1:
-        raise ValueError(f"chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
+        raise Refused(f"chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
     if chunks is not None and not entry.chunks:
-        raise ValueError(
-            f"backend {entry.name!r} cannot be cut into chunks; leave chunks out or use 'fpdt' or 'zigzag'"
-        )
+        raise Refused(f"backend {entry.name!r} cannot be cut into chunks; leave chunks out or use 'fpdt' or 'zigzag'")
     hardware = load_cluster(cluster) if isinstance(cluster, str) else cluster
     seen = mask(causal, window)
     return Plan(entry, cp, axes, seen, softmax_scale, kernel, deterministic, layout, chunks, hardware, stripe=stripe)
@@ -143,12 +142,12 @@ def _kernel(name: str, device: str, dtype: str, head_dim: int, deterministic: bo
 
 def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None, placement: str) -> Axes:
     if inner is None or outer is None:
-        raise ValueError(
+        raise Refused(
             f"backend {entry.name!r} needs two axes of ranks; "
             "give --hierarchical-context-parallel-sizes INNER OUTER with INNER * OUTER = context_parallel_size"
         )
     if inner.size * outer.size != cp.size:
-        raise ValueError(f"hierarchical sizes {inner.size} * {outer.size} must be context_parallel_size = {cp.size}")
+        raise Refused(f"hierarchical sizes {inner.size} * {outer.size} must be context_parallel_size = {cp.size}")
     grid = Grid(inner.size, outer.size)
     entry.check_grid(grid)
     return Axes(grid, inner, outer, PLACEMENTS[placement])
@@ -156,9 +155,9 @@ def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None
 
 def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
     if stripe < 1:
-        raise ValueError(f"stripe is the number of tokens in a block, 1 or more, got {stripe}")
+        raise Refused(f"stripe is the number of tokens in a block, 1 or more, got {stripe}")
     if stripe > 1 and "striped" not in (entry.layout, layout):
-        raise ValueError(
+        raise Refused(
             f"stripe is the length of a block of layout 'striped', got stripe = {stripe} with backend {entry.name!r} "
             f"on layout {layout!r}; use backend 'striped' or leave stripe out"
         )
@@ -166,15 +165,15 @@ def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
 
 def _known(kind: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+        raise Refused(f"unknown {kind} {name!r}{suggest(name, known)}; known: {', '.join(known)}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise Refused(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must agree in tokens, batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}")
+        raise Refused(f"q and k must agree in tokens, batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}")
+        raise Refused(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}")
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from megatron_cp.context.layouts import Runs, length, located
 from megatron_cp.context.masks import Mask
+from megatron_cp.errors import Refused
 
 Shape = Literal["full", "lower", "upper"]
 
@@ -156,7 +157,7 @@ def _height(ramps: list[range], query: int) -> tuple[int, int]:
 def _ramp(run: range, keys: range, shift: int) -> range:
     """Indices of queries at which one more of `keys` lies at or before the query's position plus `shift`."""
     if len(run) > 1 and len(keys) > 1 and run.step != keys.step:
-        raise ValueError(f"runs with steps {run.step} and {keys.step} make no staircase; use one layout for all ranks")
+        raise Refused(f"runs with steps {run.step} and {keys.step} make no staircase; use one layout for all ranks")
     step = run.step if len(run) > 1 else keys.step
     first = -(-(keys.start - shift - run.start) // step)
     return range(first, first + len(keys))

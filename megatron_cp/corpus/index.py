@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cp.errors import Refused
+
 # the format of megatron.core.datasets.indexed_dataset: magic, version, dtype code, sequences, document ends
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -38,16 +40,16 @@ def check_prefix(prefix: str) -> Statistics:
     # one more byte per sequence in a multimodal corpus
     if index_size not in (expected, expected + sequences):
         state = "truncated" if index_size < expected else "damaged"
-        raise ValueError(f"{index_path} is {state}: {index_size} bytes instead of {expected}; build the corpus again")
+        raise Refused(f"{index_path} is {state}: {index_size} bytes instead of {expected}; build the corpus again")
     raw: NDArray[np.uint8] = np.memmap(index_path, mode="r")
     lengths, pointers, documents = _sections(raw[HEADER.size :], sequences, ends)
     tokens = int(lengths.sum(dtype=np.int64))
     _check_sections(lengths, pointers, documents, np.dtype(dtype).itemsize, index_path)
     if bin_bytes != (expected := tokens * np.dtype(dtype).itemsize):
         state = "truncated" if bin_bytes < expected else "longer than its index says"
-        raise ValueError(f"{bin_path} is {state}: {bin_bytes} bytes instead of {expected}; build the corpus again")
+        raise Refused(f"{bin_path} is {state}: {bin_bytes} bytes instead of {expected}; build the corpus again")
     if not tokens:
-        raise ValueError(f"{prefix}.bin and .idx hold no tokens; build the corpus again")
+        raise Refused(f"{prefix}.bin and .idx hold no tokens; build the corpus again")
     return Statistics(prefix, ends - 1, sequences, tokens, dtype, bin_bytes, int(lengths.max()))
 
 
@@ -63,10 +65,10 @@ def _paths(prefix: str) -> tuple[Path, Path]:
     paths = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     missing = [path for path in paths if not path.is_file()]
     if len(missing) == 2 and prefix.endswith((".bin", ".idx")):
-        raise ValueError(f"data prefix {prefix!r} shall be given without {prefix[-4:]}: {prefix[:-4]!r}")
+        raise Refused(f"data prefix {prefix!r} shall be given without {prefix[-4:]}: {prefix[:-4]!r}")
     if missing:
         beside = "" if len(missing) == 2 else f" although {next(path for path in paths if path.is_file())} exists"
-        raise ValueError(
+        raise Refused(
             f"data prefix {prefix!r}: {' and '.join(map(str, missing))} not found{beside}; "
             "build it with `megatron-cp data build`"
         )
@@ -76,10 +78,10 @@ def _paths(prefix: str) -> tuple[Path, Path]:
 def _header(raw: bytes, path: Path) -> tuple[str, int, int]:
     """dtype, sequences, document ends."""
     if len(raw) < HEADER.size:
-        raise ValueError(f"{path} is truncated: {len(raw)} bytes, less than its header; build the corpus again")
+        raise Refused(f"{path} is truncated: {len(raw)} bytes, less than its header; build the corpus again")
     magic, version, code, sequences, ends = HEADER.unpack(raw)
     if magic != MAGIC or version != 1 or code not in DTYPES:
-        raise ValueError(f"{path} is not an index of Megatron's IndexedDataset, version 1")
+        raise Refused(f"{path} is not an index of Megatron's IndexedDataset, version 1")
     return DTYPES[code], sequences, ends
 
 
@@ -98,4 +100,4 @@ def _check_sections(
     begins = np.concatenate(([0], np.cumsum(lengths[:-1], dtype=np.int64))) * itemsize
     whole = len(documents) and documents[0] == 0 and documents[-1] == len(lengths) and (np.diff(documents) >= 0).all()
     if not whole or (lengths < 0).any() or not np.array_equal(pointers, begins[: len(lengths)]):
-        raise ValueError(f"{path} is damaged: its lengths, offsets and documents contradict each other")
+        raise Refused(f"{path} is damaged: its lengths, offsets and documents contradict each other")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from math import log
 from typing import Literal, get_args
 
+from megatron_cp.errors import Refused
+
 Collective = Literal["gather", "scatter", "reduce"]
 """All-gather, reduce-scatter, all-reduce."""
 COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
@@ -121,7 +123,7 @@ class Cluster:
         """Matrix products of a dtype; raises ValueError where the description has no rates for it."""
         known = dict(self.gemms)
         if dtype not in known:
-            raise ValueError(
+            raise Refused(
                 f"cluster {self.name!r} has no rates of {dtype} matrix products; add gemm.{dtype} to its description"
                 + (f", which has {', '.join(known)}" if known else ", or measure them with megatron-cp calibrate")
             )
@@ -143,7 +145,7 @@ class Cluster:
         if src // self.ranks_per_node == dst // self.ranks_per_node:
             return self.inside
         if self.between is None:
-            raise ValueError(
+            raise Refused(
                 f"cluster {self.name!r} is one node of {self.ranks_per_node} ranks; "
                 "describe the links between nodes under 'between', or use fewer ranks"
             )

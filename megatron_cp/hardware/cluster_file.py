@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from megatron_cp.config import configs_folder
+from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import COLLECTIVES, Cluster, Gemm, Link
 from megatron_cp.registry import suggest
 
@@ -41,7 +42,7 @@ def load_cluster(name: str) -> Cluster:
     known = {path.stem: path for path in sorted((configs_folder() / "clusters").glob("*.yaml"))}
     file = Path(name) if Path(name).is_file() else known.get(name)
     if file is None:
-        raise ValueError(f"no cluster {name!r}{suggest(name, known)}; give a file or one of: {', '.join(known)}")
+        raise Refused(f"no cluster {name!r}{suggest(name, known)}; give a file or one of: {', '.join(known)}")
     return read(file)
 
 
@@ -57,7 +58,7 @@ def cluster_of(gpu: str | None) -> str:
         for board, name in BY_GPU.items():
             if board in words:
                 return name
-    raise ValueError(
+    raise Refused(
         f"no shipped cluster has {gpu!r}, so that 'auto' cannot tell what is fast; "
         f"pass --cp-cluster with a file of your own or one of: {', '.join(shipped_clusters())}"
     )
@@ -95,14 +96,14 @@ def read(file: Path) -> Cluster:
 def _read(file: Path, open_files: tuple[Path, ...]) -> "_Section":
     """The file's mapping, over that of the description which it extends."""
     if file in open_files:
-        raise ValueError(f"{file}:1: extends itself: {' -> '.join(path.name for path in (*open_files, file))}")
+        raise Refused(f"{file}:1: extends itself: {' -> '.join(path.name for path in (*open_files, file))}")
     try:
         content = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{file}:{line}: {error.problem}") from None
+        raise Refused(f"{file}:{line}: {error.problem}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{file}:1: a cluster is a mapping of compute, memory and links")
+        raise Refused(f"{file}:1: a cluster is a mapping of compute, memory and links")
     top = _Section(file, "", content, SECTIONS)
     if "extends" in content:
         known = tuple(shipped_clusters())
@@ -120,7 +121,7 @@ def _gemm(section: "_Section") -> Gemm:
     shares = section.section("efficiency", None)
     sizes = sorted(shares.names)
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"{section.place}: efficiency maps sizes of a product's smallest dimension to shares")
+        raise Refused(f"{section.place}: efficiency maps sizes of a product's smallest dimension to shares")
     return Gemm(peak, tuple(sizes), tuple(peak * shares.share(size) for size in sizes))
 
 
@@ -143,7 +144,7 @@ class _Section:
         self.below: _Section | None = None
         for key in content:
             if keys is not None and key not in keys:
-                raise ValueError(
+                raise Refused(
                     f"{self._at(key)}: unknown key {path}{key}{suggest(str(key), keys)}; known: {', '.join(keys)}"
                 )
 
@@ -170,7 +171,7 @@ class _Section:
             return below
         value = self._value(key, "a mapping")
         if not isinstance(value, Mapping):
-            raise ValueError(f"{self._at(key)}: {self._path}{key} must be a mapping, got {value!r}")
+            raise Refused(f"{self._at(key)}: {self._path}{key} must be a mapping, got {value!r}")
         known = None if keys is None else tuple(keys.split())
         own = _Section(self._file, f"{self._path}{key}.", value, known, self._content.lc.key(key)[0] + 1)
         own.below = below
@@ -183,7 +184,7 @@ class _Section:
         good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
         if not good or value < 0 or (value == 0 and not zero):
             rule = "a number of 0 or more" if zero else "a positive number"
-            raise ValueError(f"{self._at(key)}: {self._path}{key} must be {rule}, got {value!r}")
+            raise Refused(f"{self._at(key)}: {self._path}{key} must be {rule}, got {value!r}")
         return float(value)
 
     @overload
@@ -201,7 +202,7 @@ class _Section:
             return self.below.count(key)
         value = self.number(key)
         if not value.is_integer():
-            raise ValueError(f"{self._at(key)}: {self._path}{key} must be a whole number, got {value:g}")
+            raise Refused(f"{self._at(key)}: {self._path}{key} must be a whole number, got {value:g}")
         return int(value)
 
     def share(self, key: Any) -> float:
@@ -209,7 +210,7 @@ class _Section:
             return self.below.share(key)
         value = self.number(key)
         if value > 1:
-            raise ValueError(f"{self._at(key)}: {self._path}{key} is a share of the peak, at most 1, got {value!r}")
+            raise Refused(f"{self._at(key)}: {self._path}{key} is a share of the peak, at most 1, got {value!r}")
         return value
 
     def word(self, key: str, known: tuple[str, ...]) -> str:
@@ -217,7 +218,7 @@ class _Section:
             return self.below.word(key, known)
         value = self._value(key, f"one of: {', '.join(known)}")
         if value not in known:
-            raise ValueError(
+            raise Refused(
                 f"{self._at(key)}: {self._path}{key} must be one of: {', '.join(known)}; got {value!r}"
                 f"{suggest(str(value), known)}"
             )
@@ -225,7 +226,7 @@ class _Section:
 
     def _value(self, key: Any, what: str) -> Any:
         if key not in self._content:
-            raise ValueError(f"{self._file}:{self._line}: {self._path}{key} is missing; give {what}")
+            raise Refused(f"{self._file}:{self._line}: {self._path}{key} is missing; give {what}")
         return self._content[key]
 
     def _at(self, key: Any) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.kernels.protocol import Kernel
 from megatron_cp.registry import Registry
 
@@ -96,9 +97,9 @@ def _named(entry: KernelEntry, device: str, dtype: str, head_dim: int, determini
     module = entry.load()
     way_out = f"use 'auto' or one of: {', '.join(KERNELS.names)}"
     if why_not := module.refusal(device=device, dtype=dtype, head_dim=head_dim):
-        raise ValueError(f"kernel {entry.name!r} {why_not}; {way_out}")
+        raise Refused(f"kernel {entry.name!r} {why_not}; {way_out}")
     if why_not := module.missing(device=device):
-        raise RuntimeError(f"kernel {entry.name!r} {why_not}; {way_out}")
+        raise CannotRun(f"kernel {entry.name!r} {why_not}; {way_out}")
     return module.create(deterministic=deterministic), f"{entry.name!r} was asked for by name"
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_cp.errors import CannotRun
 from megatron_cp.kernels.fused import FusedKernel, Gradients, Only, Op
 
 DTYPES = ("bfloat16", "float16")
@@ -44,9 +45,7 @@ def create(*, deterministic: bool) -> FusedKernel:
     try:
         interface = import_module("flash_attn.flash_attn_interface")
     except ImportError as error:
-        raise RuntimeError(
-            f"flash-attn is installed but does not load: {error}; reinstall it for this torch"
-        ) from error
+        raise CannotRun(f"flash-attn is installed but does not load: {error}; reinstall it for this torch") from error
     return FusedKernel("flash", Only(flash_op(interface, deterministic=deterministic)))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_cp.corpus.documents import Bad
 from megatron_cp.corpus.encode import Batch
 from megatron_cp.corpus.index import Statistics, check_prefix
+from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron.hooks import dataset_helpers_need_no_make
 
 __all__ = ["Limits", "Written", "check_data_path", "check_output", "check_prefix", "write"]
@@ -52,15 +53,15 @@ def check_output(prefix: str, overwrite: bool) -> None:
     """Raises ValueError when a corpus cannot be written to `prefix`, before any work is done."""
     path = Path(prefix)
     if prefix.endswith((".bin", ".idx", "/")) or not path.name:
-        raise ValueError(f"--output {prefix!r} shall be a prefix, such as data/corpus for data/corpus.bin and .idx")
+        raise Refused(f"--output {prefix!r} shall be a prefix, such as data/corpus for data/corpus.bin and .idx")
     there = [str(each) for each in _pair(path) if each.exists()]
     if there and not overwrite:
-        raise ValueError(f"{' and '.join(there)} exist already; replace with --overwrite or choose another --output")
+        raise Refused(f"{' and '.join(there)} exist already; replace with --overwrite or choose another --output")
     try:
         with _building(path):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to output folder {path.parent}: {error.strerror}") from None
+        raise Refused(f"cannot write to output folder {path.parent}: {error.strerror}") from None
 
 
 def write(
@@ -88,7 +89,7 @@ def write(
         try:
             written = _add(builder, _stop_at(batches, limits), skip_bad, progress)
             if not written.documents:
-                raise ValueError(_nothing(written))
+                raise Refused(_nothing(written))
             builder.finalize(str(_pair(partial)[1]))
         finally:
             builder.data_file.close()
@@ -101,7 +102,8 @@ def _blend(data_path: Sequence[str]) -> tuple[list[str], Any]:
     with _quiet_import():
         from megatron.core.datasets.utils import get_blend_from_list
 
-    return get_blend_from_list(list(data_path)) or ([], None)
+    with as_refusals():
+        return get_blend_from_list(list(data_path)) or ([], None)
 
 
 def _builder(path: Path, dtype: str) -> Any:
@@ -147,7 +149,7 @@ def _add(
     for batch, last in batches:
         found = [each for _, each in batch.bad]
         if found and not skip_bad:
-            raise ValueError(f"{found[0]}; leave such documents out with --skip-bad")
+            raise Refused(f"{found[0]}; leave such documents out with --skip-bad")
         end = 0
         for length in batch.lengths.tolist():
             builder.add_document(batch.tokens[end : end + length], [length])
@@ -185,7 +187,7 @@ def _building(target: Path) -> Iterator[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is building {target} now") from None
+            raise Refused(f"another process is building {target} now") from None
         for path in _pair(folder / "corpus"):
             path.unlink(missing_ok=True)
         try:

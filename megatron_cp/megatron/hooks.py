@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.rebind import Replaced, find, replace, restore_all
 from megatron_cp.registry import Registry
 
@@ -231,7 +232,7 @@ def apply(names: Iterable[str]) -> Applied:
     wanted = [hook for hook in map(HOOKS.get, dict.fromkeys(names)) if not is_on(hook)]
     for hook in wanted:
         if reason := probe(hook):
-            raise RuntimeError(f"hook {hook.name!r} does not fit: {reason}; use megatron-core {SUPPORTED}x")
+            raise CannotRun(f"hook {hook.name!r} does not fit: {reason}; use megatron-core {SUPPORTED}x")
     applied = Applied(tuple(hook.name for hook in wanted), [])
     for hook in wanted:
         _bind(hook, applied._done)

@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from megatron_cp.errors import CannotRun
+
 
 class Name(NamedTuple):
     """A place that can be rebound: `module:attribute` or `module:Class.attribute`, resolved."""
@@ -37,7 +39,7 @@ def find(target: str) -> Name:
             owner = getattr(owner, parent)
         getattr(owner, attribute)
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(f"{target} is not in the installed packages: {error}") from error
+        raise CannotRun(f"{target} is not in the installed packages: {error}") from error
     return Name(owner, attribute)
 
 

@@ -3,12 +3,12 @@
 Megatron logs an ImportError of this import and then trains with stock attention; here it becomes another error.
 """
 
+from megatron_cp.errors import CannotRun
+
 try:
     from megatron_cp.megatron.layers.hybrid import hybrid_stack_spec
     from megatron_cp.megatron.layers.specs import gpt_layer_spec
 except ImportError as error:
-    raise RuntimeError(
-        f"--spec megatron_cp.megatron.spec cannot be loaded: {error}; install what is missing"
-    ) from error
+    raise CannotRun(f"--spec megatron_cp.megatron.spec cannot be loaded: {error}; install what is missing") from error
 
 __all__ = ["gpt_layer_spec", "hybrid_stack_spec"]

@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+from megatron_cp.errors import Refused
+
 FORWARD = "F"
 FULL = "B"
 INPUT = "I"
@@ -43,7 +45,7 @@ def parse_action(text: str) -> Action:
     """The action written as `text`; raises ValueError for anything else."""
     match = _FORM.fullmatch(text)
     if not match or (match[2] == REDUCE) != (match[3] == ""):
-        raise ValueError(f"{text!r} is not an action; write stage, kind and microbatch as in 2F0; kinds: {KINDS}")
+        raise Refused(f"{text!r} is not an action; write stage, kind and microbatch as in 2F0; kinds: {KINDS}")
     return Action(int(match[1]), match[2], int(match[3]) if match[3] else None)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.list_schedule import EPSILON
@@ -19,21 +20,19 @@ def place(rule: Rule, p: int, v: int | None = None, placement: str | None = None
     Raises ValueError for p < 2 and for a v or placement that the rule does not know.
     """
     if p < 2:
-        raise ValueError(f"a pipeline needs at least 2 ranks, got p = {p}")
+        raise Refused(f"a pipeline needs at least 2 ranks, got p = {p}")
     name = placement or rule.placement
     if name not in PLACEMENTS:
-        raise ValueError(f"unknown placement {name!r}{suggest(name, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}")
+        raise Refused(f"unknown placement {name!r}{suggest(name, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}")
     if name != rule.placement and rule.table is not None:
-        raise ValueError(
+        raise Refused(
             f"{rule.name} is a rule of placement {rule.placement!r}, got {name!r}; auto knows every placement"
         )
     chunks = v if v is not None else max(rule.usual, 2 if name == "v" else 1)
     if chunks < 1:
-        raise ValueError(f"a rank holds at least one chunk, got v = {chunks}")
+        raise Refused(f"a rank holds at least one chunk, got v = {chunks}")
     if rule.chunks not in (None, chunks):
-        raise ValueError(
-            f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {_kin(rule, chunks)}"
-        )
+        raise Refused(f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {_kin(rule, chunks)}")
     return PLACEMENTS[name](p, chunks)
 
 
@@ -68,14 +67,14 @@ def build(
     rule = SCHEDULES.get(name)
     where = place(rule, p, v, placement)
     if costs is not None and len(costs.forward) != len(where.rank_of):
-        raise ValueError(f"costs of {len(costs.forward)} stages do not fit {rule.name}, which has {len(where.rank_of)}")
+        raise Refused(f"costs of {len(costs.forward)} stages do not fit {rule.name}, which has {len(where.rank_of)}")
     if m < 1:
-        raise ValueError(f"a step needs at least one microbatch, got m = {m}")
+        raise Refused(f"a step needs at least one microbatch, got m = {m}")
     if warmup is not None and not rule.takes_warmup:
-        raise ValueError(f"{rule.name} has no warm-up multiplier; izb has")
+        raise Refused(f"{rule.name} has no warm-up multiplier; izb has")
     if rule.table is None:
         if costs is None:
-            raise ValueError(f"{rule.name} schedules from times; give it costs")
+            raise Refused(f"{rule.name} schedules from times; give it costs")
         return check(auto(where, m, costs, caps, objective))
     schedule = _fixed(rule, where, m, warmup)
     if costs is not None and caps is not None:
@@ -89,7 +88,7 @@ def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
     worst = max(range(len(peaks)), key=lambda rank: peaks[rank] - caps[rank])
     if peaks[worst] > caps[worst] + EPSILON:
         minimum = f"{peaks[worst]:g} M_B of {schedule.name}, on rank {worst}"
-        raise ValueError(f"a cap of {caps[worst]:g} M_B is below the minimum {minimum}")
+        raise Refused(f"a cap of {caps[worst]:g} M_B is below the minimum {minimum}")
 
 
 def _fixed(rule: Rule, placement: Placement, m: int, warmup: float | None) -> Schedule:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline.placement import Placement
 
 
@@ -30,12 +31,12 @@ class Costs:
         for name in ("forward", "input", "weight"):
             for stage, time in enumerate(getattr(self, name)):
                 if not (isfinite(time) and time > 0):
-                    raise ValueError(f"times must be positive, got {name} time {time} of stage {stage}")
+                    raise Refused(f"times must be positive, got {name} time {time} of stage {stage}")
         if not (isfinite(self.comm) and self.comm >= 0):
-            raise ValueError(f"the time of a hop cannot be negative, got {self.comm}")
+            raise Refused(f"the time of a hop cannot be negative, got {self.comm}")
         for kept, held in zip(self.kept, self.held, strict=True):
             if not 0 <= held <= kept or not isfinite(kept) or kept == 0:
-                raise ValueError(f"memory needs 0 <= M_W <= M_B and M_B > 0, got M_B = {kept}, M_W = {held}")
+                raise Refused(f"memory needs 0 <= M_W <= M_B and M_B > 0, got M_B = {kept}, M_W = {held}")
 
     def work(self, placement: Placement) -> list[float]:
         """Compute time of one microbatch on each rank."""
@@ -50,9 +51,9 @@ def uniform(placement: Placement, times: Sequence[float], memory: Sequence[float
     memory: M_B kept from F to I and the part M_W of it kept until W, of all of a rank's layers
     """
     if len(times) != 4:
-        raise ValueError(f"times are T_F,T_I,T_W,T_comm, four numbers; got {len(times)}")
+        raise Refused(f"times are T_F,T_I,T_W,T_comm, four numbers; got {len(times)}")
     if len(memory) != 2:
-        raise ValueError(f"memory is M_B,M_W, two numbers; got {len(memory)}")
+        raise Refused(f"memory is M_B,M_W, two numbers; got {len(memory)}")
     stages, v = len(placement.rank_of), placement.chunks
     forward, input_gradient, weight = ((time / v,) * stages for time in times[:3])
     kept, held = ((size,) * stages for size in memory)

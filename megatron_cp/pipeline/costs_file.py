@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.registry import suggest
@@ -82,7 +83,7 @@ class CostsFile(BaseModel):
         held = self.M_W or self.M_B
         for name, values in (("T_F", self.T_F), ("T_I", self.T_I), ("T_W", self.T_W), ("M_B", self.M_B), ("M_W", held)):
             if len(values) != stages:
-                raise ValueError(f"{name} is of {len(values)} stages, the run has {stages}")
+                raise Refused(f"{name} is of {len(values)} stages, the run has {stages}")
         unit = max(sum(self.M_B[stage] for stage in mine) for mine in placement.of_rank)
         return Costs(tuple(self.T_F), tuple(self.T_I), tuple(self.T_W), self.T_comm, tuple(self.M_B), tuple(held), unit)
 
@@ -108,15 +109,15 @@ def read(file: Path) -> CostsFile:
     try:
         content = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
+        raise Refused(f"{file}: {error.strerror}") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        raise Refused(f"{file}: neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{file}: costs are a mapping of {', '.join(CostsFile.model_fields)}")
+        raise Refused(f"{file}: costs are a mapping of {', '.join(CostsFile.model_fields)}")
     try:
         return CostsFile.model_validate(content)
     except ValidationError as invalid:
-        raise ValueError(f"{file}: {_first(invalid.errors()[0])}") from None
+        raise Refused(f"{file}: {_first(invalid.errors()[0])}") from None
 
 
 def _first(error: Any) -> str:
@@ -148,7 +149,7 @@ def refuse_other_model(file: Path, costs: CostsFile, model: Model) -> None:
     """Raise ValueError when the costs were measured with another model, or cut otherwise."""
     name = costs.model.difference(model)
     if name:
-        raise ValueError(
+        raise Refused(
             f"--pp-costs {file} holds for {name} = {getattr(costs.model, name)}, got {getattr(model, name)}; "
             f"measure again with --pp-profile-steps"
         )

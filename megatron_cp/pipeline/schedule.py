@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import FORWARD, Action, parse_action
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 
@@ -28,7 +29,7 @@ class Schedule:
         return "\n".join(" ".join(map(str, actions)) for actions in self.table)
 
 
-class BadSchedule(ValueError):
+class BadSchedule(Refused):
     """A table that cannot run: the message is the reason, then the grid with the failing cells marked."""
 
     def __init__(self, schedule: Schedule, reason: str, failing: Sequence[tuple[int, int]]) -> None:
@@ -43,12 +44,12 @@ def parse(text: str, name: str = "table") -> Schedule:
     """
     table = tuple(tuple(map(parse_action, line.split())) for line in text.splitlines() if line.strip())
     if not table:
-        raise ValueError(f"{name} has no action; write a line of actions for each rank, such as 0F0 0B0")
+        raise Refused(f"{name} has no action; write a line of actions for each rank, such as 0F0 0B0")
     owners = {(action.stage, rank) for rank, actions in enumerate(table) for action in actions}
     shared = [stage for stage, count in Counter(stage for stage, _ in owners).items() if count > 1]
     rank_of = tuple(rank for _, rank in sorted(owners))
     if shared or sorted(stage for stage, _ in owners) != list(range(len(rank_of))):
-        raise ValueError(f"every stage from 0 up belongs on exactly one rank; found (stage, rank) {sorted(owners)}")
+        raise Refused(f"every stage from 0 up belongs on exactly one rank; found (stage, rank) {sorted(owners)}")
     micros = 1 + max(
         (action.micro or 0 for actions in table for action in actions if action.kind == FORWARD), default=0
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_cp.errors import Refused
 from megatron_cp.recipe.recipe import ENTRY, Recipe, Section, Setting, with_flag
 from megatron_cp.runlog import checkpoint_iteration
 
@@ -112,7 +113,7 @@ def check_processes(recipe: Recipe) -> None:
     if started is not None and (not started or started % needed):
         given = [recipe.launch[flag] for flag in ("--nnodes", "--nproc-per-node") if flag in recipe.launch]
         place = f"{given[0].place}: " if given else ""
-        raise ValueError(
+        raise Refused(
             f"{place}TP={tp} * PP={pp} * CP={cp} needs a multiple of {needed} processes, got {started}; "
             f"change --nproc-per-node or --nnodes, or lower a size"
         )

@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
+from megatron_cp.errors import Refused
 from megatron_cp.registry import suggest
 
 SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
@@ -65,7 +66,7 @@ def read(file: Path, variables: Mapping[str, str]) -> RecipeFile:
         elif name not in HARNESS_SECTIONS:
             known = ("extends", CLUSTER, *SECTIONS)
             hint = suggest(name, known)
-            raise ValueError(f"{_place(file, key)}: unknown section {name!r}{hint}; known: {', '.join(known)}")
+            raise Refused(f"{_place(file, key)}: unknown section {name!r}{hint}; known: {', '.join(known)}")
     return RecipeFile(parents, own)
 
 
@@ -106,13 +107,13 @@ def _top_level(file: Path) -> Iterator[tuple[ScalarNode, Any]]:
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = " ".join(str(error.problem or error.context).split())
-        raise ValueError(f"{shown(file)}{line}: not YAML: {problem}") from None
+        raise Refused(f"{shown(file)}{line}: not YAML: {problem}") from None
     except RecursionError:
-        raise ValueError(f"{shown(file)}: nested too deeply for a recipe") from None
+        raise Refused(f"{shown(file)}: nested too deeply for a recipe") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shown(file)}: not YAML: {' '.join(str(error).split())}") from None
+        raise Refused(f"{shown(file)}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, MappingNode):
-        raise ValueError(f"{shown(file)}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
+        raise Refused(f"{shown(file)}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     yield from _pairs(root, file)
 
 
@@ -121,10 +122,10 @@ def _pairs(node: Any, file: Path) -> Iterator[tuple[ScalarNode, Any]]:
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, ScalarNode):
-            raise ValueError(f"{shown(file)}:{line}: a key is one word")
+            raise Refused(f"{shown(file)}:{line}: a key is one word")
         _check_text(key, file)
         if key.value in seen:
-            raise ValueError(f"{shown(file)}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
+            raise Refused(f"{shown(file)}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
         seen[key.value] = line
         yield key, value
 
@@ -133,7 +134,7 @@ def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str])
     if isinstance(node, ScalarNode) and not node.value:
         return
     if not isinstance(node, MappingNode):
-        raise ValueError(f"{_place(file, node)}: {section} is a mapping of keys to values")
+        raise Refused(f"{_place(file, node)}: {section} is a mapping of keys to values")
     _check_text(node, file)
     for key, value in _pairs(node, file):
         yield key.value, _entries(value, key, file, variables, flags=section in FLAG_SECTIONS)
@@ -144,7 +145,7 @@ def _entries(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, str
     for part in (node, *parts):
         _check_text(part, file)
     if not all(isinstance(part, ScalarNode) for part in parts):
-        raise ValueError(f"{place}: a value is one text, a list of texts, true or false")
+        raise Refused(f"{place}: a value is one text, a list of texts, true or false")
     try:
         texts = [expand(part.value, variables) for part in parts]
     except ValueError as error:
@@ -157,13 +158,9 @@ def _entries(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, str
 def _check_text(node: Any, file: Path) -> None:
     """Refuse a tag, which asks for something to be made of the value, and a text that no command line can carry."""
     if node.tag not in _PLAIN_TAGS:
-        raise ValueError(
-            f"{_place(file, node)}: a recipe has texts and lists only, got the tag {node.tag!r}; take it out"
-        )
+        raise Refused(f"{_place(file, node)}: a recipe has texts and lists only, got the tag {node.tag!r}; take it out")
     if isinstance(node, ScalarNode) and _UNPRINTABLE.search(node.value):
-        raise ValueError(
-            f"{_place(file, node)}: no command line can carry {node.value!r}; take out what is no character"
-        )
+        raise Refused(f"{_place(file, node)}: no command line can carry {node.value!r}; take out what is no character")
 
 
 def _place(file: Path, node: Any) -> str:
@@ -190,9 +187,9 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
             # not .get, which would not ask an Unset
             if found := variables[name]:
                 return found
-        raise ValueError(f"variable {name} is not set; set it, or give a default: ${{{name}:-…}}")
+        raise Refused(f"variable {name} is not set; set it, or give a default: ${{{name}:-…}}")
 
     rest = _VARIABLE.sub("", text)
     if "${" in rest:
-        raise ValueError(f"cannot read the variable in {text!r}; write ${{NAME}} or ${{NAME:-default}}")
+        raise Refused(f"cannot read the variable in {text!r}; write ${{NAME}} or ${{NAME:-default}}")
     return _VARIABLE.sub(value, text)

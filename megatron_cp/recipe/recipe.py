@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import cast
 
 from megatron_cp.config import configs_folder
+from megatron_cp.errors import Refused
 from megatron_cp.recipe import file, slurm_flags
 from megatron_cp.recipe.file import CLUSTER, SECTIONS, Section, Setting, read, shown
 from megatron_cp.registry import suggest
@@ -71,13 +72,13 @@ class Recipe:
             return default
         text, place = self.model_args[name].text, self.model_args[name].place
         if not text.isdecimal() or not int(text):
-            raise ValueError(f"{place}: {name} takes a positive int, got {text!r}")
+            raise Refused(f"{place}: {name} takes a positive int, got {text!r}")
         return int(text)
 
     def required(self, name: str) -> int:
         """The value of an integer flag that cannot be left out; raises ValueError where it is."""
         if name not in self.model_args:
-            raise ValueError(
+            raise Refused(
                 f"recipe {self.name} has no {name}; add it to MODEL_ARGS, or extend a model of configs/models"
             )
         return self.number(name, 0)
@@ -108,7 +109,7 @@ def find(name: str, beside: Path | None = None) -> Path:
             return candidate
     known = shipped()
     short = [Path(entry).name for entry in known]
-    raise ValueError(f"no recipe {name!r}{suggest(name, [*known, *short])}; give a file or one of: {', '.join(known)}")
+    raise Refused(f"no recipe {name!r}{suggest(name, [*known, *short])}; give a file or one of: {', '.join(known)}")
 
 
 def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (), job: bool = False) -> Recipe:
@@ -127,7 +128,7 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
     given = {name: {key: s for key, s in section.items() if s.given} for name, section in sections.items()}
     for key, found in (item for section in given.values() for item in section.items()):
         if found.problem:
-            raise ValueError(f"{found.place}: {key}: {found.problem}")
+            raise Refused(f"{found.place}: {key}: {found.problem}")
     _check_keys(given)
     cluster = given[CLUSTER][CLUSTER].text if given[CLUSTER] else None
     env_vars, model_args, launch, data, slurm = (given[section] for section in SECTIONS)
@@ -143,7 +144,7 @@ def command_line_flags(words: Sequence[str]) -> Section:
             key, equals, value = word.partition("=")
             found[key] = file.setting([value] if equals else [], COMMAND_LINE, plain=True)
         elif not key:
-            raise ValueError(f"expected a --flag after the recipe, got {word!r}")
+            raise Refused(f"expected a --flag after the recipe, got {word!r}")
         else:
             found[key] = Setting((*found[key].values, word), COMMAND_LINE)
     return found
@@ -158,16 +159,16 @@ def _section_of(key: str, job: bool) -> str:
 def _merged(file: Path, variables: Mapping[str, str], open_files: tuple[Path, ...]) -> dict[str, Section]:
     if file.resolve() in open_files:
         chain = " -> ".join(path.name for path in (*open_files, file))
-        raise ValueError(f"{shown(file)}: extends itself: {chain}; remove one of these extends")
+        raise Refused(f"{shown(file)}: extends itself: {chain}; remove one of these extends")
     merged: dict[str, Section] = {section: {} for section in (*SECTIONS, CLUSTER)}
     parents, own = read(file, variables)
     if parents.problem:
-        raise ValueError(f"{parents.place}: {parents.problem}")
+        raise Refused(f"{parents.place}: {parents.problem}")
     for parent in parents.values:
         try:
             path = find(parent, beside=file.parent)
         except ValueError as error:
-            raise ValueError(f"{parents.place}: extends: {error}") from None
+            raise Refused(f"{parents.place}: extends: {error}") from None
         _lay_over(merged, _merged(path, variables, (*open_files, file.resolve())))
     _lay_over(merged, own)
     return merged
@@ -182,21 +183,21 @@ def _check_keys(sections: Mapping[str, Section]) -> None:
     slurm_flags.check({key: setting.place for key, setting in sections["SLURM"].items()})
     for key, setting in sections["ENV_VARS"].items():
         if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
-            raise ValueError(f"{setting.place}: {key!r} is no name of an environment variable; use letters, digits, _")
+            raise Refused(f"{setting.place}: {key!r} is no name of an environment variable; use letters, digits, _")
     entry = sections["LAUNCH"].get("entry")
     if entry and not _ENTRY.fullmatch(entry.text):
-        raise ValueError(
+        raise Refused(
             f"{entry.place}: entry is a module such as {ENTRY} or a script that ends in .py, got {entry.text!r}"
         )
     for section, known in (("LAUNCH", (*TORCHRUN_FLAGS, "entry")), ("DATA", DATA_FLAGS)):
         for key, setting in sections[section].items():
             if key not in known:
                 hint = suggest(key, known)
-                raise ValueError(f"{setting.place}: unknown {section} key {key!r}{hint}; known: {', '.join(known)}")
+                raise Refused(f"{setting.place}: unknown {section} key {key!r}{hint}; known: {', '.join(known)}")
     for key in ("--input", "--output"):
         if sections["DATA"] and key not in sections["DATA"]:
             place = next(iter(sections["DATA"].values())).place
-            raise ValueError(f"{place}: DATA needs {key}; add it, or take the section out")
+            raise Refused(f"{place}: DATA needs {key}; add it, or take the section out")
 
 
 def with_flag(recipe: Recipe, name: str, setting: Setting) -> Recipe:

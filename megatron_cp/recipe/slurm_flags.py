@@ -6,6 +6,7 @@ follow from the run, and asking for them here is refused with the place where th
 
 from collections.abc import Mapping, Sequence
 
+from megatron_cp.errors import Refused
 from megatron_cp.registry import suggest
 
 # what the job asks of the cluster: lines `#SBATCH --flag=value`
@@ -49,9 +50,9 @@ def check(places: Mapping[str, str]) -> None:
     """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` says where each stands."""
     for flag, place in places.items():
         if flag in WRITTEN_BY_US:
-            raise ValueError(f"{place}: {flag} is not for the SLURM block: {WRITTEN_BY_US[flag]}")
+            raise Refused(f"{place}: {flag} is not for the SLURM block: {WRITTEN_BY_US[flag]}")
         if flag not in KNOWN:
-            raise ValueError(
+            raise Refused(
                 f"{place}: unknown SLURM flag {flag!r}{suggest(flag, KNOWN)}; known are sbatch's, srun's "
                 f"--container-…, --cpu-bind and --mpi, and {', '.join(OURS)}"
             )
@@ -72,9 +73,7 @@ def minutes(text: str) -> int:
     days, dash, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdecimal() for part in ([days, *parts] if dash else parts)) or len(parts) > 3:
-        raise ValueError(
-            f"{text!r} is no time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
-        )
+        raise Refused(f"{text!r} is no time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds")
     hours, minute, _ = _clock([int(part) for part in parts], after_days=bool(dash))
     return (int(days or 0) * 24 + hours) * 60 + minute
 

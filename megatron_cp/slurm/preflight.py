@@ -20,7 +20,7 @@ from typing import NamedTuple
 import psutil
 
 from megatron_cp import config
-from megatron_cp.doctor import Finding, guarded, installed
+from megatron_cp.findings import Finding, guarded, installed
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_cp import cli
-from megatron_cp.doctor import Finding
+from megatron_cp.findings import Finding
 from megatron_cp.slurm import preflight
 from megatron_cp.slurm.preflight import GIB, NodeReport, Wanted
 

@@ -33,6 +33,7 @@ from megatron_cp.context.trace.events import (
     match,
 )
 from megatron_cp.context.trace.live import LiveBytes
+from megatron_cp.errors import Refused
 from megatron_cp.kernels import Kernel
 
 
@@ -52,7 +53,7 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
     inner = outer = None
     entry = BACKENDS.get(problem.backend)
     if entry.name == AUTO:
-        raise ValueError(f"{AUTO!r} has no loop of its own; take what megatron_cp.context.auto.decide names")
+        raise Refused(f"{AUTO!r} has no loop of its own; take what megatron_cp.context.auto.decide names")
     if problem.grid and (entry.needs_grid or entry.takes_grid):
         inner, outer = axes_of(problem.grid, fabric)
     return plan(

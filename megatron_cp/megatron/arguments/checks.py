@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_cp.errors import BadArguments, one_line
+from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, has_nvrx, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
@@ -37,22 +37,20 @@ def _mend_help(parser: Any) -> None:
 def _refuse_words(parser: Any, message: str) -> None:
     unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
     hint = suggest(unknown[0], parser._option_string_actions) if "unrecognized" in message and unknown else ""
-    raise BadArguments(message + hint)
+    raise Refused(message + hint)
 
 
 def validate_args(old: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Fill in and check the parsed arguments, ours and Megatron's; raises BadArguments with one line."""
-    try:
-        complete(args)
-        # before Megatron's checks, for ours say more than a bare assertion
-        if has_our_layers(args):
-            check(args)
-        check_schedule(args)
+    """Fill in and check the parsed arguments, ours and Megatron's; raises Refused with one line."""
+    complete(args)
+    # before Megatron's checks, for ours say more than a bare assertion
+    if has_our_layers(args):
+        check(args)
+    check_schedule(args)
+    with as_refusals():
         result = old(args, *rest, **kwargs)
-        check_table(args)
-        check_inputs(args)
-    except (ValueError, AssertionError) as error:
-        raise BadArguments(one_line(error)) from error
+    check_table(args)
+    check_inputs(args)
     return result
 
 

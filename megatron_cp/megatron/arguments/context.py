@@ -10,6 +10,7 @@ from typing import Any
 from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.context.layouts import check_chunks, layout
+from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
@@ -129,11 +130,11 @@ def _check_names(args: Any) -> None:
         KERNELS.get(kernel)
     placement = read(args, "cp_placement", HEAD_FIRST)
     if placement not in PLACEMENTS:
-        raise ValueError(
+        raise Refused(
             f"unknown --cp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
         )
     if placement != HEAD_FIRST and not any(takes_placement(name) for name in comm_types(args)):
-        raise ValueError(
+        raise Refused(
             f"--cp-placement {placement} needs --cp-comm-type usp, got {', '.join(comm_types(args))}; leave it out"
         )
 
@@ -153,10 +154,10 @@ def _check_chunks(args: Any) -> None:
     if chunks is None:
         return
     if chunks < 1:
-        raise ValueError(f"--cp-chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
+        raise Refused(f"--cp-chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
     for entry in map(BACKENDS.get, comm_types(args)):
         if not entry.chunks:
-            raise ValueError(
+            raise Refused(
                 f"--cp-chunks {chunks} cannot cut --cp-comm-type {entry.name} into pieces; leave it out or use fpdt"
             )
         if length:
@@ -168,7 +169,7 @@ def _check_cluster(args: Any) -> None:
     if cluster is None:
         return
     if AUTO_BACKEND not in comm_types(args):
-        raise ValueError(
+        raise Refused(
             f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, got {', '.join(comm_types(args))}; "
             f"leave it out"
         )
@@ -178,13 +179,13 @@ def _check_cluster(args: Any) -> None:
 def _check_stripe(args: Any) -> None:
     stripe, cp, length = read(args, "cp_stripe", 1), read(args, "context_parallel_size", 1), read(args, "seq_length")
     if stripe < 1:
-        raise ValueError(f"--cp-stripe is the number of tokens in a block, 1 or more, got {stripe}")
+        raise Refused(f"--cp-stripe is the number of tokens in a block, 1 or more, got {stripe}")
     if stripe > 1 and not any(is_striped(name) for name in comm_types(args)):
-        raise ValueError(
+        raise Refused(
             f"--cp-stripe {stripe} needs --cp-comm-type striped, got {', '.join(comm_types(args))}; leave it out"
         )
     if stripe > 1 and cp > 1 and length and length % (stripe * cp):
-        raise ValueError(
+        raise Refused(
             f"--seq-length must be divisible by --cp-stripe * --context-parallel-size = {stripe * cp}, got {length}; "
             f"use another stripe or --seq-length {-(-length // (stripe * cp)) * stripe * cp}"
         )
@@ -200,25 +201,25 @@ def _check_sizes(args: Any) -> None:
     cp, tp = read(args, "context_parallel_size", 1), read(args, "tensor_model_parallel_size", 1)
     pp, world = read(args, "pipeline_model_parallel_size", 1), read(args, "world_size")
     if world and tp * cp * pp > world:
-        raise ValueError(
+        raise Refused(
             f"--context-parallel-size {cp} with --tensor-model-parallel-size {tp} and --pipeline-model-parallel-size "
             f"{pp} needs {tp * cp * pp} processes, got {world}; start more processes or lower a size"
         )
     heads = read(args, "num_attention_heads")
     if heads and heads % tp:
-        raise ValueError(
+        raise Refused(
             f"--num-attention-heads must be divisible by --tensor-model-parallel-size, got {heads} and {tp}; "
             f"change one of the two"
         )
     length = read(args, "seq_length")
     if length and cp > 1 and length % (2 * cp):
         near = -(-length // (2 * cp)) * 2 * cp
-        raise ValueError(
+        raise Refused(
             f"--seq-length must be divisible by 2 * --context-parallel-size = {2 * cp}, got {length}; use {near}"
         )
     types, layers = comm_types(args), read(args, "num_layers")
     if layers and len(types) not in (1, layers):
-        raise ValueError(
+        raise Refused(
             f"--cp-comm-type takes one name or one for each of the {layers} layers, got {len(types)}; "
             f"repeat names until there are {layers}"
         )
@@ -228,14 +229,14 @@ def _check_groups(args: Any) -> None:
     cp = read(args, "context_parallel_size", 1)
     sizes = read(args, "hierarchical_context_parallel_sizes")
     if sizes and (prod(sizes) != cp or min(sizes) < 1):
-        raise ValueError(
+        raise Refused(
             f"--hierarchical-context-parallel-sizes must be positive and multiply to --context-parallel-size, got "
             f"{' * '.join(map(str, sizes))} = {prod(sizes)} and {cp}; change one of the two"
         )
     on_grid = [name for name in comm_types(args) if BACKENDS.get(name).needs_grid]
     if on_grid and cp > 1 and (not sizes or len(sizes) != 2):
         square = most_square(cp)
-        raise ValueError(
+        raise Refused(
             f"--cp-comm-type {on_grid[0]} needs two --hierarchical-context-parallel-sizes whose product is "
             f"{cp} (the context-parallel size), got {sizes or 'none'}; add for example "
             f"--hierarchical-context-parallel-sizes {square.inner} {square.outer}"
@@ -254,7 +255,7 @@ def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
     degrees = {"ulysses": cp, "fpdt": cp, "usp": usp}
     for name in sorted(names & set(degrees)):
         if 0 < heads < degrees[name]:
-            raise ValueError(
+            raise Refused(
                 f"--cp-comm-type {name} deals the query heads of a tensor-parallel rank to {degrees[name]} ranks, "
                 f"got {heads} heads; use at most {heads} ranks for heads, or zigzag"
             )
@@ -266,7 +267,7 @@ def _check_warmup(args: Any) -> None:
         warmup, steps = read(args, f"lr_warmup_{unit}", 0), read(args, f"train_{unit}")
         decay = read(args, f"lr_decay_{unit}") or steps
         if steps and warmup >= decay:
-            raise ValueError(
+            raise Refused(
                 f"--lr-warmup-{unit} must be less than --lr-decay-{unit}, by default --train-{unit}, got {warmup} and "
                 f"{decay}; lower it or train longer"
             )
@@ -275,18 +276,18 @@ def _check_warmup(args: Any) -> None:
 def _check_call_inputs(args: Any) -> None:
     dropout = read(args, "attention_dropout", 0.0)
     if dropout:
-        raise ValueError(
+        raise Refused(
             f"megatron-cp's attention does not do dropout, got --attention-dropout {dropout}; "
             f"pass --attention-dropout 0"
         )
     for name in ("reset_attention_mask", "sft", "hybrid_context_parallel", "rl_use_sequence_packing"):
         if read(args, name, False):
-            raise ValueError(
+            raise Refused(
                 f"megatron-cp's attention does not do packed documents, which --{name.replace('_', '-')} asks for; "
                 f"leave it out"
             )
     if read(args, "create_attention_mask_in_dataloader", False):
-        raise ValueError(
+        raise Refused(
             "megatron-cp's attention needs no mask tensor, and a full one takes memory with the square of the "
             "sequence length; pass --no-create-attention-mask-in-dataloader"
         )

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser
 from typing import Any
 
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.pipeline import SCHEDULES, on_v
@@ -164,7 +165,7 @@ def check_schedule(args: Any) -> None:
         return
     size = read(args, "pipeline_model_parallel_size", 1)
     if size < 2:
-        raise ValueError(
+        raise Refused(
             f"--pp-schedule {name} needs --pipeline-model-parallel-size of at least 2, got {size}; "
             f"leave --pp-schedule out or use more ranks"
         )
@@ -179,21 +180,19 @@ def check_costs(args: Any) -> None:
     placement = read(args, "pp_placement")
     for flag, value in (("--pp-placement", placement), ("--pp-costs", file), ("--pp-profile-steps", steps)):
         if value is not None and name != AUTO:
-            raise ValueError(
-                f"{flag} {value} needs --pp-schedule {AUTO}, got {name or 'none'}; leave one of the two out"
-            )
+            raise Refused(f"{flag} {value} needs --pp-schedule {AUTO}, got {name or 'none'}; leave one of the two out")
     if placement not in (None, *PLACEMENTS):
-        raise ValueError(
+        raise Refused(
             f"unknown --pp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
         )
     if steps is not None and steps < 2:
-        raise ValueError(f"--pp-profile-steps must be 2 or more, the first step only warms up, got {steps}")
+        raise Refused(f"--pp-profile-steps must be 2 or more, the first step only warms up, got {steps}")
     if limit is not None and name is None:
-        raise ValueError(f"--pp-memory-limit {limit:g} needs --pp-schedule; leave it out")
+        raise Refused(f"--pp-memory-limit {limit:g} needs --pp-schedule; leave it out")
     if limit is not None and not limit > 0:
-        raise ValueError(f"--pp-memory-limit is a positive number of M_B, got {limit:g}")
+        raise Refused(f"--pp-memory-limit is a positive number of M_B, got {limit:g}")
     if name == AUTO and (file is None) == (steps is None):
-        raise ValueError(
+        raise Refused(
             f"--pp-schedule {AUTO} schedules from times: give one of --pp-costs FILE and "
             f"--pp-profile-steps 10, got {'none' if file is None else 'both'}"
         )
@@ -206,7 +205,7 @@ def check_table(args: Any) -> None:
         return
     rule, chunks = SCHEDULES.get(name), read(args, "virtual_pipeline_model_parallel_size") or 1
     if rule.table and rule.chunks is None and chunks == 1:
-        raise ValueError(
+        raise Refused(
             f"--pp-schedule {name} needs more than one chunk per rank, got 1; "
             f"add --num-virtual-stages-per-pipeline-rank 2 or take zb-h1"
         )
@@ -219,9 +218,9 @@ def check_table(args: Any) -> None:
         try:
             build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(args, placement))
         except BadSchedule as bad:
-            raise ValueError(f"--pp-schedule {name} {bad.reason}") from bad
+            raise Refused(f"--pp-schedule {name} {bad.reason}") from bad
         except ValueError as error:
-            raise ValueError(f"--pp-schedule {name}: {error}") from None
+            raise Refused(f"--pp-schedule {name}: {error}") from None
 
 
 def micros_of(args: Any) -> list[int]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_cp.errors import Refused
 from megatron_cp.recipe.command import flag_words, runs_through_us
 from megatron_cp.recipe.recipe import Recipe, Setting
 from megatron_cp.registry import suggest
@@ -31,7 +32,7 @@ def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None
     """Raise ValueError, one line for each flag that Megatron does not have or whose value it would not take."""
     found = list(problems(settings, known or parser()))
     if found:
-        raise ValueError("\n".join(found))
+        raise Refused("\n".join(found))
 
 
 def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> None:

@@ -7,6 +7,7 @@ first step.
 
 from typing import Any
 
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.context import comm_types
 from megatron_cp.registry import suggest
 
@@ -30,7 +31,7 @@ def check_pipeline(args: Any, config: Any) -> None:
         sequences = getattr(args, flag) // args.data_parallel_size
         micros = sequences // (args.micro_batch_size if flag == "global_batch_size" else args.eval_micro_batch_size)
         if micros < group or 0 < micros % group < pp:
-            raise ValueError(
+            raise Refused(
                 f"--pipeline-model-parallel-size {pp} with chunks takes {group} microbatches at a time, "
                 f"got {micros} from --{flag.replace('_', '-')} {getattr(args, flag)}; use a multiple of {group}, or "
                 f"leave --num-virtual-stages-per-pipeline-rank out"
@@ -42,21 +43,21 @@ def check_attention(args: Any) -> None:
     cp, names = args.context_parallel_size, comm_types(args)
     for name in names:
         if name not in COMM_TYPES:
-            raise ValueError(
+            raise Refused(
                 f"unknown --cp-comm-type {name!r}{suggest(name, COMM_TYPES)}; stock attention knows "
                 f"{', '.join(COMM_TYPES)}, and others need an entry of megatron-cp"
             )
     if cp == 1:
         return
     if args.transformer_impl == "local":
-        raise ValueError(
+        raise Refused(
             f"--transformer-impl local has no context parallelism of its own, got --context-parallel-size {cp}; "
             f"pass --spec megatron_cp.megatron.spec gpt_layer_spec, or take transformer_engine"
         )
     for name in dict.fromkeys(names):
         _check_heads(args, name)
         if getattr(args, "window_size", None) and name not in WINDOWED:
-            raise ValueError(
+            raise Refused(
                 f"--window-size needs --cp-comm-type {' or '.join(WINDOWED)} with stock attention, got {name}; "
                 f"take one of them, or an entry of megatron-cp"
             )
@@ -73,7 +74,7 @@ def _check_heads(args: Any, name: str) -> None:
     for flag, count in (("--num-attention-heads", heads), ("--num-query-groups", groups)):
         here = max(1, count // tp)
         if here % degree:
-            raise ValueError(
+            raise Refused(
                 f"--cp-comm-type {name} of stock attention deals the {flag} of a tensor-parallel rank evenly to "
                 f"{degree} ranks, got {count} / TP {tp} = {here}; use a divisor of {here} for it, or p2p"
             )

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from megatron_cp.errors import Refused
+
 
 class Unsupported(NamedTuple):
     """Something that a user can ask for and that what runs here does not do; `asked` reads arguments or a config."""
@@ -21,4 +23,4 @@ def refuse(features: Iterable[Unsupported], source: Any, who: str) -> None:
     """Raise ValueError, `who` being its subject, for the first of the features that `source` asks for."""
     for feature in features:
         if feature.asked(source):
-            raise ValueError(f"{who} does not do {feature.what}; {feature.way_out}")
+            raise Refused(f"{who} does not do {feature.what}; {feature.way_out}")

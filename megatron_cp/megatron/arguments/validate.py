@@ -15,7 +15,7 @@ from argparse import ArgumentParser
 from typing import Any, NamedTuple
 
 from megatron_cp import config
-from megatron_cp.errors import one_line
+from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.planner.parallel import cluster_for
 from megatron_cp.recipe.command import check_processes, flag_words, processes, runs_through_us
@@ -46,16 +46,16 @@ def run_of(recipe: Recipe, cluster: str | None = None) -> Run:
     check_processes(recipe)
     world_size = processes(recipe)
     if world_size is None:
-        raise ValueError("the number of processes is not known; give --nproc-per-node and --nnodes as numbers")
+        raise Refused("the number of processes is not known; give --nproc-per-node and --nnodes as numbers")
     per_node = int(recipe.launch["--nproc-per-node"].text) if "--nproc-per-node" in recipe.launch else 1
     if per_node > described.ranks_per_node:
         place = recipe.launch["--nproc-per-node"].place
-        raise ValueError(
+        raise Refused(
             f"{place}: --nproc-per-node {per_node}, but a node of {described.name} has {described.ranks_per_node} GPUs"
         )
     if world_size > per_node and described.between is None:
         place = recipe.launch["--nnodes"].place
-        raise ValueError(f"{place}: {described.name} is one node; leave --nnodes out or take another cluster")
+        raise Refused(f"{place}: {described.name} is one node; leave --nnodes out or take another cluster")
     return Run(recipe, described, world_size)
 
 
@@ -78,10 +78,10 @@ def validate(run: Run) -> list[str]:
     lines = child.stdout.decode(errors="replace").splitlines()
     if child.returncode or not lines:
         said = child.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(f"the checks ended with status {child.returncode}: {said[-1] if said else 'no word'}")
+        raise CannotRun(f"the checks ended with status {child.returncode}: {said[-1] if said else 'no word'}")
     answer: dict[str, Any] = json.loads(lines[-1])
     if "refused" in answer:
-        raise ValueError(answer["refused"])
+        raise Refused(answer["refused"])
     return list(answer["assumed"])
 
 
@@ -101,14 +101,14 @@ def examine(run: Run) -> list[str]:
             try:
                 _until_the_tokenizer(run.recipe)
             except (ValueError, AssertionError, NotImplementedError) as error:
-                raise ValueError(_with_places(one_line(error), run.recipe)) from error
+                raise Refused(_with_places(one_line(error), run.recipe)) from error
     return told
 
 
 def _check_environment(recipe: Recipe) -> None:
     for name in SET_BY_MEGATRON:
         if name in recipe.env_vars:
-            raise ValueError(
+            raise Refused(
                 f"{recipe.env_vars[name].place}: {name} is set by Megatron, which stops when it differs; "
                 f"take it out and pass --attention-backend"
             )

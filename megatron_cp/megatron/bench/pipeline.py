@@ -16,6 +16,7 @@ from megatron_cp.bench.comparison import WrongResultError
 from megatron_cp.bench.pipeline import ActionRecorder, GptSize, Line, MeasuredSchedule, Pairs
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, largest
+from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.rebind import replace, restore_all
 from megatron_cp.pipeline.action import FORWARD, FULL, Action
 from megatron_cp.pipeline.build import build
@@ -56,7 +57,7 @@ def bench(model: GptSize, groups: Sequence[ScheduleGroup], rounds: int, repeat: 
         for name, m in product(names, micros):
             build(name, model.ranks, m, v)
     if 0 < torch.cuda.device_count() < model.ranks:
-        raise RuntimeError(
+        raise CannotRun(
             f"{model.ranks} ranks need a GPU each, this machine has {torch.cuda.device_count()}; hide them "
             "with CUDA_VISIBLE_DEVICES= to use the CPU's cores"
         )

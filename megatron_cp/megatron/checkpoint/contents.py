@@ -8,6 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
+from megatron_cp.errors import Refused
 from megatron_cp.grid import divisors
 from megatron_cp.runlog import checkpoint_iteration
 
@@ -123,7 +124,7 @@ def _undescribed(folder: Path) -> list[str]:
     except (TypeError, ValueError) as error:
         return [f"{DESCRIPTION} cannot be read ({error}): it is cut off or of another kind"]
     if found != "torch_dist":
-        raise ValueError(f"{folder} is in the format {found!r}, and only torch_dist is read; save with --ckpt-format")
+        raise Refused(f"{folder} is in the format {found!r}, and only torch_dist is read; save with --ckpt-format")
     return []
 
 
@@ -181,7 +182,7 @@ def _arguments(folder: Path, index: Any) -> Any:
         )
         common = load_common_state_dict(str(folder)) if has else {}
     if "args" not in common:
-        raise ValueError(f"{folder} holds no arguments of Megatron's training: another trainer has saved it")
+        raise Refused(f"{folder} holds no arguments of Megatron's training: another trainer has saved it")
     return common["args"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_cp.errors import CannotRun
 from megatron_cp.runlog import checkpoint_iteration
 
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
@@ -38,11 +39,11 @@ def explained(save: str | None) -> Iterator[None]:
     except CheckpointException as error:
         if save is None:
             raise
-        raise RuntimeError(_line(Path(save), kept.reason or _elsewhere(error))) from error
+        raise CannotRun(_line(Path(save), kept.reason or _elsewhere(error))) from error
     except OSError as error:
         if save is None or error.errno not in NO_ROOM or not _in_a_save(error):
             raise
-        raise RuntimeError(_line(Path(save), str(error))) from error
+        raise CannotRun(_line(Path(save), str(error))) from error
     finally:
         logging.getLogger(WRITER).removeHandler(kept)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_cp import config
+from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.checkpoint.contents import damage, iterations, unreadable
 from megatron_cp.pipeline import on_v
 
@@ -48,7 +49,7 @@ def check(args: Any) -> None:
     for name in MODEL:
         here, there = getattr(args, name, None), getattr(saved, name, None)
         if here != there:
-            raise ValueError(
+            raise Refused(
                 f"the checkpoint in {args.load} is of another model: its {name} is {there}, here it is {here}; "
                 f"change --{name.replace('_', '-')} or --load"
             )
@@ -59,14 +60,14 @@ def check(args: Any) -> None:
 def check_optimizer(args: Any, saved: Any) -> None:
     """Refuse a move that the optimizer's state of a checkpoint cannot make; ValueError with the rule and a way out."""
     if args.use_distributed_optimizer != saved.use_distributed_optimizer:
-        raise ValueError(
+        raise Refused(
             f"the checkpoint in {args.load} was saved {_with(saved)} --use-distributed-optimizer and this run is "
             f"{_with(args)} it; make them the same or pass --no-load-optim"
         )
     here, there = _topology(args), _topology(saved)
     moved = [f"{name} {there[name]} -> {here[name]}" for name in here if here[name] != there[name]]
     if moved and saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable:
-        raise ValueError(
+        raise Refused(
             f"the optimizer state in {args.load} cannot move between topologies ({', '.join(moved)}); "
             f"save with --dist-ckpt-optim-fully-reshardable or pass --no-load-optim"
         )
@@ -96,7 +97,7 @@ def _saved_arguments(args: Any) -> Any:
         return None
     named = Path(tracker).read_text().strip()
     if not named.isdecimal() and named != "release":
-        raise ValueError(_tracker_names_nothing(Path(tracker), named))
+        raise Refused(_tracker_names_nothing(Path(tracker), named))
     iteration = str(getattr(args, "ckpt_step", None) or named)
     folder = os.path.join(args.load, f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
     if not os.path.isfile(os.path.join(folder, "metadata.json")):
@@ -124,7 +125,7 @@ def _check_whole(load: Path, folder: Path) -> None:
         return
     latest = _latest_whole(load, but=folder)
     way_out = f"resume from the latest whole one with --ckpt-step {latest}" if latest else "no other one is whole"
-    raise ValueError(f"the checkpoint {folder} is damaged: {'; '.join(problems)}; {way_out}")
+    raise Refused(f"the checkpoint {folder} is damaged: {'; '.join(problems)}; {way_out}")
 
 
 def state_dict(old: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +136,7 @@ def state_dict(old: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) ->
     """
     parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
     if not parameters:
-        raise RuntimeError(
+        raise CannotRun(
             "the distributed optimizer gave this rank no parameters, and torch's AdamW keeps its step count with them; "
             "use fewer data-parallel ranks or install transformer-engine"
         )
@@ -148,7 +149,7 @@ def load_state_dict(old: Callable[..., Any], self: Any, state: dict[str, Any], *
     """Load as Megatron does, then give every parameter a step count of its own, as the checkpoint has it."""
     steps = {float(group["step"]) for group in state["optimizer"]["param_groups"]}
     if len(steps) != 1:
-        raise ValueError(
+        raise Refused(
             f"the checkpoint's parameter groups are at different steps, {sorted(steps)}; start with --no-load-optim"
         )
     result = old(self, state, *args, **kwargs)

@@ -17,6 +17,7 @@ from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
+from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, Kernel, choose
@@ -188,7 +189,7 @@ class CoreAttention(MegatronModule):
             self._refuse(f"{query.shape[0]} queries over {key.shape[0]} keys", "make both sequences equally long")
 
     def _refuse(self, what: str, way_out: str) -> None:
-        raise ValueError(f"layer {self.layer_number}: megatron-cp's attention does not do {what}; {way_out}")
+        raise Refused(f"layer {self.layer_number}: megatron-cp's attention does not do {what}; {way_out}")
 
 
 def _device() -> str:

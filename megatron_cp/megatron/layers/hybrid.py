@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.specs import (
     SpecProvider,
@@ -75,7 +76,7 @@ def _stock_submodules() -> HybridStackSubmodules:
 def _local_submodules(config: TransformerConfig, symbols: list[str]) -> HybridStackSubmodules:
     foreign = sorted(set(symbols) - set(LOCAL_SYMBOLS))
     if foreign:
-        raise ValueError(
+        raise Refused(
             f"without transformer-engine a hybrid pattern may have the layers {' '.join(LOCAL_SYMBOLS)}, "
             f"got {' '.join(foreign)}; install transformer-engine or change --hybrid-layer-pattern"
         )

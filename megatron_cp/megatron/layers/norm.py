@@ -5,6 +5,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_cp.errors import Refused
+
 
 class Norm(nn.Module):
     """The norm that `config.normalization` names, over the last dim; statistics in fp32 (fp64 for fp64 inputs).
@@ -29,10 +31,10 @@ class Norm(nn.Module):
         super().__init__()
         self.normalization = normalization or config.normalization
         if self.normalization not in ("LayerNorm", "RMSNorm"):
-            raise ValueError(f"normalization must be LayerNorm or RMSNorm, got {self.normalization!r}")
+            raise Refused(f"normalization must be LayerNorm or RMSNorm, got {self.normalization!r}")
         for name in ("memory_efficient_layer_norm", "fused_residual_rmsnorm"):
             if getattr(config, name, False):
-                raise ValueError(
+                raise Refused(
                     f"the local norm does not do {name}; leave it out or use --transformer-impl transformer_engine"
                 )
         self.hidden_size, self.eps = hidden_size, eps

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
@@ -165,7 +166,7 @@ def _layer_with_our_attention(layer: ModuleSpec) -> ModuleSpec:
     parts: Any = layer.submodules
     attention = getattr(parts.self_attention, "submodules", None)
     if attention is None or not hasattr(attention, "core_attention"):
-        raise ValueError(
+        raise Refused(
             f"the stock spec has a layer without core attention ({parts.self_attention}); "
             f"megatron-cp serves self-attention layers only"
         )
@@ -180,7 +181,7 @@ def _moe_layers(config: TransformerConfig) -> list[bool]:
     if isinstance(frequency, int):
         return [index % frequency == 0 for index in range(config.num_layers)]
     if len(frequency) != config.num_layers:
-        raise ValueError(f"moe_layer_freq needs {config.num_layers} entries, one per layer, got {len(frequency)}")
+        raise Refused(f"moe_layer_freq needs {config.num_layers} entries, one per layer, got {len(frequency)}")
     return [bool(entry) for entry in frequency]
 
 
@@ -222,12 +223,12 @@ def refuse_implementation(config: TransformerConfig) -> None:
     """Raise ValueError or RuntimeError unless the config's transformer implementation can carry our attention here."""
     if config.transformer_impl == "transformer_engine":
         if not HAVE_TE:
-            raise RuntimeError(
+            raise CannotRun(
                 "--transformer-impl transformer_engine needs transformer-engine, which is not installed; "
                 "install it or pass --transformer-impl local"
             )
     elif config.transformer_impl != "local":
-        raise ValueError(
+        raise Refused(
             f"megatron-cp's attention takes --transformer-impl local or transformer_engine, "
             f"got {config.transformer_impl!r}"
         )
@@ -237,7 +238,7 @@ def refuse_implementation(config: TransformerConfig) -> None:
 
 def _refuse_stock_mtp(model: Any, config: TransformerConfig) -> None:
     if config.mtp_num_layers and hasattr(model, "transformer") and not _mtp_is_ours():
-        raise ValueError(
+        raise Refused(
             "multi-token prediction (--mtp-num-layers) is built outside --spec, with stock attention; "
             "start through megatron_cp.launch or megatron_cp.pretrain_gpt, or leave --mtp-num-layers out"
         )
@@ -251,7 +252,7 @@ def _refuse_on_local(config: TransformerConfig) -> None:
         "heterogeneous_block_specs",
     ):
         if getattr(config, name, None):
-            raise ValueError(
+            raise Refused(
                 f"the local spec of megatron-cp does not do {name}, got {getattr(config, name)!r}; leave it out"
             )
 

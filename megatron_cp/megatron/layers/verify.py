@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.attention import Attention
 from torch import nn
 
+from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine import cpu
 
@@ -20,7 +21,7 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
     cores = core_attentions(models)
     foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
     if foreign:
-        raise RuntimeError(
+        raise CannotRun(
             f"some layers do not have megatron-cp's attention: {', '.join(foreign)}; "
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.bounds import least_memory
 from megatron_cp.pipeline.costs import Costs, uniform
@@ -41,7 +42,7 @@ def given(args: Any, placement: Placement) -> Known | None:
     try:
         return _known(file, placement, f"from {name}")
     except ValueError as error:
-        raise ValueError(f"--pp-costs {name}: {error}") from None
+        raise Refused(f"--pp-costs {name}: {error}") from None
 
 
 def measured(args: Any, placement: Placement, stages: Sequence[StageCosts], hop: float, steps: int) -> Known:
@@ -93,7 +94,7 @@ def refuse_cap(args: Any, placement: Placement, costs: Costs) -> None:
     limit = getattr(args, "pp_memory_limit", None)
     least = least_memory(placement, costs)
     if limit is not None and limit < least:
-        raise ValueError(f"--pp-memory-limit {limit:g} is below the minimum {least:g} M_B, one microbatch at a time")
+        raise Refused(f"--pp-memory-limit {limit:g} is below the minimum {least:g} M_B, one microbatch at a time")
 
 
 def describe(schedule: Schedule, known: Known) -> list[str]:

@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_cp.comm import wires
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.pipeline.split_linear import queue_in_force
 from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
@@ -171,7 +172,7 @@ class Pipeline:
     ) -> list[Any]:
         """One step, or with `forward_only` one batch of an evaluation; what Megatron's drivers take and return."""
         if adjust_tensor_shapes_fn is not None:
-            raise ValueError(f"--pp-schedule {self._rule.name} does not do adjusted tensor shapes (distillation)")
+            raise Refused(f"--pp-schedule {self._rule.name} does not do adjusted tensor shapes (distillation)")
         groups = schedules._build_default_pg_collection() if pg_collection is None else pg_collection
         chunks = model if isinstance(model, list) else [model]
         config = get_model_config(chunks[0])

@@ -21,6 +21,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_cp.comm import backwards, hand_over
+from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.run import global_args
 from megatron_cp.pipeline import on_v
 from megatron_cp.pipeline.placement import vee
@@ -67,7 +68,7 @@ def pipeline_of(chunk: Any) -> Any:
     vp_stage = get_attr_wrapped_model(chunk, "vp_stage")
     own = parallel_state.get_pipeline_model_parallel_group()
     if v_in_force() and group.rank() != rank_on_loop(own.rank(), vp_stage, own.size()):
-        raise RuntimeError(
+        raise CannotRun(
             "a schedule on the V needs the model of a config's builder, and this script hands a model provider to "
             "pretrain(); hand it a model config, or take a schedule on the loop"
         )

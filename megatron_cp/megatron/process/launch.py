@@ -7,12 +7,11 @@ import contextlib
 import os
 import runpy
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_cp import config
-from megatron_cp.errors import BadArguments, one_line
+from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.megatron import hooks
 from megatron_cp.megatron.arguments.command_line import has_te, wants_layers
 from megatron_cp.megatron.checkpoint import failed_save
@@ -21,8 +20,6 @@ from megatron_cp.megatron.machine.environment import environment_for_gpus, envir
 from megatron_cp.megatron.process import children, stop_signal
 from megatron_cp.megatron.run import values_of
 from megatron_cp.pipeline import on_v
-
-PACKAGE = os.path.dirname(os.path.abspath(config.__file__)) + os.sep
 
 
 class Plan(NamedTuple):
@@ -68,7 +65,7 @@ def door(argv: Sequence[str]) -> Iterator[Plan]:
     environment_from_slurm()
     environment_for_gpus(argv)
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_refusals_in_one_line())
+        undo.enter_context(refusals_in_one_line())
         undo.enter_context(children.ended_with_this_rank())
         undo.enter_context(failed_save.explained(next(iter(values_of(argv, "--save") or ()), None)))
         undo.enter_context(stop_signal.noted(_save_folder(argv)))
@@ -79,21 +76,12 @@ def door(argv: Sequence[str]) -> Iterator[Plan]:
 
 
 @contextlib.contextmanager
-def _refusals_in_one_line() -> Iterator[None]:
+def refusals_in_one_line() -> Iterator[None]:
+    """Exit with one line of text for a refusal inside the context; other errors keep their traceback."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
-        if not is_refusal(error):
-            raise
+    except (Refused, CannotRun) as error:
         raise SystemExit(f"[megatron-cp] rank {config.variable('RANK', '0')}: {one_line(error)}") from error
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether one of our own checks spoke: the text then says it all, and a traceback would hide it."""
-    if isinstance(error, BadArguments):
-        return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return PACKAGE in os.path.abspath(last.filename) and (last.line or "").startswith("raise ")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import NamedTuple
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.bounds import least_memory, lower_bound
 from megatron_cp.pipeline.costs import Costs
@@ -76,13 +77,11 @@ def auto(
     Raises ValueError for a cap under which no step could end, saying the least.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+        raise Refused(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
     task = Task(placement, m, costs, tuple(caps or [inf] * placement.ranks), objective)
     least = least_memory(placement, costs)
     if min(task.caps) < least - EPSILON:
-        raise ValueError(
-            f"a cap of {min(task.caps):g} M_B is below the minimum {least:g} M_B, one microbatch at a time"
-        )
+        raise Refused(f"a cap of {min(task.caps):g} M_B is below the minimum {least:g} M_B, one microbatch at a time")
     with _no_garbage_collector():
         best = _best_woven(task)
         for schedule in _ruled(task):

@@ -1,5 +1,6 @@
 """Interleaved zero bubble: the interleaved order (arXiv:2104.04473) with the delayed W of H1 (arXiv:2401.10241)."""
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import Action
 from megatron_cp.pipeline.placement import loop
 from megatron_cp.pipeline.schedules.order import alternate, delay_weights, in_groups
@@ -12,7 +13,7 @@ def izb(p: int, m: int, v: int, warmup: float = 1.0) -> list[list[Action]]:
             of plain interleaving, hides more of the transfers for up to p - 1 chunks more. Raises ValueError outside.
     """
     if not 1 <= warmup <= 2:
-        raise ValueError(f"the warm-up multiplier of izb lies between 1 and 2, got {warmup}")
+        raise Refused(f"the warm-up multiplier of izb lies between 1 and 2, got {warmup}")
     return [
         list(
             delay_weights(

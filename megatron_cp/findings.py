@@ -1,0 +1,34 @@
+"""Results of looking at a machine: one finding per subject, with its remedy."""
+
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Literal, NamedTuple
+
+Status = Literal["ok", "optional", "broken"]
+
+
+class Finding(NamedTuple):
+    """State of one subject; `remedy` is empty where nothing has to be done."""
+
+    subject: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def guarded(subject: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of `look`; an exception in it becomes a finding."""
+    try:
+        yield from look()
+    except Exception as error:
+        yield Finding(
+            subject, "broken", f"{type(error).__name__}: {error}", "mend what the error names, then run again"
+        )
+
+
+def installed(name: str) -> str | None:
+    """Return the installed version of a package; None without it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
