@@ -1,12 +1,12 @@
-"""Other libraries' ring attention in the same contest: ring-flash-attn and yunchang (extra `peers`).
+"""Compare with the ring attention of other libraries: ring-flash-attn and yunchang (extra `peers`).
 
-Both compute through flash-attn's low-level functions. Where that package is missing, as on every CPU, a stand-in with
-the same signatures takes its place for this process, backed by the kernel that everybody else in the contest uses.
+Both import flash-attn's low-level functions when they are imported themselves. Where that package is missing, as on
+every CPU, `flash_attn_modules` offers them the same signatures, backed by the kernel of the comparison.
 """
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -41,7 +41,7 @@ PEERS = (
 
 
 def installed() -> list[Peer]:
-    """The peers whose packages are here; raises RuntimeError when none is."""
+    """Return the peers whose packages are installed; raises RuntimeError when none is."""
     found = [peer for peer in PEERS if _version(peer.package)]
     if not found:
         raise RuntimeError("no peer is installed; pip install 'megatron-cp[peers]'")
@@ -49,11 +49,9 @@ def installed() -> list[Peer]:
 
 
 def load(peer: Peer, kernel: Kernel) -> Callable[..., Tensor]:
-    """The peer's function over `s b h d`: attend(q, k, v, causal, group)."""
-    if "flash_attn" not in sys.modules and importlib.util.find_spec("flash_attn") is None:
-        _stand_in(kernel)
-    sys.modules.setdefault("ring_flash_attn.adapters", _adapters())
-    function = getattr(import_module(peer.module), peer.function)
+    """Return the peer's function over `s b h d`: attend(q, k, v, causal, group)."""
+    with importable({**flash_attn_modules(kernel), "ring_flash_attn.adapters": _adapters()}):
+        function = getattr(import_module(peer.module), peer.function)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, group: Any) -> Tensor:
         # s b h d -> b s h d and back; the peers send what they are given, so it is made contiguous
@@ -65,7 +63,7 @@ def load(peer: Peer, kernel: Kernel) -> Callable[..., Tensor]:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """The bytes of each message that this process sends through torch's batched point-to-point calls meanwhile."""
+    """Collect the bytes of each message that this process sends through torch's batched point-to-point calls."""
     sizes: list[int] = []
     original = dist.batch_isend_irecv
 
@@ -80,6 +78,22 @@ def counted() -> Iterator[list[int]]:
         dist.batch_isend_irecv = original
 
 
+@contextmanager
+def importable(modules: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Let imports inside the block find `modules`, except those already imported; sys.modules is restored at its end.
+
+    This is the one place that touches sys.modules: the peers import packages that this machine lacks, and read the
+    functions they need while they are imported.
+    """
+    added = {name: module for name, module in modules.items() if name not in sys.modules}
+    sys.modules |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            sys.modules.pop(name, None)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -87,8 +101,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _stand_in(kernel: Kernel) -> None:
-    """Put modules named flash_attn in place whose low-level functions call `kernel`."""
+def flash_attn_modules(kernel: Kernel) -> dict[str, ModuleType]:
+    """Return modules with flash-attn's low-level functions, computed by `kernel`; none where it is installed."""
+    if "flash_attn" in sys.modules or importlib.util.find_spec("flash_attn") is not None:
+        return {}
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
 
     def _flash_attn_forward(
@@ -106,7 +122,7 @@ def _stand_in(kernel: Kernel) -> None:
     ) -> tuple[Tensor, Tensor, None, None]:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         out, lse = kernel.forward(q, k, v, scale=softmax_scale, causal=causal)
-        # flash_attn's own is in the queries' dtype
+        # flash_attn returns out in the queries' dtype
         return out.to(q.dtype).transpose(0, 1), lse.permute(1, 2, 0), None, None
 
     def _flash_attn_backward(
@@ -143,15 +159,15 @@ def _stand_in(kernel: Kernel) -> None:
     package.flash_attn_interface = interface  # type: ignore[attr-defined]
     package.flash_attn_func = _refused  # type: ignore[attr-defined]
     package.__version__ = "2.7.4"  # type: ignore[attr-defined]
-    sys.modules |= {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
+    return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
 
 def _adapters() -> ModuleType:
-    """ring-flash-attn imports its adapters, and these a transformers of their time; they are not in the contest."""
+    """Return an empty stand-in for ring-flash-attn's adapters, which need a transformers release of their time."""
     module = ModuleType("ring_flash_attn.adapters")
     module.substitute_hf_flash_attn = module.update_ring_flash_attn_params = _refused  # type: ignore[attr-defined]
     return module
 
 
 def _refused(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("this part of the library is not in the contest")
+    raise RuntimeError("this part of the library is not compared")

@@ -28,10 +28,12 @@ class WeightQueue:
 
     open:   whether linears are to hand their weight gradients to this queue at all
     always: whether some of them know no whole backward, so that a B goes through the queue too
+    on_put: called with the tensors of every weight gradient that starts to wait, for measurements
     """
 
     def __init__(self) -> None:
         self.open = self.always = False
+        self.on_put: Callable[[tuple[Tensor, ...]], None] | None = None
         self._waiting: dict[Hashable, deque[Work]] = {}
         self._key: Hashable | None = None
 
@@ -64,6 +66,8 @@ class WeightQueue:
 
     def put(self, run: Callable[..., None], *keeps: Tensor) -> None:
         """Let `run` wait for its W, when it is called with the tensors of `keeps`."""
+        if self.on_put is not None:
+            self.on_put(keeps)
         self._waiting[self._key].append(Work(run, keeps))
 
     def held(self, key: Hashable) -> int | None:

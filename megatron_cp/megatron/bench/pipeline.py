@@ -122,9 +122,11 @@ class ScheduleComparison:
         from megatron.core.pipeline_parallel import schedules
 
         from megatron_cp.megatron.pipeline.schedule import Pipeline
+        from megatron_cp.megatron.pipeline.split_linear import queue_in_force
 
         self._fabric, self._device, self.chunks, self._v = fabric, device, chunks, group.v
         self.observe: Observe = ActionRecorder().observe
+        self._queue = queue_in_force()
         self._baseline = BASELINES[group.v > 1]
         stock = schedules.get_forward_backward_func(fabric.size, group.v if group.v > 1 else None)
         self._functions: dict[str, Callable[..., Any]] = {self._baseline: stock}
@@ -137,7 +139,7 @@ class ScheduleComparison:
         for name in self._functions:
             live = LiveActivations(self.chunks.constants)
             self.observe = live.observe
-            with live.counting():
+            with live.counting(self._queue):
                 losses, gradients = self.step(name, m), self.chunks.gradients
             equal = losses == expected[0] and torch.equal(gradients, expected[1])
             (unequal,) = largest(self._fabric, self._device, not equal)
