@@ -55,7 +55,7 @@ HEAVY = ("torch", "megatron.core", "megatron.training", "matplotlib")
 ORDER = (
     "__init__.py config.py errors.py findings.py quiet.py runlog.py",
     "grid.py registry.py units.py",
-    "comm.py corpus hardware kernels recipe report.py",
+    "comm corpus hardware kernels recipe report.py",
     "context pipeline",
     "bench planner",
     "megatron plots",
@@ -79,9 +79,12 @@ ROOT_OF_ADAPTERS = 7
 # look a module up by its name: for the table of hooks, and for the table of libraries that are measured beside ours
 BY_STRING = ("megatron/rebind.py", "bench/peers.py")
 COLLECTIVES = {
-    *("all_gather all_gather_into_tensor all_gather_object all_reduce all_to_all all_to_all_single barrier").split(),
+    *("all_gather all_gather_into_tensor all_gather_object all_gather_single all_reduce all_to_all").split(),
+    *("all_to_all_single barrier").split(),
     *("batch_isend_irecv broadcast broadcast_object_list gather gather_object irecv isend recv reduce send").split(),
-    *("monitored_barrier reduce_scatter reduce_scatter_tensor scatter scatter_object_list P2POp").split(),
+    *(
+        "monitored_barrier reduce_scatter reduce_scatter_single reduce_scatter_tensor scatter scatter_object_list P2POp"
+    ).split(),
 }
 
 
@@ -171,7 +174,7 @@ def test_every_file_keeps_to_its_part() -> None:
     for path in FILES:
         name, root = name_of(path), tree(path)
         assert name.startswith(f"{ADAPTERS}/") or not [found for found in imported(root) if within(found, "megatron")]
-        assert name == "comm.py" or not list(collectives(root)), name
+        assert name == "comm/distributed.py" or not list(collectives(root)), name
         assert name == "config.py" or not list(environment_uses(root)), name
         assert name in BY_STRING or not list(loads_by_string(root)), name
 

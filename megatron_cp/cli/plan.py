@@ -79,7 +79,7 @@ def _plain(one: "Estimate") -> dict[str, Any]:
     names = ("tp", "cp", "backend", "pp", "vp", "dp", "ep", "micro_batch", "global_batch", "recompute")
     return {
         **{name: getattr(parallel, name) for name in names},
-        "grid": list(parallel.grid) if parallel.grid else None,
+        "grid": list(parallel.grid.sizes) if parallel.grid else None,
         "schedule": parallel.schedule_name,
         "step_seconds": one.seconds,
         "tokens_per_second_per_gpu": one.tokens_per_s_per_gpu,

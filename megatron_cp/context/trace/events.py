@@ -77,10 +77,14 @@ class Touch(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Bytes to or from a rank, numbered in the whole context-parallel group."""
+    """Bytes to or from a rank, numbered in the whole context-parallel group.
+
+    form: dtype and shape of the tensor's rows, in words; with the size it says its whole shape
+    """
 
     peer: int
     size: int
+    form: str = ""
 
 
 class Post(NamedTuple):
@@ -225,11 +229,12 @@ def _match_messages(run: Pass) -> None:
     for channel in sorted({*sent, *due}):
         _, src, dst = channel
         here, there = sent[channel], due[channel]
-        for number, (size, expected) in enumerate(zip(here, there, strict=False)):
-            if size != expected:
-                raise UnmatchedError(
-                    f"message {number} from rank {src} to rank {dst} has {size} bytes, the receiver expects {expected}"
-                )
+        for number, (message, expected) in enumerate(zip(here, there, strict=False)):
+            where = f"message {number} from rank {src} to rank {dst}"
+            if message.size != expected.size:
+                raise UnmatchedError(f"{where} has {message.size} bytes, the receiver expects {expected.size}")
+            if message.form != expected.form:
+                raise UnmatchedError(f"{where} has {message.form}, the receiver expects {expected.form}")
         if len(here) < len(there):
             raise UnmatchedError(
                 f"rank {dst} waits for {len(there)} messages of rank {src}, who sends {len(here) or 'nothing'}"
@@ -238,16 +243,16 @@ def _match_messages(run: Pass) -> None:
             raise UnmatchedError(f"rank {src} sends {len(here)} messages to rank {dst}, who takes {len(there)}")
 
 
-def _messages(run: Pass) -> tuple[dict[Channel, list[int]], dict[Channel, list[int]]]:
-    """Sizes of what is sent and of what is expected, in order, per group, sender and receiver."""
-    sent: dict[Channel, list[int]] = defaultdict(list)
-    due: dict[Channel, list[int]] = defaultdict(list)
+def _messages(run: Pass) -> tuple[dict[Channel, list[Message]], dict[Channel, list[Message]]]:
+    """List what is sent and what is expected, in order, per group, sender and receiver."""
+    sent: dict[Channel, list[Message]] = defaultdict(list)
+    due: dict[Channel, list[Message]] = defaultdict(list)
     for rank in range(len(run.steps)):
         for post in run._posts(rank):
-            for peer, size in post.sends:
-                sent[post.group, rank, peer].append(size)
-            for peer, size in post.recvs:
-                due[post.group, peer, rank].append(size)
+            for message in post.sends:
+                sent[post.group, rank, message.peer].append(message)
+            for message in post.recvs:
+                due[post.group, message.peer, rank].append(message)
     return sent, due
 
 
@@ -284,8 +289,8 @@ class _Progress:
 
     def _post(self, rank: int, post: Post) -> list[int]:
         mine = (rank, post.batch)
-        sends = [((post.group, rank, peer), "send", "recv") for peer, _ in post.sends]
-        recvs = [((post.group, peer, rank), "recv", "send") for peer, _ in post.recvs]
+        sends = [((post.group, rank, message.peer), "send", "recv") for message in post.sends]
+        recvs = [((post.group, message.peer, rank), "recv", "send") for message in post.recvs]
         woken = []
         for channel, half, other in (*sends, *recvs):
             if waiting := self._halves[channel, other]:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from megatron_cp.comm import Done, Fabric, Handle, axes_of
+from megatron_cp.comm import Done, Fabric, Handle, MessageError, axes_of
+from megatron_cp.comm.fabric import (
+    all_gather_by_exchange,
+    all_to_all_by_exchange,
+    check_batch,
+    check_parts,
+    form,
+    row_form,
+    size_in_bytes,
+)
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.function import run as attend
 from megatron_cp.context.layouts import layout
@@ -131,7 +140,7 @@ class Recorder(LiveBytes):
         if kind == "in place":
             result = args[0]
             if self._is_host(result) or (len(args) > 1 and self._is_host(args[1])):
-                self.note(HostCopy(_bytes(result)))
+                self.note(HostCopy(size_in_bytes(result)))
                 return result
         else:
             run = partial(self._shaped, func) if kind == "new" else func
@@ -139,7 +148,7 @@ class Recorder(LiveBytes):
         if func.overloadpacket.__name__ in ("bmm", "mm"):
             self.note(Matmul(2 * result.numel() * args[0].shape[-1], self.backward))
         elif kind != "free":
-            self._touched += sum(_bytes(x) for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor))
+            self._touched += sum(size_in_bytes(x) for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor))
         return result
 
     def _is_host(self, value: Any) -> bool:
@@ -154,6 +163,12 @@ class Recorder(LiveBytes):
             return result
         size, stride, dtype = self._forms[key]
         return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+    def check_device(self, tensors: Sequence[Tensor]) -> None:
+        """Raise MessageError for a tensor that is not in the memory of the ranks' device."""
+        for tensor in tensors:
+            if tensor.device.type != "meta" or self._is_host(tensor):
+                raise MessageError(f"messages must be in device memory, got {form(tensor)} in host memory")
 
     def note(self, event: Event) -> None:
         """Append an event, after what was touched before it."""
@@ -204,32 +219,39 @@ def _form(value: Any) -> Any:
 
 
 class RecordingFabric:
-    """A rank of `members` that talks to nobody."""
+    """A rank of `members` whose messages are noted instead of sent."""
 
     def __init__(self, recorder: Recorder, members: tuple[int, ...], me: int) -> None:
         self._recorder, self._members = recorder, members
         self.rank, self.size, self.sent = members.index(me), len(members), 0
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Handle:
-        assert all(tensor.is_contiguous() for tensor, _ in chain(sends, recvs)), "messages are contiguous tensors"
+        check_batch(self, sends, recvs)
+        self._recorder.check_device([tensor for tensor, _ in chain(sends, recvs)])
         if not sends and not recvs:
             return Done()
-        self.sent += sum(_bytes(tensor) for tensor, _ in sends)
+        self.sent += sum(size_in_bytes(tensor) for tensor, _ in sends)
         return self._recorder.post(self._members, self._messages(sends), self._messages(recvs), [*sends, *recvs])
 
     def all_gather(self, local: Tensor) -> Tensor:
-        # as the flat buffer of a process group: room for all, one's own part copied into it
-        gathered, local = local.new_empty((self.size, *local.shape)), local.contiguous()
-        gathered[self.rank] = local
-        others = [peer for peer in range(self.size) if peer != self.rank]
-        self.exchange([(local, peer) for peer in others], [(gathered[peer], peer) for peer in others]).wait()
-        return gathered
+        return all_gather_by_exchange(self, local)
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        check_parts(self, whole)
+        # added up on the way, so that one buffer takes all parts
+        part, whole = whole.new_empty(whole.shape[1:]), whole.contiguous()
+        others = [peer for peer in range(self.size) if peer != self.rank and part.numel()]
+        self.exchange([(whole[peer], peer) for peer in others], [(part, peer) for peer in others]).wait()
+        return part
+
+    def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
+        return all_to_all_by_exchange(self, rows, sends, recvs)
 
     def subset(self, ranks: Sequence[int]) -> "RecordingFabric":
         return RecordingFabric(self._recorder, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
 
     def _messages(self, transfers: Sequence[tuple[Tensor, int]]) -> list[Message]:
-        return [Message(self._members[peer], _bytes(tensor)) for tensor, peer in transfers]
+        return [Message(self._members[peer], size_in_bytes(tensor), row_form(tensor)) for tensor, peer in transfers]
 
 
 class _Pending:
@@ -273,7 +295,3 @@ class RecordingKernel:
         self._recorder.note(
             Compute(len(q), len(k), batches * q.shape[2], batches * k.shape[2], q.shape[3], causal, backward)
         )
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -196,16 +196,19 @@ class _Play:
     def _post(self, rank: int, post: Post) -> None:
         now, mine = self._clock[rank], (rank, post.batch)
         self._open[mine] += len(post.sends) + len(post.recvs)
-        for peer, size in post.sends:
-            half = self._halves[post.group, rank, peer]
-            half.sends.append((mine, size))
+        for message in post.sends:
+            half = self._halves[post.group, rank, message.peer]
+            half.sends.append((mine, message.size))
             self._pair(half, now)
-        for peer, _ in post.recvs:
-            half = self._halves[post.group, peer, rank]
+        for message in post.recvs:
+            half = self._halves[post.group, message.peer, rank]
             half.recvs.append(mine)
             self._pair(half, now)
-        busy = sum(size * self._cluster.link(rank, peer).busy_s_per_byte for peer, size in (*post.sends, *post.recvs))
-        busy += sum(self._cluster.link(rank, peer).busy_s_per_message for peer, _ in post.sends)
+        busy = sum(
+            message.size * self._cluster.link(rank, message.peer).busy_s_per_byte
+            for message in (*post.sends, *post.recvs)
+        )
+        busy += sum(self._cluster.link(rank, message.peer).busy_s_per_message for message in post.sends)
         self._spend(rank, "transfer", busy)
 
     def _pair(self, half: _Half, now: float) -> None:

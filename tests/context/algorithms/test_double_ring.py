@@ -39,7 +39,7 @@ def sent(grid, **choices):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=by_grid)
 def test_full_mask_sends_each_block_once_between_windows(grid):
-    inner, outer = grid
+    inner, outer = grid.sizes
     counted, unit = sent(grid, causal=False)
     forward = 2 * outer * (inner - 1) * unit, 2 * (outer - 1) * unit
     # K and V again, and their gradients
@@ -50,7 +50,7 @@ def test_full_mask_sends_each_block_once_between_windows(grid):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=by_grid)
 def test_causal_zigzag_sends_three_quarters_inside_and_between(grid):
-    inner, outer = grid
+    inner, outer = grid.sizes
     counted, unit = sent(grid, causal=True)
     ranks = inner * outer
     full = ranks * 2 * outer * (inner - 1) * unit, ranks * 2 * (outer - 1) * unit

@@ -70,7 +70,7 @@ def sent(backend, grid, causal, heads=8, kv_heads=2):
 @pytest.mark.parametrize("grid", GRIDS, ids=by_grid)
 def test_wallfacer_sends_queries_along_rows_and_keys_along_columns(grid):
     counted, u, uq, us = sent("wallfacer", grid, causal=False)
-    a, c = grid
+    a, c = grid.sizes
     forward = (a - 1) * (2 * uq + us) + (c - 1) * 2 * u
     backward = (a - 1) * (3 * uq + 2 * us) + (c - 1) * 4 * u
     assert counted == [forward + backward] * (a * c)
@@ -79,7 +79,7 @@ def test_wallfacer_sends_queries_along_rows_and_keys_along_columns(grid):
 @pytest.mark.parametrize("grid", GRIDS, ids=by_grid)
 def test_causal_wallfacer_leaves_what_nobody_sees(grid):
     counted, u, uq, us = sent("wallfacer", grid, causal=True)
-    a, c = grid
+    a, c = grid.sizes
     # 1 - 1 / 4c of the queries, 3/4 of the keys
     queries, keys = (4 * c - 1) * (a - 1) * (5 * uq + 3 * us), 3 * (c - 1) * 6 * u
     assert 4 * c * sum(counted) == a * c * (queries + c * keys)

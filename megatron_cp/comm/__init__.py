@@ -1,0 +1,50 @@
+"""How ranks talk: over torch.distributed, between threads of one process, or not at all with a single rank."""
+
+from megatron_cp.comm.distributed import (
+    GroupFabric,
+    Wire,
+    backwards,
+    collective,
+    connected,
+    hand_over,
+    wires,
+)
+from megatron_cp.comm.fabric import (
+    Done,
+    Fabric,
+    Handle,
+    Members,
+    Message,
+    MessageError,
+    Peers,
+    SingleFabric,
+    Transfer,
+    axes_of,
+    largest,
+    values_of_all,
+)
+from megatron_cp.comm.in_process import LocalFabric, in_process
+
+__all__ = [
+    "Done",
+    "Fabric",
+    "GroupFabric",
+    "Handle",
+    "LocalFabric",
+    "Members",
+    "Message",
+    "MessageError",
+    "Peers",
+    "SingleFabric",
+    "Transfer",
+    "Wire",
+    "axes_of",
+    "backwards",
+    "collective",
+    "connected",
+    "hand_over",
+    "in_process",
+    "largest",
+    "values_of_all",
+    "wires",
+]

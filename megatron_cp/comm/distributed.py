@@ -1,0 +1,158 @@
+"""Ranks that are processes, through torch.distributed. The only file that calls a collective."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cp.comm.fabric import Done, Message, Transfer, check_counts, check_parts, size_in_bytes
+from megatron_cp.errors import CannotRun
+
+# torch 2.14 renamed two collectives and warns of the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class GroupFabric:
+    """The ranks of a torch.distributed process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size, self.sent = dist.get_rank(group), dist.get_world_size(group), 0
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Transfer:
+        self.sent += sum(size_in_bytes(tensor) for tensor, _ in sends)
+        operations = [self._operation(dist.isend, message) for message in sends]
+        operations += [self._operation(dist.irecv, message) for message in recvs]
+        return _Works(dist.batch_isend_irecv(operations), sends) if operations else Done()
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        self.sent += (self.size - 1) * size_in_bytes(local)
+        # gloo wants the flat concatenated shape
+        gathered = local.new_empty((self.size * local.shape[0], *local.shape[1:]))
+        _all_gather(gathered, local.contiguous(), group=self.group)
+        return gathered.view(self.size, *local.shape)
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        check_parts(self, whole)
+        part = whole.new_empty(whole.shape[1:])
+        self.sent += (self.size - 1) * size_in_bytes(part)
+        # flat, because gloo wants one dim of p equal parts
+        _reduce_scatter(part.view(-1), whole.contiguous().view(-1), group=self.group)
+        return part
+
+    def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
+        check_counts(self, rows, sends, recvs)
+        self.sent += size_in_bytes(rows) - size_in_bytes(rows[: sends[self.rank]])
+        arrived = rows.new_empty((sum(recvs), *rows.shape[1:]))
+        dist.all_to_all_single(arrived, rows.contiguous(), list(recvs), list(sends), group=self.group)
+        return arrived
+
+    def subset(self, ranks: Sequence[int]) -> "GroupFabric":
+        members = [dist.get_global_rank(self.group, rank) for rank in ranks]
+        group = dist.new_group(members, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return GroupFabric(group)
+
+    def _operation(self, kind: Callable, message: Message) -> dist.P2POp:
+        tensor, peer = message
+        return dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
+
+
+class Wire:
+    """Point-to-point messages over a separate communicator, in order between two ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+
+    def send(self, tensor: Tensor, peer: int) -> Transfer:
+        return _Works([dist.isend(tensor, group=self._group, group_dst=peer)], [(tensor, peer)])
+
+    def receive(self, buffer: Tensor, peer: int) -> Transfer:
+        return _Works([dist.irecv(buffer, group=self._group, group_src=peer)], [])
+
+
+def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None) -> list[Wire]:
+    """`count` communicators of the group's ranks, numbered as in it.
+
+    Every process of the run calls this together, each with its own group: only then do all agree on the names of the
+    new groups, whatever other groups some of them belong to.
+    """
+    members = tuple(dist.get_process_group_ranks(group))
+    assert list(members) == sorted(members), f"a new group would number the ranks {members} differently"
+    made = {ranks: [dist.new_group(list(ranks), timeout) for _ in range(count)] for ranks in _groups_of_all(members)}
+    return [Wire(new) for new in made[members] if isinstance(new, dist.ProcessGroup)]
+
+
+def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group's ranks numbered from the other end; every process of the run calls this together, as for `wires`.
+
+    Raises RuntimeError where torch numbers the ranks of every group upwards.
+    """
+    if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+        raise CannotRun(f"a group that counts its ranks downwards needs torch 2.12 or later, got {torch.__version__}")
+    members = tuple(dist.get_process_group_ranks(group))
+    made = {ranks: dist.new_group(list(ranks[::-1]), sort_ranks=False) for ranks in _groups_of_all(members)}
+    found = made[members]
+    assert isinstance(found, dist.ProcessGroup)
+    return found
+
+
+def hand_over[T](group: dist.ProcessGroup, source: int, target: int, value: T) -> T:
+    """`value` of rank `source` of the group, on rank `target`; other ranks keep their own. It travels as an object."""
+    box = [value]
+    if group.rank() == source:
+        dist.send_object_list(box, group=group, group_dst=target)
+    if group.rank() == target:
+        dist.recv_object_list(box, group=group, group_src=source)
+    return box[0]
+
+
+def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The ranks of every group that some process of the run has named, the same list on all."""
+    found: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(found, members)
+    return sorted(set(found))
+
+
+@contextmanager
+def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator[GroupFabric]:
+    """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    assert dist.group.WORLD is not None
+    yield GroupFabric(dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _Works:
+    """Requests of one batch; holds on to what is being sent."""
+
+    def __init__(self, works: Sequence[dist.Work | None], sends: Sequence[Message]) -> None:
+        # None is what a rank outside the group gets
+        self._works, self._sends = [work for work in works if work], sends
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works, self._sends = [], ()
+
+    def done(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
+def collective(group: dist.ProcessGroup, kind: str, whole: Tensor) -> None:
+    """A "gather", "scatter" or "reduce" of all of `whole`, flat, whose content is lost: for the time that it takes."""
+    part = whole[: whole.shape[0] // group.size()].clone()
+    if kind == "gather":
+        _all_gather(whole, part, group=group)
+    elif kind == "scatter":
+        _reduce_scatter(part, whole, group=group)
+    else:
+        dist.all_reduce(whole, group=group)

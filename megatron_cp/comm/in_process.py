@@ -1,0 +1,166 @@
+"""Ranks that are threads of this process, for laws and checks on one GPU.
+
+As strict as a process group of GPUs: a message must fit its buffer in dtype, shape and kind of device, and every
+message that is sent must be received.
+"""
+
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_cp.comm.fabric import (
+    Message,
+    MessageError,
+    Transfer,
+    all_gather_by_exchange,
+    all_to_all_by_exchange,
+    check_batch,
+    check_pair,
+    check_parts,
+    size_in_bytes,
+)
+
+TIMEOUT_SECONDS = 60
+
+
+class Channel(NamedTuple):
+    """One direction between two ranks of a group; the ranks of `group` are those of the whole process."""
+
+    group: tuple[int, ...]
+    src: int
+    dst: int
+
+
+class Numbered(NamedTuple):
+    """The n-th message of a channel, counted by each side in the order of its own calls."""
+
+    channel: Channel
+    number: int
+
+
+class Mailbox:
+    """Messages between the ranks of `in_process`; a rank that fails wakes those that wait for it.
+
+    running: held by the one rank that runs, released while it waits for a message. Ranks that ran at the same time
+             would pass the interpreter back and forth at every torch op.
+    """
+
+    def __init__(self) -> None:
+        self.running = threading.Lock()
+        self._arrival: defaultdict[Channel, threading.Condition] = defaultdict(
+            lambda: threading.Condition(self.running)
+        )
+        self.messages: dict[Numbered, Tensor] = {}
+        self._sent: Counter[Channel] = Counter()
+        self._expected: Counter[Channel] = Counter()
+        self.failed: BaseException | None = None
+
+    def put(self, channel: Channel, tensor: Tensor) -> None:
+        """Store a copy of the channel's next message."""
+        self.messages[Numbered(channel, self._sent[channel])] = tensor.detach().clone()
+        self._sent[channel] += 1
+        self._arrival[channel].notify()
+
+    def expect(self, channel: Channel) -> Numbered:
+        """Return the number of the next message that the channel's receiver takes."""
+        self._expected[channel] += 1
+        return Numbered(channel, self._expected[channel] - 1)
+
+    def take(self, due: Numbered) -> Tensor:
+        """Wait for a message and remove it."""
+        arrived = self._arrival[due.channel].wait_for(
+            lambda: due in self.messages or self.failed, timeout=TIMEOUT_SECONDS
+        )
+        if self.failed:
+            raise RuntimeError(f"another rank failed: {self.failed}")
+        if not arrived:
+            raise MessageError(f"rank {due.channel.dst} waits for rank {due.channel.src}, which sends nothing")
+        return self.messages.pop(due)
+
+    def fail(self, error: BaseException) -> None:
+        """Wake all ranks with the first error."""
+        self.failed = self.failed or error
+        for arrival in self._arrival.values():
+            arrival.notify_all()
+
+
+class LocalFabric:
+    """One of the ranks of `in_process`."""
+
+    def __init__(self, mailbox: Mailbox, members: tuple[int, ...], me: int) -> None:
+        self._mailbox, self._members = mailbox, members
+        self.rank, self.size, self.sent = members.index(me), len(members), 0
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Transfer:
+        check_batch(self, sends, recvs)
+        for tensor, peer in sends:
+            self.sent += size_in_bytes(tensor)
+            self._mailbox.put(Channel(self._members, self.rank, peer), tensor)
+        due = [(buffer, self._mailbox.expect(Channel(self._members, peer, self.rank))) for buffer, peer in recvs]
+        return _Receives(self, self._mailbox, due)
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        return all_gather_by_exchange(self, local)
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        check_parts(self, whole)
+        parts = torch.empty_like(whole, memory_format=torch.contiguous_format)
+        parts[self.rank] = whole[self.rank]
+        others = [peer for peer in range(self.size) if peer != self.rank and whole.numel()]
+        sends = [(whole[peer].contiguous(), peer) for peer in others]
+        self.exchange(sends, [(parts[peer], peer) for peer in others]).wait()
+        return parts.sum(0, dtype=whole.dtype)
+
+    def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
+        return all_to_all_by_exchange(self, rows, sends, recvs)
+
+    def subset(self, ranks: Sequence[int]) -> "LocalFabric":
+        return LocalFabric(self._mailbox, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
+
+
+class _Receives:
+    """The receives of one batch."""
+
+    def __init__(self, fabric: LocalFabric, mailbox: Mailbox, due: list[tuple[Tensor, Numbered]]) -> None:
+        self._fabric, self._mailbox, self._due = fabric, mailbox, due
+
+    def wait(self) -> None:
+        for buffer, message in self._due:
+            tensor = self._mailbox.take(message)
+            check_pair(self._fabric, message.channel.src, tensor, buffer)
+            buffer.copy_(tensor)
+        self._due = []
+
+    def done(self) -> bool:
+        return not self._due
+
+
+def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
+    """Run `body` on each of `size` ranks, threads of this process that run one at a time, and return its results.
+
+    The first rank to raise wakes the others, and its error is raised here; MessageError if a message was never
+    received. On CUDA the body must call a backend's forward and backward itself: autograd runs all backward calls of a
+    device on one thread, where ranks that wait for each other would deadlock.
+    """
+    mailbox = Mailbox()
+
+    def rank_body(rank: int) -> T:
+        with mailbox.running:
+            try:
+                return body(LocalFabric(mailbox, tuple(range(size)), rank))
+            except BaseException as error:
+                mailbox.fail(error)
+                raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(rank_body, rank) for rank in range(size)]
+    if mailbox.failed:
+        raise mailbox.failed
+    for channel, _ in mailbox.messages:
+        raise MessageError(f"rank {channel.src} sent a message to rank {channel.dst}, which never received it")
+    return [future.result() for future in futures]
