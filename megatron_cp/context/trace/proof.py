@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import LocalFabric, in_process
+from megatron_cp.comm import LocalFabric, MessageError, in_process
 from megatron_cp.context.attend import attend
 from megatron_cp.context.layouts import indices
 from megatron_cp.context.trace.events import Problem
@@ -40,10 +40,13 @@ def prove(problem: Problem) -> Proof:
     Raises ValueError for what the backend refuses.
     """
     book = Book(problem)
-    wrong = _run(problem, book)
-    if wrong and not book.asked:
-        # the loop computes without a kernel
-        wrong = probe(problem, book.visible)
+    try:
+        wrong = _run(problem, book)
+        if wrong and not book.asked:
+            # the loop computes without a kernel
+            wrong = probe(problem, book.visible)
+    except MessageError as error:
+        wrong = str(error)
     return Proof(not wrong, wrong, 0 if wrong else int(book.visible.sum()) * problem.heads)
 
 
@@ -53,6 +56,8 @@ def _run(problem: Problem, book: "Book") -> str:
         in_process(problem.ranks, lambda fabric: _rank(problem, book, fabric))
         for counts in (book.forward, book.backward):
             counts.check()
+    except MessageError:
+        raise
     except (NotExactError, RuntimeError, AssertionError, IndexError) as error:
         return str(error) or type(error).__name__
     return ""
