@@ -1,0 +1,261 @@
+"""Write the parts of the pages that come from registries and data files: `python docs/generate.py [--check]`.
+
+A page encloses such a part between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from ruamel.yaml import YAML
+
+from megatron_cp.cli import app
+from megatron_cp.cli.backends import COLUMNS, rows
+from megatron_cp.context import AUTO, BACKENDS, Backend
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
+from megatron_cp.kernels import KERNELS
+from megatron_cp.megatron.hooks import HOOKS
+from megatron_cp.pipeline import SCHEDULES, Rule
+from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.costs import uniform
+from megatron_cp.pipeline.simulate import Run, simulate
+from megatron_cp.recipe import recipe
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PART = re.compile(r"<!-- generated: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+RANKS, MICROS = 4, 8
+
+
+def table(head: Sequence[str], body: Iterator[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
+def linked(path: Path) -> str:
+    """A link to a file of the repository from a page in docs/."""
+    return f"[`{path.name}`](../{path.relative_to(ROOT).as_posix()})"
+
+
+def source_of(entry: Backend) -> str:
+    """Links to the files that define an algorithm: its loop, and where the loop serves several, the layouts."""
+    if entry.name == AUTO:
+        return linked(ROOT / "megatron_cp/context/choose.py")
+    loop = Path(inspect.getfile(entry.load()))
+    named = loop.stem.replace("_", "-") == entry.name
+    return linked(loop) if named else f"{linked(loop)}, {linked(ROOT / 'megatron_cp/context/layouts.py')}"
+
+
+def algorithms() -> str:
+    files = [source_of(entry) for entry in BACKENDS]
+    cells = ((f"`{name}`", *rest, file) for (name, *rest), file in zip(rows(), files, strict=True))
+    return table([*COLUMNS, "file"], cells)
+
+
+def schedules() -> str:
+    head = ["--pp-schedule", "also", "stages", "chunks per rank", "backward", "what it does", "source", "file"]
+    return table(head, (schedule_row(rule) for rule in SCHEDULES))
+
+
+def schedule_row(rule: Rule) -> list[str]:
+    chunks = "free" if rule.chunks is None else str(rule.chunks)
+    function = rule.table
+    file = Path(inspect.getfile(function)) if function else ROOT / "megatron_cp/pipeline/schedules/auto.py"
+    backward = "I and W" if rule.split else "whole"
+    stages = rule.placement if function else "either"
+    return [f"`{rule.name}`", ", ".join(rule.aliases), stages, chunks, backward, rule.what, rule.paper, linked(file)]
+
+
+def played(name: str, micros: int) -> Run:
+    """One step of `micros` microbatches on four ranks; F, I and W of a rank's layers take three units each over v."""
+    rule = SCHEDULES.get(name)
+    where = place(rule, RANKS)
+    v = where.chunks
+    costs = uniform(where, (v, v, v, 0))
+    return simulate(build(name, RANKS, micros, costs=costs), costs)
+
+
+def schedule_costs() -> str:
+    head = ["schedule", "chunks", "makespan", "bubble", "peak activations, M_B"]
+    return table(head, (cost_row(rule) for rule in SCHEDULES))
+
+
+def cost_row(rule: Rule) -> list[str]:
+    run = played(rule.name, MICROS)
+    v = run.schedule.placement.chunks
+    return [f"`{rule.name}`", str(v), f"{run.makespan / v:g}", f"{run.bubble:.1%}", f"{max(run.peak):g}"]
+
+
+def timeline(name: str, micros: int) -> str:
+    """One line per rank, one cell per unit of time."""
+    run = played(name, micros)
+    lines = [f"rank {rank}  {''.join(cells(run, rank)).rstrip()}" for rank in range(RANKS)]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def cells(run: Run, rank: int) -> list[str]:
+    """Capital letters are actions of the first chunk, small ones of the others."""
+    line = [" . "] * round(run.makespan)
+    chunk_of = {stage: chunk for chunk, stage in enumerate(run.schedule.placement.of_rank[rank])}
+    played_actions = zip(run.schedule.table[rank], run.starts[rank], run.ends[rank], strict=True)
+    for action, start, end in played_actions:
+        kind = action.kind.lower() if chunk_of[action.stage] else action.kind
+        line[round(start) : round(end)] = [f"{kind}{action.micro} ", *[" = "] * (round(end) - round(start) - 1)]
+    return line
+
+
+def recipes() -> str:
+    head = ["recipe", "cluster", "processes", "tokens", "TP", "PP", "CP", "algorithm", "schedule"]
+    return table(head, (recipe_row(Path(name).name) for name in recipe.shipped("recipes")))
+
+
+def recipe_row(name: str) -> list[str]:
+    one = recipe.load(name, {"DATA_PATH": "corpus"})
+    sizes = [one.flag(f"--{kind}-model-parallel-size", "1") for kind in ("tensor", "pipeline")]
+    processes = 1
+    for flag in ("--nnodes", "--nproc-per-node"):
+        processes *= int(one.launch[flag].text) if flag in one.launch else 1
+    cp = one.number("--context-parallel-size", 1)
+    algorithm = BACKENDS.get(one.flag("--cp-comm-type", "p2p")).name if cp > 1 else ""
+    schedule = one.flag("--pp-schedule", megatrons_schedule(one))
+    tokens = f"{one.number('--seq-length', 1):,}"
+    return [f"`{name}`", one.cluster or "", f"{processes:,}", tokens, *sizes, str(cp), algorithm, schedule]
+
+
+def megatrons_schedule(one: recipe.Recipe) -> str:
+    if one.number("--pipeline-model-parallel-size", 1) == 1:
+        return ""
+    chunks = {"--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"}
+    return "Megatron's interleaved" if chunks & set(one.model_args) else "Megatron's 1F1B"
+
+
+def clusters() -> str:
+    head = ["cluster", "attention", "matrix products", "memory", "GPUs of a node", "links inside", "links between"]
+    return table(head, (cluster_row(load_cluster(name)) for name in shipped_clusters()))
+
+
+def cluster_row(one: Cluster) -> list[str]:
+    products = ", ".join(f"{dtype} {gemm.rates[-1] / 1e12:.3g} TFLOP/s" for dtype, gemm in one.gemms)
+    links = [f"{link.bytes_per_s / 1e9:.3g} GB/s" if link else "" for link in (one.inside, one.between)]
+    memory = f"{one.memory_bytes / 1e9:.3g} GB" if one.memory_bytes else ""
+    attention = f"{one.dtype} {one.flops_forward / 1e12:.3g} and {one.flops_backward / 1e12:.3g} TFLOP/s"
+    return [f"`{one.name}`", attention, products, memory, str(one.ranks_per_node), *links]
+
+
+def kernels() -> str:
+    body = ([f"`{entry.name}`", ", ".join(entry.aliases), entry.needs, entry.summary] for entry in KERNELS)
+    return table(["--cp-kernel", "also", "needs", "what it is"], body)
+
+
+def hooks() -> str:
+    body = ([f"`{hook.name}`", hook.reason, hook.retired_by] for hook in HOOKS)
+    return table(["hook", "why it is needed", "upstream change that would retire it"], body)
+
+
+def order() -> str:
+    """The order of folders, as the test of layers has it."""
+    from tests.test_layers import ADAPTER_ORDER, ORDER
+
+    def shown(lines: Sequence[str]) -> list[str]:
+        return [f"{number:>2}  {line}" for number, line in enumerate(lines, 1)]
+
+    inside = ["", "inside megatron/:", *shown(ADAPTER_ORDER)]
+    return "\n".join(["```text", *shown(ORDER), *inside, "```"])
+
+
+def glossary() -> str:
+    body = (
+        [f"**{entry['term']}**", entry["means"], entry.get("megatron", ""), "; ".join(words_of_papers(entry))]
+        for entry in sorted(data("glossary"), key=lambda entry: entry["term"].lower())
+    )
+    return table(["term", "meaning", "in Megatron", "in the papers"], body)
+
+
+def words_of_papers(entry: dict[str, Any]) -> list[str]:
+    return [f"{word} ({paper})" for paper, word in entry.get("papers", {}).items()]
+
+
+def walk(name: str) -> str:
+    """The files of one walk in order, each once per entry, with the reason for entering a file again."""
+    (steps,) = (one["steps"] for one in data("walks") if one["name"] == name)
+    return table(["", "file", "what happens there"], (walk_row(number, step) for number, step in enumerate(steps, 1)))
+
+
+def walk_row(number: int, step: dict[str, str]) -> list[str]:
+    notes = [f"Reached through {step['through']}." if "through" in step else ""]
+    notes.append(f"Entered again: {step['again']}." if "again" in step else "")
+    file = f"[`{step['file']}`](../megatron_cp/{step['file']})"
+    return [str(number), file, " ".join([step["does"], *filter(None, notes)])]
+
+
+def options() -> str:
+    """A page of every command with its options, as `--help` has them."""
+    page = [
+        "# Options of every command",
+        "Megatron's, torchrun's and sbatch's flags follow a RECIPE where one is named.",
+    ]
+    for name, command in commands(typer.main.get_command(app)).items():
+        rows_ = (option_row(one) for one in command.params if one.name != "help")
+        page += [f"## `megatron-cp {name}`", command.help or "", table(["option", "default", "meaning"], rows_)]
+    return "\n\n".join(page) + "\n"
+
+
+def option_row(one: Any) -> list[str]:
+    names = one.opts + one.secondary_opts if one.param_type_name == "option" else [one.metavar or one.name.upper()]
+    default = "" if one.default in (None, False) or callable(one.default) else f"`{one.default}`"
+    return [", ".join(f"`{name}`" for name in names), default, " ".join((one.help or "").split()).replace("|", "\\|")]
+
+
+def commands(group: Any, before: str = "") -> dict[str, Any]:
+    """Every command that has no commands of its own, by the words after `megatron-cp`."""
+    found: dict[str, Any] = {}
+    for name, one in group.commands.items():
+        found |= commands(one, f"{before}{name} ") if hasattr(one, "commands") else {before + name: one}
+    return found
+
+
+def data(name: str) -> Any:
+    return YAML(typ="safe").load(DOCS / f"{name}.yaml")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    part.__name__.replace("_", "-"): part
+    for part in (algorithms, schedules, schedule_costs, recipes, clusters, kernels, hooks, order, glossary)
+}
+
+
+def part(name: str) -> str:
+    """The text of a part, such as `schedules`, `timeline zb-h1 4` or `walk q`."""
+    kind, *words = name.split()
+    if kind == "timeline":
+        return timeline(words[0], int(words[1]))
+    return walk(*words) if kind == "walk" else PARTS[kind]()
+
+
+def refreshed(text: str) -> str:
+    """A page with every generated part as it is now."""
+    return PART.sub(lambda found: f"<!-- generated: {found[1]} -->\n{part(found[1])}\n<!-- end -->", text)
+
+
+def main(words: Sequence[str]) -> int:
+    stale = [page for page in PAGES if refreshed(page.read_text()) != page.read_text()]
+    for page in stale:
+        name = page.relative_to(ROOT)
+        if "--check" in words:
+            print(f"{name} is not current; run: python docs/generate.py", file=sys.stderr)
+        else:
+            page.write_text(refreshed(page.read_text()))
+            print(f"wrote {name}")
+    return 1 if stale and "--check" in words else 0
+
+
+if __name__ == "__main__":
+    # the order of folders is read from the tests
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(sys.argv[1:]))
