@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -5,6 +6,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  the hook finds it by name
+
+# a shell that runs the tests in its background has them ignore SIGINT, which some send to what they start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # shapes in signatures are checked while the tests run
 install_import_hook(["megatron_cp.context"], "tests.typecheck.check")

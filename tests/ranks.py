@@ -7,7 +7,6 @@ starts from a clean process, so that nothing of Megatron's global state leaks fr
 import io
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -21,12 +20,6 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preload"])
 
 TIMEOUT_SECONDS = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rank_main(
@@ -83,7 +76,8 @@ def run_ranks_with_log(
     """The same, with what all ranks printed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         log = os.path.join(folder, "log")
-        port = str(free_port())
+        # the store takes a free port and holds it; the ranks are its clients, as under torchrun
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ranks = []
         for rank in range(world_size):
             ours, theirs = _server.Pipe(duplex=False)
@@ -93,7 +87,9 @@ def run_ranks_with_log(
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
                 "OMP_NUM_THREADS": "1",
                 "CUDA_DEVICE_MAX_CONNECTIONS": "1",
             }

@@ -80,11 +80,9 @@ ROOT_OF_ADAPTERS = 7
 BY_STRING = ("megatron/rebind.py", "bench/peers.py")
 COLLECTIVES = {
     *("all_gather all_gather_into_tensor all_gather_object all_gather_single all_reduce all_to_all").split(),
-    *("all_to_all_single barrier").split(),
-    *("batch_isend_irecv broadcast broadcast_object_list gather gather_object irecv isend recv reduce send").split(),
-    *(
-        "monitored_barrier reduce_scatter reduce_scatter_single reduce_scatter_tensor scatter scatter_object_list P2POp"
-    ).split(),
+    *("all_to_all_single barrier batch_isend_irecv broadcast broadcast_object_list gather gather_object").split(),
+    *("irecv isend monitored_barrier recv reduce reduce_scatter reduce_scatter_single").split(),
+    *("reduce_scatter_tensor scatter scatter_object_list send P2POp").split(),
 }
 
 

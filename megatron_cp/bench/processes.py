@@ -2,13 +2,13 @@
 
 import os
 import pickle
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_cp.bench.comparison import WrongResultError
@@ -23,11 +23,10 @@ def on_ranks[T](ranks: int, body: Callable[..., T], *args: Any) -> list[T]:
 
     Raises RuntimeError with the words of a rank that raised ValueError or WrongResultError; all ranks must raise it.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # the store takes a free port and holds it until the ranks are done
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(ranks, port, folder, body, args), nprocs=ranks)
+        mp.spawn(_rank, args=(ranks, store.port, folder, body, args), nprocs=ranks)
         answers = [pickle.loads(_answer(folder, rank).read_bytes()) for rank in range(ranks)]
     for error in answers:
         if isinstance(error, (ValueError, WrongResultError)):

@@ -122,9 +122,13 @@ def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 @contextmanager
 def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator[GroupFabric]:
-    """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together."""
+    """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together.
+
+    port: of the store that the process that started them keeps
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     assert dist.group.WORLD is not None
     yield GroupFabric(dist.group.WORLD)
     dist.barrier()

@@ -212,9 +212,13 @@ def test_killed_build_leaves_no_corpus_and_no_process(tmp_path: Path, number: si
         assert process.pid is not None
         os.kill(process.pid, number)
         # input goes on until nobody reads it
-        while True:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
             pipe.write(line)
     process.join(180)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"the build goes on after {number.name}")
     assert process.exitcode not in (0, None)
     _until(lambda: _group_is_gone(process.pid or 0))
     left = [] if number != signal.SIGKILL else [".out.building"]

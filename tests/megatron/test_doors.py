@@ -15,7 +15,7 @@ from megatron_cp.megatron.machine.environment import environment_for_gpus, first
 from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.run import values_of
 from tests.megatron.pretraining import SCRIPT, pretrain_losses, script_losses, tiny
-from tests.ranks import RankError, free_port, run_ranks
+from tests.ranks import RankError, run_ranks
 
 CONTEXT_PARALLEL = "--cp-comm-type p2p --context-parallel-size"
 
@@ -179,8 +179,8 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def test_torchrun_starts_an_unmodified_script() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command = [*torchrun, str(free_port()), "-m", "megatron_cp.launch", SCRIPT, *tiny(f"{CONTEXT_PARALLEL} 2")]
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    command = [*torchrun, "-m", "megatron_cp.launch", SCRIPT, *tiny(f"{CONTEXT_PARALLEL} 2")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("lm loss:") == 4
@@ -190,8 +190,10 @@ def test_torchrun_starts_an_unmodified_script() -> None:
 
 
 def test_srun_starts_our_script() -> None:
+    # the port follows from the job, here one below those that are given out by the system
+    job = str(os.getpid() % 10000)
     command = [sys.executable, "-m", "megatron_cp.pretrain_gpt", *tiny("--train-iters 2")]
-    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": str(free_port())}
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": job}
     done = subprocess.run(command, env=environment(**slurm), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[megatron-cp] from SLURM: LOCAL_RANK=0 MASTER_ADDR=127.0.0.1" in done.stdout

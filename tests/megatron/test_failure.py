@@ -11,7 +11,7 @@ from tests.megatron import failing_run
 from tests.megatron.pipeline.test_schedules import MODEL, TWO, assert_bit_equal, run
 from tests.megatron.pretraining import tiny
 from tests.megatron.test_doors import environment
-from tests.ranks import RankError, free_port, run_ranks
+from tests.ranks import RankError, run_ranks
 
 SCHEDULE = (TWO, "--pp-schedule zb-h1", "--train-iters 4")
 WHERE = "pipeline rank 1 failed at 1F1: stage 1, microbatch 1"
@@ -31,8 +31,8 @@ def test_a_failing_rank_ends_all_ranks():
 
 def test_a_failed_job_says_where_and_resumes_as_if_unbroken(tmp_path):
     checkpoints = f"--save {tmp_path} --load {tmp_path} --save-interval 2"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command = [*torchrun, str(free_port()), "-m", "tests.megatron.failing_run", *tiny(MODEL, *SCHEDULE, checkpoints)]
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    command = [*torchrun, "-m", "tests.megatron.failing_run", *tiny(MODEL, *SCHEDULE, checkpoints)]
     done = subprocess.run(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200
     )

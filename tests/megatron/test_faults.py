@@ -23,7 +23,7 @@ from megatron_cp import runlog
 from megatron_cp.megatron.checkpoint import contents
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.megatron.test_doors import environment
-from tests.ranks import RankError, free_port, run_ranks, run_ranks_with_log
+from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 KILLS = int(os.environ.get("FAULT_RUNS", "1"))
 STEPS = 4 * KILLS + 8
@@ -85,8 +85,8 @@ def started(unbroken: tuple[Path, Losses], tmp_path: Path) -> Path:
 
 def killed_job(folder: Path, chance: random.Random) -> tuple[str, int, float]:
     """Start the job, kill a rank at some moment after a checkpoint; what it printed, which rank, seconds to its end."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port"]
-    command = [*torchrun, str(free_port()), "-m", "megatron_cp.pretrain_gpt", *flags(folder)]
+    torchrun = [sys.executable, *f"-m torch.distributed.run --standalone --nproc-per-node {RANKS}".split()]
+    command = [*torchrun, "-m", "megatron_cp.pretrain_gpt", *flags(folder)]
     victim, steps = chance.randrange(RANKS), chance.randint(3, 4)
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -14,7 +14,7 @@ import pytest
 from megatron_cp.megatron import patches
 from megatron_cp.megatron.hooks import HOOKS
 from tests.megatron.pretraining import pretrain_losses, tiny
-from tests.megatron.test_doors import environment, free_port
+from tests.megatron.test_doors import environment
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -82,15 +82,7 @@ def test_a_patched_tree_trains_as_the_hooks_do_and_comes_back(tree: Path) -> Non
 
 
 def trained_in(tree: Path) -> dict[str, Any]:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
     command = [*torchrun, "-m", "tests.megatron.patched_run", *FLAGS]
     values = environment(PYTHONPATH=f"{tree}:{ROOT}")
     done = subprocess.run(command, env=values, capture_output=True, text=True, timeout=300, check=False)

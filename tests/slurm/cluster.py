@@ -14,8 +14,6 @@ from pathlib import Path
 
 import psutil
 
-from tests.ranks import free_port
-
 NODES = ("n1", "n2")
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CONFIGURATION = """
@@ -126,10 +124,12 @@ def running() -> Iterator[Cluster]:
 
 def _configure(folder: Path) -> None:
     host = socket.gethostname().partition(".")[0]
-    nodes = "".join(NODE.format(node=node, host=host, port=free_port()) for node in NODES)
+    # the daemons cannot choose a port; these lie below those that the system gives out
+    first_port = 10000 + 10 * secrets.randbelow(900)
+    nodes = "".join(NODE.format(node=node, host=host, port=first_port + at) for at, node in enumerate(NODES, 1))
     text = CONFIGURATION.format(
         host=host,
-        port=free_port(),
+        port=first_port,
         user=getpass.getuser(),
         folder=folder,
         nodes=",".join(NODES),
