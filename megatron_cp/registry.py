@@ -29,6 +29,7 @@ class Registry[T: Entry]:
 
     @property
     def names(self) -> list[str]:
+        """Names of the entries, without aliases."""
         return list(self._entries)
 
     def get(self, name: str) -> T:

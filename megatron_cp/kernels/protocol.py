@@ -18,11 +18,15 @@ class Kernel(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in the registry of kernels."""
+        ...
 
     def forward(
         self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float, causal: bool
-    ) -> tuple["Tensor", "Tensor"]: ...
+    ) -> tuple["Tensor", "Tensor"]:
+        """Return out and lse of this tile."""
+        ...
 
     def backward(
         self,

@@ -40,7 +40,9 @@ class Wire(Protocol):
 class Stages(Protocol):
     """What the stages of this rank compute. `given` and `made` are a stage's input and output for one microbatch."""
 
-    def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor: ...
+    def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
+        """Return the stage's output for a microbatch."""
+        ...
 
     def backward(
         self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
@@ -48,7 +50,9 @@ class Stages(Protocol):
         """The gradient of `given`; with `split` weight gradients wait for `weight`."""
         ...
 
-    def weight(self, stage: int, micro: int) -> None: ...
+    def weight(self, stage: int, micro: int) -> None:
+        """Compute the weight gradients that `backward` with `split` left."""
+        ...
 
     def reduce(self, stage: int) -> None:
         """All gradients of the stage's weights are there."""

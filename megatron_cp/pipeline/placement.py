@@ -14,6 +14,7 @@ class Placement:
 
     @cached_property
     def ranks(self) -> int:
+        """p: ranks of the pipeline."""
         return max(self.rank_of) + 1
 
     @cached_property
@@ -23,6 +24,7 @@ class Placement:
 
     @cached_property
     def of_rank(self) -> tuple[tuple[int, ...], ...]:
+        """Stages of each rank, in chunk order."""
         return tuple(
             tuple(stage for stage, owner in enumerate(self.rank_of) if owner == rank) for rank in range(self.ranks)
         )

@@ -48,10 +48,12 @@ class Run:
 
     @property
     def bubble(self) -> float:
+        """Idle share of the makespan, averaged over ranks."""
         return 1 - self.work / self.makespan
 
     @property
     def span_bubble(self) -> float:
+        """Idle share of the longest span."""
         return 1 - self.work / self.span
 
     @cached_property
