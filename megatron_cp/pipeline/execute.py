@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from megatron_cp.pipeline.action import (
     WEIGHT,
     Action,
 )
+from megatron_cp.pipeline.channels import Channels
 from megatron_cp.pipeline.passes import add_reductions, add_transfers, merge
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.receive_early import receive_early
@@ -27,14 +27,6 @@ from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
 
 Cell = tuple[int, int]
-
-
-class Wire(Protocol):
-    """A communicator of the pipeline's ranks, numbered from its first stage's rank on."""
-
-    def send(self, tensor: Tensor, peer: int) -> Transfer: ...
-
-    def receive(self, buffer: Tensor, peer: int) -> Transfer: ...
 
 
 class Stages(Protocol):
@@ -85,38 +77,6 @@ def forward_only(placement: Placement, m: int) -> Schedule:
     p = placement.ranks
     table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
     return receive_early(add_transfers(Schedule("forward only", placement, m, table)))
-
-
-class Way(NamedTuple):
-    """Up or down the ranks, with activations (F) or gradients (B): each has a communicator of its own.
-
-    Between two ranks a way runs in one direction only. So a message waits for messages of its own way and pair only,
-    and all that the two sides must agree on is the order of these.
-    """
-
-    up: bool
-    kind: str
-
-
-def ways(placement: Placement) -> list[Way]:
-    """The ways that stages on `placement` need, the same list on all ranks."""
-    hops = [(here, there) for here, there in pairwise(placement.rank_of) if here != there]
-    forward = {Way(here > there, FORWARD) for here, there in hops}
-    return sorted(forward | {Way(here < there, FULL) for here, there in hops})
-
-
-class Channels:
-    """This rank's end of every way; `wires` are in the order of `ways(placement)`."""
-
-    def __init__(self, placement: Placement, rank: int, wires: Sequence[Wire]) -> None:
-        self._rank = rank
-        self._wires = dict(zip(ways(placement), wires, strict=True))
-
-    def send(self, target: int, kind: str, tensor: Tensor) -> Transfer:
-        return self._wires[Way(self._rank > target, kind)].send(tensor, target)
-
-    def receive(self, source: int, kind: str, buffer: Tensor) -> Transfer:
-        return self._wires[Way(source > self._rank, kind)].receive(buffer, source)
 
 
 class _Arrival(NamedTuple):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action
+from megatron_cp.pipeline.channels import Channels
 from megatron_cp.pipeline.costs_file import StageCosts
-from megatron_cp.pipeline.execute import Channels, complete
+from megatron_cp.pipeline.execute import complete
 from megatron_cp.pipeline.schedule import Schedule
 
 ROUNDS = 5

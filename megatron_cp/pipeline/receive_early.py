@@ -1,9 +1,16 @@
-"""Receives moved up: on CUDA a send occupies the sender until the receiver has posted, so a late receive delays it."""
+"""Receives moved up: on CUDA a send occupies the sender until the receiver has posted, so a late receive delays it.
+
+One receive of `1f1b` on the second of four ranks, as written and as posted:
+
+    written   F1      SEND_F1  RECV_F2  RECV_B0  B0
+    posted    RECV_F2  F1      SEND_F1  RECV_B0  B0      travels during F1
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
+from typing import NamedTuple
 
 from megatron_cp.pipeline.action import FORWARD, INPUT, RECV_B, RECV_F, Action, first_half
 from megatron_cp.pipeline.schedule import Schedule
@@ -11,52 +18,68 @@ from megatron_cp.pipeline.schedule import Schedule
 RECEIVES = (RECV_F, RECV_B)
 
 
+class _Post(NamedTuple):
+    """One receive and the index, among the rank's other actions, of the one before which it is posted.
+
+    queued:  True if an earlier message of its channel is still to come then, which this one waits behind
+    written: its index in the table that it comes from
+    """
+
+    place: int
+    queued: bool
+    written: int
+    receive: Action
+
+
 def receive_early(schedule: Schedule) -> Schedule:
-    """The same lowered schedule with every receive before the action that uses the previous one of its channel.
+    """Return the lowered schedule with every receive before the action that uses the previous one of its channel.
 
     A channel is one rank's activations or gradients for another; its receives keep their order. So the next message
-    travels while the last one is worked on, and no more than these two have a buffer. None is posted before this rank
-    has done its own share of what is to come, for a posted receive holds a buffer, and on CUDA a few multiprocessors.
-    Only a compute action waits for a message, so moving receives adds no deadlock to a schedule that has none.
+    travels while the last one is worked on. A posted receive holds a buffer, and on CUDA a few multiprocessors, so it
+    moves up no further than behind this rank's own share of the same microbatch.
+
+    This adds no deadlock, even where a process launches everything through one queue (CUDA_DEVICE_MAX_CONNECTIONS = 1):
+    no receive moves down, and one that moves up starts at once or stands directly before an action that needs the
+    message it waits behind.
     """
     return replace(schedule, table=tuple(tuple(_moved(schedule, rank)) for rank in range(len(schedule.table))))
 
 
 def _moved(schedule: Schedule, rank: int) -> Iterator[Action]:
     rest = [action for action in schedule.table[rank] if action.kind not in RECEIVES]
-    places = {first_half(action): place for place, action in enumerate(rest)}
-    due: dict[int, list[Action]] = defaultdict(list)
-    for receives in _channels(schedule, rank):
-        for place, receive in zip(_posts(schedule, rank, receives, places), receives, strict=True):
-            due[place].append(receive)
+    due: dict[int, list[_Post]] = defaultdict(list)
+    for post in _posts(schedule, rank, rest):
+        due[post.place].append(post)
     for place, action in enumerate(rest):
-        yield from due[place]
+        # one that waits for an earlier message would hold up the others
+        yield from (post.receive for post in sorted(due[place], key=lambda post: (post.queued, post.written)))
         yield action
 
 
-def _channels(schedule: Schedule, rank: int) -> Iterator[list[Action]]:
-    """This rank's receives of every other rank's activations and of its gradients, each in their order."""
-    found: dict[tuple[int, str], list[Action]] = defaultdict(list)
-    for action in schedule.table[rank]:
+def _posts(schedule: Schedule, rank: int, rest: list[Action]) -> Iterator[_Post]:
+    """When to post each of the rank's receives."""
+    places = {first_half(action): place for place, action in enumerate(rest)}
+    as_written = list(accumulate((action.kind not in RECEIVES for action in schedule.table[rank]), initial=0))
+    for receives in _channels(schedule, rank).values():
+        uses = [places[_use(receive)] for _, receive in receives]
+        # a later message may be used first
+        deadlines = list(accumulate(reversed(uses), min))[::-1]
+        place, last_use = 0, -1
+        for (written, receive), use, deadline in zip(receives, uses, deadlines, strict=True):
+            useful = 1 + max((places[cause] for cause in _causes(schedule, rank, receive)), default=-1)
+            place = min(max(place, last_use, useful), deadline, as_written[written])
+            yield _Post(place, last_use >= place, written, receive)
+            last_use = max(last_use, use)
+
+
+def _channels(schedule: Schedule, rank: int) -> dict[tuple[int, str], list[tuple[int, Action]]]:
+    """This rank's receives, by sender and kind, in their order and each with its index in the table."""
+    found: dict[tuple[int, str], list[tuple[int, Action]]] = defaultdict(list)
+    for place, action in enumerate(schedule.table[rank]):
         if action.kind in RECEIVES:
             source = action.stage + (1 if action.kind == RECV_B else -1)
-            found[schedule.placement.rank_of[source], action.kind].append(action)
-    yield from found.values()
-
-
-def _posts(schedule: Schedule, rank: int, receives: list[Action], places: dict[Action, int]) -> list[int]:
-    """The index among the rank's other actions before which each of a channel's receives is posted."""
-    uses = [places[_use(receive)] for receive in receives]
-    useful = [
-        1 + max((places[cause] for cause in _causes(schedule, rank, receive)), default=-1) for receive in receives
-    ]
-    # a later message may be used first
-    deadlines = list(accumulate(reversed(uses), min))[::-1]
-    posts: list[int] = []
-    for number, deadline in enumerate(deadlines):
-        before = max(posts[-1], uses[number - 1]) if number else 0
-        posts.append(min(deadline, max(before, useful[number])))
-    return posts
+            found[schedule.placement.rank_of[source], action.kind].append((place, action))
+    return found
 
 
 def _use(receive: Action) -> Action:

@@ -19,7 +19,8 @@ from megatron_cp.bench.comparison import WrongResultError
 from megatron_cp.bench.pipeline import ActionRecorder, GptSize, TimedAction
 from megatron_cp.megatron.bench.model import VOCABULARY, config_of, pipeline_of
 from megatron_cp.pipeline.action import FORWARD, FULL, Action
-from megatron_cp.pipeline.execute import Channels, Executor, Observe
+from megatron_cp.pipeline.channels import Channels
+from megatron_cp.pipeline.execute import Executor, Observe
 from megatron_cp.pipeline.placement import Placement
 
 

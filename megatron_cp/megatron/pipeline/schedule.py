@@ -26,7 +26,8 @@ from megatron_cp.megatron.run import global_args
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action
 from megatron_cp.pipeline.build import place
-from megatron_cp.pipeline.execute import Channels, Executor, Observe, ways
+from megatron_cp.pipeline.channels import Channels, communicators
+from megatron_cp.pipeline.execute import Executor, Observe
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.split_backward import WeightQueue
 
@@ -231,7 +232,9 @@ def connect(group: Any, placement: Placement) -> Channels:
     """The communicators of this rank's pipeline; all ranks of the run connect together."""
     minutes = getattr(global_args(), "distributed_timeout_minutes", None)
     timeout = timedelta(minutes=minutes) if minutes else None
-    return Channels(placement, group.rank(), wires(group, len(ways(placement)), timeout))
+    channels = Channels(placement, group.rank(), wires(group, len(communicators(placement)), timeout))
+    channels.meet(torch.zeros(1, device=torch.cuda.current_device()))
+    return channels
 
 
 def most_in_flight(actions: tuple[Action, ...]) -> int:

@@ -14,7 +14,8 @@ from megatron_cp.megatron.run import global_args, say
 from megatron_cp.pipeline import Rule
 from megatron_cp.pipeline.action import Action
 from megatron_cp.pipeline.build import build
-from megatron_cp.pipeline.execute import Channels, Observe, forward_only, lower
+from megatron_cp.pipeline.channels import Channels
+from megatron_cp.pipeline.execute import Observe, forward_only, lower
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.profile import Profile, agree, hop_seconds, lower_split
 from megatron_cp.pipeline.schedule import Schedule

@@ -1,0 +1,188 @@
+"""A model of NCCL's rules for messages between two ranks, in pure Python: what would wait for what on a GPU cluster.
+
+Every rank is a list of operations in the order in which its host launches them. The rules:
+
+1. Operations of one stream run in launch order. A communicator has one stream on each of its ranks.
+2. A message has no buffer: its send and its receive hold their streams until both have started.
+3. A communication operation starts after the compute that was launched before it; compute waits for the operations it
+   names (`wait` of torch puts an event on the compute stream, the host goes on).
+4. Several messages in one operation (`batch_isend_irecv`, a group of NCCL's) start together and end together.
+5. The first message of a connection stops the host until the other side's host has come to its own first message:
+   without `device_id` torch makes a communicator for the pair there, with it NCCL connects sender and receiver there.
+6. With CUDA_DEVICE_MAX_CONNECTIONS = 1 all streams of a process share one queue: what cannot start yet holds up
+   everything that was launched after it.
+
+All of these only say "not before", so a step is a graph of events: a cycle is a deadlock, and the longest path is the
+time that the step takes.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Message(NamedTuple):
+    """One tensor between two ranks; `label` is equal on both sides."""
+
+    communicator: Hashable
+    source: int
+    target: int
+    label: Hashable
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One launch of a rank: compute where it has no messages.
+
+    messages: all of one communicator
+    after:    positions of earlier operations of this rank that it waits for
+    seconds:  time of a compute operation
+    """
+
+    name: str
+    messages: tuple[Message, ...] = ()
+    after: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+class Rules(NamedTuple):
+    """How the processes are started.
+
+    eager:     `init_process_group` was given a device_id: a communicator has one stream for all of its pairs
+    one_queue: CUDA_DEVICE_MAX_CONNECTIONS = 1
+    """
+
+    eager: bool
+    one_queue: bool
+
+
+ALL_RULES = [Rules(eager, one_queue) for eager in (False, True) for one_queue in (False, True)]
+
+Event = tuple[str, int, int]
+
+
+class DeadlockError(Exception):
+    """All ranks wait; the message names the first operation of each that never starts or ends."""
+
+
+class MismatchError(Exception):
+    """The n-th send of a connection is not the n-th receive."""
+
+
+def play(ranks: Sequence[Sequence[Operation]], rules: Rules, hop: float = 0.0) -> float:
+    """Return the time at which the last operation ends, a message taking `hop` once both of its sides have started.
+
+    Raises DeadlockError, or MismatchError where the two sides of a connection disagree on the order of messages.
+    """
+    before = _events(ranks, rules)
+    after: dict[Event, list[Event]] = defaultdict(list)
+    for event, needed in before.items():
+        for earlier in needed:
+            after[earlier].append(event)
+    missing = {event: len(needed) for event, needed in before.items()}
+    ready = deque(event for event, count in missing.items() if not count)
+    times: dict[Event, float] = {}
+    while ready:
+        event = ready.popleft()
+        kind, rank, place = event
+        took = 0.0
+        if kind == "end":
+            operation = ranks[rank][place]
+            took = hop if operation.messages else operation.seconds
+        times[event] = took + max((times[earlier] for earlier in before[event]), default=0.0)
+        for later in after[event]:
+            missing[later] -= 1
+            if not missing[later]:
+                ready.append(later)
+    if len(times) < len(before):
+        raise DeadlockError(_stuck(ranks, times))
+    return max(times.values())
+
+
+def _events(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[Event, list[Event]]:
+    """Every operation's launch, start and end, each with the events that it comes after."""
+    other = _partners(ranks)
+    met = _meetings(ranks, rules)
+    before: dict[Event, list[Event]] = {}
+    for rank, operations in enumerate(ranks):
+        compute: int | None = None
+        last: dict[Hashable, int] = {}
+        for place, operation in enumerate(operations):
+            previous = [("launch", rank, place - 1)] if place else []
+            # the host of the other side has launched all that comes before its own first message
+            peers = [("launch", peer, at - 1) for peer, at in met.get((rank, place), ()) if at]
+            before["launch", rank, place] = [*previous, *peers]
+            starts = [("launch", rank, place), *(("end", rank, earlier) for earlier in operation.after)]
+            if compute is not None:
+                starts.append(("end", rank, compute))
+            if rules.one_queue and place:
+                starts.append(("start", rank, place - 1))
+            if operation.messages:
+                stream = _stream(operation.messages[0], rules)
+                if stream in last:
+                    starts.append(("end", rank, last[stream]))
+                last[stream] = place
+            else:
+                compute = place
+            before["start", rank, place] = starts
+            ends = [("start", *side) for side in other.get((rank, place), ())]
+            before["end", rank, place] = [("start", rank, place), *ends]
+    return before
+
+
+def _stream(message: Message, rules: Rules) -> Hashable:
+    pair = None if rules.eager else frozenset((message.source, message.target))
+    return message.communicator, pair
+
+
+def _partners(ranks: Sequence[Sequence[Operation]]) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """The operations on other ranks with which each operation shares a message."""
+    sides: dict[tuple[Hashable, int, int], tuple[list, list]] = defaultdict(lambda: ([], []))
+    for rank, operations in enumerate(ranks):
+        for place, operation in enumerate(operations):
+            for communicator, source, target, label in operation.messages:
+                sides[communicator, source, target][rank == target].append((label, (rank, place)))
+    found: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for connection, (sends, receives) in sides.items():
+        for number, ((sent, sender), (meant, receiver)) in enumerate(zip(sends, receives, strict=False)):
+            if sent != meant:
+                raise MismatchError(f"message {number} of {connection}: sent {sent}, expected {meant}")
+            found[sender].append(receiver)
+            found[receiver].append(sender)
+        if len(sends) != len(receives):
+            raise MismatchError(f"{connection}: {len(sends)} sends, {len(receives)} receives")
+    return found
+
+
+def _meetings(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Operations that are a rank's first of a connection, with those of the other side."""
+    first: dict[Hashable, dict[int, int]] = defaultdict(dict)
+    for rank, operations in enumerate(ranks):
+        for place, operation in enumerate(operations):
+            for message in operation.messages:
+                ends = (message.source, message.target)
+                key = (message.communicator, ends if rules.eager else frozenset(ends))
+                first[key].setdefault(rank, place)
+    met: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for sides in first.values():
+        for (rank, place), (peer, at) in _both_ways(list(sides.items())):
+            met[rank, place].append((peer, at))
+    return met
+
+
+def _both_ways(sides: list[tuple[int, int]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    return [pair for here, there in pairwise(sides) for pair in ((here, there), (there, here))]
+
+
+def _stuck(ranks: Sequence[Sequence[Operation]], times: dict[Event, float]) -> str:
+    """The first operation of each rank that waits, and how far it came."""
+    lines = []
+    for rank, operations in enumerate(ranks):
+        for place, operation in enumerate(operations):
+            missing = next((kind for kind in ("launch", "start", "end") if (kind, rank, place) not in times), None)
+            if missing:
+                lines.append(f"rank {rank} waits for the {missing} of {operation.name}")
+                break
+    return "; ".join(lines)

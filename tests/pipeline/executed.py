@@ -1,0 +1,193 @@
+"""Executors of all ranks in one process, a thread each, over channels that follow NCCL's rules for messages."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from megatron_cp.pipeline.action import Action
+from megatron_cp.pipeline.channels import Channels, communicators
+from megatron_cp.pipeline.execute import Executor
+from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.schedule import Schedule
+
+WIDTH = 4
+PATIENCE = 20.0
+
+
+class Exchange:
+    """Messages of all communicators. A send is over when its receive has been posted, in the order of each side.
+
+    met: the ranks that have come to their first message of a communicator and pair; the first one waits for the second
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.met: dict[Hashable, set[int]] = defaultdict(set)
+        self.sent: dict[Hashable, list[Tensor]] = defaultdict(list)
+        self.posted: dict[Hashable, int] = defaultdict(int)
+        self.failed: BaseException | None = None
+
+    def wait(self, true, what: str) -> None:
+        if not self.changed.wait_for(lambda: true() or self.failed, timeout=PATIENCE):
+            raise TimeoutError(what)
+        if not true():
+            raise RuntimeError(f"another rank failed while waiting for {what}") from self.failed
+
+
+class Peer:
+    """One rank's end of one communicator."""
+
+    def __init__(self, exchange: Exchange, number: int, rank: int) -> None:
+        self._exchange, self._number, self._rank = exchange, number, rank
+
+    def send(self, tensor: Tensor, peer: int) -> "Message":
+        channel = self._first_use(self._rank, peer)
+        with self._exchange.changed:
+            self._exchange.sent[channel].append(tensor.detach().clone())
+            self._exchange.changed.notify_all()
+            return Message(self._exchange, channel, len(self._exchange.sent[channel]), None)
+
+    def receive(self, buffer: Tensor, peer: int) -> "Message":
+        channel = self._first_use(peer, self._rank)
+        with self._exchange.changed:
+            self._exchange.posted[channel] += 1
+            self._exchange.changed.notify_all()
+            return Message(self._exchange, channel, self._exchange.posted[channel], buffer)
+
+    def _first_use(self, source: int, target: int) -> Hashable:
+        """The channel, once both of its ranks have come to their first message: the host waits for the other side."""
+        channel = (self._number, source, target)
+        with self._exchange.changed:
+            met = self._exchange.met[channel]
+            met.add(self._rank)
+            self._exchange.changed.notify_all()
+            self._exchange.wait(lambda: len(met) == 2, f"rank {self._rank} at its first message of {channel}")
+        return channel
+
+
+class Message:
+    """The n-th message of a channel, as seen by one side."""
+
+    def __init__(self, exchange: Exchange, channel: Hashable, number: int, buffer: Tensor | None) -> None:
+        self._exchange, self._channel, self._number, self._buffer = exchange, channel, number, buffer
+
+    def done(self) -> bool:
+        exchange = self._exchange
+        return min(len(exchange.sent[self._channel]), exchange.posted[self._channel]) >= self._number
+
+    def wait(self) -> None:
+        with self._exchange.changed:
+            self._exchange.wait(self.done, f"message {self._number} of {self._channel}")
+        if self._buffer is not None:
+            sent = self._exchange.sent[self._channel][self._number - 1]
+            assert (sent.shape, sent.dtype) == (self._buffer.shape, self._buffer.dtype)
+            self._buffer.copy_(sent)
+
+
+class Layers:
+    """A rank's stages, one small linear layer each; the last one's output is the loss of a microbatch."""
+
+    def __init__(self, stages: tuple[int, ...], last: int, inputs: Tensor) -> None:
+        self._last, self._inputs = last, inputs
+        self.weights = {stage: weight_of(stage) for stage in stages}
+        self.gradients = {stage: torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for stage in stages}
+        self.losses: dict[int, float] = {}
+        self.ran: list[Action] = []
+        self._waiting: dict[tuple[int, int], Tensor] = {}
+
+    def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
+        self.ran.append(Action(stage, "F", micro))
+        made = layer(self._inputs[micro] if given is None else given, self.weights[stage])
+        if stage < self._last:
+            return made
+        loss = made.square().sum()
+        self.losses[micro] = loss.item()
+        return loss
+
+    def backward(
+        self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
+    ) -> Tensor | None:
+        self.ran.append(Action(stage, "I" if split else "B", micro))
+        weight = self.weights[stage]
+        before = [weight] if given is None else [weight, given]
+        found = torch.autograd.grad(made, before, gradient)
+        self._waiting[stage, micro] = found[0]
+        if not split:
+            self._add(stage, micro)
+        return found[1] if given is not None else None
+
+    def weight(self, stage: int, micro: int) -> None:
+        self.ran.append(Action(stage, "W", micro))
+        self._add(stage, micro)
+
+    def _add(self, stage: int, micro: int) -> None:
+        self.gradients[stage] += self._waiting.pop((stage, micro))
+
+    def reduce(self, stage: int) -> None: ...
+
+    def buffer(self) -> Tensor:
+        return torch.empty(2, WIDTH, dtype=torch.float64)
+
+    def shrink(self, made: Tensor) -> None: ...
+
+
+def weight_of(stage: int) -> Tensor:
+    generator = torch.Generator().manual_seed(stage)
+    return torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def layer(given: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(given @ weight)
+
+
+def inputs_of(micros: int) -> Tensor:
+    return torch.randn(micros, 2, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
+
+
+def execute(lowered: Schedule, meet: bool = True, training: bool = True) -> list[Layers]:
+    """Run the lowered schedule on all ranks; return each rank's layers after the step."""
+    placement, exchange = lowered.placement, Exchange()
+    ranks = [Layers(stages, len(placement.rank_of) - 1, inputs_of(lowered.micros)) for stages in placement.of_rank]
+
+    def run(rank: int) -> None:
+        peers = [Peer(exchange, number, rank) for number in range(len(communicators(placement)))]
+        channels = Channels(placement, rank, peers)
+        try:
+            if meet:
+                channels.meet(torch.zeros(1))
+            with torch.set_grad_enabled(training):
+                Executor(placement, rank, ranks[rank], channels, training).run(lowered.table[rank])
+        except BaseException as error:
+            with exchange.changed:
+                exchange.failed = exchange.failed or error
+                exchange.changed.notify_all()
+            raise
+
+    with ThreadPoolExecutor(placement.ranks) as pool:
+        futures = [pool.submit(run, rank) for rank in range(placement.ranks)]
+    if exchange.failed:
+        raise exchange.failed
+    for future in futures:
+        future.result()
+    return ranks
+
+
+def sequential(placement: Placement, micros: int) -> tuple[dict[int, float], dict[int, Tensor]]:
+    """The losses by microbatch and the gradients by stage, of one microbatch after another on one rank."""
+    stages = range(len(placement.rank_of))
+    weights = [weight_of(stage) for stage in stages]
+    totals = [torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for _ in stages]
+    losses = {}
+    for micro, given in enumerate(inputs_of(micros)):
+        made = given
+        for weight in weights:
+            made = layer(made, weight)
+        loss = made.square().sum()
+        losses[micro] = loss.item()
+        for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient
+    return losses, dict(enumerate(totals))

@@ -1,0 +1,78 @@
+"""What each rank's executor launches for a lowered schedule, as operations of the model of NCCL in `tests.nccl`."""
+
+from collections.abc import Iterator
+
+from megatron_cp.pipeline.action import BACKWARD, COMPUTE, FORWARD, FULL, RECV_B, RECV_F, REDUCE, SEND_F, WEIGHT, Action
+from megatron_cp.pipeline.channels import Channel, communicators
+from megatron_cp.pipeline.costs import Costs, uniform
+from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.receive_early import RECEIVES
+from megatron_cp.pipeline.schedule import Schedule
+from megatron_cp.pipeline.simulate import durations
+from tests.nccl import Message, Operation
+from tests.pipeline.played import UNIT
+
+Numbers = dict[Channel, int]
+
+
+def numbers(placement: Placement) -> Numbers:
+    """The communicator of every channel, as the executor has it."""
+    return {channel: number for number, channels in enumerate(communicators(placement)) for channel in channels}
+
+
+def launches(
+    schedule: Schedule, costs: Costs | None = None, number_of: Numbers | None = None, meet: bool = True
+) -> list[list[Operation]]:
+    """The first step of every rank; times are 1 where no costs are given."""
+    costs = costs or uniform(schedule.placement, UNIT)
+    number_of = number_of or numbers(schedule.placement)
+    ranks = [list(meeting(number_of, rank)) if meet else [] for rank in range(len(schedule.table))]
+    for rank, operations in enumerate(ranks):
+        operations += _step(schedule, rank, costs, number_of, len(operations))
+    return ranks
+
+
+def meeting(number_of: Numbers, rank: int) -> Iterator[Operation]:
+    """What `Channels.meet` launches."""
+    for channel, number in number_of.items():
+        if rank in (channel.source, channel.target):
+            yield Operation(f"meeting {channel}", (Message(number, channel.source, channel.target, "meeting"),))
+
+
+def _step(schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place: int) -> Iterator[Operation]:
+    """The actions in order, the first at `place`. A backward also waits until its forward's output has been sent."""
+    took = durations(costs)
+    received: dict[Action, int] = {}
+    sent: dict[tuple[int, int | None], int] = {}
+    for action in schedule.table[rank]:
+        if action.kind == REDUCE:
+            continue
+        cell = action.stage, action.micro
+        if action.kind in COMPUTE:
+            after = [received[brings] for brings in [receive_of(action)] if brings in received]
+            if action.kind in BACKWARD and cell in sent:
+                after.append(sent.pop(cell))
+            yield Operation(str(action), (), tuple(after), took[action.kind][action.stage])
+        else:
+            channel, label = _transfer(schedule.placement, action)
+            yield Operation(str(action), (Message(number_of[channel], channel.source, channel.target, label),))
+            if action.kind in RECEIVES:
+                received[action] = place
+            elif action.kind == SEND_F:
+                sent[cell] = place
+        place += 1
+    yield Operation("the end of the step", (), tuple(sent.values()))
+
+
+def receive_of(action: Action) -> Action | None:
+    """The receive whose message this compute action uses, if that comes from another rank."""
+    return None if action.kind == WEIGHT else action._replace(kind=RECV_F if action.kind == FORWARD else RECV_B)
+
+
+def _transfer(placement: Placement, action: Action) -> tuple[Channel, tuple[str, int, int | None]]:
+    """The channel of a send or a receive, and the tensor by the stage that made it."""
+    kind = FORWARD if action.kind in (SEND_F, RECV_F) else FULL
+    step = 1 if kind == FORWARD else -1
+    maker = action.stage - step if action.kind in RECEIVES else action.stage
+    rank_of = placement.rank_of
+    return Channel(kind, rank_of[maker], rank_of[maker + step]), (kind, maker, action.micro)
