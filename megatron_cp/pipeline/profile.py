@@ -1,15 +1,15 @@
-"""Measure what a schedule is made for: times and activations of each stage, and of a hop, in the first steps of a run.
+"""Measure the times and activations of each stage, and the time of a hop, in the first steps of a run.
 
-Every rank measures its own stages with the executor's `observe`; the largest figures over all ranks of the run are what
-every rank then goes by, so that all of them come to the same schedule.
+Every rank measures its own stages with the executor's `observe`. All ranks then use the largest figures over all ranks
+of the run, so that all of them find the same schedule.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action
 from megatron_cp.pipeline.channels import Channels
+from megatron_cp.pipeline.clock import Clock
 from megatron_cp.pipeline.costs_file import StageCosts
 from megatron_cp.pipeline.execute import complete
 from megatron_cp.pipeline.schedule import Schedule
@@ -27,7 +28,7 @@ TIMED = (FORWARD, INPUT, WEIGHT)
 
 
 def lower_split(schedule: Schedule) -> Schedule:
-    """The compute table lowered with all backwards in two halves, the adjacent ones too: both halves are seen."""
+    """Return the compute table lowered with every backward in two halves, so that both halves are measured."""
     table = tuple(tuple(half for action in actions for half in _halves(action)) for actions in schedule.table)
     return complete(replace(schedule, table=table))
 
@@ -39,12 +40,15 @@ def _halves(action: Action) -> tuple[Action, ...]:
 class Profile:
     """The actions of this rank over some steps, at least 2: the first one warms up, and its times do not count.
 
-    parameters: storages that are there anyway, by address; they are no activations
-    held:       bytes that wait for the W of a stage and microbatch, None where nobody knows
+    clock:      of the device that computes
+    parameters: addresses of storages that autograd saves but that are no activations
+    held:       bytes that wait for the W of a stage and microbatch, None where a module keeps its own
     """
 
-    def __init__(self, steps: int, parameters: Callable[[], set[int]], held: Callable[[int, int], int | None]) -> None:
-        self._steps, self._parameters, self._held_bytes = steps, parameters, held
+    def __init__(
+        self, steps: int, clock: Clock, parameters: Callable[[], set[int]], held: Callable[[int, int], int | None]
+    ) -> None:
+        self._steps, self._clock, self._parameters, self._held_bytes = steps, clock, parameters, held
         self._times: list[dict[tuple[int, str], list[tuple[Any, Any]]]] = []
         self._kept: dict[int, int] = {}
         self._held: dict[int, int | None] = {}
@@ -54,46 +58,45 @@ class Profile:
         return len(self._times) == self._steps
 
     def begin(self) -> None:
-        """A step begins."""
+        """Start a step."""
         self._times.append(defaultdict(list))
 
     @contextmanager
     def observe(self, action: Action) -> Iterator[None]:
-        """Note what `action` costs; CUDA's events take the time, so that nothing waits for the device."""
+        """Note the time and the memory of `action` without waiting for the device."""
         if action.kind not in TIMED:
             yield
             return
         stage, kind, micro = action
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if kind == FORWARD and stage not in self._kept:
             # the hooks cost time: once is enough, all microbatches keep the same
             with saved_bytes(self._parameters()) as found:
                 yield
             self._kept[stage] = sum(found.values())
             return
-        begun.record()
+        begun = self._clock.mark()
         yield
-        ended.record()
+        ended = self._clock.mark()
         if kind == INPUT and stage not in self._held:
             self._held[stage] = self._held_bytes(stage, micro or 0)
         self._times[-1][stage, kind].append((begun, ended))
 
     def of(self, stage: int) -> StageCosts:
-        """Medians over microbatches and steps."""
+        """Return the medians over microbatches and steps."""
         forward, given, weight = (self._seconds(stage, kind) for kind in TIMED)
         kept, held = self._kept[stage], self._held[stage]
         # with recomputation more may wait for W than was kept for I, which a cap cannot tell apart
         return StageCosts(forward, given, weight, kept, kept if held is None else min(held, kept))
 
     def _seconds(self, stage: int, kind: str) -> float:
-        torch.cuda.synchronize()
+        self._clock.settle()
         pairs = (pair for step in self._times[1:] for pair in step[stage, kind])
-        return median(begun.elapsed_time(ended) for begun, ended in pairs) / 1e3
+        return median(self._clock.seconds(*pair) for pair in pairs)
 
 
 @contextmanager
 def saved_bytes(known: set[int]) -> Iterator[dict[int, int]]:
-    """The storages that autograd saves inside, by address, with their bytes; those of `known` are left out."""
+    """Collect the storages that autograd saves inside, by address, with their bytes; those of `known` are left out."""
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def saved_bytes(known: set[int]) -> Iterator[dict[int, int]]:
 
 
 def hop_seconds(channels: Channels, rank: int, ranks: int, buffer: Callable[[], Tensor]) -> float:
-    """Half of a round trip of one activation between neighbours: this rank's slower one; all ranks call it together."""
+    """Return half of a round trip of one activation to this rank's slower neighbour; all ranks call it together."""
     slowest = 0.0
     for lower in (*range(0, ranks - 1, 2), *range(1, ranks - 1, 2)):
         if rank in (lower, lower + 1):
@@ -118,24 +121,25 @@ def hop_seconds(channels: Channels, rank: int, ranks: int, buffer: Callable[[], 
 
 
 def _round_trip(channels: Channels, rank: int, lower: int, tensor: Tensor) -> float:
-    torch.cuda.synchronize()
-    began = time.perf_counter()
+    clock = Clock(tensor.device)
+    clock.settle()
+    began = perf_counter()
     if rank == lower:
         channels.send(lower + 1, FORWARD, tensor).wait()
         channels.receive(lower + 1, FULL, tensor).wait()
     else:
         channels.receive(lower, FORWARD, tensor).wait()
         channels.send(lower, FULL, tensor).wait()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+    clock.settle()
+    return perf_counter() - began
 
 
 def agree(
     fabric: Fabric, device: torch.device, mine: dict[int, StageCosts], stages: int, hop: float
 ) -> tuple[Sequence[StageCosts], float]:
-    """The largest costs of every stage, and of a hop, over all ranks that run it: one collective."""
-    nobody = StageCosts(0, 0, 0, 0, 0)
-    values = [value for stage in range(stages) for value in mine.get(stage, nobody)]
+    """Return the largest costs of every stage, and of a hop, over all ranks: one collective."""
+    none = StageCosts(0, 0, 0, 0, 0)
+    values = [value for stage in range(stages) for value in mine.get(stage, none)]
     *agreed, hop = largest(fabric, device, *values, hop)
-    width = len(nobody)
+    width = len(none)
     return [StageCosts(*agreed[stage * width : (stage + 1) * width]) for stage in range(stages)], hop

@@ -1,9 +1,9 @@
 """Receives moved up: on CUDA a send occupies the sender until the receiver has posted, so a late receive delays it.
 
-One receive of `1f1b` on the second of four ranks, as written and as posted:
+For example on the second of four ranks, `1f1b` (other receives left out):
 
-    written   F1      SEND_F1  RECV_F2  RECV_B0  B0
-    posted    RECV_F2  F1      SEND_F1  RECV_B0  B0      travels during F1
+    written             B0  SEND_B0  F3  SEND_F3  RECV_B1  B1
+    posted     RECV_B1  B0  SEND_B0  F3  SEND_F3           B1      the gradient travels during B0 and F3
 """
 
 from collections import defaultdict

@@ -15,6 +15,7 @@ from megatron_cp.pipeline import Rule
 from megatron_cp.pipeline.action import Action
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.channels import Channels
+from megatron_cp.pipeline.clock import Clock
 from megatron_cp.pipeline.execute import Observe, forward_only, lower
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.profile import Profile, agree, hop_seconds, lower_split
@@ -105,4 +106,5 @@ def profile_of(model: list[Any]) -> Profile | None:
         return {weight.untyped_storage().data_ptr() for chunk in model for weight in chunk.parameters()}
 
     queue = queue_in_force()
-    return Profile(steps, parameters, lambda stage, micro: queue.held((stage, micro)))
+    clock = Clock(next(model[0].parameters()).device)
+    return Profile(steps, clock, parameters, lambda stage, micro: queue.held((stage, micro)))
