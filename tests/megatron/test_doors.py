@@ -44,15 +44,19 @@ def test_training_goes_on_and_learns() -> None:
     ("ranks", "flags"),
     [
         (1, ""),
-        (2, ""),
-        (2, "--use-distributed-optimizer"),
+        pytest.param(2, "", marks=pytest.mark.slow),
+        pytest.param(2, "--use-distributed-optimizer", marks=pytest.mark.slow),
         (2, "--pipeline-model-parallel-size 2"),
-        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        pytest.param(2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow),
         (2, f"{CONTEXT_PARALLEL} 2"),
         (4, f"{CONTEXT_PARALLEL} 2 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
-        (1, "--cp-comm-type p2p --recompute-granularity selective --recompute-modules core_attn"),
+        pytest.param(
+            1,
+            "--cp-comm-type p2p --recompute-granularity selective --recompute-modules core_attn",
+            marks=pytest.mark.slow,
+        ),
         (2, f"{CONTEXT_PARALLEL} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
-        (2, f"{CONTEXT_PARALLEL} 2 --calculate-per-token-loss"),
+        pytest.param(2, f"{CONTEXT_PARALLEL} 2 --calculate-per-token-loss", marks=pytest.mark.slow),
         (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     ],
 )
@@ -68,10 +72,12 @@ EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allto
 @pytest.mark.parametrize(
     ("plain", "ranks", "flags"),
     [
-        (EXPERTS, 2, "--expert-model-parallel-size 2"),
+        pytest.param(EXPERTS, 2, "--expert-model-parallel-size 2", marks=pytest.mark.slow),
         (EXPERTS, 4, f"--expert-model-parallel-size 2 {CONTEXT_PARALLEL} 2 --use-distributed-optimizer"),
         ("--mtp-num-layers 1", 2, "--pipeline-model-parallel-size 2"),
-        ("--mtp-num-layers 1", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        pytest.param(
+            "--mtp-num-layers 1", 2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow
+        ),
         (
             "--num-layers 4",
             2,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.cases import slow_unless
 from tests.megatron.pipeline.test_schedules import (
     CHUNKS,
     MODEL,
@@ -128,7 +129,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", slow_unless(["recomputed", "chunks, added by a fused kernel"], CASES))
 def test_linears_with_a_delay_of_their_own_train_as_megatrons(case):
     world_size, flags, fused, table = CASES[case]
     ranks = run_ranks(world_size, trained_delaying, tiny(MODEL, *flags), fused, table)
