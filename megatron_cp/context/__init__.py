@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
+from megatron_cp.context.loop import Loop
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, team_sizes
 from megatron_cp.registry import Registry
@@ -13,7 +14,7 @@ from megatron_cp.registry import Registry
 class Backend:
     """One context-parallel algorithm.
 
-    load:     imports the module whose `forward` and `backward` do it
+    load:     import the algorithm's loop
     layout:   which positions its loop wants on a rank; None takes Megatron's zigzag as it comes
     moves:    what travels, per rank and layer, in elements of one of K or V (U = s b g d), Uq = s b h d
     needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
@@ -25,7 +26,7 @@ class Backend:
     """
 
     name: str
-    load: Callable[[], ModuleType]
+    load: Callable[[], Loop[Any]]
     paper: str
     what: str
     moves: str
@@ -58,79 +59,79 @@ class Backend:
             )
 
 
-def _ring() -> ModuleType:
+def _ring() -> Loop[Any]:
     from megatron_cp.context.algorithms import ring
 
     return ring
 
 
-def _bidirectional() -> ModuleType:
+def _bidirectional() -> Loop[Any]:
     from megatron_cp.context.algorithms import bidirectional
 
     return bidirectional
 
 
-def _all_gather() -> ModuleType:
+def _all_gather() -> Loop[Any]:
     from megatron_cp.context.algorithms import all_gather
 
     return all_gather
 
 
-def _ulysses() -> ModuleType:
+def _ulysses() -> Loop[Any]:
     from megatron_cp.context.algorithms import ulysses
 
     return ulysses
 
 
-def _usp() -> ModuleType:
+def _usp() -> Loop[Any]:
     from megatron_cp.context.algorithms import usp
 
     return usp
 
 
-def _double_ring() -> ModuleType:
+def _double_ring() -> Loop[Any]:
     from megatron_cp.context.algorithms import double_ring
 
     return double_ring
 
 
-def _tokenring() -> ModuleType:
+def _tokenring() -> Loop[Any]:
     from megatron_cp.context.algorithms import tokenring
 
     return tokenring
 
 
-def _distflash() -> ModuleType:
+def _distflash() -> Loop[Any]:
     from megatron_cp.context.algorithms import distflash
 
     return distflash
 
 
-def _fpdt() -> ModuleType:
-    from megatron_cp.context.algorithms import fpdt
+def _fpdt() -> Loop[Any]:
+    from megatron_cp.context.algorithms.fpdt import FPDT
 
-    return fpdt
+    return FPDT()
 
 
-def _rsa() -> ModuleType:
+def _rsa() -> Loop[Any]:
     from megatron_cp.context.algorithms import rsa
 
     return rsa
 
 
-def _wallfacer() -> ModuleType:
+def _wallfacer() -> Loop[Any]:
     from megatron_cp.context.algorithms import wallfacer
 
     return wallfacer
 
 
-def _startrail() -> ModuleType:
+def _startrail() -> Loop[Any]:
     from megatron_cp.context.algorithms import startrail
 
     return startrail
 
 
-def _auto() -> ModuleType:
+def _auto() -> Loop[Any]:
     raise AssertionError("auto has no loop of its own: nothing is chosen yet")
 
 

@@ -2,19 +2,19 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import cache
-from types import ModuleType
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, SingleFabric
-from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend
-from megatron_cp.context.algorithms import fpdt
+from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes
+from megatron_cp.context.algorithms.fpdt import FPDT
 from megatron_cp.context.layouts import LAYOUTS
 from megatron_cp.context.layouts import layout as positions
+from megatron_cp.context.loop import Loop
 from megatron_cp.context.masks import Mask, mask
-from megatron_cp.context.task import Axes, Chunks, Task
+from megatron_cp.context.task import Axes, Task
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
@@ -62,10 +62,11 @@ class Plan:
     met: list[tuple[int, ...]] = field(default_factory=list, compare=False)
 
     @property
-    def loop(self) -> ModuleType:
-        """The module whose `forward` and `backward` do it."""
+    def loop(self) -> Loop[Any]:
+        """The algorithm, cut into chunks over time if the plan says how many."""
         assert self.backend.name != AUTO, "nothing is chosen yet"
-        return fpdt if self.chunks is not None else self.backend.load()
+        loop = self.backend.load()
+        return loop if self.chunks is None or isinstance(loop, FPDT) else FPDT(loop)
 
     def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
         """The kernel that such queries get, and why."""
@@ -128,14 +129,13 @@ def plan(
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
     """What a settled plan's loop is given for such tensors; raises ValueError when they do not fit."""
     _check(q, k, v)
-    runs = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
+    layout = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
-    inside, heads = plan.backend.load(), (q.shape[2], k.shape[2])
-    chunks = None if plan.chunks is None else Chunks(plan.chunks, None if inside is plan.loop else inside)
-    return Task(plan.cp, runs, plan.mask, scale, plan.kernel_for(q)[0], heads, plan.axes, chunks)
+    heads = (q.shape[2], k.shape[2])
+    return Task(plan.cp, layout, plan.mask, scale, plan.kernel_for(q)[0], heads, plan.axes, plan.chunks)
 
 
-@cache
+@lru_cache(cache_sizes.LAYOUTS)
 def _kernel(name: str, device: str, dtype: str, head_dim: int, deterministic: bool) -> tuple[Kernel, str]:
     return choose(name, device=device, dtype=dtype, head_dim=head_dim, deterministic=deterministic)
 

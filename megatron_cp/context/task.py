@@ -1,8 +1,7 @@
-"""What a backend's loop is given."""
+"""The arguments of a loop, and what it keeps for the backward pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from megatron_cp.kernels import Kernel
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass, in the layout of the innermost loop."""
+    """Tensors of the forward pass that the backward pass needs, in the layout of the innermost loop."""
 
     q: Tensor
     k: Tensor
@@ -28,9 +27,9 @@ class Saved(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Keys and values on a visit: the tokens of rank `owner` from its local token `first` on.
+    """Keys and values with the tokens of rank `owner`, from its local token `first` on.
 
-    runs: their positions from the owner's first token on, where they are not the owner's (a gathered sequence)
+    runs: positions from the owner's first token on, if they are not the owner's own (a gathered sequence)
     """
 
     owner: int
@@ -40,7 +39,7 @@ class Block(NamedTuple):
     runs: Runs = ()
 
     def part(self, tokens: slice) -> list[Tensor]:
-        """k and v of these tokens of the owner."""
+        """Return k and v of these of the owner's tokens."""
         here = slice(tokens.start - self.first, tokens.stop - self.first)
         return [self.k[here], self.v[here]] if tokens.start < tokens.stop else [self.k[:0], self.v[:0]]
 
@@ -51,17 +50,6 @@ class Queries(NamedTuple):
     owner: int
     rows: slice
     first: int = 0
-
-
-class Chunks(NamedTuple):
-    """Work cut into pieces over time.
-
-    pieces: how many pieces, None for as many as make a piece of FPDT's size
-    loop:   the backend that does one piece, None for Ulysses
-    """
-
-    pieces: int | None = None
-    loop: ModuleType | None = None
 
 
 class Axes(NamedTuple):
@@ -84,29 +72,29 @@ class Axes(NamedTuple):
 class Task:
     """One attention over tokens sharded on the ranks of a fabric.
 
-    runs:   positions of each rank's tokens, in sequence order on each rank
+    layout: positions of each rank's tokens, in sequence order on each rank
     scale:  factor of the scores
     heads:  query and KV heads on each rank, before any exchange
     axes:   the same ranks as a grid, for backends that use two axes
-    chunks: how the work is cut over time, for `fpdt`
+    chunks: number of chunks over time for `fpdt`; None for as many as make a chunk of the paper's size
     """
 
     fabric: Fabric
-    runs: Layout
+    layout: Layout
     mask: Mask
     scale: float
     kernel: Kernel
     heads: tuple[int, int]
     axes: Axes | None = None
-    chunks: Chunks | None = None
+    chunks: int | None = None
 
     @property
     def mine(self) -> Runs:
-        return self.runs[self.fabric.rank]
+        return self.layout[self.fabric.rank]
 
-    def on(self, fabric: Fabric, runs: Layout, kernel: Kernel) -> "Task":
-        """The same attention over other ranks, positions and heads."""
-        return replace(self, fabric=fabric, runs=runs, kernel=kernel)
+    def on(self, fabric: Fabric, layout: Layout, kernel: Kernel) -> "Task":
+        """Return this attention over other ranks, positions and heads."""
+        return replace(self, fabric=fabric, layout=layout, kernel=kernel)
 
     @property
     def my_queries(self) -> Queries:
@@ -130,9 +118,9 @@ class Task:
                 total.add(where, part)
 
     def tiles(self, block: Block, queries: Queries) -> Iterator[Tile]:
-        """The kernel calls of queries with a block, as tokens of the tensors that hold them."""
-        runs = cut(self.runs[queries.owner], queries.rows)
+        """Yield the kernel calls of queries with a block, as tokens of the tensors that hold them."""
+        runs = cut(self.layout[queries.owner], queries.rows)
         before = queries.rows.start - queries.first
-        for rows, cols, shape in tiles(runs, block.runs or self.runs[block.owner], self.mask):
+        for rows, cols, shape in tiles(runs, block.runs or self.layout[block.owner], self.mask):
             held = slice(rows.start + before, rows.stop + before)
             yield Tile(held, slice(cols.start - block.first, cols.stop - block.first), shape)

@@ -17,7 +17,7 @@ from megatron_cp.comm import Handle
 from megatron_cp.context.heads import pieces
 from megatron_cp.context.layouts import gathered
 from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
-from megatron_cp.context.returns import Due, Leaving, Returns
+from megatron_cp.context.returns import Incoming, Outgoing, Returns, incoming
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
 
@@ -26,57 +26,62 @@ GROUPS = 4
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
 
     At most 2 / GROUPS of the gathered sequence's 2 p s b g d elements are alive meanwhile, all with one KV head.
     """
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
-    for heads, block in _visits(q, k, v, task):
+    # 1. gather one group of KV heads, the next one is in flight during the body
+    for heads, block in _gathered_groups(q, k, v, task):
+        # 2. attend the query heads of the group to all keys that they see
         merge = SoftmaxMerge(q[:, :, heads.q])
         task.attend(merge, q[:, :, heads.q], block)
         out[:, :, heads.q], lse[:, :, heads.q] = merge.result()
-        # makes room for the group after the next
+        # a reference would keep a third group alive beside the next two
         del block
     return out, Saved(q, k, v, out, lse)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv; K and V are gathered again, dK and dV are added up in float32 by the owner."""
-    dq, home = torch.empty_like(saved.q), Returns(task.fabric)
+    """Differentiate: dout [s b h d] -> dq, dk, dv; K and V are gathered again, owners add up dK and dV in float32."""
+    dq, returns = torch.empty_like(saved.q), Returns(task.fabric)
     totals: list[tuple[Sum, Sum]] = []
-    for heads, block in _visits(saved.q, saved.k, saved.v, task):
+    # 1. gather one group of KV heads, as in the forward pass
+    for heads, block in _gathered_groups(saved.q, saved.k, saved.v, task):
+        # 2. differentiate the query heads of the group
         q, out, lse, dout_i = (x[:, :, heads.q] for x in (saved.q, saved.out, saved.lse, dout))
         total_q, total_k, total_v = Sum(q), Sum(block.k), Sum(block.v)
         here = Saved(q, block.k, block.v, out, lse)
         task.attend_backward(total_q, total_k, total_v, dout_i, here, block)
         dq[:, :, heads.q] = total_q.result()
+        # 3. return the gradients of the gathered keys and values to their owners
         mine = Sum(saved.k[:, :, heads.kv]), Sum(saved.v[:, :, heads.kv])
-        home.start(*_to_owners(block._replace(k=total_k.result(), v=total_v.result()), mine, task))
+        returns.start(*_to_owners(block._replace(k=total_k.result(), v=total_v.result()), mine, task))
         totals.append(mine)
         del block, here, total_k, total_v
-    home.finish()
+    returns.finish()
     dk, dv = (torch.cat([total.result() for total in parts], 2) for parts in zip(*totals, strict=True))
     return dq, dk, dv
 
 
-class Group(NamedTuple):
+class HeadGroup(NamedTuple):
     """KV heads, and the query heads that they serve."""
 
     q: slice
     kv: slice
 
 
-def groups(heads: int, kv_heads: int) -> list[Group]:
-    """At most GROUPS groups of whole KV heads."""
+def groups(heads: int, kv_heads: int) -> list[HeadGroup]:
+    """Cut the heads into at most GROUPS groups of whole KV heads."""
     serves = heads // kv_heads
     return [
-        Group(slice(part.start * serves, part.stop * serves), part)
+        HeadGroup(slice(part.start * serves, part.stop * serves), part)
         for part in pieces(slice(0, kv_heads), min(GROUPS, kv_heads))
     ]
 
 
-def _visits(q: Tensor, k: Tensor, v: Tensor, task: Task) -> Iterator[tuple[Group, Block]]:
-    """Each group with what my queries see of its K and V; the next one is in flight during the body."""
+def _gathered_groups(q: Tensor, k: Tensor, v: Tensor, task: Task) -> Iterator[tuple[HeadGroup, Block]]:
+    """Yield each group with the K and V that this rank's queries see; the next one is in flight during the body."""
     parts = groups(q.shape[2], k.shape[2])
     arriving = _gather(k, v, parts[0], task)
     for part, after in zip(parts, [*parts[1:], None], strict=True):
@@ -87,9 +92,9 @@ def _visits(q: Tensor, k: Tensor, v: Tensor, task: Task) -> Iterator[tuple[Group
         yield part, block
 
 
-def _gather(k: Tensor, v: Tensor, heads: Group, task: Task) -> tuple[Block, Handle]:
-    """K and V of these heads and of all tokens that this rank sees, in sequence order, and what brings them."""
-    me, (whole, _) = task.fabric.rank, gathered(task.runs)
+def _gather(k: Tensor, v: Tensor, heads: HeadGroup, task: Task) -> tuple[Block, Handle]:
+    """Start to gather K and V of these heads for all tokens that this rank sees, in sequence order."""
+    me, (whole, _) = task.fabric.rank, gathered(task.layout)
     reach = seen(task.mine, whole, task.mask)
     # s b (k v) d, so that K and V of a stretch are one message
     mine = torch.cat([k[:, :, heads.kv], v[:, :, heads.kv]], 2)
@@ -109,27 +114,27 @@ def _gather(k: Tensor, v: Tensor, heads: Group, task: Task) -> tuple[Block, Hand
     return Block(me, reach.start, k, v, whole), transfer
 
 
-def _to_owners(grads: Block, mine: tuple[Sum, Sum], task: Task) -> tuple[list[Leaving], list[Due]]:
-    """Each owner adds what the ranks computed for its tokens; this rank's own part is added at once."""
-    me, leaving, due = task.fabric.rank, [], []
+def _to_owners(grads: Block, mine: tuple[Sum, Sum], task: Task) -> tuple[list[Outgoing], list[Incoming]]:
+    """Return each owner its part of the gradients, and add this rank's own part at once."""
+    me, outgoing, expected = task.fabric.rank, [], []
     for rank in range(task.fabric.size):
         for local, where in _seen_by(me, rank, task):
             parts = grads.part(where)
             if rank != me:
-                leaving.append(Leaving(rank, parts))
+                outgoing.append(Outgoing(rank, parts))
                 continue
             for total, part in zip(mine, parts, strict=True):
                 total.add(local, part)
         if rank != me:
             stretches = [local for local, _ in _seen_by(rank, me, task)]
-            due += [Due(rank, local, total.room(local), total.add) for local in stretches for total in mine]
-    return leaving, due
+            expected += [item for local in stretches for item in incoming(rank, local, *mine)]
+    return outgoing, expected
 
 
 def _seen_by(worker: int, owner: int, task: Task) -> Iterator[tuple[slice, slice]]:
-    """Stretches of `owner`'s tokens that `worker`'s queries see, as local tokens of the owner and of the whole."""
-    whole, places = gathered(task.runs)
-    reach = seen(task.runs[worker], whole, task.mask)
+    """Yield the stretches of `owner`'s tokens that `worker`'s queries see, as tokens of the owner and of the whole."""
+    whole, places = gathered(task.layout)
+    reach = seen(task.layout[worker], whole, task.mask)
     for rank, local, where in places:
         first, last = max(where.start, reach.start), min(where.stop, reach.stop)
         if rank == owner and first < last:

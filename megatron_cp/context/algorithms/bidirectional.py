@@ -9,14 +9,15 @@ Source: the halves are those of zigzag in `ring`; both directions at once: Wang 
 arXiv:2412.20501, there for queries and results.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import Message, Peers
-from megatron_cp.context.algorithms.ring import Homecoming, Route, directed, passed_on
+from megatron_cp.context import cache_sizes
+from megatron_cp.context.algorithms.ring import GradientReturns, directed
+from megatron_cp.context.circulate import Route, circulate_blocks
 from megatron_cp.context.layouts import Layout, cut, length
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
@@ -25,9 +26,11 @@ from megatron_cp.context.tiles import seen
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; two blocks are alive at a time."""
-    merge, ways = SoftmaxMerge(q), up_and_down(task.runs, task.mask)
-    for blocks in visits(_halves(k, v, ways, task), ways, task.fabric):
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; two blocks are alive at a time."""
+    merge, ways = SoftmaxMerge(q), up_and_down(task.layout, task.mask)
+    # 1. pass the early half on to the next rank and the late half to the one before, receive the next two meanwhile
+    for blocks in circulate_blocks(_halves(k, v, ways, task), ways, task.fabric):
+        # 2. attend to both halves at hand
         for block in blocks:
             task.attend(merge, q, block)
     out, lse = merge.result()
@@ -35,45 +38,33 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv; a rank's part of dK and dV of a half goes straight to the owner, rounded once."""
-    dq, ways = Sum(saved.q), up_and_down(task.runs, task.mask)
+    """Differentiate: dout [s b h d] -> dq, dk, dv; parts of dK and dV go straight to the owner, rounded once."""
+    dq, ways = Sum(saved.q), up_and_down(task.layout, task.mask)
     mine = _halves(saved.k, saved.v, ways, task)
     totals = [(Sum(half.k), Sum(half.v)) for half in mine]
-    homes = [Homecoming(half, *total, way, task.fabric) for half, total, way in zip(mine, totals, ways, strict=True)]
-    for blocks in visits(mine, ways, task.fabric):
-        for block, home in zip(blocks, homes, strict=True):
-            sums = home.sums(block)
+    both = [
+        GradientReturns(half, *total, way, task.fabric) for half, total, way in zip(mine, totals, ways, strict=True)
+    ]
+    # 1. pass both halves on as in the forward pass
+    for blocks in circulate_blocks(mine, ways, task.fabric):
+        for block, returns in zip(blocks, both, strict=True):
+            # 2. add to dq here, and to this rank's part of the half's dk and dv
+            sums = returns.sums(block)
             task.attend_backward(dq, *sums, dout, saved, block)
-            home.start(block, *sums)
-    for home in homes:
-        home.finish()
+            # 3. return that part to the owner of the half
+            returns.start(block, *sums)
+    for returns in both:
+        returns.finish()
     dk, dv = (torch.cat([half.result() for half in halves]) for halves in zip(*totals, strict=True))
     return dq.result(), dk, dv
 
 
-def visits(blocks: Sequence[Block], ways: Sequence[Route], fabric: Peers) -> Iterator[Sequence[Block]]:
-    """The halves that come by, this rank's own first; the next ones are in flight during the body, in one batch."""
-    for hop in range(1, fabric.size):
-        passing = [passed_on(block, way, hop) for block, way in zip(blocks, ways, strict=True)]
-        sends: list[Message] = []
-        recvs: list[Message] = []
-        for (leaving, following), way in zip(passing, ways, strict=True):
-            ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
-            sends += [(tensor.contiguous(), ahead) for tensor in leaving if tensor.shape[0]]
-            recvs += [(buffer, behind) for buffer in (following.k, following.v) if buffer.shape[0]]
-        transfer = fabric.exchange(sends, recvs)
-        yield blocks
-        transfer.wait()
-        blocks = [following for _, following in passing]
-    yield blocks
-
-
-@cache
-def up_and_down(runs: Layout, mask: Mask) -> tuple[Route, Route]:
-    """The ways of the early and of the late halves, over the positions of these."""
-    early, late = (tuple(cut(own, half) for own in runs) for half in _split(length(runs[0])))
+@lru_cache(cache_sizes.LAYOUTS)
+def up_and_down(layout: Layout, mask: Mask) -> tuple[Route, Route]:
+    """Return the routes of the early and of the late halves, over the positions of these halves."""
+    early, late = (tuple(cut(runs, half) for runs in layout) for half in _split(length(layout[0])))
     up, down = (
-        directed(keys, tuple(tuple(seen(queries, half, mask) for queries in runs) for half in keys), turn)
+        directed(keys, tuple(tuple(seen(queries, half, mask) for queries in layout) for half in keys), turn)
         for keys, turn in ((early, 1), (late, -1))
     )
     return up, down
@@ -85,4 +76,4 @@ def _split(tokens: int) -> tuple[slice, slice]:
 
 def _halves(k: Tensor, v: Tensor, ways: Sequence[Route], task: Task) -> list[Block]:
     me = task.fabric.rank
-    return [Block(me, 0, k[half], v[half], way.runs[me]) for half, way in zip(_split(len(k)), ways, strict=True)]
+    return [Block(me, 0, k[half], v[half], way.layout[me]) for half, way in zip(_split(len(k)), ways, strict=True)]

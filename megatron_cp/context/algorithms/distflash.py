@@ -1,7 +1,16 @@
-"""DISTFLASHATTN: contiguous pieces under a causal mask, where early ranks that run out of work help late ones.
+"""DISTFLASHATTN: contiguous pieces under a causal mask, where helpers, early ranks without work, help late ones.
 
-What a step needs is lent by its owner directly, one step ahead; results go straight home. `lending` has the tables of
-jobs: with T = p // 2 steps after the first one, and for any p, all ranks have equally many pairs in every step. Two
+In step t rank r attends its queries to the keys of rank r - t. A rank r < t has no such keys and is a helper. Five
+ranks with the paper's help (`near`), where q4 k0 is an attention of rank 4's queries to rank 0's keys:
+
+    rank      0           1           2           3           4
+    step 0    q0 k0       q1 k1       q2 k2       q3 k3       q4 k4      own keys, causal
+    step 1    q4 k0 (h)   q1 k0       q2 k1       q3 k2       q4 k3      (h): rank 0 helps rank 4
+    step 2    q3 k0 (h)   q4 k1 (h)   q2 k0       q3 k1       q4 k2
+
+A step's queries and keys are lent by their owners directly, one step ahead; results go straight to the owners.
+`distflash_tables` has the tables: with T = p // 2 steps after step 0, and for any p, all ranks have equally many pairs
+in every step. Two
 kinds of help do this, and each pass takes the one that moves fewer bytes. Over all ranks they lend
 
     near (the paper's)  K and V  T p - T (T + 1) / 2  times, queries  T (T + 1) / 2  times, for an even p T / 2 fewer
@@ -22,142 +31,142 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, Handle
-from megatron_cp.context.algorithms.distflash_tables import Job, Loan, Step, Table, tables
+from megatron_cp.context.algorithms.distflash_tables import HelpJob, HelpStep, HelpTable, Loan, tables
+from megatron_cp.context.circulate import Shard
 from megatron_cp.context.delta import delta, stand_in
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.returns import Due, Leaving, Returns, empty_like
+from megatron_cp.context.returns import Incoming, Outgoing, Returns, empty_like, incoming
 from megatron_cp.context.task import Block, Queries, Saved, Task
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
 
     Helpers send results in the queries' dtype with float32 row statistics; the owner merges them in float32.
     """
-    me, home = task.fabric.rank, Returns(task.fabric)
+    me, returns = task.fabric.rank, Returns(task.fabric)
     merges = {me: SoftmaxMerge(q)}
+    # 1. choose the kind of help that moves fewer bytes
     table = _cheapest(task, [q, *merges[me].room(slice(0, 1))], [k, v])
-    for shift in _shifts(table, [q], [k, v], task):
-        (guests,) = shift.guests
-        task.attend(merges.setdefault(shift.job.queries, SoftmaxMerge(guests)), guests, shift.block, shift.queries)
-        done = shift.step.done
-        home.start(_leaving(done, me, lambda owner: merges.pop(owner).result()), _due(done, me, merges[me]))
-    home.finish()
+    # 2. lend and borrow the queries and keys of the next step during this one
+    for work in _steps_at_rank(table, [q], [k, v], task):
+        # 3. attend own queries, or as a helper those of a late rank
+        (q_here,) = work.tensors
+        task.attend(merges.setdefault(work.job.queries, SoftmaxMerge(q_here)), q_here, work.block, work.queries)
+        # 4. helpers return results to the owners of the queries, which merge them
+        done = work.step.done
+        returns.start(_outgoing(done, me, lambda owner: merges.pop(owner).result()), _incoming(done, me, merges[me]))
+    returns.finish()
     out, lse = merges[me].result()
     return out, Saved(q, k, v, out, lse)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv.
+    """Differentiate: dout [s b h d] -> dq, dk, dv.
 
     Helpers borrow queries with their output gradients, lse and delta; partial dq, dk and dv go straight to their owner,
     rounded once, and are added there in float32.
     """
-    me, home = task.fabric.rank, Returns(task.fabric)
+    me, returns = task.fabric.rank, Returns(task.fabric)
     q, k, v, row_delta = saved.q, saved.k, saved.v, delta(saved.out, dout)
-    works, sums = {me: _Work(saved, dout, Sum(q))}, {me: (Sum(k), Sum(v))}
+    rows, sums = {me: _QueryGradient(saved, dout, Sum(q))}, {me: (Sum(k), Sum(v))}
+    # 1. choose the kind of help that moves fewer bytes
     table = _cheapest(task, [q, dout, q, saved.lse, row_delta], [k, v, k, v])
-    for shift in _shifts(table, [q, dout, saved.lse, row_delta], [k, v], task):
-        done, keys, block = shift.step.done, shift.step.keys, shift.block
-        if shift.job.queries not in works:
-            works[shift.job.queries] = _work_for(shift.guests, block)
-        work = works[shift.job.queries]
+    # 2. lend and borrow the queries and keys of the next step during this one
+    for work in _steps_at_rank(table, [q, dout, saved.lse, row_delta], [k, v], task):
+        done, keys, block = work.step.done, work.step.keys, work.block
+        # 3. add to the gradients of own queries, or as a helper to those of a late rank
+        if work.job.queries not in rows:
+            rows[work.job.queries] = _borrowed(work.tensors, block)
+        here = rows[work.job.queries]
         dk, dv = sums.setdefault(block.owner, (Sum(block.k), Sum(block.v)))
-        task.attend_backward(work.dq, dk, dv, work.dout, work.saved, block, shift.queries)
-        home.start(
-            _leaving(done, me, lambda owner: [works.pop(owner).dq.result()])
-            + _leaving(keys, me, lambda owner: [part.result() for part in sums.pop(owner)]),
-            _due(done, me, works[me].dq) + _due(keys, me, *sums[me]),
+        task.attend_backward(here.dq, dk, dv, here.dout, here.saved, block, work.queries)
+        # 4. return the gradients of what was borrowed to the owners
+        returns.start(
+            _outgoing(done, me, lambda owner: [rows.pop(owner).dq.result()])
+            + _outgoing(keys, me, lambda owner: [part.result() for part in sums.pop(owner)]),
+            _incoming(done, me, rows[me].dq) + _incoming(keys, me, *sums[me]),
         )
-    home.finish()
+    returns.finish()
     dk, dv = sums[me]
-    return works[me].dq.result(), dk.result(), dv.result()
+    return rows[me].dq.result(), dk.result(), dv.result()
 
 
-class _Work(NamedTuple):
-    """What the backward pass needs of some queries, and their gradient so far."""
+class _QueryGradient(NamedTuple):
+    """The tensors that differentiate some queries, and their gradient so far."""
 
     saved: Saved
     dout: Tensor
     dq: Sum
 
 
-def _work_for(guests: Sequence[Tensor], block: Block) -> _Work:
-    q, dout, lse, row_delta = guests
-    return _Work(Saved(q, block.k, block.v, stand_in(row_delta, dout), lse), dout, Sum(q))
+def _borrowed(tensors: Sequence[Tensor], block: Block) -> _QueryGradient:
+    q, dout, lse, row_delta = tensors
+    return _QueryGradient(Saved(q, block.k, block.v, stand_in(row_delta, dout), lse), dout, Sum(q))
 
 
-class _Shift(NamedTuple):
-    """One step at this rank: its job and the tensors for it; guests hold the job's queries, or this rank's own."""
+class _RankStep(NamedTuple):
+    """One step at this rank: its job, the tensors with the job's queries, own or borrowed, and the block of keys."""
 
-    step: Step
-    job: Job
-    guests: Sequence[Tensor]
+    step: HelpStep
+    job: HelpJob
+    tensors: Sequence[Tensor]
     queries: Queries
     block: Block
 
 
-class _Held(NamedTuple):
-    """Tensors with some rank's tokens from `first` on."""
-
-    first: int
-    tensors: Sequence[Tensor]
-
-
-def _shifts(table: Table, queries: Sequence[Tensor], keys: Sequence[Tensor], task: Task) -> Iterator[_Shift]:
-    """All steps; what the next one needs is in flight during the body."""
+def _steps_at_rank(
+    table: HelpTable, queries: Sequence[Tensor], keys: Sequence[Tensor], task: Task
+) -> Iterator[_RankStep]:
+    """Yield this rank's steps; tensors for the next one are in flight during the body."""
     me = task.fabric.rank
-    guests, blocks = {me: _Held(0, queries)}, {me: _Held(0, keys)}
-    for step, following in pairwise((*table.steps, Step())):
-        transfer, next_guests, next_blocks = _lend(following, queries, keys, task.fabric)
+    q_shards, k_shards = {me: Shard(me, 0, queries)}, {me: Shard(me, 0, keys)}
+    for step, following in pairwise((*table.steps, HelpStep())):
+        transfer, next_q_shards, next_k_shards = _lend(following, queries, keys, task.fabric)
         job = step.jobs[me]
-        guest, (first, (k, v)) = guests[job.queries], blocks[job.keys]
-        theirs = Queries(job.queries, job.rows, guest.first)
-        yield _Shift(step, job, guest.tensors, theirs, Block(job.keys, first, k, v))
+        q_shard, k_shard = q_shards[job.queries], k_shards[job.keys]
+        k, v = k_shard.tensors
+        block = Block(job.keys, k_shard.first, k, v)
+        yield _RankStep(step, job, q_shard.tensors, Queries(job.queries, job.rows, q_shard.first), block)
         transfer.wait()
         for loan in step.done:
             if loan.worker == me:
-                del guests[loan.owner]
-        guests |= next_guests
-        blocks = {me: blocks[me]} | next_blocks
+                del q_shards[loan.owner]
+        q_shards |= next_q_shards
+        k_shards = {me: k_shards[me]} | next_k_shards
 
 
 def _lend(
-    step: Step, queries: Sequence[Tensor], keys: Sequence[Tensor], fabric: Fabric
-) -> tuple[Handle, dict[int, _Held], dict[int, _Held]]:
-    """Send what others borrow of this rank for a step; what this rank borrows, by owner, is there after the wait."""
+    step: HelpStep, queries: Sequence[Tensor], keys: Sequence[Tensor], fabric: Fabric
+) -> tuple[Handle, dict[int, Shard], dict[int, Shard]]:
+    """Send what others borrow of this rank for a step; return the transfer, and by owner what this rank borrows."""
     sends, recvs = [], []
-    borrowed: tuple[dict[int, _Held], dict[int, _Held]] = ({}, {})
-    for loans, tensors, held in zip((step.queries, step.keys), (queries, keys), borrowed, strict=True):
+    borrowed: tuple[dict[int, Shard], dict[int, Shard]] = ({}, {})
+    for loans, tensors, shards in zip((step.queries, step.keys), (queries, keys), borrowed, strict=True):
         for loan in loans:
             if loan.owner == fabric.rank:
                 sends += [(tensor[loan.tokens].contiguous(), loan.worker) for tensor in tensors]
             elif loan.worker == fabric.rank:
-                held[loan.owner] = _Held(loan.tokens.start, empty_like(list(tensors), loan.size))
-                recvs += [(buffer, loan.owner) for buffer in held[loan.owner].tensors]
+                shards[loan.owner] = Shard(loan.owner, loan.tokens.start, empty_like(tensors, loan.size))
+                recvs += [(buffer, loan.owner) for buffer in shards[loan.owner].tensors]
     return fabric.exchange(sends, recvs), *borrowed
 
 
-def _leaving(loans: Sequence[Loan], me: int, result: Callable[[int], Sequence[Tensor]]) -> list[Leaving]:
-    """Results of what this rank had borrowed."""
-    return [Leaving(loan.owner, result(loan.owner)) for loan in loans if loan.worker == me]
+def _outgoing(loans: Sequence[Loan], me: int, result: Callable[[int], Sequence[Tensor]]) -> list[Outgoing]:
+    """Return the results of what this rank borrowed."""
+    return [Outgoing(loan.owner, result(loan.owner)) for loan in loans if loan.worker == me]
 
 
-def _due(loans: Sequence[Loan], me: int, *totals: SoftmaxMerge | Sum) -> list[Due]:
-    """Results of what this rank had lent."""
-    return [
-        Due(loan.worker, loan.tokens, total.room(loan.tokens), total.add)
-        for loan in loans
-        if loan.owner == me
-        for total in totals
-    ]
+def _incoming(loans: Sequence[Loan], me: int, *totals: SoftmaxMerge | Sum) -> list[Incoming]:
+    """Expect the results of what this rank lent."""
+    return [item for loan in loans if loan.owner == me for item in incoming(loan.worker, loan.tokens, *totals)]
 
 
-def _cheapest(task: Task, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Table:
-    """The table that moves the fewest bytes when lending a token moves its rows of these tensors, results included."""
+def _cheapest(task: Task, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> HelpTable:
+    """Return the table that moves the fewest bytes if a lent token moves its rows of these tensors and results."""
     per_query, per_key = _row_bytes(queries), _row_bytes(keys)
     return min(
-        tables(task.runs, task.mask).values(), key=lambda table: table.queries * per_query + table.keys * per_key
+        tables(task.layout, task.mask).values(), key=lambda table: table.queries * per_query + table.keys * per_key
     )
 
 

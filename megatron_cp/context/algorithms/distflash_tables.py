@@ -1,24 +1,33 @@
-"""Who attends to what in which step, and who lends it, when ranks help each other: the tables of DISTFLASHATTN. Pure.
+"""The tables of DISTFLASHATTN: each rank's job in each step, and the tokens that ranks lend for it. Pure.
 
-In step t rank r attends its queries to the keys of rank r - t; under a causal mask a rank r < t has no such keys and
-helps a late rank. After p // 2 steps all pairs are done. For an even p the last pairs come up twice in the
-last step, at the owner of the queries and at its helper; these share the query rows, so that no rank ever waits.
+The paper's steps, causal:
+1. In step t rank r attends its queries to the keys of rank r - t.
+2. A rank r < t has no such keys and is a helper: it attends queries of a late rank.
+3. After p // 2 steps all pairs are done.
+For an even p the last pairs come up twice in the last step, at the owner of the queries and at its helper; these share
+the query rows, so that no rank waits. Four ranks with the paper's help, q3 k0 for queries of rank 3 and keys of rank 0:
+
+    rank      0           1           2           3
+    step 0    q0 k0       q1 k1       q2 k2       q3 k3
+    step 1    q3 k0 (h)   q1 k0       q2 k1       q3 k2      (h): a helper
+    step 2    q2 k0 (h)   q3 k1 (h)   q2 k0       q3 k1      half of the rows each
 
 Source: Li et al. 2023, arXiv:2310.03294, section 3.2; the shared rows and the mirrored table are additions.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, cut, length
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.tiles import hull, seen
 
 
-class Job(NamedTuple):
-    """What `worker` does in a step: attend tokens `rows` of rank `queries` to tokens `cols` of rank `keys`."""
+class HelpJob(NamedTuple):
+    """The task of rank `worker` in a step: attend tokens `rows` of rank `queries` to tokens `cols` of rank `keys`."""
 
     worker: int
     queries: int
@@ -28,7 +37,7 @@ class Job(NamedTuple):
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """True if the job has no rows."""
         return self.rows.start == self.rows.stop
 
 
@@ -41,28 +50,28 @@ class Loan(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many tokens are lent."""
+        """Number of tokens."""
         return self.tokens.stop - self.tokens.start
 
 
-class Step(NamedTuple):
-    """Every rank's job, and what is lent for it.
+class HelpStep(NamedTuple):
+    """Every rank's job, and the loans for it.
 
-    keys:    for this step alone
-    queries: from this step on
-    done:    the queries whose results go home after this step
+    keys:    keys and values lent for this step alone
+    queries: queries lent from this step on
+    done:    lent queries whose results are returned after this step
     """
 
-    jobs: tuple[Job, ...] = ()
+    jobs: tuple[HelpJob, ...] = ()
     keys: tuple[Loan, ...] = ()
     queries: tuple[Loan, ...] = ()
     done: tuple[Loan, ...] = ()
 
 
-class Table(NamedTuple):
+class HelpTable(NamedTuple):
     """The steps of one attention."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[HelpStep, ...]
 
     @property
     def queries(self) -> int:
@@ -80,12 +89,12 @@ Help = Callable[[int, int, int], Pair]
 
 
 def near(rank: int, step: int, ranks: int) -> Pair:
-    """The paper's help: queries of the rank `step` before this one, around the end, against the helper's own keys."""
+    """The paper's help: queries of the rank `step` before the helper, around the end, with the helper's own keys."""
     return rank - step + ranks, rank
 
 
 def mirrored(rank: int, step: int, ranks: int) -> Pair:
-    """Help for a single rank, the one as far from the end as the helper is from the start, against borrowed keys."""
+    """Help for a single rank, as far from the end as the helper is from the start, with borrowed keys."""
     return ranks - 1 - rank, step - 1 - rank
 
 
@@ -94,53 +103,54 @@ def around(rank: int, step: int, ranks: int) -> Pair:
     return rank, rank - step + ranks
 
 
-@cache
-def tables(runs: Layout, mask: Mask) -> dict[str, Table]:
-    """The tables that compute every unmasked pair of a contiguous layout exactly once, by the kind of help."""
-    ranks = len(runs)
+@lru_cache(cache_sizes.LAYOUTS)
+def tables(layout: Layout, mask: Mask) -> dict[str, HelpTable]:
+    """Return tables that compute every unmasked pair of a contiguous layout exactly once, by the kind of help."""
+    ranks = len(layout)
     if not mask.causal:
-        return {"around": _table(_steps(runs, mask, ranks, around))}
+        return {"around": _table(_steps(layout, mask, ranks, around))}
     steps, shared = ranks // 2 + 1, ranks // 2 if ranks % 2 == 0 else None
-    return {help.__name__: _table(_steps(runs, mask, steps, help, shared)) for help in (near, mirrored)}
+    return {help.__name__: _table(_steps(layout, mask, steps, help, shared)) for help in (near, mirrored)}
 
 
-def _steps(runs: Layout, mask: Mask, count: int, help: Help, shared: int | None = None) -> list[list[Job]]:
-    """The jobs of each step by worker, without steps in which all ranks are idle; rows are shared in step `shared`."""
-    ranks = len(runs)
+def _steps(layout: Layout, mask: Mask, count: int, help: Help, shared: int | None = None) -> list[list[HelpJob]]:
+    """List the jobs of each step by worker, without steps in which all are idle; rows are shared in step `shared`."""
+    ranks = len(layout)
     steps = []
     for step in range(count):
         jobs = []
         for rank in range(ranks):
+            # 1. own queries, 2. or those of a late rank
             queries, keys = (rank, rank - step) if rank >= step else help(rank, step, ranks)
-            tokens = length(runs[queries])
+            tokens = length(layout[queries])
             rows = slice(0, tokens)
             if step == shared:
                 rows = slice(tokens // 2, tokens) if queries == rank else slice(0, tokens // 2)
-            jobs.append(_job(rank, queries, keys, rows, runs, mask))
+            jobs.append(_job(rank, queries, keys, rows, layout, mask))
         steps.append(jobs)
     return [jobs for jobs in steps if not all(job.idle for job in jobs)]
 
 
-def _job(worker: int, queries: int, keys: int, rows: slice, runs: Layout, mask: Mask) -> Job:
-    """The job without the rows that see none of the keys and without the keys that none of the rows see."""
-    mine, theirs = cut(runs[queries], rows), runs[keys]
+def _job(worker: int, queries: int, keys: int, rows: slice, layout: Layout, mask: Mask) -> HelpJob:
+    """Return the job without the rows that see none of the keys and without the keys that none of the rows see."""
+    mine, theirs = cut(layout[queries], rows), layout[keys]
     cols, seeing = seen(mine, theirs, mask), seen(theirs, mine, mask.mirrored)
     if cols.start == cols.stop:
-        return Job(worker, worker, worker, cols, cols)
-    return Job(worker, queries, keys, slice(rows.start + seeing.start, rows.start + seeing.stop), cols)
+        return HelpJob(worker, worker, worker, cols, cols)
+    return HelpJob(worker, queries, keys, slice(rows.start + seeing.start, rows.start + seeing.stop), cols)
 
 
-def _table(steps: list[list[Job]]) -> Table:
-    """The jobs with what is lent for them; a rank keeps queries from its first job with them to its last."""
+def _table(steps: list[list[HelpJob]]) -> HelpTable:
+    """Add the loans to the jobs; a worker keeps queries from its first job with them to its last."""
     stays: dict[Pair, dict[int, slice]] = defaultdict(dict)
     for index, jobs in enumerate(steps):
         for job in jobs:
             if job.queries != job.worker:
                 stays[job.queries, job.worker][index] = job.rows
     lent = [(min(rows), max(rows), Loan(*pair, hull(tuple(rows.values())))) for pair, rows in stays.items()]
-    return Table(
+    return HelpTable(
         tuple(
-            Step(
+            HelpStep(
                 tuple(jobs),
                 tuple(Loan(job.keys, job.worker, job.cols) for job in jobs if job.keys != job.worker),
                 tuple(loan for first, _, loan in lent if first == index),

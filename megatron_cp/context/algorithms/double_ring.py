@@ -10,11 +10,13 @@ Source: Gu et al. 2024 (LoongTrain), arXiv:2406.18485. There dK and dV circulate
 the ranks of a window send them to the one that brought the block into the window, and it sends their sum home.
 """
 
-from functools import cache
+from functools import lru_cache
 
 from torch import Tensor
 
-from megatron_cp.context.algorithms.ring import Homecoming, Route, directed, shorter, visits
+from megatron_cp.context import cache_sizes
+from megatron_cp.context.algorithms.ring import GradientReturns, circulating, directed, shorter
+from megatron_cp.context.circulate import Route
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
@@ -24,19 +26,22 @@ from megatron_cp.grid import Grid
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; four visiting blocks are alive at a time."""
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; four blocks of others are alive."""
     assert task.axes
     inner, outer = task.axes.inner, task.axes.outer
     merge = SoftmaxMerge(q)
-    for brought in visits(Block(outer.rank, 0, k, v, task.mine), _between(task), outer):
-        for block in visits(brought._replace(owner=inner.rank), _inside(task, brought.owner), inner):
+    # 1. outer ring: pass the block on to the next window, and receive another window's during the whole inner ring
+    for brought in circulating(Block(outer.rank, 0, k, v, task.mine), _between(task), outer):
+        # 2. inner ring: the blocks of that window go around inside this one
+        for block in circulating(brought._replace(owner=inner.rank), _inside(task, brought.owner), inner):
+            # 3. attend to the block at hand, merged by online softmax
             task.attend(merge, q, block)
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv.
+    """Differentiate: dout [s b h d] -> dq, dk, dv.
 
     A window's sum of dK and dV is rounded when it leaves for the owner, its parts when they leave for the rank that
     adds them up; all sums are float32.
@@ -45,43 +50,48 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     inner, outer = task.axes.inner, task.axes.outer
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
     mine, way = Block(outer.rank, 0, saved.k, saved.v, task.mine), _between(task)
-    home = Homecoming(mine, dk, dv, way, outer)
-    for brought in visits(mine, way, outer):
-        dk_window, dv_window = home.sums(brought)
+    to_owners = GradientReturns(mine, dk, dv, way, outer)
+    # 1. outer ring, as in the forward pass
+    for brought in circulating(mine, way, outer):
+        dk_window, dv_window = to_owners.sums(brought)
         held, around = brought._replace(owner=inner.rank), _inside(task, brought.owner)
-        window = Homecoming(held, dk_window, dv_window, around, inner)
-        for block in visits(held, around, inner):
-            dk_block, dv_block = window.sums(block)
+        in_window = GradientReturns(held, dk_window, dv_window, around, inner)
+        # 2. inner ring, as in the forward pass
+        for block in circulating(held, around, inner):
+            # 3. add to dq here, and to this rank's part of the block's dk and dv
+            dk_block, dv_block = in_window.sums(block)
             task.attend_backward(dq, dk_block, dv_block, dout, saved, block)
-            window.start(block, dk_block, dv_block)
-        window.finish()
-        home.start(brought, dk_window, dv_window)
-    home.finish()
+            # 4. return that part to the rank that brought the block into the window
+            in_window.start(block, dk_block, dv_block)
+        in_window.finish()
+        # 5. return the window's sum to the owner of the block
+        to_owners.start(brought, dk_window, dv_window)
+    to_owners.finish()
     return dq.result(), dk.result(), dv.result()
 
 
 def _between(task: Task) -> Route:
     assert task.axes
-    return between(task.runs, task.axes.grid, task.mask)[task.axes.inner.rank]
+    return between(task.layout, task.axes.grid, task.mask)[task.axes.inner.rank]
 
 
 def _inside(task: Task, source: int) -> Route:
-    """The ring of this rank's window over the blocks of window `source`."""
+    """Return the route inside this rank's window of the blocks of window `source`."""
     assert task.axes
-    windows = _windows(task.runs, task.axes.grid)
+    windows = _windows(task.layout, task.axes.grid)
     return inside(windows[task.axes.outer.rank], windows[source], task.mask)
 
 
-@cache
+@lru_cache(cache_sizes.PAIRS)
 def inside(queries: Layout, keys: Layout, mask: Mask) -> Route:
-    """The inner ring in which ranks with these queries pass on blocks with these keys."""
+    """Return the route on the inner ring: ranks with these queries pass on blocks with these keys."""
     return shorter(keys, tuple(tuple(seen(mine, block, mask) for mine in queries) for block in keys))
 
 
-@cache
-def between(runs: Layout, grid: Grid, mask: Mask) -> tuple[Route, ...]:
-    """The outer rings, one per rank of a window; they turn the same way, so that whole windows travel together."""
-    windows = _windows(runs, grid)
+@lru_cache(cache_sizes.LAYOUTS)
+def between(layout: Layout, grid: Grid, mask: Mask) -> tuple[Route, ...]:
+    """Return the routes on the outer rings, one per rank of a window; all turn one way, so windows stay together."""
+    windows = _windows(layout, grid)
     columns = tuple(zip(*windows, strict=True))
     wanted = [
         tuple(tuple(hull(tuple(seen(mine, block, mask) for mine in window)) for window in windows) for block in column)
@@ -93,5 +103,5 @@ def between(runs: Layout, grid: Grid, mask: Mask) -> tuple[Route, ...]:
     return min(turns, key=lambda ways: sum(way.volume for way in ways))
 
 
-def _windows(runs: Layout, grid: Grid) -> tuple[Layout, ...]:
-    return tuple(runs[start : start + grid.inner] for start in range(0, len(runs), grid.inner))
+def _windows(layout: Layout, grid: Grid) -> tuple[Layout, ...]:
+    return tuple(layout[start : start + grid.inner] for start in range(0, len(layout), grid.inner))

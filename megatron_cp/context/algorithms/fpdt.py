@@ -22,19 +22,19 @@ causal, and every chunk ends in a barrier; here copies are ordered by events.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import cache
-from types import ModuleType
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_cp.context import layouts
-from megatron_cp.context.algorithms import ring, ulysses, usp
+from megatron_cp.context import cache_sizes, layouts
+from megatron_cp.context.algorithms import ring, ulysses
 from megatron_cp.context.heads import Hands, Swap
 from megatron_cp.context.host_store import HostStore, Lanes, Stretches, visits
 from megatron_cp.context.layouts import Layout, Runs, length
+from megatron_cp.context.loop import Accumulating, HeadParallel, Loop
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.task import Saved, Task
@@ -47,49 +47,79 @@ FEWEST_CHUNKS = 4
 """Fewer do not pay: attention keeps about 2/u of its memory."""
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; what is saved lies in host memory.
+@dataclass(frozen=True)
+class FPDT:
+    """The loop of an algorithm cut into chunks over time; in the paper and by default the algorithm is Ulysses."""
 
-    Raises ValueError for a number of chunks that does not divide the tokens, and what the backend inside raises.
-    """
-    work, lanes = chunked(task), Lanes(q.device)
-    queries, keys, values = stores = _to_host((q, k, v), work, lanes)
-    results: list[HostStore] = []
-    for i, mine in enumerate(work.segments):
-        q_i = queries.get(mine).wait()
-        merge = SoftmaxMerge(q_i)
-        for j, fetched in work.visits(i, [keys, values], []):
-            work.attend(merge, q_i, fetched, i, j)
-        results = _put(results, merge.result(), mine, work, lanes)
-    (out,) = _from_host(results[:1], q, work)
-    lanes.settle()
-    return out, Saved(*(store.memory for store in (*stores, *results)))
+    inside: Loop[Any] = ulysses
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
+        """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; saved tensors are in host memory.
+
+        Raises ValueError for a number of chunks that does not divide the tokens, and what the loop inside raises.
+        """
+        work, lanes = chunked(task, self.inside), Lanes(q.device)
+        # 1. exchange chunk after chunk of q, k and v, and put what arrives into host memory
+        queries, keys, values = stores = _to_host((q, k, v), work, lanes)
+        results: list[HostStore] = []
+        for i, mine in enumerate(work.segments):
+            # 2. fetch the queries of segment i, and the keys and values of each segment j one ahead
+            q_i = queries.get(mine).wait()
+            merge = SoftmaxMerge(q_i)
+            for j, fetched in work.fetches(i, [keys, values], []):
+                # 3. attend i to j, merged over j
+                work.attend(merge, q_i, fetched, i, j)
+            results = _put(results, merge.result(), mine, work, lanes)
+        # 4. exchange back chunk after chunk of out
+        (out,) = _from_host(results[:1], q, work)
+        lanes.settle()
+        return out, Saved(*(store.memory for store in (*stores, *results)))
+
+    def backward(self, dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiate: dout [s b h d] -> dq, dk, dv; sums of dK and dV wait in host memory."""
+        work, lanes = chunked(task, self.inside), Lanes(dout.device)
+        # 1. exchange chunk after chunk of dout
+        (douts,) = _to_host((dout,), work, lanes)
+        queries, keys, values, outs, lses = (HostStore(memory, lanes) for memory in saved)
+        dq: list[HostStore] = []
+        sums: list[HostStore] = []
+        for i, mine in enumerate(work.segments):
+            # 2. fetch what belongs to segment i, and keys, values and their sums so far of each segment j one ahead
+            arriving = [store.get(mine) for store in (douts, queries, outs, lses)]
+            dout_i, q_i, out_i, lse_i = (arrival.wait() for arrival in arriving)
+            dq_i = Sum(q_i)
+            for j, fetched in work.fetches(i, [keys, values], sums):
+                # 3. add to dq of i here, and to the sums of dk and dv of j, which go back to host memory
+                dk_dv_j = work.attend_backward(dq_i, dout_i, (q_i, out_i, lse_i), fetched, i, j)
+                sums = _put(sums, dk_dv_j, work.segments[j], work, lanes)
+                del dk_dv_j
+            dq = _put(dq, (dq_i.result(),), mine, work, lanes)
+        # 4. exchange back chunk after chunk of dq, dk and dv
+        dq_, dk, dv = _from_host([*dq, *sums], dout, work)
+        return dq_, dk, dv
 
 
-def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv; the loops of the forward pass, sums of dK and dV wait in host memory."""
-    work, lanes = chunked(task), Lanes(dout.device)
-    (douts,) = _to_host((dout,), work, lanes)
-    queries, keys, values, outs, lses = (HostStore(memory, lanes) for memory in saved)
-    dq: list[HostStore] = []
-    sums: list[HostStore] = []
-    for i, mine in enumerate(work.segments):
-        arriving = [store.get(mine) for store in (douts, queries, outs, lses)]
-        dout_i, q_i, out_i, lse_i = (arrival.wait() for arrival in arriving)
-        dq_i = Sum(q_i)
-        for j, fetched in work.visits(i, [keys, values], sums):
-            dk_dv_j = work.attend_backward(dq_i, dout_i, (q_i, out_i, lse_i), fetched, i, j)
-            sums = _put(sums, dk_dv_j, work.segments[j], work, lanes)
-            del dk_dv_j
-        dq = _put(dq, (dq_i.result(),), mine, work, lanes)
-    dq_, dk, dv = _from_host([*dq, *sums], dout, work)
-    return dq_, dk, dv
+@dataclass(frozen=True)
+class RoundedResults:
+    """A loop that returns results in the inputs' dtype, as one that accumulates them."""
+
+    loop: Loop[Saved]
+
+    def attend_around(self, merge: SoftmaxMerge, q: Tensor, k: Tensor, v: Tensor, task: Task) -> None:
+        """Merge the loop's result."""
+        out, saved = self.loop.forward(q, k, v, task)
+        merge.add(slice(0, len(q)), out, saved.lse)
+
+    def attend_around_backward(self, dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved, task: Task) -> None:
+        """Add the loop's gradients."""
+        for total, part in zip((dq, dk, dv), self.loop.backward(dout, saved, task), strict=True):
+            total.add(slice(0, len(part)), part)
 
 
-class Part(NamedTuple):
-    """What is exchanged at once: `local` tokens of each rank, and where they stand in host memory.
+class ExchangedChunk(NamedTuple):
+    """Tokens that are exchanged at once: `local` tokens of each rank, and their places in host memory.
 
-    places: tokens in host memory, tokens of what the exchange brings
+    places: pairs of tokens in host memory and tokens of what the exchange brings
     """
 
     local: Stretches
@@ -97,62 +127,54 @@ class Part(NamedTuple):
     places: tuple[tuple[slice, slice], ...]
 
 
-class Chunked(NamedTuple):
-    """What is exchanged, and what is attended by `loop` on `inside`, a task over the positions of the first segment.
+class ChunkedWork(NamedTuple):
+    """Chunks to exchange, and segments to attend by `loop` on `inside`, a task over the positions of segment 0.
 
-    tokens: how many there are in host memory
-    shift:  by how much further on the next segment's positions are
+    tokens: number of tokens in host memory
+    shift:  distance in positions from one segment to the next
     """
 
-    parts: tuple[Part, ...]
+    chunks: tuple[ExchangedChunk, ...]
     segments: tuple[Stretches, ...]
     tokens: int
     shift: int
     inside: Task
-    loop: ModuleType
+    loop: Accumulating
 
     def mask(self, i: int, j: int) -> Mask:
-        """Which keys of segment j a query of segment i sees, as positions of the first segment."""
+        """Return the mask of queries of segment i over keys of segment j, both as positions of segment 0."""
         return self.inside.mask.shifted((i - j) * self.shift)
 
     def seen(self, i: int) -> list[int]:
-        """The segments of which a query of segment i sees a key, on any rank."""
-        return [j for j in range(len(self.segments)) if _sees(self.inside.runs, self.mask(i, j))]
+        """Return the segments of which a query of segment i sees a key, on any rank."""
+        return [j for j in range(len(self.segments)) if _sees(self.inside.layout, self.mask(i, j))]
 
-    def visits(self, i: int, stores: list[HostStore], partial: list[HostStore]) -> Iterator[tuple[int, list[Tensor]]]:
-        """What the queries of segment i see, from the stores."""
+    def fetches(self, i: int, stores: list[HostStore], partial: list[HostStore]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield each segment that queries of segment i see, fetched from the stores; the next one is on its way."""
         seen = self.seen(i)
         return zip(seen, visits([self.segments[j] for j in seen], stores, partial), strict=True)
 
     def attend(self, merge: SoftmaxMerge, q: Tensor, kv: list[Tensor], i: int, j: int) -> None:
         """Merge attention of one pair of segments."""
-        (k, v), task = kv, replace(self.inside, mask=self.mask(i, j))
-        if self.loop is ring:
-            ring.attend_around(merge, q, k, v, task)
-        else:
-            out, saved = self.loop.forward(q, k, v, task)
-            merge.add(slice(0, len(q)), out, saved.lse)
+        k, v = kv
+        self.loop.attend_around(merge, q, k, v, replace(self.inside, mask=self.mask(i, j)))
 
     def attend_backward(
         self, dq: Sum, dout: Tensor, mine: tuple[Tensor, Tensor, Tensor], fetched: list[Tensor], i: int, j: int
     ) -> tuple[Tensor, Tensor]:
-        """Add the gradient of `mine`, q with out and lse of all keys; the sums of dk, dv with what was fetched of them.
+        """Add the gradient of one pair of segments to dq, and return the sums of dk and dv.
 
-        `fetched` is k, v, and the sums so far unless this is the first part of them.
+        `mine` is q with out and lse of all keys; `fetched` is k, v, and the sums so far unless there are none yet.
         """
         (q, out, lse), (k, v, *before) = mine, fetched
         dk, dv = Sum(k, *before[:1]), Sum(v, *before[1:])
         task, saved = replace(self.inside, mask=self.mask(i, j)), Saved(q, k, v, out, lse)
-        if self.loop is ring:
-            ring.attend_around_backward(dq, dk, dv, dout, saved, task)
-        else:
-            for total, part in zip((dq, dk, dv), self.loop.backward(dout, saved, task), strict=True):
-                total.add(slice(0, len(part)), part)
+        self.loop.attend_around_backward(dq, dk, dv, dout, saved, task)
         return dk.exact(), dv.exact()
 
 
 class NoSwap:
-    """Nothing is exchanged: the backend inside takes all heads of a rank's tokens."""
+    """The exchange of an algorithm that keeps all heads of a rank's tokens on the rank."""
 
     hands = Hands((), ())
 
@@ -163,56 +185,55 @@ class NoSwap:
         return list(tensors)
 
 
-def chunked(task: Task) -> Chunked:
-    """The backend of `task.chunks` taken apart into its exchange and what is between the two."""
-    count, backend = task.chunks or (None, None)
-    backend = backend or ulysses
+def chunked(task: Task, inside: Loop[Any]) -> ChunkedWork:
+    """Cut the work of the loop `inside` into chunks of its exchange, and into segments of what is between the two."""
 
-    def split(runs: Layout) -> tuple[Swap | NoSwap, Task]:
-        over = task.on(task.fabric, runs, task.kernel)
-        return backend.split(over) if backend in (ulysses, usp) else (NoSwap(), over)
+    def split(layout: Layout) -> tuple[Swap | NoSwap, Task]:
+        over = task.on(task.fabric, layout, task.kernel)
+        return inside.split(over) if isinstance(inside, HeadParallel) else (NoSwap(), over)
 
-    chunks = cut(task.runs, count)
-    _, whole = split(task.runs)
-    parts = []
-    for local, runs in zip(chunks.tokens, chunks.runs, strict=True):
-        swap, part = split(runs)
-        parts.append(Part(local, swap, _places(part.mine, whole.mine)))
-    segments = cut(whole.runs, len(parts))
-    inside = whole.on(whole.fabric, segments.runs[0], whole.kernel)
-    loop = ring if backend in (ulysses, usp) else backend
-    return Chunked(tuple(parts), segments.tokens, length(whole.mine), segments.shift, inside, loop)
+    cuts = cut(task.layout, task.chunks)
+    _, whole = split(task.layout)
+    chunks = []
+    for local, layout in zip(cuts.tokens, cuts.layouts, strict=True):
+        swap, part = split(layout)
+        chunks.append(ExchangedChunk(local, swap, _places(part.mine, whole.mine)))
+    segments = cut(whole.layout, len(chunks))
+    first = whole.on(whole.fabric, segments.layouts[0], whole.kernel)
+    loop = ring if isinstance(inside, HeadParallel) else inside
+    accumulating = loop if isinstance(loop, Accumulating) else RoundedResults(loop)
+    return ChunkedWork(tuple(chunks), segments.tokens, length(whole.mine), segments.shift, first, accumulating)
 
 
 class Cut(NamedTuple):
-    """Chunks of every rank's tokens: local tokens, the same on all ranks, and the ranks' positions.
+    """Chunks of every rank's tokens: each chunk's local tokens, equal on all ranks, and its layout.
 
-    Every next chunk stands `shift` positions further on, on all ranks.
+    The positions of each chunk are those of the one before plus `shift`, on all ranks.
     """
 
     tokens: tuple[Stretches, ...]
-    runs: tuple[Layout, ...]
+    layouts: tuple[Layout, ...]
     shift: int
 
 
-@cache
-def cut(runs: Layout, count: int | None) -> Cut:
+@lru_cache(cache_sizes.LAYOUTS)
+def cut(layout: Layout, count: int | None) -> Cut:
     """Cut every rank's tokens into `count` chunks; None is the smallest number that makes them at most CHUNK_TOKENS.
 
     That is at least FEWEST_CHUNKS. Raises ValueError when `count` does not divide the tokens of a piece.
     """
-    pieces, piece = layouts.pieces(runs)
+    pieces, piece = layouts.pieces(layout)
     if count is None:
-        wanted = max(FEWEST_CHUNKS, -(-pieces * piece * len(runs) // CHUNK_TOKENS))
+        wanted = max(FEWEST_CHUNKS, -(-pieces * piece * len(layout) // CHUNK_TOKENS))
         count = next((n for n in range(wanted, piece + 1) if piece % n == 0), piece)
-    layouts.check_chunks(runs, count)
+    layouts.check_chunks(layout, count)
     stretches = tuple(_stretches(pieces, piece, piece // count, chunk) for chunk in range(count))
-    positions = tuple(tuple(_positions(own, chunk) for own in runs) for chunk in stretches)
-    shift = positions[-1][0][0].start - positions[0][0][0].start
+    cuts = tuple(tuple(_positions(runs, chunk) for runs in layout) for chunk in stretches)
+    shift = cuts[-1][0][0].start - cuts[0][0][0].start
     step = shift // (count - 1) if count > 1 else 0
-    for chunk, layout in enumerate(positions):
-        assert layout == tuple(tuple(_moved(run, chunk * step) for run in own) for own in positions[0])
-    return Cut(stretches, positions, step)
+    for chunk, positions in enumerate(cuts):
+        assert positions == tuple(tuple(_moved(run, chunk * step) for run in runs) for runs in cuts[0])
+    return Cut(stretches, cuts, step)
 
 
 def _stretches(pieces: int, piece: int, size: int, chunk: int) -> Stretches:
@@ -228,9 +249,9 @@ def _moved(run: range, shift: int) -> range:
     return range(run.start + shift, run.stop + shift, run.step)
 
 
-@cache
+@lru_cache(cache_sizes.PAIRS)
 def _places(part: Runs, whole: Runs) -> tuple[tuple[slice, slice], ...]:
-    """Where the tokens of a part stand in the whole, in the part's order."""
+    """Return the tokens of the whole and of the part that hold one position, in the part's order."""
     found = sorted(layouts.moves((part,), (whole,)), key=lambda move: move.src_tokens.start)
     return tuple(
         (slice(move.dst_tokens.start, move.dst_tokens.stop), slice(move.src_tokens.start, move.src_tokens.stop))
@@ -238,40 +259,41 @@ def _places(part: Runs, whole: Runs) -> tuple[tuple[slice, slice], ...]:
     )
 
 
-@cache
-def _sees(runs: Layout, mask: Mask) -> bool:
-    return any(tiles(queries, keys, mask) for queries in runs for keys in runs)
+@lru_cache(cache_sizes.PAIRS)
+def _sees(layout: Layout, mask: Mask) -> bool:
+    return any(tiles(queries, keys, mask) for queries in layout for keys in layout)
 
 
-def _to_host(tensors: tuple[Tensor, ...], work: Chunked, lanes: Lanes) -> list[HostStore]:
-    """(q, k, v) or (dout) of this rank's tokens -> what is attended here, in host memory."""
+def _to_host(tensors: tuple[Tensor, ...], work: ChunkedWork, lanes: Lanes) -> list[HostStore]:
+    """Exchange (q, k, v) or (dout) of this rank's tokens, and put what is attended here into host memory."""
     stores: list[HostStore] = []
-    for part in work.parts:
-        dealt = part.swap.to_heads(*(torch.cat([x[tokens] for tokens in part.local]) for x in tensors))
-        stores = stores or [HostStore.like(x, work.tokens, lanes) for x in dealt]
-        for store, x in zip(stores, dealt, strict=True):
-            store.put(x, part.places)
+    for chunk in work.chunks:
+        arrived = chunk.swap.to_heads(*(torch.cat([x[tokens] for tokens in chunk.local]) for x in tensors))
+        stores = stores or [HostStore.like(x, work.tokens, lanes) for x in arrived]
+        for store, x in zip(stores, arrived, strict=True):
+            store.put(x, chunk.places)
     return stores
 
 
-def _from_host(stores: list[HostStore], like: Tensor, work: Chunked) -> list[Tensor]:
-    """(out) or (dq, dk, dv) of what was attended here, in host memory -> of this rank's tokens, rounded once."""
+def _from_host(stores: list[HostStore], like: Tensor, work: ChunkedWork) -> list[Tensor]:
+    """Exchange (out) or (dq, dk, dv) of what was attended here back to the tokens' ranks, rounded once."""
     heads = [work.inside.heads[0], *(work.inside.heads[1] for _ in stores[1:])]
     results = [like.new_empty((*like.shape[:2], n, like.shape[3])) for n in heads]
-    for part in work.parts:
-        arriving = [store.get(tuple(there for there, _ in part.places)) for store in stores]
+    for chunk in work.chunks:
+        arriving = [store.get(tuple(there for there, _ in chunk.places)) for store in stores]
         mine = [arrival.wait().to(like.dtype) for arrival in arriving]
-        hands = part.swap.hands
-        for result, x in zip(results, part.swap.to_tokens(mine, [hands.q, *(hands.kv for _ in mine[1:])]), strict=True):
-            for tokens, piece in zip(part.local, x.chunk(len(part.local)), strict=True):
+        heads_of = [chunk.swap.hands.q, *(chunk.swap.hands.kv for _ in mine[1:])]
+        # zip alone holds what arrives, so that it is freed before the next chunk
+        for result, x in zip(results, chunk.swap.to_tokens(mine, heads_of), strict=True):
+            for tokens, piece in zip(chunk.local, x.chunk(len(chunk.local)), strict=True):
                 result[tokens] = piece
     return results
 
 
 def _put(
-    stores: list[HostStore], results: Sequence[Tensor], tokens: Stretches, work: Chunked, lanes: Lanes
+    stores: list[HostStore], results: Sequence[Tensor], tokens: Stretches, work: ChunkedWork, lanes: Lanes
 ) -> list[HostStore]:
-    """The stores, made with the first results, with these results put there."""
+    """Put these results into the stores, which are made with the first of them, and return the stores."""
     stores = stores or [HostStore.like(x, work.tokens, lanes) for x in results]
     size = tokens[0].stop - tokens[0].start
     places = [(there, slice(index * size, (index + 1) * size)) for index, there in enumerate(tokens)]

@@ -17,33 +17,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.context.algorithms.ring import Homecoming, route
+from megatron_cp.context.algorithms.ring import GradientReturns, route
+from megatron_cp.context.circulate import Shard, circulate
 from megatron_cp.context.layouts import Runs, cut, length
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import Sum, accumulator_dtype
-from megatron_cp.context.returns import empty_like, exchange
 from megatron_cp.context.task import Block, Saved, Task
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]."""
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]."""
     return forward_with_bias(q, k, v, None, task)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv."""
+    """Differentiate: dout [s b h d] -> dq, dk, dv."""
     dq, dk, dv, _ = backward_with_bias(dout, saved, None, task)
     return dq, dk, dv
 
 
 def forward_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, task: Task) -> tuple[Tensor, Saved]:
+    """Attend as `forward` with `bias` [b h s S] added to the scores; dims of size 1 are broadcast."""
+    # 1. ring of K: whole rows of scores
     scores = score_rows(q, k, bias, task)
+    # 2. softmax over whole rows
     lse = scores.logsumexp(-1)
     weights = probabilities(scores, lse)
+    # 3. ring of V: the weighted sum of values
     total = Sum(q)
-    for visitor in _visits(v, task):
+    for piece in _circulating(v, task):
         # b g r s t, t b g d -> s b (g r) d
-        part = torch.einsum("bgrst,tbgd->sbgrd", weights[..., visitor.columns], _wide(visitor.x))
+        part = torch.einsum("bgrst,tbgd->sbgrd", weights[..., piece.columns], _wide(piece.x))
         total.add(slice(None), part.flatten(2, 3))
     out = total.result()
     # b g r s -> s b (g r)
@@ -53,33 +57,42 @@ def forward_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, task
 def backward_with_bias(
     dout: Tensor, saved: Saved, bias: Tensor | None, task: Task
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, dbias by P = exp(S - lse), dP = dO V', dS = P (dP - rowsum(O dO)); dP by rows, the rest by pieces."""
+    """Differentiate: P = exp(S - lse), dP = dO V', dS = P (dP - rowsum(O dO)); dP by whole rows, the rest by pieces.
+
+    dbias is None without a bias.
+    """
     groups = saved.k.shape[2]
     q, out, dout_ = (_grouped(x, groups) for x in (saved.q, saved.out, dout))
     # s b (g r) -> b g r s
     lse, delta = (
         x.unflatten(2, (groups, -1)).permute(1, 2, 3, 0) for x in (saved.lse, (out * dout_).sum(-1).flatten(2))
     )
+    # 1. ring of V: whole rows of dP
     rows = _empty_rows(saved.q, groups, task, 0.0)
-    for visitor in _visits(saved.v, task):
-        rows[..., visitor.columns] = torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(visitor.x))
+    for piece in _circulating(saved.v, task):
+        rows[..., piece.columns] = torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(piece.x))
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
-    home = Homecoming(_mine(saved.k, task).block, dk, dv, route(task.runs, task.mask), task.fabric)
-    for visitor in _visits(saved.k, task):
-        dk_here, dv_here = home.sums(visitor.block)
-        weights = probabilities(_piece_of_scores(q, visitor, bias, task), lse)
-        dscores = weights * (rows[..., visitor.columns] - delta[..., None])
-        dq.add(slice(None), torch.einsum("bgrst,tbgd->sbgrd", dscores, _wide(visitor.x)).flatten(2, 3) * task.scale)
+    mine = Block(task.fabric.rank, 0, saved.k, saved.k, task.mine)
+    returns = GradientReturns(mine, dk, dv, route(task.layout, task.mask), task.fabric)
+    # 2. ring of K
+    for piece in _circulating(saved.k, task):
+        dk_here, dv_here = returns.sums(piece.block)
+        # 3. make P again, and dS from it
+        weights = probabilities(_piece_of_scores(q, piece, bias, task), lse)
+        dscores = weights * (rows[..., piece.columns] - delta[..., None])
+        # 4. add to dq here, and to this rank's part of the piece's dk and dv
+        dq.add(slice(None), torch.einsum("bgrst,tbgd->sbgrd", dscores, _wide(piece.x)).flatten(2, 3) * task.scale)
         dk_here.add(slice(None), torch.einsum("bgrst,sbgrd->tbgd", dscores, q) * task.scale)
         dv_here.add(slice(None), torch.einsum("bgrst,sbgrd->tbgd", weights, dout_))
-        home.start(visitor.block, dk_here, dv_here)
-        rows[..., visitor.columns] = dscores
-    home.finish()
+        # 5. return that part to the owner of the piece
+        returns.start(piece.block, dk_here, dv_here)
+        rows[..., piece.columns] = dscores
+    returns.finish()
     return dq.result(), dk.result(), dv.result(), None if bias is None else _bias_gradient(rows, bias, task)
 
 
-class _Visitor(NamedTuple):
-    """Keys or values on a visit: tokens of rank `owner`, whose are `runs`, from its local token `first` on."""
+class _Piece(NamedTuple):
+    """Keys or values with the tokens of rank `owner`, at its positions `runs`, from its local token `first` on."""
 
     owner: int
     first: int
@@ -88,7 +101,7 @@ class _Visitor(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        """Where the tokens stand in a row of scores: rank after rank, all ranks have as many."""
+        """The tokens' columns in a row of scores: rank after rank, all ranks have equally many."""
         start = self.owner * length(self.runs) + self.first
         return slice(start, start + len(self.x))
 
@@ -98,48 +111,33 @@ class _Visitor(NamedTuple):
 
     @property
     def block(self) -> Block:
-        """The same as a block, for the gradients of K and V."""
+        """These tokens as a block, for the gradients of K and V."""
         return Block(self.owner, self.first, self.x, self.x, self.runs)
 
-    def part(self, tokens: slice) -> "_Visitor":
-        """These tokens of the owner."""
-        return self._replace(first=tokens.start, x=self.x[tokens.start - self.first : tokens.stop - self.first])
 
-
-def _mine(x: Tensor, task: Task) -> _Visitor:
-    return _Visitor(task.fabric.rank, 0, x, task.mine)
-
-
-def _visits(x: Tensor, task: Task) -> Iterator[_Visitor]:
-    """All of this rank's x, then what this rank sees of every other's; the next is in flight during the body."""
-    fabric, way = task.fabric, route(task.runs, task.mask)
-    ahead, behind = (fabric.rank + way.turn) % fabric.size, (fabric.rank - way.turn) % fabric.size
-    held = shown = _mine(x, task)
-    for hop in range(1, fabric.size):
-        owner = (held.owner - way.turn) % fabric.size
-        due = way.carried[owner][hop]
-        leaving = held.part(way.carried[held.owner][hop]).x
-        (arriving,) = empty_like([leaving], due.stop - due.start)
-        transfer = exchange(fabric, [leaving], ahead, [arriving], behind)
-        yield shown
-        transfer.wait()
-        held = _Visitor(owner, due.start, arriving, way.runs[owner])
-        shown = held.part(way.wanted[owner][fabric.rank])
-    yield shown
+def _circulating(x: Tensor, task: Task) -> Iterator[_Piece]:
+    """Yield all of this rank's x, then what this rank sees of every other's; the next is in flight during the body."""
+    me, way = task.fabric.rank, route(task.layout, task.mask)
+    for (shard,) in circulate([Shard(me, 0, (x,))], [way], task.fabric):
+        owner, first, (here,) = shard
+        if owner != me:
+            seen = way.wanted[owner][me]
+            first, (here,) = seen.start, shard.part(seen)
+        yield _Piece(owner, first, here, way.layout[owner])
 
 
 def score_rows(q: Tensor, k: Tensor, bias: Tensor | None, task: Task) -> Tensor:
-    """Whole rows of scores, b g r s S; -inf where nothing is seen."""
+    """Return whole rows of scores, b g r s S; -inf where the mask hides a key."""
     groups = k.shape[2]
     rows, queries = _empty_rows(q, groups, task, -torch.inf), _grouped(q, groups)
-    for visitor in _visits(k, task):
-        rows[..., visitor.columns] = _piece_of_scores(queries, visitor, bias, task)
+    for piece in _circulating(k, task):
+        rows[..., piece.columns] = _piece_of_scores(queries, piece, bias, task)
     return rows
 
 
-def _piece_of_scores(q: Tensor, visitor: _Visitor, bias: Tensor | None, task: Task) -> Tensor:
-    """The scores of s b g r d with a visitor's keys, b g r s t."""
-    scores, positions = torch.einsum("sbgrd,tbgd->bgrst", q, _wide(visitor.x)) * task.scale, visitor.positions
+def _piece_of_scores(q: Tensor, piece: _Piece, bias: Tensor | None, task: Task) -> Tensor:
+    """Return the scores of queries s b g r d with a piece's keys, b g r s t."""
+    scores, positions = torch.einsum("sbgrd,tbgd->bgrst", q, _wide(piece.x)) * task.scale, piece.positions
     if bias is not None:
         batch, groups, group, local = scores.shape[:4]
         whole = bias.expand(batch, groups * group, local, tokens_of(task))
@@ -171,7 +169,7 @@ def _empty_rows(q: Tensor, groups: int, task: Task, value: float) -> Tensor:
 
 
 def tokens_of(task: Task) -> int:
-    return sum(map(length, task.runs))
+    return sum(map(length, task.layout))
 
 
 def _positions(runs: Runs, like: Tensor) -> Tensor:
@@ -181,7 +179,7 @@ def _positions(runs: Runs, like: Tensor) -> Tensor:
 
 def columns_of(task: Task, like: Tensor) -> Tensor:
     """The position of each column in a row of scores."""
-    return torch.cat([_positions(runs, like) for runs in task.runs])
+    return torch.cat([_positions(runs, like) for runs in task.layout])
 
 
 def _bias_gradient(rows: Tensor, bias: Tensor, task: Task) -> Tensor:

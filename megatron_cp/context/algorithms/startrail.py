@@ -16,12 +16,13 @@ derived here. Backend `wallfacer` on a grid of C x p / C has tiles as large with
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, Handle
+from megatron_cp.context import cache_sizes
 from megatron_cp.context.algorithms import rows_and_columns
 from megatron_cp.context.algorithms.rows_and_columns import Tiling
 from megatron_cp.context.returns import empty_like, exchange
@@ -30,20 +31,20 @@ from megatron_cp.grid import Grid, team_sizes
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; twice the keys of a team are alive."""
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; twice the keys of a team are alive."""
     grid = _grid(task)
     return rows_and_columns.forward(q, k, v, _rings(k, v, grid, task), teams(grid), task)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv."""
+    """Differentiate: dout [s b h d] -> dq, dk, dv."""
     grid = _grid(task)
     return rows_and_columns.backward(dout, saved, _rings(saved.k, saved.v, grid, task), teams(grid), task)
 
 
-@cache
+@lru_cache(cache_sizes.LAYOUTS)
 def teams(grid: Grid) -> Tiling:
-    """Which teams' keys come by at each rank: member j of any team sees the teams of ring j, from its own place on."""
+    """Return the teams whose keys arrive at each rank: member j sees the teams of ring j, from its own place on."""
     ranks, places = range(grid.inner * grid.outer), grid.outer // grid.inner
     members = [tuple(grid.members("inner", team * grid.inner)) for team in range(grid.outer)]
     rows = tuple(members[rank // grid.inner] for rank in ranks)
@@ -55,7 +56,7 @@ def teams(grid: Grid) -> Tiling:
 
 
 def _rings(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]]:
-    """The keys of a whole team in each hop, the next team's in flight during the body."""
+    """Yield the keys of a whole team in each hop, the next team's in flight during the body."""
     fabric, places = task.fabric, grid.outer // grid.inner
     team, member = divmod(fabric.rank, grid.inner)
     ring, place = divmod(team, places)
@@ -64,10 +65,13 @@ def _rings(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]
         return (ring * places + place % places) * grid.inner + member
 
     mirror, ahead, behind = at(member, place, ring), at(ring, place + 1, member), at(ring, place - 1, member)
+    # 1. gather the keys and values of the team
     held = _gathered([k, v], grid.members("inner", fabric.rank), fabric)
+    # 2. swap them for those of the team at the same place of ring `member`
     if mirror != fabric.rank:
         held, transfer = _passed(held, mirror, mirror, fabric)
         transfer.wait()
+    # 3. pass the keys of teams on around the ring
     *hops, last = teams(grid).hops[fabric.rank]
     for owners in hops:
         arriving, transfer = _passed(held, ahead, behind, fabric)
@@ -78,7 +82,7 @@ def _rings(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]
 
 
 def _gathered(mine: list[Tensor], team: Sequence[int], fabric: Fabric) -> list[Tensor]:
-    """k and v of each member of the team."""
+    """Gather k and v of each member of the team."""
     held = [mine if rank == fabric.rank else [torch.empty_like(tensor) for tensor in mine] for rank in team]
     others = [(rank, tensors) for rank, tensors in zip(team, held, strict=True) if rank != fabric.rank]
     sends = [(tensor.contiguous(), rank) for rank, _ in others for tensor in mine]
@@ -93,7 +97,7 @@ def _passed(leaving: list[Tensor], dst: int, src: int, fabric: Fabric) -> tuple[
 
 def _blocks(owners: Sequence[int], held: list[Tensor], task: Task) -> list[Block]:
     pairs = zip(owners, held[::2], held[1::2], strict=True)
-    return [Block(owner, 0, k, v, task.runs[owner]) for owner, k, v in pairs]
+    return [Block(owner, 0, k, v, task.layout[owner]) for owner, k, v in pairs]
 
 
 def _grid(task: Task) -> Grid:
@@ -103,9 +107,9 @@ def _grid(task: Task) -> Grid:
     return Grid(size, task.fabric.size // size)
 
 
-@cache
+@lru_cache(cache_sizes.LAYOUTS)
 def least(ranks: int, heads: int, kv_heads: int) -> int:
-    """The size of teams whose forward and backward pass send the fewest elements, row statistics left out."""
+    """Return the size of teams with which both passes send the fewest elements, row statistics left out."""
 
     def elements(size: int) -> float:
         # q, out; q, dout, dq and k, v gathered, swapped and passed on, twice; dk, dv

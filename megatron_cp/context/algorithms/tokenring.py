@@ -13,66 +13,65 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from megatron_cp.context.algorithms.ring import Route, route
+from megatron_cp.context.algorithms.ring import route
+from megatron_cp.context.circulate import Shard, circulate
 from megatron_cp.context.delta import delta, stand_in
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.returns import Returns, Visit, empty_like, exchange
+from megatron_cp.context.returns import QueryShard, Returns
 from megatron_cp.context.task import Block, Queries, Saved, Task
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
 
     Queries that no rank further on needs stay behind. The owner merges partial results in float32; they travel in the
-    queries' dtype with float32 row statistics, while the next visitors are computed.
+    queries' dtype with float32 row statistics, while the next queries are computed.
     """
-    merge, mine, home = SoftmaxMerge(q), Block(task.fabric.rank, 0, k, v), Returns(task.fabric)
-    for visit in _visits([q], task):
-        (guests,) = visit.tensors
-        partial = merge if visit.at_home else SoftmaxMerge(guests)
-        task.attend(partial, guests, mine, visit.queries)
-        if not visit.at_home:
-            home.start(*visit.results(partial.result(), merge))
-    home.finish()
+    merge, mine, returns = SoftmaxMerge(q), Block(task.fabric.rank, 0, k, v), Returns(task.fabric)
+    # 1. pass the queries on, and receive the next ones during the body
+    for shard in _circulating([q], task):
+        # 2. attend the queries at hand to this rank's keys
+        (q_here,) = shard.tensors
+        partial = merge if shard.own else SoftmaxMerge(q_here)
+        task.attend(partial, q_here, mine, shard.queries)
+        # 3. return the partial result to the owner of the queries, which merges it
+        if not shard.own:
+            returns.start(*shard.returns(partial.result(), merge))
+    returns.finish()
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv.
+    """Differentiate: dout [s b h d] -> dq, dk, dv.
 
     Queries, their output gradients, lse and delta travel as the queries did; each rank's part of dq goes straight home
     and is added in float32, while dk and dv never leave their owner.
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
-    mine, home = Block(task.fabric.rank, 0, saved.k, saved.v), Returns(task.fabric)
-    for visit in _visits([saved.q, dout, saved.lse, delta(saved.out, dout)], task):
-        q, dguests, lse, row_delta = visit.tensors
-        partial = dq if visit.at_home else Sum(q)
-        guests = saved if visit.at_home else Saved(q, saved.k, saved.v, stand_in(row_delta, dguests), lse)
-        task.attend_backward(partial, dk, dv, dguests, guests, mine, visit.queries)
-        if not visit.at_home:
-            home.start(*visit.results([partial.result()], dq))
-    home.finish()
+    mine, returns = Block(task.fabric.rank, 0, saved.k, saved.v), Returns(task.fabric)
+    # 1. pass queries, dout, lse and delta on, and receive the next ones during the body
+    for shard in _circulating([saved.q, dout, saved.lse, delta(saved.out, dout)], task):
+        # 2. add to dk and dv here, and to this rank's part of the queries' dq
+        q, dout_here, lse, row_delta = shard.tensors
+        partial = dq if shard.own else Sum(q)
+        inputs = saved if shard.own else Saved(q, saved.k, saved.v, stand_in(row_delta, dout_here), lse)
+        task.attend_backward(partial, dk, dv, dout_here, inputs, mine, shard.queries)
+        # 3. return that part to the owner of the queries
+        if not shard.own:
+            returns.start(*shard.returns([partial.result()], dq))
+    returns.finish()
     return dq.result(), dk.result(), dv.result()
 
 
-def _visits(tensors: list[Tensor], task: Task) -> Iterator[Visit]:
-    """All queries that come by, this rank's own first; the next ones are in flight during the body."""
-    fabric, me, size = task.fabric, task.fabric.rank, task.fabric.size
-    way = route(task.runs, task.mask.mirrored)
-    first = 0
-    for hop in range(size):
-        owner, host, following = ((me + way.turn * hops) % size for hops in (-hop, hop, -hop - 1))
-        visit = Visit(Queries(owner, way.wanted[owner][me], first), tensors, host, way.wanted[me][host], hop == 0)
-        onward, due = _carried(way, owner, hop + 1), _carried(way, following, hop + 1)
-        leaving = [tensor[max(0, onward.start - first) : max(0, onward.stop - first)] for tensor in tensors]
-        tensors, first = empty_like(leaving, due.stop - due.start), due.start
-        transfer = exchange(fabric, leaving, (me + way.turn) % size, tensors, (me - way.turn) % size)
-        yield visit
-        transfer.wait()
-
-
-def _carried(way: Route, owner: int, hop: int) -> slice:
-    """What travels of the owner's queries on this hop; there is none after the last."""
-    return way.carried[owner][hop] if hop < len(way.carried) else slice(0, 0)
+def _circulating(tensors: list[Tensor], task: Task) -> Iterator[QueryShard]:
+    """Yield this rank's own queries, then every other rank's; the next ones are in flight during the body."""
+    me, size, way = task.fabric.rank, task.fabric.size, route(task.layout, task.mask.mirrored)
+    hops = circulate([Shard(me, 0, tensors)], [way], task.fabric)
+    # a reference would keep this rank's delta alive until the last hop
+    del tensors
+    for hop, ((owner, first, here),) in enumerate(hops):
+        worker = (me + way.turn * hop) % size
+        queries = Queries(owner, way.wanted[owner][me], first)
+        yield QueryShard(queries, here, worker, way.wanted[me][worker], hop == 0)
+        del here

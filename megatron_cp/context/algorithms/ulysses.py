@@ -7,8 +7,6 @@ its gradients leave with the last. What is sent is the same as at once.
 Source: Jacobs et al. 2023, arXiv:2309.14509. Traffic: `BACKENDS` in `megatron_cp.context`.
 """
 
-from itertools import batched, chain
-
 from torch import Tensor
 
 from megatron_cp.comm import SingleFabric
@@ -18,8 +16,8 @@ from megatron_cp.context.merge import Sum
 from megatron_cp.context.task import Saved, Task
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[Saved, ...]]:
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
 
     A KV head that query heads of several ranks need goes to each of them; heads that p does not divide are dealt
     unevenly. Raises ValueError for more ranks than query heads.
@@ -27,51 +25,56 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[
     return forward_between(q, k, v, task, *split(task))
 
 
-def backward(dout: Tensor, saved: tuple[Tensor, ...], task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv; the exchanges of the forward pass the other way round."""
+def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate: dout [s b h d] -> dq, dk, dv; the exchanges of the forward pass in the other direction."""
     return backward_between(dout, saved, task, *split(task))
 
 
 def forward_between(
     q: Tensor, k: Tensor, v: Tensor, task: Task, swap: Swap, inside: Task
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Attention of my heads over the tokens of `inside`, between the two exchanges; saved is one `Saved` per chunk."""
-    chunks, home = _chunks(swap, inside), Homeward(swap, [swap.hands.q])
+) -> tuple[Tensor, tuple[Saved, ...]]:
+    """Attend this rank's heads over the tokens of `inside`, between the two exchanges; save one `Saved` per chunk."""
+    chunks, to_tokens = _chunks(swap, inside), Homeward(swap, [swap.hands.q])
+    # 1. all-to-all of q, k and v, heads for tokens: the next chunk of heads is in flight during the body
     arrivals = swap.visits([q, k, v], [(chunk.hands.q, chunk.arriving, chunk.arriving) for chunk in chunks])
     saved: list[Saved] = []
     for chunk, (q_i, k_i, v_i) in zip(chunks, arrivals, strict=True):
         if not k_i.shape[2]:
             k_i, v_i = saved[-1].k, saved[-1].v
+        # 2. attend this rank's heads over the whole sequence; on more axes than one, by a ring over the rest of it
         out, saved_i = ring.forward(q_i, k_i, v_i, _on_chunk(chunk, task, swap, inside))
-        home.start([out], [chunk.hands.q])
+        # 3. all-to-all of out, tokens for heads
+        to_tokens.start([out], [chunk.hands.q])
         saved.append(saved_i)
-    return home.results()[0], tuple(chain(*saved))
+    return to_tokens.results()[0], tuple(saved)
 
 
 def backward_between(
-    dout: Tensor, saved: tuple[Tensor, ...], task: Task, swap: Swap, inside: Task
+    dout: Tensor, saved: tuple[Saved, ...], task: Task, swap: Swap, inside: Task
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `forward_between`; a KV head's add up in float32 until it has met all of its queries."""
-    chunks, home = _chunks(swap, inside), Homeward(swap, [swap.hands.q, swap.hands.kv, swap.hands.kv])
+    """Differentiate `forward_between`; a KV head's gradients add up in float32 until it has met all of its queries."""
+    chunks, to_tokens = _chunks(swap, inside), Homeward(swap, [swap.hands.q, swap.hands.kv, swap.hands.kv])
+    # 1. all-to-all of dout, heads for tokens
     arrivals = swap.visits([dout], [(chunk.hands.q,) for chunk in chunks])
     total_k = total_v = None
-    for chunk, (dout_i,), tensors in zip(chunks, arrivals, batched(saved, len(Saved._fields)), strict=True):
-        saved_i = Saved(*tensors)
+    for chunk, (dout_i,), saved_i in zip(chunks, arrivals, saved, strict=True):
+        # 2. differentiate this rank's heads over the whole sequence
         total_q, total_k, total_v = Sum(saved_i.q), total_k or Sum(saved_i.k), total_v or Sum(saved_i.v)
         here = _on_chunk(chunk, task, swap, inside)
         ring.attend_around_backward(total_q, total_k, total_v, dout_i, saved_i, here)
+        # 3. all-to-all of dq, dk and dv, tokens for heads
         leaving = [saved_i.k[:, :, :0], saved_i.v[:, :, :0]]
         if chunk.leaves(swap.fabric.rank):
             leaving = [total_k.result(), total_v.result()]
             total_k = total_v = None
-        home.start([total_q.result(), *leaving], [chunk.hands.q, chunk.leaving, chunk.leaving])
-    dq, dk, dv = home.results()
+        to_tokens.start([total_q.result(), *leaving], [chunk.hands.q, chunk.leaving, chunk.leaving])
+    dq, dk, dv = to_tokens.results()
     return dq, dk, dv
 
 
 def split(task: Task) -> tuple[Swap, Task]:
-    """All ranks exchange heads; what remains is attention on one rank."""
-    swap = Swap(task.fabric, task.runs, deal(*task.heads, task.fabric.size))
+    """Exchange heads among all ranks; the ring between the exchanges has one rank."""
+    swap = Swap(task.fabric, task.layout, deal(*task.heads, task.fabric.size))
     return swap, task.on(SingleFabric(), (swap.whole,), swap.kernel(task.kernel))
 
 
@@ -81,4 +84,4 @@ def _chunks(swap: Swap, inside: Task) -> tuple[Chunk, ...]:
 
 
 def _on_chunk(chunk: Chunk, task: Task, swap: Swap, inside: Task) -> Task:
-    return inside.on(inside.fabric, inside.runs, swap.kernel(task.kernel, chunk.hands))
+    return inside.on(inside.fabric, inside.layout, swap.kernel(task.kernel, chunk.hands))

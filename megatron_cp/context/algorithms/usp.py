@@ -11,31 +11,32 @@ from torch import Tensor
 from megatron_cp.context.algorithms.ulysses import backward_between, forward_between
 from megatron_cp.context.heads import Swap, deal
 from megatron_cp.context.layouts import Layout, gathered
-from megatron_cp.context.task import Task
+from megatron_cp.context.task import Saved, Task
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
+def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[Saved, ...]]:
+    """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
 
     Raises ValueError for more ranks on the heads axis than query heads.
     """
+    # 1. all-to-all on the heads axis, 2. ring on the other axis, 3. all-to-all back: the loop of `ulysses`
     return forward_between(q, k, v, task, *split(task))
 
 
-def backward(dout: Tensor, saved: tuple[Tensor, ...], task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """dout [s b h d] -> dq, dk, dv."""
+def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate: dout [s b h d] -> dq, dk, dv."""
     return backward_between(dout, saved, task, *split(task))
 
 
 def split(task: Task) -> tuple[Swap, Task]:
-    """Ranks along the heads axis exchange heads; those along the other axis are a ring over the groups' tokens."""
+    """Exchange heads along the heads axis; the ranks along the other axis are a ring over the groups' tokens."""
     assert task.axes
     grid, heads, ring = task.axes.grid, task.axes.heads, task.axes.ring
     me, fabric = task.fabric.rank, task.axes.fabric(heads)
 
     def tokens_of_group(rank: int) -> Layout:
-        return tuple(task.runs[member] for member in grid.members(heads, rank))
+        return tuple(task.layout[member] for member in grid.members(heads, rank))
 
     swap = Swap(fabric, tokens_of_group(me), deal(*task.heads, fabric.size))
-    runs = tuple(gathered(tokens_of_group(rank))[0] for rank in grid.members(ring, me))
-    return swap, task.on(task.axes.fabric(ring), runs, swap.kernel(task.kernel))
+    layout = tuple(gathered(tokens_of_group(rank))[0] for rank in grid.members(ring, me))
+    return swap, task.on(task.axes.fabric(ring), layout, swap.kernel(task.kernel))

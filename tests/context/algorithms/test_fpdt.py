@@ -5,11 +5,11 @@ import torch
 
 from megatron_cp.comm import in_process
 from megatron_cp.context import ALGORITHMS, BACKENDS
-from megatron_cp.context.algorithms.fpdt import CHUNK_TOKENS, FEWEST_CHUNKS, chunked, cut
+from megatron_cp.context.algorithms.fpdt import CHUNK_TOKENS, FEWEST_CHUNKS, FPDT, chunked, cut
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.layouts import LAYOUTS, layout
 from megatron_cp.context.masks import CAUSAL, Mask
-from megatron_cp.context.task import Chunks, Task
+from megatron_cp.context.task import Task
 from megatron_cp.context.trace.live import LiveBytes
 from megatron_cp.grid import Grid
 from megatron_cp.kernels.reference import ReferenceKernel
@@ -68,9 +68,10 @@ def test_chunks_hold_every_token_once_and_stand_at_equal_distances(name, ranks, 
     owned = layout(name, 12 * ranks, ranks)
     found = cut(owned, count)
     assert sorted(i for chunk in found.tokens for tokens in chunk for i in range(12)[tokens]) == list(range(12))
-    for chunk, runs in enumerate(found.runs):
-        here = [[position for run in own for position in run] for own in runs]
-        assert here == [[position + chunk * found.shift for run in own for position in run] for own in found.runs[0]]
+    for chunk, positions in enumerate(found.layouts):
+        here = [[position for run in runs for position in run] for runs in positions]
+        moved = [[position + chunk * found.shift for run in runs for position in run] for runs in found.layouts[0]]
+        assert here == moved
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_without_a_number_a_chunk_is_at_most_the_papers(tokens, chunks):
 @pytest.mark.parametrize(("mask", "pairs"), [(CAUSAL, 10), (Mask(), 16), (Mask(5, 0), 7)])
 def test_pairs_of_segments_that_see_nothing_are_left_out(mask, pairs):
     def body(fabric):
-        task = Task(fabric, layout("zigzag", 48, 2), mask, 1.0, ReferenceKernel(), (2, 2), chunks=Chunks(4))
-        made = chunked(task)
+        task = Task(fabric, layout("zigzag", 48, 2), mask, 1.0, ReferenceKernel(), (2, 2), chunks=4)
+        made = chunked(task, FPDT().inside)
         return sum(1 for i in range(4) for _ in made.seen(i))
 
     assert in_process(2, body) == [pairs, pairs]

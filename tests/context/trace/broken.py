@@ -17,17 +17,17 @@ class Mirrored:
 
 def turn_back(monkeypatch):
     """Turn the ring the wrong way."""
-    original = ring.visits
-    monkeypatch.setattr(ring, "visits", lambda block, way, fabric: original(block, way, Mirrored(fabric)))
+    original = ring.circulating
+    monkeypatch.setattr(ring, "circulating", lambda block, way, fabric: original(block, way, Mirrored(fabric)))
 
 
 def swap_owners(monkeypatch):
     """Let rank 0 take the blocks of ranks 1 and 2 for each other's."""
-    original = ring.visits
+    original = ring.circulating
 
     def swapped(block, way, fabric):
-        for visitor in original(block, way, fabric):
-            owner = {1: 2, 2: 1}.get(visitor.owner, visitor.owner) if fabric.rank == 0 else visitor.owner
-            yield visitor._replace(owner=owner, runs=way.runs[owner])
+        for here in original(block, way, fabric):
+            owner = {1: 2, 2: 1}.get(here.owner, here.owner) if fabric.rank == 0 else here.owner
+            yield here._replace(owner=owner, runs=way.layout[owner])
 
-    monkeypatch.setattr(ring, "visits", swapped)
+    monkeypatch.setattr(ring, "circulating", swapped)

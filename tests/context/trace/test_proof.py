@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_cp.context import ALGORITHMS, BACKENDS, heads
-from megatron_cp.context.algorithms import ring
+from megatron_cp.context.returns import Returns
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.probe import probe
 from megatron_cp.context.trace.proof import Book, prove, small
@@ -78,7 +78,7 @@ def test_a_swapped_owner_is_caught(monkeypatch, causal, window):
 
 
 def test_a_lost_gradient_is_caught(monkeypatch):
-    monkeypatch.setattr(ring.Homecoming, "finish", lambda self: None)
+    monkeypatch.setattr(Returns, "finish", lambda self: None)
     proof = proved("zigzag", 3)
     assert not proof.covered
     assert proof.problem.startswith(("dk", "dv"))
