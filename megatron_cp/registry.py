@@ -36,7 +36,17 @@ class Registry[T: Entry]:
         """The entry called `name`; raises ValueError with a suggestion when there is none."""
         if name in self._by_name:
             return self._by_name[name]
-        raise Refused(f"unknown {self.kind} {name!r}{suggest(name, self._by_name)}; known: {', '.join(self._by_name)}")
+        raise unknown(self.kind, name, self._by_name)
+
+
+def unknown(kind: str, name: str, known: Iterable[str], place: str = "") -> Refused:
+    """Return the error for a name that is not among `known`, with the nearest known one as a suggestion.
+
+    place: file and line, or the flag, that the name was read from; it goes in front of the text
+    """
+    names = list(known)
+    where = f"{place}: " if place else ""
+    return Refused(f"{where}unknown {kind} {name!r}{suggest(name, names)}; known: {', '.join(names)}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
