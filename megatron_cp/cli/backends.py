@@ -37,8 +37,3 @@ def backends(
     for row in rows():
         table.add_row(*row)
     Console().print(table)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(backends)

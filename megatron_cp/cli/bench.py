@@ -13,8 +13,10 @@ from rich.table import Table
 from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.cli.bench_links import links
 from megatron_cp.cli.bench_pipeline import pipeline
+from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads
 from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import AUTO, KERNELS
+from megatron_cp.registry import unknown
 
 if TYPE_CHECKING:
     from megatron_cp.bench.comparison import AttentionShape, BackendResult, Comparison, Implementation
@@ -35,11 +37,11 @@ def context(
     seq: Annotated[
         list[int] | None, typer.Option(help="Tokens of the whole sequence; may be repeated. By default 4096 and 16384.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads; by default as many as query heads.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Dim of one head.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = True,
+    heads: Heads = 8,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 64,
+    batch: Batch = 1,
+    causal: Causal = True,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
     kernel: Annotated[str, typer.Option(help=f"One of {', '.join((AUTO, *KERNELS.names))}.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every candidate is timed once.")] = 7,
@@ -64,10 +66,9 @@ def context(
     from megatron_cp.bench.context import Selection, bench
     from megatron_cp.plots.bench import draw_bench
     from megatron_cp.plots.timeline import PICTURES
-    from megatron_cp.registry import suggest
 
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
+        raise unknown("dtype", dtype, DTYPES)
     if plot and plot.suffix not in PICTURES:
         raise ValueError(f"--plot takes a file that ends in one of: {', '.join(PICTURES)}; got {plot.name!r}")
     everybody = not backend or "all" in backend

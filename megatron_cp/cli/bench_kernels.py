@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp.registry import suggest
+from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads
+from megatron_cp.registry import unknown
 
 if TYPE_CHECKING:
     from megatron_cp.bench.kernels import KernelReport, KernelResult
@@ -25,11 +26,11 @@ def kernels(
             help="Tokens of the sequence; may be repeated. By default 1024 to 4096 on a CPU, 8192 to 131072 on a GPU.",
         ),
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads; by default as many as query heads.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Dim of one head.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = True,
+    heads: Heads = 8,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 64,
+    batch: Batch = 1,
+    causal: Causal = True,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls, of which the fastest counts.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of a table.")] = False,
@@ -38,8 +39,9 @@ def kernels(
     from megatron_cp.bench.comparison import DTYPES, AttentionShape
     from megatron_cp.bench.kernels import bench
 
-    _known("dtype", dtype, list(DTYPES))
-    _known("device", device, ["cpu", "cuda"])
+    for what, value, known in (("dtype", dtype, [*DTYPES]), ("device", device, ["cpu", "cuda"])):
+        if value not in known:
+            raise unknown(what, value, known)
     if heads % (kv_heads or heads):
         raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
     lengths = seq or ([8192, 16384, 32768, 65536, 131072] if device == "cuda" else [1024, 2048, 4096])
@@ -50,11 +52,6 @@ def kernels(
         return
     mask = "causal, counted as half" if causal else "full"
     _show(report, f"b={batch} h={heads} g={kv_heads or heads} d={head_dim} {dtype}, {mask}; {report.device}")
-
-
-def _known(what: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {what} {value!r}{suggest(value, known)}; known: {', '.join(known)}")
 
 
 def _show(report: "KernelReport", title: str) -> None:

@@ -16,10 +16,10 @@ def links(
     """Measure links, memory and attention kernel of this machine between two processes."""
     from megatron_cp.bench.comparison import DTYPES
     from megatron_cp.bench.links import measure_links
-    from megatron_cp.registry import suggest
+    from megatron_cp.registry import unknown
 
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}{suggest(dtype, DTYPES)}; known: {', '.join(DTYPES)}")
+        raise unknown("dtype", dtype, DTYPES)
     measured = measure_links(dtype)
     if write:
         write.write_text(measured.as_yaml(), encoding="utf-8")

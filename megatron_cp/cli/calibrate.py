@@ -7,12 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cp.registry import suggest
-
-
-def register(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command("calibrate")(calibrate)
+from megatron_cp.registry import unknown
 
 
 def calibrate(
@@ -27,7 +22,7 @@ def calibrate(
     """
     known = ("float32", "bfloat16", "float16")
     if dtype not in known:
-        raise ValueError(f"unknown dtype {dtype!r}{suggest(dtype, known)}; known: {', '.join(known)}")
+        raise unknown("dtype", dtype, known)
     from megatron_cp.bench.calibrate import as_yaml
     from megatron_cp.bench.calibrate import calibrate as rates_of
     from megatron_cp.bench.links import measure_links

@@ -9,10 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
 from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.trace.critical_path import critical_path
 from megatron_cp.context.trace.events import BYTES, Problem, Trace
 from megatron_cp.grid import most_square
+from megatron_cp.registry import unknown
 
 # tiles of shorter blocks are mostly overhead; the paper's single tokens make one tile per hop
 SHORTEST_STRIPE = 32
@@ -35,18 +37,13 @@ class CriticalPath(NamedTuple):
         return self.backend if self.stripe == 1 else f"{self.backend} B={self.stripe}"
 
 
-def register(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command("critical-path")(show)
-
-
 def show(
-    ranks: Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")] = 8,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of the whole sequence.")] = 8192,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads; by default as many as query heads.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Dim of one head.")] = 64,
-    causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = True,
+    ranks: ContextRanks = 8,
+    seq: WholeSequence = 8192,
+    heads: Heads = 8,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 64,
+    causal: Causal = True,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(BYTES)}.")] = "float32",
     backend: Annotated[
         list[str] | None, typer.Option(help="Backend; may be repeated. By default all that call kernels.")
@@ -59,7 +56,7 @@ def show(
     `striped` is shown for single tokens and for blocks of several lengths.
     """
     if dtype not in BYTES:
-        raise ValueError(f"unknown --dtype {dtype!r}; known: {', '.join(BYTES)}")
+        raise unknown("--dtype", dtype, BYTES)
     names = [BACKENDS.get(name).name for name in (backend or ALGORITHMS)]
     whole = Problem(BACKENDS.get(against).name, ranks, seq, heads, kv_heads or heads, head_dim, causal, dtype=dtype)
     chains = _chains(_problems(whole, names, asked=bool(backend)))

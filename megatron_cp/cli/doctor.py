@@ -67,8 +67,3 @@ def _judge(folder: Path, nodes: list[str]) -> None:
     if bad:
         print(f"[megatron-cp] {len(bad)} of {len(nodes)} nodes failed; without them: --exclude={','.join(bad)}")
     raise typer.Exit(1 if bad else 0)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(doctor)

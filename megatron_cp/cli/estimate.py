@@ -29,13 +29,6 @@ WARM_UP = 2
 GPU_FIGURES = {"tokens_per_s_per_gpu": "tokens/s", "samples_per_s_per_gpu": "samples/s", "tflops_per_gpu": "TFLOP/s"}
 
 
-def register(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command("estimate", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})(
-        estimate
-    )
-
-
 def estimate(
     name: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")

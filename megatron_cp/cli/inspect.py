@@ -62,8 +62,3 @@ def _print(found: "Contents", all_found: "list[Contents]") -> None:
     for flag, values in found.takes.items():
         console.print(f"  {flag}  {values}")
     console.print(f"optimizer state  {found.optimizer}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(inspect)

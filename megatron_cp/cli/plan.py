@@ -115,8 +115,3 @@ def _write(best: "Estimate", model: str, file: Path) -> None:
 
     file.write_text(as_recipe(best, model), encoding="utf-8")
     typer.echo(f"wrote {file}", err=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(plan)

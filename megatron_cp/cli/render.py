@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from megatron_cp.cli.submit import print_script
-from megatron_cp.cli.train import FLAGS_AFTER_RECIPE, Flags, RecipeName, load_checked
+from megatron_cp.cli.train import Flags, RecipeName, load_checked
 from megatron_cp.recipe.command import command, complete, corpus_command
 
 
@@ -22,8 +22,3 @@ def render(
     if run.builds_corpus:
         print(corpus_command(run))
     print(command(complete(run)))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(context_settings=FLAGS_AFTER_RECIPE)(render)

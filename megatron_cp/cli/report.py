@@ -51,8 +51,3 @@ def _reference(name: str | None, cluster: str | None) -> of_run.Reference:
     known = load_cluster(cluster)
     # what a run computes in unless its recipe says otherwise
     return of_run.Reference(peak=known.gemm(known.dtype).peak)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command()(report)

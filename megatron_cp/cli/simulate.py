@@ -18,7 +18,7 @@ from megatron_cp.pipeline.schedule import BadSchedule, parse
 from megatron_cp.pipeline.simulate import OBJECTIVES, Run
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.plots.timeline import check_suffix
-from megatron_cp.registry import suggest
+from megatron_cp.registry import unknown
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,6 @@ class SimulationRequest:
     def bound(self, run: Run) -> float:
         placement = run.schedule.placement
         return lower_bound(placement, run.schedule.micros, run.costs, self.caps(placement))
-
-
-def register(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command("simulate")(simulate)
 
 
 def simulate(
@@ -76,9 +71,7 @@ def simulate(
         raise ValueError("give one of --schedule NAME, --compare all and --table FILE")
     asked = SimulationRequest(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective, warmup)
     if objective not in OBJECTIVES:
-        raise ValueError(
-            f"unknown objective {objective!r}{suggest(objective, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}"
-        )
+        raise unknown("objective", objective, OBJECTIVES)
     if cap is not None and not cap > 0:
         raise ValueError(f"a cap is a positive number of M_B, got {cap:g}")
     told = {"-p": p, "-m": m, "-v": v, "--warmup": warmup, "--placement": placement}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_cp import config
-from megatron_cp.cli.train import FLAGS_AFTER_RECIPE, checked
+from megatron_cp.cli.train import checked
 from megatron_cp.recipe import recipe
 from megatron_cp.slurm.job import SlurmJob, job_of
 from megatron_cp.slurm.script import script
@@ -70,8 +70,3 @@ def _sbatch(text: str) -> None:
         ) from None
     if done.returncode:
         raise typer.Exit(done.returncode)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(context_settings=FLAGS_AFTER_RECIPE)(submit)

@@ -1,14 +1,16 @@
 """`megatron-cp trace`: prove a context-parallel algorithm, cost it on a cluster and draw it, before a GPU is spent."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.trace.events import Pass, Problem, Trace
 from megatron_cp.context.trace.simulate import Run, Seconds, simulate
@@ -20,77 +22,100 @@ if TYPE_CHECKING:
     from megatron_cp.context.trace.proof import Proof
 
 
-def register(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command("trace")(trace)
+Window = Annotated[
+    int | None, typer.Option(min=0, help="Keys that a query sees before itself; without --causal also after.")
+]
+ClusterOption = Annotated[str, typer.Option(help=f"{', '.join(shipped_clusters())}, or a YAML file.")]
+GridSizes = Annotated[
+    tuple[int, int] | None, typer.Option(help="INNER OUTER, for backends on a grid; by default the most square.")
+]
+Layout = Annotated[
+    str, typer.Option(help="The ranks' tokens outside attention: zigzag, as in Megatron, contiguous or striped.")
+]
+SequenceChunks = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Pieces over time, with the rest in host memory; by default only fpdt has any, as many as it needs."
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help="Of the tensors; must be the one that the cluster's rates hold for.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Time this trace's kernel calls on this machine, instead of the rates.")
+]
+Plots = Annotated[
+    list[Path] | None, typer.Option(help="Draw .png, .svg or .pdf, or write .json for Perfetto; may be repeated.")
+]
+
+
+class Costed(NamedTuple):
+    """A recorded trace with its proof, and both passes as simulated on a cluster."""
+
+    trace: Trace
+    proof: "Proof"
+    runs: Mapping[str, Run]
+    cluster: Cluster
 
 
 def trace(
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS.names)}.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")],
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of the whole sequence.")],
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads; by default as many as query heads.")] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Dim of one head.")] = 128,
-    causal: Annotated[bool, typer.Option(help="Causal mask, or none.")] = False,
-    window: Annotated[
-        int | None, typer.Option(min=0, help="Keys that a query sees before itself; without --causal also after.")
-    ] = None,
-    cluster: Annotated[str, typer.Option(help=f"{', '.join(shipped_clusters())}, or a YAML file.")] = "h100-ib",
-    hierarchical_context_parallel_sizes: Annotated[
-        tuple[int, int] | None, typer.Option(help="INNER OUTER, for backends on a grid; by default the most square.")
-    ] = None,
+    ranks: ContextRanks,
+    seq: WholeSequence,
+    heads: Heads = 32,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 128,
+    causal: Causal = False,
+    window: Window = None,
+    cluster: ClusterOption = "h100-ib",
+    hierarchical_context_parallel_sizes: GridSizes = None,
     placement: Annotated[str, typer.Option(help=f"{' or '.join(PLACEMENTS)}, for usp.")] = "head-first",
-    layout: Annotated[
-        str,
-        typer.Option(help="The ranks' tokens outside attention: zigzag, as in Megatron, contiguous or striped."),
-    ] = "zigzag",
-    chunks: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Pieces over time, with the rest in host memory; by default only fpdt has any, as many as it needs.",
-        ),
-    ] = None,
+    layout: Layout = "zigzag",
+    chunks: SequenceChunks = None,
     stripe: Annotated[int, typer.Option(min=1, help="Tokens in a block of the striped layout.")] = 1,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the tensors; must be the one that the cluster's rates hold for.")
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Time this trace's kernel calls on this machine, instead of the rates.")
-    ] = False,
-    plot: Annotated[
-        list[Path] | None,
-        typer.Option(help="Draw .png, .svg or .pdf, or write .json for Perfetto; may be repeated."),
-    ] = None,
+    dtype: Dtype = None,
+    measure: Measure = False,
+    plot: Plots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of tables.")] = False,
 ) -> None:
     """Prove an algorithm's own loop at a short length, then say what it computes, sends, keeps and takes.
 
     Pairs are unmasked ones of a query and a key, peak is what lives beyond local q, k, v and dout.
     """
-    # refused before anything takes time
+    # input is checked before anything that takes time
     hardware = load_cluster(cluster)
     _check_plots(plot or [])
     if placement in PLACEMENTS:
         BACKENDS.get(backend).check_placement(placement)
     problem = Problem(
-        BACKENDS.get(backend).name,
-        ranks,
-        seq,
-        heads,
-        kv_heads or heads,
-        head_dim,
-        causal,
-        None if window is None else (window, 0 if causal else window),
-        _dtype(dtype, hardware),
-        _grid(backend, ranks, hierarchical_context_parallel_sizes),
-        placement,
-        layout,
-        chunks,
-        stripe,
+        backend=BACKENDS.get(backend).name,
+        ranks=ranks,
+        seq=seq,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        causal=causal,
+        window=None if window is None else (window, 0 if causal else window),
+        dtype=_dtype(dtype, hardware),
+        grid=_grid(backend, ranks, hierarchical_context_parallel_sizes),
+        placement=placement,
+        layout=layout,
+        chunks=chunks,
+        stripe=stripe,
     )
     problem, chosen = _settled(problem, hardware)
+    costed = _costed(problem, hardware, measure)
+    for file in plot or []:
+        _draw(costed, file)
+    if as_json:
+        typer.echo(json.dumps({**chosen, **_as_json(costed)}, indent=2))
+    else:
+        for name, why in chosen.items():
+            typer.echo(f"{name}: {why}")
+        _show(costed)
+    if not costed.proof.covered:
+        raise typer.Exit(1)
+
+
+def _costed(problem: Problem, hardware: Cluster, measure: bool) -> Costed:
     from megatron_cp.context.trace.proof import prove, small
     from megatron_cp.context.trace.record import record
 
@@ -98,20 +123,11 @@ def trace(
     proof = prove(small(problem))
     seconds = _measured(recorded) if measure else None
     runs = {name: simulate(run, hardware, seconds) for name, run in _passes(recorded).items()}
-    for file in plot or []:
-        _draw(recorded, runs, file)
-    if as_json:
-        typer.echo(json.dumps({**chosen, **_as_json(recorded, proof, runs, hardware)}, indent=2))
-    else:
-        for name, why in chosen.items():
-            typer.echo(f"{name}: {why}")
-        _show(recorded, proof, runs, hardware)
-    if not proof.covered:
-        raise typer.Exit(1)
+    return Costed(recorded, proof, runs, hardware)
 
 
 def _settled(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, str]]:
-    """The problem with a backend of its own, and what `auto` says where it had to choose."""
+    """Return the problem with the backend that `auto` chooses, and its reason; other problems as they are."""
     if problem.backend != AUTO:
         return problem, {}
     from megatron_cp.context.auto import decide
@@ -165,16 +181,17 @@ def _check_plots(files: list[Path]) -> None:
             raise ValueError(f"--plot takes a file that ends in one of: {', '.join(SUFFIXES)}; got {file.name!r}")
 
 
-def _draw(recorded: Trace, runs: dict[str, Run], file: Path) -> None:
+def _draw(costed: Costed, file: Path) -> None:
     from megatron_cp.plots.trace import draw, write_events
 
-    (write_events if file.suffix == ".json" else draw)(recorded, runs, file)
+    (write_events if file.suffix == ".json" else draw)(costed.trace, costed.runs, file)
 
 
-def _as_json(recorded: Trace, proof: "Proof", runs: dict[str, Run], cluster: Cluster) -> dict[str, Any]:
+def _as_json(costed: Costed) -> dict[str, Any]:
+    recorded, proof = costed.trace, costed.proof
     head = {"covered": proof.covered, "problem": proof.problem, "proved_pairs": proof.pairs}
-    passes = {name: _pass_as_json(run, runs[name], cluster) for name, run in _passes(recorded).items()}
-    asked = {**asdict(recorded.problem), "cluster": cluster.name, "relayout": recorded.relayout}
+    passes = {name: _pass_as_json(run, costed.runs[name], costed.cluster) for name, run in _passes(recorded).items()}
+    asked = {**asdict(recorded.problem), "cluster": costed.cluster.name, "relayout": recorded.relayout}
     return {**head, **passes, **asked}
 
 
@@ -193,25 +210,30 @@ def _pass_as_json(run: Pass, played: Run, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _show(recorded: Trace, proof: "Proof", runs: dict[str, Run], cluster: Cluster) -> None:
-    console, problem = Console(), recorded.problem
+def _show(costed: Costed) -> None:
+    console, recorded, proof = Console(), costed.trace, costed.proof
     if proof.covered:
         console.print(f"proved: each of {proof.pairs} unmasked pairs is computed exactly once in each pass")
     else:
         console.print(f"NOT EXACT: {proof.problem}", style="bold red")
-    for name, run in _passes(recorded).items():
-        played = runs[name]
-        table = Table(
-            title=f"{problem.backend} {name} on {cluster.name}: {played.time * 1e3:.3f} ms, "
-            f"{played.ideal / played.time:.0%} of it the kernels alone, spread evenly"
-        )
-        for column in ("rank", "pairs x heads", "sent MiB", "between nodes MiB", "received MiB", "peak MiB", "waits"):
-            table.add_column(column, justify="right")
-        between = run.sent_between(cluster.ranks_per_node)
-        for rank, work in enumerate(run.work):
-            sizes = (run.sent[rank], between[rank], run.received[rank], run.peak[rank])
-            idle = 1 - played.busy(rank) / played.time
-            table.add_row(str(rank), f"{work:.3e}", *(f"{size / 2**20:.1f}" for size in sizes), f"{idle:.0%}")
-        console.print(table)
+    for name in costed.runs:
+        console.print(_pass_table(costed, name))
     if any(recorded.relayout):
         console.print(f"of what is sent, {max(recorded.relayout) / 2**20:.1f} MiB per rank bring tokens into place")
+
+
+def _pass_table(costed: Costed, name: str) -> Table:
+    """Return one pass as a table with a row for each rank."""
+    run, played, cluster = _passes(costed.trace)[name], costed.runs[name], costed.cluster
+    table = Table(
+        title=f"{costed.trace.problem.backend} {name} on {cluster.name}: {played.time * 1e3:.3f} ms, "
+        f"{played.ideal / played.time:.0%} of it the kernels alone, spread evenly"
+    )
+    for column in ("rank", "pairs x heads", "sent MiB", "between nodes MiB", "received MiB", "peak MiB", "waits"):
+        table.add_column(column, justify="right")
+    between = run.sent_between(cluster.ranks_per_node)
+    for rank, work in enumerate(run.work):
+        sizes = (run.sent[rank], between[rank], run.received[rank], run.peak[rank])
+        idle = 1 - played.busy(rank) / played.time
+        table.add_row(str(rank), f"{work:.3e}", *(f"{size / 2**20:.1f}" for size in sizes), f"{idle:.0%}")
+    return table

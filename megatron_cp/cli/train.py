@@ -180,8 +180,3 @@ def _bytes(count: int | None, unit: str) -> str:
 
 def _say(text: str) -> None:
     print(f"[megatron-cp] {text}", flush=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(context_settings=FLAGS_AFTER_RECIPE)(train)

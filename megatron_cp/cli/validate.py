@@ -30,9 +30,3 @@ def validate(name: RecipeName, flags: Flags = None, cluster: ClusterName = None)
     print(f"{run.name}: valid for {processes(run):,} processes on {checked.cluster.name}")
     for text in (*assumed, *(f"variable {name}, which is not set here" for name in variables.names)):
         print(f"  assumed: {text}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    # flags of Megatron's may stand before and behind our own
-    app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(validate)
