@@ -53,8 +53,8 @@ PURE = sorted(
 HEAVY = ("torch", "megatron.core", "megatron.training", "matplotlib")
 # from the bottom to the top: a line imports lines above it only
 ORDER = (
-    "__init__.py config.py errors.py findings.py quiet.py runlog.py",
-    "grid.py registry.py units.py",
+    "__init__.py config.py dtypes.py errors.py findings.py quiet.py runlog.py",
+    "grid.py registry.py units.py yaml_file.py",
     "comm corpus hardware kernels recipe report.py",
     "context pipeline",
     "bench planner",

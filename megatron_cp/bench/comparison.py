@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.context.layouts import indices
 from megatron_cp.context.trace.live import LiveBytes
+from megatron_cp.dtypes import BYTES
 from megatron_cp.kernels import choose
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in BYTES}
 
 LARGEST_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Deviation from the whole kernel call (over its largest value) up to which a backend counts as correct."""
@@ -37,7 +38,7 @@ class AttentionShape:
     dtype: str = "float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackendResult:
     """What one candidate did at one shape; figures that do not exist are None.
 
@@ -54,12 +55,12 @@ class BackendResult:
     backend: str
     ranks: int
     seq: int
-    forward: float | None
-    backward: float | None
-    share_of_ideal: float | None
-    sent: int | None
-    peak: int | None
-    max_error: float | None
+    forward: float | None = None
+    backward: float | None = None
+    share_of_ideal: float | None = None
+    sent: int | None = None
+    peak: int | None = None
+    max_error: float | None = None
     problem: str = ""
     took: str = ""
     predicted: tuple[float, float] | None = None
@@ -145,7 +146,17 @@ class Comparison:
         """The whole kernel call, as every rank made it."""
         forward, backward = self.whole.medians
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.expected)
-        return BackendResult(WHOLE, 1, self.shape.seq, forward, backward, 1.0, 0, size, 0.0)
+        return BackendResult(
+            backend=WHOLE,
+            ranks=1,
+            seq=self.shape.seq,
+            forward=forward,
+            backward=backward,
+            share_of_ideal=1.0,
+            sent=0,
+            peak=size,
+            max_error=0.0,
+        )
 
 
 def sends_nothing(run: Callable[[], None]) -> int:
@@ -207,12 +218,22 @@ class Candidate(TimedPasses):
 
     def row(self) -> BackendResult:
         (sent, peak, error), seq = self._facts, self._comparison.shape.seq
+        result = BackendResult(
+            backend=self.entry.name, ranks=self._ranks, seq=seq, max_error=error, problem=self.problem
+        )
         if self.problem:
-            return BackendResult(self.entry.name, self._ranks, seq, None, None, None, None, None, error, self.problem)
+            return result
         forward, backward = self.medians
         share = sum(self._comparison.whole.medians) / self._ranks / (forward + backward)
-        figures = (forward, backward, share, sent, peak, error)
-        return BackendResult(self.entry.name, self._ranks, seq, *figures, took=self.entry.took)
+        return replace(
+            result,
+            forward=forward,
+            backward=backward,
+            share_of_ideal=share,
+            sent=sent,
+            peak=peak,
+            took=self.entry.took,
+        )
 
     def _once_checked(self) -> tuple[float, float, float]:
         found: list[Tensor | None] = []

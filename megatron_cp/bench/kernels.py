@@ -27,7 +27,7 @@ BACKWARD_OVER_FORWARD = 2.5
 """Five matrix products instead of two (Dao 2023, section 4.1)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelResult:
     """What one kernel did at one length: best milliseconds, TFLOP/s (a causal mask counts as half), relative error.
 
@@ -139,15 +139,22 @@ def _if_able(name: str, how: dict[str, Any]) -> Kernel | None:
 def _row(name: str, kernel: Kernel, shape: AttentionShape, device: str, rounds: int, error: float) -> KernelResult:
     needed = shape.batch * shape.heads * shape.seq**2 * 4
     if isinstance(kernel, ReferenceKernel) and needed > SCORE_BYTES:
-        return KernelResult(name, shape.seq, skipped=f"a score matrix of {needed / 2**30:.0f} GiB")
+        return KernelResult(kernel=name, seq=shape.seq, skipped=f"a score matrix of {needed / 2**30:.0f} GiB")
     dout, q, k, v = make_inputs(shape, shape.seq, device)
     how: dict[str, Any] = {"scale": shape.head_dim**-0.5, "causal": shape.causal}
     out, lse = kernel.forward(q, k, v, **how)
     forward = best_seconds(lambda: kernel.forward(q, k, v, **how), device, rounds)
     backward = best_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, **how), device, rounds)
     rate = flops(shape) / 1e12
-    tflops = (rate / forward, BACKWARD_OVER_FORWARD * rate / backward)
-    return KernelResult(name, shape.seq, forward * 1e3, backward * 1e3, *tflops, error)
+    return KernelResult(
+        kernel=name,
+        seq=shape.seq,
+        forward_ms=forward * 1e3,
+        backward_ms=backward * 1e3,
+        forward_tflops=rate / forward,
+        backward_tflops=BACKWARD_OVER_FORWARD * rate / backward,
+        error=error,
+    )
 
 
 def best_seconds(call: Callable[[], object], device: str, rounds: int) -> float:

@@ -27,7 +27,7 @@ ROUNDS = 15
 TOKENS = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MachineRates:
     """What was reached: bytes and operations per second, seconds; busy is a core's time per byte sent and received."""
 
@@ -93,16 +93,31 @@ def measure_links(dtype: str = "float32") -> MachineRates:
 
 
 def _measured(fabric: Fabric, device: torch.device, dtype: str) -> MachineRates:
-    link, touch, rates = link_here(fabric, device), touch_here(fabric, device), _kernel(fabric, device, dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu()
-    return MachineRates(name, dtype, link.bytes_per_s, link.latency_s, link.busy_s_per_byte, touch, *rates)
+    link, touch = link_here(fabric, device), touch_here(fabric, device)
+    forward, backward, call = _kernel(fabric, device, dtype)
+    return MachineRates(
+        device=torch.cuda.get_device_name() if device.type == "cuda" else _cpu(),
+        dtype=dtype,
+        bytes_per_s=link.bytes_per_s,
+        latency_s=link.latency_s,
+        busy_s_per_byte=link.busy_s_per_byte,
+        touch_bytes_per_s=touch,
+        flops_forward=forward,
+        flops_backward=backward,
+        call_s=call,
+    )
 
 
 def link_here(fabric: Fabric, device: torch.device) -> Link:
     """The link between the first two ranks, with both directions in use; every rank calls it."""
     latency, _ = _exchange(fabric, device, 8)
     whole, busy = _exchange(fabric, device, MESSAGE)
-    return Link(MESSAGE / max(whole - latency, 1e-9), latency, "shared", busy / (2 * MESSAGE))
+    return Link(
+        bytes_per_s=MESSAGE / max(whole - latency, 1e-9),
+        latency_s=latency,
+        ports="shared",
+        busy_s_per_byte=busy / (2 * MESSAGE),
+    )
 
 
 def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, float]:

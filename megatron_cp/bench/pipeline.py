@@ -169,7 +169,7 @@ def _gaps(schedule: Schedule, step: Step) -> Iterator[float]:
             free = timed.end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScheduleResult:
     """One schedule at one number of microbatches; times in milliseconds, per microbatch and stage medians.
 
@@ -228,23 +228,21 @@ class Pairs(NamedTuple):
         measured, run = self.ours, self.ours.run
         schedule, costs = measured.schedule, measured.costs
         own = [sum(costs.kept[stage] for stage in mine) for mine in schedule.placement.of_rank]
+        ours, theirs = self._times(measured.steps), self._times(self.baseline_steps)
         return ScheduleResult(
-            schedule.name,
-            schedule.placement.chunks,
-            schedule.micros,
-            median(map(step_time, measured.steps)),
-            run.makespan,
-            self.baseline,
-            median(map(step_time, self.baseline_steps)),
-            [
-                theirs / ours
-                for theirs, ours in zip(self._times(self.baseline_steps), self._times(measured.steps), strict=True)
-            ],
-            [size / unit for size, unit in zip(measured.peak, own, strict=True)],
-            [size / unit for size, unit in zip(run.peak, own, strict=True)],
-            {f"{stage}{kind}": time for (stage, kind), time in sorted(measured.times.items())},
-            costs.comm,
-            core_share([*measured.steps, *self.baseline_steps]),
+            schedule=schedule.name,
+            v=schedule.placement.chunks,
+            micros=schedule.micros,
+            step=median(map(step_time, measured.steps)),
+            simulated=run.makespan,
+            baseline=self.baseline,
+            baseline_step=median(map(step_time, self.baseline_steps)),
+            speedups=[their / our for their, our in zip(theirs, ours, strict=True)],
+            peak=[size / unit for size, unit in zip(measured.peak, own, strict=True)],
+            simulated_peak=[size / unit for size, unit in zip(run.peak, own, strict=True)],
+            times={f"{stage}{kind}": time for (stage, kind), time in sorted(measured.times.items())},
+            T_comm=costs.comm,
+            core_share=core_share([*measured.steps, *self.baseline_steps]),
         )
 
     def _times(self, steps: Sequence[Step]) -> list[float]:

@@ -68,20 +68,30 @@ class Forecast:
         """This machine; matrix products that are no kernel calls (rsa's) run at the rate of the whole call."""
         shape, (forward, backward) = self._comparison.shape, self._comparison.whole.medians
         flops = shape.head_dim * Compute(shape.seq, shape.seq, shape.heads, 0, 0, shape.causal, False).work
-        rates = (4 * flops / forward, 10 * flops / backward)
-        return Cluster("this machine", shape.dtype, *rates, 0.0, self._touch, None, 2**30, self._link, None)
+        return Cluster(
+            name="this machine",
+            dtype=shape.dtype,
+            flops_forward=4 * flops / forward,
+            flops_backward=10 * flops / backward,
+            call_s=0.0,
+            touch_bytes_per_s=self._touch,
+            host_bytes_per_s=None,
+            ranks_per_node=2**30,
+            inside=self._link,
+            between=None,
+        )
 
 
 def _problem(comparison: Comparison, name: str, native: bool) -> Problem:
     shape, ranks, backend = comparison.shape, comparison.fabric.size, BACKENDS.get(name)
     return Problem(
-        name,
-        ranks,
-        shape.seq,
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.causal,
+        backend=name,
+        ranks=ranks,
+        seq=shape.seq,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        causal=shape.causal,
         dtype=shape.dtype,
         grid=most_square(ranks) if backend.needs_grid else None,
         layout=(backend.layout if native else None) or "zigzag",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_cp.dtypes import TRAINING
 from megatron_cp.registry import unknown
 
 
@@ -20,9 +21,8 @@ def calibrate(
     Two trainings of next to nothing follow, for what a process and a step take beside. It takes a minute or two; stop
     what else runs on this machine.
     """
-    known = ("float32", "bfloat16", "float16")
-    if dtype not in known:
-        raise unknown("dtype", dtype, known)
+    if dtype not in TRAINING:
+        raise unknown("dtype", dtype, TRAINING)
     from megatron_cp.bench.calibrate import as_yaml
     from megatron_cp.bench.calibrate import calibrate as rates_of
     from megatron_cp.bench.links import measure_links

@@ -12,7 +12,8 @@ from rich.table import Table
 from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
 from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.trace.critical_path import critical_path
-from megatron_cp.context.trace.events import BYTES, Problem, Trace
+from megatron_cp.context.trace.events import Problem, Trace
+from megatron_cp.dtypes import BYTES
 from megatron_cp.grid import most_square
 from megatron_cp.registry import unknown
 
@@ -58,7 +59,16 @@ def show(
     if dtype not in BYTES:
         raise unknown("--dtype", dtype, BYTES)
     names = [BACKENDS.get(name).name for name in (backend or ALGORITHMS)]
-    whole = Problem(BACKENDS.get(against).name, ranks, seq, heads, kv_heads or heads, head_dim, causal, dtype=dtype)
+    whole = Problem(
+        backend=BACKENDS.get(against).name,
+        ranks=ranks,
+        seq=seq,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        causal=causal,
+        dtype=dtype,
+    )
     chains = _chains(_problems(whole, names, asked=bool(backend)))
     if as_json:
         typer.echo(json.dumps([chain._asdict() for chain in chains], indent=2))

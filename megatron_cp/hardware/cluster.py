@@ -15,7 +15,7 @@ Collective = Literal["gather", "scatter", "reduce"]
 COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Link:
     """One level of links.
 
@@ -79,7 +79,7 @@ class Gemm:
         return self.rates[at - 1] * (1 - share) + self.rates[at] * share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Equal nodes of equal ranks.
 

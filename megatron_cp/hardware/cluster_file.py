@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, overload
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
 
 from megatron_cp.config import configs_folder
+from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.errors import Refused
-from megatron_cp.hardware.cluster import COLLECTIVES, Cluster, Gemm, Link
-from megatron_cp.registry import suggest
+from megatron_cp.hardware.cluster import Cluster, Gemm, Link
+from megatron_cp.registry import suggest, unknown
+from megatron_cp.yaml_file import parse
 
 PORTS = ("shared", "per-neighbour")
 SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
@@ -72,24 +73,24 @@ def read(file: Path) -> Cluster:
     overhead = top.section("overhead", "step_ms layer_us") if top.has("overhead") else None
     single = not top.has("between")
     return Cluster(
-        file.stem,
-        compute.word("dtype", ("float64", "float32", "bfloat16", "float16")),
-        peak * compute.share("efficiency_forward"),
-        peak * compute.share("efficiency_backward"),
-        compute.number("call_us", zero=True) * 1e-6,
-        memory.number("peak_gb_per_s") * 1e9 * memory.share("efficiency"),
-        _rate(top.section("host", "peak_gb_per_s efficiency")) if top.has("host") else None,
-        2**30 if single and not top.has("ranks_per_node") else top.count("ranks_per_node"),
-        _link(top.section("inside", LINK_KEYS)),
-        None if single else _link(top.section("between", LINK_KEYS)),
-        _gemms(top.section("gemm", "fp8 bfloat16 float16 float32")) if top.has("gemm") else (),
-        memory.optional("size_gb", 1e9),
-        memory.optional("reserved_gb", 1e9, 0.0),
-        memory.optional("elementwise_gb_per_s", 1e9),
-        memory.optional("loss_gb_per_s", 1e9),
-        overhead.optional("step_ms", 1e-3, 0.0) if overhead else 0.0,
-        overhead.optional("layer_us", 1e-6, 0.0) if overhead else 0.0,
-        compute.count("block_keys") if compute.has("block_keys") else 0,
+        name=file.stem,
+        dtype=compute.word("dtype", tuple(BYTES)),
+        flops_forward=peak * compute.share("efficiency_forward"),
+        flops_backward=peak * compute.share("efficiency_backward"),
+        call_s=compute.number("call_us", zero=True) * 1e-6,
+        touch_bytes_per_s=memory.number("peak_gb_per_s") * 1e9 * memory.share("efficiency"),
+        host_bytes_per_s=_rate(top.section("host", "peak_gb_per_s efficiency")) if top.has("host") else None,
+        ranks_per_node=2**30 if single and not top.has("ranks_per_node") else top.count("ranks_per_node"),
+        inside=_link(top.section("inside", LINK_KEYS)),
+        between=None if single else _link(top.section("between", LINK_KEYS)),
+        gemms=_gemms(top.section("gemm", " ".join(("fp8", *TRAINING)))) if top.has("gemm") else (),
+        memory_bytes=memory.optional("size_gb", 1e9),
+        reserved_bytes=memory.optional("reserved_gb", 1e9, 0.0),
+        elementwise_bytes_per_s=memory.optional("elementwise_gb_per_s", 1e9),
+        loss_bytes_per_s=memory.optional("loss_gb_per_s", 1e9),
+        step_s=overhead.optional("step_ms", 1e-3, 0.0) if overhead else 0.0,
+        layer_s=overhead.optional("layer_us", 1e-6, 0.0) if overhead else 0.0,
+        block_keys=compute.count("block_keys") if compute.has("block_keys") else 0,
     )
 
 
@@ -97,11 +98,7 @@ def _read(file: Path, open_files: tuple[Path, ...]) -> "_Section":
     """The file's mapping, over that of the description which it extends."""
     if file in open_files:
         raise Refused(f"{file}:1: extends itself: {' -> '.join(path.name for path in (*open_files, file))}")
-    try:
-        content = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise Refused(f"{file}:{line}: {error.problem}") from None
+    content = parse(file, YAML(typ="rt").load)
     if not isinstance(content, Mapping):
         raise Refused(f"{file}:1: a cluster is a mapping of compute, memory and links")
     top = _Section(file, "", content, SECTIONS)
@@ -130,10 +127,16 @@ def _rate(section: "_Section") -> float:
 
 
 def _link(section: "_Section") -> Link:
-    latency, busy = section.number("latency_us", zero=True) * 1e-6, section.optional("busy_s_per_gb", 1e-9, 0.0)
-    measured = (section.optional(f"{kind}_gb_per_s", 1e9) for kind in COLLECTIVES)
-    message = section.optional("busy_us_per_message", 1e-6, 0.0)
-    return Link(_rate(section), latency, section.word("ports", PORTS), busy, message, *measured)
+    return Link(
+        bytes_per_s=_rate(section),
+        latency_s=section.number("latency_us", zero=True) * 1e-6,
+        ports=section.word("ports", PORTS),
+        busy_s_per_byte=section.optional("busy_s_per_gb", 1e-9, 0.0),
+        busy_s_per_message=section.optional("busy_us_per_message", 1e-6, 0.0),
+        gather_bytes_per_s=section.optional("gather_gb_per_s", 1e9),
+        scatter_bytes_per_s=section.optional("scatter_gb_per_s", 1e9),
+        reduce_bytes_per_s=section.optional("reduce_gb_per_s", 1e9),
+    )
 
 
 class _Section:
@@ -144,9 +147,7 @@ class _Section:
         self.below: _Section | None = None
         for key in content:
             if keys is not None and key not in keys:
-                raise Refused(
-                    f"{self._at(key)}: unknown key {path}{key}{suggest(str(key), keys)}; known: {', '.join(keys)}"
-                )
+                raise unknown("key", f"{path}{key}", [f"{path}{known}" for known in keys], self._at(key))
 
     @property
     def place(self) -> str:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_cp.dtypes import BYTES
 from megatron_cp.kernels.aten import CUDA_FLASH, cpu_flash, cudnn, reproducible
 from megatron_cp.kernels.fused import FusedKernel, Op, Shape
 
-CPU_DTYPES = ("float64", "float32", "bfloat16", "float16")
+CPU_DTYPES = tuple(BYTES)
 CUDA_DTYPES = ("bfloat16", "float16")
 CUDA_WIDEST_HEAD = 256
 TIMED_CALLS = 3

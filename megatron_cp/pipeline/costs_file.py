@@ -104,14 +104,10 @@ def of_stages(model: Model, stages: Sequence[StageCosts], hop: float) -> CostsFi
 def read(file: Path) -> CostsFile:
     """The costs in `file`; raises ValueError in one line for what cannot be read or is no cost."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
-    try:
-        content = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"{file}: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{file}: neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    from megatron_cp.yaml_file import parse
+
+    content = parse(file, YAML(typ="safe").load)
     if not isinstance(content, Mapping):
         raise Refused(f"{file}: costs are a mapping of {', '.join(CostsFile.model_fields)}")
     try:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_cp.context import BACKENDS
+from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
@@ -11,7 +12,7 @@ from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
 
 RECOMPUTE = ("none", "selective", "full")
-PRECISIONS = {"fp8": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
 """Bytes of a stored weight and activation; fp8 products are computed in it, and everything is kept in bfloat16."""
 
 
@@ -96,7 +97,12 @@ class Parallel:
     @property
     def schedule_name(self) -> str:
         """The pipeline schedule, Megatron's own where none is named."""
-        return self.schedule or ("interleaved" if self.vp > 1 else "1f1b")
+        return self.schedule or megatrons_schedule(self.vp)
+
+
+def megatrons_schedule(chunks: int) -> str:
+    """Return the schedule that Megatron runs for so many model chunks per pipeline rank."""
+    return "interleaved" if chunks > 1 else "1f1b"
 
 
 def parallel_of(recipe: Recipe, layers: int) -> Parallel:

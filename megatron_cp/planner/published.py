@@ -13,6 +13,7 @@ from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.recipe import recipe
+from megatron_cp.yaml_file import parse
 
 PAIRS = {"causal": Fraction(1, 2), "all": Fraction(1)}
 
@@ -44,8 +45,8 @@ def published(record: Record | None) -> list[PublishedRun]:
     """Every published run with its estimate."""
     from ruamel.yaml import YAML
 
-    file = configs_folder() / "published" / "runs.yaml"
-    return [_row(run, record) for run in YAML(typ="safe").load(file.read_text(encoding="utf-8"))]
+    runs = parse(configs_folder() / "published" / "runs.yaml", YAML(typ="safe").load)
+    return [_row(run, record) for run in runs]
 
 
 def summary(rows: Sequence[PublishedRun]) -> Summary:
@@ -61,7 +62,12 @@ def _row(run: Mapping[str, Any], record: Record | None) -> PublishedRun:
     found = estimate(_model(run["model"]), Parallel(**sizes, grid=grid), cluster, run["seq"], record)
     unit, reported = next(iter(run["reported"].items()))
     return PublishedRun(
-        run["name"], run["source"], unit, reported, _figure(found, unit, run["reported"].get("pairs")), found
+        name=run["name"],
+        source=run["source"],
+        unit=unit,
+        reported=reported,
+        predicted=_figure(found, unit, run["reported"].get("pairs")),
+        estimate=found,
     )
 
 

@@ -18,7 +18,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Transformer
-from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.parallel import Parallel, megatrons_schedule
 
 CONTEXT = ("zigzag", "all-gather", "ulysses", "usp")
 """Backends that are weighed where none are named: the classics, one of each kind of traffic."""
@@ -256,10 +256,9 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
 def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
     if pp == 1:
         return [None]
-    own = "interleaved" if vp > 1 else "1f1b"
     rules = map(SCHEDULES.get, request.schedules)
     fitting = [rule.name for rule in rules if rule.chunks == vp or (rule.chunks is None and vp > 1)]
-    return [None if name == own else name for name in fitting]
+    return [None if name == megatrons_schedule(vp) else name for name in fitting]
 
 
 def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:

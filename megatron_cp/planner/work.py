@@ -164,12 +164,12 @@ def context_attention(rank: RankConfig) -> Attention:
     model, parallel = rank.model, rank.parallel
     heads, kv_heads = model.heads // parallel.tp, max(1, model.kv_heads // parallel.tp)
     problem = Problem(
-        parallel.backend,
-        parallel.cp,
-        rank.seq,
-        heads,
-        kv_heads,
-        model.head_dim,
+        backend=parallel.backend,
+        ranks=parallel.cp,
+        seq=rank.seq,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=model.head_dim,
         dtype=rank.dtype,
         grid=parallel.grid,
         placement=parallel.placement,

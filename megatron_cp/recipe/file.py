@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from megatron_cp.errors import Refused
-from megatron_cp.registry import suggest
+from megatron_cp.registry import unknown
+from megatron_cp.yaml_file import parse, shown
 
 SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
 # where true and false mean a flag, not a text
@@ -65,8 +65,7 @@ def read(file: Path, variables: Mapping[str, str]) -> RecipeFile:
             own[name] = {name: _one_text(node, key, file, variables)}
         elif name not in HARNESS_SECTIONS:
             known = ("extends", CLUSTER, *SECTIONS)
-            hint = suggest(name, known)
-            raise Refused(f"{_place(file, key)}: unknown section {name!r}{hint}; known: {', '.join(known)}")
+            raise unknown("section", name, known, _place(file, key))
     return RecipeFile(parents, own)
 
 
@@ -102,16 +101,7 @@ def _one_text(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, st
 
 
 def _top_level(file: Path) -> Iterator[tuple[ScalarNode, Any]]:
-    try:
-        root = YAML(typ="safe", pure=True).compose(file.read_text(encoding="utf-8"))
-    except MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = " ".join(str(error.problem or error.context).split())
-        raise Refused(f"{shown(file)}{line}: not YAML: {problem}") from None
-    except RecursionError:
-        raise Refused(f"{shown(file)}: nested too deeply for a recipe") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{shown(file)}: not YAML: {' '.join(str(error).split())}") from None
+    root = parse(file, YAML(typ="safe", pure=True).compose)
     if not isinstance(root, MappingNode):
         raise Refused(f"{shown(file)}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     yield from _pairs(root, file)
@@ -165,12 +155,6 @@ def _check_text(node: Any, file: Path) -> None:
 
 def _place(file: Path, node: Any) -> str:
     return f"{shown(file)}:{node.start_mark.line + 1}"
-
-
-def shown(file: Path) -> str:
-    """The path as a user in this folder would write it."""
-    here = Path.cwd()
-    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:

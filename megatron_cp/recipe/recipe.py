@@ -24,8 +24,9 @@ from typing import cast
 from megatron_cp.config import configs_folder
 from megatron_cp.errors import Refused
 from megatron_cp.recipe import file, slurm_flags
-from megatron_cp.recipe.file import CLUSTER, SECTIONS, Section, Setting, read, shown
-from megatron_cp.registry import suggest
+from megatron_cp.recipe.file import CLUSTER, SECTIONS, Section, Setting, read
+from megatron_cp.registry import suggest, unknown
+from megatron_cp.yaml_file import shown
 
 DATA_FLAGS = tuple(
     f"--{name}"
@@ -192,8 +193,7 @@ def _check_keys(sections: Mapping[str, Section]) -> None:
     for section, known in (("LAUNCH", (*TORCHRUN_FLAGS, "entry")), ("DATA", DATA_FLAGS)):
         for key, setting in sections[section].items():
             if key not in known:
-                hint = suggest(key, known)
-                raise Refused(f"{setting.place}: unknown {section} key {key!r}{hint}; known: {', '.join(known)}")
+                raise unknown(f"{section} key", key, known, setting.place)
     for key in ("--input", "--output"):
         if sections["DATA"] and key not in sections["DATA"]:
             place = next(iter(sections["DATA"].values())).place

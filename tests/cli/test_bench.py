@@ -78,7 +78,17 @@ def _in_this_process(function, args, nprocs):
 
 
 def test_competing_load_is_said_instead_of_a_verdict(monkeypatch):
-    row = BackendResult("zigzag", 2, 64, 0.1, 0.2, 0.5, 1, 1, 1e-7)
+    row = BackendResult(
+        backend="zigzag",
+        ranks=2,
+        seq=64,
+        forward=0.1,
+        backward=0.2,
+        share_of_ideal=0.5,
+        sent=1,
+        peak=1,
+        max_error=1e-7,
+    )
 
     def reported(core_share, cores):
         report = BackendReport([row], "torch", "", core_share, cores)

@@ -16,7 +16,17 @@ from megatron_cp.hardware.cluster import COLLECTIVES
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner import published
 
-LINKS = MachineRates("x86_64 CPU", "float32", 1.2e9, 1e-4, 3e-10, 3e10, 7e10, 6e10, 5e-5)
+LINKS = MachineRates(
+    device="x86_64 CPU",
+    dtype="float32",
+    bytes_per_s=1.2e9,
+    latency_s=1e-4,
+    busy_s_per_byte=3e-10,
+    touch_bytes_per_s=3e10,
+    flops_forward=7e10,
+    flops_backward=6e10,
+    call_s=5e-5,
+)
 RATES = Rates(
     {64: 2e10, 512: 8e10},
     5e9,

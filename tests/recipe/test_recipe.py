@@ -145,7 +145,7 @@ def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> 
         ("MODEL_ARGS:\n  !x --save: x\n", "run.yaml:2: a recipe has texts and lists"),
         ('MODEL_ARGS:\n  --save: "a\\0b"\n', "run.yaml:2: no command line can carry 'a\\x00b'"),
         ('MODEL_ARGS:\n  --save: "\\ud800"\n', "run.yaml:2: no command line can carry"),
-        ("MODEL_ARGS: " + 2000 * "[" + "\n", "run.yaml: nested too deeply for a recipe"),
+        ("MODEL_ARGS: " + 2000 * "[" + "\n", "run.yaml: nested too deeply"),
         ("extends: nothing-like-it\n", "run.yaml:1: extends: no recipe 'nothing-like-it'"),
         ("extends: run\n", "run.yaml: extends itself: run.yaml -> run.yaml"),
     ],

@@ -8,7 +8,7 @@ from megatron_cp.hardware.cluster import Cluster, Link
 AT_ONCE = 1e30
 
 FREE = Cluster(
-    "links and copies free",
+    name="links and copies free",
     dtype="any",
     flops_forward=AT_ONCE,
     flops_backward=AT_ONCE,
@@ -16,7 +16,7 @@ FREE = Cluster(
     touch_bytes_per_s=AT_ONCE,
     host_bytes_per_s=AT_ONCE,
     ranks_per_node=2**30,
-    inside=Link(AT_ONCE, 0.0, "per-neighbour"),
+    inside=Link(bytes_per_s=AT_ONCE, latency_s=0.0, ports="per-neighbour"),
     between=None,
 )
 

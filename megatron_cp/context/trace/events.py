@@ -11,8 +11,6 @@ from typing import NamedTuple
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.grid import Grid
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @dataclass(frozen=True)
 class Problem:

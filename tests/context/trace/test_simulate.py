@@ -11,7 +11,18 @@ from megatron_cp.hardware.cluster import Cluster, Link
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 
 LINK = Link(bytes_per_s=10.0, latency_s=0.0, ports="shared")
-CLUSTER = Cluster("test", "float32", 8.0, 8.0, 0.0, 1.0, 1.0, 2, LINK, replace(LINK, bytes_per_s=1.0))
+CLUSTER = Cluster(
+    name="test",
+    dtype="float32",
+    flops_forward=8.0,
+    flops_backward=8.0,
+    call_s=0.0,
+    touch_bytes_per_s=1.0,
+    host_bytes_per_s=1.0,
+    ranks_per_node=2,
+    inside=LINK,
+    between=replace(LINK, bytes_per_s=1.0),
+)
 CALL = Compute(1, 1, 1, 1, 2, False, False)
 
 
