@@ -57,7 +57,7 @@ def test_fast_links_and_a_kv_head_per_rank_make_ulysses_win():
 
 
 def test_fewer_kv_heads_on_slow_links_make_moving_keys_win():
-    slow = replace(H100, ranks_per_node=1, between=Link(1e9, 1e-5, "shared"))
+    slow = replace(H100, ranks_per_node=1, between=Link(bytes_per_s=1e9, latency_s=1e-5, ports="shared"))
     problem = replace(LONG, seq=2**15, kv_heads=1)
     assert chosen(problem, slow).problem.backend not in ("ulysses", "fpdt")
     # queries and results are 64 times what one KV head is
