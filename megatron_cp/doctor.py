@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and what to do about it."""
+"""Examine this machine: report what it has, what is missing, and how to repair it."""
 
 import importlib.util
 import platform
@@ -11,7 +11,7 @@ from megatron_cp.findings import Finding, guarded, installed
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, the cheap things first."""
+    """Examine everything, beginning with the cheapest checks."""
     for look in (_python, _torch, _megatron, _optional_packages, _devices, _communication, _hooks, _parity, _between):
         yield from guarded(look.__name__.strip("_").replace("_", " "), look)
 
@@ -52,7 +52,11 @@ def _optional_packages() -> Iterator[Finding]:
     for package, gives, remedy in (
         ("transformer-engine", "fused layers and FP8", "pip install 'megatron-cp[te]' on a machine with a GPU"),
         ("flash-attn", "kernel 'flash'", "pip install 'megatron-cp[flash]' on a machine with a GPU"),
-        ("apex", "fused optimizers", "not needed: Megatron falls back to torch's, and we repair resuming with them"),
+        (
+            "apex",
+            "fused optimizers",
+            "optional: Megatron falls back to torch's optimizers, and we repair resuming with them",
+        ),
         ("tokenizers", "tokenizer.json for data build", "pip install 'megatron-cp[tokenizers]'"),
         ("sentencepiece", "SentencePiece models for data build", "pip install 'megatron-cp[tokenizers]'"),
         ("tiktoken", "tiktoken files for data build", "pip install 'megatron-cp[tokenizers]'"),
@@ -108,7 +112,7 @@ def _hooks() -> Iterator[Finding]:
     from megatron_cp.megatron.hooks import HOOKS, is_on, probe
 
     with warnings.catch_warnings():
-        # Megatron warns of each optional package that it does not find; those have findings of their own
+        # Megatron warns about missing optional packages, which are findings already
         warnings.simplefilter("ignore")
         reasons = {hook.name: probe(hook) for hook in HOOKS}
     for hook in HOOKS:
@@ -122,7 +126,7 @@ def _hooks() -> Iterator[Finding]:
 
 
 def _parity() -> Iterator[Finding]:
-    """Every backend on two ranks that are threads of this process, against attention on one."""
+    """Compare every backend on two ranks, threads of this process, with attention on one rank."""
     from megatron_cp.bench.parity import deviation
 
     for backend in BACKENDS.names:
@@ -137,7 +141,7 @@ def _parity() -> Iterator[Finding]:
 
 
 def _between() -> Iterator[Finding]:
-    """One step between two processes of this machine, over its real links."""
+    """Run one step between two processes of this machine, over its real links."""
     from megatron_cp.bench.comparison import AttentionShape
     from megatron_cp.bench.context import Selection, bench
 

@@ -22,7 +22,7 @@ def guarded(subject: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Fin
         yield from look()
     except Exception as error:
         yield Finding(
-            subject, "broken", f"{type(error).__name__}: {error}", "mend what the error names, then run again"
+            subject, "broken", f"{type(error).__name__}: {error}", "repair the cause of the error, then run again"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run left behind, as one page: read from our log, Megatron's own text, or TensorBoard's event files."""
+"""Report on a finished run as one page, from our log, Megatron's own output, or TensorBoard's event files."""
 
 import importlib.util
 import re
@@ -17,7 +17,7 @@ STEP_TIME = "elapsed time per iteration (ms)"
 THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
 MEMORY = "memory (MB)"
 SKIPPED, NAN = "number of skipped iterations", "number of nan iterations"
-# TensorBoard's names for what the log line says, and the factor between the two
+# TensorBoard's tags, with the log line's name for each and the factor between the two
 TAGS = {
     "lm loss": ("lm loss", 1.0),
     "grad-norm": ("grad norm", 1.0),
@@ -35,7 +35,7 @@ Points = dict[int, float]
 
 
 class TrainingRun(NamedTuple):
-    """A run's iterations in order, with Megatron's names for their fields, and what it says of its arguments."""
+    """A run's iterations in order, with Megatron's names for their fields, and the arguments that it printed."""
 
     steps: list[runlog.Iteration]
     arguments: dict[str, int]
@@ -43,7 +43,7 @@ class TrainingRun(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a run is held against; None where nobody said.
+    """Expected figures to compare a run with; None where they are unknown.
 
     step_seconds:  predicted for a step
     flops:         the model's operations in a step, per rank, as Megatron counts them
@@ -58,7 +58,7 @@ class Reference(NamedTuple):
 
 
 def read(folder: Path) -> TrainingRun:
-    """Everything that lies in a run's folder; of an iteration that was done twice the later one counts.
+    """Read all logs in a run's folder; the later record of a repeated iteration counts.
 
     Raises ValueError for a folder without any iteration, RuntimeError for event files alone without tensorboard.
     """
@@ -95,7 +95,7 @@ def _nothing(folder: Path) -> None:
 
 
 def has_tensorboard() -> bool:
-    """Whether event files can be read here."""
+    """True if event files can be read here."""
     return importlib.util.find_spec("tensorboard") is not None
 
 
@@ -131,7 +131,7 @@ def _events(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def curves(run: TrainingRun, against: Reference) -> dict[str, Points]:
-    """What the page draws, by its label; a curve without any point is left out."""
+    """Return the curves of the page by their labels, without empty ones."""
     seq = against.seq or run.arguments.get("seq_length")
     seconds = {number: time / 1e3 for number, time in _field(run, STEP_TIME).items()}
     samples = _field(run, "global batch size")
@@ -163,7 +163,7 @@ def _field(run: TrainingRun, name: str) -> Points:
 
 
 def lost(run: TrainingRun) -> dict[str, list[int]]:
-    """The iterations whose update was skipped, and those with a loss or a gradient that is no number."""
+    """Return the iterations whose update was skipped, and those with a loss or gradient that is not finite."""
     no_number = {
         step.number
         for step in run.steps
@@ -173,7 +173,7 @@ def lost(run: TrainingRun) -> dict[str, list[int]]:
 
 
 def table(run: TrainingRun, drawn: Mapping[str, Points], against: Reference) -> dict[str, str]:
-    """The page's table: medians without the first iteration, which also pays for starting up."""
+    """Return the page's table, with medians that leave out the first iteration because it includes the start."""
     rows = {"iterations": f"{len(run.steps)}, {run.steps[0].number} to {run.steps[-1].number}"}
     rows["read from"] = ", ".join(run.sources)
     for label, points in drawn.items():
@@ -192,7 +192,7 @@ def table(run: TrainingRun, drawn: Mapping[str, Points], against: Reference) -> 
 
 
 def steady(points: Points) -> float:
-    """The median of all but the first."""
+    """Return the median of all points but the first."""
     values = [points[number] for number in sorted(points)]
     return median(values[1:] or values)
 
@@ -210,7 +210,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def page(title: str, rows: Mapping[str, str], picture: bytes) -> str:
-    """One HTML file with everything in it: the table and the picture (PNG)."""
+    """Return one HTML file that contains the table and the picture (PNG)."""
     from base64 import b64encode
     from html import escape
 

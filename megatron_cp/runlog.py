@@ -1,4 +1,4 @@
-"""What a training run printed, kept beside its checkpoints so that the record goes on across resumes."""
+"""Keep a log of a run's iterations beside its checkpoints, so that it continues when the run is resumed."""
 
 import json
 import re
@@ -27,14 +27,14 @@ class Iteration(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How fast a run was: the median over its iterations but the first, which also pays for starting up."""
+    """Median speed of a run, without its first iteration, which includes the start."""
 
     milliseconds: float
     tokens_per_second: float
 
 
 def read_iteration(line: str) -> Iteration | None:
-    """The iteration that a line of Megatron's log reports, or None for any other line."""
+    """Return the iteration that a line of Megatron's log reports, None for any other line."""
     match = _ITERATION.search(line)
     if match is None:
         return None
@@ -47,7 +47,7 @@ def read_iteration(line: str) -> Iteration | None:
 
 
 def read_summary(line: str) -> dict[str, Any] | None:
-    """What the trainer says of itself in its last line, or None for any other line."""
+    """Return the trainer's summary from its last line, None for any other line."""
     _, mark, text = line.partition(SUMMARY_MARK)
     if not mark:
         return None
@@ -65,7 +65,7 @@ def append(log: Path, iteration: Iteration) -> None:
 
 
 def read(log: Path) -> list[Iteration]:
-    """The run's iterations in order; what a resumed run did again counts once, in its last version."""
+    """Return the run's iterations in order; the last record counts of iterations that a resumed run repeated."""
     if not log.is_file():
         return []
     latest: dict[int, Iteration] = {}
@@ -74,14 +74,14 @@ def read(log: Path) -> list[Iteration]:
             fields = json.loads(line)
             step = Iteration(fields.pop("iteration"), fields.pop("of"), fields)
         except (ValueError, KeyError, TypeError):
-            # a run that was killed while it wrote leaves half a line
+            # a run that is killed while writing leaves half a line
             continue
         latest[step.number] = step
     return [latest[number] for number in sorted(latest)]
 
 
 def pace(iterations: Sequence[Iteration], tokens_per_sequence: int) -> Pace | None:
-    """Median step time and tokens per second of all ranks together; None when there is nothing to measure."""
+    """Return the median step time and tokens per second of all ranks together; None without a timed step."""
     steady: Iterable[Iteration] = iterations[1:] or iterations
     steps = [
         (step.fields["elapsed time per iteration (ms)"], step.fields["global batch size"] * tokens_per_sequence)
@@ -94,7 +94,7 @@ def pace(iterations: Sequence[Iteration], tokens_per_sequence: int) -> Pace | No
 
 
 def checkpoint_iteration(folder: Path) -> int | None:
-    """The newest checkpoint in a --save folder, by Megatron's own tracker file; None when there is none."""
+    """Return the iteration of the newest checkpoint in a --save folder, by its tracker file; None without one."""
     tracker = folder / "latest_checkpointed_iteration.txt"
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return int(text) if text.isdecimal() else None

@@ -1,4 +1,4 @@
-"""Counts as people write them: `4M`, `4e6` and `4194304`.
+"""Parse counts as people write them: `4M`, `4e6` and `4194304`.
 
 K, M and G are powers of 1024, as in "128K tokens" and "a batch of 4M tokens", which mean 131,072 and 4,194,304. An
 exponent means a power of ten: `4e6` is 4,000,000.
@@ -19,9 +19,10 @@ _COUNT = re.compile(
 
 
 def count(text: str, what: str) -> int:
-    """The number that `text` means; `what` is the flag or key that it was given for, for the error.
+    """Return the number that `text` means; `what` is the flag or key of the value, for the error.
 
-    Raises ValueError for an unknown unit, for what is no number, and for numbers that are not whole or not positive.
+    Raises ValueError for an unknown unit, for a text that is not a number, and for numbers that are not whole or not
+    positive.
     """
     match = _COUNT.fullmatch(text.strip())
     if match is None:

@@ -1,6 +1,6 @@
-"""Rates of this machine for estimates of whole steps: products by size, norms and activations, the cross entropy.
+"""Measure this machine's rates for estimates of whole steps: products by size, norms, activations, cross entropy.
 
-Two processes measure at the same time, as the ranks of a run compute; on GPUs each has one of its own.
+Two processes measure at the same time, as the ranks of a run compute. With GPUs, each process has its own.
 """
 
 import resource
@@ -58,11 +58,11 @@ class Rates(NamedTuple):
 
     elementwise: norms, residuals, rotary positions and the gated activation, forward and backward
     loss:        the cross entropy, forward and backward
-    message:     seconds that a message of next to nothing takes from a rank that computes while it sends and receives
+    message:     seconds that a message of a few bytes takes from a rank that computes while it sends and receives
     collectives: an all-gather, a reduce-scatter and an all-reduce, sent by each rank, without a message's time
     attention:   forward and backward, of short sequences as the shipped recipes for a CPU have them
-    reserved:    bytes of a process that has loaded what training loads
-    step, layer: seconds of a training step and of a layer's microbatch beside all work on tensors
+    reserved:    bytes of a process that has loaded the libraries of a training
+    step, layer: seconds of a training step and of a layer's microbatch beside the work on tensors
     """
 
     products: dict[int, float]
@@ -78,35 +78,35 @@ class Rates(NamedTuple):
 
 
 def calibrate(dtype: str, ranks: int = 2) -> Rates:
-    """Measure; each figure is the slower rank's."""
+    """Measure this machine with `ranks` processes; each figure is the slower rank's."""
     rates, (few, many) = on_ranks(ranks, _rates, dtype)[0], LAYERS
     short, long = (_least_training(layers) for layers in LAYERS)
     rates = rates._replace(reserved=1024.0 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     if torch.cuda.is_available():
-        # launching runs ahead of the device
+        # kernels are launched ahead of the device, so that steps and layers cost no time beside it
         return rates
     layer = max(0.0, long - short) / (many - few)
     return rates._replace(layer=layer, step=max(0.0, short - few * layer))
 
 
 def _least_training(layers: int) -> float:
-    """Median seconds of a step that trains next to nothing, in a run that saves it at its end.
+    """Return the median seconds of a step of a tiny model, in a run that saves a checkpoint at its end.
 
-    Raises RuntimeError with the training's first complaint when it fails.
+    Raises RuntimeError with the first error line of a training that fails.
     """
     with TemporaryDirectory() as folder:
         words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 1 -m".split(), ENTRY]
         words += [*LEAST.split(), "--num-layers", str(layers), "--save", folder]
         ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if ran.returncode:
-        told = [line for line in ran.stdout.splitlines() if "Error:" in line or "[megatron-cp] rank" in line]
-        raise RuntimeError(f"a small training failed: {told[0] if told else f'exit status {ran.returncode}'}")
+        errors = [line for line in ran.stdout.splitlines() if "Error:" in line or "[megatron-cp] rank" in line]
+        raise RuntimeError(f"a small training failed: {errors[0] if errors else f'exit status {ran.returncode}'}")
     steps = [step for line in ran.stdout.splitlines() if (step := runlog.read_iteration(line))]
     return median(step.fields["elapsed time per iteration (ms)"] for step in steps[2:]) / 1e3
 
 
 def as_yaml(links: MachineRates, rates: Rates) -> str:
-    """A description of one node with everything that an estimate asks for, as `load_cluster` takes it."""
+    """Return the description of one node that `load_cluster` reads, with all rates that an estimate needs."""
     sections, products = links.sections(), rates.products
     peak, (forward, backward) = max(products.values()), rates.attention
     best = max(forward, backward)
@@ -133,7 +133,7 @@ def as_yaml(links: MachineRates, rates: Rates) -> str:
 def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
     kind, real = device.type, DTYPES[dtype]
     rows, sizes, width, columns, block = ROWS[kind], SIZES[kind], WIDTH[kind], VOCABULARY[kind], BLOCK_KEYS[kind]
-    # zeros would lie in one page of memory
+    # random values: pages of zeros can share memory
     whole = torch.randn(rows * width, device=device).to(real)
     passes = [Compute(*ATTENTION[kind], True, backward) for backward in (False, True)]
     kernel, _ = choose("auto", device=kind, dtype=dtype, head_dim=passes[0].head_dim)
@@ -173,7 +173,7 @@ def _rates(fabric: GroupFabric, device: torch.device, dtype: str) -> Rates:
 
 
 def _messages(fabric: Fabric, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Some computation, alone and while messages of next to nothing leave and as many come."""
+    """Return a computation, alone and while a few small messages are sent and received."""
     there = [torch.zeros(8, device=device) for _ in range(2 * MESSAGES)]
     compute = _linear(ROWS[device.type], SIZES[device.type][0], device, torch.float32)
 
@@ -188,7 +188,7 @@ def _messages(fabric: Fabric, device: torch.device) -> tuple[Callable[[], object
 
 
 def _linear(rows: int, size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """The three products of a linear layer: forward, input gradient and weight gradient."""
+    """Return a call of a linear layer's three products: forward, input gradient and weight gradient."""
     columns = WIDER * size
     x, weight = (torch.randn(n, size, device=device, dtype=dtype, requires_grad=True) for n in (rows, columns))
     dout = torch.randn(rows, columns, device=device, dtype=dtype)
@@ -196,7 +196,7 @@ def _linear(rows: int, size: int, device: torch.device, dtype: torch.dtype) -> C
 
 
 def _between_products(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """What a layer does between its products, as Megatron without fused kernels does it; an MLP three times as wide."""
+    """Return a call of a layer's work between its products, without fused kernels; the MLP is three times as wide."""
     hidden, dout = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
     gated = torch.randn(rows, 6 * width, device=device, dtype=dtype)
     heads = torch.randn(rows, 3 * width // HEAD_DIM, HEAD_DIM, device=device, dtype=dtype)
@@ -216,7 +216,7 @@ def _between_products(rows: int, width: int, device: torch.device, dtype: torch.
 
 
 def _cross_entropy(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """Largest, difference, exponential, sum and the gradient in place, as Megatron's vocabulary-parallel one."""
+    """Return a call of the cross entropy with its gradient in place, as Megatron's vocabulary-parallel one."""
     logits = torch.randn(rows, columns, device=device, dtype=dtype)
     target = torch.zeros(rows, 1, dtype=torch.long, device=device)
 
@@ -235,10 +235,10 @@ def _cross_entropy(rows: int, columns: int, device: torch.device, dtype: torch.d
 
 
 def _seconds(fabric: Fabric, device: torch.device, runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Wall time of each call as in a run whose ranks wait for each other: the slowest counts in every round.
+    """Return the wall time of each call in a run whose ranks wait for each other: the slowest counts in every round.
 
-    A round takes calls for as long as ranks compute between two exchanges. Of several sweeps over everything the
-    median: what slows the machine for some seconds falls on few of them.
+    A round repeats a call for as long as ranks compute between two exchanges. The result is the median of several
+    sweeps over all calls, because a short disturbance of the machine affects only few sweeps.
     """
 
     def calls(name: str, count: int) -> float:

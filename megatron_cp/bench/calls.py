@@ -1,4 +1,4 @@
-"""The kernel calls of a trace, timed on this machine."""
+"""Time the kernel calls of a trace on this machine."""
 
 import time
 from collections.abc import Callable
@@ -15,9 +15,10 @@ ROUNDS = 3
 
 
 def measure(*traces: Trace, kernel: str = "auto") -> dict[Compute, float]:
-    """Median seconds of each distinct kernel call of all passes, on one core or one GPU.
+    """Return the median seconds of each distinct kernel call of all passes, on one core or one GPU.
 
-    The calls take turns, so that a slow spell of the machine falls on all of them; the traces share dtype and head dim.
+    The calls take turns, so that a slow moment of the machine affects all of them. All traces must have the same dtype
+    and head dim.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problem = traces[0].problem
@@ -38,7 +39,7 @@ def measure(*traces: Trace, kernel: str = "auto") -> dict[Compute, float]:
 
 
 def seconds(call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dtype, repeats: int = ROUNDS) -> float:
-    """Best seconds of one kernel call, after one that is not counted; where one thread computes, of its own time."""
+    """Return the best seconds of a kernel call after a warm-up call; a single CPU thread is timed by its own clock."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
     run = prepared(call, kernel, device, dtype)[call.backward]
@@ -57,7 +58,7 @@ def seconds(call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dt
 def prepared(
     call: Compute, kernel: Kernel, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The forward and the backward pass of a kernel call, on inputs of its sizes."""
+    """Return the forward and the backward pass of a kernel call on random inputs of its sizes."""
     q, dout = (_random(call.queries, call.heads, call, device, dtype) for _ in range(2))
     k, v = (_random(call.keys, call.kv_heads, call, device, dtype) for _ in range(2))
     how = {"scale": call.head_dim**-0.5, "causal": call.causal}

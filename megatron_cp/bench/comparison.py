@@ -1,4 +1,4 @@
-"""One shape of attention, the whole kernel call on it, and the algorithms that are measured against that."""
+"""Compare implementations of one attention with a single kernel call over the whole sequence."""
 
 import statistics
 import time
@@ -40,14 +40,14 @@ class AttentionShape:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendResult:
-    """What one candidate did at one shape; figures that do not exist are None.
+    """One candidate's figures at one shape; None where there is no figure.
 
     ranks:     over which the attention was divided
     forward, backward: median seconds; share_of_ideal: whole kernel call / ranks / (forward + backward)
     sent:      bytes per rank, forward and backward, the largest over ranks
     peak:      live bytes that the pass adds to the local q, k, v and dout at most, the largest over ranks
     max_error: deviation of out, dq, dk, dv from the whole kernel call, over its largest value
-    problem:   what is wrong with it, or what it refuses; it gets no times
+    problem:   reason why it has no times: its result is wrong, or it refuses the shape
     took:      the backend that `auto` took, and why
     predicted: seconds of both passes by the trace of the backend and tiles timed in the same run
     """
@@ -66,7 +66,7 @@ class BackendResult:
     predicted: tuple[float, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The figures; predictions only where there are any."""
+        """Return the figures, and the predictions if there are any."""
         figures = {name: getattr(self, name) for name in JSON_KEYS}
         if self.predicted:
             figures |= {"predicted_forward": self.predicted[0], "predicted_backward": self.predicted[1]}
@@ -77,15 +77,15 @@ JSON_KEYS = "backend ranks seq forward backward share_of_ideal sent peak max_err
 
 
 class WrongResultError(Exception):
-    """A backend differs from the whole kernel call; raised on every rank."""
+    """Raised on every rank when a backend's result differs from the whole kernel call."""
 
 
 class RefusedError(Exception):
-    """Another library's attention cannot take part; raised on every rank, with one line that says why."""
+    """Raised on every rank, with a reason in one line, when another library's attention cannot compute the shape."""
 
 
 class TimedPasses:
-    """A forward and a backward pass that all ranks start together; the slowest rank counts."""
+    """Times of a forward and a backward pass that all ranks start together; the slowest rank counts."""
 
     def __init__(
         self, fabric: Fabric, device: torch.device, forward: Callable[[], Any], backward: Callable[[Any], Any]
@@ -96,6 +96,7 @@ class TimedPasses:
         self._core_shares: list[float] = []
 
     def time(self) -> None:
+        """Run and time both passes once."""
         forward, backward = self._passes
         state = self._once(forward, self.seconds[0])
         self._once(lambda: backward(state), self.seconds[1])
@@ -106,7 +107,7 @@ class TimedPasses:
 
     @property
     def core_share(self) -> float:
-        """Median share of its core that the rank with the smallest share got, as seconds are medians too."""
+        """Median over the passes of the smallest share of a core that a rank got."""
         return statistics.median(self._core_shares)
 
     def _once(self, run: Callable[[], Any], seconds: list[float]) -> Any:
@@ -123,7 +124,7 @@ class TimedPasses:
 
 
 class Comparison:
-    """One shape: the same inputs on every rank, and the whole kernel call on them."""
+    """One shape's inputs, equal on every rank, and the whole kernel call on them as the reference."""
 
     def __init__(self, fabric: Fabric, device: torch.device, shape: AttentionShape, kernel: str) -> None:
         self.fabric, self.device, self.shape, self.kernel_name = fabric, device, shape, kernel
@@ -143,7 +144,7 @@ class Comparison:
         self.expected = [result.to(self.dtype) for result in results]
 
     def row(self) -> BackendResult:
-        """The whole kernel call, as every rank made it."""
+        """Return the figures of the whole kernel call, which every rank makes."""
         forward, backward = self.whole.medians
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.expected)
         return BackendResult(
@@ -160,19 +161,19 @@ class Comparison:
 
 
 def sends_nothing(run: Callable[[], None]) -> int:
-    """For an `Implementation` that does all the work on every rank."""
+    """Run and return 0, for an `Implementation` that does all the work on every rank."""
     run()
     return 0
 
 
 class Implementation(NamedTuple):
-    """An algorithm in the comparison.
+    """An implementation of attention to compare.
 
-    layout: the positions that it wants its tokens to have; None: each rank has all of them and does all the work
+    layout: the layout of its tokens; None where each rank has all of them and does all the work
     attend: (q, k, v) -> out, differentiable
-    sent:   runs a function and gives the bytes that this rank sent meanwhile, or None where nobody can count them
-    trusted: a wrong result of ours ends the bench, one of others is told in the table
-    took:   what stands behind the name, where that was chosen for this shape
+    sent:   runs a function and returns the bytes that this rank sent in it, or None where they cannot be counted
+    trusted: True for our own, whose wrong result ends the bench; a wrong result of others is a line of the table
+    took:   the backend behind the name, where it was chosen for this shape
     """
 
     name: str
@@ -184,7 +185,7 @@ class Implementation(NamedTuple):
 
 
 class Candidate(TimedPasses):
-    """One algorithm in a comparison; `problem` says why it gets no times."""
+    """One implementation in a comparison; `problem` is the reason why it has no times."""
 
     def __init__(self, comparison: Comparison, entry: Implementation) -> None:
         super().__init__(comparison.fabric, comparison.device, self._forward, self._backward)
@@ -199,7 +200,10 @@ class Candidate(TimedPasses):
         self.problem = ""
 
     def check(self) -> None:
-        """Note bytes sent, peak live bytes and deviation, the largest over ranks; a wrong result of ours raises."""
+        """Record bytes sent, peak live bytes and deviation, the largest over ranks.
+
+        Raises WrongResultError when a trusted implementation is wrong.
+        """
         try:
             sent, peak, error = largest(self._fabric, self._device, *self._once_checked())
         except (NotImplementedError, RuntimeError, RefusedError) as refusal:
@@ -217,6 +221,7 @@ class Candidate(TimedPasses):
             )
 
     def row(self) -> BackendResult:
+        """Return the figures, or the problem instead of times."""
         (sent, peak, error), seq = self._facts, self._comparison.shape.seq
         result = BackendResult(
             backend=self.entry.name, ranks=self._ranks, seq=seq, max_error=error, problem=self.problem

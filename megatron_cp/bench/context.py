@@ -1,4 +1,4 @@
-"""Context-parallel backends against one kernel call over the whole sequence, made by all ranks at the same time."""
+"""Time context-parallel backends beside one kernel call over the whole sequence, made by all ranks at the same time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,14 +30,17 @@ from megatron_cp.grid import most_square
 from megatron_cp.quiet import without_import_warnings
 
 MakeImplementation = Callable[[Comparison, str], Implementation]
-"""Makes the entry of an attention of somebody else's; raises RefusedError for a shape that it cannot do."""
+"""Makes the implementation of another library; raises RefusedError for a shape that it cannot compute."""
 
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Rows, other libraries pair by pair, the kernel and why, and what the ranks had to compute with.
+    """All figures of a run.
 
-    core_share: of its core that the rank with the least got while it did nothing but compute; cores: of all ranks
+    kernel, reason: the kernel that all use, and why it was chosen
+    core_share: smallest share of its core that a rank got while it only computed
+    cores:      cores or GPUs of all ranks together
+    pairs:      our backends beside other libraries
     """
 
     rows: list[BackendResult]
@@ -49,27 +52,28 @@ class BackendReport:
 
     @property
     def quiet(self) -> bool:
-        """Whether the machine was ours enough for a verdict."""
+        """True if background load was low enough to trust the result."""
         return self.core_share >= QUIET
 
     @property
     def judged(self) -> list[BackendResult]:
-        """The rows; without a verdict no share of the ideal."""
+        """Rows as they are shown: without a share of the ideal where the machine was busy."""
         return self.rows if self.quiet else [replace(row, share_of_ideal=None) for row in self.rows]
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object per candidate; without a verdict `share_of_ideal` is null."""
+        """Return one object per candidate; `share_of_ideal` is null where the machine was busy."""
         return [row.as_json() for row in self.judged if row.backend != WHOLE]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Who takes part.
+    """Implementations to compare.
 
-    native:   our backends on tokens that lie as each wants them, not in Megatron's zigzag
+    backends: names of our own
+    native:   run them on tokens in the layout of each, not in Megatron's zigzag
     upstream: attention that a user would have without this package, by name
-    peers:    also ring-flash-attn and yunchang, on the layouts of the backends
-    predict:  also simulate the backends' traces, with tiles timed in the same run
+    peers:    add ring-flash-attn and yunchang, on the layouts of the backends
+    predict:  simulate the backends' traces, with tiles timed in the same run
     """
 
     backends: tuple[str, ...]
@@ -113,7 +117,7 @@ def _report(
         forecast = Forecast(comparison, selection.backends, selection.native) if selection.predict else None
         timed: list[TimedPasses | Forecast] = [comparison.whole, *([forecast] if forecast else []), *running]
         for turn in range(rounds):
-            # nobody is always behind the same one, whose memory it finds
+            # another one begins in each round, because each finds the caches as its predecessor left them
             first = turn % len(timed)
             for one in (*timed[first:], *timed[:first]):
                 one.time()
@@ -127,7 +131,7 @@ def _report(
 
 
 def _cores(ranks: int) -> int:
-    """How many cores or GPUs the ranks have."""
+    """Return the number of cores or GPUs that the ranks have."""
     gpus = torch.cuda.device_count()
     return gpus if gpus >= ranks else len(psutil.Process().cpu_affinity())
 
@@ -143,13 +147,13 @@ def _entries(comparison: Comparison, selection: Selection) -> Iterator[Implement
     yield from mine
     yield from (upstream(comparison, name, enter) for name, enter in selection.upstream.items())
     if selection.peers:
-        # only those that one of ours can be held against
+        # only those with the layout of one of ours
         layouts = {entry.layout for entry in mine}
         yield from (theirs(comparison, peer) for peer in installed() if peer.layout in layouts)
 
 
 def ours(comparison: Comparison, name: str, native: bool) -> Implementation:
-    """A backend of the registry; `native`: on tokens that lie where it wants them, else in Megatron's zigzag."""
+    """Return a backend of the registry, on tokens in its own layout if `native`, else in Megatron's zigzag."""
     fabric, backend, shape = comparison.fabric, BACKENDS.get(name), comparison.shape
     inner, outer = axes_of(most_square(fabric.size), fabric) if backend.needs_grid else (None, None)
     layout = (backend.layout if native else None) or "zigzag"
@@ -175,7 +179,7 @@ def _took(how: Plan, comparison: Comparison) -> str:
 
 
 def theirs(comparison: Comparison, peer: Peer) -> Implementation:
-    """Another library's function, on tokens that lie where it wants them."""
+    """Return another library's function, on tokens in its own layout."""
     function, causal = load(peer, comparison.kernel[0]), comparison.shape.causal
 
     def sent(run: Callable[[], None]) -> int:
@@ -188,14 +192,14 @@ def theirs(comparison: Comparison, peer: Peer) -> Implementation:
 
 
 def upstream(comparison: Comparison, name: str, enter: MakeImplementation) -> Implementation:
-    """What Megatron or torch has itself; one that cannot take part refuses at its first call, as others do."""
+    """Return the attention of Megatron or torch; one that refuses the shape raises at its first call, as others do."""
     without_import_warnings()
     try:
         return enter(comparison, name)
     except RefusedError as refusal:
-        words = refusal
+        reason = refusal
 
     def refuse(*_: torch.Tensor) -> torch.Tensor:
-        raise words
+        raise reason
 
     return Implementation(name, None, refuse, sends_nothing, trusted=False)

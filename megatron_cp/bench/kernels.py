@@ -1,4 +1,4 @@
-"""Kernels side by side on one device: each is held against the reference first, then timed."""
+"""Check each kernel against the reference on one device, then time it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ BACKWARD_OVER_FORWARD = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class KernelResult:
-    """What one kernel did at one length: best milliseconds, TFLOP/s (a causal mask counts as half), relative error.
+    """One kernel's figures at one length: best milliseconds, TFLOP/s (a causal mask counts as half), relative error.
 
-    skipped: why it was not timed; then there are no figures.
+    skipped: reason why there are no figures
     """
 
     kernel: str
@@ -46,7 +46,7 @@ class KernelResult:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """Rows, the machine, which kernel auto takes there and which op the torch kernel chose for each shape."""
+    """All figures of a run, with the machine, the kernel that auto takes there and the torch kernel's op per shape."""
 
     rows: list[KernelResult]
     device: str
@@ -87,7 +87,10 @@ def bench(names: Sequence[str], shapes: Sequence[AttentionShape], device: str, r
 
 
 def check(kernel: Kernel, shape: AttentionShape, device: str) -> float:
-    """The kernel's error in out and gradients against the float64 reference; raises RuntimeError above the bound."""
+    """Return the kernel's error in out and gradients against the float64 reference.
+
+    Raises RuntimeError above the bound of the dtype.
+    """
     inputs = make_inputs(shape, min(shape.seq, CHECKED_TOKENS), device)
     found = _both(kernel, inputs, shape.causal)
     expected = _both(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), shape.causal)
@@ -104,7 +107,7 @@ def check(kernel: Kernel, shape: AttentionShape, device: str) -> float:
 
 
 def make_inputs(shape: AttentionShape, tokens: int, device: str) -> Inputs:
-    """Random inputs of this shape, the same ones on every call."""
+    """Return random inputs of this shape, equal on every call."""
     generator = torch.Generator(device).manual_seed(0)
     sizes = [
         (tokens, shape.batch, n, shape.head_dim) for n in (shape.heads, shape.heads, shape.kv_heads, shape.kv_heads)
@@ -113,7 +116,7 @@ def make_inputs(shape: AttentionShape, tokens: int, device: str) -> Inputs:
 
 
 def flops(shape: AttentionShape) -> float:
-    """Floating-point operations of the forward pass."""
+    """Return the floating-point operations of the forward pass."""
     whole = 4.0 * shape.batch * shape.heads * shape.head_dim * shape.seq**2
     return whole / 2 if shape.causal else whole
 
@@ -158,7 +161,7 @@ def _row(name: str, kernel: Kernel, shape: AttentionShape, device: str, rounds: 
 
 
 def best_seconds(call: Callable[[], object], device: str, rounds: int) -> float:
-    """The fastest of `rounds` calls after one that does not count."""
+    """Return the fastest of `rounds` calls after a warm-up call."""
     call()
     times = []
     for _ in range(rounds):

@@ -1,6 +1,6 @@
-"""This machine as a cluster: what its links, its memory and its attention kernel reach, measured.
+"""Measure the links, the memory and the attention kernel of this machine, as a cluster description.
 
-Two processes of this machine talk as the ranks of a run do, over gloo on a CPU and NCCL on GPUs.
+Two processes of this machine communicate as the ranks of a run do, over gloo on a CPU and NCCL on GPUs.
 """
 
 import platform
@@ -29,7 +29,11 @@ TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class MachineRates:
-    """What was reached: bytes and operations per second, seconds; busy is a core's time per byte sent and received."""
+    """Measured rates, in bytes and operations per second, and latencies in seconds.
+
+    busy_s_per_byte: a core's time per byte sent and received
+    call_s:          a kernel call on one token
+    """
 
     device: str
     dtype: str
@@ -42,11 +46,11 @@ class MachineRates:
     call_s: float
 
     def as_yaml(self) -> str:
-        """A cluster description of one node, as `load_cluster` takes it."""
+        """Return the description of one node that `load_cluster` reads."""
         return described(self, "bench links", self.sections())
 
     def sections(self) -> Sections:
-        """The same as a mapping."""
+        """Return the sections of that description as a mapping."""
         peak = max(self.flops_forward, self.flops_backward)
         return {
             "compute": {
@@ -68,13 +72,13 @@ class MachineRates:
 
 
 def described(links: MachineRates, command: str, sections: Sections) -> str:
-    """The sections as YAML, numbers to four digits, below what they are and how they were measured."""
+    """Return the sections as YAML, numbers to four digits, below a comment on machine and command."""
     from ruamel.yaml import YAML
 
     file = StringIO(
         f"# {links.device}.\n"
         f"# MachineRates with two processes by: megatron-cp {command} --dtype {links.dtype} --write FILE\n"
-        "# What was measured stands as the peak: the efficiencies are 1, but for the slower pass.\n"
+        "# Measured rates are given as the peaks: the efficiencies are 1, except that of the slower pass.\n"
     )
     file.seek(0, SEEK_END)
     YAML().dump(_rounded(sections), file)
@@ -109,7 +113,7 @@ def _measured(fabric: Fabric, device: torch.device, dtype: str) -> MachineRates:
 
 
 def link_here(fabric: Fabric, device: torch.device) -> Link:
-    """The link between the first two ranks, with both directions in use; every rank calls it."""
+    """Measure the link between the first two ranks in both directions at once; every rank must call it."""
     latency, _ = _exchange(fabric, device, 8)
     whole, busy = _exchange(fabric, device, MESSAGE)
     return Link(
@@ -121,7 +125,7 @@ def link_here(fabric: Fabric, device: torch.device) -> Link:
 
 
 def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, float]:
-    """Best seconds in which both ranks send and receive `size` bytes, and this process's own processor time in it."""
+    """Return the best seconds in which both ranks send and receive `size` bytes, and the processor seconds in it."""
     here, there = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     peer = 1 - fabric.rank
 
@@ -133,14 +137,14 @@ def _exchange(fabric: Fabric, device: torch.device, size: int) -> tuple[float, f
 
 
 def touch_here(fabric: Fabric, device: torch.device) -> float:
-    """Bytes per second of a sum in place, all ranks at the same time."""
+    """Measure the bytes per second of a sum in place, on all ranks at the same time."""
     total, part = (torch.zeros(MESSAGE // 4, device=device) for _ in range(2))
     wall, _ = _best(fabric, device, lambda: total.add_(part))
     return 3 * MESSAGE / wall
 
 
 def _kernel(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, float, float]:
-    """Operations per second forward and backward, and the seconds of a call that computes next to nothing."""
+    """Return operations per second forward and backward, and the seconds of a call on one token."""
     kernel, _ = choose("auto", device=device.type, dtype=dtype, head_dim=64)
     rates = []
     for backward in (False, True):
@@ -152,7 +156,7 @@ def _kernel(fabric: Fabric, device: torch.device, dtype: str) -> tuple[float, fl
 
 
 def _best(fabric: Fabric, device: torch.device, run: Callable[[], Any]) -> tuple[float, float]:
-    """Of the slower rank, in the best of some rounds: wall seconds, and processor seconds."""
+    """Return the slower rank's wall seconds and processor seconds, each in the best round."""
     walls, cores = [], []
     for _ in range(ROUNDS):
         largest(fabric, device)

@@ -1,6 +1,6 @@
-"""Other libraries beside ours in the same rounds: who was faster how often, and by how much.
+"""Compare the times of our backends and of other libraries round by round.
 
-Times of one round are compared with each other, so that a machine whose speed drifts does not decide.
+Only times of the same round are compared, so that a drift of the machine's speed has no effect.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ from megatron_cp.bench.comparison import Candidate
 
 @dataclass(frozen=True)
 class Ratio:
-    """Their seconds over ours, above 1 where ours is faster: the median over rounds, and between which it lies.
+    """Their seconds over ours, above 1 where ours is faster: the median over rounds and its confidence interval.
 
-    low, high: the median's interval of 95% confidence; fewer than six rounds give less, from the least to the largest
+    low, high: the interval of 95% confidence; with fewer than six rounds the smallest and the largest ratio
     wins:      rounds in which ours was faster
     """
 
@@ -31,7 +31,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours beside another library's on the same layout."""
+    """One of our backends beside another library's attention on the same layout."""
 
     ours: str
     theirs: str
@@ -42,7 +42,7 @@ class Pair:
 
 
 def pairs_of(candidates: Sequence[Candidate], seq: int) -> Iterator[Pair]:
-    """Each backend of ours with each other library's candidate that has the same layout and divides the work too."""
+    """Yield each backend of ours with each candidate of another library that divides work over the same layout."""
     ours = [candidate for candidate in candidates if candidate.entry.trusted]
     others = [candidate for candidate in candidates if not candidate.entry.trusted and candidate.entry.layout]
     for mine, other in product(ours, others):
@@ -59,9 +59,9 @@ def _pair(mine: Candidate, other: Candidate, seq: int) -> Pair:
 
 
 def ratio_of(ratios: Sequence[float]) -> Ratio:
-    """What rounds say; the interval is the sign test's, which asks nothing of how they are spread."""
+    """Return median and interval of the rounds' ratios; the interval is the sign test's, free of distribution."""
     rounds, ordered = len(ratios), sorted(ratios)
-    # of so many rounds fewer than k are below the median in less than one case of 40
+    # the largest k with a chance below 1 in 40 that fewer than k of the rounds lie below the true median
     below = accumulate(comb(rounds, k) / 2**rounds for k in range(rounds))
     k = max(1, sum(chance <= 0.025 for chance in below))
     return Ratio(median(ordered), ordered[k - 1], ordered[-k], sum(ratio > 1 for ratio in ratios))

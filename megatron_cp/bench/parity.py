@@ -1,4 +1,4 @@
-"""One backend against attention on one rank, in this process."""
+"""Compare one backend with attention on one rank, in this process."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from megatron_cp.grid import Grid
 
 
 def deviation(backend: str, ranks: int, tokens: int = 96) -> float:
-    """Largest deviation of out, dq, dk, dv in float64 (causal, two query heads per KV head), over the largest value."""
+    """Return the largest deviation of out, dq, dk, dv in float64, over the largest value.
+
+    The mask is causal, with two query heads per KV head.
+    """
     generator = torch.Generator().manual_seed(0)
     heads = 2 * ranks
     q, k, v, dout = (

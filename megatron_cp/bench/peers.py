@@ -21,7 +21,7 @@ from megatron_cp.kernels import Kernel
 
 @dataclass(frozen=True)
 class Peer:
-    """One function `f(q, k, v, causal=, group=)` of another library over `b s h d`, and the layout that it expects."""
+    """A function `f(q, k, v, causal=, group=)` of another library over `b s h d`, and the layout that it expects."""
 
     name: str
     package: str
@@ -54,7 +54,7 @@ def load(peer: Peer, kernel: Kernel) -> Callable[..., Tensor]:
         function = getattr(import_module(peer.module), peer.function)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, group: Any) -> Tensor:
-        # s b h d -> b s h d and back; the peers send what they are given, so it is made contiguous
+        # s b h d -> b s h d and back; contiguous, because the peers send these tensors as they are
         q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
         return function(q, k, v, causal=causal, group=group).transpose(0, 1)
 

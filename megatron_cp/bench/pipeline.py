@@ -1,4 +1,4 @@
-"""What was measured of a pipeline's steps, beside what the simulator makes of the same actions' medians."""
+"""Hold measured pipeline steps beside the simulation of their actions' median times."""
 
 import time
 from collections import defaultdict
@@ -30,7 +30,7 @@ class GptSize(NamedTuple):
 
 
 class TimedAction(NamedTuple):
-    """One action, when it ran, in milliseconds of the machine's clock, and the share of its core that it got."""
+    """One action with its start and end, in milliseconds of the machine's clock, and the share of its core it got."""
 
     action: Action
     start: float
@@ -44,9 +44,9 @@ Step = Sequence[Line]
 
 
 class ActionRecorder:
-    """What an executor puts around every action, to note when it ran; processes of one machine share the clock.
+    """Records the times of every action that an executor runs; processes of one machine share the clock.
 
-    settle: waits until the device has done what it was given
+    settle: waits until the device has finished its queue
     """
 
     def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
@@ -55,6 +55,7 @@ class ActionRecorder:
 
     @contextmanager
     def observe(self, action: Action) -> Iterator[None]:
+        """Time the action that runs inside."""
         start, core = time.perf_counter(), time.process_time()
         yield
         self._settle()
@@ -62,22 +63,23 @@ class ActionRecorder:
         self.line.append(TimedAction(action, start * 1e3, end * 1e3, core / (end - start)))
 
     def take(self) -> Line:
-        """The step so far; the next one begins."""
+        """Return the actions since the last call, which make one step."""
         line, self.line = self.line, []
         return line
 
 
 def computed(line: Line) -> Line:
+    """Return the actions that compute, without transfers."""
     return [timed for timed in line if timed.action.kind in COMPUTE]
 
 
 def step_time(step: Step) -> float:
-    """From the first start to the last end over all ranks."""
+    """Return the milliseconds from the first start to the last end over all ranks."""
     return max(computed(line)[-1].end for line in step) - min(computed(line)[0].start for line in step)
 
 
 def core_share(steps: Iterable[Step]) -> float:
-    """Of the rank with the smallest median share of its core while it computed."""
+    """Return the smallest over ranks of the median share of a core that a rank got while it computed."""
     shares: dict[int, list[float]] = defaultdict(list)
     for step in steps:
         for rank, line in enumerate(step):
@@ -87,7 +89,11 @@ def core_share(steps: Iterable[Step]) -> float:
 
 @dataclass(frozen=True)
 class MeasuredSchedule:
-    """Steps of one schedule, per round, and the bytes of activations alive after each action of one more, per rank."""
+    """Measured steps of one schedule, and the bytes of activations alive after each action.
+
+    steps: one per round
+    live:  per rank, in one more step
+    """
 
     schedule: Schedule
     steps: Sequence[Step]
@@ -95,7 +101,7 @@ class MeasuredSchedule:
 
     @cached_property
     def times(self) -> dict[tuple[int, str], float]:
-        """Median of each stage's F, B, I and W."""
+        """Median milliseconds of each stage's F, B, I and W."""
         found: dict[tuple[int, str], list[float]] = defaultdict(list)
         for timed in (timed for step in self.steps for line in step for timed in computed(line)):
             found[timed.action.stage, timed.action.kind].append(timed.end - timed.start)
@@ -103,12 +109,12 @@ class MeasuredSchedule:
 
     @cached_property
     def run(self) -> Run:
-        """The merged table, as it was executed, played with the medians."""
+        """Simulation of the merged table, as it was executed, with the median times."""
         return simulate(merge(self.schedule), self.costs)
 
     @cached_property
     def costs(self) -> Costs:
-        """Times in milliseconds, memory in bytes."""
+        """Median times in milliseconds, memory in bytes."""
         placement = self.schedule.placement
         stages = range(len(placement.rank_of))
         halves = [_halves(self.times, stage) for stage in stages]
@@ -125,32 +131,32 @@ class MeasuredSchedule:
 
     @property
     def peak(self) -> list[int]:
-        """Per rank the most bytes alive after an action."""
+        """Largest bytes alive after an action, per rank."""
         return [max(size for _, size in after) for after in self.live]
 
 
 def _halves(times: Mapping[tuple[int, str], float], stage: int) -> tuple[float, float]:
-    """T_I and T_W; where no backward of the stage is split, how it would be divides B in any way."""
+    """Return T_I and T_W; for a stage without a split backward, half of B each, since only their sum counts."""
     if (stage, INPUT) in times:
         return times[stage, INPUT], times[stage, WEIGHT]
     return times[stage, FULL] / 2, times[stage, FULL] / 2
 
 
 def _memory(after: Iterable[tuple[Action, int]], stage: int) -> tuple[int, int]:
-    """M_B and M_W of a stage: what F adds, and what W frees."""
+    """Return M_B and M_W of a stage: the bytes that F adds, and those that W frees."""
     found: dict[str, list[int]] = defaultdict(list)
     for action, change in changes(after):
         if action.stage == stage:
             found[action.kind].append(abs(change))
     kept = round(median(found[FORWARD]))
-    # gradients wait for W too: of a short sequence more than an input gradient freed, which Costs do not know
+    # gradients wait for W too, for a short sequence more than the input gradient freed, which Costs cannot express
     return kept, min(kept, round(median(found[WEIGHT]))) if found[WEIGHT] else kept
 
 
 def hop_time(schedule: Schedule, steps: Iterable[Step]) -> float:
-    """T_comm: median time from the end of an action to the start of the one that waits for it on another rank.
+    """Return T_comm: median time from the end of an action to the start of the one that waits for it on another rank.
 
-    0 where nobody ever waited: then no hop delays anything.
+    It is 0 when no action ever waited, because then no hop delays anything.
     """
     gaps = [gap for step in steps for gap in _gaps(schedule, step)]
     return median(gaps) if gaps else 0.0
@@ -171,15 +177,15 @@ def _gaps(schedule: Schedule, step: Step) -> Iterator[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleResult:
-    """One schedule at one number of microbatches; times in milliseconds, per microbatch and stage medians.
+    """Figures of one schedule at one number of microbatches; times in milliseconds.
 
-    step:       first start to last end over ranks, median
-    simulated:  makespan of the same actions' medians, which are `times`; T_comm is a hop's
-    baseline:      Megatron's own schedule with the same v, and `baseline_step` its step
-    speedups:   of each pair the baseline's time over ours
-    peak:       per rank, in M_B of that rank, most activations alive after an action; simulated from the run's own M_B
-                and M_W beside it
-    core_share: of its core, the least that a rank got while it computed, in ours and the baseline's steps
+    step:       first start to last end over ranks, median over steps
+    simulated:  makespan of the actions' median `times` per microbatch and stage, with T_comm for a hop
+    baseline:   Megatron's own schedule with the same v; `baseline_step` is the median of its steps
+    speedups:   the baseline's time over ours, of each pair
+    peak:       most activations alive after an action, per rank and in M_B of that rank
+    simulated_peak: the same by the simulator, with the run's own M_B and M_W
+    core_share: smallest share of its core that a rank got while it computed, in our steps and the baseline's
     """
 
     schedule: str
@@ -203,21 +209,22 @@ class ScheduleResult:
 
     @property
     def wins(self) -> int:
+        """Pairs in which our step was faster."""
         return sum(speedup > 1 for speedup in self.speedups)
 
     @property
     def quiet(self) -> bool:
-        """Whether the machine was ours enough for a verdict."""
+        """True if background load was low enough to trust the result."""
         return self.core_share >= QUIET
 
     def as_json(self) -> dict[str, Any]:
-        """Without a verdict `ratio` and `speedups` are null."""
+        """Return the figures; `ratio` and `speedups` are null where the machine was busy."""
         verdict = {"ratio": self.ratio if self.quiet else None, "speedups": self.speedups if self.quiet else None}
         return asdict(self) | verdict
 
 
 class Pairs(NamedTuple):
-    """Steps of ours and of Megatron's own schedule in turns; `repeat` of each make a pair."""
+    """Steps of one schedule and of Megatron's own, measured in turns; `repeat` of each make a pair."""
 
     ours: MeasuredSchedule
     baseline: str
@@ -225,6 +232,7 @@ class Pairs(NamedTuple):
     repeat: int
 
     def row(self) -> ScheduleResult:
+        """Return the figures of the pairs."""
         measured, run = self.ours, self.ours.run
         schedule, costs = measured.schedule, measured.costs
         own = [sum(costs.kept[stage] for stage in mine) for mine in schedule.placement.of_rank]
@@ -250,12 +258,12 @@ class Pairs(NamedTuple):
 
 
 def middle(steps: Sequence[Step]) -> Step:
-    """The step whose time is the median."""
+    """Return the step whose time is the median."""
     return sorted(steps, key=step_time)[len(steps) // 2]
 
 
 def recorded(step: Step) -> list[list[Bar]]:
-    """The bars of a step, from its first start on."""
+    """Return the bars of a step for every rank, with times from the step's first start."""
     lines = [computed(line) for line in step]
     first = min(line[0].start for line in lines)
     return [[Bar(timed.action, timed.start - first, timed.end - first) for timed in line] for line in lines]

@@ -1,7 +1,7 @@
-"""What the traces of backends say that their passes take, from kernel calls timed in the same rounds as the passes.
+"""Predict the times of backends from their traces, with kernel calls timed in the same rounds as the backends.
 
-The simulator is the one of `megatron-cp trace`; its inputs are measured here and now, so that a machine whose speed
-drifts from minute to minute is no error of the model.
+The simulator is the one of `megatron-cp trace`. Its inputs are measured in the same run, so that a drift of the
+machine's speed is not counted as an error of the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ from megatron_cp.hardware.cluster import Cluster
 
 
 class Forecast:
-    """The traces of some backends at the comparison's shape, and their kernel calls, timed once in every round."""
+    """Traces of backends at the comparison's shape, and their kernel calls, timed once in every round."""
 
     def __init__(self, comparison: Comparison, backends: Sequence[str], native: bool) -> None:
         self._comparison = comparison
         self._traces = {name: record(_problem(comparison, name, native)) for name in backends if name != AUTO}
-        # sorted, so that all ranks make the same call at the same time, as they do in the passes
+        # sorted: all ranks make the same call at the same time, as they do in the passes
         calls = sorted({call._replace(backward=False) for trace in self._traces.values() for call in _calls(trace)})
         self._timed = {call: self._tile(call) for call in calls}
         self._link, self._touch = (
@@ -39,7 +39,7 @@ class Forecast:
             tile.time()
 
     def predicted(self, row: BackendResult) -> tuple[float, float] | None:
-        """Seconds of the forward and the backward pass; None for what has no trace or was at another shape."""
+        """Return the seconds of forward and backward, or the row's own prediction without a trace of this shape."""
         if row.backend not in self._traces or row.seq != self._comparison.shape.seq:
             return row.predicted
         trace, cluster = self._traces[row.backend], self._cluster()
@@ -65,7 +65,7 @@ class Forecast:
         return torch.randn(shape, device=self._comparison.device).to(self._comparison.dtype)
 
     def _cluster(self) -> Cluster:
-        """This machine; matrix products that are no kernel calls (rsa's) run at the rate of the whole call."""
+        """Describe this machine; matrix products outside kernel calls (rsa's) run at the rate of the whole call."""
         shape, (forward, backward) = self._comparison.shape, self._comparison.whole.medians
         flops = shape.head_dim * Compute(shape.seq, shape.seq, shape.heads, 0, 0, shape.causal, False).work
         return Cluster(

@@ -1,4 +1,4 @@
-"""Processes of this machine that measure together, each on a core or a GPU of its own."""
+"""Start processes of this machine that measure together, each on its own core or GPU."""
 
 import os
 import pickle
@@ -15,13 +15,13 @@ from megatron_cp.bench.comparison import WrongResultError
 from megatron_cp.comm import connected
 
 QUIET = 0.97
-"""Share of its core that a computing rank gets on a quiet machine; below it there is no verdict."""
+"""Share of its core that a computing rank gets on a quiet machine; below it, times are not trusted."""
 
 
 def on_ranks[T](ranks: int, body: Callable[..., T], *args: Any) -> list[T]:
-    """What `body(fabric, device, *args)` returned on each of `ranks` new processes, connected with each other.
+    """Run `body(fabric, device, *args)` on `ranks` new, connected processes; return the results by rank.
 
-    Raises RuntimeError with the words of a rank that raised ValueError or WrongResultError; all ranks must raise it.
+    Raises RuntimeError with the text of a rank's ValueError or WrongResultError; all ranks must raise it.
     """
     # the store takes a free port and holds it until the ranks are done
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -49,7 +49,7 @@ def _answer(folder: str, rank: int) -> Path:
 
 
 def own_device(rank: int, ranks: int) -> torch.device:
-    """A GPU of this rank's own, or else the CPU, with one thread on a core of its own where there are enough."""
+    """Return the rank's own GPU, or else the CPU, with one thread pinned to its own core if there are enough."""
     if torch.cuda.is_available() and torch.cuda.device_count() >= ranks:
         torch.cuda.set_device(rank)
         return torch.device("cuda", rank)

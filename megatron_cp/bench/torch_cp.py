@@ -13,17 +13,17 @@ from megatron_cp.bench.comparison import Comparison, Implementation
 
 
 def enter(comparison: Comparison, name: str) -> Implementation:
-    """SDPA inside torch's context manager over all ranks; what it refuses shows at the first call."""
+    """Return SDPA inside torch's context manager over all ranks; a shape that it refuses raises at the first call."""
     mesh = init_device_mesh(comparison.device.type, (dist.get_world_size(),))
     causal, grouped = comparison.shape.causal, comparison.shape.heads != comparison.shape.kv_heads
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # s b h d -> b h s d and back
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        # it wants a whole buffer to cut, which the tokens are already
+        # the context manager must have a whole buffer to cut; q, k and v are cut already
         tokens = torch.empty(2 * mesh.size(), device=q.device)
         with context_parallel(mesh, buffers=[tokens], buffer_seq_dims=[0]):
-            # looked up here, where torch has put its own in place
+            # looked up inside the context, where torch has replaced it
             out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3)
 
@@ -31,5 +31,5 @@ def enter(comparison: Comparison, name: str) -> Implementation:
 
 
 def _uncounted(run: Callable[[], None]) -> None:
-    """Functional collectives pass by what counts the others' messages."""
+    """Run and return None: functional collectives bypass the function that counts messages of other libraries."""
     run()

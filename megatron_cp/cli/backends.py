@@ -1,4 +1,4 @@
-"""`megatron-cp backends`: the menu of context-parallel algorithms."""
+"""`megatron-cp backends`: list the context-parallel algorithms."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -13,13 +13,13 @@ COLUMNS = ("--cp-comm-type", "also", "what it does", "sends per rank, forward", 
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """A line for each backend, as COLUMNS."""
+    """Yield the cells of COLUMNS for each backend."""
     for entry in BACKENDS:
         yield entry.name, ", ".join(entry.aliases), entry.what, entry.moves, entry.paper
 
 
 def markdown() -> str:
-    """The menu as the README shows it."""
+    """Return the README's table."""
     lines = [COLUMNS, tuple("-" * 3 for _ in COLUMNS), *((f"`{name}`", *rest) for name, *rest in rows())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

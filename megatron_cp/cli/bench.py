@@ -1,4 +1,4 @@
-"""`megatron-cp bench`: correctness first, then time, side by side in one run."""
+"""`megatron-cp bench`: check results, then time implementations side by side in one run."""
 
 import json
 import sys
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from megatron_cp.bench.comparison import AttentionShape, BackendResult, Comparison, Implementation
     from megatron_cp.bench.context import BackendReport
 
-app = typer.Typer(no_args_is_help=True, help="Correctness first, then time, side by side in one run on this machine.")
+app = typer.Typer(
+    no_args_is_help=True, help="Check results, then time implementations side by side in one run on this machine."
+)
 app.command()(kernels)
 app.command()(links)
 app.command()(pipeline)
@@ -46,21 +48,21 @@ def context(
     kernel: Annotated[str, typer.Option(help=f"One of {', '.join((AUTO, *KERNELS.names))}.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every candidate is timed once.")] = 7,
     native: Annotated[
-        bool, typer.Option(help="Tokens lie where each backend wants them, instead of in Megatron's zigzag.")
+        bool, typer.Option(help="Give each backend tokens in its own layout, instead of in Megatron's zigzag.")
     ] = False,
-    peers: Annotated[bool, typer.Option(help="Also ring-flash-attn and yunchang, all in native layouts.")] = False,
+    peers: Annotated[bool, typer.Option(help="Time ring-flash-attn and yunchang too, all in native layouts.")] = False,
     predict: Annotated[
         bool,
         typer.Option(
-            "--predict", help="Also the time of each backend's trace, with its kernel calls timed in the same rounds."
+            "--predict", help="Simulate each backend's trace too, with its kernel calls timed in the same rounds."
         ),
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw bars into this .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
 ) -> None:
-    """Time backends against one kernel call over the whole sequence, made by all ranks at once in the same run.
+    """Time backends beside one kernel call over the whole sequence, made by all ranks at once in the same run.
 
-    Without --backend, or with --backend all, Megatron's own attention and torch's context_parallel take part too.
+    Without --backend, or with --backend all, Megatron's own attention and torch's context_parallel are timed too.
     """
     from megatron_cp.bench.comparison import DTYPES, AttentionShape
     from megatron_cp.bench.context import Selection, bench
@@ -71,20 +73,20 @@ def context(
         raise unknown("dtype", dtype, DTYPES)
     if plot and plot.suffix not in PICTURES:
         raise ValueError(f"--plot takes a file that ends in one of: {', '.join(PICTURES)}; got {plot.name!r}")
-    everybody = not backend or "all" in backend
-    names = BACKENDS.names if everybody else [BACKENDS.get(name).name for name in backend or []]
+    all_backends = not backend or "all" in backend
+    names = BACKENDS.names if all_backends else [BACKENDS.get(name).name for name in backend or []]
     shapes = [
         AttentionShape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype)
         for tokens in seq or [4096, 16384]
     ]
-    selection = Selection(tuple(names), native or peers, UPSTREAM if everybody else {}, peers, predict)
+    selection = Selection(tuple(names), native or peers, UPSTREAM if all_backends else {}, peers, predict)
     report = bench(selection, ranks, shapes, rounds, kernel)
     title = _title(report, shapes[0], ranks)
     if plot:
         draw_bench(report.judged, plot, title)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
-        for line in _words(report, ranks):
+        for line in _remarks(report, ranks):
             typer.echo(line, err=True)
     else:
         _show(report, title, ranks)
@@ -103,11 +105,11 @@ def _torch_attention(comparison: "Comparison", name: str) -> "Implementation":
 
 
 UPSTREAM = {"Megatron DotProductAttention": _megatron_attention, "torch context_parallel": _torch_attention}
-"""What a user would have without this package; imported where it is measured."""
+"""Attention that a user would have without this package; imported where it is measured."""
 
 
 def wide_console() -> Console:
-    """A console that does not fold tables where there is no terminal to fit them into."""
+    """Return a console that is wide enough for our tables where the output is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=140)
 
 
@@ -126,7 +128,7 @@ def _show(report: "BackendReport", title: str, ranks: int) -> None:
     for row in report.judged:
         table.add_row(*_cells(row), *(_forecast(row) if predicted else ()))
     console.print(table)
-    for line in (*_pairs(report), *_words(report, ranks)):
+    for line in (*_pairs(report), *_remarks(report, ranks)):
         console.print(line, highlight=False, markup=False)
 
 
@@ -143,7 +145,7 @@ def _or_dash(value: float | None, form: str, unit: int = 1) -> str:
 
 
 def _forecast(row: "BackendResult") -> list[str]:
-    """Seconds of both passes, forward + backward, and what was measured over them."""
+    """Return the predicted seconds of both passes, and the measured ones over them."""
     if not row.predicted or row.forward is None or row.backward is None:
         return ["-", "-"]
     forward, backward = row.predicted
@@ -161,17 +163,17 @@ def _pairs(report: "BackendReport") -> Iterator[str]:
         )
 
 
-def _words(report: "BackendReport", ranks: int) -> Iterator[str]:
-    """What a table of figures cannot say: who was wrong or refused, what `auto` took, why there is no verdict."""
+def _remarks(report: "BackendReport", ranks: int) -> Iterator[str]:
+    """Yield lines below the table: wrong results, refusals, the choice of `auto`, and why times are not trusted."""
     for row in report.rows:
         if row.problem or row.took:
             yield f"{row.backend}, S={row.seq}: {row.problem or row.took}"
     if report.quiet:
         return
     if ranks > report.cores:
-        yield f"{ranks} ranks share {report.cores} cores: what counts here is exactness, bytes sent and peak."
+        yield f"{ranks} ranks share {report.cores} cores: only exactness, bytes sent and peak count here."
     else:
         yield (
-            f"No verdict: a rank got only {report.core_share:.0%} of its core while it did nothing but compute; "
-            "stop what else runs here."
+            f"No verdict: a rank got only {report.core_share:.0%} of its core while it only computed; "
+            "stop other programs on this machine."
         )

@@ -1,4 +1,4 @@
-"""`megatron-cp bench kernels`: attention on one device."""
+"""`megatron-cp bench kernels`: check and time attention kernels on one device."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def kernels(
     kernel: Annotated[
-        list[str] | None, typer.Option(help="Kernel; may be repeated. All that can run when not given.")
+        list[str] | None, typer.Option(help="Kernel; may be repeated. By default all that can run.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seq: Annotated[
@@ -35,7 +35,7 @@ def kernels(
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls, of which the fastest counts.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of a table.")] = False,
 ) -> None:
-    """Time each kernel's forward and backward pass, after holding it against the reference."""
+    """Check each kernel against the reference, then time its forward and backward pass."""
     from megatron_cp.bench.comparison import DTYPES, AttentionShape
     from megatron_cp.bench.kernels import bench
 

@@ -1,4 +1,4 @@
-"""`megatron-cp bench links`: describe this machine as a cluster that `trace` takes."""
+"""`megatron-cp bench links`: describe this machine as a cluster for `trace`."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""`megatron-cp bench pipeline`: schedules on one machine, against Megatron's own and against the simulator."""
+"""`megatron-cp bench pipeline`: time schedules on one machine beside Megatron's own and beside the simulator."""
 
 import json
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEFAULT = ["zb-h1", "izb"]
 COLUMNS = ("schedule", "v", "m", "step ms", "simulated", "ratio", "Megatron's", "speed-up", "pairs won", "peak M_B")
 NO_VERDICT = (
-    "No verdict: a rank got only {share:.0%} of its core while it did nothing but compute; stop what else runs here, "
+    "No verdict: a rank got only {share:.0%} of its core while it only computed; stop other programs on this machine, "
     "or use at most one rank per core."
 )
 
@@ -51,7 +51,7 @@ def pipeline(
         Path | None, typer.Option(help="Draw a step over its simulation: .png, .svg, .pdf or .json.")
     ] = None,
 ) -> None:
-    """Time schedules and Megatron's own on one GPT, in turns, after holding losses and gradients against each other."""
+    """Compare losses and gradients of schedules with Megatron's own on one GPT, then time them in turns."""
     from megatron_cp.bench.pipeline import GptSize
     from megatron_cp.megatron.bench import pipeline as megatron_pipeline
 
@@ -76,7 +76,7 @@ def pipeline(
 
 
 def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: int) -> "list[ScheduleGroup]":
-    """What takes turns on the same chunks; raises ValueError for what the bench has no baseline to."""
+    """Return the schedules that share chunks; raises ValueError for one without a counterpart in Megatron."""
     from megatron_cp.megatron.bench.pipeline import ScheduleGroup
 
     groups: dict[int, list[str]] = {}
@@ -85,7 +85,9 @@ def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers:
             raise ValueError(f"{rule.name} has no counterpart among Megatron's own schedules; take one on the loop")
         where = place(rule, p, rule.chunks or v)
         if layers % len(where.rank_of):
-            raise ValueError(f"{layers} layers cannot be dealt evenly to {len(where.rank_of)} stages of {rule.name}")
+            raise ValueError(
+                f"{layers} layers cannot be divided evenly among {len(where.rank_of)} stages of {rule.name}"
+            )
         odd = next((m for m in micros if where.chunks > 1 and m % p), None)
         if odd:
             near = max(p, round(odd / p) * p)
@@ -131,7 +133,7 @@ def _cells(row: "ScheduleResult") -> list[str]:
 
 
 def _against_interleaved(rows: "list[ScheduleResult]") -> Iterable[str]:
-    """Whether zb-h1 can beat interleaved with two chunks, by the times that were measured."""
+    """Yield a line on each zb-h1 row: whether its measured times let it beat interleaved with two chunks."""
     for row in rows:
         split = sorted(name[:-1] for name in row.times if name.endswith("I"))
         if row.schedule == "zb-h1" and split:

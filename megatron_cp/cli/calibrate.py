@@ -1,4 +1,4 @@
-"""`megatron-cp calibrate`: this machine as a cluster description that `estimate` takes."""
+"""`megatron-cp calibrate`: measure this machine as a cluster description for `estimate`."""
 
 import json
 from dataclasses import asdict
@@ -18,8 +18,8 @@ def calibrate(
 ) -> None:
     """Measure products by size, attention, norms, loss, copies, messages and collectives between two processes.
 
-    Two trainings of next to nothing follow, for what a process and a step take beside. It takes a minute or two; stop
-    what else runs on this machine.
+    Then two tiny models are trained, for the memory of a process and the time of a step beside its tensors. All of it
+    takes a minute or two; stop other programs on this machine.
     """
     if dtype not in TRAINING:
         raise unknown("dtype", dtype, TRAINING)

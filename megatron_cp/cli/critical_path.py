@@ -1,4 +1,4 @@
-"""`megatron-cp critical-path`: backends against each other by their longest chain of measured kernel calls."""
+"""`megatron-cp critical-path`: compare backends by their longest chain of measured kernel calls."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ SHORTEST_STRIPE = 32
 
 
 class CriticalPath(NamedTuple):
-    """Seconds of a backend's longest chain of kernel calls in each pass; `stripe` is the block length of `striped`."""
+    """A backend's longest chain of kernel calls in each pass, in seconds; `stripe` is the block length of `striped`."""
 
     backend: str
     stripe: int
@@ -52,7 +52,7 @@ def show(
     against: Annotated[str, typer.Option(help="The backend that the others are compared with.")] = "ring",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
 ) -> None:
-    """Time each distinct tile on this machine, and add up the longest chain of them with links and copies free.
+    """Time each distinct tile on this machine, and add up the longest chain of them, without links and copies.
 
     `striped` is shown for single tokens and for blocks of several lengths.
     """
@@ -69,17 +69,17 @@ def show(
         causal=causal,
         dtype=dtype,
     )
-    chains = _chains(_problems(whole, names, asked=bool(backend)))
+    chains = _chains(_traces(whole, names, asked=bool(backend)))
     if as_json:
         typer.echo(json.dumps([chain._asdict() for chain in chains], indent=2))
     else:
         _print(chains, whole)
 
 
-def _problems(whole: Problem, names: Sequence[str], *, asked: bool) -> Iterator[Trace]:
-    """Every backend's trace, first the one that the others are compared with, striped once for each block length.
+def _traces(whole: Problem, names: Sequence[str], *, asked: bool) -> Iterator[Trace]:
+    """Yield the backends' traces, first that of `whole.backend`, with `striped` once for each block length.
 
-    What a backend refuses is raised where it was asked for by name, and left out else.
+    A backend that refuses the problem is left out, or raises ValueError where it was asked for by name.
     """
     from megatron_cp.context.trace.record import record
 

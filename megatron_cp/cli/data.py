@@ -1,4 +1,4 @@
-"""`megatron-cp data`: corpora for training."""
+"""`megatron-cp data`: build and inspect corpora for training."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ SHOWN_TEXT_BYTES = 400
 
 
 def parse_size(text: str) -> int:
-    """`500`, `20K`, `1.5M`, `2G`: a number of bytes, units of 1000."""
+    """Return the bytes that `500`, `20K`, `1.5M` or `2G` mean; units are powers of 1000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
     size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
     if size < 1:
@@ -52,7 +52,7 @@ def build(
     glob: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which files of a folder to take, by name or path below it, such as '*.py'; may be repeated. "
+            help="Files of a folder to read, by name or path below it, such as '*.py'; may be repeated. "
             "By default *.txt *.text *.md *.rst *.jsonl *.ndjson, plain or with .gz or .zst."
         ),
     ] = None,
@@ -109,7 +109,7 @@ def build(
 
 @app.command()
 def info(prefix: Annotated[str, typer.Argument(help="Prefix of PREFIX.bin and PREFIX.idx.")]) -> None:
-    """Check a corpus and say what is in it."""
+    """Check a corpus and print its sizes and its beginning."""
     from megatron_cp.corpus.index import check_prefix, first_document
 
     found = check_prefix(prefix)
@@ -125,7 +125,7 @@ def info(prefix: Annotated[str, typer.Argument(help="Prefix of PREFIX.bin and PR
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing half-written stays behind."""
+    """End the block on SIGTERM and SIGHUP as on Ctrl-C, so that unfinished files are removed."""
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
@@ -140,7 +140,7 @@ def ending_on_signals() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(total_bytes: int) -> Iterator["Callable[[Batch], None]"]:
-    """A bar over the bytes of the input on stderr; nothing where stderr is not a terminal."""
+    """Show a bar over the bytes of the input on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -159,7 +159,7 @@ def progress_bar(total_bytes: int) -> Iterator["Callable[[Batch], None]"]:
 
 
 def report(prefix: str, files: int, written: "Written", dtype: str, processes: int) -> str:
-    """What was written and left out, and how fast."""
+    """Return a text on the documents that were written and left out, and the speed."""
     lines = [
         f"{prefix}.bin, {prefix}.idx: {written.documents:,} documents, {written.tokens:,} tokens as {dtype}, "
         f"from {written.text_bytes:,} bytes of text in {files:,} files",
@@ -178,7 +178,7 @@ def report(prefix: str, files: int, written: "Written", dtype: str, processes: i
 
 
 def training_flags(prefix: str, tokenizer: "Tokenizer") -> str:
-    """The Megatron flags that train on the corpus with the ids it holds."""
+    """Return the Megatron flags that train on the corpus with its token ids."""
     flags: Sequence[str] = ("--data-path", shlex.quote(prefix), *tokenizer.flags)
     text = f"train with: {' '.join(flags)}"
     return f"{text}\n({tokenizer.hint})" if tokenizer.hint else text

@@ -1,4 +1,4 @@
-"""`megatron-cp doctor`: what works here, what does not, and what to do about it."""
+"""`megatron-cp doctor`: report what works on this machine, what does not, and how to repair it."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ MARKS = {"ok": "[green]ok[/green]      ", "optional": "[yellow]optional[/yellow]
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
-    node: Annotated[bool, typer.Option("--node", help="Only what this node of a job needs, in seconds.")] = False,
+    node: Annotated[bool, typer.Option("--node", help="Check only what a node of a job needs; takes seconds.")] = False,
     gpus: Annotated[int, typer.Option(help="With --node: the GPUs that must be usable.")] = 0,
     free_gb: Annotated[float, typer.Option(help="With --node: the GB that must be free in the folder.")] = 0,
     master_addr: Annotated[str, typer.Option(help="With --node: the address of the first node.")] = "",

@@ -1,4 +1,4 @@
-"""`megatron-cp estimate`: what a recipe's training step takes on a cluster, before a GPU hour is spent."""
+"""`megatron-cp estimate`: predict a recipe's training step on a cluster, before a GPU hour is spent."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def estimate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time per step, MFU, memory by kind and traffic by link of a recipe, and what bounds it."""
+    """Estimate a recipe's time per step, MFU, memory by kind and traffic by link, and name what bounds it."""
     from megatron_cp.context.trace.record import record
 
     if published:
@@ -62,8 +62,8 @@ def estimate(
     found = estimate_recipe(recipe.load(name, Unset(config.environment()), flags or []), cluster)
     taken = _train(name, flags or []) if measure else None
     if as_json:
-        told = {} if taken is None else {"measured": taken._asdict()}
-        typer.echo(json.dumps({**_as_json(found), **told}, indent=2))
+        measured = {} if taken is None else {"measured": taken._asdict()}
+        typer.echo(json.dumps({**_as_json(found), **measured}, indent=2))
         return
     _show(found)
     if taken is not None:
@@ -71,14 +71,14 @@ def estimate(
 
 
 class Taken(NamedTuple):
-    """What some steps of training took: the median step, and the most memory of a process."""
+    """Measured steps of training: the median step, and the largest memory of a process."""
 
     step_seconds: float
     memory_bytes: float
 
 
 def _train(name: str, flags: Sequence[str]) -> Taken:
-    """Train a recipe from the start; raises RuntimeError with its last words when that fails."""
+    """Train a recipe from the start; raises RuntimeError with its last line when that fails."""
     with TemporaryDirectory() as folder:
         steps = ["--train-iters", str(MEASURED_STEPS), "--save", folder]
         words = [sys.executable, "-m", "megatron_cp", "train", name, *flags, *steps]
@@ -86,12 +86,12 @@ def _train(name: str, flags: Sequence[str]) -> Taken:
         history = runlog.read(Path(folder, runlog.LOG_NAME))
     lines = ran.stdout.splitlines()
     if ran.returncode or len(history) < 2:
-        raise RuntimeError(f"training {name} failed: {lines[-1] if lines else 'it said nothing'}")
-    said: dict[str, Any] = {}
+        raise RuntimeError(f"training {name} failed: {lines[-1] if lines else 'it printed nothing'}")
+    summary: dict[str, Any] = {}
     for line in lines:
-        said |= runlog.read_summary(line) or {}
+        summary |= runlog.read_summary(line) or {}
     steps_ms = [step.fields["elapsed time per iteration (ms)"] for step in history[WARM_UP:]]
-    return Taken(median(steps_ms) / 1e3, said["peak_rss_bytes"])
+    return Taken(median(steps_ms) / 1e3, summary["peak_rss_bytes"])
 
 
 def _compare(found: "Estimate", taken: Taken) -> None:
@@ -105,7 +105,7 @@ def _compare(found: "Estimate", taken: Taken) -> None:
 
 
 def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate":
-    """The estimate of a recipe's step; raises ValueError where it names no cluster and none is given."""
+    """Return the estimate of a recipe's step; raises ValueError where neither it nor `cluster` names a cluster."""
     from megatron_cp.context.trace.record import record
     from megatron_cp.planner.estimate import estimate as of_step
     from megatron_cp.planner.model import model_of
@@ -172,7 +172,7 @@ def _traffic(found: "Estimate") -> Table:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    """A table whose first column, of names, has the title for its head."""
+    """Return a table whose title is the head of its first column, which holds names."""
     table = Table(title)
     for column in columns[1:]:
         table.add_column(column, justify="right")
@@ -180,7 +180,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _figure(value: float) -> str:
-    """Four digits or all before the point, never an exponent."""
+    """Return the value with four digits, or with all digits before the point, without an exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
@@ -189,11 +189,11 @@ def _show_published(rows: "Sequence[PublishedRun]", as_json: bool) -> None:
 
     sizes = summary(rows)
     if as_json:
-        told = [
+        listed = [
             {name: getattr(row, name) for name in ("name", "source", "unit", "reported", "predicted", "error")}
             for row in rows
         ]
-        typer.echo(json.dumps({"rows": told, **sizes._asdict()}, indent=2))
+        typer.echo(json.dumps({"rows": listed, **sizes._asdict()}, indent=2))
         return
     table = _table("per GPU", ("", "reported", "predicted", "error"))
     for row in rows:

@@ -1,4 +1,4 @@
-"""`megatron-cp inspect`: what a checkpoint holds, whether it is whole, which topologies can take it."""
+"""`megatron-cp inspect`: describe a checkpoint, check that it is complete, list the topologies that can load it."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="A --save folder, or one iteration in it.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
 ) -> None:
-    """Say what a checkpoint holds and which topologies can take it; exit code 1 when the one to resume is damaged."""
+    """Describe a checkpoint and list the topologies that can load it; exit code 1 when the one to resume is damaged."""
     without_import_warnings()
     from megatron_cp.megatron.checkpoint import contents
 
@@ -31,7 +31,7 @@ def inspect(
     newest = contents.chosen(checkpoint) or folders[-1]
     found = next((one for one in all_found if one.folder == newest), None)
     if found is None:
-        raise ValueError(f"{checkpoint} says that it resumes from {newest.name}, which is not there")
+        raise ValueError(f"{checkpoint} names {newest.name} as the one to resume from, which does not exist")
     if as_json:
         typer.echo(json.dumps({**_plain(found), "iterations": [_plain(one) for one in all_found]}, indent=2))
     else:

@@ -1,4 +1,4 @@
-"""`megatron-cp plan`: the parallel sizes that train a model fastest on so many GPUs of a cluster."""
+"""`megatron-cp plan`: find the parallel sizes that train a model fastest on a number of GPUs of a cluster."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
 ) -> None:
-    """Enumerate how ranks can be dealt, leave out what rules and memory forbid, rank the rest by estimated speed."""
+    """Enumerate the splits of ranks, leave out those that rules or memory forbid, rank the rest by estimated speed."""
     from megatron_cp.context.trace.record import record
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.search import PlanRequest, search, sequences
@@ -44,12 +44,12 @@ def plan(
     if model not in (known := _models()):
         raise ValueError(f"no model {model!r} in configs/models{suggest(model, known)}; known: {', '.join(known)}")
     if write and write.exists():
-        raise ValueError(f"{write} is already there; name another file or remove it")
+        raise ValueError(f"{write} exists; name another file or remove it")
     if write and not write.parent.is_dir():
         raise ValueError(f"no folder {write.parent} to write {write.name} to; make it first")
     tokens, length, ranks = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq"), count(gpus, "--gpus")
     if 2 * tokens < length:
-        raise ValueError(f"--tokens-per-batch {tokens:,} is less than a sequence of {length:,} tokens; give as many")
+        raise ValueError(f"--tokens-per-batch {tokens:,} must be at least a sequence of {length:,} tokens; raise it")
     request = PlanRequest(
         model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
         length,
@@ -92,11 +92,11 @@ def _plain(one: "Estimate") -> dict[str, Any]:
 def _show(found: "Plans") -> None:
     from megatron_cp.planner.search import label
 
-    # a line of the table is never broken, whatever the terminal
-    asked, console = found.request, Console(highlight=False, soft_wrap=True, width=max(110, Console().width))
+    # wide enough that no line of the table is broken
+    request, console = found.request, Console(highlight=False, soft_wrap=True, width=max(110, Console().width))
     console.print(
-        f"{asked.model.name} on {asked.gpus} GPUs of {asked.cluster.name}, "
-        f"{asked.global_batch} sequences of {asked.seq:,} tokens a step"
+        f"{request.model.name} on {request.gpus} GPUs of {request.cluster.name}, "
+        f"{request.global_batch} sequences of {request.seq:,} tokens a step"
     )
     table = Table(Column("plan", no_wrap=True), "s/step", "tokens/s/GPU", "MFU", "GB")
     for column in table.columns[1:]:

@@ -1,4 +1,4 @@
-"""`megatron-cp render`: print the command, or the SLURM script, that a recipe stands for."""
+"""`megatron-cp render`: print the commands, or the SLURM script, of a recipe."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ def render(
     flags: Flags = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Print the script for sbatch instead.")] = False,
 ) -> None:
-    """Print the exact commands that a recipe stands for, ready to be pasted into a shell."""
+    """Print the exact commands of a recipe, ready to be pasted into a shell."""
     if slurm or "--slurm" in (flags or []):
         print_script([name, *(flags or [])])
         return

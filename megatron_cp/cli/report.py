@@ -1,4 +1,4 @@
-"""`megatron-cp report`: a run's curves and figures as a picture and a page."""
+"""`megatron-cp report`: turn a run's logs into a picture and a page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,21 +14,21 @@ from megatron_cp.recipe.file import Unset
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Where the run saved or logged.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder that the run saved or logged to.")],
     name: Annotated[
-        str | None, typer.Option("--recipe", help="Its recipe: the predicted step time and the model's operations.")
+        str | None, typer.Option("--recipe", help="Its recipe, for the predicted step time and the model's operations.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="Where it ran: the peak for MFU; by default the recipe's own.")
+        str | None, typer.Option(help="Its cluster, for the peak of MFU; by default the recipe's own.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The page; by default RUN_DIR/report.html.")] = None,
 ) -> None:
-    """Turn a run's logs into report.png and report.html, which has the picture in it."""
+    """Turn a run's logs into report.png and report.html, which contains the picture."""
     from megatron_cp.plots.report import draw_report
 
     target = output or folder / "report.html"
     if target.suffix != ".html":
-        raise ValueError(f"--output is the page, a file.html, got {str(target)!r}; the picture goes beside it")
+        raise ValueError(f"--output must be a .html file, got {str(target)!r}; the picture is written beside it")
     run, against = of_run.read(folder), _reference(name, cluster)
     curves = of_run.curves(run, against)
     title = name or folder.resolve().name
@@ -49,5 +49,5 @@ def _reference(name: str | None, cluster: str | None) -> of_run.Reference:
     if cluster is None:
         return of_run.Reference()
     known = load_cluster(cluster)
-    # what a run computes in unless its recipe says otherwise
+    # the dtype that a run computes in, unless its recipe says otherwise
     return of_run.Reference(peak=known.gemm(known.dtype).peak)

@@ -1,4 +1,4 @@
-"""`megatron-cp simulate`: what a pipeline schedule would cost, before a GPU is spent on it."""
+"""`megatron-cp simulate`: predict the cost of a pipeline schedule before a GPU is spent on it."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from megatron_cp.registry import unknown
 
 @dataclass(frozen=True)
 class SimulationRequest:
-    """What the user asked about every schedule that is played."""
+    """Sizes, times and limits that apply to every schedule to simulate."""
 
     p: int | None
     m: int | None
@@ -35,12 +35,15 @@ class SimulationRequest:
     warmup: float | None
 
     def costs(self, placement: Placement) -> Costs:
+        """Return the same times and memory for every stage of a placement."""
         return uniform(placement, self.times, self.memory)
 
     def caps(self, placement: Placement) -> list[float] | None:
+        """Return the memory limit of each rank, None without one."""
         return None if self.cap is None else [self.cap] * placement.ranks
 
     def bound(self, run: Run) -> float:
+        """Return a lower bound of the makespan."""
         placement = run.schedule.placement
         return lower_bound(placement, run.schedule.micros, run.costs, self.caps(placement))
 
@@ -51,7 +54,9 @@ def simulate(
     v: Annotated[int | None, typer.Option("-v", help="Chunks per rank; by default what the schedule implies.")] = None,
     schedule: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULES.names)}.")] = None,
     compare: Annotated[str | None, typer.Option(help="Schedules side by side: names with commas, or all.")] = None,
-    table: Annotated[Path | None, typer.Option(help="A schedule of your own: per rank a line of 2F0 2I0 2W0 …")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="File with your own schedule: per rank a line of 2F0 2I0 2W0 …")
+    ] = None,
     times: Annotated[
         str,
         typer.Option(help="T_F,T_I,T_W of a rank's layers for one microbatch, and T_comm of one hop; any one unit."),
@@ -62,21 +67,22 @@ def simulate(
     cap: Annotated[float | None, typer.Option(help="Most memory of a rank, in M_B.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Warm-up multiplier of izb, 1 to 2.")] = None,
     placement: Annotated[str | None, typer.Option(help="Placement for auto: loop or v.")] = None,
-    objective: Annotated[str, typer.Option(help=f"What auto shortens: {' or '.join(OBJECTIVES)}.")] = "makespan",
+    objective: Annotated[str, typer.Option(help=f"Objective of auto: {' or '.join(OBJECTIVES)}.")] = "makespan",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the step: .png, .svg, .pdf, or .json for Perfetto.")] = None,
 ) -> None:
-    """Play a pipeline schedule: makespan, bubble and peak memory, from the times of one microbatch."""
+    """Simulate a pipeline schedule: makespan, bubble and peak memory, from the times of one microbatch."""
     if sum(choice is not None for choice in (schedule, compare, table)) != 1:
         raise ValueError("give one of --schedule NAME, --compare all and --table FILE")
     asked = SimulationRequest(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective, warmup)
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
     if cap is not None and not cap > 0:
-        raise ValueError(f"a cap is a positive number of M_B, got {cap:g}")
-    told = {"-p": p, "-m": m, "-v": v, "--warmup": warmup, "--placement": placement}
-    if table and any(value is not None for value in told.values()):
-        raise ValueError(f"a --table has its own sizes; leave out {', '.join(k for k in told if told[k] is not None)}")
+        raise ValueError(f"--cap must be a positive number of M_B, got {cap:g}")
+    sizes = {"-p": p, "-m": m, "-v": v, "--warmup": warmup, "--placement": placement}
+    if table and any(value is not None for value in sizes.values()):
+        given = ", ".join(option for option, value in sizes.items() if value is not None)
+        raise ValueError(f"a --table has its own sizes; leave out {given}")
     if plot:
         check_suffix(plot)
     if compare is not None:
@@ -97,7 +103,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise ValueError(f"--{option} is a list of numbers with commas, got {text!r}") from None
+        raise ValueError(f"--{option} must be numbers separated by commas, got {text!r}") from None
 
 
 def _run(name: str, asked: SimulationRequest, warmup: float | None = None, placement: str | None = None) -> Run:
@@ -160,7 +166,7 @@ def _plot(run: Run, file: Path) -> None:
 
 
 def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, Run | str]]:
-    """Every schedule asked for, played, or the reason why there is none."""
+    """Yield each schedule of `names` with its simulation, or the reason why it cannot be simulated."""
     for name in SCHEDULES.names if names == "all" else [name.strip() for name in names.split(",")]:
         rule = SCHEDULES.get(name)
         for placement in PLACEMENTS if rule.table is None else [rule.placement]:
@@ -175,7 +181,7 @@ def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, Ru
 
 
 def _compare(names: str, asked: SimulationRequest, as_json: bool) -> None:
-    # what is wrong with the question itself is said once, not in every row
+    # sizes that no schedule accepts are reported once, not in every row
     _run("1f1b", replace(asked, v=None, cap=None))
     simulations = list(_simulations(names, asked))
     if as_json:

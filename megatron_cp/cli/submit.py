@@ -1,4 +1,4 @@
-"""`megatron-cp submit`, and the script that `megatron-cp render --slurm` prints: a recipe as a job of SLURM."""
+"""`megatron-cp submit`: submit recipes as SLURM jobs; also prints the script for `megatron-cp render --slurm`."""
 
 import subprocess
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Words = Annotated[
 
 def submit(
     words: Words,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script without submitting it.")] = False,
 ) -> None:
     """Submit recipes to SLURM: checked on their nodes first, saved before the time is up, and requeued."""
     if dry_run or "--dry-run" in words:
@@ -40,12 +40,12 @@ def submit(
 
 
 def print_script(words: Sequence[str]) -> None:
-    """Print the script of `RECIPE… --flag VALUE…`, in which the flags that ask for it do not count."""
+    """Print the script of `RECIPE… --flag VALUE…`, ignoring --slurm and --dry-run among its flags."""
     print(script(jobs_of([word for word in words if word not in ("--slurm", "--dry-run")])), end="")
 
 
 def jobs_of(words: Sequence[str]) -> list[SlurmJob]:
-    """The jobs of `RECIPE… --flag VALUE…`, every flag checked against Megatron's parser."""
+    """Return the jobs of `RECIPE… --flag VALUE…`, every flag checked against Megatron's parser."""
     first_flag = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     names, overrides = words[:first_flag], words[first_flag:]
     if not names:
@@ -54,7 +54,7 @@ def jobs_of(words: Sequence[str]) -> list[SlurmJob]:
 
 
 def _make_log_folder(job: SlurmJob) -> None:
-    """SLURM ends a job without a word when the folder of its log is missing."""
+    """Create the folders of the logs: SLURM ends a job without an error message when one is missing."""
     for flag in ("--output", "--error"):
         folder = Path(job.recipe.slurm[flag].text).parent if flag in job.recipe.slurm else Path()
         if "%" not in str(folder):

@@ -1,4 +1,4 @@
-"""`megatron-cp trace`: prove a context-parallel algorithm, cost it on a cluster and draw it, before a GPU is spent."""
+"""`megatron-cp trace`: prove a context-parallel algorithm correct, cost it on a cluster and draw it."""
 
 import json
 from collections.abc import Mapping
@@ -76,9 +76,9 @@ def trace(
     plot: Plots = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object instead of tables.")] = False,
 ) -> None:
-    """Prove an algorithm's own loop at a short length, then say what it computes, sends, keeps and takes.
+    """Prove an algorithm's own loop at a short length, then print its work, traffic, memory and time.
 
-    Pairs are unmasked ones of a query and a key, peak is what lives beyond local q, k, v and dout.
+    Pairs are unmasked pairs of a query and a key; peak counts bytes beyond local q, k, v and dout.
     """
     # input is checked before anything that takes time
     hardware = load_cluster(cluster)

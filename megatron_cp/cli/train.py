@@ -1,4 +1,4 @@
-"""`megatron-cp train`: a recipe as a run on this machine."""
+"""`megatron-cp train`: train a recipe on this machine."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from megatron_cp.recipe import recipe
 from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words
 from megatron_cp.recipe.recipe import Recipe
 
-# what follows RECIPE belongs to Megatron, also what looks like an option of ours
+# words after RECIPE are Megatron's, even where they look like our options
 FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
 # torchrun gives its workers half a minute to end before it kills them
 SECONDS_TO_STOP = 40
@@ -31,25 +31,25 @@ Flags = Annotated[
 
 
 def train(name: RecipeName, flags: Flags = None) -> None:
-    """Train a recipe on this machine: build its corpus if missing, resume from its checkpoint, sum up at the end."""
+    """Train a recipe on this machine: build its corpus if missing, resume from its checkpoint, print a summary."""
     run = load_checked(name, flags or [])
     _ready_corpus(run)
-    _say_where_it_starts(run)
+    _report_start(run)
     folder = run.save or Path("runs") / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    status, steps, said = _stream(command(complete(run)), folder / runlog.LOG_NAME)
+    status, steps, summary = _stream(command(complete(run)), folder / runlog.LOG_NAME)
     if status == 0:
-        _sum_up(run, folder, steps, said)
+        _sum_up(run, folder, steps, summary)
     raise typer.Exit(status)
 
 
 def load_checked(name: str, flags: Sequence[str]) -> Recipe:
-    """The recipe with these flags, checked as `checked` does."""
+    """Load the recipe with these flags, and check it."""
     return checked(recipe.load(name, config.environment(), flags))
 
 
 def checked(run: Recipe) -> Recipe:
-    """The recipe, after everything was refused that its ranks would refuse."""
+    """Return the recipe if its ranks would accept it; raises ValueError otherwise."""
     check_processes(run)
     from megatron_cp.megatron.arguments.recipe_flags import check_run
 
@@ -58,7 +58,7 @@ def checked(run: Recipe) -> Recipe:
 
 
 def _ready_corpus(run: Recipe) -> None:
-    """Build the corpus of DATA if neither of its files is there; refuse one that is not whole."""
+    """Build the corpus of DATA if neither of its files exists; raises ValueError for an incomplete one."""
     if run.builds_corpus and not any(
         Path(f"{run.data['--output'].text}{suffix}").exists() for suffix in (".bin", ".idx")
     ):
@@ -72,7 +72,7 @@ def _ready_corpus(run: Recipe) -> None:
         _say(f"corpus {found.prefix}: {found.documents:,} documents, {found.tokens:,} tokens")
 
 
-def _say_where_it_starts(run: Recipe) -> None:
+def _report_start(run: Recipe) -> None:
     done = runlog.checkpoint_iteration(run.save) if run.save else None
     if done is None or run.flag("--load", str(run.save)) != str(run.save):
         return
@@ -83,9 +83,9 @@ def _say_where_it_starts(run: Recipe) -> None:
 
 
 def _stream(line: Command, log: Path) -> tuple[int, list[runlog.Iteration], dict[str, Any]]:
-    """Run the command, pass on what it prints as it comes, note its iterations; exit status, iterations, summary."""
+    """Run the command, print its output as it comes, log its iterations; return exit status, iterations, summary."""
     steps: list[runlog.Iteration] = []
-    said: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     with _started(line) as process:
         assert process.stdout is not None
         for raw in process.stdout:
@@ -95,16 +95,16 @@ def _stream(line: Command, log: Path) -> tuple[int, list[runlog.Iteration], dict
             if step := runlog.read_iteration(text):
                 steps.append(step)
                 runlog.append(log, step)
-            said |= runlog.read_summary(text) or {}
+            summary |= runlog.read_summary(text) or {}
         status = process.wait()
     # ended by a signal: the number a shell would give
-    return (128 - status if status < 0 else status), steps, said
+    return (128 - status if status < 0 else status), steps, summary
 
 
 @contextmanager
 def _started(line: Command) -> Iterator[subprocess.Popen[bytes]]:
-    """The running command; however this ends, none of its processes is left."""
-    # a session of its own: Ctrl-C reaches us alone and is passed on once, instead of a traceback from each rank
+    """Start the command; at the end of the block all of its processes have ended."""
+    # own session: Ctrl-C reaches only us and is passed on once, instead of a traceback from each rank
     process = subprocess.Popen(
         line.words,
         env={"PYTHONUNBUFFERED": "1", **config.environment(), **line.environment},
@@ -125,24 +125,24 @@ def _started(line: Command) -> Iterator[subprocess.Popen[bytes]]:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        # reads on, so that nobody waits for room in the pipe
+        # keep reading so that the child does not block on a full pipe
         rest, _ = process.communicate(timeout=SECONDS_TO_STOP)
         sys.stdout.buffer.write(rest)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _sum_up(run: Recipe, folder: Path, steps: Sequence[runlog.Iteration], said: dict[str, Any]) -> None:
+def _sum_up(run: Recipe, folder: Path, steps: Sequence[runlog.Iteration], summary: dict[str, Any]) -> None:
     from megatron_cp.plots.loss import draw_loss
 
     history = runlog.read(folder / runlog.LOG_NAME)
     picture = draw_loss(history, folder / "loss.png", run.name)
     rows = {
-        "backend": said.get("backend", "not told"),
-        "kernel": said.get("kernel", "not told"),
+        "backend": summary.get("backend", "unknown"),
+        "kernel": summary.get("kernel", "unknown"),
         **_measured(run, steps),
-        "bytes sent by CP": _bytes(said.get("cp_bytes_per_step"), " per step"),
-        "peak memory": _bytes(said.get("peak_rss_bytes"), " per process"),
+        "bytes sent by CP": _bytes(summary.get("cp_bytes_per_step"), " per step"),
+        "peak memory": _bytes(summary.get("peak_rss_bytes"), " per process"),
         "loss": _losses(history),
         "checkpoint": _checkpoint(run),
         "loss curve": str(picture or "no iteration was logged here"),
@@ -155,7 +155,7 @@ def _sum_up(run: Recipe, folder: Path, steps: Sequence[runlog.Iteration], said: 
 def _measured(run: Recipe, steps: Sequence[runlog.Iteration]) -> dict[str, str]:
     pace = runlog.pace(steps, run.number("--seq-length", 1))
     if pace is None:
-        return {"tokens/s": "no step was taken"}
+        return {"tokens/s": "no step was logged"}
     return {"tokens/s": f"{pace.tokens_per_second:,.0f} (median step {pace.milliseconds:,.0f} ms)"}
 
 
@@ -174,7 +174,7 @@ def _checkpoint(run: Recipe) -> str:
 
 def _bytes(count: int | None, unit: str) -> str:
     if count is None:
-        return "not told"
+        return "unknown"
     return f"{count / 1e6:,.1f} MB{unit}"
 
 

@@ -1,4 +1,4 @@
-"""`megatron-cp validate`: Megatron's checks of a recipe and ours, on a machine that is not the cluster."""
+"""`megatron-cp validate`: run Megatron's checks of a recipe and our own on a machine without the cluster's GPUs."""
 
 from typing import Annotated
 
@@ -12,14 +12,14 @@ from megatron_cp.recipe.file import Unset
 
 ClusterName = Annotated[
     str | None,
-    typer.Option("--cluster", metavar="NAME|FILE", help="Validate for this one instead of the recipe's CLUSTER."),
+    typer.Option("--cluster", metavar="NAME|FILE", help="Validate for this cluster instead of the recipe's CLUSTER."),
 ]
 
 
 def validate(name: RecipeName, flags: Flags = None, cluster: ClusterName = None) -> None:
     """Check a recipe as its ranks will: Megatron's parser, its arguments and its model config, then our own rules.
 
-    Needs no GPU and touches none. What refuses the recipe is one line and exit code 1.
+    No GPU is needed or used. A recipe that is refused ends with one line and exit code 1.
     """
     variables = Unset(config.environment())
     run = recipe.load(name, variables, flags or [])

@@ -1,6 +1,6 @@
-"""Descriptions of clusters: configs/clusters/*.yaml, or a file of one's own.
+"""Describe clusters: configs/clusters/*.yaml, or the user's own file.
 
-Every figure is a rate that can be reached, so a peak from a data sheet stands beside the share of it that is reached.
+Every figure is an achievable rate; a file gives a data sheet's peak and the share of it that is reached.
 """
 
 from bisect import bisect
@@ -19,13 +19,13 @@ COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
 class Link:
     """One level of links.
 
-    bytes_per_s: of one port, in each direction
+    bytes_per_s: rate of one port in each direction
     latency_s:   from the moment both sides are ready to the first byte
-    ports:       "shared": one port per rank, as behind a switch; "per-neighbour": one for each rank it talks to
-    busy_s_per_byte: time that a transfer takes from the computing rank, sent or received (0 where a device does it)
-    busy_s_per_message: the same of a message of no size, sent and another received
-    gather_bytes_per_s, scatter_bytes_per_s, reduce_bytes_per_s: that a rank sends in an all-gather, a reduce-scatter or
-                 an all-reduce, its busy time in it; None where that is the port's rate
+    ports:       "shared": one port per rank, as behind a switch; "per-neighbour": one for each connected rank
+    busy_s_per_byte: computing time that a rank loses per byte sent or received (0 where a device does the transfer)
+    busy_s_per_message: computing time that a rank loses for sending and receiving an empty message
+    gather_bytes_per_s, scatter_bytes_per_s, reduce_bytes_per_s: rate at which a rank sends in an all-gather, a
+                 reduce-scatter or an all-reduce, busy time included; None where it is the port's rate
     """
 
     bytes_per_s: float
@@ -38,7 +38,7 @@ class Link:
     reduce_bytes_per_s: float | None = None
 
     def rate(self, kind: Collective) -> float:
-        """Bytes per second that a rank sends in a collective."""
+        """Return the bytes per second that a rank sends in a collective."""
         measured = {
             "gather": self.gather_bytes_per_s,
             "scatter": self.scatter_bytes_per_s,
@@ -48,21 +48,21 @@ class Link:
 
     @property
     def least_s(self) -> float:
-        """Until a message of no size has arrived and another has left."""
+        """Seconds to send and receive an empty message."""
         return self.latency_s + self.busy_s_per_message
 
     def shared_by(self, sequences: int) -> "Link":
-        """The link as one of several sequences sees it that share every message."""
+        """Return the link with latency and busy time per message divided by the sequences that share each message."""
         latency, busy = self.latency_s / sequences, self.busy_s_per_message / sequences
         return replace(self, latency_s=latency, busy_s_per_message=busy)
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """Matrix products of one dtype.
+    """Rates of matrix products of one dtype.
 
-    sizes, rates: floating-point operations per second where the smallest of the three dimensions has this size; between
-                  two sizes they follow its logarithm, beyond the ends they stay
+    sizes, rates: floating-point operations per second by the smallest of the three dimensions, interpolated over its
+                  logarithm and constant beyond the ends
     """
 
     peak: float
@@ -70,7 +70,7 @@ class Gemm:
     rates: tuple[float, ...]
 
     def rate(self, size: float) -> float:
-        """Operations per second where the smallest dimension is `size`."""
+        """Return the operations per second of a product whose smallest dimension is `size`."""
         at = bisect(self.sizes, size)
         if at in (0, len(self.sizes)):
             return self.rates[min(at, len(self.sizes) - 1)]
@@ -81,23 +81,23 @@ class Gemm:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Equal nodes of equal ranks.
+    """A cluster of equal nodes with equal ranks.
 
-    dtype:             of the attention tensors that the rates hold for
-    flops_forward, flops_backward: attention kernels, floating-point operations per second and rank
+    dtype:             dtype of the attention tensors that the rates hold for
+    flops_forward, flops_backward: floating-point operations per second and rank of attention kernels
     call_s:            time of a kernel call beside its operations
-    block_keys:        that the attention kernel takes at once, a causal mask or not; 0 where blocks are short
-    touch_bytes_per_s: copies and sums, bytes read and written
-    host_bytes_per_s:  to and from host memory, or None where there is no other memory
-    between:           None for a single node
-    gemms:             matrix products by dtype, for estimates of whole steps
-    memory_bytes:      of a rank, None where the description does not say
-    reserved_bytes:    part of it that is taken before any tensor is made: context, libraries, communication buffers
-    elementwise_bytes_per_s: norms, rotary positions and activations, bytes counted as if each were one fused kernel;
-                       None where they are, and go as fast as copies
-    loss_bytes_per_s:  the cross entropy; None as above
-    step_s:            of a training step, beside all work on tensors: data, logging, launching
-    layer_s:           the same of a layer and microbatch; 0 where launching runs ahead of the device
+    block_keys:        keys of one block of the attention kernel; 0 where blocks are too short to matter
+    touch_bytes_per_s: rate of copies and sums, in bytes read and written
+    host_bytes_per_s:  rate to and from host memory; None where the device's memory is the host's
+    between:           links between nodes; None for a single node
+    gemms:             rates of matrix products by dtype, for estimates of whole steps
+    memory_bytes:      memory of a rank; None where the description does not state it
+    reserved_bytes:    part of it in use before any tensor is made: context, libraries, communication buffers
+    elementwise_bytes_per_s: rate of norms, rotary positions and activations, with bytes counted as if each were one
+                       fused kernel; None where they are fused, and run at the rate of copies
+    loss_bytes_per_s:  rate of the cross entropy; None as above
+    step_s:            time of a training step beside its work on tensors: data, logging, launching
+    layer_s:           such time of a layer and microbatch; 0 where launching runs ahead of the device
     """
 
     name: str
@@ -120,7 +120,7 @@ class Cluster:
     block_keys: int = 0
 
     def gemm(self, dtype: str) -> Gemm:
-        """Matrix products of a dtype; raises ValueError where the description has no rates for it."""
+        """Return the rates of matrix products of a dtype; raises ValueError where the description has none."""
         known = dict(self.gemms)
         if dtype not in known:
             raise Refused(
@@ -130,10 +130,10 @@ class Cluster:
         return known[dtype]
 
     def group_rate(self, kind: Collective, ranks: int, stride: int) -> float:
-        """Bytes per second that each of `ranks` ranks, `stride` apart, sends in a collective with both levels in use.
+        """Return the bytes per second that each of `ranks` ranks, `stride` apart, sends in a collective.
 
-        A group over several nodes goes around through the ports of all its ranks on a node at once. Raises ValueError
-        for a group over nodes that nothing joins.
+        A group over several nodes uses the ports of all its ranks on a node at once. Raises ValueError for a group
+        over nodes without links between them.
         """
         link = self.link(0, (ranks - 1) * stride)
         if link is self.inside:
@@ -141,7 +141,7 @@ class Cluster:
         return min(self.inside.rate(kind), link.rate(kind) * max(1, self.ranks_per_node // stride))
 
     def link(self, src: int, dst: int) -> Link:
-        """The level that joins two ranks; raises ValueError when they are on nodes that nothing joins."""
+        """Return the level of links between two ranks; raises ValueError for ranks on nodes without links."""
         if src // self.ranks_per_node == dst // self.ranks_per_node:
             return self.inside
         if self.between is None:
@@ -152,10 +152,10 @@ class Cluster:
         return self.between
 
     def every(self, stride: int) -> "Cluster":
-        """The cluster as it is among every `stride`-th rank: fewer of them on a node."""
+        """Return the cluster with only every `stride`-th rank of a node."""
         return replace(self, ranks_per_node=max(1, self.ranks_per_node // stride))
 
     def shared_by(self, sequences: int) -> "Cluster":
-        """The cluster as one of several sequences sees it that share every kernel call and every message."""
+        """Return the cluster with costs per call and message divided by the sequences that share them."""
         inside, between = self.inside.shared_by(sequences), self.between and self.between.shared_by(sequences)
         return replace(self, call_s=self.call_s / sequences, inside=inside, between=between)

@@ -1,4 +1,4 @@
-"""Reads the description of a cluster: the keys, units and rules of a file, over the description that it extends."""
+"""Read the description of a cluster: keys, units and rules of a file, merged over the description that it extends."""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -26,19 +26,19 @@ LINK_KEYS = (
 
 ON_CPU = "this-cpu"
 
-# SXM boards; those in PCIe slots have other links
+# SXM boards only, because PCIe boards have other links
 BY_GPU = {"A100": "a100-ib", "H100": "h100-ib", "H200": "h100-ib"}
 
 
 def shipped_clusters() -> list[str]:
-    """Names of the shipped descriptions."""
+    """Return the names of the shipped descriptions."""
     return sorted(path.stem for path in (configs_folder() / "clusters").glob("*.yaml"))
 
 
 def load_cluster(name: str) -> Cluster:
-    """The cluster that a file or a shipped name describes.
+    """Return the cluster that a file or a shipped name describes.
 
-    Raises ValueError with file and line for a number that is missing, negative or none at all, and for unknown keys.
+    Raises ValueError with file and line for a value that is missing, negative or not a number, and for unknown keys.
     """
     known = {path.stem: path for path in sorted((configs_folder() / "clusters").glob("*.yaml"))}
     file = Path(name) if Path(name).is_file() else known.get(name)
@@ -48,9 +48,9 @@ def load_cluster(name: str) -> Cluster:
 
 
 def cluster_of(gpu: str | None) -> str:
-    """The shipped cluster for a GPU, by the name that CUDA gives it, or for a CPU.
+    """Return the shipped cluster for a GPU, by its name in CUDA, or for a CPU.
 
-    Raises ValueError for a GPU that no shipped cluster has.
+    Raises ValueError for a GPU without a shipped cluster.
     """
     if gpu is None:
         return ON_CPU
@@ -66,7 +66,7 @@ def cluster_of(gpu: str | None) -> str:
 
 
 def read(file: Path) -> Cluster:
-    """The cluster in `file`; raises ValueError with file and line for what is missing, unknown or no such number."""
+    """Return the cluster in `file`; raises ValueError with file and line for missing, unknown or invalid values."""
     top = _read(file, ())
     compute = top.section("compute", COMPUTE_KEYS)
     memory, peak = top.section("memory", MEMORY_KEYS), compute.number("peak_tflops") * 1e12
@@ -95,7 +95,7 @@ def read(file: Path) -> Cluster:
 
 
 def _read(file: Path, open_files: tuple[Path, ...]) -> "_Section":
-    """The file's mapping, over that of the description which it extends."""
+    """Return the file's mapping, merged over that of the description that it extends."""
     if file in open_files:
         raise Refused(f"{file}:1: extends itself: {' -> '.join(path.name for path in (*open_files, file))}")
     content = parse(file, YAML(typ="rt").load)
@@ -140,7 +140,7 @@ def _link(section: "_Section") -> Link:
 
 
 class _Section:
-    """A mapping of the file that knows where its values stand, over one of the file that it extends."""
+    """A mapping of the file with the lines of its values, merged over one of the file that it extends."""
 
     def __init__(self, file: Path, path: str, content: Any, keys: tuple[str, ...] | None, line: int = 1) -> None:
         self._file, self._path, self._content, self._line = file, path, content, line
@@ -156,17 +156,17 @@ class _Section:
 
     @property
     def names(self) -> list[Any]:
-        """The keys of both."""
+        """Keys of this mapping and of the one below."""
         return list(dict.fromkeys([*(self.below.names if self.below else ()), *self._content]))
 
     def has(self, key: Any) -> bool:
-        """Whether there is a value; `key:` with none takes back what the file extends."""
+        """True if there is a value; `key:` without a value removes an inherited one."""
         if key in self._content:
             return self._content[key] is not None
         return self.below is not None and self.below.has(key)
 
     def section(self, key: str, keys: str | None) -> "_Section":
-        """The mapping under a key; without `keys` it may hold any."""
+        """Return the mapping under a key; `keys` are the allowed ones, None for any."""
         below = self.below.section(key, keys) if self.below and self.below.has(key) else None
         if below and key not in self._content:
             return below
@@ -179,6 +179,7 @@ class _Section:
         return own
 
     def number(self, key: Any, *, zero: bool = False) -> float:
+        """Return a positive number, or with `zero` one of at least 0."""
         if self.below and key not in self._content:
             return self.below.number(key, zero=zero)
         value = self._value(key, "a number")
@@ -195,10 +196,11 @@ class _Section:
     def optional(self, key: str, unit: float, default: float) -> float: ...
 
     def optional(self, key: str, unit: float, default: float | None = None) -> float | None:
-        """A number in `unit`, or `default` where there is none; 0 is one where a default says so."""
+        """Return a number in `unit`, or `default` where there is none; with a default, 0 is allowed."""
         return self.number(key, zero=default is not None) * unit if self.has(key) else default
 
     def count(self, key: str) -> int:
+        """Return a positive whole number."""
         if self.below and key not in self._content:
             return self.below.count(key)
         value = self.number(key)
@@ -207,14 +209,16 @@ class _Section:
         return int(value)
 
     def share(self, key: Any) -> float:
+        """Return a number above 0 and at most 1."""
         if self.below and key not in self._content:
             return self.below.share(key)
         value = self.number(key)
         if value > 1:
-            raise Refused(f"{self._at(key)}: {self._path}{key} is a share of the peak, at most 1, got {value!r}")
+            raise Refused(f"{self._at(key)}: {self._path}{key} must be a share of the peak, at most 1, got {value!r}")
         return value
 
     def word(self, key: str, known: tuple[str, ...]) -> str:
+        """Return one of the known words."""
         if self.below and key not in self._content:
             return self.below.word(key, known)
         value = self._value(key, f"one of: {', '.join(known)}")

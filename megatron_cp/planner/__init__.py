@@ -1,1 +1,1 @@
-"""What a run will cost: descriptions of hardware, and simulation of what ranks do on it. Pure Python."""
+"""Estimate the cost of a training run on described hardware. Pure Python."""

@@ -1,8 +1,8 @@
-"""Attention of one layer on a cluster: its kernels alone, or the whole context-parallel loop by its trace."""
+"""Cost attention of one layer on a cluster: its kernels alone, or the whole context-parallel loop by its trace."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_cp.context.choose import Cost, Record, continued, parts
@@ -26,12 +26,12 @@ class Attention(NamedTuple):
     between: float
 
 
-@cache
+@lru_cache(4096)
 def attention(problem: Problem, cluster: Cluster, record: Record | None) -> Attention:
-    """What `problem` costs; a pure function that answers a question asked before from memory.
+    """Return the cost of `problem`; a pure function with a bounded cache.
 
-    record: makes traces; without it the loop costs its kernels alone, a lower bound of every backend
-    Raises ValueError for what the backend refuses.
+    record: makes traces; without it only the loop's kernels are counted, a lower bound of every backend
+    Raises ValueError for a problem that the backend refuses.
     """
     if problem.ranks == 1 or record is None:
         return _kernels_alone(problem, cluster)

@@ -1,9 +1,9 @@
-"""What a training step takes on a cluster before it is run: seconds and what they go into, memory, traffic, MFU."""
+"""Estimate a training step on a cluster before it is run: seconds by kind, memory, traffic, MFU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_cp.context.choose import Record
@@ -21,12 +21,11 @@ from megatron_cp.planner.work import PassTimes, RankConfig, Seconds, collective_
 
 
 class Parts(NamedTuple):
-    """Seconds of a step on its slowest pipeline rank, by what they go into.
+    """Seconds of a step on its slowest pipeline rank, by kind; the first five as in `Seconds`.
 
     pipeline:  idle, or waiting for other pipeline ranks
-    data:      reduction of gradients and gathering of weights, as far as nothing hides them
-    optimizer: its passes over memory, and what a step takes beside all work on tensors
-    The others as in `Seconds`.
+    data:      reduction of gradients and gathering of weights that no computation hides
+    optimizer: its passes over memory, and the time of a step beside its work on tensors
     """
 
     products: float
@@ -74,12 +73,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         return self.parts.total
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the whole run."""
+        """Tokens per second of all ranks together."""
         return self.parallel.global_batch * self.seq / self.seconds
 
     @property
@@ -87,7 +86,7 @@ class Estimate:
         return self.tokens_per_s / self.parallel.world
 
     def flops_per_gpu(self, causal: Fraction = Fraction(1, 2)) -> float:
-        """The model's operations per second and rank, as Megatron's --log-throughput counts them."""
+        """Return the model's operations per second and rank, as Megatron's --log-throughput counts them."""
         return self.model.flops(self.seq, self.parallel.global_batch, causal) / self.seconds / self.parallel.world
 
     @property
@@ -97,17 +96,17 @@ class Estimate:
 
     @property
     def worst_memory(self) -> MemoryUse:
-        """Of the fullest rank."""
+        """Memory of the fullest rank."""
         return max(self.memory, key=lambda memory: memory.total)
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank's memory holds it; True where the cluster does not say how much there is."""
+        """True if the step fits the fullest rank's memory, or if the cluster does not state a memory size."""
         return _held(self.cluster, self.memory)
 
     @property
     def bound_by(self) -> str:
-        """What most of the step goes into."""
+        """Kind of work that takes most of the step, in words."""
         most = max(Parts._fields, key=lambda name: getattr(self.parts, name))
         return IN_WORDS[most]
 
@@ -115,12 +114,12 @@ class Estimate:
 def estimate(
     model: Transformer, parallel: Parallel, cluster: Cluster, seq: int, record: Record | None = None
 ) -> Estimate:
-    """A step of `model` on sequences of `seq` tokens; a pure function of its arguments.
+    """Estimate a step of `model` on sequences of `seq` tokens; a pure function of its arguments.
 
-    record: makes traces of context-parallel loops (megatron_cp.context.trace.record.record); without it their kernels
-            alone are counted, so that the step is a lower bound for every backend
-    Raises ValueError for sizes that do not divide, for a cluster without rates of matrix products, and for what the
-    backend or the schedule refuses.
+    record: makes traces of context-parallel loops (megatron_cp.context.trace.record.record); without it only their
+            kernels are counted, so that the step is a lower bound for every backend
+    Raises ValueError for sizes that do not divide, for a cluster without rates of matrix products, and for a run that
+    the backend or the schedule refuses.
     """
     check(model, parallel, seq)
     rank = RankConfig(model, parallel, cluster, seq, record)
@@ -129,7 +128,7 @@ def estimate(
 
 
 def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse, ...]) -> Estimate:
-    """The estimate whose memory is known."""
+    """Return the estimate of stages whose memory is known."""
     model, parallel, cluster, seq = rank.model, rank.parallel, rank.cluster, rank.seq
     each = _of_ranks(rank, stages)
     makespan = _makespan(rank, stages)
@@ -138,14 +137,14 @@ def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse,
     for part in each[slowest].work:
         spent = spent.plus(part, parallel.micros)
     data, optimizer = max((_after(rank, stage, at) for at, stage in enumerate(each)), key=sum)
-    # no pipeline waits for nothing, whatever the sums are rounded to
+    # without a pipeline nothing waits; rounding of the sums must not show up as waiting
     waiting = max(0.0, makespan - spent.total) if parallel.pp > 1 else 0.0
     parts = Parts(*spent, waiting, data, optimizer + cluster.step_s)
     return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
 
 
 def estimate_where_it_fits(model: Transformer, parallel: Parallel, cluster: Cluster, seq: int) -> Estimate | None:
-    """An `estimate` without traces, or None where memory does not hold it: then no schedule is played, which is slow.
+    """Estimate without traces; None where memory does not suffice, which is found without the slow simulation.
 
     Raises ValueError as `estimate` does.
     """
@@ -161,7 +160,7 @@ def _held(cluster: Cluster, memory: Sequence[MemoryUse]) -> bool:
 
 
 class Stage(NamedTuple):
-    """A pipeline stage, or all stages of a rank: how many layers, and what one microbatch takes."""
+    """A pipeline stage, or all stages of a rank: its number of layers, and the times of one microbatch."""
 
     layers: float
     work: PassTimes
@@ -175,7 +174,7 @@ class Stage(NamedTuple):
 
 
 def check(model: Transformer, parallel: Parallel, seq: int) -> None:
-    """Raise ValueError, with a way out, where sizes do not divide as Megatron wants them to."""
+    """Raise ValueError, with a way out, where sizes do not divide as Megatron requires."""
     if model.heads % parallel.tp:
         raise ValueError(f"tensor parallel {parallel.tp} must divide the {model.heads} attention heads; lower it")
     if max(model.kv_heads, parallel.tp) % min(model.kv_heads, parallel.tp):
@@ -195,7 +194,7 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
 
 
 def _of_ranks(rank: RankConfig, stages: Sequence[Stage]) -> list[Stage]:
-    """All stages of each pipeline rank as one."""
+    """Return the stages of each pipeline rank, added up."""
     parallel = rank.parallel
     if parallel.pp == 1:
         return [stages[0]]
@@ -207,18 +206,18 @@ def _stages(rank: RankConfig) -> list[Stage]:
     parallel, model = rank.parallel, rank.model
     count = parallel.pp * parallel.vp
     slots = (model.layers + (2 if parallel.balanced_ends else 0)) // count
-    dealt = [slots - (parallel.balanced_ends and at in (0, count - 1)) for at in range(count)]
+    layers = [slots - (parallel.balanced_ends and at in (0, count - 1)) for at in range(count)]
     if count == 1:
-        dealt = [model.layers]
+        layers = [model.layers]
     one = _mean_layer(rank)
-    works = [PassTimes().plus(one, layers) for layers in dealt]
+    works = [PassTimes().plus(one, count) for count in layers]
     first, last = ends(rank)
     works[0], works[-1] = works[0].plus(first), works[-1].plus(last)
-    return [Stage(layers, work) for layers, work in zip(dealt, works, strict=True)]
+    return [Stage(count, work) for count, work in zip(layers, works, strict=True)]
 
 
 def _mean_layer(rank: RankConfig) -> PassTimes:
-    """Dense and mixture layers, as often as the model has them; recomputed in backward where the run does that."""
+    """Return the mean over dense and mixture layers, with the recomputation in backward where the run does that."""
     share = rank.model.moe_layers / rank.model.layers
     work = PassTimes().plus(layer(rank), 1 - share)
     if share:
@@ -229,11 +228,11 @@ def _mean_layer(rank: RankConfig) -> PassTimes:
 
 
 LONG = 3
-"""Microbatches per pipeline rank that are played; each further one takes the slowest rank's work."""
+"""Microbatches per pipeline rank that are simulated; each further one adds the slowest rank's work."""
 
 
 def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
-    """Seconds of a step's microbatches."""
+    """Return the seconds of a step's microbatches."""
     parallel = rank.parallel
     if parallel.pp == 1:
         return parallel.micros * stages[0].seconds
@@ -243,7 +242,7 @@ def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
 
 
 def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
-    """Of each pipeline rank."""
+    """Return the memory of each pipeline rank."""
     last = rank.parallel.pp - 1
     if last == 0:
         kept = [mean_layer_bytes(rank) * stages[0].layers]
@@ -263,7 +262,7 @@ def _played(rank: RankConfig, stages: Sequence[Stage]) -> tuple[Schedule, Costs]
     return _table(parallel.schedule_name, p, few, parallel.vp), _costs(rank, stages)
 
 
-@cache
+@lru_cache(256)
 def _table(name: str, p: int, m: int, v: int) -> Schedule:
     return build(name, p, m, v)
 
@@ -275,7 +274,7 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
     size = rank.split_tokens * rank.model.hidden * parallel.bytes
     hop = link.least_s + size / link.bytes_per_s + size * link.busy_s_per_byte
     sizes = tuple(max(1.0, stage.layers * kept) for stage in stages)
-    # a stage of the embedding alone has no input gradient, and the simulator no actions without time
+    # a stage of the embedding alone has no input gradient, but the simulator needs positive times
     times = ([max(part.total, 1e-9) for part in stage.work] for stage in stages)
     forward, backward, weight = (tuple(column) for column in zip(*times, strict=True))
     # the inputs of norms are needed for the input gradient only
@@ -284,7 +283,7 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
 
 
 def size_of_norms(rank: RankConfig) -> float:
-    """Bytes that the input of one norm takes in one layer; nothing where layers are recomputed."""
+    """Return the bytes of the input of one norm in one layer; 0 where layers are recomputed."""
     if rank.parallel.recompute == "full":
         return 0.0
     return rank.split_tokens * rank.model.hidden * rank.parallel.bytes
@@ -294,11 +293,11 @@ BUCKET = 40_000_000
 """Parameters of Megatron's smallest bucket of gradients."""
 
 ADAM_BYTES = 34
-"""Read and written per parameter: its gradient twice, float32 weight and two moments, and the weight that is used."""
+"""Bytes read and written per parameter: its gradient twice, float32 weight and two moments, and the model's weight."""
 
 
 def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
-    """Seconds for gradients and weights that nothing hides, and for the optimizer, of one pipeline rank."""
+    """Return the seconds of one pipeline rank for exposed transfers of gradients and weights, and for the optimizer."""
     parallel, cluster = rank.parallel, rank.cluster
     dense, experts = stage_parameters(rank.model, parallel, stage.layers, at == 0, at == parallel.pp - 1)
     weights, gradients, _ = parameter_bytes(parallel, dense, experts)
@@ -319,12 +318,12 @@ def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
 
 
 def _left(seconds: float, behind: float, bucket: float, overlap: bool) -> float:
-    """What is left of a transfer that hides behind work but for one bucket."""
+    """Return the exposed part of a transfer, all but one bucket of which can overlap with work."""
     return max(seconds * bucket, seconds - behind) if overlap else seconds
 
 
 def _fsdp(rank: RankConfig, parameters: float, stage: Stage) -> float:
-    """Weights are gathered for each forward and each backward and gradients reduced, one layer ahead of the work."""
+    """Return the exposed seconds of FSDP, which gathers weights for each pass and reduces gradients, a layer ahead."""
     parallel = rank.parallel
     shards = parallel.dp * parallel.cp
     gather = collective_seconds(rank.cluster, "gather", parameters * parallel.bytes, shards, parallel.tp)

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds at its fullest moment, by kind."""
+"""Estimate the largest memory of a rank, by kind."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class MemoryUse(NamedTuple):
     """Bytes of one rank.
 
     weights, gradients, optimizer: as Megatron keeps them
-    activations: kept from forward to backward, of every microbatch that is under way
+    activations: kept from forward to backward, of every microbatch in flight
     logits:      of one microbatch, with the cross entropy's copies
     buffers:     of context parallelism and of one layer at work
     reserved:    context, libraries and communication buffers
@@ -32,13 +32,13 @@ class MemoryUse(NamedTuple):
 
 
 def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer state for so many parameters of a rank.
+    """Return the bytes of weights, gradients and optimizer state for a rank's dense and expert parameters.
 
     bf16: 2 bytes, gradients in float32 unless reduced in bf16, and master weights and two moments of Adam in float32,
     spread over the data-parallel and context-parallel ranks by the distributed optimizer (arXiv:1910.02054, 3.1).
     """
     parameters = dense + experts
-    # fp8 keeps each weight twice, as it is and transposed, and in bf16 unless told otherwise
+    # fp8 keeps each weight and its transpose, and by default a copy in bf16
     weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
     gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
     state = 8 if parallel.precision == "float32" else 12
@@ -51,18 +51,18 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
 
 
 def mean_layer_bytes(rank: RankConfig) -> float:
-    """Activations that a layer keeps for its backward pass, for one microbatch, as a mean over dense and mixture."""
+    """Return the bytes that a layer keeps from forward to backward of one microbatch, a mean over all layers."""
     share = rank.model.moe_layers / rank.model.layers
     return (1 - share) * layer_bytes(rank, moe=False) + share * layer_bytes(rank, moe=True)
 
 
 def layer_bytes(rank: RankConfig, moe: bool) -> float:
-    """The same of a dense or of a mixture layer (arXiv:2205.05198, 4)."""
+    """Return the bytes that a dense or a mixture layer keeps (arXiv:2205.05198, section 4)."""
     model, parallel = rank.model, rank.parallel
     stored = parallel.bytes
     if parallel.recompute == "full":
         return stored * rank.split_tokens * model.hidden
-    # what products take is kept as they take it
+    # inputs of products are kept in the dtype of the products
     taken = 1 if parallel.precision == "fp8" else stored
     # the inputs of two norms, and of the products that follow
     whole = 2 * model.hidden * (stored + taken) * rank.split_tokens
@@ -87,7 +87,10 @@ def _mlp_width(model: Transformer, moe: bool) -> int:
 def stage_parameters(
     model: Transformer, parallel: Parallel, layers: float, first: bool, last: bool
 ) -> tuple[float, float]:
-    """Dense and expert parameters of a rank that holds so many layers, and maybe the embedding and the output layer."""
+    """Return the dense and expert parameters of a rank with `layers` layers.
+
+    first, last: add the embedding, or the final norm and the output layer
+    """
     share = layers / model.layers
     ends = (int(first) + int(last)) * model.embedding_parameters
     if first and last and model.tied:
@@ -98,14 +101,14 @@ def stage_parameters(
 
 
 def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool, last: bool) -> MemoryUse:
-    """The fullest moment of a pipeline rank that holds so many layers.
+    """Return the largest memory of a pipeline rank with `layers` layers.
 
-    activations: most bytes that it keeps at once, of all microbatches under way
+    activations: most bytes that it keeps at once, of all microbatches in flight
     """
     model, parallel = rank.model, rank.parallel
     logits = 0.0
     if last:
-        # what is stored, and its copy in float32 that the cross entropy turns into the gradient
+        # the stored logits, and their float32 copy that the cross entropy turns into the gradient
         logits = (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
     # gradients of the widest layer that is at work
     buffers = context_attention(rank).live + parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp

@@ -1,4 +1,4 @@
-"""A transformer as the planner sees it: its sizes, parameters, and Megatron's count of floating-point operations."""
+"""Describe a transformer for the planner: sizes, parameters, and Megatron's count of floating-point operations."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,10 +12,10 @@ class Transformer:
 
     vocab:    padded
     ffn:      width of a dense MLP
-    gated:    whether the MLP has a gate beside its first product (SwiGLU)
-    tied:     whether the output layer uses the embedding's weights
-    experts:  of a mixture layer; 0 for dense ones, `expert_ffn` wide, of which a token takes `top_k`
-    moe_every: every so many layers is a mixture, the first one too
+    gated:    the MLP has a gate beside its first product (SwiGLU)
+    tied:     the output layer uses the embedding's weights
+    experts:  number in a mixture layer, each `expert_ffn` wide; a token is routed to `top_k` of them; 0 without mixture
+    moe_every: one layer of so many is a mixture, beginning with the first
     """
 
     name: str
@@ -46,12 +46,12 @@ class Transformer:
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer."""
+        """Parameters of one layer's attention."""
         return self.hidden * (2 * self.query + self.key_value)
 
     @property
     def matrices(self) -> int:
-        """Of one MLP, counted in hidden x width."""
+        """Weight matrices of hidden x width in one MLP."""
         return 3 if self.gated else 2
 
     @property
@@ -60,12 +60,12 @@ class Transformer:
 
     @property
     def expert_parameters(self) -> int:
-        """Of all layers, what expert parallelism shards."""
+        """Parameters of all layers that expert parallelism shards."""
         return self.moe_layers * self.experts * self.matrices * self.hidden * self.expert_ffn
 
     @property
     def dense_parameters(self) -> int:
-        """Of all layers, what every rank of an expert-parallel group holds: attention, norms, routers, dense MLPs."""
+        """Parameters of all layers that expert parallelism replicates: attention, norms, routers, dense MLPs."""
         mlp = self.matrices * self.hidden * self.ffn * (self.layers - self.moe_layers)
         shared = self.matrices * self.hidden * self.shared_expert_ffn + self.experts * self.hidden
         return self.layers * (self.attention_parameters + 2 * self.hidden) + mlp + self.moe_layers * shared
@@ -76,14 +76,14 @@ class Transformer:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
         return self.dense_parameters + self.expert_parameters + embeddings + self.hidden
 
     def flops(self, seq: int, samples: int, causal: Fraction = Fraction(1, 2)) -> float:
-        """Operations of one step as Megatron's --log-throughput counts them, forward and backward, no recomputation.
+        """Return the operations of one step as Megatron's --log-throughput counts them, without recomputation.
 
-        causal: the share of the query-key pairs that counts; Megatron counts half, papers before 2025 often all
+        causal: share of the query-key pairs that is counted; half in Megatron, often all in papers before 2025
         """
         mlps = self.ffn * (self.layers - self.moe_layers)
         mlps += self.moe_layers * (self.top_k * self.expert_ffn + self.shared_expert_ffn)
@@ -93,7 +93,7 @@ class Transformer:
 
 
 def model_of(recipe: Recipe) -> Transformer:
-    """The model of a recipe's MODEL_ARGS; raises ValueError with the flag that is missing or is no number."""
+    """Return the model of a recipe's MODEL_ARGS; raises ValueError with a flag that is missing or not a number."""
     hidden, heads = recipe.required("--hidden-size"), recipe.required("--num-attention-heads")
     gated = "--swiglu" in recipe.model_args
     ffn = recipe.number("--ffn-hidden-size", _usual_ffn(hidden, gated))
@@ -119,7 +119,7 @@ def model_of(recipe: Recipe) -> Transformer:
 
 
 def _usual_ffn(hidden: int, gated: bool) -> int:
-    """What Megatron takes where --ffn-hidden-size is left out."""
+    """Return Megatron's default of --ffn-hidden-size."""
     return int(4 * hidden * 2 / 3) // 64 * 64 if gated else 4 * hidden
 
 

@@ -1,4 +1,4 @@
-"""How a training run is spread over ranks: Megatron's parallel sizes and what goes with them."""
+"""Describe how a training run is spread over ranks: Megatron's parallel sizes and related choices."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from megatron_cp.recipe.recipe import Recipe
 
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
-"""Bytes of a stored weight and activation; fp8 products are computed in it, and everything is kept in bfloat16."""
+"""Bytes of a stored weight and activation; with fp8 only products are computed in fp8, tensors are kept in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Parallel:
     sp:          sequence parallelism, the norms' tokens spread over the tensor-parallel ranks
     micro_batch, global_batch: samples
     recompute:   "none", "selective" (core attention) or "full" (whole layers, all of them)
-    schedule:    of the pipeline; None takes Megatron's own, interleaved where vp > 1
+    schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
-    balanced_ends: the embedding and the loss count as layers when layers are dealt to stages
+    balanced_ends: the embedding and the loss count as layers when layers are divided among stages
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
@@ -64,14 +64,14 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vp", "cp", "dp", "ep", "micro_batch", "global_batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.recompute not in RECOMPUTE:
-            raise ValueError(f"recompute is one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {self.recompute!r}")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.global_batch % (self.dp * self.micro_batch):
             raise ValueError(
-                f"global batch {self.global_batch} is no multiple of data parallel {self.dp} x micro batch "
+                f"global batch {self.global_batch} must be a multiple of data parallel {self.dp} x micro batch "
                 f"{self.micro_batch}; change one of them"
             )
         if self.dp * self.cp % self.ep:
@@ -81,7 +81,7 @@ class Parallel:
 
     @property
     def world(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks of the run."""
         return self.tp * self.cp * self.dp * self.pp
 
     @property
@@ -91,7 +91,7 @@ class Parallel:
 
     @property
     def bytes(self) -> int:
-        """Of a stored weight or activation."""
+        """Bytes of one stored weight or activation."""
         return PRECISIONS[self.precision]
 
     @property
@@ -106,7 +106,7 @@ def megatrons_schedule(chunks: int) -> str:
 
 
 def parallel_of(recipe: Recipe, layers: int) -> Parallel:
-    """How a recipe spreads its model; raises ValueError with flag and place for what is no number or does not fit."""
+    """Return how a recipe spreads its model; raises ValueError with flag and place for a size that is invalid."""
     given = recipe.model_args
     sizes = {
         name: recipe.number(f"--{flag}-parallel-size", 1)
@@ -120,7 +120,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
     rest, odd = divmod(world, sizes["tp"] * sizes["pp"] * sizes["cp"])
     if odd or not rest:
         raise ValueError(
-            f"{world} processes are no multiple of tensor {sizes['tp']} x pipeline {sizes['pp']} x context "
+            f"{world} processes must be a multiple of tensor {sizes['tp']} x pipeline {sizes['pp']} x context "
             f"{sizes['cp']}; change --nproc-per-node or --nnodes, or a parallel size"
         )
     micro = recipe.number("--micro-batch-size", 1)
@@ -146,7 +146,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         tp_overlap="--tp-comm-overlap" in given,
         fsdp="--use-megatron-fsdp" in given,
         fp8_params="--fp8-param-gather" in given,
-        # Megatron accumulates float32 gradients for bf16 unless told otherwise
+        # by default Megatron accumulates bf16 gradients in float32
         fp32_grads="--grad-reduce-in-bf16" not in given,
         precision=_precision(recipe),
     )
@@ -180,7 +180,7 @@ def _precision(recipe: Recipe) -> str:
 
 
 def cluster_for(recipe: Recipe, name: str | None) -> Cluster:
-    """The cluster called `name`, or else the recipe's own; raises ValueError where neither says one."""
+    """Return the cluster called `name`, or else the recipe's own; raises ValueError where neither names one."""
     chosen = name or recipe.cluster
     if chosen is None:
         known = ", ".join(shipped_clusters())

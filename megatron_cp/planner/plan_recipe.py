@@ -1,4 +1,4 @@
-"""A plan as a recipe that `train`, `validate`, `estimate` and `render` take as it is."""
+"""Write a plan as a recipe that `train`, `validate`, `estimate` and `render` accept unchanged."""
 
 import io
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ LEARNING_RATE = {"--lr": 3e-5, "--min-lr": 3e-6}
 
 
 def as_recipe(plan: Estimate, model: str) -> str:
-    """The YAML of a recipe for the plan; `model` is the name of a file in configs/models."""
+    """Return the YAML of a recipe for the plan; `model` is the name of a file in configs/models."""
     gpus, per_node = plan.parallel.world, plan.cluster.ranks_per_node
     local = min(gpus, per_node)
     extends = [f"models/{model}", "training/long-context", "training/nodes"]

@@ -1,4 +1,4 @@
-"""Runs that others have published, and what the estimator says about them: configs/published/runs.yaml."""
+"""Compare published runs (configs/published/runs.yaml) with their estimates."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -19,7 +19,7 @@ PAIRS = {"causal": Fraction(1, 2), "all": Fraction(1)}
 
 
 class PublishedRun(NamedTuple):
-    """A published run: what was reported, in `unit`, and the estimate of the same figure."""
+    """A published run: the reported figure, in `unit`, and the estimate of it."""
 
     name: str
     source: str
@@ -30,7 +30,7 @@ class PublishedRun(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Relative to what was reported; above 0 where the estimate is too fast."""
+        """Error relative to the reported figure; above 0 where the estimate is too fast."""
         return self.predicted / self.reported - 1
 
 
@@ -42,7 +42,7 @@ class Summary(NamedTuple):
 
 
 def published(record: Record | None) -> list[PublishedRun]:
-    """Every published run with its estimate."""
+    """Return every published run with its estimate."""
     from ruamel.yaml import YAML
 
     runs = parse(configs_folder() / "published" / "runs.yaml", YAML(typ="safe").load)
@@ -50,7 +50,7 @@ def published(record: Record | None) -> list[PublishedRun]:
 
 
 def summary(rows: Sequence[PublishedRun]) -> Summary:
-    """Median and worst of the errors' sizes."""
+    """Return the median and the largest absolute error."""
     sizes = [abs(row.error) for row in rows]
     return Summary(median(sizes), max(sizes))
 
@@ -71,10 +71,10 @@ def _row(run: Mapping[str, Any], record: Record | None) -> PublishedRun:
     )
 
 
-def _model(said: str | Mapping[str, Any]) -> Transformer:
-    if isinstance(said, str):
-        return model_of(recipe.load(f"models/{said}", {}))
-    return Transformer("GPT", **said)
+def _model(given: str | Mapping[str, Any]) -> Transformer:
+    if isinstance(given, str):
+        return model_of(recipe.load(f"models/{given}", {}))
+    return Transformer("GPT", **given)
 
 
 def _figure(found: Estimate, unit: str, pairs: str | None) -> float:

@@ -1,8 +1,8 @@
-"""Which parallel sizes train a model fastest on so many GPUs of a cluster, by the estimator, and why.
+"""Search the parallel sizes that train a model fastest on a number of GPUs of a cluster, by the estimator.
 
-Every split that Megatron's rules and the memory allow is bounded from below, its context parallelism costing its
-kernels alone. In the order of these bounds the splits are estimated with the traces of their loops, until a bound is
-worse than everything that would be shown.
+A branch-and-bound search: every split that Megatron's rules and the memory allow gets a lower bound, in which context
+parallelism costs only its kernels. In the order of these bounds the splits are estimated with the traces of their
+loops, until a bound is worse than all plans to show.
 """
 
 from collections import Counter
@@ -21,20 +21,20 @@ from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel, megatrons_schedule
 
 CONTEXT = ("zigzag", "all-gather", "ulysses", "usp")
-"""Backends that are weighed where none are named: the classics, one of each kind of traffic."""
+"""Default backends of a search, one for each kind of traffic."""
 
 SCHEDULED = ("1f1b", "interleaved", "zb-h1", "izb")
-"""Schedules that are weighed where none are named."""
+"""Default schedules of a search."""
 
 CHUNKS = (1, 2, 4, 8)
 MICRO_BATCHES = (1, 2, 4, 8)
 MOST_TOKENS = 65536
-"""Of a microbatch on a rank; products are as fast long before, and activations only grow."""
+"""Largest microbatch of a rank in tokens: products reach their rate with fewer, and activations keep growing."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be trained on what.
+    """A model to train, the hardware, and the choices to search.
 
     global_batch: sequences of a step
     """
@@ -50,7 +50,7 @@ class PlanRequest:
 
 
 class RankSplit(NamedTuple):
-    """How ranks are dealt; splits that differ in the rest only are one line of a plan."""
+    """Parallel sizes of a split; splits that differ only in other choices share one line of the result."""
 
     tp: int
     cp: int
@@ -61,10 +61,10 @@ class RankSplit(NamedTuple):
 
 @dataclass(frozen=True)
 class Plans:
-    """The best split of each dealing of ranks, fastest first.
+    """Best split for each combination of parallel sizes, fastest first.
 
-    left_out: how many dealings or splits each rule has left out
-    examined: how many splits were bounded
+    left_out: number of splits that each rule has excluded
+    examined: number of splits with a bound
     """
 
     request: PlanRequest
@@ -78,7 +78,7 @@ class Plans:
 
     @property
     def why(self) -> str:
-        """One line: what bounds the winner, and where the runner-up loses if there is one."""
+        """One line on the bottleneck of the best plan, and on the reason why the second one is slower."""
         line = f"{label(self.best.parallel)} is bound by {self.best.bound_by}"
         if len(self.options) == 1:
             return line
@@ -96,12 +96,14 @@ class Plans:
 
 
 def sequences(tokens: int, seq: int, gpus: int) -> int:
-    """Sequences of a step with so many tokens: up to a sixteenth more or fewer where that suits more ranks.
+    """Return the sequences of a step of about `tokens` tokens, rounded so that many data-parallel ranks divide them.
 
-    What is odd in the number of ranks counts most: layers divide by it less often than by two.
+    The result differs by at most a sixteenth from the exact quotient.
     """
     wanted = max(1, round(tokens / seq))
+    # layers rarely divide by the odd part of the number of GPUs, so data parallelism must be able to use all of it
     odd = gpus // (gpus & -gpus)
+    # the largest such number of ranks that has a multiple near enough
     for ranks in reversed([size for size in divisors(gpus) if size % odd == 0]):
         near = ranks * round(wanted / ranks)
         if near and abs(near - wanted) <= wanted / 16:
@@ -110,7 +112,7 @@ def sequences(tokens: int, seq: int, gpus: int) -> int:
 
 
 def label(parallel: Parallel) -> str:
-    """A split in a few words."""
+    """Return a short text that names a split."""
     words = [f"TP={parallel.tp}"]
     if parallel.cp > 1:
         grid = f" {parallel.grid.inner}x{parallel.grid.outer}" if parallel.grid else ""
@@ -127,12 +129,12 @@ Progress = Callable[[float], None]
 
 
 def search(request: PlanRequest, record: Record, top: int = 10, progress: Progress = lambda share: None) -> Plans:
-    """The `top` fastest dealings of ranks, each with its best split; a pure function of its arguments.
+    """Return the `top` fastest combinations of parallel sizes, each with its best split; a pure function.
 
     record:   makes traces of context-parallel loops, megatron_cp.context.trace.record.record
-    progress: told the share of the work that is done
-    Raises ValueError for GPUs that the cluster cannot have, for one without rates of the products' dtype, and when
-    nothing fits, with the smallest number of GPUs on which something does.
+    progress: called with the share of the work that is done
+    Raises ValueError for a number of GPUs that the cluster cannot have, for a cluster without rates of the products'
+    dtype, and when no split fits, with the smallest number of GPUs on which one does.
     """
     _check(request)
     left_out: Counter[str] = Counter()
@@ -171,7 +173,7 @@ def _check(request: PlanRequest) -> None:
     if gpus > per_node and gpus % per_node:
         below = gpus // per_node * per_node
         raise ValueError(
-            f"{gpus} GPUs are no whole number of nodes of {per_node}; ask for {below} or {below + per_node}"
+            f"{gpus} GPUs must be a whole number of nodes of {per_node}; ask for {below} or {below + per_node}"
         )
 
 
@@ -180,19 +182,19 @@ def _sizes(parallel: Parallel) -> RankSplit:
 
 
 def _bounds(request: PlanRequest, left_out: Counter[str], progress: Progress) -> list[Estimate]:
-    """Lower bounds of all splits whose memory may fit, fastest first."""
+    """Return lower bounds of all splits whose memory may fit, fastest first."""
     bounds = []
-    dealings = list(dealt(request, left_out))
-    for at, sizes in enumerate(dealings):
-        progress(at / len(dealings))
+    combinations = list(rank_splits(request, left_out))
+    for at, sizes in enumerate(combinations):
+        progress(at / len(combinations))
         for parallel in _splits(request, sizes):
             bound = _bound(request, parallel, left_out)
             bounds += [bound] if bound else []
     return sorted(bounds, key=lambda one: (one.seconds, _sizes(one.parallel)))
 
 
-def dealt(request: PlanRequest, left_out: Counter[str]) -> Iterator[RankSplit]:
-    """All dealings of the ranks that Megatron's rules of divisibility allow."""
+def rank_splits(request: PlanRequest, left_out: Counter[str]) -> Iterator[RankSplit]:
+    """Yield all parallel sizes that Megatron's rules of divisibility allow."""
     for tp in _powers(request.gpus):
         if reason := _tensor_rule(request, tp):
             left_out[reason] += 1
@@ -201,7 +203,7 @@ def dealt(request: PlanRequest, left_out: Counter[str]) -> Iterator[RankSplit]:
             if cp > 1 and request.seq % (2 * cp):
                 left_out["sequence divisible by twice CP"] += 1
                 continue
-            yield from _deal_rest(request, tp, cp, left_out)
+            yield from _rest_of_splits(request, tp, cp, left_out)
 
 
 def _tensor_rule(request: PlanRequest, tp: int) -> str:
@@ -213,7 +215,7 @@ def _tensor_rule(request: PlanRequest, tp: int) -> str:
     return ""
 
 
-def _deal_rest(request: PlanRequest, tp: int, cp: int, left_out: Counter[str]) -> Iterator[RankSplit]:
+def _rest_of_splits(request: PlanRequest, tp: int, cp: int, left_out: Counter[str]) -> Iterator[RankSplit]:
     model = request.model
     for pp in divisors(request.gpus // (tp * cp)):
         if pp > model.layers or (model.layers % pp and (model.layers + 2) % pp):
@@ -229,7 +231,7 @@ def _deal_rest(request: PlanRequest, tp: int, cp: int, left_out: Counter[str]) -
 
 
 def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
-    """The choices that a dealing leaves open, less recomputation and context parallelism."""
+    """Yield the splits with these parallel sizes, except the choices of recomputation and of context parallelism."""
     layers = request.model.layers
     for micro in MICRO_BATCHES:
         if request.global_batch % (sizes.dp * micro):
@@ -262,7 +264,7 @@ def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
 
 
 def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:
-    """The fastest estimate without context parallelism's own cost whose memory may fit: with recomputation at need."""
+    """Return a lower bound of the split, with recomputation if nothing else fits; None if its memory cannot fit."""
     if not _may_fit(request, parallel):
         left_out["memory"] += 1
         return None
@@ -280,12 +282,12 @@ def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> 
 
 
 def _recomputes(parallel: Parallel) -> tuple[str, ...]:
-    # what an input gradient has recomputed would have to stay until its weight gradient
+    # our schedules split backwards, and would keep recomputed activations from input gradient to weight gradient
     return ("none",) if parallel.schedule else ("none", "full")
 
 
 def _may_fit(request: PlanRequest, parallel: Parallel) -> bool:
-    """Whether weights, gradients and optimizer alone fit; said of a middle stage, without playing the schedule."""
+    """True if weights, gradients and optimizer of a middle stage fit; a quick test without a simulation."""
     if request.cluster.memory_bytes is None:
         return True
     layers = request.model.layers / parallel.pp
@@ -299,7 +301,7 @@ def _estimate(request: PlanRequest, parallel: Parallel, record: Record) -> Estim
 
 
 def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Estimate | None:
-    """The fastest way to do the split's context parallelism that fits, recomputing only where nothing does without."""
+    """Return the split with the fastest context parallelism that fits, recomputing only if nothing else fits."""
     levels = _recomputes(bound.parallel)
     for recompute in levels[levels.index(bound.parallel.recompute) :]:
         found = []
@@ -307,7 +309,7 @@ def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Esti
             try:
                 found.append(_estimate(request, parallel, record))
             except ValueError:
-                # the backend refuses these heads or sizes
+                # a backend that refuses these heads or sizes
                 continue
         fitting = [one for one in found if one.fits]
         if fitting:
@@ -325,7 +327,7 @@ def _contexts(request: PlanRequest, parallel: Parallel) -> Iterator[Parallel]:
         if not entry.needs_grid:
             yield replace(parallel, backend=entry.name)
             continue
-        # the inner axis is there to stay on the fast links
+        # the inner axis must stay on the fast links inside a node
         room = request.cluster.ranks_per_node // parallel.tp
         for inner in divisors(parallel.cp)[1:-1]:
             if inner <= room:
@@ -346,7 +348,7 @@ def _nothing_fits(request: PlanRequest, left_out: Counter[str], record: Record) 
 
 
 def smallest(request: PlanRequest, record: Record) -> int | None:
-    """The smallest power of two of GPUs, up to 65536, on which a split with this batch fits; None where none does."""
+    """Return the smallest power of two of GPUs, up to 65536, on which a split with this batch fits; None if none."""
     most = 1 << 16 if request.cluster.between else min(1 << 16, request.cluster.ranks_per_node)
     return next(
         (gpus for gpus in _powers(1 << 16) if gpus <= most and _holds(replace(request, gpus=gpus), record)), None
@@ -354,12 +356,12 @@ def smallest(request: PlanRequest, record: Record) -> int | None:
 
 
 def _holds(request: PlanRequest, record: Record) -> bool:
-    splits = (parallel for sizes in dealt(request, Counter()) for parallel in _splits(request, sizes))
+    splits = (parallel for sizes in rank_splits(request, Counter()) for parallel in _splits(request, sizes))
     plain = (one for one in splits if one.vp == 1 and one.micro_batch == 1 and not one.schedule)
     bounds = (_bound(request, parallel, Counter()) for parallel in plain)
     return any(_with_context(request, bound, record) for bound in bounds if bound)
 
 
 def _powers(most: int) -> list[int]:
-    """Powers of two that divide `most`."""
+    """Return the powers of two that divide `most`."""
     return [1 << at for at in range(most.bit_length()) if most % (1 << at) == 0]

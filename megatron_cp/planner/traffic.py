@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step, by level of links and by what sends them."""
+"""Count the bytes that a rank sends in a step, by level of links and by kind of parallelism."""
 
 from typing import NamedTuple
 
@@ -21,14 +21,14 @@ class Level(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Of one rank and step: within its node, and to other nodes."""
+    """Bytes that one rank sends in one step: within its node, and to other nodes."""
 
     inside: Level
     between: Level
 
 
 def step_traffic(rank: RankConfig, layers: float) -> Traffic:
-    """What a rank with so many layers sends."""
+    """Return the traffic of a rank with `layers` layers."""
     parallel, model = rank.parallel, rank.model
     micros = parallel.micros
     wide = rank.tokens * model.hidden * parallel.bytes
@@ -58,11 +58,11 @@ def step_traffic(rank: RankConfig, layers: float) -> Traffic:
 
 
 def _around(size: float, ranks: int) -> float:
-    """What each of `ranks` ranks sends to gather or reduce `size` bytes."""
+    """Return the bytes that each of `ranks` ranks sends to gather or reduce `size` bytes."""
     return size * (ranks - 1) / ranks
 
 
 def _share_between(rank: RankConfig, ranks: int, stride: int) -> float:
-    """The share of a ring's hops that leave a node."""
+    """Return the share of a ring's hops that leave a node."""
     per_node = max(1, rank.cluster.ranks_per_node // stride)
     return 0.0 if ranks <= per_node else 1 / per_node

@@ -1,8 +1,8 @@
-"""Seconds that one pipeline stage's parts take on a rank, for one microbatch: products, attention, memory, collectives.
+"""Estimate the seconds of a pipeline stage for one microbatch: products, attention, passes over memory, collectives.
 
-What overlaps, by assumption: a sequence-parallel linear hides the collectives of its backward behind its two products,
-but for the gather that undoes a reduce-scatter; with --tp-comm-overlap those of forward are hidden as well, but for the
-first of as many pieces as there are ranks. Everything else within a layer happens one after the other.
+Assumed overlap: a sequence-parallel linear hides the collectives of its backward behind its two products, except the
+gather that undoes a reduce-scatter. With --tp-comm-overlap those of forward are hidden as well, except the first of as
+many pieces as there are ranks. All other work within a layer runs in sequence.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from megatron_cp.planner.parallel import Parallel
 
 
 class Seconds(NamedTuple):
-    """What a rank's time goes into.
+    """Seconds of a rank by kind of work.
 
     products:    matrix products
     attention:   attention kernels
     memory:      norms, activations and other passes over memory
     context:     copies and waits of context parallelism
-    collectives: of tensor and expert parallelism, as far as nothing hides them
+    collectives: of tensor and expert parallelism that no computation hides
     """
 
     products: float = 0.0
@@ -43,7 +43,7 @@ class Seconds(NamedTuple):
 
 
 class PassTimes(NamedTuple):
-    """One microbatch's forward, input gradient and weight gradient."""
+    """Times of one microbatch's forward, input gradient and weight gradient."""
 
     forward: Seconds = Seconds()
     input: Seconds = Seconds()
@@ -64,7 +64,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class RankConfig:
-    """What decides the work of a rank; `record` makes traces of context parallelism, see `attention`."""
+    """Inputs that determine the work of a rank; `record` makes traces of context parallelism, see `attention`."""
 
     model: Transformer
     parallel: Parallel
@@ -74,22 +74,22 @@ class RankConfig:
 
     @property
     def tokens(self) -> float:
-        """Of a microbatch, in a tensor-parallel group."""
+        """Tokens of a microbatch in a tensor-parallel group."""
         return self.parallel.micro_batch * self.seq / self.parallel.cp
 
     @property
     def split_tokens(self) -> float:
-        """Of a microbatch, that norms and residuals see."""
+        """Tokens of a microbatch that norms and residuals of one rank process."""
         return self.tokens / (self.parallel.tp if self.parallel.sp else 1)
 
     @property
     def dtype(self) -> str:
-        """Of what is stored."""
+        """Dtype of stored tensors."""
         return "bfloat16" if self.parallel.precision == "fp8" else self.parallel.precision
 
 
 def product_seconds(rank: RankConfig, product: Product, dtype: str) -> float:
-    """The product's operations, or the bytes of its operands where these take longer."""
+    """Return the seconds of the product's operations, or of moving its operands where that takes longer."""
     rows, inner, columns, times = product
     rate = rank.cluster.gemm(dtype).rate(min(rows, inner, columns))
     moved = rank.parallel.bytes * (rows * inner + inner * columns + rows * columns)
@@ -98,28 +98,29 @@ def product_seconds(rank: RankConfig, product: Product, dtype: str) -> float:
 
 
 def collective_seconds(cluster: Cluster, kind: Collective, size: float, ranks: int, stride: int) -> float:
-    """A collective over `size` bytes in all, among `ranks` ranks that are `stride` apart; an all-reduce goes twice."""
+    """Return the seconds of a collective over `size` bytes in all, among `ranks` ranks that are `stride` apart."""
     if ranks == 1:
         return 0.0
+    # an all-reduce is a reduce-scatter and an all-gather
     rounds = 2 if kind == "reduce" else 1
     sent = size * (ranks - 1) / ranks
     latency = cluster.link(0, (ranks - 1) * stride).least_s * ceil(log2(ranks))
     return rounds * (sent / cluster.group_rate(kind, ranks, stride) + latency)
 
 
-# of the time to launch a layer, in forward, input gradient and weight gradient
+# shares of a layer's launch time in forward, input gradient and weight gradient
 LAUNCHES = (0.4, 0.4, 0.2)
 
 
 def layer(rank: RankConfig, moe: bool = False) -> PassTimes:
-    """One transformer layer."""
+    """Return the times of one transformer layer."""
     launched = PassTimes(*(Seconds(memory=rank.cluster.layer_s * share) for share in LAUNCHES))
     work = _linears(rank, moe).plus(_attention(rank)).plus(_elementwise(rank, moe))
     return work.plus(_collectives(rank, moe)).plus(launched)
 
 
 def ends(rank: RankConfig) -> tuple[PassTimes, PassTimes]:
-    """What the first stage does beside its layers, and the last."""
+    """Return the times of the first and the last stage beside their layers."""
     return _embedding(rank), _head(rank)
 
 
@@ -160,7 +161,7 @@ def _products(rank: RankConfig, moe: bool) -> Iterator[Product]:
 
 
 def context_attention(rank: RankConfig) -> Attention:
-    """One sequence's attention in one layer, its part of a microbatch's."""
+    """Return the cost of one sequence's attention in one layer, as its share of a microbatch."""
     model, parallel = rank.model, rank.parallel
     heads, kv_heads = model.heads // parallel.tp, max(1, model.kv_heads // parallel.tp)
     problem = Problem(
@@ -191,13 +192,13 @@ def _attention(rank: RankConfig) -> PassTimes:
 
 
 def _score_matrices(rank: RankConfig) -> PassTimes:
-    """Attention that writes its scores: all of them, for the mask is applied afterwards (arXiv:2205.05198, 4.1)."""
+    """Return the times of attention that writes all scores and masks them afterwards (arXiv:2205.05198, 4.1)."""
     model, parallel = rank.model, rank.parallel
     matrices = parallel.micro_batch * model.heads / parallel.tp
     product = Product(rank.seq, model.head_dim, rank.seq, 1.0)
     seconds = matrices * (product_seconds(rank, product, rank.dtype) - rank.cluster.call_s) + rank.cluster.call_s
     scores = matrices * rank.seq**2 / rank.cluster.touch_bytes_per_s
-    # forward: softmax reads and writes, dropout reads, writes and keeps a mask of one byte; backward undoes both
+    # bytes per score; forward: softmax reads and writes, dropout reads, writes and keeps a mask of one byte
     forward = Seconds(attention=2 * seconds, memory=(4 + 5) * scores)
     backward = Seconds(attention=4 * seconds, memory=(6 + 5) * scores)
     return PassTimes(forward, backward.plus(forward) if parallel.recompute == "selective" else backward)
@@ -208,7 +209,7 @@ FUSED = ((10, 2, 3), (12, 2, 5))
 
 
 def _elementwise(rank: RankConfig, moe: bool) -> PassTimes:
-    """Norms, residuals, rotary positions and the activation."""
+    """Return the times of norms, residuals, rotary positions and the activation."""
     model, parallel, cluster = rank.model, rank.parallel, rank.cluster
     touch = cluster.touch_bytes_per_s
     width = model.query + model.key_value
@@ -240,7 +241,7 @@ def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
 
 
 def _of_hidden_states(rank: RankConfig) -> tuple[float, float, float]:
-    """An all-gather, a reduce-scatter and an all-reduce of a microbatch's hidden states over tensor-parallel ranks."""
+    """Return the seconds of an all-gather, a reduce-scatter and an all-reduce of a microbatch's hidden states."""
     size = rank.tokens * rank.model.hidden * rank.parallel.bytes
     gather, scatter, reduce = (
         collective_seconds(rank.cluster, kind, size, rank.parallel.tp, 1) for kind in ("gather", "scatter", "reduce")
@@ -249,12 +250,12 @@ def _of_hidden_states(rank: RankConfig) -> tuple[float, float, float]:
 
 
 def _behind_products(rank: RankConfig, seconds: float) -> float:
-    """What is left of collectives that products hide: all of it where the computing rank moves the bytes itself."""
+    """Return the exposed part of collectives that run beside products: all where the computing rank moves the bytes."""
     return seconds if rank.cluster.inside.busy_s_per_byte else 0.0
 
 
 def _embedding(rank: RankConfig) -> PassTimes:
-    """Rows are read and written, and added up in backward."""
+    """Return the times of the embedding: rows are read and written, and added up in backward."""
     size = rank.tokens * rank.model.hidden * rank.parallel.bytes / rank.cluster.touch_bytes_per_s
     gather, scatter, reduce = _of_hidden_states(rank)
     forward, backward = (scatter, gather) if rank.parallel.sp else (reduce, 0.0)
@@ -264,13 +265,13 @@ def _embedding(rank: RankConfig) -> PassTimes:
 
 
 def _head(rank: RankConfig) -> PassTimes:
-    """The output layer and the cross entropy over its logits, in float32 (vocabulary-parallel, arXiv:1909.08053, 3)."""
+    """Return the times of the output layer and its cross entropy in float32 (vocabulary-parallel, arXiv:1909.08053)."""
     columns = rank.model.vocab / rank.parallel.tp
     seconds = Seconds(products=product_seconds(rank, Product(rank.tokens, rank.model.hidden, columns), rank.dtype))
     logits = rank.tokens * columns / (rank.cluster.loss_bytes_per_s or rank.cluster.touch_bytes_per_s)
     gather, scatter, reduce = _of_hidden_states(rank)
     forward, backward = (gather, _behind_products(rank, gather + scatter)) if rank.parallel.sp else (0.0, reduce)
-    # to float32, largest, difference, exponential and its sum; backward: the gradient in place, and to what is stored
+    # bytes per logit: cast to float32, maximum, difference, exponential, sum; backward: gradient in place, cast back
     loss = Seconds(memory=26 * logits, collectives=forward)
     gradient = Seconds(memory=14 * logits, collectives=backward)
     return PassTimes(seconds.plus(loss), seconds.plus(gradient), seconds)

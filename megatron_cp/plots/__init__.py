@@ -1,1 +1,1 @@
-"""Pictures from what was measured."""
+"""Draw measurements and simulations."""

@@ -1,4 +1,4 @@
-"""Bars of a benchmark: what each backend reaches of the ideal, sends and keeps alive."""
+"""Draw a benchmark as bars: each backend's share of the ideal, bytes sent and live bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ SHADES = tuple(COLOURS.values())
 
 
 def draw_bench(rows: "Sequence[BackendResult]", file: Path, title: str) -> Path:
-    """Draw one bar per backend and sequence length in three panels as PNG, SVG or PDF; who got no figure has no bar."""
-    # a figure of its own: pyplot would choose a window system and keep the figure
+    """Draw one bar per backend and sequence length in three panels as PNG, SVG or PDF; without a figure, no bar."""
+    # not pyplot, which would choose a window system and keep the figure
     from matplotlib.figure import Figure
 
     names, lengths = list(dict.fromkeys(row.backend for row in rows)), list(dict.fromkeys(row.seq for row in rows))
@@ -43,7 +43,7 @@ def draw_bench(rows: "Sequence[BackendResult]", file: Path, title: str) -> Path:
 
 
 def _bars(axes: "Axes", bars: dict[int, float], number: int, lengths: Sequence[int]) -> None:
-    """The bars of one sequence length, by place of the backend."""
+    """Draw the bars of one sequence length; the keys of `bars` are the backends' positions."""
     thickness = 0.8 / len(lengths)
     places = [place - 0.4 + (number + 0.5) * thickness for place in bars]
     colour = SHADES[number % len(SHADES)]

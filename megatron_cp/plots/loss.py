@@ -1,4 +1,4 @@
-"""The loss curve of a run."""
+"""Draw the loss curve of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ from megatron_cp.runlog import Iteration
 
 
 def draw_loss(iterations: Sequence[Iteration], file: Path, title: str) -> Path | None:
-    """Draw the training loss (natural log, per token) over the iterations as a PNG; None without any loss to draw."""
+    """Draw the training loss (natural log, per token) over the iterations as a PNG; None without a loss."""
     points = [(step.number, step.loss) for step in iterations if step.loss is not None]
     if not points:
         return None
-    # a figure of its own: pyplot would choose a window system and keep the figure
+    # not pyplot, which would choose a window system and keep the figure
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Curves of a run over its iterations, one panel each."""
+"""Draw curves of a run over its iterations, one panel each."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def draw_report(
     curves: Mapping[str, Points], lost: Mapping[str, Sequence[int]], predicted: float | None, file: Path, title: str
 ) -> Path:
     """Draw every curve as PNG; `lost` iterations are marked, `predicted` (seconds) is a line in the step times."""
-    # a figure of its own: pyplot would choose a window system and keep the figure
+    # not pyplot, which would choose a window system and keep the figure
     from matplotlib.figure import Figure
 
     rows = -(-len(curves) // COLUMNS)
@@ -47,7 +47,7 @@ def _curve(axes: "Axes", label: str, points: Points) -> None:
     axes.plot(numbers, [points[number] for number in numbers], color=COLOURS["F"], linewidth=1.2, marker=marker)
     axes.set(xlabel="iteration", title=label)
     if label not in ("loss", "gradient norm"):
-        # the first iterations also pay for starting up
+        # the first iterations include the start and must not set the scale
         axes.set_ylim(0, max(1.5 * steady(points), *(points[number] for number in numbers[2:] or numbers)) or None)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

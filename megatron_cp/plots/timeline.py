@@ -1,4 +1,4 @@
-"""Timelines of a pipeline step: a picture (PNG, SVG, PDF) or a trace for Perfetto and chrome://tracing.
+"""Draw the timeline of a pipeline step as a picture (PNG, SVG, PDF), or write a trace for Perfetto.
 
 Bars come from the simulator or from a real run's recorded times; given both, the recorded ones are drawn right below.
 """
@@ -27,7 +27,7 @@ Bars = Sequence[Sequence[Bar]]
 
 
 def bars(run: "Run") -> Bars:
-    """The bars of a simulated step, one list per rank."""
+    """Return the bars of a simulated step, one list per rank."""
     return [
         [Bar(*bar) for bar in zip(actions, starts, ends, strict=True)]
         for actions, starts, ends in zip(run.schedule.table, run.starts, run.ends, strict=True)
@@ -37,7 +37,7 @@ def bars(run: "Run") -> Bars:
 def check_suffix(file: Path) -> None:
     """Raise ValueError for a file that `draw_timeline` cannot write."""
     if file.suffix not in (*PICTURES, ".json"):
-        raise ValueError(f"a timeline is a {', '.join(PICTURES)} picture or a .json trace, got {file.name!r}")
+        raise ValueError(f"a timeline must be a {', '.join(PICTURES)} picture or a .json trace, got {file.name!r}")
 
 
 def draw_timeline(simulated: Bars, file: Path, title: str, recorded: Bars | None = None) -> Path:
@@ -48,7 +48,7 @@ def draw_timeline(simulated: Bars, file: Path, title: str, recorded: Bars | None
     check_suffix(file)
     if file.suffix == ".json":
         return write_trace(simulated, file, recorded)
-    # a figure of its own: pyplot would choose a window system and keep the figure
+    # not pyplot, which would choose a window system and keep the figure
     from matplotlib.figure import Figure
 
     ranks = len(simulated)

@@ -1,4 +1,4 @@
-"""Pictures of a context-parallel algorithm on a cluster: the ranks' timelines, memory over time, who sends to whom."""
+"""Draw a context-parallel algorithm on a cluster: the ranks' timelines, memory over time, traffic between ranks."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ MOST_TICKS = 16
 
 def draw(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
     """Draw both passes next to each other as PNG, SVG or PDF: timeline, live memory and traffic matrix."""
-    # a figure of its own: pyplot would choose a window system and keep the figure
+    # not pyplot, which would choose a window system and keep the figure
     from matplotlib.figure import Figure
 
     problem, ranks = trace.problem, trace.problem.ranks

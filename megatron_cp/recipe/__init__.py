@@ -1,1 +1,1 @@
-"""Recipes: one YAML file, rendered into Megatron's flags and a launch command."""
+"""Render recipes, one YAML file each, to Megatron's flags and a launch command."""

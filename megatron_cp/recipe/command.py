@@ -1,4 +1,4 @@
-"""The exact command that a recipe stands for."""
+"""Build the command of a recipe."""
 
 import shlex
 import sys
@@ -20,7 +20,7 @@ class Command(NamedTuple):
     words: list[str]
 
     def __str__(self) -> str:
-        """One command for a POSIX shell, a flag with its values on each line."""
+        """Return one command for a POSIX shell, with a flag and its values on each line."""
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         lines = [[*assignments, self.words[0]]]
         for word in self.words[1:]:
@@ -31,14 +31,14 @@ class Command(NamedTuple):
 
 
 def command(recipe: Recipe) -> Command:
-    """torchrun with the recipe's processes, entry module or script, and literal flags."""
+    """Return torchrun with the recipe's processes, entry module or script, and literal flags."""
     launch = [*_torchrun(), *flag_words(_launch_flags(recipe.launch)), *entry_words(recipe.launch)]
     environment = {name: setting.text for name, setting in recipe.env_vars.items()}
     return Command(environment, [*launch, *flag_words(recipe.model_args)])
 
 
 def complete(recipe: Recipe) -> Recipe:
-    """The recipe with what follows from the rest: --data-path from DATA, --load where --save holds a checkpoint."""
+    """Return the recipe with --data-path from DATA, and with --load where --save holds a checkpoint."""
     if recipe.builds_corpus:
         recipe = with_flag(recipe, "--data-path", recipe.data["--output"])
     if recipe.save and "--load" not in recipe.model_args and checkpoint_iteration(recipe.save) is not None:
@@ -47,7 +47,7 @@ def complete(recipe: Recipe) -> Recipe:
 
 
 def corpus_words(recipe: Recipe) -> list[str]:
-    """The words after `megatron-cp` that build the recipe's corpus; each of several values has its own flag."""
+    """Return the words after `megatron-cp` that build the recipe's corpus; a flag is repeated for each value."""
     words = ["data", "build"]
     for key, setting in recipe.data.items():
         words += [word for value in setting.values for word in (key, value)] or [key]
@@ -55,7 +55,7 @@ def corpus_words(recipe: Recipe) -> list[str]:
 
 
 def corpus_command(recipe: Recipe) -> str:
-    """A shell command that builds the corpus of DATA unless it is there."""
+    """Return a shell command that builds the corpus of DATA unless it exists."""
     index = shlex.quote(f"{recipe.data['--output'].text}.idx")
     build = shlex.join([sys.executable, "-m", "megatron_cp", *corpus_words(recipe)])
     return f"[ -f {index} ] || {build}"
@@ -75,19 +75,19 @@ def _launch_flags(launch: Section) -> Section:
 
 
 def runs_through_us(recipe: Recipe) -> bool:
-    """Whether our entry or our launcher is what runs; a module of the user's own may do what it likes."""
+    """True if our entry or our launcher runs; False for a module of the user, which may do something else."""
     entry = recipe.launch["entry"].text if "entry" in recipe.launch else ENTRY
     return entry == ENTRY or entry.endswith(".py")
 
 
 def entry_words(launch: Section) -> list[str]:
-    """What Python runs: a module, or an upstream script through our launcher."""
+    """Return Python's words for the entry: a module, or an upstream script through our launcher."""
     entry = launch["entry"].text if "entry" in launch else ENTRY
     return ["-m", "megatron_cp.launch", entry] if entry.endswith(".py") else ["-m", entry]
 
 
 def flag_words(section: Mapping[str, Setting]) -> list[str]:
-    """The flags of a section, each followed by its values; a single one that looks like a flag is tied to its own."""
+    """Return the flags of a section, each followed by its values; `--flag=value` if the value looks like a flag."""
     return [word for key, setting in section.items() for word in _flag(key, setting.values)]
 
 
@@ -98,7 +98,7 @@ def _flag(key: str, values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def processes(recipe: Recipe) -> int | None:
-    """How many processes the recipe starts on all nodes; None where only torchrun can tell (`gpu`, `1:4`)."""
+    """Return the number of processes on all nodes; None where it depends on torchrun (`gpu`, `1:4`)."""
     texts = [recipe.launch[key].text if key in recipe.launch else "1" for key in ("--nproc-per-node", "--nnodes")]
     if not all(text.isdecimal() for text in texts):
         return None
@@ -106,7 +106,7 @@ def processes(recipe: Recipe) -> int | None:
 
 
 def check_processes(recipe: Recipe) -> None:
-    """Raise ValueError when the model-parallel sizes do not fit into the number of processes."""
+    """Raise ValueError when the model-parallel sizes do not divide the number of processes."""
     flags = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
     tp, pp, cp = (recipe.number(flag, 1) for flag in flags)
     started, needed = processes(recipe), tp * pp * cp

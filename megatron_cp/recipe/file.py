@@ -1,4 +1,4 @@
-"""One file of a recipe: its sections as texts, each with the place where it stands."""
+"""Read one file of a recipe: its sections as texts, each with file and line."""
 
 import contextlib
 import re
@@ -17,19 +17,22 @@ SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
 # where true and false mean a flag, not a text
 FLAG_SECTIONS = SECTIONS[1:]
 CLUSTER = "CLUSTER"
-# read by Megatron's test harness; they say nothing about the training command
+# read by Megatron's test harness; without effect on the training command
 HARNESS_SECTIONS = ("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST")
 _VARIABLE = re.compile(r"\$\{(\w+)(?P<fallback>:-(?P<default>(?:[^{}]|\{[^{}]*\})*))?\}")
-# what YAML finds in plain text by itself
+# tags that YAML assigns to plain text by itself
 _PLAIN_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in "str int float bool null timestamp merge value seq map".split()]
 # a process's arguments end at a zero, and half a surrogate pair has no bytes
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Setting(NamedTuple):
-    """What a recipe says for one key: its values (none for a bare flag), or that it is taken back, and where.
+    """A recipe's setting of one key.
 
-    `problem` says why the values are not known; it counts only when nothing else lies over the setting.
+    values:  none for a bare flag
+    place:   file and line
+    given:   False where an inherited flag is taken back
+    problem: reason why the values are unknown; it is raised only if no other file overrides the setting
     """
 
     values: tuple[str, ...]
@@ -46,14 +49,14 @@ type Section = dict[str, Setting]
 
 
 class RecipeFile(NamedTuple):
-    """What one file says: the files that it extends, and its own sections."""
+    """The content of one file: the files that it extends, and its own sections."""
 
     parents: Setting
     sections: dict[str, Section]
 
 
 def read(file: Path, variables: Mapping[str, str]) -> RecipeFile:
-    """The sections of `file` with `variables` put in; raises ValueError with its line for what is not a recipe."""
+    """Return the sections of `file` with `variables` expanded; raises ValueError with the line of an error."""
     parents, own = Setting((), shown(file)), {}
     for key, node in _top_level(file):
         name = key.value
@@ -70,7 +73,7 @@ def read(file: Path, variables: Mapping[str, str]) -> RecipeFile:
 
 
 def setting(texts: Sequence[str], place: str, plain: bool) -> Setting:
-    """What `texts` mean for a flag; only `plain` text, not a quoted one, may stand for a bare flag or its absence."""
+    """Return the setting of a flag; `plain` (not quoted) true and false mean a bare flag and its absence."""
     if plain and list(texts) == ["true"]:
         return Setting((), place)
     if plain and list(texts) == ["false"]:
@@ -79,9 +82,9 @@ def setting(texts: Sequence[str], place: str, plain: bool) -> Setting:
 
 
 class Unset(dict[str, str]):
-    """Variables in which a missing one stands for itself: for looking at a recipe that is not to be run here.
+    """Variables in which a missing one expands to its own name, to read a recipe that is not run here.
 
-    names: those that were asked for in vain
+    names: variables that were read but are missing
     """
 
     def __init__(self, variables: Mapping[str, str]) -> None:
@@ -146,11 +149,11 @@ def _entries(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, str
 
 
 def _check_text(node: Any, file: Path) -> None:
-    """Refuse a tag, which asks for something to be made of the value, and a text that no command line can carry."""
+    """Raise ValueError for a tag, which would convert the value, and for a text that no command line can carry."""
     if node.tag not in _PLAIN_TAGS:
-        raise Refused(f"{_place(file, node)}: a recipe has texts and lists only, got the tag {node.tag!r}; take it out")
+        raise Refused(f"{_place(file, node)}: a recipe has texts and lists only, got the tag {node.tag!r}; remove it")
     if isinstance(node, ScalarNode) and _UNPRINTABLE.search(node.value):
-        raise Refused(f"{_place(file, node)}: no command line can carry {node.value!r}; take out what is no character")
+        raise Refused(f"{_place(file, node)}: no command line can carry {node.value!r}; remove such characters")
 
 
 def _place(file: Path, node: Any) -> str:
@@ -158,7 +161,7 @@ def _place(file: Path, node: Any) -> str:
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """`text` with each `${NAME}` and `${NAME:-default}` replaced; an empty variable counts as missing, as in a shell.
+    """Return `text` with each `${NAME}` and `${NAME:-default}` replaced; an empty variable counts as missing.
 
     Raises ValueError for a variable that is missing and has no default, and for an unfinished `${`.
     """

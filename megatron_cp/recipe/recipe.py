@@ -1,4 +1,4 @@
-"""Recipes: one YAML file is one training run, rendered to literal Megatron flags.
+"""Load recipes: one YAML file is one training run, rendered to literal Megatron flags.
 
 The dialect is the one of Megatron-LM's functional tests, `ENV_VARS:` and `MODEL_ARGS:` whose keys are literal flags,
 and six additions:
@@ -10,8 +10,8 @@ and six additions:
 - `SLURM:` flags of sbatch, of srun for containers, and of `megatron-cp submit`;
 - `CLUSTER:` the machines that the run is made for: the name of a file in configs/clusters/, or a file.
 
-A value is one text, a list (several values), `true` (a bare flag) or `false` (takes an inherited flag back). Values are
-texts and stay texts: no tag is obeyed, and no shell sees them unquoted.
+A value is one text, a list (several values), `true` (a bare flag) or `false` (removes an inherited flag). Values stay
+texts: tags are refused, and no shell sees them unquoted.
 """
 
 import re
@@ -60,15 +60,15 @@ class Recipe:
 
     @property
     def save(self) -> Path | None:
-        """Where checkpoints go; None where none are saved."""
+        """Folder of the checkpoints; None where none are saved."""
         return Path(self.model_args["--save"].text) if "--save" in self.model_args else None
 
     def flag(self, name: str, default: str) -> str:
-        """The value of a Megatron flag, or `default` where the recipe leaves it out."""
+        """Return the value of a Megatron flag, or `default` where the recipe leaves it out."""
         return self.model_args[name].text if name in self.model_args else default
 
     def number(self, name: str, default: int) -> int:
-        """The value of a flag that is a size or a count; raises ValueError with its place when it is none."""
+        """Return the value of a flag that is a size or a count; raises ValueError with its place for other values."""
         if name not in self.model_args:
             return default
         text, place = self.model_args[name].text, self.model_args[name].place
@@ -77,7 +77,7 @@ class Recipe:
         return int(text)
 
     def required(self, name: str) -> int:
-        """The value of an integer flag that cannot be left out; raises ValueError where it is."""
+        """Return the value of an integer flag; raises ValueError where the recipe leaves it out."""
         if name not in self.model_args:
             raise Refused(
                 f"recipe {self.name} has no {name}; add it to MODEL_ARGS, or extend a model of configs/models"
@@ -86,20 +86,20 @@ class Recipe:
 
     @property
     def builds_corpus(self) -> bool:
-        """Whether the corpus of DATA is trained on; a --data-path or --mock-data takes its place."""
+        """True if the run trains on the corpus of DATA; --data-path and --mock-data replace it."""
         return bool(self.data) and not {"--data-path", "--mock-data"} & set(self.model_args)
 
 
 def shipped(folder: str = "") -> list[str]:
-    """Names of the shipped recipes below a folder of configs/, as `load` takes them."""
+    """Return the names of the shipped recipes below a folder of configs/, as `load` accepts them."""
     root = configs_folder()
     found = (path.relative_to(root) for path in (root / folder).rglob("*.yaml"))
-    # descriptions of clusters and published runs are no recipes
+    # descriptions of clusters and of published runs are YAML files too
     return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] not in ("clusters", "published"))
 
 
 def find(name: str, beside: Path | None = None) -> Path:
-    """The file that `name` means: a path, or a shipped recipe's name with or without folder and `.yaml`.
+    """Return the file of a recipe: a path, or a shipped recipe's name with or without folder and `.yaml`.
 
     Raises ValueError with a suggestion when there is none.
     """
@@ -114,10 +114,11 @@ def find(name: str, beside: Path | None = None) -> Path:
 
 
 def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (), job: bool = False) -> Recipe:
-    """The recipe called `name` with everything it extends merged in, and the flags of `overrides` on top.
+    """Return the recipe called `name`, merged over the files that it extends, with the flags of `overrides` on top.
 
-    `variables` is what `${NAME}` refers to; with `job` the overrides may have flags of SLURM's. Raises ValueError with
-    file and line for what is not a recipe.
+    variables: values of `${NAME}`
+    job:       the overrides may contain flags of SLURM
+    Raises ValueError with file and line of an error in a recipe.
     """
     file = find(name)
     sections = _merged(file, ChainMap({RECIPE: file.stem}, cast(dict[str, str], variables)), ())
@@ -137,7 +138,7 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
 
 
 def command_line_flags(words: Sequence[str]) -> Section:
-    """Flags with their values, as a recipe would say them; `--flag=false` takes one back."""
+    """Return flags of a command line as settings; `--flag=false` removes an inherited one."""
     found: Section = {}
     key = ""
     for word in words:
@@ -184,7 +185,7 @@ def _check_keys(sections: Mapping[str, Section]) -> None:
     slurm_flags.check({key: setting.place for key, setting in sections["SLURM"].items()})
     for key, setting in sections["ENV_VARS"].items():
         if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
-            raise Refused(f"{setting.place}: {key!r} is no name of an environment variable; use letters, digits, _")
+            raise Refused(f"{setting.place}: {key!r} is not a name of an environment variable; use letters, digits, _")
     entry = sections["LAUNCH"].get("entry")
     if entry and not _ENTRY.fullmatch(entry.text):
         raise Refused(
@@ -201,5 +202,5 @@ def _check_keys(sections: Mapping[str, Section]) -> None:
 
 
 def with_flag(recipe: Recipe, name: str, setting: Setting) -> Recipe:
-    """The recipe with one Megatron flag added at the end."""
+    """Return the recipe with one Megatron flag added at the end."""
     return replace(recipe, model_args={**recipe.model_args, name: setting})

@@ -1,7 +1,7 @@
-"""The flags of a recipe's `SLURM:` block: those of sbatch, those of srun for containers, and our own.
+"""Check the flags of a recipe's `SLURM:` block: those of sbatch, those of srun for containers, and our own.
 
-Names are literal, as in the rest of a recipe. Sizes that the job shares with the run itself are not among them: they
-follow from the run, and asking for them here is refused with the place where they belong.
+Names are literal, as in the rest of a recipe. Sizes that follow from the run, such as the number of nodes, are refused
+here with the flag to use instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from megatron_cp.errors import Refused
 from megatron_cp.registry import suggest
 
-# what the job asks of the cluster: lines `#SBATCH --flag=value`
+# resources of the job: lines `#SBATCH --flag=value`
 SBATCH = tuple(
     f"--{name}"
     for name in (
@@ -21,7 +21,7 @@ SBATCH = tuple(
         "spread-job switches thread-spec threads-per-core time time-min tmp use-min-nodes wckey"
     ).split()
 )
-# how its steps are started: words of srun, most of them of the pyxis plugin
+# words of srun, which starts the job's steps; most of them belong to the pyxis plugin
 SRUN = tuple(
     f"--{name}"
     for name in (
@@ -32,14 +32,14 @@ SRUN = tuple(
 )
 OURS = ("--launcher", "--python", "--requeues", "--grace", "--chain", "--node-gpus", "--node-free-gb", "--no-preflight")
 KNOWN = (*SBATCH, *SRUN, *OURS)
-# sbatch's flags that we write ourselves, and what to say instead
+# sbatch's flags that we write ourselves, and what to use instead
 WRITTEN_BY_US = {
     "--nodes": "the number of nodes is --nnodes of LAUNCH",
     "--ntasks": "the number of processes is --nnodes times --nproc-per-node of LAUNCH",
     "--ntasks-per-node": "the number of processes of a node is --nproc-per-node of LAUNCH",
     "--signal": "the warning before the time limit follows from --grace, the seconds that a save may take",
-    "--requeue": "say how often: --requeues N",
-    "--no-requeue": "say --requeues 0",
+    "--requeue": "use --requeues N",
+    "--no-requeue": "use --requeues 0",
     "--open-mode": "logs are appended to, so that a requeued job keeps its record",
     "--array": "name several recipes: each becomes a task of an array",
     "--wrap": "the script is ours",
@@ -47,7 +47,7 @@ WRITTEN_BY_US = {
 
 
 def check(places: Mapping[str, str]) -> None:
-    """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` says where each stands."""
+    """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` maps each to file and line."""
     for flag, place in places.items():
         if flag in WRITTEN_BY_US:
             raise Refused(f"{place}: {flag} is not for the SLURM block: {WRITTEN_BY_US[flag]}")
@@ -59,12 +59,12 @@ def check(places: Mapping[str, str]) -> None:
 
 
 def is_slurms(flag: str) -> bool:
-    """Whether a flag on the command line of a job belongs into the `SLURM:` block."""
+    """True if a flag on the command line of a job belongs in the `SLURM:` block."""
     return flag in KNOWN or flag in WRITTEN_BY_US
 
 
 def minutes(text: str) -> int:
-    """A time limit as SLURM writes it, in whole minutes, or 0 for none; raises ValueError for anything else.
+    """Return SLURM's notation of a time limit in whole minutes, 0 for no limit; raises ValueError for other texts.
 
     Forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
     """
@@ -73,7 +73,9 @@ def minutes(text: str) -> int:
     days, dash, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdecimal() for part in ([days, *parts] if dash else parts)) or len(parts) > 3:
-        raise Refused(f"{text!r} is no time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+        raise Refused(
+            f"{text!r} is not a time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+        )
     hours, minute, _ = _clock([int(part) for part in parts], after_days=bool(dash))
     return (int(days or 0) * 24 + hours) * 60 + minute
 

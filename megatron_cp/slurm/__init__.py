@@ -1,1 +1,1 @@
-"""From a recipe to a job of SLURM: the script that is submitted, the check of its nodes, and how it is requeued."""
+"""Turn a recipe into a SLURM job: the script to submit, the check of its nodes, and its requeueing."""

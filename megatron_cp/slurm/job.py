@@ -1,4 +1,4 @@
-"""The job that a recipe asks for, with everything checked that SLURM would refuse late or not at all."""
+"""Build the SLURM job of a recipe, and check what SLURM itself would refuse late or not at all."""
 
 import re
 import sys
@@ -12,12 +12,12 @@ from megatron_cp.recipe.recipe import COMMAND_LINE, Recipe, Setting, with_flag
 
 LAUNCHERS = ("torchrun", "srun")
 REQUEUES = 10
-# how long saving may take, together with the step that is under way
+# seconds that saving may take, together with the current step
 GRACE_SECONDS = 300
-# from the warning to the limit, on top of the grace, to decide and requeue
+# seconds between the warning and the limit, on top of the grace, to decide and requeue
 SECONDS_TO_REQUEUE = 30
 FREE_GB = 1
-# what a recipe says of how nodes find each other is for starting them by hand
+# a recipe's settings for finding other nodes are for starting by hand; in a job they follow from SLURM
 FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
 
 _HEADER_VALUE = re.compile(r"[\w.,:/@%=+*~&|()\[\]-]*", re.ASCII)
@@ -25,7 +25,16 @@ _HEADER_VALUE = re.compile(r"[\w.,:/@%=+*~&|()\[\]-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A recipe as a job: its nodes, how its ranks are started, how often it is requeued, and what a node must have."""
+    """A recipe as a SLURM job.
+
+    launcher: "torchrun" or "srun"
+    requeues: most requeues after preemption or the time limit
+    grace:    seconds that a save and the current step may take
+    chain:    number of jobs, each of which runs after the one before
+    gpus, free_gb: GPUs that a node must have, and free GB in the folder that it saves to
+    header:   flags for `#SBATCH` lines
+    corpus, corpus_index: words that build the corpus, and the file that shows that it exists
+    """
 
     recipe: Recipe
     nodes: int
@@ -44,7 +53,7 @@ class SlurmJob:
 
 
 def job_of(recipe: Recipe) -> SlurmJob:
-    """The job of a recipe; raises ValueError with place, rule and way out for what cannot be one."""
+    """Return the job of a recipe; raises ValueError with place, rule and way out for a recipe that cannot be one."""
     nodes, ranks = _count(recipe, "--nnodes"), _count(recipe, "--nproc-per-node")
     launcher, grace = _launcher(recipe), _number(recipe, "--grace", GRACE_SECONDS)
     chain, requeues = _number(recipe, "--chain", 1), _requeues(recipe)
@@ -53,7 +62,7 @@ def job_of(recipe: Recipe) -> SlurmJob:
         raise ValueError(f"{ranks} ranks on a node with {gpus} GPUs; lower --nproc-per-node or ask for more GPUs")
     python = recipe.slurm["--python"].text if "--python" in recipe.slurm else _python(recipe)
     return SlurmJob(
-        recipe=_told_to_stop(complete(recipe), grace),
+        recipe=_stops_in_time(complete(recipe), grace),
         nodes=nodes,
         ranks_per_node=ranks,
         launcher=launcher,
@@ -89,19 +98,19 @@ def _number(recipe: Recipe, flag: str, default: int) -> int:
 def _launcher(recipe: Recipe) -> str:
     setting = recipe.slurm.get("--launcher", Setting(LAUNCHERS[:1], ""))
     if setting.text not in LAUNCHERS:
-        raise ValueError(f"{setting.place}: --launcher is {' or '.join(LAUNCHERS)}, got {setting.text!r}")
-    for flag, said in recipe.launch.items():
-        if flag in FROM_SLURM and said.place == COMMAND_LINE:
-            raise ValueError(f"{said.place}: in a job {flag} follows from SLURM; take it out")
+        raise ValueError(f"{setting.place}: --launcher must be {' or '.join(LAUNCHERS)}, got {setting.text!r}")
+    for flag, given in recipe.launch.items():
+        if flag in FROM_SLURM and given.place == COMMAND_LINE:
+            raise ValueError(f"{given.place}: in a job {flag} follows from SLURM; remove it")
         if setting.text == "srun" and flag not in ("entry", "--nnodes", "--nproc-per-node", *FROM_SLURM):
-            raise ValueError(f"{said.place}: {flag} is torchrun's, and --launcher srun starts no torchrun")
+            raise ValueError(f"{given.place}: {flag} is a flag of torchrun, which --launcher srun does not start")
     return setting.text
 
 
 def _requeues(recipe: Recipe) -> int:
-    """How often the job may be requeued, which needs a checkpoint that each attempt goes on from."""
+    """Return the most requeues of the job, which need a checkpoint from which each attempt continues."""
     able = recipe.save is not None and runs_through_us(recipe)
-    # of a chain, the next job goes on instead
+    # in a chain, the next job continues instead
     requeues = _number(recipe, "--requeues", REQUEUES if able and "--chain" not in recipe.slurm else 0)
     if requeues and not able:
         raise ValueError(
@@ -114,7 +123,7 @@ def _requeues(recipe: Recipe) -> int:
 
 
 def _check_goes_on(recipe: Recipe) -> None:
-    way_out = "name where to begin with --pretrained-checkpoint, or take --requeues 0 and no --chain"
+    way_out = "give the checkpoint to begin with as --pretrained-checkpoint, or use --requeues 0 without --chain"
     load = recipe.model_args.get("--load")
     if load is not None and load.text != str(recipe.save):
         raise ValueError(
@@ -125,11 +134,11 @@ def _check_goes_on(recipe: Recipe) -> None:
         raise ValueError(f"{place}: each attempt would begin at iteration 0 again with --finetune; {way_out}")
     if "--exit-signal" in recipe.model_args:
         place = recipe.model_args["--exit-signal"].place
-        raise ValueError(f"{place}: a job is told to stop by SIGTERM, which torchrun passes on; take --exit-signal out")
+        raise ValueError(f"{place}: a job is stopped by SIGTERM, which torchrun passes on; remove --exit-signal")
 
 
-def _told_to_stop(recipe: Recipe, grace: int) -> Recipe:
-    """The recipe with --load where it saves, and with Megatron's own ways to save and leave in time."""
+def _stops_in_time(recipe: Recipe, grace: int) -> Recipe:
+    """Return the recipe with --load from its --save folder, and with Megatron's flags to save and exit in time."""
     if recipe.save is None:
         return recipe
     added = {"--load": (str(recipe.save),), "--exit-signal-handler": ()}
@@ -138,7 +147,7 @@ def _told_to_stop(recipe: Recipe, grace: int) -> Recipe:
         if limit <= before:
             place = recipe.slurm["--time"].place
             raise ValueError(f"{place}: --time of {limit} minutes leaves none to train before saving; lower --grace")
-        # should the signal be lost on its way
+        # a second way to stop in time, in case the signal is lost
         added["--exit-duration-in-mins"] = (str(limit - before),)
     for flag, values in added.items():
         if flag not in recipe.model_args:
@@ -155,7 +164,7 @@ def _minutes(recipe: Recipe) -> int:
 
 
 def _gpus_asked(recipe: Recipe) -> int:
-    """The GPUs of a node that the job asks SLURM for, as far as that is said per node; 0 where it is not."""
+    """Return the GPUs per node that the job requests from SLURM, 0 where the request is not per node."""
     for flag, pattern in (("--gpus-per-node", r"(?:[\w.-]+:)?(\d+)"), ("--gres", r"(?:.*,)?gpu(?::[^:,]+)?:(\d+).*")):
         match = re.fullmatch(pattern, recipe.slurm[flag].text) if flag in recipe.slurm else None
         if match:
@@ -164,18 +173,18 @@ def _gpus_asked(recipe: Recipe) -> int:
 
 
 def _gpus_used(recipe: Recipe, ranks: int) -> int:
-    """The GPUs of a node that the ranks use, by the cluster that the recipe is made for; 0 on CPUs or without one."""
+    """Return the GPUs per node that the ranks use on the recipe's cluster; 0 on CPUs or without a cluster."""
     on_gpus = recipe.cluster is not None and load_cluster(recipe.cluster).host_bytes_per_s is not None
     return ranks if on_gpus else 0
 
 
 def _python(recipe: Recipe) -> str:
-    # a container has its own
+    # a container has its own Python
     return "python3" if "--container-image" in recipe.slurm else sys.executable
 
 
 def _asked(recipe: Recipe) -> Iterator[str]:
-    """Lines for sbatch of what the recipe asks of the cluster, each flag with its value."""
+    """Yield the recipe's flags for sbatch, each with its value."""
     for flag, setting in recipe.slurm.items():
         if flag not in slurm_flags.SBATCH:
             continue
@@ -186,5 +195,5 @@ def _asked(recipe: Recipe) -> Iterator[str]:
                 f"use letters, digits and . , : / @ % = + * ~ & | ( ) [ ] -"
             )
         if flag == "--dependency" and "--chain" in recipe.slurm:
-            raise ValueError(f"{setting.place}: --chain makes its own --dependency; take one of them out")
+            raise ValueError(f"{setting.place}: --chain makes its own --dependency; remove one of them")
         yield f"{flag}={value}" if setting.values else flag

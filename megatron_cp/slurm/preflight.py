@@ -1,7 +1,7 @@
-"""Before a job starts: what each of its nodes has, and which node is unlike the others.
+"""Check the nodes of a job before it starts, and find those that differ from the others.
 
-Every node looks at itself and writes a report into the job's folder, which shows that the folder is shared and can be
-written; one process then reads all reports and names the nodes that fail, differ, or did not answer.
+Every node examines itself and writes a report into the job's folder, which shows that the folder is shared and
+writable. One process then reads all reports and names the nodes that fail, differ, or sent no report.
 """
 
 import importlib.util
@@ -24,21 +24,21 @@ from megatron_cp.findings import Finding, guarded, installed
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
-# NCCL keeps its rings between the GPUs of a node there
+# NCCL keeps its buffers between the GPUs of a node there
 SHARED_MEMORY_GIB = 1
-# a GPU with less of its memory free is used by somebody else
+# a GPU with a smaller share of free memory is used by another job
 FREE_OF_GPU = 0.9
 # nodes start their check within seconds of each other
 SECONDS_APART = 120
-# how long NFS may show an old folder to another node
+# seconds for which NFS may show an old folder to another node
 PATIENCE_SECONDS = 35
-# of what most nodes have
+# share of the median node's memory
 LEAST_MEMORY = 0.9
 PACKAGES = ("torch", "megatron-core", "megatron-cp", "transformer-engine", "flash-attn", "apex")
 
 
 class Wanted(NamedTuple):
-    """What a node must have: GPUs, free bytes in the folder, and an address of the first node that it can resolve."""
+    """Requirements of a node: GPUs, free bytes in the folder, and an address of the first node that must resolve."""
 
     gpus: int
     free_bytes: int
@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
 
 
 class NodeReport(NamedTuple):
-    """What a node found out about itself; `facts` must be the same on all nodes, memory and clock nearly so."""
+    """A node's report on itself; `facts` must be equal on all nodes, memory and clock nearly equal."""
 
     node: str
     clock: float
@@ -57,12 +57,12 @@ class NodeReport(NamedTuple):
 
 
 def name() -> str:
-    """What SLURM calls this node, or its host name."""
+    """Return SLURM's name of this node, or else its host name."""
     return config.variable("SLURMD_NODENAME") or socket.gethostname()
 
 
 def examine(wanted: Wanted) -> NodeReport:
-    """Look at this node; what fails is a finding, never an error."""
+    """Examine this node; every failure becomes a finding."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         lambda: _gpus(wanted.gpus),
         lambda: _shared_memory(wanted.gpus),
@@ -77,9 +77,9 @@ def examine(wanted: Wanted) -> NodeReport:
 
 
 def _gpus(wanted: int) -> Iterator[Finding]:
-    """Each GPU is used once, for a broken one may still be listed."""
+    """Run one operation on each GPU, because a broken one may still be listed."""
     if not wanted:
-        yield Finding("GPUs", "ok", "none wanted")
+        yield Finding("GPUs", "ok", "none required")
         return
     import torch
 
@@ -116,30 +116,30 @@ def _disk(wanted: Wanted) -> Iterator[Finding]:
         "disk",
         "ok" if fine else "broken",
         f"{free / 1e9:.1f} GB free in {wanted.folder}",
-        "" if fine else f"{wanted.free_bytes / 1e9:.1f} GB are wanted: free some, or lower --node-free-gb",
+        "" if fine else f"{wanted.free_bytes / 1e9:.1f} GB are required: free some, or lower --node-free-gb",
     )
 
 
 def _address(address: str) -> Iterator[Finding]:
-    """Whether the address at which all ranks meet resolves here, and on the first node, whether it is its own."""
+    """Check that the rendezvous address resolves here, and on the first node, that it is the node's own."""
     if not address:
         return
     subject = "address of the first node"
     resolved = _resolved(address)
     if not resolved:
         remedy = (
-            "ranks would wait for it in vain: set NodeAddr in slurm.conf to what resolves, or mend DNS or /etc/hosts"
+            "ranks could not connect: set NodeAddr in slurm.conf to a name that resolves, or repair DNS or /etc/hosts"
         )
         yield Finding(subject, "broken", f"{address} does not resolve", remedy)
     elif config.variable("SLURM_NODEID") == "0" and not resolved & _own_addresses():
         remedy = "set NodeAddr in slurm.conf to an address that this node has"
-        yield Finding(subject, "broken", f"{address} is no address of this node", remedy)
+        yield Finding(subject, "broken", f"{address} is not an address of this node", remedy)
     else:
         yield Finding(subject, "ok", f"{address} is {', '.join(sorted(resolved))}")
 
 
 def _own_address() -> Iterator[Finding]:
-    """Gloo, which Megatron also uses beside NCCL, listens on the address of the host's name."""
+    """Check the address of the host's name, on which gloo listens; Megatron uses it beside NCCL."""
     host, interface = socket.gethostname(), config.variable("GLOO_SOCKET_IFNAME")
     if interface:
         fine = interface in psutil.net_if_addrs()
@@ -156,7 +156,7 @@ def _own_address() -> Iterator[Finding]:
 
 
 def _grace() -> Iterator[Finding]:
-    """Whether this torch lets torchrun wait for ranks that are saving."""
+    """Check that this torch lets torchrun wait for ranks that are saving."""
     seconds = config.variable("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     if not seconds:
         return
@@ -168,7 +168,7 @@ def _grace() -> Iterator[Finding]:
         "torchrun",
         "ok" if fine else "optional",
         f"waits {seconds if fine else 30} s for ranks that save",
-        "" if fine else "this torch cannot be told to wait longer; where saving takes longer, take --launcher srun",
+        "" if fine else "this torch cannot wait longer; if saving takes longer, use --launcher srun",
     )
 
 
@@ -184,7 +184,7 @@ def _own_addresses() -> set[str]:
 
 
 def _facts(gpus: int) -> dict[str, str]:
-    """Versions, which must be equal on all nodes of a job."""
+    """Return versions, which must be equal on all nodes of a job."""
     facts = {"Python": sys.version.split()[0]} | {package: installed(package) or "none" for package in PACKAGES}
     driver = Path("/sys/module/nvidia/version")
     facts["NVIDIA driver"] = driver.read_text().strip() if driver.is_file() else "none"
@@ -197,13 +197,13 @@ def _facts(gpus: int) -> dict[str, str]:
 
 
 def write(report: NodeReport, folder: Path) -> None:
-    """Put the report where the other nodes put theirs; raises OSError where this node cannot write."""
+    """Write the report into the folder that all nodes share; raises OSError where this node cannot write."""
     findings = [finding._asdict() for finding in report.findings]
     (folder / f"{report.node}.json").write_text(json.dumps({**report._asdict(), "findings": findings}), "utf-8")
 
 
 def read(folder: Path, nodes: Sequence[str], patience: float = PATIENCE_SECONDS) -> dict[str, NodeReport]:
-    """The reports of those `nodes` that wrote one; waits a while for the others, for a network's files come late."""
+    """Return the reports of those `nodes` that wrote one, after waiting up to `patience` seconds for late files."""
     deadline = time.monotonic() + patience
     while True:
         found = {node: report for node in nodes if (report := _report(folder / f"{node}.json"))}
@@ -214,14 +214,14 @@ def read(folder: Path, nodes: Sequence[str], patience: float = PATIENCE_SECONDS)
 
 def _report(path: Path) -> NodeReport | None:
     try:
-        said = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return NodeReport(**{**said, "findings": [Finding(**finding) for finding in said["findings"]]})
+    return NodeReport(**{**content, "findings": [Finding(**finding) for finding in content["findings"]]})
 
 
 def verdict(reports: Mapping[str, NodeReport], nodes: Sequence[str]) -> dict[str, list[str]]:
-    """For each of `nodes` that a job should not start on, why and what to do; empty when all are fine."""
+    """Return reasons and remedies for each of `nodes` that a job should not start on; empty if all are fine."""
     known = [reports[node] for node in nodes if node in reports]
     bad = {node: list(_wrong_with(reports.get(node), known)) for node in nodes}
     return {node: reasons for node, reasons in bad.items() if reasons}
@@ -229,7 +229,7 @@ def verdict(reports: Mapping[str, NodeReport], nodes: Sequence[str]) -> dict[str
 
 def _wrong_with(report: NodeReport | None, all_reports: Sequence[NodeReport]) -> Iterator[str]:
     if report is None:
-        yield "no report -> its check died or hangs, or --save is another folder there; see what srun says above"
+        yield "no report -> its check failed or hangs, or --save is another folder there; see the output of srun above"
         return
     for finding in report.findings:
         if finding.status == "broken":

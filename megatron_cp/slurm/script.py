@@ -1,7 +1,7 @@
-"""The script that sbatch takes.
+"""Write the script for sbatch.
 
-What a recipe says stands in arrays of quoted words, which are passed on as they are: no shell ever evaluates it. What
-is the same for every recipe is `job.sh`, which follows the arrays.
+The settings of a recipe are arrays of quoted words, which are passed on unchanged: no shell evaluates them. The part
+that is equal for every recipe is `job.sh`, which follows the arrays.
 """
 
 import re
@@ -15,14 +15,14 @@ from megatron_cp.recipe.slurm_flags import SRUN
 from megatron_cp.slurm.job import FROM_SLURM, SECONDS_TO_REQUEUE, SlurmJob
 
 BODY = Path(__file__).with_name("job.sh")
-# flags of LAUNCH that do not go to torchrun as they are
-SAID_APART = ("entry", "--nnodes", "--nproc-per-node", *FROM_SLURM)
+# flags of LAUNCH that are not passed to torchrun unchanged
+PASSED_SEPARATELY = ("entry", "--nnodes", "--nproc-per-node", *FROM_SLURM)
 
 
 def script(jobs: Sequence[SlurmJob]) -> str:
-    """A batch script for one recipe, or an array with a task for each of several; raises ValueError if they differ.
+    """Return a batch script for one recipe, or for an array with a task for each of several recipes.
 
-    The tasks of an array share what they ask of the cluster; each has a folder of its own to save in.
+    Raises ValueError for recipes of an array that request different resources, or save in the same folder.
     """
     first = jobs[0]
     _check_together(jobs)
@@ -56,7 +56,7 @@ def _header(jobs: Sequence[SlurmJob]) -> Iterator[str]:
         "--output=%x-%j.out" if len(jobs) == 1 else "--output=%x-%A_%a.out",
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={tasks}",
-        # of the steps, not of this script: it decides when they have ended
+        # sent to the steps only: this script decides when they have ended
         f"--signal=TERM@{job.grace + SECONDS_TO_REQUEUE}",
         "--requeue" if job.requeues else "--no-requeue",
         "--open-mode=append",
@@ -74,7 +74,7 @@ def _cases(jobs: Sequence[SlurmJob]) -> str:
 
 
 def _settings(job: SlurmJob) -> str:
-    """What `job.sh` reads, for one recipe."""
+    """Return the variables and arrays of one recipe that `job.sh` reads."""
     recipe = job.recipe
     values = {
         "nodes": str(job.nodes),
@@ -99,40 +99,40 @@ def _settings(job: SlurmJob) -> str:
 
 
 def _environment(job: SlurmJob) -> dict[str, str]:
-    # torchrun kills ranks that are still saving when this has passed
+    # torchrun kills ranks that are still saving after this time
     own = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(job.grace)} if job.launcher == "torchrun" else {}
     return own | {name: setting.text for name, setting in job.recipe.env_vars.items()}
 
 
 def _step_words(job: SlurmJob) -> list[str]:
-    said = {flag: setting for flag, setting in job.recipe.slurm.items() if flag in SRUN}
-    words = list(_places(said))
-    words += [f"{flag}={','.join(setting.values)}" if setting.values else flag for flag, setting in said.items()]
+    given = {flag: setting for flag, setting in job.recipe.slurm.items() if flag in SRUN}
+    words = list(_mounts(given))
+    words += [f"{flag}={','.join(setting.values)}" if setting.values else flag for flag, setting in given.items()]
     if "--cpus-per-task" in job.recipe.slurm:
-        # srun does not take it over from sbatch any more
+        # srun no longer inherits it from sbatch
         words.append(f"--cpus-per-task={job.recipe.slurm['--cpus-per-task'].text}")
     return words
 
 
-def _places(said: Mapping[str, Setting]) -> Iterator[str]:
-    """A container sees this folder, under the name that it has outside, unless the recipe says what it sees."""
-    if "--container-image" in said:
-        if "--container-mounts" not in said:
+def _mounts(given: Mapping[str, Setting]) -> Iterator[str]:
+    """Yield srun's flags that mount this folder into a container under its own path, unless the recipe sets them."""
+    if "--container-image" in given:
+        if "--container-mounts" not in given:
             yield f"--container-mounts={Path.cwd()}:{Path.cwd()}"
-        if "--container-workdir" not in said:
+        if "--container-workdir" not in given:
             yield f"--container-workdir={Path.cwd()}"
 
 
 def _torchrun_words(job: SlurmJob) -> list[str]:
     if job.launcher == "srun":
         return []
-    others = {flag: setting for flag, setting in job.recipe.launch.items() if flag not in SAID_APART}
+    others = {flag: setting for flag, setting in job.recipe.launch.items() if flag not in PASSED_SEPARATELY}
     sizes = ["--nnodes", str(job.nodes), "--nproc-per-node", str(job.ranks_per_node)]
     return ["-m", "torch.distributed.run", *sizes, *flag_words(others)]
 
 
 def _array(name: str, words: Sequence[str]) -> str:
-    """A bash array with an assignment, or a flag and its values, on each line."""
+    """Return a bash array with an assignment, or a flag and its values, on each line."""
     if not words:
         return f"{name}=()\n"
     lines: list[list[str]] = []

@@ -98,7 +98,7 @@ def test_competing_load_is_said_instead_of_a_verdict(monkeypatch):
     loud = reported(core_share=0.6, cores=2)
     assert "No verdict: a rank got only 60% of its core" in loud
     assert "0.500" not in loud
-    assert "2 ranks share 1 cores: what counts here is exactness" in reported(core_share=0.5, cores=1)
+    assert "2 ranks share 1 cores: only exactness" in reported(core_share=0.5, cores=1)
     assert "0.500" in reported(core_share=0.99, cores=2)
 
 

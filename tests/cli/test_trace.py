@@ -107,7 +107,7 @@ def test_a_cluster_of_one_s_own(tmp_path):
         ("ranks_per_node: 2\n", "", ":1: ranks_per_node is missing"),
         ("ranks_per_node: 2\n", "ranks_per_node: 1.5\n", ":10: ranks_per_node must be a whole number, got 1.5"),
         ("memory:\n", "memory:\n  loss_gb_per_s: 0\n", ":8: memory.loss_gb_per_s must be a positive number, got 0"),
-        ("  efficiency: 0.8\n", "  efficiency: 80\n", ":9: memory.efficiency is a share of the peak, at most 1"),
+        ("  efficiency: 0.8\n", "  efficiency: 80\n", ":9: memory.efficiency must be a share of the peak, at most 1"),
         ("  call_us: 5\n", "  call_ms: 5\n", ":6: unknown key 'compute.call_ms'; did you mean 'compute.call_us'?"),
         (
             "ports: shared\nbetween",

@@ -125,7 +125,10 @@ def test_sizes_that_do_not_fit_are_refused(parallel, message):
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [({"global_batch": 3, "dp": 2}, "global batch 3 is no multiple"), ({"recompute": "some"}, "recompute is one of")],
+    [
+        ({"global_batch": 3, "dp": 2}, "global batch 3 must be a multiple"),
+        ({"recompute": "some"}, "recompute must be one of"),
+    ],
 )
 def test_a_batch_or_a_choice_that_is_none_is_refused(field, message):
     with pytest.raises(ValueError, match=message):

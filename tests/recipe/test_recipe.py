@@ -132,7 +132,7 @@ def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> 
         ("DATA:\n  --input: x\n", "run.yaml:2: DATA needs --output"),
         ("CLUSTER: [a, b]\n", "run.yaml:1: CLUSTER: takes one text"),
         ("CLUSTR: a\n", "run.yaml:1: unknown section 'CLUSTR'; did you mean 'CLUSTER'?"),
-        ("ENV_VARS:\n  A;touch x: 1\n", "run.yaml:2: 'A;touch x' is no name of an environment variable"),
+        ("ENV_VARS:\n  A;touch x: 1\n", "run.yaml:2: 'A;touch x' is not a name of an environment variable"),
         ("LAUNCH:\n  entry: -c\n", "run.yaml:2: entry is a module such as megatron_cp.pretrain_gpt or a script"),
         ("LAUNCH:\n  entry: a b\n", "run.yaml:2: entry is a module"),
         (

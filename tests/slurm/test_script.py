@@ -250,9 +250,9 @@ def test_the_array_runs_the_recipe_of_its_task(write: Write, stubs: dict[str, st
             "--signal USR1@60",
             "--signal is not for the SLURM block: the warning before the time limit follows from --grace",
         ),
-        ("--time soon", "command line: --time 'soon' is no time limit"),
+        ("--time soon", "command line: --time 'soon' is not a time limit"),
         ("--time 6", "--time of 6 minutes leaves none to train before saving; lower --grace"),
-        ("--launcher mpirun", "--launcher is torchrun or srun, got 'mpirun'"),
+        ("--launcher mpirun", "--launcher must be torchrun or srun, got 'mpirun'"),
         ("--launcher srun", "base.yaml:7: --max-restarts is torchrun's, and --launcher srun starts no torchrun"),
         ("--rdzv-endpoint a:1", "command line: in a job --rdzv-endpoint follows from SLURM"),
         ("--nproc-per-node gpu", "command line: a job needs --nproc-per-node as a number, got 'gpu'"),
@@ -281,7 +281,7 @@ def test_an_unknown_flag_of_the_block_has_a_suggestion(write: Write) -> None:
 @pytest.mark.parametrize("name", ["$(touch hacked)", "A B", "A=B", "1A", ""])
 def test_a_name_of_a_variable_is_one_word(write: Write, name: str) -> None:
     write(f"ENV_VARS:\n  {json.dumps(name)}: 1\n")
-    with pytest.raises(ValueError, match=r"run\.yaml:2: .* is no name of an environment variable"):
+    with pytest.raises(ValueError, match=r"run\.yaml:2: .* is not a name of an environment variable"):
         recipe.load("run.yaml", {})
 
 

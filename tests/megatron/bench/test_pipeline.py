@@ -226,10 +226,10 @@ def test_a_step_is_drawn_over_its_simulation(monkeypatch, tmp_path):
     [
         (["--schedule", "zb-h3"], "did you mean 'zb-h"),
         (["--schedule", "zb-v"], "has no counterpart among Megatron's own schedules"),
-        (["--schedule", "izb", "--layers", "6"], "6 layers cannot be dealt evenly to 4 stages"),
+        (["--schedule", "izb", "--layers", "6"], "6 layers cannot be divided evenly among 4 stages"),
         (["--schedule", "interleaved", "-m", "3", "--layers", "4"], "the nearest m that works is"),
         (["--plot", "step.png"], "--plot draws one schedule"),
-        (["--plot", "step.gif"], "a timeline is a .png"),
+        (["--plot", "step.gif"], "a timeline must be a .png"),
     ],
 )
 def test_bad_input_is_refused(words, message):
