@@ -253,7 +253,7 @@ def test_the_array_runs_the_recipe_of_its_task(write: Write, stubs: dict[str, st
         ("--time soon", "command line: --time 'soon' is not a time limit"),
         ("--time 6", "--time of 6 minutes leaves none to train before saving; lower --grace"),
         ("--launcher mpirun", "--launcher must be torchrun or srun, got 'mpirun'"),
-        ("--launcher srun", "base.yaml:7: --max-restarts is torchrun's, and --launcher srun starts no torchrun"),
+        ("--launcher srun", "base.yaml:7: --max-restarts is a flag of torchrun, which --launcher srun does not start"),
         ("--rdzv-endpoint a:1", "command line: in a job --rdzv-endpoint follows from SLURM"),
         ("--nproc-per-node gpu", "command line: a job needs --nproc-per-node as a number, got 'gpu'"),
         ("--gpus-per-node 4", "8 ranks on a node with 4 GPUs"),
@@ -262,7 +262,7 @@ def test_the_array_runs_the_recipe_of_its_task(write: Write, stubs: dict[str, st
         ("--chain 2 --dependency afterok:1", "--chain makes its own --dependency"),
         ("--load elsewhere", "each attempt would begin at --load 'elsewhere' again, not at --save"),
         ("--finetune", "each attempt would begin at iteration 0 again with --finetune"),
-        ("--exit-signal SIGINT", "a job is told to stop by SIGTERM"),
+        ("--exit-signal SIGINT", "a job is stopped by SIGTERM"),
         ("--save=false --requeues 1", "--requeues needs --save"),
     ],
 )
