@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from megatron_cp.cli import train
+from megatron_cp.cli import render, train
 from megatron_cp.recipe.command import Command
 
 HOSTILE = [
@@ -65,7 +65,7 @@ def write(folder: Path, value: str) -> None:
 @pytest.mark.parametrize("value", HOSTILE)
 def test_a_value_arrives_as_it_was_written(folder: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder, value)
-    train.render("run.yaml", [])
+    render.render("run.yaml", [])
     printed = capsys.readouterr().out
     ended = subprocess.run(["bash", "-c", printed], capture_output=True, text=True, check=True)
     variable, words = json.loads(ended.stdout)
@@ -85,7 +85,7 @@ def test_render_prints_what_train_runs(
     folder: Path, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(folder, value)
-    train.render("run.yaml", ["--lr", "-1e-3"])
+    render.render("run.yaml", ["--lr", "-1e-3"])
     printed = capsys.readouterr().out
     ran: list[Command] = []
 
@@ -104,4 +104,4 @@ def test_render_prints_what_train_runs(
 def test_an_open_brace_is_refused_by_its_line(folder: Path) -> None:
     write(folder, "$HOME ${")
     with pytest.raises(ValueError, match=r"run.yaml:2: A: cannot read the variable in '\$HOME \$\{'"):
-        train.render("run.yaml", [])
+        render.render("run.yaml", [])
