@@ -147,7 +147,7 @@ def test_event_files_alone_want_tensorboard(tmp_path: Path, monkeypatch: pytest.
     [
         (["no-such-run"], "no folder no-such-run"),
         (["."], "no iteration in "),
-        ([".", "--output", "page.pdf"], r"a file\.html, got 'page\.pdf'"),
+        ([".", "--output", "page.pdf"], r"must be a \.html file, got 'page\.pdf'"),
         ([".", "--recipe", "quickstrat"], "did you mean 'quickstart'"),
         ([".", "--cluster", "dgx-h10"], "did you mean 'dgx-h100'"),
     ],

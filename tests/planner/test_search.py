@@ -115,7 +115,7 @@ def test_a_batch_is_one_that_ranks_can_share(gpus: int, asked: int, batch: int) 
         ("--cluster dgx-h100 --model llama3.1-405b", "8 GPUs of dgx-h100; .*; no number of them can hold it"),
         ("--gpus 12", "12 GPUs must be a whole number of nodes of 8; ask for 8 or 16"),
         ("--cluster this-cpu", "no rates of bfloat16 matrix products"),
-        ("--tokens-per-batch 8K", "less than a sequence of 32,768 tokens"),
+        ("--tokens-per-batch 8K", "must be at least a sequence of 32,768 tokens"),
         ("--write nowhere/plan.yaml", "no folder nowhere"),
     ],
 )
