@@ -68,7 +68,7 @@ def test_any_new_python_makes_the_environment(machine: Machine, path: str) -> No
     assert f"making .venv with {machine.folder / path}" in done.stdout
     assert calls[-3:] == [
         f"-m venv --clear {machine.checkout}/.venv",
-        f"-m pip install --quiet --disable-pip-version-check -e {machine.checkout}[dev,report,tokenizers]",
+        f"-m pip install --quiet --disable-pip-version-check -e {machine.checkout}[dev,docs,report,tokenizers]",
         "-m megatron_cp train quickstart",
     ]
 
