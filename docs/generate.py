@@ -47,7 +47,7 @@ def source_of(entry: Backend) -> str:
     """Links to the files that define an algorithm: its loop, and where the loop serves several, the layouts."""
     if entry.name == AUTO:
         return linked(ROOT / "megatron_cp/context/choose.py")
-    loop = Path(inspect.getfile(entry.load()))
+    loop = Path(inspect.getfile(entry.load().forward))
     named = loop.stem.replace("_", "-") == entry.name
     return linked(loop) if named else f"{linked(loop)}, {linked(ROOT / 'megatron_cp/context/layouts.py')}"
 
