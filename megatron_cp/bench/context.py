@@ -166,7 +166,9 @@ def ours(comparison: Comparison, name: str, native: bool) -> Implementation:
         run()
         return how.sent - before
 
-    return Implementation(name, layout, lambda q, k, v: attend(q, k, v, how), sent, took=_took(how, comparison))
+    return Implementation(
+        name, layout, lambda q, k, v: attend(q, k, v, how, agreed=True), sent, took=_took(how, comparison)
+    )
 
 
 def _took(how: Plan, comparison: Comparison) -> str:

@@ -3,41 +3,36 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_cp.comm import Fabric, values_of_all
+from megatron_cp.context.agreement import agree_on_shapes
 from megatron_cp.context.auto import settle
 from megatron_cp.context.function import run
 from megatron_cp.context.plan import Plan, Sizes, plan
-from megatron_cp.errors import Refused
 
 __all__ = ["Plan", "Sizes", "attend", "plan"]
 
 
 def attend(
-    q: Float[Tensor, "s b h d"], k: Float[Tensor, "s b g d"], v: Float[Tensor, "s b g d"], plan: Plan
+    q: Float[Tensor, "s b h d"],
+    k: Float[Tensor, "s b g d"],
+    v: Float[Tensor, "s b g d"],
+    plan: Plan,
+    *,
+    agreed: bool = False,
 ) -> Float[Tensor, "s b h d"]:
-    """Attention of this rank's queries over the whole sequence, differentiable; all ranks of the plan call it together.
+    """Attend this rank's queries to the whole sequence, differentiably; all ranks of the plan call it together.
 
-    Raises ValueError when lengths or heads do not fit the algorithm or differ between ranks, before anything else is
-    sent.
+    Every call first compares the shapes of all ranks, in one all-gather of 96 bytes per rank. With `agreed` the caller
+    guarantees that they are equal, and the call sends the algorithm's messages only: Megatron cuts every batch for its
+    ranks by one rule, so its layers compare at their first call and after a change of their own shapes.
+
+    Raises ValueError on every rank when shapes differ between ranks, and when lengths or heads do not fit the
+    algorithm; nothing but the comparison is sent before.
     """
-    if not plan.met:
-        _agree(q, k, plan.cp)
-        plan.met.append(tuple(q.shape))
+    if not agreed:
+        agree_on_shapes(plan.cp, q, k, v)
     return run(q, k, v, settle(plan, _sizes(q, k, plan)))
 
 
 def _sizes(q: Tensor, k: Tensor, plan: Plan) -> Sizes:
     dtype = str(q.dtype).removeprefix("torch.")
     return Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], q.shape[3], dtype, q.device.type)
-
-
-def _agree(q: Tensor, k: Tensor, cp: Fabric) -> None:
-    """Ranks with different shapes would wait for each other for ever; found once, by all, at a plan's first use."""
-    if cp.size == 1:
-        return
-    shapes = values_of_all(cp, q.device, (*q.shape, k.shape[2]))
-    if len(set(shapes)) > 1:
-        each = ", ".join(f"rank {rank}: {shape[0]}" for rank, shape in enumerate(shapes))
-        if len({shape[0] for shape in shapes}) > 1:
-            raise Refused(f"all ranks must hold equally many tokens, got {each}; pad the sequence to a common length")
-        raise Refused(f"all ranks must hold q and k of one shape, got (s, b, h, d, g) {shapes}")

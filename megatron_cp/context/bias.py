@@ -1,4 +1,4 @@
-"""Attention with a dense additive bias, and attention probabilities: what only whole rows of scores allow.
+"""Attention with a dense additive bias, and attention probabilities, which need whole rows of scores.
 
 Source: Li et al. 2021, arXiv:2105.13120, section 3.2 (Ring Self-Attention).
 """
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_cp.context.agreement import agree_on_shapes
 from megatron_cp.context.algorithms import rsa
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.task import Saved, Task
@@ -19,11 +20,11 @@ from megatron_cp.errors import Refused
 def attention_probabilities(
     q: Float[Tensor, "s b h d"], k: Float[Tensor, "s b g d"], plan: Plan, bias: Tensor | None = None
 ) -> Float[Tensor, "b h s S"]:
-    """What each of this rank's queries gives to every key of the sequence; all ranks of the plan call it together.
+    """Return the weight of every key of the sequence for each of this rank's queries; all ranks call it together.
 
-    Rows stand in local order, columns in sequence order; masked keys get 0. In float32 (float64 for float64), without
+    Rows are in local order, columns in sequence order; masked keys get 0. In float32 (float64 for float64), without
     gradient. `plan` is of backend "rsa", `bias` as in `attend_with_bias`. Sends (p-1) U. Raises ValueError for another
-    plan or when lengths do not fit, before anything is sent.
+    plan, and when shapes differ between ranks or do not fit; nothing but their comparison is sent before.
     """
     with torch.no_grad():
         task = _rsa_task(q, k, k, plan, bias)
@@ -35,11 +36,12 @@ def attention_probabilities(
 def attend_with_bias(
     q: Float[Tensor, "s b h d"], k: Float[Tensor, "s b g d"], v: Float[Tensor, "s b g d"], bias: Tensor, plan: Plan
 ) -> Float[Tensor, "s b h d"]:
-    """Attention with `bias` added to the scaled scores, differentiable in q, k, v and bias; all ranks call it together.
+    """Attend with `bias` added to the scaled scores, differentiable in q, k, v and bias; all ranks call it together.
 
     `bias` [b h s S] belongs to this rank's queries in local order (s) and all keys in sequence order (S); dims of
     size 1 are broadcast. Its gradient is of this rank's queries only: a bias that ranks share needs their sum.
-    `plan` is of backend "rsa". Raises ValueError for another plan or when shapes do not fit, before anything is sent.
+    `plan` is of backend "rsa". Raises ValueError for another plan, and when shapes differ between ranks or do not fit;
+    nothing but their comparison is sent before.
     """
     return _Biased.apply(q, k, v, bias, _rsa_task(q, k, v, plan, bias))
 
@@ -60,12 +62,13 @@ class _Biased(torch.autograd.Function):
 
 
 def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None) -> Task:
-    """The task of such tensors; refuses other backends and a bias that does not fit."""
+    """Return the task of such tensors; refuse another backend, different shapes and a bias that does not fit."""
     if plan.backend.name != "rsa" or plan.chunks is not None:
         raise Refused(
             f"whole rows of scores are held by backend 'rsa' without chunks only, got {plan.backend.name!r} with "
             f"chunks = {plan.chunks}; make the plan with plan('rsa', ...)"
         )
+    agree_on_shapes(plan.cp, q, k, v)
     task = task_for(q, k, v, plan)
     whole = (q.shape[1], q.shape[2], q.shape[0], rsa.tokens_of(task))
     if bias is not None and (bias.ndim != 4 or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True))):

@@ -1,7 +1,7 @@
 """How to attend: an algorithm for the ranks of a fabric, and what its loop is given for some tensors."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -38,13 +38,12 @@ class Sizes(NamedTuple):
     device: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to attend: everything but the tensors. Made by `plan`.
+    """The arguments of an attention except its tensors. Made by `plan`.
 
     cluster: what `auto` weighs its choice for; None is looked up by the device
     why:     the reasons of `auto`, in one line
-    met:     the shape of the first call, on which the ranks have agreed; empty before it
     """
 
     backend: Backend
@@ -59,7 +58,6 @@ class Plan:
     cluster: Cluster | None = None
     why: str = ""
     stripe: int = 1
-    met: list[tuple[int, ...]] = field(default_factory=list, compare=False)
 
     @property
     def loop(self) -> Loop[Any]:
@@ -121,9 +119,19 @@ def plan(
         raise Refused(f"chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
     if chunks is not None and not entry.chunks:
         raise Refused(f"backend {entry.name!r} cannot be cut into chunks; leave chunks out or use 'fpdt' or 'zigzag'")
-    hardware = load_cluster(cluster) if isinstance(cluster, str) else cluster
-    seen = mask(causal, window)
-    return Plan(entry, cp, axes, seen, softmax_scale, kernel, deterministic, layout, chunks, hardware, stripe=stripe)
+    return Plan(
+        backend=entry,
+        cp=cp,
+        axes=axes,
+        mask=mask(causal, window),
+        softmax_scale=softmax_scale,
+        kernel=kernel,
+        deterministic=deterministic,
+        layout=layout,
+        chunks=chunks,
+        cluster=load_cluster(cluster) if isinstance(cluster, str) else cluster,
+        stripe=stripe,
+    )
 
 
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
@@ -132,7 +140,16 @@ def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
     layout = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
     heads = (q.shape[2], k.shape[2])
-    return Task(plan.cp, layout, plan.mask, scale, plan.kernel_for(q)[0], heads, plan.axes, plan.chunks)
+    return Task(
+        fabric=plan.cp,
+        layout=layout,
+        mask=plan.mask,
+        scale=scale,
+        kernel=plan.kernel_for(q)[0],
+        heads=heads,
+        axes=plan.axes,
+        chunks=plan.chunks,
+    )
 
 
 @lru_cache(cache_sizes.LAYOUTS)

@@ -68,7 +68,7 @@ class Axes(NamedTuple):
         return self.inner if axis == "inner" else self.outer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One attention over tokens sharded on the ranks of a fabric.
 

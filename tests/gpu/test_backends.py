@@ -32,7 +32,15 @@ def sharded(fabric, task, backend, kernel):
     made = plan(backend, cp=fabric, causal=task.causal, kernel=kernel, **axes)
     runs = layout(entry.layout or "zigzag", task.q.shape[0], fabric.size)
     heads = (task.q.shape[2], task.k.shape[2])
-    job = Task(fabric, runs, made.mask, task.q.shape[3] ** -0.5, made.kernel_for(task.q)[0], heads, made.axes)
+    job = Task(
+        fabric=fabric,
+        layout=runs,
+        mask=made.mask,
+        scale=task.q.shape[3] ** -0.5,
+        kernel=made.kernel_for(task.q)[0],
+        heads=heads,
+        axes=made.axes,
+    )
     mine, loop = tokens_of(runs[fabric.rank]), entry.load()
     out, saved = loop.forward(task.q[mine], task.k[mine], task.v[mine], job)
     return mine, (out, *loop.backward(task.dout[mine], saved, job))

@@ -79,6 +79,8 @@ class CoreAttention(MegatronModule):
         self.pg_collection = pg_collection
         self._causal = self._is_causal(attn_mask_type)
         self.plan = self._plan(self._causal)
+        # shapes of the last call: an equal call needs no comparison, because Megatron cuts a batch for all ranks alike
+        self._shapes: tuple[torch.Size, torch.Size] | None = None
 
     def forward(
         self,
@@ -96,7 +98,9 @@ class CoreAttention(MegatronModule):
         """
         self._refuse_call(query, key, attention_mask, attention_bias, packed_seq_params)
         causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
-        out = attend(query, key, value, self.plan if causal == self._causal else self._plan(causal))
+        shapes, made = (query.shape, key.shape), self.plan if causal == self._causal else self._plan(causal)
+        out = attend(query, key, value, made, agreed=shapes == self._shapes)
+        self._shapes = shapes
         # s b h d -> s b (h d)
         return out.flatten(2)
 

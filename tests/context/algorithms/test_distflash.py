@@ -101,7 +101,9 @@ def sent(ranks, kv_heads, seen_by=CAUSAL):
     runs = layout("contiguous", LOCAL * ranks, ranks)
 
     def body(fabric):
-        made = Task(fabric, runs, seen_by, DIM**-0.5, ReferenceKernel(), (HEADS, kv_heads))
+        made = Task(
+            fabric=fabric, layout=runs, mask=seen_by, scale=DIM**-0.5, kernel=ReferenceKernel(), heads=(HEADS, kv_heads)
+        )
         q, k, v, dout = (x[fabric.rank * LOCAL : (fabric.rank + 1) * LOCAL] for x in task[:4])
         _, saved = distflash.forward(q, k, v, made)
         forward = fabric.sent

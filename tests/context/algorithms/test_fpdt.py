@@ -84,7 +84,15 @@ def test_without_a_number_a_chunk_is_at_most_the_papers(tokens, chunks):
 @pytest.mark.parametrize(("mask", "pairs"), [(CAUSAL, 10), (Mask(), 16), (Mask(5, 0), 7)])
 def test_pairs_of_segments_that_see_nothing_are_left_out(mask, pairs):
     def body(fabric):
-        task = Task(fabric, layout("zigzag", 48, 2), mask, 1.0, ReferenceKernel(), (2, 2), chunks=4)
+        task = Task(
+            fabric=fabric,
+            layout=layout("zigzag", 48, 2),
+            mask=mask,
+            scale=1.0,
+            kernel=ReferenceKernel(),
+            heads=(2, 2),
+            chunks=4,
+        )
         made = chunked(task, FPDT().inside)
         return sum(1 for i in range(4) for _ in made.seen(i))
 

@@ -132,7 +132,9 @@ def test_probabilities_move_the_keys_only():
 def test_no_row_of_scores_is_kept_for_the_backward_pass(mask):
     def body(fabric):
         q, k, v = (torch.randn(64, 1, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-        task = Task(fabric, layout("zigzag", 128, 2), mask, 1.0, ReferenceKernel(), (4, 2))
+        task = Task(
+            fabric=fabric, layout=layout("zigzag", 128, 2), mask=mask, scale=1.0, kernel=ReferenceKernel(), heads=(4, 2)
+        )
         _, saved = rsa.forward(q, k, v, task)
         return max(tensor.untyped_storage().nbytes() for tensor in saved) <= q.untyped_storage().nbytes()
 

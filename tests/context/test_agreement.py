@@ -1,0 +1,130 @@
+"""All ranks find a difference of shapes, in any call, before a message whose length depends on them."""
+
+import pytest
+import torch
+
+from megatron_cp.comm import GroupFabric, in_process
+from megatron_cp.context import BACKENDS
+from megatron_cp.context.agreement import agree_on_shapes
+from megatron_cp.context.attend import attend, plan
+from megatron_cp.context.bias import attend_with_bias, attention_probabilities
+from megatron_cp.context.layouts import indices
+from megatron_cp.grid import Grid
+from tests.context.dense import dense, problem, relative_error
+from tests.ranks import run_ranks
+from tests.tolerances import EXACT
+
+TOKENS, LONGER = 12, 24
+
+
+def zeros(tokens=TOKENS, batch=1, heads=4):
+    return torch.zeros(tokens, batch, heads, 8, dtype=torch.float64)
+
+
+def refusal(call, *args, **choices):
+    """The text of the error, empty without one."""
+    try:
+        call(*args, **choices)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def three_calls(fabric, backend, longer):
+    """Errors of out in calls before and after one in which rank `longer` holds more tokens, and that one's text."""
+    grid = Grid(fabric.size, 1) if BACKENDS.get(backend).needs_grid else None
+    axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
+    made = plan(backend, cp=fabric, causal=False, kernel="reference", **axes)
+    task = problem(TOKENS * fabric.size, 4, 2, causal=False)
+    mine = torch.tensor(indices("zigzag", len(task.q), fabric.size, fabric.rank))
+
+    def error():
+        out = attend(*(x[mine] for x in task[:3]), made)
+        return relative_error(out, dense(task)[0][mine])
+
+    before, x = error(), zeros(LONGER if fabric.rank == longer else TOKENS)
+    return before, refusal(attend, x, x, x, made), error()
+
+
+def over_gloo(backend, longer):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    found = three_calls(GroupFabric(dist.group.WORLD), backend, longer)
+    dist.barrier()
+    return found
+
+
+def assert_found_by_all(results, longer):
+    held = ", ".join(f"rank {rank}: {LONGER if rank == longer else TOKENS}" for rank in range(len(results)))
+    for before, text, after in results:
+        assert text == f"all ranks must hold equally many tokens, got {held}; pad the sequence to a common length"
+        assert max(before, after) <= EXACT
+
+
+@pytest.mark.parametrize(("ranks", "longer"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+@pytest.mark.parametrize("backend", BACKENDS.names)
+def test_a_rank_that_is_longer_in_a_later_call_is_found_by_all(backend, ranks, longer):
+    assert_found_by_all(in_process(ranks, lambda fabric: three_calls(fabric, backend, longer)), longer)
+
+
+@pytest.mark.parametrize(("ranks", "longer"), [(2, 1), (3, 0)])
+@pytest.mark.parametrize("backend", ["ring", "ulysses"])
+def test_a_rank_that_is_longer_in_a_later_call_is_found_by_all_over_gloo(backend, ranks, longer):
+    assert_found_by_all(run_ranks(ranks, over_gloo, backend, longer), longer)
+
+
+@pytest.mark.parametrize("other", [{"batch": 2}, {"heads": 8}], ids=str)
+def test_other_shapes_of_one_rank_are_found_by_all(other):
+    def body(fabric):
+        made = plan("zigzag", cp=fabric)
+        x, y = zeros(), zeros(**(other if fabric.rank == 1 else {}))
+        attend(x, x, x, made)
+        return refusal(attend, y, y, y, made)
+
+    first, second = in_process(2, body)
+    assert first == second
+    assert first.startswith("all ranks must hold tensors of one shape (s, b, h, d), got rank 0: (12, 1, 4, 8)")
+    assert "\n" not in first
+
+
+def test_longer_keys_of_one_rank_are_found_by_all():
+    def body(fabric):
+        keys = zeros(LONGER if fabric.rank == 0 else TOKENS)
+        return refusal(agree_on_shapes, fabric, zeros(), keys, keys)
+
+    assert {text.split(";")[0] for text in in_process(2, body)} == {
+        "all ranks must hold equally many tokens, got rank 0: 12 / 24, rank 1: 12"
+    }
+
+
+def test_probabilities_and_bias_compare_shapes_too():
+    def body(fabric):
+        made, x = plan("rsa", cp=fabric), zeros(LONGER if fabric.rank == 1 else TOKENS)
+        bias = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        return refusal(attention_probabilities, x, x, made), refusal(attend_with_bias, x, x, x, bias, made)
+
+    for texts in in_process(2, body):
+        assert all("rank 0: 12, rank 1: 24" in text for text in texts)
+
+
+def test_a_caller_that_guarantees_equal_shapes_sends_nothing_for_them():
+    def gather(local):
+        raise AssertionError("gathered")
+
+    def body(fabric):
+        fabric.all_gather = gather
+        made = plan("zigzag", cp=fabric)
+        attend(zeros(), zeros(), zeros(), made, agreed=True)
+        with pytest.raises(AssertionError, match="gathered"):
+            attend(zeros(), zeros(), zeros(), made)
+
+    in_process(2, body)
+
+
+def test_a_plan_holds_nothing_that_changes():
+    made = plan("zigzag")
+    before = vars(made).copy()
+    attend(zeros(), zeros(), zeros(), made)
+    assert vars(made) == before
+    assert hash(made) == hash(plan("zigzag", cp=made.cp))
