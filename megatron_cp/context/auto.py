@@ -6,12 +6,12 @@ memory for.
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from threading import Lock
 
 import torch
 
-from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
+from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, cache_sizes
 from megatron_cp.context.choose import Choice, choose
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import Mask
@@ -25,7 +25,7 @@ _one_at_a_time = Lock()
 
 
 def settle(plan: Plan, sizes: Sizes) -> Plan:
-    """The plan with the backend, grid and placement that are fastest for such tensors; nothing is sent.
+    """Return the plan with the backend, grid and placement that are fastest for such tensors; nothing is sent.
 
     A plan whose backend is not `auto` comes back as it is.
     Raises ValueError when every backend refuses them and when no cluster is known for the device.
@@ -43,37 +43,49 @@ def settle(plan: Plan, sizes: Sizes) -> Plan:
 
 
 def decide(problem: Problem, cluster: Cluster) -> Choice:
-    """What is fastest for the problem, weighed once in a process; the problem's own backend does not matter."""
+    """Return the fastest choice for the problem, weighed once in a process; the problem's own backend is ignored."""
     # ranks that are threads would all weigh it at the same time
     with _one_at_a_time:
         return _decide(replace(problem, backend=AUTO), cluster)
 
 
 def default_cluster(device: str) -> Cluster:
-    """The description that ships for this machine's GPU, or for a CPU."""
+    """Return the description that ships for this machine's GPU, or for a CPU."""
     return load_cluster(cluster_of(torch.cuda.get_device_name() if device == "cuda" else None))
 
 
-@cache
+@lru_cache(cache_sizes.LAYOUTS)
 def _decide(problem: Problem, cluster: Cluster) -> Choice:
     # no backend has such a length or layout
-    layout(problem.layout, problem.seq, problem.ranks)
+    layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
     return choose(problem, cluster, last_rank, record)
 
 
 def last_rank(problem: Problem) -> tuple[Step, ...]:
-    """What the last rank does in both passes; raises ValueError for what the backend refuses."""
+    """Return the steps of the last rank in both passes; raises ValueError for a problem that the backend refuses."""
     forward, backward = record_rank(problem, problem.ranks - 1)
     return *forward, *backward
 
 
 def _problem(plan: Plan, sizes: Sizes) -> Problem:
     causal, window = _as_window(plan.mask)
-    shape = (sizes.heads, sizes.kv_heads, sizes.head_dim, causal, window, sizes.dtype)
-    grid = plan.axes.grid if plan.axes else None
-    return Problem(AUTO, plan.cp.size, sizes.seq, *shape, grid, layout=plan.layout, chunks=plan.chunks)
+    return Problem(
+        AUTO,
+        plan.cp.size,
+        sizes.seq,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        causal=causal,
+        window=window,
+        dtype=sizes.dtype,
+        grid=plan.axes.grid if plan.axes else None,
+        layout=plan.layout,
+        chunks=plan.chunks,
+        stripe=plan.stripe,
+    )
 
 
 def _as_window(mask: Mask) -> tuple[bool, tuple[int | None, int | None] | None]:
-    """The two arguments that make the mask."""
+    """Return the two arguments that make the mask."""
     return mask.causal, (mask.left, mask.right) if mask.window else None

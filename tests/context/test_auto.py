@@ -89,3 +89,18 @@ def test_there_is_no_trace_of_auto_itself():
 def test_chunks_around_what_it_takes_equal_dense():
     task = problem(48, 8, 2, causal=True, batch=1)
     assert_equals_dense(in_process(2, lambda fabric: sharded(fabric, task, AUTO, chunks=3)), task)
+
+
+def test_stripes_are_weighed_at_their_own_length(monkeypatch):
+    weighed, original = [], auto.choose
+    monkeypatch.setattr(auto, "choose", lambda problem, *rest: weighed.append(problem) or original(problem, *rest))
+    in_process(2, lambda fabric: settled(fabric, sizes=SIZES._replace(seq=144), layout="striped", stripe=4))
+    assert [(problem.layout, problem.stripe) for problem in weighed] == [("striped", 4)]
+
+
+def test_a_sequence_that_is_no_multiple_of_the_stripes_is_refused():
+    def body(fabric):
+        with pytest.raises(ValueError, match="got S = 96"):
+            settled(fabric, layout="striped", stripe=20)
+
+    in_process(4, body)
