@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_cp.bench import context as bench_context
-from megatron_cp.bench import processes
+from megatron_cp.bench import peers, processes
 from megatron_cp.bench.comparison import LARGEST_ERROR, WHOLE, AttentionShape, BackendResult
 from megatron_cp.bench.context import BackendReport, Selection, bench
 from megatron_cp.bench.pairs import Ratio, pairs_of, ratio_of
@@ -153,3 +153,16 @@ def test_bad_input_is_refused(words, message):
 
 def test_quiet_threshold_is_near_a_whole_core():
     assert 0.9 < QUIET < 1
+
+
+def test_native_layouts_save_bringing_tokens_into_place():
+    small = ("--backend", "striped", "--seq", "128", "--heads", "2", "--rounds", "1", "--json")
+    (native,), (zigzag,) = (json.loads(run(*small, *more).stdout) for more in (["--native"], []))
+    assert native["max_error"] < 1e-5
+    assert 0 < native["sent"] < zigzag["sent"]
+
+
+def test_missing_peers_are_named_with_their_extra(monkeypatch):
+    monkeypatch.setattr(peers, "_version", lambda package: None)
+    result = run("--peers", "--backend", "zigzag", "--seq", "64")
+    assert "no peer is installed; pip install 'megatron-cp[peers]'" in str(result.exception)

@@ -43,3 +43,9 @@ def test_bad_input_is_refused(words, message):
     result = run(*words)
     assert result.exit_code != 0
     assert message in str(result.exception)
+
+
+def test_another_backend_can_come_first():
+    result = run("--backend", "zigzag", "--against", "all-gather", "--seq", "256", "--json")
+    assert result.exit_code == 0, result.output
+    assert [one["backend"] for one in json.loads(result.stdout)] == ["all-gather", "zigzag"]

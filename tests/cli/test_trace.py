@@ -148,3 +148,23 @@ def test_bad_input_is_refused(words, message):
     result = run("--backend", "zigzag", *SMALL, *words)
     assert result.exit_code != 0
     assert message in str(result.exception)
+
+
+def test_more_chunks_keep_less_alive():
+    two, four = (
+        json.loads(run("--backend", "fpdt", *SMALL, "--causal", "--chunks", str(chunks), "--json").stdout)
+        for chunks in (2, 4)
+    )
+    assert (two["chunks"], four["chunks"]) == (2, 4)
+    assert max(four["forward"]["peak"]) < max(two["forward"]["peak"])
+
+
+def test_longer_stripes_are_fewer_tiles_of_the_same_pairs():
+    single, blocks = (
+        json.loads(run("--backend", "striped", *SMALL, "--causal", "--stripe", stripe, "--json").stdout)
+        for stripe in ("1", "64")
+    )
+    assert (single["stripe"], blocks["stripe"]) == (1, 64)
+    assert blocks["covered"]
+    assert sum(blocks["forward"]["work"]) == sum(single["forward"]["work"])
+    assert blocks["forward"]["work"] != single["forward"]["work"]

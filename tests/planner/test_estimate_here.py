@@ -139,7 +139,7 @@ def test_a_measured_run_stands_beside_the_estimate(here, monkeypatch):
 
 
 def test_published_figures_are_plain_numbers(monkeypatch):
-    row = published.Row("Llama", "a paper", "tokens_per_s_per_gpu", 12273.0, 13502.4, None)
+    row = published.PublishedRun("Llama", "a paper", "tokens_per_s_per_gpu", 12273.0, 13502.4, None)
     monkeypatch.setattr(published, "published", lambda record: [row])
     said = run("--published").stdout
     assert "12,273 tokens/s" in said

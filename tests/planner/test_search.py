@@ -1,5 +1,6 @@
 """A plan fits, obeys the rules, beats everything else that was asked for, and comes back from its recipe unchanged."""
 
+import json
 import re
 from dataclasses import replace
 from functools import cache
@@ -151,3 +152,16 @@ def test_the_best_plan_is_at_least_as_fast_as_what_was_published(case: str) -> N
     best = search(PlanRequest(model, seq, gpus, cluster, batch, **fewer), recorded, 1).best
     assert best.fits
     assert best.seconds <= estimate(model, PUBLISHED[case], cluster, seq, recorded).seconds
+
+
+def test_the_fastest_plans_of_a_longer_list_are_the_shorter_one() -> None:
+    words = "plan --model llama3.1-8b --seq 8K --gpus 8 --cluster dgx-h100 --tokens-per-batch 64K --json"
+    few = "--backends zigzag --schedules 1f1b --top"
+    one, three = (
+        json.loads(CliRunner().invoke(app, f"{words} {few} {top}".split(), catch_exceptions=False).stdout)
+        for top in (1, 3)
+    )
+    assert len(one) == 1
+    assert len(three) == 3
+    assert one == three[:1]
+    assert [plan["step_seconds"] for plan in three] == sorted(plan["step_seconds"] for plan in three)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_cp.cli import app
 from megatron_cp.recipe import recipe, slurm_flags
 from megatron_cp.slurm.job import job_of
 from megatron_cp.slurm.script import BODY, script
@@ -325,3 +327,11 @@ def test_no_flag_means_two_things() -> None:
 
     assert not set(parser()._option_string_actions) & {*slurm_flags.KNOWN, *slurm_flags.WRITTEN_BY_US}
     assert not {*recipe.TORCHRUN_FLAGS} & {*slurm_flags.KNOWN, *slurm_flags.WRITTEN_BY_US}
+
+
+def test_a_dry_run_prints_the_script_and_submits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # without sbatch, submitting would fail
+    monkeypatch.setenv("PATH", "")
+    result = CliRunner().invoke(app, ["submit", "--dry-run", "quickstart", "--requeues", "3"])
+    assert result.exit_code == 0, result.exception
+    assert result.stdout == rendered("quickstart", overrides="--requeues 3")

@@ -249,3 +249,26 @@ def test_the_executor_alone_computes_as_megatrons_loop_does():
     (found,) = run_ranks(1, overhead)
     assert len(found.ratios) == 2
     assert min(found.forward, found.backward, found.ours, found.baseline) > 0
+
+
+def test_sizes_and_repeats_reach_the_bench(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(megatron_pipeline, "bench", lambda *args: asked.update(bench=args) or [])
+    words = "--schedule zb-h1 -m 4 --hidden 256 --rounds 2 --repeat 5 --json".split()
+    result = CliRunner().invoke(app, ["bench", "pipeline", *words])
+    assert result.exit_code == 0, result.output
+    size, groups, *times = asked["bench"]
+    assert (size.hidden, times) == (256, [2, 5])
+    assert groups == [ScheduleGroup(1, ("zb-h1",), (4,))]
+
+
+def test_the_overhead_of_the_executor_is_printed_in_percent(monkeypatch):
+    from megatron_cp.megatron.bench.overhead import Overhead
+
+    found = Overhead(2, 4, 1.0, 2.0, 12.3, 12.0, [1.02, 1.025, 1.03], 1.0)
+    asked = []
+    monkeypatch.setattr(megatron_pipeline, "overhead", lambda *sizes: asked.append(sizes) or found)
+    result = CliRunner().invoke(app, "bench pipeline --overhead --hidden 64 --seq 16 --rounds 3 --repeat 2".split())
+    assert result.exit_code == 0, result.output
+    assert asked == [(2, 4, 64, 16, 6)]
+    assert "overhead         2.50% (2.00% to 3.00% over 3 pairs)" in result.stdout
