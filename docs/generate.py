@@ -3,7 +3,6 @@
 A page encloses such a part between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,11 +42,16 @@ def linked(path: Path) -> str:
     return f"[`{path.name}`](../{path.relative_to(ROOT).as_posix()})"
 
 
+def file_of(function: Callable[..., Any]) -> Path:
+    """The file that defines a function, whatever decorates it."""
+    return Path(sys.modules[function.__module__].__file__ or "")
+
+
 def source_of(entry: Backend) -> str:
     """Links to the files that define an algorithm: its loop, and where the loop serves several, the layouts."""
     if entry.name == AUTO:
         return linked(ROOT / "megatron_cp/context/choose.py")
-    loop = Path(inspect.getfile(entry.load().forward))
+    loop = file_of(entry.load().forward)
     named = loop.stem.replace("_", "-") == entry.name
     return linked(loop) if named else f"{linked(loop)}, {linked(ROOT / 'megatron_cp/context/layouts.py')}"
 
@@ -66,7 +70,7 @@ def schedules() -> str:
 def schedule_row(rule: Rule) -> list[str]:
     chunks = "free" if rule.chunks is None else str(rule.chunks)
     function = rule.table
-    file = Path(inspect.getfile(function)) if function else ROOT / "megatron_cp/pipeline/schedules/auto.py"
+    file = file_of(function) if function else ROOT / "megatron_cp/pipeline/schedules/auto.py"
     backward = "I and W" if rule.split else "whole"
     stages = rule.placement if function else "either"
     return [f"`{rule.name}`", ", ".join(rule.aliases), stages, chunks, backward, rule.what, rule.paper, linked(file)]
