@@ -1,4 +1,4 @@
-"""Protocols of context-parallel algorithms: the two passes, and what an algorithm offers to one that runs it inside.
+"""Protocols of context-parallel algorithms: the two passes, and the parts that an algorithm offers to another one.
 
 A module with these functions satisfies them, and so does an object with these methods.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Loop[S](Protocol):
-    """One algorithm; S is what its forward pass keeps for its backward pass, a tuple of tensors or of such tuples."""
+    """One algorithm; S is the type of what its backward pass needs: a tuple of tensors or of such tuples."""
 
     def forward(self, q: "Tensor", k: "Tensor", v: "Tensor", task: "Task") -> "tuple[Tensor, S]":
         """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; all ranks call it together."""

@@ -1,4 +1,4 @@
-"""How to attend: an algorithm for the ranks of a fabric, and what its loop is given for some tensors."""
+"""The plan of an attention, an algorithm for the ranks of a fabric, and the arguments of its loop."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from megatron_cp.registry import suggest
 
 
 class Sizes(NamedTuple):
-    """What `auto` must know of the tensors.
+    """The sizes by which `auto` chooses.
 
     seq:    tokens of the whole sequence
     device: its type
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 class Plan:
     """The arguments of an attention except its tensors. Made by `plan`.
 
-    cluster: what `auto` weighs its choice for; None is looked up by the device
+    cluster: the cluster for which `auto` chooses; None is looked up by the device
     why:     the reasons of `auto`, in one line
     """
 
@@ -67,7 +67,7 @@ class Plan:
         return loop if self.chunks is None or isinstance(loop, FPDT) else FPDT(loop)
 
     def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
-        """The kernel that such queries get, and why."""
+        """Return the kernel for such queries, and the reason for it."""
         if not isinstance(self.kernel, str):
             return self.kernel, f"{self.kernel.name!r} was handed in"
         return _kernel(self.kernel, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1], self.deterministic)
@@ -103,10 +103,10 @@ def plan(
     softmax_scale: None means 1 / sqrt(d)
     placement:     "head-first": the inner axis exchanges heads; "context-first": the outer one
     layout:        which positions each rank's tokens have: "zigzag" as Megatron cuts them, "contiguous" or "striped"
-    chunks:        cut the backend's work into so many pieces over time, what waits lies in host memory (FPDT)
-    cluster:       what backend "auto" weighs its choice for: a name, a file or a description, by default by the device
+    chunks:        number of chunks over time into which the work is cut, with tokens in host memory (FPDT)
+    cluster:       the cluster for which backend "auto" chooses: a name, a file or a description; None: by the device
     stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
-    Raises ValueError for an unknown name, for a grid that is missing or does not fit, and for what has no effect.
+    Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
     entry, cp = BACKENDS.get(backend), cp or SingleFabric()
     _known("layout", layout, LAYOUTS)
@@ -135,7 +135,7 @@ def plan(
 
 
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
-    """What a settled plan's loop is given for such tensors; raises ValueError when they do not fit."""
+    """Return the arguments of a settled plan's loop for such tensors; raises ValueError when they do not fit."""
     _check(q, k, v)
     layout = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale

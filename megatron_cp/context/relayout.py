@@ -1,4 +1,4 @@
-"""Other positions on the same ranks: one exchange, one message from each rank to each other, all tensors in it."""
+"""Exchange of tokens between two layouts: one message from each rank to each other, with all tensors in it."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,7 +11,7 @@ from megatron_cp.context.layouts import Layout, moves
 
 
 def relayout(tensors: Sequence[Tensor], before: Layout, after: Layout, fabric: Fabric) -> list[Tensor]:
-    """Tensors [s b * d] with their tokens laid out as `before` -> laid out as `after`; sends (p-1)/p of them."""
+    """Move the tokens of tensors [s b * d] from layout `before` to layout `after`; sends (p-1)/p of them."""
     if before == after:
         return list(tensors)
     me, fused = fabric.rank, torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0]

@@ -1,4 +1,4 @@
-"""The arguments of a loop, and what it keeps for the backward pass."""
+"""The arguments of a loop, and the tensors that it keeps for the backward pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -9,7 +9,7 @@ from megatron_cp.kernels import Kernel
 def tile_forward(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, scale: float, shape: Shape
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one tile."""
+    """Return (out, lse) of one tile."""
     if shape != "upper":
         return kernel.forward(q, k, v, scale=scale, causal=shape == "lower")
     # from the i-th key on, read backwards, is up to the i-th key
@@ -30,7 +30,7 @@ def tile_backward(
     scale: float,
     shape: Shape,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of one tile; out and lse are of the whole softmax."""
+    """Return (dq, dk, dv) of one tile; out and lse are of the whole softmax."""
     if shape != "upper":
         return kernel.backward(dout, q, k, v, out, lse, scale=scale, causal=shape == "lower")
     dout, q, k, v, out, lse = (x.flip(0) for x in (dout, q, k, v, out, lse))

@@ -1,8 +1,8 @@
 """All-gather of keys and values, as in Llama 3: every rank has K and V of all tokens that its queries see at once.
 
 It gathers one group of KV heads after the other: the next group is on its way while the current one is computed, and
-in the backward pass the gradients of the one before are on their way home. No rank receives tokens after the last or
-before the first one that it sees, so this is an exchange and no collective, which would bring every rank all of them.
+in the backward pass the gradients of the one before are on their way to their owners. A rank receives only the tokens
+from the first to the last one that it sees, which is why this is an exchange: a collective would bring it all of them.
 
 Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2. Traffic, memory: `BACKENDS` in `megatron_cp.context`.
 """

@@ -19,7 +19,8 @@ kinds of help do this, and each pass takes the one that moves fewer bytes. Over 
 Lent K and V are 2 U elements, 4 U with their gradients in the backward pass; lent queries are 2 Uq + Us with their
 results, and 3 Uq + 2 Us in the backward pass; U = s b g d and Uq = s b h d in the inputs' dtype, Us = s b h in the
 accumulator's. Mirrored help is less where several query heads share a KV head. A causal window takes the same steps
-without what it hides. Masks that show later keys need no help: every rank borrows p - 1 times K and V, or what it sees.
+without the hidden pairs. Masks that show later keys need no help: every rank borrows p - 1 times K and V, or the part
+that it sees.
 
 Source: Li et al. 2023, arXiv:2310.03294, section 3 (LightSeq); the backward pass sends delta where theirs sends out.
 """

@@ -7,7 +7,7 @@ between them, 2 (p - 1) U together as in a single ring; the backward pass sends 
 their gradients. Under a causal mask on the zigzag layout each part is 3/4 of this, summed over the ranks.
 
 Source: Gu et al. 2024 (LoongTrain), arXiv:2406.18485. There dK and dV circulate behind their blocks; here
-the ranks of a window send them to the one that brought the block into the window, and it sends their sum home.
+the ranks of a window send them to the one that brought the block into the window, and it sends their sum to the owner.
 """
 
 from functools import lru_cache

@@ -1,16 +1,25 @@
-"""FPDT: the work of a backend cut into chunks over time, with what waits in host memory.
+"""FPDT: an algorithm's work cut into chunks over time; what is not in use waits in host memory.
 
-Tokens are exchanged in u parts: part c is the c-th of u equal stretches of every piece of a rank's tokens (zigzag has
-two pieces, other layouts one), so that all ranks have equal shares of it. What the exchange brings lies in host memory,
-in sequence order. From there it is attended in u segments: q of segment i against k and v of each segment j, merged
-over j. Segments, too, are equal stretches of every piece of what a rank has now, so they are one segment at different
-distances: (i, j) is the inner attention over the positions of segment 0 under a shifted mask, and is left out where no
-rank sees anything.
+    1. exchange      chunk 0 | chunk 1 | chunk 2 | chunk 3       heads for tokens, and into host memory
 
-In the paper, and by default here, the backend is Ulysses: a rank has its heads of the whole sequence between the
-exchanges, and with any u it sends what Ulysses sends, (p-1)/p (2Uq + 2U) forward and the same backward. USP has a ring
-between them, other backends exchange nothing and are called as a whole: a loop inside is called for n pairs, n <= u u,
-each time with 1/u of the tokens, and sends n/u times as much as without chunks.
+    2. fetch,             k, v of segment j
+    3. attend             0    1    2    3
+       q of          0    x                                      q of segment i stays on the device,
+       segment i     1    x    x                                 k and v of segment j are fetched one ahead,
+                     2    x    x    x                            results are merged over j
+                     3    x    x    x    x                       (causal mask, u = 4)
+
+    4. exchange      chunk 0 | chunk 1 | chunk 2 | chunk 3       out of host memory, and tokens for heads
+
+Chunk c is the c-th of u equal stretches of every piece of a rank's tokens (zigzag has two pieces, other layouts one),
+so all ranks have equal shares of it. Segment i is the i-th of u equal stretches of every piece that a rank has between
+the exchanges. All segments are segment 0 at different distances: pair (i, j) is attention over the positions of
+segment 0 under a shifted mask, and is left out if no rank sees anything.
+
+In the paper, and by default here, the algorithm is Ulysses: a rank has its heads of the whole sequence between the
+exchanges, and with any u it sends as much as Ulysses, (p-1)/p (2Uq + 2U) forward and as much backward. USP has a ring
+between them. Other algorithms exchange nothing and run once for each of n pairs, n <= u u, each time with 1/u of the
+tokens, and send n/u times as much as without chunks.
 
 Memory beside the local q, k, v, out, dout, dq, dk, dv is O(1/u). Over the host link go, in elements of one rank,
 forward: q, k, v, out, lse down; q, out and n/u times K and V up. Backward: dout, dq and n/u times the float32 sums of
@@ -44,7 +53,7 @@ CHUNK_TOKENS = 65536
 """Tokens of the whole sequence in a chunk, as the paper recommends."""
 
 FEWEST_CHUNKS = 4
-"""Fewer do not pay: attention keeps about 2/u of its memory."""
+"""Fewest chunks by default: attention keeps about 2/u of its memory."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class FPDT:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
         """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; saved tensors are in host memory.
 
-        Raises ValueError for a number of chunks that does not divide the tokens, and what the loop inside raises.
+        Raises ValueError for a number of chunks that does not divide the tokens, and the errors of the loop inside.
         """
         work, lanes = chunked(task, self.inside), Lanes(q.device)
         # 1. exchange chunk after chunk of q, k and v, and put what arrives into host memory
@@ -119,7 +128,7 @@ class RoundedResults:
 class ExchangedChunk(NamedTuple):
     """Tokens that are exchanged at once: `local` tokens of each rank, and their places in host memory.
 
-    places: pairs of tokens in host memory and tokens of what the exchange brings
+    places: pairs of tokens in host memory and tokens that the exchange brings
     """
 
     local: Stretches
@@ -186,7 +195,7 @@ class NoSwap:
 
 
 def chunked(task: Task, inside: Loop[Any]) -> ChunkedWork:
-    """Cut the work of the loop `inside` into chunks of its exchange, and into segments of what is between the two."""
+    """Cut the exchanges of the loop `inside` into chunks, and its attention between them into segments."""
 
     def split(layout: Layout) -> tuple[Swap | NoSwap, Task]:
         over = task.on(task.fabric, layout, task.kernel)

@@ -116,7 +116,7 @@ class _Piece(NamedTuple):
 
 
 def _circulating(x: Tensor, task: Task) -> Iterator[_Piece]:
-    """Yield all of this rank's x, then what this rank sees of every other's; the next is in flight during the body."""
+    """Yield this rank's x, then the part of every other's that it sees; the next one is in flight during the body."""
     me, way = task.fabric.rank, route(task.layout, task.mask)
     for (shard,) in circulate([Shard(me, 0, (x,))], [way], task.fabric):
         owner, first, (here,) = shard
@@ -146,7 +146,7 @@ def _piece_of_scores(q: Tensor, piece: _Piece, bias: Tensor | None, task: Task) 
 
 
 def _hidden(queries: Tensor, keys: Tensor, mask: Mask) -> Tensor:
-    """The pairs that the mask hides, s t."""
+    """Return the pairs that the mask hides, s t."""
     distance = keys[None] - queries[:, None]
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if mask.left is not None:
@@ -162,7 +162,7 @@ def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 def _empty_rows(q: Tensor, groups: int, task: Task, value: float) -> Tensor:
-    """b g r s S of one value."""
+    """Return rows b g r s S of one value."""
     local, batch, heads, _ = q.shape
     shape = (batch, groups, heads // groups, local, tokens_of(task))
     return torch.full(shape, value, dtype=accumulator_dtype(q), device=q.device)
@@ -178,12 +178,12 @@ def _positions(runs: Runs, like: Tensor) -> Tensor:
 
 
 def columns_of(task: Task, like: Tensor) -> Tensor:
-    """The position of each column in a row of scores."""
+    """Return the position of each column in a row of scores."""
     return torch.cat([_positions(runs, like) for runs in task.layout])
 
 
 def _bias_gradient(rows: Tensor, bias: Tensor, task: Task) -> Tensor:
-    """The gradient of scores, added up over the dims in which the bias was broadcast, columns in sequence order."""
+    """Add the gradient of scores up over the dims in which the bias was broadcast; columns in sequence order."""
     if bias.shape[-1] == 1:
         return rows.flatten(1, 2).sum_to_size(bias.shape).to(bias.dtype)
     summed = rows.flatten(1, 2).sum_to_size((*bias.shape[:3], rows.shape[-1])).to(bias.dtype)

@@ -5,8 +5,8 @@ backward pass, which the paper does not have, sends (p - 1) (2 Uq + 2 Us) of que
 statistics one way and (p - 1) Uq of query gradients the other, with Uq = s b h d elements in the queries' dtype and
 Us = s b h in the accumulator's. Under a causal mask on the zigzag layout each part is 3/4 of this, summed over ranks.
 
-Source: Wang et al. 2024, arXiv:2412.20501. Queries that are what keys are in Ring Attention take that ring's route,
-seen from the side of the keys.
+Source: Wang et al. 2024, arXiv:2412.20501. Queries take the route that keys take in Ring Attention
+under the mirrored mask.
 """
 
 from collections.abc import Iterator
@@ -45,8 +45,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv.
 
-    Queries, their output gradients, lse and delta travel as the queries did; each rank's part of dq goes straight home
-    and is added in float32, while dk and dv never leave their owner.
+    Queries, their output gradients, lse and delta travel as the queries did; each rank's part of dq goes straight to
+    its owner and is added there in float32, while dk and dv stay with their owner.
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
     mine, returns = Block(task.fabric.rank, 0, saved.k, saved.v), Returns(task.fabric)

@@ -2,7 +2,7 @@
 
 A rank's heads come in two chunks, so that one chunk's exchange runs beside the other's attention, in both passes. The
 chunks are KV heads with their queries; a rank with a single KV head gets it with the first chunk of its queries, and
-its gradients leave with the last. What is sent is the same as at once.
+its gradients leave with the last. The chunks together send as much as all heads at once.
 
 Source: Jacobs et al. 2023, arXiv:2309.14509. Traffic: `BACKENDS` in `megatron_cp.context`.
 """
@@ -19,7 +19,7 @@ from megatron_cp.context.task import Saved, Task
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[Saved, ...]]:
     """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d].
 
-    A KV head that query heads of several ranks need goes to each of them; heads that p does not divide are dealt
+    A KV head that query heads of several ranks need goes to each of them; heads that p does not divide are shared
     unevenly. Raises ValueError for more ranks than query heads.
     """
     return forward_between(q, k, v, task, *split(task))

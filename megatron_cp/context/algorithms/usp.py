@@ -1,6 +1,6 @@
 """USP: Ulysses inside, Ring Attention across (or the other way round), on the two axes of a grid of ranks.
 
-Heads come in chunks as in `ulysses`, with a ring for each, where every rank is dealt more than one KV head.
+Heads come in chunks as in `ulysses`, with a ring for each, if every rank gets more than one KV head.
 
 Source: Fang and Zhao 2024, arXiv:2405.07719; head-first and context-first placement: Gu et al. 2024 (LoongTrain),
 arXiv:2406.18485, section 4. Traffic, memory: `BACKENDS` in `megatron_cp.context`.
