@@ -10,8 +10,7 @@ ranks with the paper's help (`near`), where q4 k0 is an attention of rank 4's qu
 
 A step's queries and keys are lent by their owners directly, one step ahead; results go straight to the owners.
 `distflash_tables` has the tables: with T = p // 2 steps after step 0, and for any p, all ranks have equally many pairs
-in every step. Two
-kinds of help do this, and each pass takes the one that moves fewer bytes. Over all ranks they lend
+in every step. Two kinds of help do this, and each pass takes the one that moves fewer bytes. Over all ranks they lend
 
     near (the paper's)  K and V  T p - T (T + 1) / 2  times, queries  T (T + 1) / 2  times, for an even p T / 2 fewer
     mirrored            K and V  T p - ceil(T / 2)    times, queries  T              times, for an even p 1 / 2 fewer

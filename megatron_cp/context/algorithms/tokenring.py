@@ -5,8 +5,8 @@ backward pass, which the paper does not have, sends (p - 1) (2 Uq + 2 Us) of que
 statistics one way and (p - 1) Uq of query gradients the other, with Uq = s b h d elements in the queries' dtype and
 Us = s b h in the accumulator's. Under a causal mask on the zigzag layout each part is 3/4 of this, summed over ranks.
 
-Source: Wang et al. 2024, arXiv:2412.20501. Queries take the route that keys take in Ring Attention
-under the mirrored mask.
+Source: Wang et al. 2024, arXiv:2412.20501. Queries take the route that keys take in Ring Attention under the mirrored
+mask.
 """
 
 from collections.abc import Iterator

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cp.context.layouts import layout
+from megatron_cp.megatron.layers import attention as attention_layer
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.cpu import cpu_runtime
 from tests.ranks import run_ranks
@@ -109,6 +110,21 @@ def test_recomputation_gives_the_same_gradients() -> None:
         return torch.utils.checkpoint.checkpoint(module, q, k, v, mask, AttnMaskType.causal, use_reentrant=False)
 
     assert_equal(results(recomputed), results(module), tolerance=0.0)
+
+
+def test_shapes_are_compared_in_the_first_call_and_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def attend(q: Tensor, *others: Any, agreed: bool) -> Tensor:
+        calls.append(agreed)
+        return q
+
+    monkeypatch.setattr(attention_layer, "attend", attend)
+    module = attention(config())
+    q, k, v, _ = inputs()
+    for tokens in (S, S, S // 2, S // 2, S):
+        module(q[:tokens], k[:tokens], v[:tokens], None)
+    assert calls == [False, True, False, True, False]
 
 
 def _against_stock(layer_scaling: bool) -> bool:
