@@ -26,6 +26,7 @@ from megatron_cp.comm import Fabric, axes_of
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import settle
+from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.grid import most_square
 from megatron_cp.quiet import without_import_warnings
 
@@ -156,7 +157,7 @@ def ours(comparison: Comparison, name: str, native: bool) -> Implementation:
     """Return a backend of the registry, on tokens in its own layout if `native`, else in Megatron's zigzag."""
     fabric, backend, shape = comparison.fabric, BACKENDS.get(name), comparison.shape
     inner, outer = axes_of(most_square(fabric.size), fabric) if backend.needs_grid else (None, None)
-    layout = (backend.layout if native else None) or "zigzag"
+    layout = (backend.layout if native else None) or ZIGZAG
     how = plan(
         name, cp=fabric, inner=inner, outer=outer, causal=shape.causal, kernel=comparison.kernel_name, layout=layout
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_cp.comm import LocalFabric, axes_of, in_process
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.attend import attend, plan
-from megatron_cp.context.layouts import indices
+from megatron_cp.context.layouts import ZIGZAG, indices
 from megatron_cp.grid import Grid
 
 
@@ -26,7 +26,7 @@ def deviation(backend: str, ranks: int, tokens: int = 96) -> float:
         on_grid = BACKENDS.get(backend).needs_grid
         inner, outer = axes_of(Grid(fabric.size, 1), fabric) if on_grid else (None, None)
         chosen = plan(backend, cp=fabric, inner=inner, outer=outer, kernel="reference")
-        mine = torch.tensor(indices("zigzag", tokens, fabric.size, fabric.rank))
+        mine = torch.tensor(indices(ZIGZAG, tokens, fabric.size, fabric.rank))
         mine_q, mine_k, mine_v = (x[mine].requires_grad_() for x in (q, k, v))
         out = attend(mine_q, mine_k, mine_v, chosen)
         return [out.detach(), *torch.autograd.grad(out, (mine_q, mine_k, mine_v), dout[mine])]
@@ -35,6 +35,6 @@ def deviation(backend: str, ranks: int, tokens: int = 96) -> float:
     (alone,) = in_process(1, body)
     errors = []
     for rank, parts in enumerate(in_process(ranks, body)):
-        mine = torch.tensor(indices("zigzag", tokens, ranks, rank))
+        mine = torch.tensor(indices(ZIGZAG, tokens, ranks, rank))
         errors += [((x - y[mine]).abs().max() / y.abs().max()).item() for x, y in zip(parts, alone, strict=True)]
     return max(errors)

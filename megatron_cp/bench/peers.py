@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cp.context.layouts import STRIPED, ZIGZAG
 from megatron_cp.kernels import Kernel
 
 
@@ -31,11 +32,11 @@ class Peer:
 
 
 PEERS = (
-    Peer("ring-flash-attn zigzag", "ring-flash-attn", "ring_flash_attn", "zigzag_ring_flash_attn_func", "zigzag"),
-    Peer("ring-flash-attn stripe", "ring-flash-attn", "ring_flash_attn", "stripe_flash_attn_func", "striped"),
+    Peer("ring-flash-attn zigzag", "ring-flash-attn", "ring_flash_attn", "zigzag_ring_flash_attn_func", ZIGZAG),
+    Peer("ring-flash-attn stripe", "ring-flash-attn", "ring_flash_attn", "stripe_flash_attn_func", STRIPED),
     Peer("ring-flash-attn ring", "ring-flash-attn", "ring_flash_attn", "ring_flash_attn_func", "contiguous"),
-    Peer("yunchang zigzag", "yunchang", "yunchang.ring", "zigzag_ring_flash_attn_func", "zigzag"),
-    Peer("yunchang stripe", "yunchang", "yunchang.ring", "stripe_flash_attn_func", "striped"),
+    Peer("yunchang zigzag", "yunchang", "yunchang.ring", "zigzag_ring_flash_attn_func", ZIGZAG),
+    Peer("yunchang stripe", "yunchang", "yunchang.ring", "stripe_flash_attn_func", STRIPED),
     Peer("yunchang ring", "yunchang", "yunchang.ring", "ring_flash_attn_func", "contiguous"),
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_cp.bench.comparison import BackendResult, Comparison, TimedPasses
 from megatron_cp.bench.links import link_here, touch_here
 from megatron_cp.context import AUTO, BACKENDS
+from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Compute, Problem, Trace
 from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.simulate import simulate
@@ -94,7 +95,7 @@ def _problem(comparison: Comparison, name: str, native: bool) -> Problem:
         causal=shape.causal,
         dtype=shape.dtype,
         grid=most_square(ranks) if backend.needs_grid else None,
-        layout=(backend.layout if native else None) or "zigzag",
+        layout=(backend.layout if native else None) or ZIGZAG,
     )
 
 

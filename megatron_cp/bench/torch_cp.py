@@ -10,6 +10,7 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.nn import functional
 
 from megatron_cp.bench.comparison import Comparison, Implementation
+from megatron_cp.context.layouts import ZIGZAG
 
 
 def enter(comparison: Comparison, name: str) -> Implementation:
@@ -27,7 +28,7 @@ def enter(comparison: Comparison, name: str) -> Implementation:
             out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3)
 
-    return Implementation(name, "zigzag", attend, _uncounted, trusted=False)
+    return Implementation(name, ZIGZAG, attend, _uncounted, trusted=False)
 
 
 def _uncounted(run: Callable[[], None]) -> None:

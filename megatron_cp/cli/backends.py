@@ -15,7 +15,7 @@ COLUMNS = ("--cp-comm-type", "also", "what it does", "sends per rank, forward", 
 def rows() -> Iterator[tuple[str, ...]]:
     """Yield the cells of COLUMNS for each backend."""
     for entry in BACKENDS:
-        yield entry.name, ", ".join(entry.aliases), entry.what, entry.moves, entry.paper
+        yield entry.name, ", ".join(entry.aliases), entry.what, entry.sends, entry.paper
 
 
 def markdown() -> str:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
-from megatron_cp.context import ALGORITHMS, BACKENDS
+from megatron_cp.context import ALGORITHMS, BACKENDS, BASELINE
+from megatron_cp.context.layouts import STRIPED, ZIGZAG
 from megatron_cp.context.trace.critical_path import critical_path
 from megatron_cp.context.trace.events import Problem, Trace
 from megatron_cp.dtypes import BYTES
@@ -49,7 +50,7 @@ def show(
     backend: Annotated[
         list[str] | None, typer.Option(help="Backend; may be repeated. By default all that call kernels.")
     ] = None,
-    against: Annotated[str, typer.Option(help="The backend that the others are compared with.")] = "ring",
+    against: Annotated[str, typer.Option(help="The backend that the others are compared with.")] = BASELINE,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
 ) -> None:
     """Time each distinct tile on this machine, and add up the longest chain of them, without links and copies.
@@ -86,8 +87,8 @@ def _traces(whole: Problem, names: Sequence[str], *, asked: bool) -> Iterator[Tr
     for name in dict.fromkeys([whole.backend, *names]):
         entry = BACKENDS.get(name)
         grid = most_square(whole.ranks) if entry.needs_grid else None
-        for stripe in _stripes(whole) if entry.layout == "striped" else (1,):
-            problem = replace(whole, backend=name, grid=grid, stripe=stripe, layout=entry.layout or "zigzag")
+        for stripe in _stripes(whole) if entry.layout == STRIPED else (1,):
+            problem = replace(whole, backend=name, grid=grid, stripe=stripe, layout=entry.layout or ZIGZAG)
             try:
                 trace = record(problem)
             except ValueError:

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
+from megatron_cp.context.checks import able, check_placement
+from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Pass, Problem, Trace
 from megatron_cp.context.trace.simulate import Run, Seconds, simulate
 from megatron_cp.grid import Grid, most_square
@@ -67,8 +69,11 @@ def trace(
     window: Window = None,
     cluster: ClusterOption = "h100-ib",
     hierarchical_context_parallel_sizes: GridSizes = None,
-    placement: Annotated[str, typer.Option(help=f"{' or '.join(PLACEMENTS)}, for usp.")] = "head-first",
-    layout: Layout = "zigzag",
+    placement: Annotated[
+        str,
+        typer.Option(help=f"{' or '.join(PLACEMENTS)}, for {able(lambda entry: entry.capabilities.placement, str)}."),
+    ] = "head-first",
+    layout: Layout = ZIGZAG,
     chunks: SequenceChunks = None,
     stripe: Annotated[int, typer.Option(min=1, help="Tokens in a block of the striped layout.")] = 1,
     dtype: Dtype = None,
@@ -84,7 +89,7 @@ def trace(
     hardware = load_cluster(cluster)
     _check_plots(plot or [])
     if placement in PLACEMENTS:
-        BACKENDS.get(backend).check_placement(placement)
+        check_placement(BACKENDS.get(backend), placement)
     problem = Problem(
         backend=BACKENDS.get(backend).name,
         ranks=ranks,
@@ -156,10 +161,10 @@ def _grid(backend: str, ranks: int, sizes: tuple[int, int] | None) -> Grid | Non
             f"possible are {', '.join(f'{n} {ranks // n}' for n in range(1, ranks + 1) if ranks % n == 0)}"
         )
     entry = BACKENDS.get(backend)
-    if sizes and not (entry.needs_grid or entry.takes_grid):
+    if sizes and not entry.takes_grid:
         raise ValueError(
             f"--hierarchical-context-parallel-sizes has no effect on --backend {entry.name}; leave it out or use one "
-            f"of {', '.join(other.name for other in BACKENDS if other.needs_grid or other.takes_grid)}"
+            f"of {', '.join(other.name for other in BACKENDS if other.takes_grid)}"
         )
     if sizes:
         return Grid(*sizes)

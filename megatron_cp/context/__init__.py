@@ -1,62 +1,23 @@
-"""The menu of context-parallel backends. Pure: a backend's loop is imported with its first use."""
+"""Registry of context-parallel algorithms. Pure: an algorithm's loop is imported with its first use."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from megatron_cp.context.backend import PLACEMENTS, Backend, Capabilities
 from megatron_cp.context.loop import Loop
-from megatron_cp.errors import Refused
-from megatron_cp.grid import Grid, team_sizes
+from megatron_cp.context.traffic import Traffic
 from megatron_cp.registry import Registry
 
-
-@dataclass(frozen=True)
-class Backend:
-    """One context-parallel algorithm.
-
-    load:     import the algorithm's loop
-    layout:   which positions its loop wants on a rank; None takes Megatron's zigzag as it comes
-    moves:    what travels, per rank and layer, in elements of one of K or V (U = s b g d), Uq = s b h d
-    needs_grid: the degree of each axis comes from --hierarchical-context-parallel-sizes
-    chunks:   whether `fpdt` can cut its work over time: it takes any mask over any positions
-    takes_grid: the same where these are given; without them the loop chooses
-    teams:    whether the inner axis is a team, whose size squared has to divide the ranks
-    placed:   whether --cp-placement says which axis exchanges heads
-    weighed:  whether `auto` weighs it: a loop that is there for its speed, not for its memory or what it shows
-    """
-
-    name: str
-    load: Callable[[], Loop[Any]]
-    paper: str
-    what: str
-    moves: str
-    aliases: tuple[str, ...] = ()
-    layout: str | None = None
-    needs_grid: bool = False
-    chunks: bool = True
-    takes_grid: bool = False
-    teams: bool = False
-    placed: bool = False
-    weighed: bool = True
-
-    def check_grid(self, grid: Grid) -> None:
-        """Raise ValueError for a grid that the algorithm cannot take."""
-        ranks = grid.inner * grid.outer
-        if self.teams and grid.inner not in (possible := team_sizes(ranks)):
-            raise Refused(
-                f"backend {self.name!r} needs context_parallel_size divisible by the square of its teams' size, the "
-                f"inner hierarchical size, got {ranks} and {grid.inner}; possible are "
-                f"{', '.join(map(str, possible))}, backend 'wallfacer' takes any"
-            )
-
-    def check_placement(self, placement: str) -> None:
-        """Raise ValueError for a placement other than the first where it would have no effect."""
-        if not self.placed and placement != next(iter(PLACEMENTS)):
-            placed = " or ".join(repr(entry.name) for entry in BACKENDS if entry.placed)
-            raise Refused(
-                f"placement says which axis exchanges heads, got {placement!r} with backend {self.name!r}, which "
-                f"does not ask; use backend {placed} or leave it out"
-            )
+__all__ = [
+    "ALGORITHMS",
+    "AUTO",
+    "BACKENDS",
+    "BASELINE",
+    "DEFAULT",
+    "PLACEMENTS",
+    "Backend",
+    "Capabilities",
+    "Traffic",
+]
 
 
 def _ring() -> Loop[Any]:
@@ -141,133 +102,154 @@ BACKENDS = Registry(
     "context-parallel backend",
     [
         Backend(
-            "zigzag",
-            _ring,
-            "arXiv:2310.01889 on the head-tail layout",
-            "ring of K and V, balanced under a causal mask",
-            "2(p-1)U, causal 3/4 of it",
+            name="zigzag",
+            load=_ring,
+            paper="arXiv:2310.01889 on the head-tail layout",
+            what="ring of K and V, balanced under a causal mask",
+            traffic=Traffic(full="2(p-1)U", causal="3/4 of it"),
             aliases=("p2p",),
+            capabilities=Capabilities(planned=True),
         ),
         Backend(
-            "bidirectional",
-            _bidirectional,
-            "arXiv:2310.01889 on the head-tail layout",
-            "ring of K and V both ways, early halves up and late ones down",
-            "2(p-1)U, half of it each way, causal 3/4 of it",
+            name="bidirectional",
+            load=_bidirectional,
+            paper="arXiv:2310.01889 on the head-tail layout",
+            what="ring of K and V both ways, early halves up and late ones down",
+            traffic=Traffic(full="2(p-1)U", causal="3/4 of it", where="half of it each way"),
         ),
         Backend(
-            "ring",
-            _ring,
-            "arXiv:2310.01889",
-            "ring of K and V over contiguous pieces",
-            "2(p-1)U, causal 1/2 of it on average",
+            name="ring",
+            load=_ring,
+            paper="arXiv:2310.01889",
+            what="ring of K and V over contiguous pieces",
+            traffic=Traffic(full="2(p-1)U", causal="1/2 of it"),
             layout="contiguous",
         ),
         Backend(
-            "striped",
-            _ring,
-            "arXiv:2311.09431",
-            "ring of K and V, every p-th token on a rank",
-            "2(p-1)U",
+            name="striped",
+            load=_ring,
+            paper="arXiv:2311.09431",
+            what="ring of K and V, every p-th token on a rank",
+            traffic=Traffic(full="2(p-1)U", causal="2(p-1)U", causal_sense="at most"),
             layout="striped",
+            # a window on stripes is a multitude of small tiles: never fast, and long to record
+            capabilities=Capabilities(weighed="without window"),
         ),
         Backend(
-            "all-gather",
-            _all_gather,
-            "arXiv:2407.21783, 3.3.2",
-            "every rank gathers K and V, group by group of KV heads",
-            "2(p-1)U, causal 3/4 of it",
+            name="all-gather",
+            load=_all_gather,
+            paper="arXiv:2407.21783, 3.3.2",
+            what="every rank gathers K and V, group by group of KV heads",
+            traffic=Traffic(full="2(p-1)U", causal="3/4 of it"),
             aliases=("all_gather", "allgather"),
+            capabilities=Capabilities(planned=True),
         ),
         Backend(
-            "ulysses",
-            _ulysses,
-            "arXiv:2309.14509",
-            "heads for tokens and back",
-            "(p-1)/p (2Uq + 2U)",
+            name="ulysses",
+            load=_ulysses,
+            paper="arXiv:2309.14509",
+            what="heads for tokens and back",
+            traffic=Traffic(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
             aliases=("a2a",),
+            capabilities=Capabilities(heads="all", planned=True),
         ),
         Backend(
-            "usp",
-            _usp,
-            "arXiv:2405.07719",
-            "Ulysses on one axis, ring on the other",
-            "(u-1)/u (2Uq + 2U) + 2(r-1)U, p = u r",
+            name="usp",
+            load=_usp,
+            paper="arXiv:2405.07719",
+            what="Ulysses on one axis, ring on the other",
+            traffic=Traffic(
+                full="(u-1)/u (2Uq + 2U) + 2(r-1)U",
+                causal="(u-1)/u (2Uq + 2U) + 3/2 (r-1)U",
+                axes="ur",
+                per_kv_head=True,
+                where="p = u r",
+            ),
             aliases=("a2a+p2p",),
-            needs_grid=True,
-            placed=True,
+            capabilities=Capabilities(grid="needed", placement=True, heads="axis", planned=True),
         ),
         Backend(
-            "double-ring",
-            _double_ring,
-            "arXiv:2406.18485",
-            "rings of K and V inside windows of ranks, and between the windows meanwhile",
-            "2W(w-1)U inside + 2(W-1)U between, p = w W, causal 3/4 of it",
+            name="double-ring",
+            load=_double_ring,
+            paper="arXiv:2406.18485",
+            what="rings of K and V inside windows of ranks, and between the windows meanwhile",
+            traffic=Traffic(full="2W(w-1)U + 2(W-1)U", causal="3/4 of it", axes="wW", where="p = w W"),
             aliases=("double_ring",),
-            needs_grid=True,
+            capabilities=Capabilities(grid="needed"),
         ),
         Backend(
-            "tokenring",
-            _tokenring,
-            "arXiv:2412.20501",
-            "ring of queries, partial results straight home",
-            "2(p-1)Uq, causal 3/4 of it",
+            name="tokenring",
+            load=_tokenring,
+            paper="arXiv:2412.20501",
+            what="ring of queries, partial results straight home",
+            traffic=Traffic(full="(p-1)(2Uq + Us)", causal="3/4 of it"),
         ),
         Backend(
-            "distflash",
-            _distflash,
-            "arXiv:2310.03294",
-            "early ranks help late ones, everything lent directly",
-            "causal (3p-2)/4 U + p/4 Uq, about pU + Uq where KV heads are shared; full 2(p-1)U",
+            name="distflash",
+            load=_distflash,
+            paper="arXiv:2310.03294",
+            what="early ranks help late ones, everything lent directly",
+            traffic=Traffic(full="2(p-1)U", causal="(3p-2)/4 U + p/8 (2Uq + Us)", causal_sense="at most"),
             layout="contiguous",
-            chunks=False,
+            capabilities=Capabilities(chunks=False),
         ),
         Backend(
-            "fpdt",
-            _fpdt,
-            "arXiv:2408.16978",
-            "Ulysses in chunks over time, what waits lies in host memory",
-            "(p-1)/p (2Uq + 2U)",
-            weighed=False,
+            name="fpdt",
+            load=_fpdt,
+            paper="arXiv:2408.16978",
+            what="Ulysses in chunks over time, what waits lies in host memory",
+            traffic=Traffic(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
+            capabilities=Capabilities(heads="all", weighed="never"),
         ),
         Backend(
-            "rsa",
-            _rsa,
-            "arXiv:2105.13120",
-            "ring of K, then of V, over whole rows of scores; takes a bias, shows probabilities",
-            "2(p-1)U, causal 3/4 of it",
-            weighed=False,
+            name="rsa",
+            load=_rsa,
+            paper="arXiv:2105.13120",
+            what="ring of K, then of V, over whole rows of scores; takes a bias, shows probabilities",
+            traffic=Traffic(full="2(p-1)U", causal="3/4 of it"),
+            capabilities=Capabilities(bias=True, weighed="never"),
         ),
         Backend(
-            "wallfacer",
-            _wallfacer,
-            "arXiv:2407.00611, tiles of arXiv:2512.20968",
-            "queries of a row of ranks meet keys of a column of ranks",
-            "(a-1)(2Uq + Us) + 2(c-1)U, p = a c",
-            takes_grid=True,
+            name="wallfacer",
+            load=_wallfacer,
+            paper="arXiv:2407.00611, tiles of arXiv:2512.20968",
+            what="queries of a row of ranks meet keys of a column of ranks",
+            traffic=Traffic(
+                full="(a-1)(2Uq + Us) + 2(c-1)U",
+                causal="(4c-1)/(4c) (a-1)(2Uq + Us) + 3/2 (c-1)U",
+                axes="ac",
+                where="p = a c",
+            ),
+            capabilities=Capabilities(grid="optional"),
         ),
         Backend(
-            "startrail",
-            _startrail,
-            "arXiv:2407.00611",
-            "teams of C ranks gather queries and keys, keys of teams go around C rings",
-            "(C-1)(2Uq + 2U + Us) + 2U p/C, C² divides p",
-            takes_grid=True,
-            teams=True,
+            name="startrail",
+            load=_startrail,
+            paper="arXiv:2407.00611",
+            what="teams of C ranks gather queries and keys, keys of teams go around C rings",
+            traffic=Traffic(
+                full="(C-1)(2Uq + 2U + Us) + 2U p/C",
+                sense="at most",
+                axes="C",
+                where="C² divides p",
+            ),
+            capabilities=Capabilities(grid="optional", teams=True),
         ),
         Backend(
-            AUTO,
-            _auto,
-            "the cost model of megatron-cp trace",
-            "the fastest of the others for these sizes on a cluster, and says why",
-            "as the one it takes",
-            takes_grid=True,
-            weighed=False,
+            name=AUTO,
+            load=_auto,
+            paper="the cost model of megatron-cp trace",
+            what="the fastest of the others for these sizes on a cluster, and says why",
+            capabilities=Capabilities(grid="optional", weighed="never"),
         ),
     ],
 )
 
-ALGORITHMS = [entry.name for entry in BACKENDS if entry.name != AUTO]
-"""The backends that are a loop of their own."""
+DEFAULT = "zigzag"
+"""The backend where none is asked for."""
 
-PLACEMENTS = {"head-first": "inner", "context-first": "outer"}
+BASELINE = "ring"
+"""The backend that critical paths are compared with."""
+
+ALGORITHMS = [entry.name for entry in BACKENDS if entry.name != AUTO]
+"""The backends that have a loop of their own."""

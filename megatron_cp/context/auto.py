@@ -11,7 +11,7 @@ from threading import Lock
 
 import torch
 
-from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, cache_sizes
+from megatron_cp.context import AUTO, BACKENDS, DEFAULT, PLACEMENTS, cache_sizes
 from megatron_cp.context.choose import Choice, choose
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import Mask
@@ -33,7 +33,7 @@ def settle(plan: Plan, sizes: Sizes) -> Plan:
     if plan.backend.name != AUTO:
         return plan
     if plan.cp.size == 1:
-        return replace(plan, backend=BACKENDS.get("zigzag"), axes=None, why="one rank has the whole sequence")
+        return replace(plan, backend=BACKENDS.get(DEFAULT), axes=None, why="one rank has the whole sequence")
     choice = decide(_problem(plan, sizes), plan.cluster or default_cluster(sizes.device))
     best, axes = choice.problem, None
     if best.grid is not None:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_cp.context.agreement import agree_on_shapes
 from megatron_cp.context.algorithms import rsa
+from megatron_cp.context.checks import able
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.task import Saved, Task
 from megatron_cp.errors import Refused
@@ -63,10 +64,11 @@ class _Biased(torch.autograd.Function):
 
 def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None) -> Task:
     """Return the task of such tensors; refuse another backend, different shapes and a bias that does not fit."""
-    if plan.backend.name != "rsa" or plan.chunks is not None:
+    if not plan.backend.capabilities.bias or plan.chunks is not None:
+        names = able(lambda entry: entry.capabilities.bias)
         raise Refused(
-            f"whole rows of scores are held by backend 'rsa' without chunks only, got {plan.backend.name!r} with "
-            f"chunks = {plan.chunks}; make the plan with plan('rsa', ...)"
+            f"whole rows of scores are held by backend {names} without chunks only, got {plan.backend.name!r} with "
+            f"chunks = {plan.chunks}; make the plan with plan({names}, ...)"
         )
     agree_on_shapes(plan.cp, q, k, v)
     task = task_for(q, k, v, plan)

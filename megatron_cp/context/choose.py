@@ -54,9 +54,10 @@ class Option(NamedTuple):
     def label(self) -> str:
         """The backend, with its grid and what that is for where it has one."""
         entry, grid = BACKENDS.get(self.problem.backend), self.problem.grid
-        if grid is None or not (entry.needs_grid or entry.takes_grid):
+        if grid is None or not entry.takes_grid:
             return entry.name
-        return f"{entry.name} {grid.inner}x{grid.outer}" + (f" {self.problem.placement}" if entry.placed else "")
+        placement = f" {self.problem.placement}" if entry.capabilities.placement else ""
+        return f"{entry.name} {grid.inner}x{grid.outer}{placement}"
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,12 @@ def _least(steps: Sequence[Step], cluster: Cluster) -> float:
 def candidates(problem: Problem) -> Iterator[Problem]:
     """The problem with every backend that is weighed, and its choices."""
     for entry in BACKENDS:
-        if not entry.weighed or (problem.chunks is not None and not entry.chunks):
-            continue
-        # a window on stripes is a multitude of small tiles: never fast, and long to record
-        if entry.layout == "striped" and problem.mask.window:
+        if not entry.weighs(problem.mask) or (problem.chunks is not None and not entry.capabilities.chunks):
             continue
         on_grid = entry.needs_grid or (entry.takes_grid and problem.grid is not None)
         if on_grid and problem.grid is None:
             continue
-        for placement in PLACEMENTS if entry.placed else [problem.placement]:
+        for placement in PLACEMENTS if entry.capabilities.placement else [problem.placement]:
             grid = problem.grid if on_grid else None
             yield replace(problem, backend=entry.name, grid=grid, placement=placement)
 

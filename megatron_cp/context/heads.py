@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron_cp.comm import Done, Fabric, Handle
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
 from megatron_cp.context.merge import Sum
-from megatron_cp.errors import Refused
 from megatron_cp.kernels import Kernel
 
 CHUNKS = 2
@@ -28,15 +27,8 @@ class Hands(NamedTuple):
 
 @cache
 def deal(heads: int, kv_heads: int, ranks: int) -> Hands:
-    """Query heads in order, one more for the first `heads % ranks` ranks.
-
-    Raises ValueError when some rank would get none.
-    """
-    if ranks > heads:
-        raise Refused(
-            f"{ranks} ranks cannot share {heads} query heads; "
-            f"exchange heads among at most {heads} ranks (backend 'usp') or use backend 'zigzag'"
-        )
+    """Give every rank a stretch of query heads, one more to the first `heads % ranks` ranks; each rank gets some."""
+    assert ranks <= heads, f"{ranks} ranks cannot share {heads} query heads"
     few, more = divmod(heads, ranks)
     starts = [rank * few + min(rank, more) for rank in range(ranks + 1)]
     group = heads // kv_heads

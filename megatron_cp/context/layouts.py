@@ -12,19 +12,21 @@ from typing import NamedTuple
 from megatron_cp.errors import Refused
 from megatron_cp.registry import suggest
 
+ZIGZAG, CONTIGUOUS, STRIPED = "zigzag", "contiguous", "striped"
+
 Runs = tuple[range, ...]
 Layout = tuple[Runs, ...]
 
 
 def contiguous(tokens: int, ranks: int) -> Layout:
     """Rank r owns the r-th of `ranks` equal pieces (Ring Attention, arXiv:2310.01889)."""
-    size = _divide(tokens, ranks, "contiguous", "context_parallel_size")
+    size = _divide(tokens, ranks, CONTIGUOUS, "context_parallel_size")
     return tuple((range(rank * size, (rank + 1) * size),) for rank in range(ranks))
 
 
 def zigzag(tokens: int, ranks: int) -> Layout:
     """Rank r owns chunks r and 2 * ranks - 1 - r of 2 * ranks: Megatron's layout, balanced under a causal mask."""
-    size = _divide(tokens, 2 * ranks, "zigzag", "2 * context_parallel_size")
+    size = _divide(tokens, 2 * ranks, ZIGZAG, "2 * context_parallel_size")
     chunks = [range(start, start + size) for start in range(0, tokens, size)]
     return tuple(join((chunks[rank], chunks[2 * ranks - 1 - rank])) for rank in range(ranks))
 
@@ -36,16 +38,16 @@ def striped(tokens: int, ranks: int, stripe: int = 1) -> Layout:
     stretches that can be gathered.
     """
     if stripe == 1:
-        _divide(tokens, ranks, "striped", "context_parallel_size")
+        _divide(tokens, ranks, STRIPED, "context_parallel_size")
         return tuple((range(rank, tokens, ranks),) for rank in range(ranks))
     step = ranks * stripe
-    _divide(tokens, step, "striped", "context_parallel_size * stripe")
+    _divide(tokens, step, STRIPED, "context_parallel_size * stripe")
     return tuple(
         join([range(start, start + stripe) for start in range(rank * stripe, tokens, step)]) for rank in range(ranks)
     )
 
 
-LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "contiguous": contiguous, "striped": striped}
+LAYOUTS: dict[str, Callable[[int, int], Layout]] = {ZIGZAG: zigzag, CONTIGUOUS: contiguous, STRIPED: striped}
 
 
 @cache
@@ -56,7 +58,7 @@ def layout(name: str, tokens: int, ranks: int, stripe: int = 1) -> Layout:
     """
     if name not in LAYOUTS:
         raise Refused(f"unknown layout {name!r}{suggest(name, LAYOUTS)}; known: {', '.join(LAYOUTS)}")
-    return striped(tokens, ranks, stripe) if name == "striped" else LAYOUTS[name](tokens, ranks)
+    return striped(tokens, ranks, stripe) if name == STRIPED else LAYOUTS[name](tokens, ranks)
 
 
 def indices(name: str, tokens: int, ranks: int, rank: int, stripe: int = 1) -> list[int]:

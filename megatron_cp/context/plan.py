@@ -10,7 +10,8 @@ from torch import Tensor
 from megatron_cp.comm import Fabric, SingleFabric
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes
 from megatron_cp.context.algorithms.fpdt import FPDT
-from megatron_cp.context.layouts import LAYOUTS
+from megatron_cp.context.checks import able, check_can_chunk, check_grid, check_heads, check_mask, check_placement
+from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG
 from megatron_cp.context.layouts import layout as positions
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.masks import Mask, mask
@@ -91,7 +92,7 @@ def plan(
     kernel: str | Kernel = "auto",
     placement: str = "head-first",
     deterministic: bool = False,
-    layout: str = "zigzag",
+    layout: str = ZIGZAG,
     chunks: int | None = None,
     cluster: str | Cluster | None = None,
     stripe: int = 1,
@@ -111,19 +112,21 @@ def plan(
     entry, cp = BACKENDS.get(backend), cp or SingleFabric()
     _known("layout", layout, LAYOUTS)
     _known("placement", placement, PLACEMENTS)
-    entry.check_placement(placement)
+    check_placement(entry, placement)
     _check_stripe(stripe, entry, layout)
     on_grid = entry.needs_grid or (entry.takes_grid and bool(inner or outer))
     axes = _axes(entry, cp, inner, outer, placement) if on_grid else None
     if chunks is not None and chunks < 1:
         raise Refused(f"chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
-    if chunks is not None and not entry.chunks:
-        raise Refused(f"backend {entry.name!r} cannot be cut into chunks; leave chunks out or use 'fpdt' or 'zigzag'")
+    if chunks is not None:
+        check_can_chunk(entry)
+    seen = mask(causal, window)
+    check_mask(entry, seen)
     return Plan(
         backend=entry,
         cp=cp,
         axes=axes,
-        mask=mask(causal, window),
+        mask=seen,
         softmax_scale=softmax_scale,
         kernel=kernel,
         deterministic=deterministic,
@@ -137,6 +140,8 @@ def plan(
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
     """Return the arguments of a settled plan's loop for such tensors; raises ValueError when they do not fit."""
     _check(q, k, v)
+    grid, axis = (plan.axes.grid, plan.axes.heads) if plan.axes else (None, "")
+    check_heads(plan.backend, q.shape[2], plan.cp.size, grid, axis)
     layout = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
     heads = (q.shape[2], k.shape[2])
@@ -166,17 +171,17 @@ def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None
     if inner.size * outer.size != cp.size:
         raise Refused(f"hierarchical sizes {inner.size} * {outer.size} must be context_parallel_size = {cp.size}")
     grid = Grid(inner.size, outer.size)
-    entry.check_grid(grid)
+    check_grid(entry, grid)
     return Axes(grid, inner, outer, PLACEMENTS[placement])
 
 
 def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
     if stripe < 1:
         raise Refused(f"stripe is the number of tokens in a block, 1 or more, got {stripe}")
-    if stripe > 1 and "striped" not in (entry.layout, layout):
+    if stripe > 1 and STRIPED not in (entry.layout, layout):
         raise Refused(
-            f"stripe is the length of a block of layout 'striped', got stripe = {stripe} with backend {entry.name!r} "
-            f"on layout {layout!r}; use backend 'striped' or leave stripe out"
+            f"stripe is the length of a block of layout {STRIPED!r}, got stripe = {stripe} with backend {entry.name!r} "
+            f"on layout {layout!r}; use backend {able(lambda other: other.layout == STRIPED)} or leave stripe out"
         )
 
 

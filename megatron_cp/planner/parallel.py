@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_cp.context import BACKENDS
+from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
@@ -41,7 +41,7 @@ class Parallel:
     cp: int = 1
     dp: int = 1
     ep: int = 1
-    backend: str = "zigzag"
+    backend: str = DEFAULT
     grid: Grid | None = None
     placement: str = "head-first"
     sp: bool = False

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from megatron_cp.context import BACKENDS
 from megatron_cp.context.choose import Record
 from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.grid import Grid, divisors
@@ -20,7 +21,7 @@ from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel, megatrons_schedule
 
-CONTEXT = ("zigzag", "all-gather", "ulysses", "usp")
+CONTEXT = tuple(entry.name for entry in BACKENDS if entry.capabilities.planned)
 """Default backends of a search, one for each kind of traffic."""
 
 SCHEDULED = ("1f1b", "interleaved", "zb-h1", "izb")
@@ -318,8 +319,6 @@ def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Esti
 
 
 def _contexts(request: PlanRequest, parallel: Parallel) -> Iterator[Parallel]:
-    from megatron_cp.context import BACKENDS
-
     if parallel.cp == 1:
         yield parallel
         return

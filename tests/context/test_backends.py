@@ -69,7 +69,7 @@ def test_backend_equals_dense(backend, ranks, heads, kv_heads, causal):
         (entry.name, placement)
         for entry in BACKENDS
         if entry.needs_grid
-        for placement in (PLACEMENTS if entry.placed else ["head-first"])
+        for placement in (PLACEMENTS if entry.capabilities.placement else ["head-first"])
     ],
 )
 def test_backend_on_a_grid_equals_dense(backend, grid, placement, heads, kv_heads, causal):

@@ -1,17 +1,97 @@
-"""What travels: counted by the fabrics, equal to the formulas of the menu."""
+"""What travels: counted by the fabrics, equal to the formulas of the registry."""
 
 import pytest
 
 from megatron_cp.comm import in_process
+from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.algorithms.ring import route
 from megatron_cp.context.heads import deal
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL, FULL, Mask
+from megatron_cp.context.trace.events import Problem
+from megatron_cp.context.trace.record import record
+from megatron_cp.context.traffic import Formula, LocalSizes, Traffic
+from megatron_cp.grid import Grid, divisors
 from tests.context.dense import problem
 from tests.context.test_backends import sharded
 
 RANKS = [2, 3, 4, 5, 8]
 BYTES = 8
+TOKENS, DIM = 24, 16
+LEAST_SHARE = 0.4
+"""Of a bound that the mean reaches at least; a formula of the wrong order does not."""
+
+
+def on_grids(backend, ranks):
+    """Every grid for a formula that names its axes, and none for the others."""
+    if not BACKENDS.get(backend).traffic.axes:
+        return [None]
+    found = [Grid(inner, ranks // inner) for inner in divisors(ranks)]
+    return [grid for grid in found if not BACKENDS.get(backend).capabilities.teams or ranks % grid.inner**2 == 0]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("per_rank", [(2, 1), (2, 2)], ids=["shared", "equal"])
+@pytest.mark.parametrize("ranks", [3, 4, 8], ids=lambda n: f"p{n}")
+@pytest.mark.parametrize("backend", ALGORITHMS)
+def test_counted_bytes_are_the_registry_s_formula(backend, ranks, per_rank, causal):
+    entry, (heads, kv_heads) = BACKENDS.get(backend), (ranks * n for n in per_rank)
+    sizes, layout_of_loop = LocalSizes(ranks, TOKENS, 1, heads, kv_heads, DIM), entry.layout or "zigzag"
+    for grid in on_grids(backend, ranks):
+        problem = Problem(
+            backend, ranks, TOKENS * ranks, heads, kv_heads, DIM, causal, grid=grid, layout=layout_of_loop
+        )
+        counted = record(problem).forward.sent
+        formula = entry.traffic.elements(sizes, causal=causal, grid=grid).size(2, 4)
+        assert counted_as(entry.traffic.sense_of(causal), counted, formula), (grid, counted, formula)
+
+
+def counted_as(sense, counted, formula):
+    """True if bytes that were counted keep what a formula promises."""
+    mean = sum(counted) / len(counted)
+    if sense == "rank":
+        return counted == pytest.approx([formula] * len(counted), rel=1e-12)
+    if sense == "mean":
+        return mean == pytest.approx(formula, rel=1e-12)
+    return LEAST_SHARE * formula <= mean <= formula * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sense", "counted", "keeps"),
+    [
+        ("rank", [4, 4], True),
+        ("rank", [3, 5], False),
+        ("mean", [3, 5], True),
+        ("mean", [3, 4], False),
+        ("at most", [3, 4], True),
+        ("at most", [4, 5], False),
+        ("at most", [1, 1], False),
+    ],
+)
+def test_a_formula_that_is_wrong_is_noticed(sense, counted, keeps):
+    assert counted_as(sense, counted, 4) == keeps
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2(p-1)U", 60), ("(p-1)/p (2Uq + 2U)", 45), ("2U p/3", 80 / 3), ("(4p-1)/(4p) U", 9.375), ("3/2 (p-1)U", 45)],
+)
+def test_a_formula_is_evaluated_as_it_is_written(text, value):
+    formula = Formula(text)
+    assert str(formula) == text
+    assert formula(p=4, U=10, Uq=20, Us=1) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["2(p-1)U, causal", "2**p", "p % 2", "f(p"])
+def test_what_is_not_a_formula_is_refused(text):
+    with pytest.raises((ValueError, SyntaxError)):
+        Formula(text)
+
+
+def test_a_formula_says_in_the_table_what_it_promises():
+    traffic = Traffic(full="2(p-1)U", causal="pU", sense="at most", causal_sense="at most", where="p = a c")
+    assert str(traffic) == "at most 2(p-1)U, causal at most pU, p = a c"
+    assert str(Traffic(full="2(p-1)U", causal="3/4 of it")) == "2(p-1)U, causal 3/4 of it"
 
 
 def sent(ranks, backend, causal, heads=8, kv_heads=2):

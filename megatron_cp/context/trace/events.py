@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.grid import Grid
 
@@ -34,7 +35,7 @@ class Problem:
     dtype: str = "bfloat16"
     grid: Grid | None = None
     placement: str = "head-first"
-    layout: str = "zigzag"
+    layout: str = ZIGZAG
     chunks: int | None = None
     stripe: int = 1
 

@@ -63,7 +63,7 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
     entry = BACKENDS.get(problem.backend)
     if entry.name == AUTO:
         raise Refused(f"{AUTO!r} has no loop of its own; take what megatron_cp.context.auto.decide names")
-    if problem.grid and (entry.needs_grid or entry.takes_grid):
+    if problem.grid and entry.takes_grid:
         inner, outer = axes_of(problem.grid, fabric)
     return plan(
         problem.backend,

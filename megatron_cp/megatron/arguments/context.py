@@ -8,8 +8,9 @@ from math import prod
 from typing import Any
 
 from megatron_cp.context import AUTO as AUTO_BACKEND
-from megatron_cp.context import BACKENDS, PLACEMENTS
-from megatron_cp.context.layouts import check_chunks, layout
+from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS, Backend
+from megatron_cp.context.checks import able, check_grid
+from megatron_cp.context.layouts import STRIPED, ZIGZAG, check_chunks, layout
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
@@ -74,16 +75,17 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--cp-placement",
         default=HEAD_FIRST,
         metavar="{" + ",".join(PLACEMENTS) + "}",
-        help="With --cp-comm-type usp, which of the two --hierarchical-context-parallel-sizes exchanges heads: "
-        "head-first the first (neighbouring ranks), context-first the second.",
+        help=f"With --cp-comm-type {able(takes_placement, str)}, which of the two "
+        "--hierarchical-context-parallel-sizes exchanges heads: head-first the first (neighbouring ranks), "
+        "context-first the second.",
     )
     group.add_argument(
         "--cp-stripe",
         type=int,
         default=1,
         metavar="TOKENS",
-        help="With --cp-comm-type striped, tokens in a block that one rank owns; longer blocks make larger tiles and "
-        "a coarser balance.",
+        help=f"With --cp-comm-type {able(on_stripes, str)}, tokens in a block that one rank owns; longer blocks make "
+        "larger tiles and a coarser balance.",
     )
     group.add_argument(
         "--cp-chunks",
@@ -91,7 +93,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         metavar="PIECES",
         help="Cut attention into so many pieces over time, with what waits in host memory (FPDT). Takes every "
-        f"--cp-comm-type but {', '.join(entry.name for entry in BACKENDS if not entry.chunks)}.",
+        f"--cp-comm-type but {', '.join(entry.name for entry in BACKENDS if not entry.capabilities.chunks)}.",
     )
     group.add_argument(
         "--cp-cluster",
@@ -133,20 +135,21 @@ def _check_names(args: Any) -> None:
         raise Refused(
             f"unknown --cp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
         )
-    if placement != HEAD_FIRST and not any(takes_placement(name) for name in comm_types(args)):
+    if placement != HEAD_FIRST and not any(takes_placement(BACKENDS.get(name)) for name in comm_types(args)):
         raise Refused(
-            f"--cp-placement {placement} needs --cp-comm-type usp, got {', '.join(comm_types(args))}; leave it out"
+            f"--cp-placement {placement} needs --cp-comm-type {able(takes_placement, str)}, got "
+            f"{', '.join(comm_types(args))}; leave it out"
         )
 
 
-def is_striped(comm_type: str) -> bool:
-    """Whether this algorithm works on stripes."""
-    return BACKENDS.get(comm_type).layout == "striped"
+def on_stripes(entry: Backend) -> bool:
+    """True if this algorithm works on stripes."""
+    return entry.layout == STRIPED
 
 
-def takes_placement(comm_type: str) -> bool:
-    """Whether this algorithm asks which axis exchanges heads."""
-    return BACKENDS.get(comm_type).placed
+def takes_placement(entry: Backend) -> bool:
+    """True if --cp-placement chooses the axis on which this algorithm exchanges heads."""
+    return entry.capabilities.placement
 
 
 def _check_chunks(args: Any) -> None:
@@ -156,12 +159,13 @@ def _check_chunks(args: Any) -> None:
     if chunks < 1:
         raise Refused(f"--cp-chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
     for entry in map(BACKENDS.get, comm_types(args)):
-        if not entry.chunks:
+        if not entry.capabilities.chunks:
             raise Refused(
-                f"--cp-chunks {chunks} cannot cut --cp-comm-type {entry.name} into pieces; leave it out or use fpdt"
+                f"--cp-chunks {chunks} cannot cut --cp-comm-type {entry.name} into pieces; leave it out or use "
+                f"{DEFAULT}"
             )
         if length:
-            check_chunks(layout(entry.layout or "zigzag", length, cp, read(args, "cp_stripe", 1)), chunks)
+            check_chunks(layout(entry.layout or ZIGZAG, length, cp, read(args, "cp_stripe", 1)), chunks)
 
 
 def _check_cluster(args: Any) -> None:
@@ -180,9 +184,10 @@ def _check_stripe(args: Any) -> None:
     stripe, cp, length = read(args, "cp_stripe", 1), read(args, "context_parallel_size", 1), read(args, "seq_length")
     if stripe < 1:
         raise Refused(f"--cp-stripe is the number of tokens in a block, 1 or more, got {stripe}")
-    if stripe > 1 and not any(is_striped(name) for name in comm_types(args)):
+    if stripe > 1 and not any(on_stripes(BACKENDS.get(name)) for name in comm_types(args)):
         raise Refused(
-            f"--cp-stripe {stripe} needs --cp-comm-type striped, got {', '.join(comm_types(args))}; leave it out"
+            f"--cp-stripe {stripe} needs --cp-comm-type {able(on_stripes, str)}, got {', '.join(comm_types(args))}; "
+            f"leave it out"
         )
     if stripe > 1 and cp > 1 and length and length % (stripe * cp):
         raise Refused(
@@ -242,22 +247,20 @@ def _check_groups(args: Any) -> None:
             f"--hierarchical-context-parallel-sizes {square.inner} {square.outer}"
         )
     for name in comm_types(args) if sizes and len(sizes) == 2 else ():
-        BACKENDS.get(name).check_grid(Grid(*sizes))
+        check_grid(BACKENDS.get(name), Grid(*sizes))
     _check_heads(args, cp, sizes)
 
 
 def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
     """Ranks that exchange heads need one query head each; heads are shared with tensor parallelism."""
     heads = (read(args, "num_attention_heads") or 0) // read(args, "tensor_model_parallel_size", 1)
-    names = {BACKENDS.get(name).name for name in comm_types(args)}
-    inner, outer = sizes if sizes and len(sizes) == 2 else (1, 1)
-    usp = inner if read(args, "cp_placement", HEAD_FIRST) == HEAD_FIRST else outer
-    degrees = {"ulysses": cp, "fpdt": cp, "usp": usp}
-    for name in sorted(names & set(degrees)):
-        if 0 < heads < degrees[name]:
+    grid = Grid(*sizes) if sizes and len(sizes) == 2 else None
+    for name in sorted({BACKENDS.get(name).name for name in comm_types(args)}):
+        ranks = BACKENDS.get(name).head_ranks(cp, grid, PLACEMENTS[read(args, "cp_placement", HEAD_FIRST)])
+        if 0 < heads < ranks:
             raise Refused(
-                f"--cp-comm-type {name} deals the query heads of a tensor-parallel rank to {degrees[name]} ranks, "
-                f"got {heads} heads; use at most {heads} ranks for heads, or zigzag"
+                f"--cp-comm-type {name} deals the query heads of a tensor-parallel rank to {ranks} ranks, "
+                f"got {heads} heads; use at most {heads} ranks for heads, or {DEFAULT}"
             )
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
 from megatron_cp.context import AUTO as AUTO_BACKEND
-from megatron_cp.context import BACKENDS
+from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, Kernel, choose
-from megatron_cp.megatron.arguments.context import HEAD_FIRST, is_striped, refuse_unsupported, takes_placement
+from megatron_cp.megatron.arguments.context import HEAD_FIRST, on_stripes, refuse_unsupported, takes_placement
 from megatron_cp.megatron.machine import cpu
 
 CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
@@ -71,7 +71,7 @@ class CoreAttention(MegatronModule):
         # Query-key layer scaling divides before and multiplies after a half-precision product: the kernels here keep
         # scores in fp32, so that the scale as a whole is this one.
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
-        self.cp_comm_type = cp_comm_type or "zigzag"
+        self.cp_comm_type = cp_comm_type or DEFAULT
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
         self.window = config.window_size if windowed else None
         if pg_collection is None:
@@ -139,7 +139,7 @@ class CoreAttention(MegatronModule):
             placement=self._placement(),
             chunks=getattr(self.config, "cp_chunks", None),
             deterministic=self.config.deterministic_mode,
-            stripe=getattr(self.config, "cp_stripe", 1) if is_striped(self.cp_comm_type) else 1,
+            stripe=getattr(self.config, "cp_stripe", 1) if on_stripes(BACKENDS.get(self.cp_comm_type)) else 1,
             cluster=self._cluster(),
         )
         seq = getattr(self.config, "cp_seq_length", None)
@@ -147,7 +147,8 @@ class CoreAttention(MegatronModule):
 
     def _placement(self) -> str:
         # said for all layers, while each may have an algorithm of its own
-        return getattr(self.config, "cp_placement", HEAD_FIRST) if takes_placement(self.cp_comm_type) else HEAD_FIRST
+        taken = takes_placement(BACKENDS.get(self.cp_comm_type))
+        return getattr(self.config, "cp_placement", HEAD_FIRST) if taken else HEAD_FIRST
 
     def _cluster(self) -> Cluster | None:
         """What `auto` weighs: among context-parallel ranks, between which tensor-parallel ones lie."""

@@ -21,7 +21,7 @@ MASKS = [(True, None), (False, None), (True, (9, 0)), (False, (3, 11))]
 
 
 @pytest.mark.parametrize(("causal", "window"), MASKS, ids=str)
-@pytest.mark.parametrize("backend", [name for name in ALGORITHMS if BACKENDS.get(name).chunks])
+@pytest.mark.parametrize("backend", [name for name in ALGORITHMS if BACKENDS.get(name).capabilities.chunks])
 def test_chunks_around_every_backend_equal_dense(backend, causal, window):
     task = problem(48, 8, 2, causal=causal, batch=1)._replace(window=window)
     grid = Grid(2, 2) if BACKENDS.get(backend).needs_grid else None

@@ -1,0 +1,88 @@
+"""The registry entry of a context-parallel algorithm: its loop, what it sends, and what other files must know of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_cp.context.loop import Loop
+from megatron_cp.context.masks import Mask
+from megatron_cp.context.traffic import Traffic
+from megatron_cp.grid import Grid
+
+PLACEMENTS = {"head-first": "inner", "context-first": "outer"}
+"""The axis of the grid that exchanges heads, by the value of --cp-placement."""
+
+MaskKind = Literal["full", "causal", "window"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What an algorithm needs, takes and can do.
+
+    masks:     masks that it can do
+    grid:      the two axes of --hierarchical-context-parallel-sizes are "needed", "optional" (without them the loop
+               chooses) or "none"
+    teams:     the inner axis is a team, whose size squared must divide the ranks
+    placement: --cp-placement chooses the axis that exchanges heads
+    heads:     ranks that share a rank's query heads and need one each: "none", "all" or those of the heads' "axis"
+    chunks:    can be cut into chunks over time: it takes any mask over any positions
+    bias:      takes a dense bias and returns probabilities
+    weighed:   considered by backend `auto`: "always", "without window" or "never"
+    planned:   considered by `megatron-cp plan` where no backend is named
+    """
+
+    masks: frozenset[MaskKind] = frozenset({"full", "causal", "window"})
+    grid: Literal["none", "optional", "needed"] = "none"
+    teams: bool = False
+    placement: bool = False
+    heads: Literal["none", "all", "axis"] = "none"
+    chunks: bool = True
+    bias: bool = False
+    weighed: Literal["always", "without window", "never"] = "always"
+    planned: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One context-parallel algorithm.
+
+    load:    imports the algorithm's loop
+    what:    one line for tables
+    traffic: what a rank sends; None for a backend that takes another's loop
+    layout:  positions that its loop wants on a rank; None takes those that the tokens have
+    """
+
+    name: str
+    load: Callable[[], Loop[Any]]
+    paper: str
+    what: str
+    traffic: Traffic | None = None
+    aliases: tuple[str, ...] = ()
+    layout: str | None = None
+    capabilities: Capabilities = Capabilities()
+
+    @property
+    def needs_grid(self) -> bool:
+        """True if the two axes must be given."""
+        return self.capabilities.grid == "needed"
+
+    @property
+    def takes_grid(self) -> bool:
+        """True if the two axes have an effect."""
+        return self.capabilities.grid != "none"
+
+    @property
+    def sends(self) -> str:
+        """Traffic in words, for tables."""
+        return str(self.traffic) if self.traffic else "as the one it takes"
+
+    def head_ranks(self, ranks: int, grid: Grid | None, axis: str) -> int:
+        """Return how many ranks share the query heads of a rank, where `axis` of a grid exchanges heads."""
+        if self.capabilities.heads == "axis":
+            return grid.size(axis) if grid else 1
+        return ranks if self.capabilities.heads == "all" else 1
+
+    def weighs(self, mask: Mask) -> bool:
+        """True if backend `auto` considers it under this mask."""
+        weighed = self.capabilities.weighed
+        return weighed == "always" or (weighed == "without window" and not mask.window)
