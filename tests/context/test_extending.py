@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "docs" / "examples"
+EXAMPLES = ROOT / "docs" / "examples" / "extending"
 REGISTRY = Path("megatron_cp", "context", "__init__.py")
 LOADERS_END = 'AUTO = "auto"\n'
 ENTRIES_END = "        Backend(\n            name=AUTO,\n"
@@ -33,11 +32,12 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copy(EXAMPLES / "kv_gather.py", folder / "megatron_cp/context/algorithms")
-    loader, entry = (EXAMPLES / "kv_gather_entry.py").read_text().split("# the entry, in the list of BACKENDS\n")
+    loader, listed = (EXAMPLES / "kv_gather_entry.py").read_text().split("# and the entry in the list\n")
+    entry = listed.partition("        ...,\n")[2].partition("    ],\n")[0]
     text = (folder / REGISTRY).read_text()
     assert text.count(LOADERS_END) == text.count(ENTRIES_END) == 1
     text = text.replace(LOADERS_END, loader + LOADERS_END)
-    (folder / REGISTRY).write_text(text.replace(ENTRIES_END, textwrap.indent(entry, " " * 8) + ENTRIES_END))
+    (folder / REGISTRY).write_text(text.replace(ENTRIES_END, entry + ENTRIES_END))
     return folder
 
 

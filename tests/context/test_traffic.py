@@ -31,8 +31,15 @@ def on_grids(backend, ranks):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("per_rank", [(2, 1), (2, 2)], ids=["shared", "equal"])
-@pytest.mark.parametrize("ranks", [3, 4, 8], ids=lambda n: f"p{n}")
+@pytest.mark.parametrize(
+    ("ranks", "per_rank"),
+    [
+        pytest.param(3, (2, 1), id="p3-shared"),
+        pytest.param(4, (2, 2), id="p4-equal"),
+        pytest.param(8, (2, 1), id="p8-shared", marks=pytest.mark.slow),
+        pytest.param(8, (2, 2), id="p8-equal", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("backend", ALGORITHMS)
 def test_counted_bytes_are_the_registry_s_formula(backend, ranks, per_rank, causal):
     entry, (heads, kv_heads) = BACKENDS.get(backend), (ranks * n for n in per_rank)
