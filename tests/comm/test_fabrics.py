@@ -19,7 +19,7 @@ FAULTS = {
 
 def faulty(fault, side):
     """The visits of a ring whose sends or receives are of another dtype, shape or stride."""
-    original = ring.visits
+    original = ring.circulating
 
     class Faulty:
         def __init__(self, fabric):
@@ -98,7 +98,7 @@ def test_a_single_rank_has_no_peer(fabric):
 def test_a_recording_refuses_a_message_that_does_not_fit_its_buffer(monkeypatch, fault, side):
     problem = Problem("zigzag", 2, 24, 2, 2, dtype="float32")
     record(problem)
-    monkeypatch.setattr(ring, "visits", faulty(fault, side))
+    monkeypatch.setattr(ring, "circulating", faulty(fault, side))
     with pytest.raises((MessageError, UnmatchedError), match=r"the receiver expects|contiguous"):
         record(problem)
 
@@ -108,7 +108,7 @@ def test_a_recording_refuses_a_message_that_does_not_fit_its_buffer(monkeypatch,
 def test_a_proof_refuses_a_message_that_does_not_fit_its_buffer(monkeypatch, fault, side):
     problem = Problem("zigzag", 2, 24, 2, 2, dtype="float32")
     assert prove(problem).covered
-    monkeypatch.setattr(ring, "visits", faulty(fault, side))
+    monkeypatch.setattr(ring, "circulating", faulty(fault, side))
     proof = prove(problem)
     assert not proof.covered
     assert "its buffer is" in proof.problem or "must be contiguous" in proof.problem

@@ -1,5 +1,5 @@
 # in megatron_cp/context/__init__.py: the loader, which imports the algorithm with its first use
-def _kv_gather() -> ModuleType:
+def _kv_gather() -> Loop[Any]:
     from megatron_cp.context.algorithms import kv_gather
 
     return kv_gather
