@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
-from megatron_cp.registry import suggest
+from megatron_cp.registry import unknown
 
 ZIGZAG, CONTIGUOUS, STRIPED = "zigzag", "contiguous", "striped"
 
@@ -57,7 +57,7 @@ def layout(name: str, tokens: int, ranks: int, stripe: int = 1) -> Layout:
     Raises ValueError for an unknown name and when the length does not fit.
     """
     if name not in LAYOUTS:
-        raise Refused(f"unknown layout {name!r}{suggest(name, LAYOUTS)}; known: {', '.join(LAYOUTS)}")
+        raise unknown("layout", name, LAYOUTS)
     return striped(tokens, ranks, stripe) if name == STRIPED else LAYOUTS[name](tokens, ranks)
 
 

@@ -1,6 +1,5 @@
 """The plan of an attention, an algorithm for the ranks of a fabric, and the arguments of its loop."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import Kernel, choose
-from megatron_cp.registry import suggest
+from megatron_cp.registry import unknown
 
 
 class Sizes(NamedTuple):
@@ -110,8 +109,10 @@ def plan(
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
     entry, cp = BACKENDS.get(backend), cp or SingleFabric()
-    _known("layout", layout, LAYOUTS)
-    _known("placement", placement, PLACEMENTS)
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    if placement not in PLACEMENTS:
+        raise unknown("placement", placement, PLACEMENTS)
     check_placement(entry, placement)
     _check_stripe(stripe, entry, layout)
     on_grid = entry.needs_grid or (entry.takes_grid and bool(inner or outer))
@@ -183,11 +184,6 @@ def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
             f"stripe is the length of a block of layout {STRIPED!r}, got stripe = {stripe} with backend {entry.name!r} "
             f"on layout {layout!r}; use backend {able(lambda other: other.layout == STRIPED)} or leave stripe out"
         )
-
-
-def _known(kind: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        raise Refused(f"unknown {kind} {name!r}{suggest(name, known)}; known: {', '.join(known)}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
