@@ -120,13 +120,13 @@ class MeasuredSchedule:
         halves = [_halves(self.times, stage) for stage in stages]
         kept, held = zip(*(_memory(self.live[placement.rank_of[stage]], stage) for stage in stages), strict=True)
         return Costs(
-            tuple(self.times[stage, FORWARD] for stage in stages),
-            tuple(half for half, _ in halves),
-            tuple(half for _, half in halves),
-            hop_time(self.schedule, self.steps),
-            kept,
-            held,
-            1.0,
+            forward=tuple(self.times[stage, FORWARD] for stage in stages),
+            input=tuple(half for half, _ in halves),
+            weight=tuple(half for _, half in halves),
+            comm=hop_time(self.schedule, self.steps),
+            kept=kept,
+            held=held,
+            unit=1.0,
         )
 
     @property

@@ -1,9 +1,9 @@
 """The menu of pipeline schedules. Pure: rules are functions from sizes to tables, nothing here knows torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_cp.pipeline.action import Action
+from megatron_cp.pipeline.action import Cell
 from megatron_cp.pipeline.schedule import Table
 from megatron_cp.pipeline.schedules import (
     breadth_first,
@@ -30,10 +30,11 @@ class Rule:
     usual:     the v it takes when none is given
     split:     whether it needs the backward split into I and W
     takes_warmup: whether `table` takes a warm-up multiplier too
+    overlaps:     whether `table` can write forwards and backwards that run at the same time as one action
     """
 
     name: str
-    table: Callable[..., list[list[Action]]] | None
+    table: Callable[..., Sequence[Sequence[Cell]]] | None
     paper: str
     what: str
     placement: str = "loop"
@@ -41,12 +42,15 @@ class Rule:
     usual: int = 1
     split: bool = True
     takes_warmup: bool = False
+    overlaps: bool = False
     aliases: tuple[str, ...] = ()
 
-    def make(self, p: int, m: int, v: int, warmup: float | None = None) -> Table:
-        """The rule's table, not checked."""
-        assert self.table, f"{self.name} is no fixed rule"
-        options = {} if warmup is None else {"warmup": warmup}
+    def make(self, p: int, m: int, v: int, warmup: float | None = None, overlapped: bool = False) -> Table:
+        """Return the rule's table, not checked."""
+        assert self.table, f"{self.name} has no table of its own"
+        options: dict[str, float] = {} if warmup is None else {"warmup": warmup}
+        if overlapped:
+            options["overlapped"] = True
         return tuple(map(tuple, self.table(p, m, v, **options)))
 
 
@@ -114,7 +118,16 @@ SCHEDULES = Registry(
             2,
             split=False,
         ),
-        Rule("dualpipe-v", dualpipe.dualpipe_v, "arXiv:2412.19437", "DualPipe folded on the V", "v", 2, 2),
+        Rule(
+            "dualpipe-v",
+            dualpipe.dualpipe_v,
+            "arXiv:2412.19437",
+            "DualPipe folded on the V",
+            "v",
+            2,
+            2,
+            overlaps=True,
+        ),
         Rule("auto", None, "list scheduling on measured times", "fitted to times and memory cap", chunks=None),
     ],
 )

@@ -1,6 +1,11 @@
-"""The cells of a pipeline table and their text form: `2F0` is the forward of microbatch 0 on stage 2."""
+"""The cells of a pipeline table and their text form.
+
+`2F0` is the forward of microbatch 0 on stage 2, and `2F3+0B1` overlaps the forward of one chunk with the backward of
+another.
+"""
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
@@ -21,7 +26,7 @@ _FORM = re.compile(rf"(\d+)({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d
 
 
 class Action(NamedTuple):
-    """One thing a rank does.
+    """One forward, backward, transfer or reduction.
 
     kind: F forward, B full backward, I input gradient (the zero-bubble papers call it B), W weight gradient;
           SEND_F and SEND_B name the stage that made the tensor, RECV_F and RECV_B the stage that uses it;
@@ -36,13 +41,51 @@ class Action(NamedTuple):
         return f"{self.stage}{self.kind}{'' if self.micro is None else self.micro}"
 
 
+class Overlap(NamedTuple):
+    """A forward and the backward (B or I) of another stage that one rank runs at the same time, as DualPipe does.
+
+    It starts when both have what they need, and what both make is there at its end.
+    """
+
+    forward: Action
+    backward: Action
+
+    def __str__(self) -> str:
+        return f"{self.forward}+{self.backward}"
+
+
+Cell = Action | Overlap
+
+
+def halves(cell: Cell) -> tuple[Action, ...]:
+    """Return the actions of a cell, the forward of an overlap first."""
+    return (cell,) if isinstance(cell, Action) else (cell.forward, cell.backward)
+
+
+def flat(cells: Iterable[Cell]) -> Iterator[Action]:
+    """Yield the actions of the cells in order, those of an overlap one after the other."""
+    for cell in cells:
+        yield from halves(cell)
+
+
 def first_half(action: Action) -> Action:
-    """A whole backward under the name of its first half, everything else as it is: what `awaited` names."""
+    """Return the I of a whole backward, and any other action as it is: the name under which `awaited` knows it."""
     return action._replace(kind=INPUT) if action.kind == FULL else action
 
 
+def parse_cell(text: str) -> Cell:
+    """Return the action or overlap written as `text`; raises ValueError for anything else."""
+    first, plus, second = text.partition("+")
+    if not plus:
+        return parse_action(text)
+    cell = Overlap(parse_action(first), parse_action(second))
+    if cell.forward.kind != FORWARD or cell.backward.kind not in BACKWARD or cell.forward.stage == cell.backward.stage:
+        raise Refused(f"{text!r} is not an overlap; write a forward and a backward of another stage as in 2F3+0B1")
+    return cell
+
+
 def parse_action(text: str) -> Action:
-    """The action written as `text`; raises ValueError for anything else."""
+    """Return the action written as `text`; raises ValueError for anything else."""
     match = _FORM.fullmatch(text)
     if not match or (match[2] == REDUCE) != (match[3] == ""):
         raise Refused(f"{text!r} is not an action; write stage, kind and microbatch as in 2F0; kinds: {KINDS}")

@@ -1,4 +1,4 @@
-"""What no schedule can beat: a lower bound of the makespan, and the least memory a step can do with."""
+"""Bounds of all schedules: the shortest makespan, and the least memory of a step."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -10,15 +10,16 @@ from megatron_cp.pipeline.simulate import hops
 
 
 def least_memory(placement: Placement, costs: Costs) -> float:
-    """The smallest cap, in M_B, under which a step can end: one microbatch in all chunks of the fullest rank."""
+    """Return the smallest cap, in M_B, under which a step can end: one microbatch in all chunks of the fullest rank."""
     return max(sum(costs.kept[stage] for stage in stages) for stages in placement.of_rank) / costs.unit
 
 
 def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None = None) -> float:
-    """A makespan that no order of actions on `placement` can beat, with memory caps per rank in M_B.
+    """Return a makespan that no order of actions on `placement` can beat, with memory caps per rank in M_B.
 
     Every rank starts when the first microbatch reaches it, and must stand idle as long as its cap admits no further
-    forward and the first input gradient has not come back; from then on it has at least all of its work left.
+    forward and the first input gradient has not come back; it has all of its work to do, of which overlaps hide no more
+    than the share `costs.hidden` of its forwards or backwards.
     """
     arrivals = _first_arrivals(placement, costs)
     returns = _first_returns(placement, costs, arrivals[-1] + costs.forward[-1])
@@ -27,26 +28,29 @@ def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float
         start = min(arrivals[stage] for stage in stages)
         back = min(returns[stage] for stage in stages)
         budget = (caps[rank] if caps else inf) * costs.unit
+        if costs.hidden:
+            forward = sum(costs.forward[stage] for stage in stages)
+            work -= costs.hidden * min(forward, work - forward)
         bounds.append(start + m * work + max(0.0, back - start - _forward_time(stages, m, costs, budget)))
     return max(bounds)
 
 
 def _first_arrivals(placement: Placement, costs: Costs) -> list[float]:
-    """When each stage can start its first forward."""
+    """Return when each stage can start its first forward."""
     forward_hops, _ = hops(placement, costs)
     steps = [time + hop for time, hop in zip(costs.forward, forward_hops, strict=True)]
     return list(accumulate(steps[:-1], initial=0.0))
 
 
 def _first_returns(placement: Placement, costs: Costs, end: float) -> list[float]:
-    """When each stage can start its first input gradient, the last stage's first forward being over at `end`."""
+    """Return when each stage can start its first input gradient; the last stage's first forward is over at `end`."""
     _, backward_hops = hops(placement, costs)
     steps = [time + hop for time, hop in zip(costs.input, backward_hops, strict=True)]
     return list(accumulate(steps[:0:-1], initial=end))[::-1]
 
 
 def _forward_time(stages: Sequence[int], m: int, costs: Costs, budget: float) -> float:
-    """The most forward time that fits into a memory budget before anything is freed: longest per memory first."""
+    """Return the most forward time that fits in a memory budget before anything is freed: longest per memory first."""
     total = 0.0
     for stage in sorted(stages, key=lambda stage: costs.forward[stage] / costs.kept[stage], reverse=True):
         count = min(m, budget / costs.kept[stage])

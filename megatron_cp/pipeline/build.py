@@ -48,19 +48,21 @@ def build(
     v: int | None = None,
     *,
     warmup: float | None = None,
+    overlapped: bool = False,
     placement: str | None = None,
     costs: Costs | None = None,
     caps: Sequence[float] | None = None,
     objective: str = "makespan",
 ) -> Schedule:
-    """The checked table of a schedule.
+    """Return the checked table of a schedule.
 
-    p, m, v:   ranks, microbatches, chunks per rank (None: what the schedule implies)
-    warmup:    warm-up multiplier, for rules that take one
-    placement: loop or v, for `auto`
-    costs:     times and memory of every stage; `auto` needs them, and caps mean nothing without them
-    caps:      most memory of each rank, in M_B
-    objective: makespan or span, for `auto`
+    p, m, v:    ranks, microbatches, chunks per rank (None: what the schedule implies)
+    warmup:     warm-up multiplier, for rules that take one
+    overlapped: write forwards and backwards that run at the same time as one action, for rules that have some
+    placement:  loop or v, for `auto`
+    costs:      times and memory of every stage; `auto` needs them, and caps mean nothing without them
+    caps:       most memory of each rank, in M_B
+    objective:  makespan or span, for `auto`
     Raises ValueError for an unknown name, for sizes the rule does not know, for a cap below the minimum, and, naming
     the nearest m that works, where a rule's table is incomplete or its ranks would wait for each other.
     """
@@ -72,11 +74,14 @@ def build(
         raise Refused(f"a step needs at least one microbatch, got m = {m}")
     if warmup is not None and not rule.takes_warmup:
         raise Refused(f"{rule.name} has no warm-up multiplier; izb has")
+    if overlapped and not rule.overlaps:
+        known = ", ".join(other.name for other in SCHEDULES if other.overlaps)
+        raise Refused(f"{rule.name} overlaps no forward with a backward; take {known}")
     if rule.table is None:
         if costs is None:
             raise Refused(f"{rule.name} schedules from times; give it costs")
         return check(auto(where, m, costs, caps, objective))
-    schedule = _fixed(rule, where, m, warmup)
+    schedule = _fixed(rule, where, m, warmup, overlapped)
     if costs is not None and caps is not None:
         check_caps(schedule, costs, caps)
     return schedule
@@ -91,17 +96,17 @@ def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
         raise Refused(f"a cap of {caps[worst]:g} M_B is below the minimum {minimum}")
 
 
-def _fixed(rule: Rule, placement: Placement, m: int, warmup: float | None) -> Schedule:
+def _fixed(rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool) -> Schedule:
     try:
-        return _table(rule, placement, m, warmup)
+        return _table(rule, placement, m, warmup, overlapped)
     except BadSchedule as bad:
         sizes = f"p = {placement.ranks}, m = {m}, v = {placement.chunks}"
         reason = f"has no valid table for {sizes}{_way_out(rule, placement, m, warmup)}; {bad.reason}"
         raise BadSchedule(bad.schedule, reason, bad.failing) from None
 
 
-def _table(rule: Rule, placement: Placement, m: int, warmup: float | None) -> Schedule:
-    table = rule.make(placement.ranks, m, placement.chunks, warmup)
+def _table(rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool = False) -> Schedule:
+    table = rule.make(placement.ranks, m, placement.chunks, warmup, overlapped)
     return check(Schedule(rule.name, placement, m, table))
 
 

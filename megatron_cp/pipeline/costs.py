@@ -1,14 +1,15 @@
-"""What a schedule is played with: times per stage and hop, and memory kept per stage."""
+"""The costs that a schedule is played with: times per stage and hop, and memory kept per stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 from megatron_cp.errors import Refused
+from megatron_cp.pipeline.action import FORWARD, FULL, Action, Cell, Overlap, halves
 from megatron_cp.pipeline.placement import Placement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Costs:
     """Times in any one unit and memory in any one unit, both per stage and for one microbatch.
 
@@ -17,6 +18,7 @@ class Costs:
     kept:  activations from a stage's F to its I
     held:  the part of them that stays until its W
     unit:  how much of `kept` one rank holds for one whole microbatch (M_B): peaks and caps are counted in it
+    hidden: part of the shorter half of an overlap (F+B) that runs behind the longer one; 0 if both take their sum
     """
 
     forward: tuple[float, ...]
@@ -26,6 +28,7 @@ class Costs:
     kept: tuple[float, ...]
     held: tuple[float, ...]
     unit: float
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("forward", "input", "weight"):
@@ -34,18 +37,31 @@ class Costs:
                     raise Refused(f"times must be positive, got {name} time {time} of stage {stage}")
         if not (isfinite(self.comm) and self.comm >= 0):
             raise Refused(f"the time of a hop cannot be negative, got {self.comm}")
+        if not 0 <= self.hidden <= 1:
+            raise Refused(f"an overlap hides between 0 and 1 of its shorter half, got {self.hidden}")
         for kept, held in zip(self.kept, self.held, strict=True):
             if not 0 <= held <= kept or not isfinite(kept) or kept == 0:
                 raise Refused(f"memory needs 0 <= M_W <= M_B and M_B > 0, got M_B = {kept}, M_W = {held}")
 
+    def saved(self, cell: Cell) -> float:
+        """Return the time that a cell saves over its halves one after the other."""
+        return self.hidden * min(map(self._time, halves(cell))) if isinstance(cell, Overlap) else 0.0
+
+    def _time(self, action: Action) -> float:
+        if action.kind == FORWARD:
+            return self.forward[action.stage]
+        return self.input[action.stage] + (self.weight[action.stage] if action.kind == FULL else 0.0)
+
     def work(self, placement: Placement) -> list[float]:
-        """Compute time of one microbatch on each rank."""
+        """Return the compute time of one microbatch on each rank, nothing overlapped."""
         times = [sum(parts) for parts in zip(self.forward, self.input, self.weight, strict=True)]
         return [sum(times[stage] for stage in stages) for stages in placement.of_rank]
 
 
-def uniform(placement: Placement, times: Sequence[float], memory: Sequence[float] = (1.0, 1.0)) -> Costs:
-    """The costs of equal stages from those of a whole rank.
+def uniform(
+    placement: Placement, times: Sequence[float], memory: Sequence[float] = (1.0, 1.0), hidden: float = 0.0
+) -> Costs:
+    """Return the costs of equal stages from those of a whole rank.
 
     times:  T_F, T_I, T_W and T_comm of all of a rank's layers for one microbatch; a chunk takes T / v, a hop T_comm
     memory: M_B kept from F to I and the part M_W of it kept until W, of all of a rank's layers
@@ -57,4 +73,13 @@ def uniform(placement: Placement, times: Sequence[float], memory: Sequence[float
     stages, v = len(placement.rank_of), placement.chunks
     forward, input_gradient, weight = ((time / v,) * stages for time in times[:3])
     kept, held = ((size,) * stages for size in memory)
-    return Costs(forward, input_gradient, weight, times[3], kept, held, memory[0] * v)
+    return Costs(
+        forward=forward,
+        input=input_gradient,
+        weight=weight,
+        comm=times[3],
+        kept=kept,
+        held=held,
+        unit=memory[0] * v,
+        hidden=hidden,
+    )

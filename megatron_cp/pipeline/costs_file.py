@@ -85,7 +85,15 @@ class CostsFile(BaseModel):
             if len(values) != stages:
                 raise Refused(f"{name} is of {len(values)} stages, the run has {stages}")
         unit = max(sum(self.M_B[stage] for stage in mine) for mine in placement.of_rank)
-        return Costs(tuple(self.T_F), tuple(self.T_I), tuple(self.T_W), self.T_comm, tuple(self.M_B), tuple(held), unit)
+        return Costs(
+            forward=tuple(self.T_F),
+            input=tuple(self.T_I),
+            weight=tuple(self.T_W),
+            comm=self.T_comm,
+            kept=tuple(self.M_B),
+            held=tuple(held),
+            unit=unit,
+        )
 
 
 def of_stages(model: Model, stages: Sequence[StageCosts], hop: float) -> CostsFile:

@@ -1,7 +1,7 @@
 """Run a schedule: one loop over one rank's lowered actions, whatever rule they come from."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,6 +18,8 @@ from megatron_cp.pipeline.action import (
     SEND_F,
     WEIGHT,
     Action,
+    Cell,
+    halves,
 )
 from megatron_cp.pipeline.channels import Channels
 from megatron_cp.pipeline.passes import add_reductions, add_transfers, merge
@@ -26,7 +28,7 @@ from megatron_cp.pipeline.receive_early import receive_early
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
 
-Cell = tuple[int, int]
+StageMicro = tuple[int, int]
 
 
 class Stages(Protocol):
@@ -102,9 +104,9 @@ class Executor:
     ) -> None:
         self._rank_of, self._rank, self._last = placement.rank_of, rank, len(placement.rank_of) - 1
         self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
-        self._given: dict[Cell, Tensor] = {}
-        self._made: dict[Cell, Tensor] = {}
-        self._gradients: dict[Cell, Tensor] = {}
+        self._given: dict[StageMicro, Tensor] = {}
+        self._made: dict[StageMicro, Tensor] = {}
+        self._gradients: dict[StageMicro, Tensor] = {}
         self._arriving: dict[tuple[str, int, int], _Arrival] = {}
         self._sending: dict[tuple[str, int, int], _Arrival] = {}
         self._handlers: dict[str, Callable[[int, int], None]] = {
@@ -119,21 +121,32 @@ class Executor:
             REDUCE: lambda stage, _: stages.reduce(stage),
         }
 
-    def run(self, actions: Sequence[Action]) -> None:
-        """Run the rank's lowered actions in order. An error is marked with the rank and the action it came from."""
-        for action in actions:
-            try:
-                self._await(action)
-                with self._observe(action):
-                    self._handlers[action.kind](action.stage, action.micro or 0)
-                self._settle()
-            except Exception as error:
-                error.add_note(
-                    f"[megatron-cp] pipeline rank {self._rank} failed at {action}: "
-                    f"stage {action.stage}, microbatch {action.micro}"
-                )
-                raise
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run the rank's lowered cells in order, the halves of an overlap one after the other.
+
+        An error is marked with the rank and the action it came from.
+        """
+        for cell in cells:
+            for action in halves(cell):
+                with self._marking(action):
+                    self._await(action)
+            for action in halves(cell):
+                with self._marking(action):
+                    with self._observe(action):
+                        self._handlers[action.kind](action.stage, action.micro or 0)
+                    self._settle()
         self._finish()
+
+    @contextmanager
+    def _marking(self, action: Action) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            error.add_note(
+                f"[megatron-cp] pipeline rank {self._rank} failed at {action}: "
+                f"stage {action.stage}, microbatch {action.micro}"
+            )
+            raise
 
     def _finish(self) -> None:
         for sent in self._sending.values():

@@ -13,7 +13,7 @@ from itertools import chain
 from math import inf
 from typing import NamedTuple
 
-from megatron_cp.pipeline.action import FORWARD, INPUT, WEIGHT, Action
+from megatron_cp.pipeline.action import FORWARD, INPUT, WEIGHT, Action, Cell, flat
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.simulate import durations, hops
@@ -211,14 +211,14 @@ class _Weaver:
             heappush(self._awake, (arrival, rank))
 
 
-def orders_of(table: Sequence[Sequence[Action]]) -> list[Order]:
+def orders_of(table: Sequence[Sequence[Cell]]) -> list[Order]:
     """The orders that a table's forwards and backwards follow."""
     return [
         Order(
-            [(stage, micro or 0) for stage, kind, micro in actions if kind == FORWARD],
-            [(stage, micro or 0) for stage, kind, micro in actions if kind not in (FORWARD, WEIGHT)],
+            [(stage, micro or 0) for stage, kind, micro in flat(cells) if kind == FORWARD],
+            [(stage, micro or 0) for stage, kind, micro in flat(cells) if kind not in (FORWARD, WEIGHT)],
         )
-        for actions in table
+        for cells in table
     ]
 
 

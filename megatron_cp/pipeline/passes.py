@@ -18,13 +18,17 @@ from megatron_cp.pipeline.action import (
     SEND_F,
     WEIGHT,
     Action,
+    Cell,
+    Overlap,
+    first_half,
+    halves,
 )
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
 
 
 def check(schedule: Schedule) -> Schedule:
-    """The schedule itself, once its compute table is known to be complete, ordered and free of deadlock.
+    """Return the schedule itself if its compute table is complete, ordered and free of deadlock.
 
     Every stage runs on its own rank; every microbatch of every stage has one F, and after it either one B or one I and
     then one W; W's of a stage come in the order of its I's, and no B overtakes them. Raises BadSchedule.
@@ -35,15 +39,16 @@ def check(schedule: Schedule) -> Schedule:
     return schedule
 
 
-def _check_rank(schedule: Schedule, rank: int, actions: Iterable[Action]) -> None:
+def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
     forwarded: set[tuple[int, int | None]] = set()
     returned: set[tuple[int, int | None]] = set()
     pending: dict[int, deque[int | None]] = defaultdict(deque)
     place = -1
-    for place, action in enumerate(actions):
-        fault = _fault(schedule, rank, action, forwarded, returned, pending)
-        if fault:
-            raise BadSchedule(schedule, f"rank {rank}, {action}: {fault}", [(rank, place)])
+    for place, cell in enumerate(cells):
+        for action in halves(cell):
+            fault = _fault(schedule, rank, action, forwarded, returned, pending)
+            if fault:
+                raise BadSchedule(schedule, f"rank {rank}, {action}: {fault}", [(rank, place)])
     expected = {(stage, micro) for stage in schedule.placement.of_rank[rank] for micro in range(schedule.micros)}
     missing = [Action(stage, FORWARD, micro) for stage, micro in sorted(expected - forwarded)]
     missing += [Action(stage, INPUT, micro) for stage, micro in sorted(expected - returned)]
@@ -86,10 +91,10 @@ def _fault(
     return f"overtakes the W of microbatch {pending[stage][0]}" if pending[stage] else None
 
 
-def walk(schedule: Schedule) -> Iterator[tuple[int, Action]]:
-    """All ranks at once: every round lets each rank run its next compute action if what it waits for is there.
+def walk(schedule: Schedule) -> Iterator[tuple[int, Cell]]:
+    """Walk all ranks at once: every round each rank runs its next compute cell if what that waits for is there.
 
-    Yields (rank, action) in an order in which they can run; raises BadSchedule naming every rank's waiting action.
+    Yields (rank, cell) in an order in which they can run; raises BadSchedule naming every rank's waiting cell.
     """
     places = [0] * len(schedule.table)
     done: set[Action] = set()
@@ -101,14 +106,14 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Action]]:
         ]
         if not ready:
             raise deadlock(schedule, places)
-        for rank, action in ready:
+        for rank, cell in ready:
             places[rank] += 1
-            done.add(Action(action.stage, INPUT, action.micro) if action.kind == FULL else action)
+            done.update(map(first_half, halves(cell)))
         yield from ready
 
 
 def awaited(schedule: Schedule, action: Action) -> Action | None:
-    """What must have run before `action` besides its rank's earlier actions; a backward is named by its I."""
+    """Return the action that must have run before `action`, besides its rank's earlier ones; a backward by its I."""
     stage, kind, micro = action
     if kind == FORWARD:
         return Action(stage - 1, FORWARD, micro) if stage else None
@@ -118,24 +123,27 @@ def awaited(schedule: Schedule, action: Action) -> Action | None:
     return Action(stage, FORWARD, micro) if stage == last else Action(stage + 1, INPUT, micro)
 
 
-def _runnable(schedule: Schedule, action: Action, done: set[Action]) -> bool:
-    before = awaited(schedule, action)
-    return before is None or before in done
+def _runnable(schedule: Schedule, cell: Cell, done: set[Action]) -> bool:
+    return all(before is None or before in done for before in _awaited_by(schedule, cell))
+
+
+def _awaited_by(schedule: Schedule, cell: Cell) -> list[Action | None]:
+    return [awaited(schedule, action) for action in halves(cell)]
 
 
 def deadlock(schedule: Schedule, places: list[int]) -> BadSchedule:
-    """The error for ranks that all stand still at `places`."""
+    """Return the error for ranks that all stand still at `places`."""
     stuck = [(rank, place) for rank, place in enumerate(places) if place < len(schedule.table[rank])]
-    waits = [f"rank {rank} at {schedule.table[rank][place]}" for rank, place in stuck]
+    cells = [(rank, schedule.table[rank][place]) for rank, place in stuck]
     reasons = [
-        f"{wait} for {awaited(schedule, schedule.table[rank][place])}"
-        for wait, (rank, place) in zip(waits, stuck, strict=True)
+        f"rank {rank} at {cell} for {' and '.join(map(str, filter(None, _awaited_by(schedule, cell))))}"
+        for rank, cell in cells
     ]
     return BadSchedule(schedule, f"deadlock: {'; '.join(reasons)}", stuck)
 
 
 def merge(schedule: Schedule) -> Schedule:
-    """The same schedule with I directly followed by its own W written as one B: no queue, less memory.
+    """Return the schedule with each I that its own W directly follows written as one B: no queue, less memory.
 
     Where another rank waits for the input gradient they stay apart, for it would wait for W too.
     """
@@ -144,69 +152,77 @@ def merge(schedule: Schedule) -> Schedule:
 
 
 def _stays_on_rank(placement: Placement, stage: int) -> bool:
-    """Whether nobody else uses the input gradient of `stage`."""
+    """True if no other rank uses the input gradient of `stage`."""
     return stage == 0 or placement.rank_of[stage - 1] == placement.rank_of[stage]
 
 
-def _merged(actions: Iterable[Action], mergeable: Callable[[int], bool]) -> Iterator[Action]:
+def _merged(cells: Iterable[Cell], mergeable: Callable[[int], bool]) -> Iterator[Cell]:
     held: Action | None = None
-    for action in actions:
-        if held and action == held._replace(kind=WEIGHT):
+    for cell in cells:
+        if held and cell == held._replace(kind=WEIGHT):
             yield held._replace(kind=FULL)
             held = None
             continue
         if held:
             yield held
-        held = action if action.kind == INPUT and mergeable(action.stage) else None
+        held = cell if isinstance(cell, Action) and cell.kind == INPUT and mergeable(cell.stage) else None
         if not held:
-            yield action
+            yield cell
     if held:
         yield held
 
 
 def add_reductions(schedule: Schedule) -> Schedule:
-    """The same schedule with REDUCE of every stage right after the last action that adds to its weights' gradients."""
+    """Return the schedule with REDUCE of every stage right after the last action that adds to its gradients."""
     return replace(schedule, table=tuple(tuple(_reduced(actions)) for actions in schedule.table))
 
 
-def _reduced(actions: tuple[Action, ...]) -> Iterator[Action]:
-    last = {action.stage: place for place, action in enumerate(actions) if action.kind in (FULL, WEIGHT)}
-    for place, action in enumerate(actions):
-        yield action
-        if last.get(action.stage) == place:
-            yield Action(action.stage, REDUCE)
+def _reduced(cells: tuple[Cell, ...]) -> Iterator[Cell]:
+    last: dict[int, int] = {}
+    for place, cell in enumerate(cells):
+        last |= {action.stage: place for action in halves(cell) if action.kind in (FULL, WEIGHT)}
+    for place, cell in enumerate(cells):
+        yield cell
+        for action in halves(cell):
+            if last.get(action.stage) == place:
+                yield Action(action.stage, REDUCE)
 
 
 def add_transfers(schedule: Schedule) -> Schedule:
-    """The same schedule with sends and receives, both written down at the moment the tensor exists.
+    """Return the schedule with sends and receives, both written down at the moment the tensor exists.
 
     Since send and receive enter their ranks' lists together while all ranks are walked at once, both sides of every
     channel agree on the order, and even blocking transfers cannot deadlock. A hand-over on the same rank has none.
     """
-    lists: list[list[Action]] = [[] for _ in schedule.table]
-    rest = [_behind(actions) for actions in schedule.table]
-    for rank, action in walk(replace(schedule, table=tuple(_computes(actions) for actions in schedule.table))):
-        lists[rank].append(action)
-        for receiver, send, receive in _transfer(schedule, rank, action):
-            lists[rank].append(send)
-            lists[receiver].append(receive)
-        lists[rank] += rest[rank].get(action, ())
+    lists: list[list[Cell]] = [[] for _ in schedule.table]
+    rest = [_behind(cells) for cells in schedule.table]
+    for rank, cell in walk(replace(schedule, table=tuple(_computes(cells) for cells in schedule.table))):
+        lists[rank].append(cell)
+        for action in halves(cell):
+            for receiver, send, receive in _transfer(schedule, rank, action):
+                lists[rank].append(send)
+                lists[receiver].append(receive)
+        lists[rank] += rest[rank].get(cell, ())
     return replace(schedule, table=tuple(map(tuple, lists)))
 
 
-def _computes(actions: Iterable[Action]) -> tuple[Action, ...]:
-    return tuple(action for action in actions if action.kind in COMPUTE)
+def _is_compute(cell: Cell) -> bool:
+    return isinstance(cell, Overlap) or cell.kind in COMPUTE
 
 
-def _behind(actions: Iterable[Action]) -> dict[Action, list[Action]]:
-    """What is no compute action, under the compute action it follows."""
-    behind: dict[Action, list[Action]] = defaultdict(list)
-    before: Action | None = None
-    for action in actions:
-        if action.kind in COMPUTE:
-            before = action
+def _computes(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    return tuple(filter(_is_compute, cells))
+
+
+def _behind(cells: Iterable[Cell]) -> dict[Cell, list[Cell]]:
+    """The other cells, under the compute cell that they follow."""
+    behind: dict[Cell, list[Cell]] = defaultdict(list)
+    before: Cell | None = None
+    for cell in cells:
+        if _is_compute(cell):
+            before = cell
         elif before:
-            behind[before].append(action)
+            behind[before].append(cell)
     return behind
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, largest
-from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action
+from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action, flat
 from megatron_cp.pipeline.channels import Channels
 from megatron_cp.pipeline.clock import Clock
 from megatron_cp.pipeline.costs_file import StageCosts
@@ -28,12 +28,12 @@ TIMED = (FORWARD, INPUT, WEIGHT)
 
 
 def lower_split(schedule: Schedule) -> Schedule:
-    """Return the compute table lowered with every backward in two halves, so that both halves are measured."""
-    table = tuple(tuple(half for action in actions for half in _halves(action)) for actions in schedule.table)
+    """Return the compute table lowered with every backward in two halves and no overlap, so that each is measured."""
+    table = tuple(tuple(half for action in flat(cells) for half in _split(action)) for cells in schedule.table)
     return complete(replace(schedule, table=table))
 
 
-def _halves(action: Action) -> tuple[Action, ...]:
+def _split(action: Action) -> tuple[Action, ...]:
     return (action._replace(kind=INPUT), action._replace(kind=WEIGHT)) if action.kind == FULL else (action,)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from megatron_cp.pipeline.action import FORWARD, INPUT, RECV_B, RECV_F, Action, first_half
+from megatron_cp.pipeline.action import FORWARD, INPUT, RECV_B, RECV_F, Action, Cell, first_half, halves
 from megatron_cp.pipeline.schedule import Schedule
 
 RECEIVES = (RECV_F, RECV_B)
@@ -45,21 +45,25 @@ def receive_early(schedule: Schedule) -> Schedule:
     return replace(schedule, table=tuple(tuple(_moved(schedule, rank)) for rank in range(len(schedule.table))))
 
 
-def _moved(schedule: Schedule, rank: int) -> Iterator[Action]:
-    rest = [action for action in schedule.table[rank] if action.kind not in RECEIVES]
+def _moved(schedule: Schedule, rank: int) -> Iterator[Cell]:
+    rest = [cell for cell in schedule.table[rank] if not _is_receive(cell)]
     due: dict[int, list[_Post]] = defaultdict(list)
     for post in _posts(schedule, rank, rest):
         due[post.place].append(post)
-    for place, action in enumerate(rest):
+    for place, cell in enumerate(rest):
         # one that waits for an earlier message would hold up the others
         yield from (post.receive for post in sorted(due[place], key=lambda post: (post.queued, post.written)))
-        yield action
+        yield cell
 
 
-def _posts(schedule: Schedule, rank: int, rest: list[Action]) -> Iterator[_Post]:
+def _is_receive(cell: Cell) -> bool:
+    return isinstance(cell, Action) and cell.kind in RECEIVES
+
+
+def _posts(schedule: Schedule, rank: int, rest: list[Cell]) -> Iterator[_Post]:
     """When to post each of the rank's receives."""
-    places = {first_half(action): place for place, action in enumerate(rest)}
-    as_written = list(accumulate((action.kind not in RECEIVES for action in schedule.table[rank]), initial=0))
+    places = {first_half(action): place for place, cell in enumerate(rest) for action in halves(cell)}
+    as_written = list(accumulate((not _is_receive(cell) for cell in schedule.table[rank]), initial=0))
     for receives in _channels(schedule, rank).values():
         uses = [places[_use(receive)] for _, receive in receives]
         # a later message may be used first
@@ -75,10 +79,10 @@ def _posts(schedule: Schedule, rank: int, rest: list[Action]) -> Iterator[_Post]
 def _channels(schedule: Schedule, rank: int) -> dict[tuple[int, str], list[tuple[int, Action]]]:
     """This rank's receives, by sender and kind, in their order and each with its index in the table."""
     found: dict[tuple[int, str], list[tuple[int, Action]]] = defaultdict(list)
-    for place, action in enumerate(schedule.table[rank]):
-        if action.kind in RECEIVES:
-            source = action.stage + (1 if action.kind == RECV_B else -1)
-            found[schedule.placement.rank_of[source], action.kind].append((place, action))
+    for place, cell in enumerate(schedule.table[rank]):
+        if isinstance(cell, Action) and cell.kind in RECEIVES:
+            source = cell.stage + (1 if cell.kind == RECV_B else -1)
+            found[schedule.placement.rank_of[source], cell.kind].append((place, cell))
     return found
 
 

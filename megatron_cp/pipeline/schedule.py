@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, Action, parse_action
+from megatron_cp.pipeline.action import FORWARD, Cell, flat, parse_cell
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 
-Table = tuple[tuple[Action, ...], ...]
+Table = tuple[tuple[Cell, ...], ...]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every rank does, in order.
+    """The actions of every rank, in order.
 
     micros: microbatches of one step
-    table:  one tuple of actions per rank
+    table:  one tuple of cells per rank
     """
 
     name: str
@@ -25,7 +25,7 @@ class Schedule:
     table: Table
 
     def text(self) -> str:
-        """One line per rank, actions separated by blanks; `parse` reads it back."""
+        """Return one line per rank, cells separated by blanks; `parse` reads it back."""
         return "\n".join(" ".join(map(str, actions)) for actions in self.table)
 
 
@@ -38,21 +38,21 @@ class BadSchedule(Refused):
 
 
 def parse(text: str, name: str = "table") -> Schedule:
-    """The schedule written as `text`, whose placement is read off its forwards.
+    """Return the schedule written as `text`, its placement taken from the stages of each line.
 
-    Raises ValueError for what is no action, for no action at all, and for stages that are missing, or shared by ranks.
+    Raises ValueError for text that is not an action, for an empty table, and for stages that are missing or shared by
+    ranks.
     """
-    table = tuple(tuple(map(parse_action, line.split())) for line in text.splitlines() if line.strip())
+    table = tuple(tuple(map(parse_cell, line.split())) for line in text.splitlines() if line.strip())
     if not table:
         raise Refused(f"{name} has no action; write a line of actions for each rank, such as 0F0 0B0")
-    owners = {(action.stage, rank) for rank, actions in enumerate(table) for action in actions}
+    owners = {(action.stage, rank) for rank, cells in enumerate(table) for action in flat(cells)}
     shared = [stage for stage, count in Counter(stage for stage, _ in owners).items() if count > 1]
     rank_of = tuple(rank for _, rank in sorted(owners))
     if shared or sorted(stage for stage, _ in owners) != list(range(len(rank_of))):
         raise Refused(f"every stage from 0 up belongs on exactly one rank; found (stage, rank) {sorted(owners)}")
-    micros = 1 + max(
-        (action.micro or 0 for actions in table for action in actions if action.kind == FORWARD), default=0
-    )
+    forwards = [action.micro or 0 for cells in table for action in flat(cells) if action.kind == FORWARD]
+    micros = 1 + max(forwards, default=0)
     return Schedule(name, _named(rank_of, len(table)), micros, table)
 
 
@@ -62,7 +62,7 @@ def _named(rank_of: tuple[int, ...], p: int) -> Placement:
 
 
 def grid(schedule: Schedule, failing: Sequence[tuple[int, int]] = (), around: int = 8) -> str:
-    """The table as text, cells (rank, position) of `failing` between angle brackets, cut to what surrounds them."""
+    """Return the part of the table around `failing` as text, those cells (rank, position) between angle brackets."""
     places = [place for _, place in failing]
     first = max(0, min(places, default=0) - around)
     last = max(places, default=2 * around) + around

@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
-from megatron_cp.pipeline.action import BACKWARD, FORWARD, FULL, INPUT, WEIGHT, Action
+from megatron_cp.pipeline.action import BACKWARD, FORWARD, FULL, INPUT, WEIGHT, Action, Cell, Overlap, flat, halves
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.passes import deadlock
 from megatron_cp.pipeline.placement import Placement
@@ -20,7 +20,7 @@ OBJECTIVES = ("makespan", "span")
 class Run:
     """One played step.
 
-    starts, ends: per rank, of each action of the table
+    starts, ends: per rank, of each cell of the table
     peak:         per rank, the most memory alive at once, in M_B
     """
 
@@ -32,7 +32,7 @@ class Run:
 
     @cached_property
     def makespan(self) -> float:
-        """From the first start to the last end over all ranks: what a synchronous optimizer step waits for."""
+        """The time from the first start to the last end over all ranks, for which a synchronous optimizer waits."""
         return max(ends[-1] for ends in self.ends) - min(starts[0] for starts in self.starts)
 
     @cached_property
@@ -44,7 +44,8 @@ class Run:
     def work(self) -> float:
         """Compute time of a whole step, averaged over ranks: m times T_F + T_I + T_W when stages are equal."""
         placement = self.schedule.placement
-        return self.schedule.micros * sum(self.costs.work(placement)) / placement.ranks
+        saved = sum(self.costs.saved(cell) for cells in self.schedule.table for cell in cells)
+        return (self.schedule.micros * sum(self.costs.work(placement)) - saved) / placement.ranks
 
     @property
     def bubble(self) -> float:
@@ -58,18 +59,32 @@ class Run:
 
     @cached_property
     def transfers(self) -> int:
-        """Tensors that pass between different ranks."""
+        """The number of tensors that pass between different ranks."""
         rank_of = self.schedule.placement.rank_of
         hops = sum(here != there for here, there in pairwise(rank_of))
         return 2 * hops * self.schedule.micros
 
     def objective(self, name: str) -> float:
-        """The makespan, or with `span` the longest span of a rank."""
+        """Return the makespan, or with `span` the longest span of a rank."""
         return self.span if name == "span" else self.makespan
+
+    def bars(self) -> list[list["Bar"]]:
+        """Return the actions of each rank; those of an overlap share its time in the ratio of their own times."""
+        return [
+            [bar for cell in zip(cells, starts, ends, strict=True) for bar in self._bars(*cell)]
+            for cells, starts, ends in zip(self.schedule.table, self.starts, self.ends, strict=True)
+        ]
+
+    def _bars(self, cell: Cell, start: float, end: float) -> list["Bar"]:
+        if isinstance(cell, Action):
+            return [Bar(cell, start, end)]
+        forward, backward = (durations(self.costs)[action.kind][action.stage] for action in halves(cell))
+        middle = start + (end - start) * forward / (forward + backward)
+        return [Bar(cell.forward, start, middle), Bar(cell.backward, middle, end)]
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Run:
-    """Play the compute table of `schedule`: every rank runs its list in order, each action as early as it can.
+    """Play the compute table of `schedule`: every rank runs its list in order, each cell as early as it can.
 
     Raises BadSchedule, naming every rank's waiting action, when the ranks end up waiting for each other.
     """
@@ -79,7 +94,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Run:
 
 
 def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Run | None:
-    """Like `simulate`, but gives up, with None, as soon as the makespan is sure to reach `bar`."""
+    """Play like `simulate`, but stop and return None as soon as the makespan is sure to reach `bar`."""
     play = _Play(schedule, costs, bar)
     awake = list(range(len(schedule.table)))[::-1]
     while awake:
@@ -95,9 +110,9 @@ def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Run | 
 
 
 class _Play:
-    """A step while it is played. A rank runs until it needs what nobody made yet; then its maker wakes it.
+    """A step while it is played. A rank runs until it needs a tensor that is not made yet; then its maker wakes it.
 
-    made: when the output (False) or gradient (True) that a stage makes for a microbatch reaches whoever uses it
+    made: when the output (False) or gradient (True) that a stage makes for a microbatch reaches its user
     """
 
     def __init__(self, schedule: Schedule, costs: Costs, bar: float) -> None:
@@ -111,30 +126,46 @@ class _Play:
         self._made: dict[tuple[int, bool, int | None], float] = {}
         self._asleep: dict[tuple[int, bool, int | None], int] = {}
         # how late a rank may be, before it runs anything, for its work still to end below the bar
-        self._latest = [bar - schedule.micros * work for work in costs.work(schedule.placement)]
+        self._latest = [
+            bar - schedule.micros * work + sum(map(costs.saved, cells))
+            for work, cells in zip(costs.work(schedule.placement), schedule.table, strict=True)
+        ]
+        self._saved = costs.saved
 
     def run(self, rank: int) -> list[int] | None:
-        """Run `rank` as far as it comes; the ranks it wakes, or None when it is too late for the bar."""
+        """Run `rank` as far as it comes; return the ranks it wakes, or None when it is too late for the bar."""
         starts, ends = self.starts[rank], self.ends[rank]
         clock, latest = ends[-1] if ends else 0.0, self._latest[rank]
         woken = []
-        for action in self.table[rank][len(ends) :]:
-            start = clock if action.kind == WEIGHT else self._start(action, clock, rank)
+        for cell in self.table[rank][len(ends) :]:
+            start = self._cell_start(cell, clock, rank)
             if start is None:
                 break
-            latest += (took := self._duration[action.kind][action.stage])
+            latest += (took := self._took(cell))
             clock = start + took
             if clock >= latest:
                 return None
             starts.append(start)
             ends.append(clock)
-            if action.kind != WEIGHT:
-                woken += self._hand_over(action, clock)
+            for action in halves(cell):
+                if action.kind != WEIGHT:
+                    woken += self._hand_over(action, clock)
         self._latest[rank] = latest
         return woken
 
+    def _took(self, cell: Cell) -> float:
+        if isinstance(cell, Action):
+            return self._duration[cell.kind][cell.stage]
+        return self._took(cell.forward) + self._took(cell.backward) - self._saved(cell)
+
+    def _cell_start(self, cell: Cell, clock: float, rank: int) -> float | None:
+        if isinstance(cell, Overlap):
+            start = self._start(cell.forward, clock, rank)
+            return None if start is None else self._start(cell.backward, start, rank)
+        return clock if cell.kind == WEIGHT else self._start(cell, clock, rank)
+
     def _start(self, action: Action, clock: float, rank: int) -> float | None:
-        """When `action` can start; None, and `rank` falls asleep, when what it needs is not made yet."""
+        """Return when `action` can start; None, and `rank` falls asleep, if a tensor it needs is not made yet."""
         stage, kind, micro = action
         if kind == FORWARD:
             key = (stage - 1, False, micro)
@@ -153,22 +184,25 @@ class _Play:
 
 
 def durations(costs: Costs) -> dict[str, tuple[float, ...]]:
-    """Time of each compute kind on each stage."""
+    """Return the time of each compute kind on each stage."""
     whole = tuple(a + b for a, b in zip(costs.input, costs.weight, strict=True))
     return {FORWARD: costs.forward, INPUT: costs.input, WEIGHT: costs.weight, FULL: whole}
 
 
 def hops(placement: Placement, costs: Costs) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Delay of each stage's output on its way to the next stage, and of its gradient to the one before."""
+    """Return the delay of each stage's output to the next stage, and of its gradient to the one before."""
     rank_of = placement.rank_of
     between = [costs.comm if here != there else 0.0 for here, there in pairwise(rank_of)]
     return (*between, 0.0), (0.0, *between)
 
 
-def peak_memory(actions: Sequence[Action], costs: Costs) -> float:
-    """The largest running sum over one rank's list, in M_B: F adds M_B, I frees M_B - M_W, W frees M_W, B frees M_B."""
+def peak_memory(cells: Sequence[Cell], costs: Costs) -> float:
+    """Return the largest running sum over one rank's list, in M_B: F adds M_B, I frees M_B - M_W, W frees M_W, B both.
+
+    An overlap adds what its forward keeps before it frees anything.
+    """
     alive = peak = 0.0
-    for stage, kind, _ in actions:
+    for stage, kind, _ in flat(cells):
         if kind == FORWARD:
             alive += costs.kept[stage]
             peak = max(peak, alive)

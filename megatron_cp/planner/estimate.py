@@ -279,7 +279,7 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
     forward, backward, weight = (tuple(column) for column in zip(*times, strict=True))
     # the inputs of norms are needed for the input gradient only
     held = tuple(size * (1 - 2 * size_of_norms(rank) / kept) for size in sizes)
-    return Costs(forward, backward, weight, hop, sizes, held, 1.0)
+    return Costs(forward=forward, input=backward, weight=weight, comm=hop, kept=sizes, held=held, unit=1.0)
 
 
 def size_of_norms(rank: RankConfig) -> float:

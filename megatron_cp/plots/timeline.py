@@ -28,10 +28,7 @@ Bars = Sequence[Sequence[Bar]]
 
 def bars(run: "Run") -> Bars:
     """Return the bars of a simulated step, one list per rank."""
-    return [
-        [Bar(*bar) for bar in zip(actions, starts, ends, strict=True)]
-        for actions, starts, ends in zip(run.schedule.table, run.starts, run.ends, strict=True)
-    ]
+    return run.bars()
 
 
 def check_suffix(file: Path) -> None:

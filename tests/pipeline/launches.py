@@ -2,7 +2,20 @@
 
 from collections.abc import Iterator
 
-from megatron_cp.pipeline.action import BACKWARD, COMPUTE, FORWARD, FULL, RECV_B, RECV_F, REDUCE, SEND_F, WEIGHT, Action
+from megatron_cp.pipeline.action import (
+    BACKWARD,
+    COMPUTE,
+    FORWARD,
+    FULL,
+    RECV_B,
+    RECV_F,
+    REDUCE,
+    SEND_F,
+    WEIGHT,
+    Action,
+    Overlap,
+    halves,
+)
 from megatron_cp.pipeline.channels import Channel, communicators
 from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.placement import Placement
@@ -44,22 +57,22 @@ def _step(schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place
     took = durations(costs)
     received: dict[Action, int] = {}
     sent: dict[tuple[int, int | None], int] = {}
-    for action in schedule.table[rank]:
-        if action.kind == REDUCE:
+    for cell in schedule.table[rank]:
+        if isinstance(cell, Overlap) or cell.kind in COMPUTE:
+            after = [received[brings] for action in halves(cell) if (brings := receive_of(action)) in received]
+            backwards = {(action.stage, action.micro) for action in halves(cell) if action.kind in BACKWARD}
+            after += [sent.pop(made) for made in backwards & sent.keys()]
+            seconds = sum(took[action.kind][action.stage] for action in halves(cell)) - costs.saved(cell)
+            yield Operation(str(cell), (), tuple(after), seconds)
+        elif cell.kind == REDUCE:
             continue
-        cell = action.stage, action.micro
-        if action.kind in COMPUTE:
-            after = [received[brings] for brings in [receive_of(action)] if brings in received]
-            if action.kind in BACKWARD and cell in sent:
-                after.append(sent.pop(cell))
-            yield Operation(str(action), (), tuple(after), took[action.kind][action.stage])
         else:
-            channel, label = _transfer(schedule.placement, action)
-            yield Operation(str(action), (Message(number_of[channel], channel.source, channel.target, label),))
-            if action.kind in RECEIVES:
-                received[action] = place
-            elif action.kind == SEND_F:
-                sent[cell] = place
+            channel, label = _transfer(schedule.placement, cell)
+            yield Operation(str(cell), (Message(number_of[channel], channel.source, channel.target, label),))
+            if cell.kind in RECEIVES:
+                received[cell] = place
+            elif cell.kind == SEND_F:
+                sent[cell.stage, cell.micro] = place
         place += 1
     yield Operation("the end of the step", (), tuple(sent.values()))
 

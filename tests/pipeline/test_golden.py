@@ -3,7 +3,8 @@
 import pytest
 from torch.distributed.pipelining import schedules as oracle
 
-from megatron_cp.pipeline.action import Action
+from megatron_cp.pipeline.action import Action, Overlap, flat
+from megatron_cp.pipeline.build import build
 from tests.pipeline.played import scheduled
 
 # lists of one rank; a and b are its first and second chunk, B an input gradient, BW a full backward
@@ -70,7 +71,12 @@ def test_lists_of_the_papers(name, p, m):
 
 def torch_table(kind, p, m, v):
     """What torch's schedule class computes for every rank, without process group or modules."""
-    return [compute_only(torch_rank(kind, p, m, v, rank)) for rank in range(p)]
+    return [tuple(flat(cells)) for cells in torch_cells(kind, p, m, v)]
+
+
+def torch_cells(kind, p, m, v):
+    """The same with what torch overlaps as one cell."""
+    return [tuple(cell_of(action) for action in torch_rank(kind, p, m, v, rank) if action) for rank in range(p)]
 
 
 def torch_rank(kind, p, m, v, rank):
@@ -82,9 +88,12 @@ def torch_rank(kind, p, m, v, rank):
     return made._calculate_single_rank_operations(rank)
 
 
-def compute_only(actions):
-    flat = [part for action in actions if action for part in action.sub_actions or (action,)]
-    return tuple(Action(part.stage_index, part.computation_type.value, part.microbatch_index) for part in flat)
+def cell_of(action):
+    parts = [
+        Action(part.stage_index, part.computation_type.value, part.microbatch_index)
+        for part in action.sub_actions or (action,)
+    ]
+    return Overlap(*parts) if len(parts) == 2 else parts[0]
 
 
 @pytest.mark.parametrize(("p", "v", "m"), [(2, 2, 4), (4, 2, 8), (8, 2, 16), (8, 4, 24), (4, 3, 12), (5, 2, 10)])
@@ -100,6 +109,11 @@ def test_zb_v_is_torchs(p, m):
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (3, 7), (4, 8), (4, 11), (8, 20)])
 def test_dualpipe_v_is_torchs(p, m):
     assert list(scheduled("dualpipe-v", p, m).table) == torch_table(oracle.ScheduleDualPipeV, p, m, 2)
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (3, 7), (4, 8), (4, 11), (8, 20)])
+def test_overlaps_of_dualpipe_v_are_torchs(p, m):
+    assert list(build("dualpipe-v", p, m, overlapped=True).table) == torch_cells(oracle.ScheduleDualPipeV, p, m, 2)
 
 
 @pytest.mark.parametrize(("p", "v", "m"), [(2, 2, 4), (4, 2, 8), (4, 3, 12), (8, 4, 16)])

@@ -1,8 +1,10 @@
 """The figures of the papers, and closed forms, out of the simulator."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_cp.pipeline.costs import Costs, uniform
+from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.simulate import simulate
 from tests.pipeline.played import PROFILES, RATIOS, chunk_units, played, scheduled
 
@@ -177,5 +179,5 @@ def test_a_heavy_head_swamps_the_choice_of_schedule(name, expected):
     schedule = scheduled(name, 8, 24)
     even = uniform(schedule.placement, (4.0, 4.0, 4.0, 0.0))
     last = (*even.forward[:-1], even.forward[-1] + 2.4)
-    run = simulate(schedule, Costs(last, last, last, 0.0, even.kept, even.held, even.unit))
+    run = simulate(schedule, replace(even, forward=last, input=last, weight=last))
     assert round(run.bubble, 4) == expected

@@ -4,7 +4,7 @@
 blocks for one forward and one backward; only the order, the transfers and the start of reductions are the schedule's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,7 +24,7 @@ from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come,
 from megatron_cp.megatron.pipeline.v_placement import groups_to_finalize, seen_on_loop, to_last_rank
 from megatron_cp.megatron.run import global_args
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action
+from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action, flat
 from megatron_cp.pipeline.build import place
 from megatron_cp.pipeline.channels import Channels, communicators
 from megatron_cp.pipeline.execute import Executor, Observe
@@ -217,7 +217,7 @@ class Pipeline:
             self._tables.learn(self._channels, rank, call.buffer)
             observe = self._tables.observing(observe)
         schedule = self._tables.lowered(call.micros, call.training)
-        actions = schedule.table[rank]
+        actions = tuple(flat(schedule.table[rank]))
         call.window = most_in_flight(actions)
         queue = queue_in_force() if self._delayed or any(action.kind == INPUT for action in actions) else None
         last = len(placement.rank_of) - 1
@@ -225,7 +225,7 @@ class Pipeline:
         executor = Executor(placement, rank, stages, self._channels, call.training, observe)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
-            executor.run(actions)
+            executor.run(schedule.table[rank])
 
 
 def connect(group: Any, placement: Placement) -> Channels:
@@ -237,7 +237,7 @@ def connect(group: Any, placement: Placement) -> Channels:
     return channels
 
 
-def most_in_flight(actions: tuple[Action, ...]) -> int:
+def most_in_flight(actions: Iterable[Action]) -> int:
     """The most microbatches, over all chunks, forwarded and not yet returned."""
     alive = most = 0
     for action in actions:
