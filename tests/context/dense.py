@@ -1,4 +1,4 @@
-"""Dense attention of a whole sequence by autograd: what every sharded algorithm must equal."""
+"""Dense attention of a whole sequence by autograd, the reference for every sharded algorithm."""
 
 from typing import NamedTuple
 

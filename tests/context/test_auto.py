@@ -1,4 +1,4 @@
-"""Backend `auto`: settled before anything is sent, the same on every rank, exact as what it takes."""
+"""Backend `auto`: chosen before anything is sent, equal on every rank, as exact as the chosen algorithm."""
 
 import pytest
 

@@ -211,7 +211,14 @@ def chunked(task: Task, inside: Loop[Any]) -> ChunkedWork:
     first = whole.on(whole.fabric, segments.layouts[0], whole.kernel)
     loop = ring if isinstance(inside, HeadParallel) else inside
     accumulating = loop if isinstance(loop, Accumulating) else RoundedResults(loop)
-    return ChunkedWork(tuple(chunks), segments.tokens, length(whole.mine), segments.shift, first, accumulating)
+    return ChunkedWork(
+        chunks=tuple(chunks),
+        segments=segments.tokens,
+        tokens=length(whole.mine),
+        shift=segments.shift,
+        inside=first,
+        loop=accumulating,
+    )
 
 
 class Cut(NamedTuple):

@@ -116,13 +116,15 @@ def _gather(tensors: list[Tensor], tiling: Tiling, task: Task) -> list[tuple[Que
     fabric, layout, mask = task.fabric, task.layout, task.mask
     me, row = fabric.rank, tiling.rows[fabric.rank]
     at = row.index(me)
-    shards: list[tuple[QueryShard, Handle]] = [(QueryShard(task.my_queries, tensors, me, slice(0, 0), True), Done())]
+    own = QueryShard(task.my_queries, tensors, worker=me, lent=slice(0, 0), own=True)
+    shards: list[tuple[QueryShard, Handle]] = [(own, Done())]
     for hop in range(1, len(row)):
         worker, owner = row[(at + hop) % len(row)], row[(at - hop) % len(row)]
         lent, here = tiling.used(me, worker, layout, mask), tiling.used(owner, me, layout, mask)
         arriving = empty_like(tensors, here.stop - here.start)
         transfer = exchange(fabric, [tensor[lent] for tensor in tensors], worker, arriving, owner)
-        shards.append((QueryShard(Queries(owner, here, here.start), arriving, worker, lent, False), transfer))
+        queries = Queries(owner, here, here.start)
+        shards.append((QueryShard(queries, arriving, worker=worker, lent=lent, own=False), transfer))
     return shards
 
 

@@ -73,5 +73,5 @@ def _circulating(tensors: list[Tensor], task: Task) -> Iterator[QueryShard]:
     for hop, ((owner, first, here),) in enumerate(hops):
         worker = (me + way.turn * hop) % size
         queries = Queries(owner, way.wanted[owner][me], first)
-        yield QueryShard(queries, here, worker, way.wanted[me][worker], hop == 0)
+        yield QueryShard(queries, here, worker=worker, lent=way.wanted[me][worker], own=hop == 0)
         del here

@@ -1,4 +1,4 @@
-"""What is special about a ring of rings: what travels inside a window, and what between windows."""
+"""A ring of rings: traffic inside a window of ranks, and between windows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Work cut into chunks over time: exact around every backend, no more sent than by Ulysses, memory as of one chunk."""
+"""Work cut into chunks over time: exact around every backend, the traffic of Ulysses, the memory of one chunk."""
 
 import pytest
 import torch

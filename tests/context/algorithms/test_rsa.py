@@ -1,4 +1,4 @@
-"""What whole rows of scores give: probabilities and a dense bias, with gradients, by two rings each way."""
+"""Whole rows of scores: probabilities and a dense bias, with gradients, by two rings in each pass."""
 
 import pytest
 import torch

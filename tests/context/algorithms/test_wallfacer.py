@@ -1,4 +1,4 @@
-"""What is special about tiles of queries and keys: any grid, what travels, equal work, and the grid that is chosen."""
+"""Tiles of queries and keys: any grid, traffic, equal work, and the choice of the grid."""
 
 import pytest
 import torch.distributed as dist
