@@ -21,6 +21,7 @@ def run(*words):
     return CliRunner().invoke(app, ["bench", "context", *words])
 
 
+@pytest.mark.smoke
 def test_every_backend_is_timed_and_checked(tmp_path):
     picture = tmp_path / "bench.png"
     result = run("--seq", "256", "--rounds", "1", "--json", "--plot", str(picture))

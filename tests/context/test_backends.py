@@ -157,6 +157,7 @@ def over_gloo(task, backend, grid, kernel):
     return result
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kernel", slow_unless(["torch"], ["reference", "torch"]))
 @pytest.mark.parametrize("backend", BACKENDS.names)
 def test_backend_equals_dense_over_gloo(backend, kernel):

@@ -9,6 +9,7 @@ from megatron_cp.comm import in_process
 from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.grid import Grid
 from megatron_cp.kernels import aten, choose
+from tests.cases import slow_unless
 from tests.context.dense import Problem, dense, problem
 from tests.context.test_backends import sharded, whole
 from tests.tolerances import BF16_RATIO, BF16_RATIO_EVEN
@@ -48,7 +49,7 @@ def alone():
         return errors((out, *kernel.backward(task.dout, *task[:3], out, lse, scale=scale, causal=True)))
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 32], ids=lambda n: f"p{n}")
+@pytest.mark.parametrize("ranks", slow_unless([8], [2, 8, 32]), ids=lambda n: f"p{n}")
 @pytest.mark.parametrize("backend", ALGORITHMS)
 def test_bf16_error_is_the_unsharded_kernels(backend, ranks):
     grid = Grid(2, ranks // 2) if BACKENDS.get(backend).needs_grid else None

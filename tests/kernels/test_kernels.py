@@ -52,6 +52,7 @@ def test_lse_is_the_natural_logsumexp_of_the_scaled_scores(name):
     assert relative_error(lse, scores.logsumexp(-1)) <= 1e-14
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dim", [1, 7, 33, 80, 160])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 31), (37, 1), (5, 130)])
 def test_torch_kernel_equals_reference_at_odd_sizes(queries, keys, dim):

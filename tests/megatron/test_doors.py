@@ -40,6 +40,7 @@ def test_training_goes_on_and_learns() -> None:
     assert run[-1]["loss"] < run[0]["loss"] - 0.5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
@@ -184,6 +185,7 @@ def environment(**values: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **values}
 
 
+@pytest.mark.smoke
 def test_torchrun_starts_an_unmodified_script() -> None:
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
     command = [*torchrun, "-m", "megatron_cp.launch", SCRIPT, *tiny(f"{CONTEXT_PARALLEL} 2")]

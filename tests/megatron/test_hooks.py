@@ -60,6 +60,7 @@ def test_a_hook_changes_its_declared_names_only_and_reverts(name: str) -> None:
     assert after == set()
 
 
+@pytest.mark.smoke
 def test_all_hooks_together_revert() -> None:
     ((inside, after),) = run_ranks(1, changed_by, hooks.HOOKS.names)
     assert inside == {target for hook in hooks.HOOKS for target in hook.targets}

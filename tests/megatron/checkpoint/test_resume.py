@@ -33,6 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("kind", "ranks", "topology"),
     [

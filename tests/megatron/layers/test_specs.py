@@ -186,6 +186,7 @@ DENSE = f"--qk-layernorm {SGD}"
 EXPERTS = f"{SGD} --num-experts 4 --moe-layer-freq [0,1] --moe-router-topk 2"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("world_size", "flags", "said"),
     [

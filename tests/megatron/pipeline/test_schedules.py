@@ -59,6 +59,7 @@ CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
 
 
 # every schedule's gradients are compared with Megatron's own in bench/test_pipeline too
+@pytest.mark.smoke
 @pytest.mark.parametrize("schedule", slow_unless(["1f1b", "zb-h1"], ["gpipe", "1f1b", "dapple-b", "zb-h1", "zb-h2"]))
 def test_one_chunk_per_rank_trains_as_1f1b(megatrons_own, schedule):
     assert_bit_equal(run(2, TWO, f"--pp-schedule {schedule}"), megatrons_own(2, TWO))
