@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from math import isnan, nan
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class AttentionShape:
     """One attention: batch, tokens, query and KV heads, head dim."""
 
     seq: int
+    _: KW_ONLY
     heads: int = 8
     kv_heads: int = 8
     head_dim: int = 64

@@ -34,7 +34,7 @@ MakeImplementation = Callable[[Comparison, str], Implementation]
 """Makes the implementation of another library; raises RefusedError for a shape that it cannot compute."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackendReport:
     """All figures of a run.
 
@@ -128,7 +128,9 @@ def _report(
             rows = [replace(row, predicted=forecast.predicted(row)) for row in rows]
         pairs += pairs_of(running, shape.seq)
     assert chosen is not None, "no shape was asked for"
-    return BackendReport(rows, chosen[0].name, chosen[1], min(shares), cores, tuple(pairs))
+    return BackendReport(
+        rows=rows, kernel=chosen[0].name, reason=chosen[1], core_share=min(shares), cores=cores, pairs=tuple(pairs)
+    )
 
 
 def _cores(ranks: int) -> int:

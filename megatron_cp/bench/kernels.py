@@ -44,7 +44,7 @@ class KernelResult:
     skipped: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelReport:
     """All figures of a run, with the machine, the kernel that auto takes there and the torch kernel's op per shape."""
 
@@ -83,7 +83,7 @@ def bench(names: Sequence[str], shapes: Sequence[AttentionShape], device: str, r
     choices = [line for kernel in kernels.values() if isinstance(kernel, FusedKernel) for line in kernel.report()]
     auto = choose(AUTO, device=device, dtype=shapes[0].dtype, head_dim=shapes[0].head_dim)[1]
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return KernelReport(rows, where, torch.__version__, auto, choices)
+    return KernelReport(rows=rows, device=where, torch=torch.__version__, auto=auto, choices=choices)
 
 
 def check(kernel: Kernel, shape: AttentionShape, device: str) -> float:

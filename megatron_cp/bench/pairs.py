@@ -29,7 +29,7 @@ class Ratio:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """One of our backends beside another library's attention on the same layout."""
 
@@ -55,7 +55,14 @@ def _pair(mine: Candidate, other: Candidate, seq: int) -> Pair:
         ratio_of([there / here for here, there in zip(*both, strict=True)])
         for both in zip(mine.seconds, other.seconds, strict=True)
     )
-    return Pair(mine.entry.name, other.entry.name, seq, forward, backward, len(mine.seconds[0]))
+    return Pair(
+        ours=mine.entry.name,
+        theirs=other.entry.name,
+        seq=seq,
+        forward=forward,
+        backward=backward,
+        rounds=len(mine.seconds[0]),
+    )
 
 
 def ratio_of(ratios: Sequence[float]) -> Ratio:

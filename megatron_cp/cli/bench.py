@@ -76,7 +76,15 @@ def context(
     all_backends = not backend or "all" in backend
     names = BACKENDS.names if all_backends else [BACKENDS.get(name).name for name in backend or []]
     shapes = [
-        AttentionShape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype)
+        AttentionShape(
+            tokens,
+            heads=heads,
+            kv_heads=kv_heads or heads,
+            head_dim=head_dim,
+            batch=batch,
+            causal=causal,
+            dtype=dtype,
+        )
         for tokens in seq or [4096, 16384]
     ]
     selection = Selection(tuple(names), native or peers, UPSTREAM if all_backends else {}, peers, predict)

@@ -45,7 +45,18 @@ def kernels(
     if heads % (kv_heads or heads):
         raise ValueError(f"query heads must be a multiple of KV heads, got {heads} and {kv_heads}")
     lengths = seq or ([8192, 16384, 32768, 65536, 131072] if device == "cuda" else [1024, 2048, 4096])
-    shapes = [AttentionShape(tokens, heads, kv_heads or heads, head_dim, batch, causal, dtype) for tokens in lengths]
+    shapes = [
+        AttentionShape(
+            tokens,
+            heads=heads,
+            kv_heads=kv_heads or heads,
+            head_dim=head_dim,
+            batch=batch,
+            causal=causal,
+            dtype=dtype,
+        )
+        for tokens in lengths
+    ]
     report = bench(kernel or [], shapes, device, rounds)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))

@@ -51,11 +51,11 @@ def plan(
     if 2 * tokens < length:
         raise ValueError(f"--tokens-per-batch {tokens:,} must be at least a sequence of {length:,} tokens; raise it")
     request = PlanRequest(
-        model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
-        length,
-        ranks,
-        load_cluster(cluster),
-        sequences(tokens, length, ranks),
+        model=model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
+        seq=length,
+        gpus=ranks,
+        cluster=load_cluster(cluster),
+        global_batch=sequences(tokens, length, ranks),
         backends=tuple(backends.replace(",", " ").split()),
         schedules=tuple(schedules.replace(",", " ").split()),
     )

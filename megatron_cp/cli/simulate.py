@@ -21,7 +21,7 @@ from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimulationRequest:
     """Sizes, times and limits that apply to every schedule to simulate."""
 
@@ -74,7 +74,16 @@ def simulate(
     """Simulate a pipeline schedule: makespan, bubble and peak memory, from the times of one microbatch."""
     if sum(choice is not None for choice in (schedule, compare, table)) != 1:
         raise ValueError("give one of --schedule NAME, --compare all and --table FILE")
-    asked = SimulationRequest(p, m, v, _numbers("times", times), _numbers("memory", memory), cap, objective, warmup)
+    asked = SimulationRequest(
+        p=p,
+        m=m,
+        v=v,
+        times=_numbers("times", times),
+        memory=_numbers("memory", memory),
+        cap=cap,
+        objective=objective,
+        warmup=warmup,
+    )
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
     if cap is not None and not cap > 0:

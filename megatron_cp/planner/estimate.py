@@ -16,7 +16,7 @@ from megatron_cp.pipeline.simulate import peak_memory, simulate
 from megatron_cp.planner.memory import MemoryUse, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.traffic import Traffic, step_traffic
+from megatron_cp.planner.traffic import StepTraffic, step_traffic
 from megatron_cp.planner.work import PassTimes, RankConfig, Seconds, collective_seconds, ends, layer
 
 
@@ -54,7 +54,7 @@ IN_WORDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """One training step of a model, spread over a cluster.
 
@@ -69,7 +69,7 @@ class Estimate:
     seq: int
     parts: Parts
     memory: tuple[MemoryUse, ...]
-    traffic: Traffic
+    traffic: StepTraffic
 
     @property
     def seconds(self) -> float:
@@ -122,7 +122,7 @@ def estimate(
     the backend or the schedule refuses.
     """
     check(model, parallel, seq)
-    rank = RankConfig(model, parallel, cluster, seq, record)
+    rank = RankConfig(model=model, parallel=parallel, cluster=cluster, seq=seq, record=record)
     stages = _stages(rank)
     return _timed(rank, stages, _memory(rank, stages))
 
@@ -140,7 +140,15 @@ def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse,
     # without a pipeline nothing waits; rounding of the sums must not show up as waiting
     waiting = max(0.0, makespan - spent.total) if parallel.pp > 1 else 0.0
     parts = Parts(*spent, waiting, data, optimizer + cluster.step_s)
-    return Estimate(model, parallel, cluster, seq, parts, memory, step_traffic(rank, each[slowest].layers))
+    return Estimate(
+        model=model,
+        parallel=parallel,
+        cluster=cluster,
+        seq=seq,
+        parts=parts,
+        memory=memory,
+        traffic=step_traffic(rank, each[slowest].layers),
+    )
 
 
 def estimate_where_it_fits(model: Transformer, parallel: Parallel, cluster: Cluster, seq: int) -> Estimate | None:
@@ -149,7 +157,7 @@ def estimate_where_it_fits(model: Transformer, parallel: Parallel, cluster: Clus
     Raises ValueError as `estimate` does.
     """
     check(model, parallel, seq)
-    rank = RankConfig(model, parallel, cluster, seq)
+    rank = RankConfig(model=model, parallel=parallel, cluster=cluster, seq=seq)
     stages = _stages(rank)
     memory = _memory(rank, stages)
     return _timed(rank, stages, memory) if _held(cluster, memory) else None

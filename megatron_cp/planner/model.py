@@ -6,7 +6,7 @@ from fractions import Fraction
 from megatron_cp.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Transformer:
     """Sizes of a GPT model under Megatron's names, without biases.
 
@@ -100,7 +100,7 @@ def model_of(recipe: Recipe) -> Transformer:
     experts = recipe.number("--num-experts", 0)
     grouped = "--group-query-attention" in recipe.model_args
     return Transformer(
-        recipe.name,
+        name=recipe.name,
         layers=recipe.required("--num-layers"),
         hidden=hidden,
         ffn=ffn,

@@ -16,7 +16,7 @@ PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
 """Bytes of a stored weight and activation; with fp8 only products are computed in fp8, tensors are kept in bfloat16."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parallel:
     """Parallel sizes, batch and memory choices of a run, under Megatron's names.
 

@@ -74,7 +74,7 @@ def _row(run: Mapping[str, Any], record: Record | None) -> PublishedRun:
 def _model(given: str | Mapping[str, Any]) -> Transformer:
     if isinstance(given, str):
         return model_of(recipe.load(f"models/{given}", {}))
-    return Transformer("GPT", **given)
+    return Transformer(name="GPT", **given)
 
 
 def _figure(found: Estimate, unit: str, pairs: str | None) -> float:

@@ -33,7 +33,7 @@ MOST_TOKENS = 65536
 """Largest microbatch of a rank in tokens: products reach their rate with fewer, and activations keep growing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """A model to train, the hardware, and the choices to search.
 

@@ -20,14 +20,14 @@ class Level(NamedTuple):
         return sum(self)
 
 
-class Traffic(NamedTuple):
+class StepTraffic(NamedTuple):
     """Bytes that one rank sends in one step: within its node, and to other nodes."""
 
     inside: Level
     between: Level
 
 
-def step_traffic(rank: RankConfig, layers: float) -> Traffic:
+def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     """Return the traffic of a rank with `layers` layers."""
     parallel, model = rank.parallel, rank.model
     micros = parallel.micros
@@ -54,7 +54,7 @@ def step_traffic(rank: RankConfig, layers: float) -> Traffic:
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
-    return Traffic(Level(**inside), Level(**between))
+    return StepTraffic(Level(**inside), Level(**between))
 
 
 def _around(size: float, ranks: int) -> float:

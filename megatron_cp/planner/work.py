@@ -62,7 +62,7 @@ class Product(NamedTuple):
     times: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankConfig:
     """Inputs that determine the work of a rank; `record` makes traces of context parallelism, see `attention`."""
 

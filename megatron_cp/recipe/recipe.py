@@ -46,7 +46,7 @@ COMMAND_LINE = "command line"
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\.\w+)*|[^-].*\.py", re.ASCII | re.DOTALL)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run: environment variables, flags of Megatron and torchrun, corpus, job, cluster."""
 
@@ -134,7 +134,15 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
     _check_keys(given)
     cluster = given[CLUSTER][CLUSTER].text if given[CLUSTER] else None
     env_vars, model_args, launch, data, slurm = (given[section] for section in SECTIONS)
-    return Recipe(file.stem, env_vars, model_args, launch, data, slurm, cluster)
+    return Recipe(
+        name=file.stem,
+        env_vars=env_vars,
+        model_args=model_args,
+        launch=launch,
+        data=data,
+        slurm=slurm,
+        cluster=cluster,
+    )
 
 
 def command_line_flags(words: Sequence[str]) -> Section:

@@ -23,7 +23,7 @@ FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--l
 _HEADER_VALUE = re.compile(r"[\w.,:/@%=+*~&|()\[\]-]*", re.ASCII)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlurmJob:
     """A recipe as a SLURM job.
 

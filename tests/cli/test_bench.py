@@ -92,7 +92,7 @@ def test_competing_load_is_said_instead_of_a_verdict(monkeypatch):
     )
 
     def reported(core_share, cores):
-        report = BackendReport([row], "torch", "", core_share, cores)
+        report = BackendReport(rows=[row], kernel="torch", reason="", core_share=core_share, cores=cores)
         monkeypatch.setattr(bench_context, "bench", lambda *args, **kwargs: report)
         return run("--seq", "64", "--ranks", "2").stdout
 

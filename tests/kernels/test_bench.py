@@ -13,6 +13,9 @@ from megatron_cp.bench.kernels import bench, check, flops
 from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.kernels.reference import ReferenceKernel
 
+SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 16}
+WIDE = {"heads": 32, "kv_heads": 8, "head_dim": 128, "batch": 2}
+
 
 @pytest.fixture
 def command():
@@ -38,23 +41,28 @@ class NotANumber(ReferenceKernel):
 @pytest.mark.parametrize(("kernel", "what"), [(NoScale(), "dq"), (NotANumber(), "out")])
 def test_a_wrong_kernel_gets_no_figures(kernel, what):
     with pytest.raises(RuntimeError, match=f"is wrong on cpu: {what} deviates .* no figures for a wrong kernel"):
-        check(kernel, AttentionShape(64, 4, 2, 16), "cpu")
+        check(kernel, AttentionShape(64, **SMALL), "cpu")
 
 
 def test_a_causal_mask_counts_as_half_and_backward_as_two_and_a_half():
-    assert flops(AttentionShape(1024, 32, 8, 128, 2, causal=False)) == 4 * 2 * 32 * 128 * 1024**2
-    assert flops(AttentionShape(1024, 32, 8, 128, 2)) * 2 == flops(AttentionShape(1024, 32, 8, 128, 2, causal=False))
-    (row,) = bench(["torch"], [AttentionShape(128, 4, 2, 16)], "cpu", 1).rows
+    assert flops(AttentionShape(1024, **WIDE, causal=False)) == 4 * 2 * 32 * 128 * 1024**2
+    assert flops(AttentionShape(1024, **WIDE)) * 2 == flops(AttentionShape(1024, **WIDE, causal=False))
+    (row,) = bench(["torch"], [AttentionShape(128, **SMALL)], "cpu", 1).rows
     forward, backward = (
         tflops * ms for tflops, ms in ((row.forward_tflops, row.forward_ms), (row.backward_tflops, row.backward_ms))
     )
     assert backward / forward == pytest.approx(2.5)
-    assert forward == pytest.approx(flops(AttentionShape(128, 4, 2, 16)) / 1e9)
+    assert forward == pytest.approx(flops(AttentionShape(128, **SMALL)) / 1e9)
 
 
 def test_the_reference_is_not_timed_where_its_scores_do_not_fit(monkeypatch):
     monkeypatch.setattr(bench_kernels, "SCORE_BYTES", 4 * 64 * 64 * 4)
-    rows = bench(["reference"], [AttentionShape(64, 4, 2, 16), AttentionShape(65, 4, 2, 16)], "cpu", 1).rows
+    rows = bench(
+        ["reference"],
+        [AttentionShape(64, **SMALL), AttentionShape(65, **SMALL)],
+        "cpu",
+        1,
+    ).rows
     assert [row.skipped is None for row in rows] == [True, False]
     assert rows[1].forward_ms is None
 

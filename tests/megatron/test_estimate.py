@@ -6,9 +6,33 @@ import pytest
 
 from megatron_cp.planner.model import Transformer
 
-DENSE = Transformer("dense", 4, 256, 704, 8, 2, 32, 1024)
-PLAIN = Transformer("plain", 3, 128, 512, 4, 4, 32, 512, gated=False)
-MIXTURE = Transformer("mixture", 4, 256, 704, 8, 2, 32, 1024, experts=8, top_k=2, expert_ffn=320, moe_every=2)
+DENSE = Transformer(
+    name="dense",
+    layers=4,
+    hidden=256,
+    ffn=704,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    vocab=1024,
+)
+PLAIN = Transformer(
+    name="plain", layers=3, hidden=128, ffn=512, heads=4, kv_heads=4, head_dim=32, vocab=512, gated=False
+)
+MIXTURE = Transformer(
+    name="mixture",
+    layers=4,
+    hidden=256,
+    ffn=704,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    vocab=1024,
+    experts=8,
+    top_k=2,
+    expert_ffn=320,
+    moe_every=2,
+)
 
 
 @pytest.mark.parametrize("model", [DENSE, PLAIN, MIXTURE], ids=lambda model: model.name)

@@ -80,7 +80,9 @@ def test_adam_in_bf16_is_sixteen_bytes_and_two_for_float32_gradients():
 
 def test_activations_of_a_layer_are_those_of_the_paper():
     # 34 bytes per token and hidden element without dropout's two, and with flash attention (arXiv:2205.05198, 4.1)
-    gpt = Transformer("gpt", 1, 1024, 4096, 8, 8, 128, 1024, gated=False)
+    gpt = Transformer(
+        name="gpt", layers=1, hidden=1024, ffn=4096, heads=8, kv_heads=8, head_dim=128, vocab=1024, gated=False
+    )
     kept = of(Parallel(), gpt, seq=2048).worst_memory.activations
     assert kept == pytest.approx(2048 * (32 * 1024 + 4 * 8))
 

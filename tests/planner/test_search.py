@@ -28,7 +28,7 @@ CLUSTER = "dgx-h100-ib"
 @cache
 def request(gpus: int = 32) -> PlanRequest:
     model = model_of(recipe.load("models/llama3.1-8b", Unset({})))
-    return PlanRequest(model, 32768, gpus, load_cluster(CLUSTER), 16)
+    return PlanRequest(model=model, seq=32768, gpus=gpus, cluster=load_cluster(CLUSTER), global_batch=16)
 
 
 @cache
@@ -149,7 +149,8 @@ def test_the_best_plan_is_at_least_as_fast_as_what_was_published(case: str) -> N
     recorded = stretching(record)
     # a best plan among fewer kinds is a bound for the best of all, and found sooner
     fewer = {"backends": ("zigzag", "usp"), "schedules": ("1f1b", "interleaved")} if gpus > 1024 else {}
-    best = search(PlanRequest(model, seq, gpus, cluster, batch, **fewer), recorded, 1).best
+    request = PlanRequest(model=model, seq=seq, gpus=gpus, cluster=cluster, global_batch=batch, **fewer)
+    best = search(request, recorded, 1).best
     assert best.fits
     assert best.seconds <= estimate(model, PUBLISHED[case], cluster, seq, recorded).seconds
 
