@@ -30,6 +30,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"Tensor|Float|ProcessGroup|Path|Self|T|list\[.*|[a-z] [a-z ]+"),
     ("py:class", r"megatron_cp\..*"),
 ]
+default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": True}
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def explain_parameters(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Turn the lists `name: text` of our docstrings into field lists, and report a name without a docstring."""
+    """Turn the lists `name: text` of our docstrings into definition lists, and report a name without a docstring."""
     if not "".join(lines).strip():
         if what in ("module", "class", "function", "method", "property"):
             logger.warning("%s %s is public and has no docstring", what, name)
@@ -50,7 +51,7 @@ def explain_parameters(app: Sphinx, what: str, name: str, obj: Any, options: Any
         found = PARAMETER.fullmatch(line)
         starts = found is not None and (not shown or not shown[-1] or inside)
         if starts and found:
-            shown.append(f":{found[1]}: {found[2]}")
+            shown += [f"``{found[1]}``", f"  {found[2]}"]
         elif inside and line and not line.startswith(" "):
             shown += ["", line]
         else:
