@@ -22,7 +22,7 @@ from megatron_cp.megatron.hooks import HOOKS
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import uniform
-from megatron_cp.pipeline.simulate import Run, simulate
+from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.recipe import recipe
 
 DOCS = Path(__file__).parent
@@ -76,7 +76,7 @@ def schedule_row(rule: Rule) -> list[str]:
     return [f"`{rule.name}`", ", ".join(rule.aliases), stages, chunks, backward, rule.what, rule.paper, linked(file)]
 
 
-def played(name: str, micros: int) -> Run:
+def played(name: str, micros: int) -> SimulatedStep:
     """One step of `micros` microbatches on four ranks; F, I and W of a rank's layers take three units each over v."""
     rule = SCHEDULES.get(name)
     where = place(rule, RANKS)
@@ -103,7 +103,7 @@ def timeline(name: str, micros: int) -> str:
     return "\n".join(["```text", *lines, "```"])
 
 
-def cells(run: Run, rank: int) -> list[str]:
+def cells(run: SimulatedStep, rank: int) -> list[str]:
     """Capital letters are actions of the first chunk, small ones of the others."""
     line = [" . "] * round(run.makespan)
     chunk_of = {stage: chunk for chunk, stage in enumerate(run.schedule.placement.of_rank[rank])}

@@ -17,7 +17,7 @@ from megatron_cp.pipeline.action import COMPUTE, FORWARD, FULL, INPUT, WEIGHT, A
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.passes import awaited, merge
 from megatron_cp.pipeline.schedule import Schedule
-from megatron_cp.pipeline.simulate import Bar, Run, simulate
+from megatron_cp.pipeline.simulate import Bar, SimulatedStep, simulate
 
 
 class GptSize(NamedTuple):
@@ -108,7 +108,7 @@ class MeasuredSchedule:
         return {key: median(values) for key, values in found.items()}
 
     @cached_property
-    def run(self) -> Run:
+    def run(self) -> SimulatedStep:
         """Simulation of the merged table, as it was executed, with the median times."""
         return simulate(merge(self.schedule), self.costs)
 

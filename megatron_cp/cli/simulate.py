@@ -15,7 +15,7 @@ from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, parse
-from megatron_cp.pipeline.simulate import OBJECTIVES, Run
+from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
@@ -42,7 +42,7 @@ class SimulationRequest:
         """Return the memory limit of each rank, None without one."""
         return None if self.cap is None else [self.cap] * placement.ranks
 
-    def bound(self, run: Run) -> float:
+    def bound(self, run: SimulatedStep) -> float:
         """Return a lower bound of the makespan."""
         placement = run.schedule.placement
         return lower_bound(placement, run.schedule.micros, run.costs, self.caps(placement))
@@ -115,7 +115,9 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise ValueError(f"--{option} must be numbers separated by commas, got {text!r}") from None
 
 
-def _run(name: str, asked: SimulationRequest, warmup: float | None = None, placement: str | None = None) -> Run:
+def _run(
+    name: str, asked: SimulationRequest, warmup: float | None = None, placement: str | None = None
+) -> SimulatedStep:
     if asked.p is None or asked.m is None:
         raise ValueError("give the number of ranks -p and of microbatches -m")
     where = place(SCHEDULES.get(name), asked.p, asked.v, placement)
@@ -134,7 +136,7 @@ def _run(name: str, asked: SimulationRequest, warmup: float | None = None, place
     return play(schedule, costs)
 
 
-def _load(file: Path, asked: SimulationRequest) -> Run:
+def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
     schedule = check(parse(file.read_text(), file.stem))
     costs = asked.costs(schedule.placement)
     caps = asked.caps(schedule.placement)
@@ -143,7 +145,7 @@ def _load(file: Path, asked: SimulationRequest) -> Run:
     return play(schedule, costs)
 
 
-def _as_json(run: Run) -> dict[str, object]:
+def _as_json(run: SimulatedStep) -> dict[str, object]:
     return {
         "makespan": run.makespan,
         "bubble": run.bubble,
@@ -153,7 +155,7 @@ def _as_json(run: Run) -> dict[str, object]:
     }
 
 
-def _show(run: Run, asked: SimulationRequest) -> None:
+def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
     placement, bound = run.schedule.placement, asked.bound(run)
     typer.echo(
         f"{run.schedule.name}: p = {placement.ranks}, m = {run.schedule.micros}, v = {placement.chunks}, "
@@ -167,14 +169,14 @@ def _show(run: Run, asked: SimulationRequest) -> None:
     )
 
 
-def _plot(run: Run, file: Path) -> None:
+def _plot(run: SimulatedStep, file: Path) -> None:
     from megatron_cp.plots.timeline import bars, draw_timeline
 
     draw_timeline(bars(run), file, f"{run.schedule.name}: bubble {run.bubble:.4f}, peak {max(run.peak):g} M_B")
     typer.echo(f"timeline: {file}", err=True)
 
 
-def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, Run | str]]:
+def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, SimulatedStep | str]]:
     """Yield each schedule of `names` with its simulation, or the reason why it cannot be simulated."""
     for name in SCHEDULES.names if names == "all" else [name.strip() for name in names.split(",")]:
         rule = SCHEDULES.get(name)
@@ -197,7 +199,7 @@ def _compare(names: str, asked: SimulationRequest, as_json: bool) -> None:
         typer.echo(
             json.dumps(
                 [
-                    {"schedule": name} | (_as_json(run) if isinstance(run, Run) else {"error": run})
+                    {"schedule": name} | (_as_json(run) if isinstance(run, SimulatedStep) else {"error": run})
                     for name, run in simulations
                 ]
             )
@@ -205,10 +207,10 @@ def _compare(names: str, asked: SimulationRequest, as_json: bool) -> None:
         return
     typer.echo(f"{'schedule':<14} v    makespan   bubble  span bubble    bound  peak (M_B)  transfers")
     for name, run in simulations:
-        typer.echo(f"{name:<14}{_row(run, asked) if isinstance(run, Run) else f' {run}'}")
+        typer.echo(f"{name:<14}{_row(run, asked) if isinstance(run, SimulatedStep) else f' {run}'}")
 
 
-def _row(run: Run, asked: SimulationRequest) -> str:
+def _row(run: SimulatedStep, asked: SimulationRequest) -> str:
     return (
         f"{run.schedule.placement.chunks:>2}{run.makespan:>12.3f}{run.bubble:>9.4f}{run.span_bubble:>13.4f}"
         f"{1 - run.work / asked.bound(run):>9.4f}{max(run.peak):>12g}{run.transfers:>11}"

@@ -1,4 +1,4 @@
-"""The menu of pipeline schedules. Pure: rules are functions from sizes to tables, nothing here knows torch."""
+"""The registry of pipeline schedules. Rules are pure functions from sizes to tables; none imports torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from megatron_cp.registry import Registry
 class Rule:
     """One schedule.
 
-    table:     (p, m, v) -> per rank the compute actions; None for `auto`, which needs times and memory besides
-    placement: loop or v
-    chunks:    the only v it knows, None where v is the user's choice
-    usual:     the v it takes when none is given
-    split:     whether it needs the backward split into I and W
-    takes_warmup: whether `table` takes a warm-up multiplier too
-    overlaps:     whether `table` can write forwards and backwards that run at the same time as one action
+    table:        (p, m, v) -> per rank the compute actions; None for `auto`, which also needs times and memory
+    placement:    loop or v
+    chunks:       the only v it supports, None where v is the user's choice
+    usual:        the v it takes when none is given
+    split:        True if it needs the backward split into I and W
+    takes_warmup: True if `table` takes a warm-up multiplier too
+    overlaps:     True if `table` can write a forward and a backward that run at the same time as one action
     """
 
     name: str
@@ -134,5 +134,5 @@ SCHEDULES = Registry(
 
 
 def on_v(name: str | None, placement: str | None = None) -> bool:
-    """Whether this schedule places its stages on the V; no name, no schedule. `placement`: what was asked of `auto`."""
+    """Return True if this schedule places its stages on the V; `placement` is the user's choice for `auto`."""
     return name is not None and (placement or SCHEDULES.get(name).placement) == "v"

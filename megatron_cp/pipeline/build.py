@@ -1,4 +1,4 @@
-"""From a schedule's name and the user's sizes to a checked table, or to the reason why there is none."""
+"""Build the checked table of a schedule from its name and the user's sizes, or say why there is none."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,9 +15,9 @@ from megatron_cp.registry import suggest
 
 
 def place(rule: Rule, p: int, v: int | None = None, placement: str | None = None) -> Placement:
-    """Where `rule` puts its stages; `v` and `placement` default to what the rule implies.
+    """Return where `rule` puts its stages; `v` and `placement` default to what the rule implies.
 
-    Raises ValueError for p < 2 and for a v or placement that the rule does not know.
+    Raises ValueError for p < 2 and for a v or placement that the rule does not support.
     """
     if p < 2:
         raise Refused(f"a pipeline needs at least 2 ranks, got p = {p}")
@@ -88,7 +88,7 @@ def build(
 
 
 def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
-    """Raises ValueError where a rank of `schedule` needs more memory than its cap, both in M_B."""
+    """Raise ValueError where a rank of `schedule` needs more memory than its cap, both in M_B."""
     peaks = [peak_memory(actions, costs) for actions in schedule.table]
     worst = max(range(len(peaks)), key=lambda rank: peaks[rank] - caps[rank])
     if peaks[worst] > caps[worst] + EPSILON:
@@ -116,7 +116,7 @@ def _way_out(rule: Rule, placement: Placement, m: int, warmup: float | None) -> 
 
 
 def _nearest(m: int, p: int) -> Iterator[int]:
-    """Other numbers of microbatches, the nearest first."""
+    """Yield other numbers of microbatches, the nearest first."""
     for distance in range(1, max(m, 2 * p) + 1):
         if m > distance:
             yield m - distance

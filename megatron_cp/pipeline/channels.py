@@ -28,7 +28,7 @@ class PeerToPeer(Protocol):
     def receive(self, buffer: Tensor, peer: int) -> Transfer: ...
 
 
-class Channel(NamedTuple):
+class PipelineChannel(NamedTuple):
     """All activations (F) or gradients (B) that one rank sends to another; they arrive in the order sent."""
 
     kind: str
@@ -36,11 +36,13 @@ class Channel(NamedTuple):
     target: int
 
 
-def communicators(placement: Placement) -> list[list[Channel]]:
+def communicators(placement: Placement) -> list[list[PipelineChannel]]:
     """Return the channels of stages on `placement`, one list for each communicator: an equal answer on all ranks."""
     hops = {(here, there) for here, there in pairwise(placement.rank_of) if here != there}
-    channels = sorted({Channel(FORWARD, *hop) for hop in hops} | {Channel(FULL, *hop[::-1]) for hop in hops})
-    found: list[list[Channel]] = []
+    channels = sorted(
+        {PipelineChannel(FORWARD, *hop) for hop in hops} | {PipelineChannel(FULL, *hop[::-1]) for hop in hops}
+    )
+    found: list[list[PipelineChannel]] = []
     for channel in channels:
         free = next((others for others in found if not any(_share_a_rank(channel, other) for other in others)), None)
         if free is None:
@@ -50,7 +52,7 @@ def communicators(placement: Placement) -> list[list[Channel]]:
     return found
 
 
-def _share_a_rank(one: Channel, other: Channel) -> bool:
+def _share_a_rank(one: PipelineChannel, other: PipelineChannel) -> bool:
     return bool({one.source, one.target} & {other.source, other.target})
 
 
@@ -79,7 +81,7 @@ class Channels:
                 self.receive(source, kind, token.clone()).wait()
 
     def send(self, target: int, kind: str, tensor: Tensor) -> Transfer:
-        return self._peers[Channel(kind, self._rank, target)].send(tensor, target)
+        return self._peers[PipelineChannel(kind, self._rank, target)].send(tensor, target)
 
     def receive(self, source: int, kind: str, buffer: Tensor) -> Transfer:
-        return self._peers[Channel(kind, source, self._rank)].receive(buffer, source)
+        return self._peers[PipelineChannel(kind, source, self._rank)].receive(buffer, source)

@@ -1,4 +1,4 @@
-"""Costs in a file: what `--pp-profile-steps` writes and `--pp-costs` reads, YAML or JSON."""
+"""Costs in a file, YAML or JSON: `--pp-profile-steps` writes it and `--pp-costs` reads it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -32,7 +32,7 @@ StageMicro = tuple[int, int]
 
 
 class Stages(Protocol):
-    """What the stages of this rank compute. `given` and `made` are a stage's input and output for one microbatch."""
+    """The computation of this rank's stages. `given` and `made` are a stage's input and output for one microbatch."""
 
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         """Return the stage's output for a microbatch."""
@@ -41,7 +41,7 @@ class Stages(Protocol):
     def backward(
         self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
     ) -> Tensor | None:
-        """The gradient of `given`; with `split` weight gradients wait for `weight`."""
+        """Return the gradient of `given`; with `split` weight gradients wait for `weight`."""
         ...
 
     def weight(self, stage: int, micro: int) -> None:
@@ -49,15 +49,15 @@ class Stages(Protocol):
         ...
 
     def reduce(self, stage: int) -> None:
-        """All gradients of the stage's weights are there."""
+        """Start the reduction of the stage's gradients, to which every microbatch has been added."""
         ...
 
     def buffer(self) -> Tensor:
-        """Room for one activation, or for its gradient, that passes between stages."""
+        """Return an empty tensor for one activation, or its gradient, that passes between stages."""
         ...
 
     def shrink(self, made: Tensor) -> None:
-        """Let go of the values of an output that has been handed on; its graph stays."""
+        """Free the values of an output that the next stage has; its graph stays."""
         ...
 
 
@@ -65,23 +65,23 @@ Observe = Callable[[Action], AbstractContextManager[object]]
 
 
 def lower(schedule: Schedule) -> Schedule:
-    """The compute table as an executor runs it: I and W merged where adjacent, with reductions and transfers."""
+    """Return the compute table as an executor runs it: adjacent I and W merged, reductions and transfers added."""
     return complete(merge(schedule))
 
 
 def complete(schedule: Schedule) -> Schedule:
-    """The compute table with reductions and transfers, and receives posted early."""
+    """Return the compute table with reductions and transfers, and receives posted early."""
     return receive_early(add_transfers(add_reductions(schedule)))
 
 
 def forward_only(placement: Placement, m: int) -> Schedule:
-    """Forwards alone, lowered, in groups of p microbatches through a rank's stages: evaluation, for any m."""
+    """Return the lowered table of an evaluation: forwards in groups of p microbatches through a rank's stages."""
     p = placement.ranks
     table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
     return receive_early(add_transfers(Schedule("forward only", placement, m, table)))
 
 
-class _Arrival(NamedTuple):
+class _InFlight(NamedTuple):
     handle: Transfer
     tensor: Tensor
 
@@ -89,8 +89,8 @@ class _Arrival(NamedTuple):
 class Executor:
     """One rank's part of one step.
 
-    training: whether outputs are kept for a backward
-    observe:  a context around every action, for whoever measures; waiting for another rank is outside of it
+    training: True if outputs are kept for a backward
+    observe:  a context around every action, to measure it; waiting for another rank is outside of it
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class Executor:
         self._given: dict[StageMicro, Tensor] = {}
         self._made: dict[StageMicro, Tensor] = {}
         self._gradients: dict[StageMicro, Tensor] = {}
-        self._arriving: dict[tuple[str, int, int], _Arrival] = {}
-        self._sending: dict[tuple[str, int, int], _Arrival] = {}
+        self._arriving: dict[tuple[str, int, int], _InFlight] = {}
+        self._sending: dict[tuple[str, int, int], _InFlight] = {}
         self._handlers: dict[str, Callable[[int, int], None]] = {
             FORWARD: self._forward,
             FULL: self._full,
@@ -151,11 +151,11 @@ class Executor:
     def _finish(self) -> None:
         for sent in self._sending.values():
             sent.handle.wait()
-        assert not self._arriving, "somebody sent what nobody used"
+        assert not self._arriving, "a message was received and not used"
         assert not (self._training and self._made), "outputs without a backward"
 
     def _await(self, action: Action) -> None:
-        """Wait for the tensor that a compute action needs from another rank; it is no part of the action."""
+        """Wait for the tensor that a compute action needs from another rank, before the action is observed."""
         kind, cell = FULL if action.kind == INPUT else action.kind, (action.stage, action.micro or 0)
         arrival = self._arriving.pop((kind, *cell), None)
         if arrival is None:
@@ -185,7 +185,7 @@ class Executor:
 
     def _backward(self, stage: int, micro: int, split: bool) -> None:
         if (FORWARD, stage, micro) in self._sending:
-            # whoever sent the gradient back has had the output
+            # the rank that sent the gradient back has received the output
             self._output_sent(stage, micro)
         given, made = self._given.pop((stage, micro), None), self._made.pop((stage, micro))
         gradient = self._gradients.pop((stage, micro), None)
@@ -197,25 +197,25 @@ class Executor:
     def _send_output(self, stage: int, micro: int) -> None:
         made = self._made[stage, micro] if self._training else self._made.pop((stage, micro))
         handle = self._channels.send(self._rank_of[stage + 1], FORWARD, made.detach().contiguous())
-        self._sending[FORWARD, stage, micro] = _Arrival(handle, made)
+        self._sending[FORWARD, stage, micro] = _InFlight(handle, made)
 
     def _receive_input(self, stage: int, micro: int) -> None:
         buffer = self._stages.buffer()
         handle = self._channels.receive(self._rank_of[stage - 1], FORWARD, buffer)
-        self._arriving[FORWARD, stage, micro] = _Arrival(handle, buffer)
+        self._arriving[FORWARD, stage, micro] = _InFlight(handle, buffer)
 
     def _send_gradient(self, stage: int, micro: int) -> None:
         gradient = self._gradients.pop((stage - 1, micro)).contiguous()
         handle = self._channels.send(self._rank_of[stage - 1], FULL, gradient)
-        self._sending[FULL, stage, micro] = _Arrival(handle, gradient)
+        self._sending[FULL, stage, micro] = _InFlight(handle, gradient)
 
     def _receive_gradient(self, stage: int, micro: int) -> None:
         buffer = self._stages.buffer()
         handle = self._channels.receive(self._rank_of[stage + 1], FULL, buffer)
-        self._arriving[FULL, stage, micro] = _Arrival(handle, buffer)
+        self._arriving[FULL, stage, micro] = _InFlight(handle, buffer)
 
     def _settle(self) -> None:
-        """Let go of what has been sent meanwhile, without waiting for any of it."""
+        """Free the tensors that have been sent meanwhile, without waiting for any of them."""
         for kind, stage, micro in [key for key, sent in self._sending.items() if sent.handle.done()]:
             if kind == FORWARD:
                 self._output_sent(stage, micro)

@@ -1,8 +1,11 @@
-"""List scheduling of one step: every rank's forwards and backwards have a fixed order, how they mix is decided in time.
+"""List scheduling of one step: each rank's forwards and backwards have a fixed order; their mix follows from the times.
 
-All ranks advance together. A free rank takes a forward or an input gradient that has arrived, and fills the time until
-the next arrival with weight gradients. Nothing here knows a placement's name: orders, times and caps are per stage and
-rank.
+All ranks advance together, event by event. A free rank takes a forward or an input gradient that has arrived, and fills
+the time until the next arrival with weight gradients:
+
+    F0 F1 I0 F2 W0 I1      W0 fits between the end of F2 and the arrival of the gradient that I1 needs
+
+Orders, times and caps are given per stage and rank, so that every placement is scheduled alike.
 """
 
 from collections import deque
@@ -34,7 +37,7 @@ class Order(NamedTuple):
 
 
 class Knobs(NamedTuple):
-    """What the list scheduler leaves open.
+    """The parameters of the list scheduler.
 
     limit: per rank, chunks forwarded and not yet returned, up to which a forward goes before a backward
     spare: how many more a rank that has nothing else to do may forward
@@ -49,7 +52,7 @@ class Knobs(NamedTuple):
 
 
 @dataclass
-class _Lane:
+class _RankState:
     """One rank while it is scheduled.
 
     latest: when its next action must have started for all of its work to end below the bar
@@ -69,17 +72,17 @@ class _Lane:
     actions: list[Action] = field(default_factory=list)
 
 
-def weave(
+def list_schedule(
     placement: Placement, costs: Costs, caps: Sequence[float], orders: Sequence[Order], knobs: Knobs, bar: float = inf
 ) -> tuple[tuple[Action, ...], ...] | None:
-    """The table of one step under `knobs`, or None when caps and orders block each other or the makespan reaches `bar`.
+    """Return the table of one step, or None if caps and orders block each other or the makespan reaches `bar`.
 
     caps: per rank, in M_B
     """
-    return _Weaver(placement, costs, caps, orders, knobs, bar).run()
+    return _ListScheduler(placement, costs, caps, orders, knobs, bar).run()
 
 
-class _Weaver:
+class _ListScheduler:
     """All ranks of a step while it is scheduled, with the arrivals known so far."""
 
     def __init__(
@@ -101,97 +104,103 @@ class _Weaver:
         self._forward_at = [[inf] * micros for _ in range(stages)]
         self._backward_at = [[inf] * micros for _ in range(stages)]
         self._forward_at[0] = [0.0] * micros
-        self._lanes = [
-            _Lane(order, cap * costs.unit + EPSILON * costs.unit, limit, lag, late)
+        self._ranks = [
+            _RankState(order, cap * costs.unit + EPSILON * costs.unit, limit, lag, late)
             for order, cap, limit, lag, late in zip(orders, caps, knobs.limit, knobs.lag, latest, strict=True)
         ]
         self._awake = [(0.0, rank) for rank in range(placement.ranks)]
         heapify(self._awake)
 
     def run(self) -> tuple[tuple[Action, ...], ...] | None:
-        lanes = self._lanes
+        ranks = self._ranks
         while self._awake:
+            # 1. the earliest event: a rank becomes free, or a tensor that it may use arrives
             now, rank = heappop(self._awake)
-            lane = lanes[rank]
-            if now < lane.free:
+            state = ranks[rank]
+            if now < state.free:
                 continue
-            kind, until = self._choose(lane, now)
+            # 2. choose what the rank does now; without a choice it looks again at the next arrival
+            kind, until = self._choose(state, now)
             if kind:
-                if now >= lane.latest:
+                # 3. give up as soon as the work left cannot end below the bar
+                if now >= state.latest:
                     return None
-                self._start(rank, lane, kind, now)
+                self._start(rank, state, kind, now)
             elif until < inf:
                 heappush(self._awake, (until, rank))
-        if any(len(lane.actions) < 3 * len(lane.order.forwards) for lane in lanes):
+        if any(len(state.actions) < 3 * len(state.order.forwards) for state in ranks):
             return None
-        return tuple(tuple(lane.actions) for lane in lanes)
+        return tuple(tuple(state.actions) for state in ranks)
 
-    def _choose(self, lane: _Lane, now: float) -> tuple[str | None, float]:
-        """What a free rank does now, and when the next thing it waits for arrives."""
-        back, ahead, starved = self._arrivals(lane)
-        kind = self._ready(lane, now, back, ahead)
+    def _choose(self, state: _RankState, now: float) -> tuple[str | None, float]:
+        """Return what a free rank does now, and when the next tensor it waits for arrives."""
+        back, ahead, starved = self._arrivals(state)
+        kind = self._ready(state, now, back, ahead)
+        # memory is short: only a W makes room for the forward
         if kind == FORWARD and starved:
             return WEIGHT, now
-        if lane.waiting and kind and len(lane.waiting) > lane.lag and lane.actions[-1].kind == INPUT:
+        # too many W's wait: one follows each I
+        if state.waiting and kind and len(state.waiting) > state.lag and state.actions[-1].kind == INPUT:
             return WEIGHT, now
+        # nothing is ready: fill the gap if enough of a W fits in it
         until = min(back if back > now else inf, ahead if ahead > now else inf)
-        if kind is None and lane.waiting:
-            took = self._duration[WEIGHT][lane.waiting[0][0]]
+        if kind is None and state.waiting:
+            took = self._duration[WEIGHT][state.waiting[0][0]]
             if now + took * self._share <= until + EPSILON * took:
                 return WEIGHT, now
         return kind, until
 
-    def _arrivals(self, lane: _Lane) -> tuple[float, float, bool]:
-        """When the next backward and the next forward arrive, and whether the forward needs a W to make room."""
-        forwards, backwards = lane.forwards, lane.backwards
+    def _arrivals(self, state: _RankState) -> tuple[float, float, bool]:
+        """Return when the next backward and forward arrive, and True if the forward needs a W to make room."""
+        forwards, backwards = state.forwards, state.backwards
         back = inf
-        if backwards < len(lane.order.backwards):
-            stage, micro = lane.order.backwards[backwards]
+        if backwards < len(state.order.backwards):
+            stage, micro = state.order.backwards[backwards]
             back = self._backward_at[stage][micro]
-        if forwards == len(lane.order.forwards) or forwards - backwards >= lane.limit + self._spare:
+        if forwards == len(state.order.forwards) or forwards - backwards >= state.limit + self._spare:
             return back, inf, False
-        stage, micro = lane.order.forwards[forwards]
-        room = lane.cap - lane.used - self._kept[stage]
-        if room + lane.freeable < 0:
+        stage, micro = state.order.forwards[forwards]
+        room = state.cap - state.used - self._kept[stage]
+        if room + state.freeable < 0:
             return back, inf, False
         return back, self._forward_at[stage][micro], room < 0
 
-    def _ready(self, lane: _Lane, now: float, back: float, ahead: float) -> str | None:
-        """Below the limit a forward goes first; above it one runs only where no backward comes meanwhile."""
-        below = lane.forwards - lane.backwards < lane.limit
+    def _ready(self, state: _RankState, now: float, back: float, ahead: float) -> str | None:
+        """Return the kind to run: below the limit a forward; above it a forward only if no backward comes meanwhile."""
+        below = state.forwards - state.backwards < state.limit
         if ahead <= now and (below or back > now):
-            stage, _ = lane.order.forwards[lane.forwards]
+            stage, _ = state.order.forwards[state.forwards]
             return FORWARD if below or back == inf or back > now + self._duration[FORWARD][stage] else None
         return INPUT if back <= now else None
 
-    def _start(self, rank: int, lane: _Lane, kind: str, now: float) -> None:
-        stage, micro = self._take(lane, kind)
+    def _start(self, rank: int, state: _RankState, kind: str, now: float) -> None:
+        stage, micro = self._take(state, kind)
         took = self._duration[kind][stage]
-        lane.free = end = now + took
-        lane.latest += took
-        lane.actions.append(Action(stage, kind, micro))
+        state.free = end = now + took
+        state.latest += took
+        state.actions.append(Action(stage, kind, micro))
         heappush(self._awake, (end, rank))
         if kind == FORWARD:
             self._send_forward(stage, micro, end)
         elif kind == INPUT:
             self._send_back(stage, micro, end)
 
-    def _take(self, lane: _Lane, kind: str) -> tuple[int, int]:
+    def _take(self, state: _RankState, kind: str) -> tuple[int, int]:
         """Take the next cell of `kind` off its order and account for its memory."""
         if kind == WEIGHT:
-            cell = lane.waiting.popleft()
-            lane.used -= self._held[cell[0]]
-            lane.freeable -= self._held[cell[0]]
+            cell = state.waiting.popleft()
+            state.used -= self._held[cell[0]]
+            state.freeable -= self._held[cell[0]]
         elif kind == FORWARD:
-            cell = lane.order.forwards[lane.forwards]
-            lane.forwards += 1
-            lane.used += self._kept[cell[0]]
+            cell = state.order.forwards[state.forwards]
+            state.forwards += 1
+            state.used += self._kept[cell[0]]
         else:
-            cell = lane.order.backwards[lane.backwards]
-            lane.backwards += 1
-            lane.used -= self._kept[cell[0]] - self._held[cell[0]]
-            lane.freeable += self._held[cell[0]]
-            lane.waiting.append(cell)
+            cell = state.order.backwards[state.backwards]
+            state.backwards += 1
+            state.used -= self._kept[cell[0]] - self._held[cell[0]]
+            state.freeable += self._held[cell[0]]
+            state.waiting.append(cell)
         return cell
 
     def _send_forward(self, stage: int, micro: int, end: float) -> None:
@@ -207,12 +216,12 @@ class _Weaver:
             self._wake(self._rank_of[stage - 1], arrival)
 
     def _wake(self, rank: int, arrival: float) -> None:
-        if self._lanes[rank].free <= arrival:
+        if self._ranks[rank].free <= arrival:
             heappush(self._awake, (arrival, rank))
 
 
 def orders_of(table: Sequence[Sequence[Cell]]) -> list[Order]:
-    """The orders that a table's forwards and backwards follow."""
+    """Return the orders of a table's forwards and of its backwards."""
     return [
         Order(
             [(stage, micro or 0) for stage, kind, micro in flat(cells) if kind == FORWARD],
@@ -223,7 +232,7 @@ def orders_of(table: Sequence[Sequence[Cell]]) -> list[Order]:
 
 
 def grouped(placement: Placement, m: int, group: int) -> list[Order]:
-    """Groups of `group` microbatches through a rank's chunks, backwards through them in reverse."""
+    """Return orders in groups of `group` microbatches through a rank's chunks, backwards through them in reverse."""
     groups = [range(start, min(start + group, m)) for start in range(0, m, group)]
     return [
         Order(

@@ -1,4 +1,4 @@
-"""From the compute table of a rule to the table an executor runs: check, merge, add reductions, add transfers."""
+"""Turn the compute table of a rule into the table an executor runs: check, merge, add reductions, add transfers."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Which rank holds which stage. A stage is a model part in global order, a chunk its number on its rank."""
+"""Placement of stages on ranks. A stage is a model part in global order, a chunk its number on its rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ OBJECTIVES = ("makespan", "span")
 
 
 @dataclass(frozen=True)
-class Run:
+class SimulatedStep:
     """One played step.
 
     starts, ends: per rank, of each cell of the table
@@ -83,7 +83,7 @@ class Run:
         return [Bar(cell.forward, start, middle), Bar(cell.backward, middle, end)]
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Run:
+def simulate(schedule: Schedule, costs: Costs) -> SimulatedStep:
     """Play the compute table of `schedule`: every rank runs its list in order, each cell as early as it can.
 
     Raises BadSchedule, naming every rank's waiting action, when the ranks end up waiting for each other.
@@ -93,9 +93,9 @@ def simulate(schedule: Schedule, costs: Costs) -> Run:
     return run
 
 
-def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Run | None:
+def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> SimulatedStep | None:
     """Play like `simulate`, but stop and return None as soon as the makespan is sure to reach `bar`."""
-    play = _Play(schedule, costs, bar)
+    play = _StepSimulation(schedule, costs, bar)
     awake = list(range(len(schedule.table)))[::-1]
     while awake:
         woken = play.run(awake.pop())
@@ -106,10 +106,10 @@ def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Run | 
     if any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
         raise deadlock(schedule, places)
     peak = tuple(peak_memory(actions, costs) for actions in schedule.table)
-    return Run(schedule, costs, tuple(map(tuple, play.starts)), tuple(map(tuple, play.ends)), peak)
+    return SimulatedStep(schedule, costs, tuple(map(tuple, play.starts)), tuple(map(tuple, play.ends)), peak)
 
 
-class _Play:
+class _StepSimulation:
     """A step while it is played. A rank runs until it needs a tensor that is not made yet; then its maker wakes it.
 
     made: when the output (False) or gradient (True) that a stage makes for a microbatch reaches its user

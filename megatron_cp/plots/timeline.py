@@ -13,7 +13,7 @@ from megatron_cp.pipeline.simulate import Bar
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from megatron_cp.pipeline.simulate import Run
+    from megatron_cp.pipeline.simulate import SimulatedStep
 
 COLOURS = {"F": "#4c78a8", "B": "#54a24b", "I": "#72b7b2", "W": "#eeca3b"}
 NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
@@ -26,7 +26,7 @@ MOST_LABELS = 1500
 Bars = Sequence[Sequence[Bar]]
 
 
-def bars(run: "Run") -> Bars:
+def bars(run: "SimulatedStep") -> Bars:
     """Return the bars of a simulated step, one list per rank."""
     return run.bars()
 

@@ -16,7 +16,7 @@ from megatron_cp.pipeline.action import (
     Overlap,
     halves,
 )
-from megatron_cp.pipeline.channels import Channel, communicators
+from megatron_cp.pipeline.channels import PipelineChannel, communicators
 from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.receive_early import RECEIVES
@@ -25,7 +25,7 @@ from megatron_cp.pipeline.simulate import durations
 from tests.nccl import Message, Operation
 from tests.pipeline.played import UNIT
 
-Numbers = dict[Channel, int]
+Numbers = dict[PipelineChannel, int]
 
 
 def numbers(placement: Placement) -> Numbers:
@@ -82,10 +82,10 @@ def receive_of(action: Action) -> Action | None:
     return None if action.kind == WEIGHT else action._replace(kind=RECV_F if action.kind == FORWARD else RECV_B)
 
 
-def _transfer(placement: Placement, action: Action) -> tuple[Channel, tuple[str, int, int | None]]:
+def _transfer(placement: Placement, action: Action) -> tuple[PipelineChannel, tuple[str, int, int | None]]:
     """The channel of a send or a receive, and the tensor by the stage that made it."""
     kind = FORWARD if action.kind in (SEND_F, RECV_F) else FULL
     step = 1 if kind == FORWARD else -1
     maker = action.stage - step if action.kind in RECEIVES else action.stage
     rank_of = placement.rank_of
-    return Channel(kind, rank_of[maker], rank_of[maker + step]), (kind, maker, action.micro)
+    return PipelineChannel(kind, rank_of[maker], rank_of[maker + step]), (kind, maker, action.micro)

@@ -6,7 +6,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.schedule import Schedule
-from megatron_cp.pipeline.simulate import Run, simulate
+from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 
 UNIT = (1.0, 1.0, 1.0, 0.0)
 
@@ -28,7 +28,9 @@ RATIOS = {
 }
 
 
-def played(name: str, p: int, m: int, times: Sequence[float] = UNIT, memory: Sequence[float] = (1.0, 1.0)) -> Run:
+def played(
+    name: str, p: int, m: int, times: Sequence[float] = UNIT, memory: Sequence[float] = (1.0, 1.0)
+) -> SimulatedStep:
     """A step of `name`, written as rule, rule:v or rule:v:warmup."""
     schedule = scheduled(name, p, m)
     return simulate(schedule, uniform(schedule.placement, times, memory))

@@ -12,7 +12,7 @@ from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.costs_file import CostsFile, Model, StageCosts, of_stages, read, refuse_other_model, write
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
-from megatron_cp.pipeline.simulate import Run, simulate
+from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 
 FILE_NAME = "pipeline-costs.yaml"
 
@@ -129,5 +129,5 @@ def changes(before: Schedule, after: Schedule, known: Known) -> str:
     )
 
 
-def _time(run: Run, known: Known) -> str:
+def _time(run: SimulatedStep, known: Known) -> str:
     return f"{run.makespan:.5g} {known.time}"

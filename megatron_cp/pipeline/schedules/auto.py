@@ -1,9 +1,11 @@
-"""Our own: schedule from measured times and memory caps, on any placement.
+"""The project's own schedule: from measured times and memory caps, on any placement.
 
-The list scheduler of `weave` is tried with the orders of the papers' rules and with groups of microbatches of several
-sizes, and with several depths of warm-up, delays of W and ways to fill gaps; then every fixed rule of the same
-placement that fits under the caps is played too, and the best table wins. The search counts actions, not seconds, so
-that every rank that runs it finds the same table.
+1. The list scheduler runs with the orders of the papers' rules and with groups of microbatches of several sizes, and
+   with several depths of warm-up, delays of W and ways to fill gaps, on a step with few microbatches.
+2. The last finds of this search run at full size.
+3. Every fixed rule of the same placement that fits under the caps is played too, and the best table is taken.
+
+The search counts actions, not seconds, so that every rank that runs it finds the same table.
 """
 
 import gc
@@ -17,10 +19,10 @@ from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.bounds import least_memory, lower_bound
 from megatron_cp.pipeline.costs import Costs
-from megatron_cp.pipeline.list_schedule import EPSILON, Knobs, Order, grouped, orders_of, weave
+from megatron_cp.pipeline.list_schedule import EPSILON, Knobs, Order, grouped, list_schedule, orders_of
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
-from megatron_cp.pipeline.simulate import OBJECTIVES, Run, peak_memory, simulate_below
+from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep, peak_memory, simulate_below
 
 WARMUPS = (1.0, 1.25, 1.5, 1.75, 2.0)
 # actions that the search may place; the shorter step it searches on has a few thousand
@@ -29,7 +31,7 @@ BUDGET = 200_000
 FINALISTS = 3
 
 
-class Choice(NamedTuple):
+class SearchPoint(NamedTuple):
     """One point of the search.
 
     orders: where forwards and backwards take their orders from: a rule, or groups of so many microbatches
@@ -53,8 +55,8 @@ SPARES = (0, 2, 6, 1000)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is to be scheduled; `caps` are per rank, in M_B."""
+class SchedulingTask:
+    """The step to schedule; `caps` are per rank, in M_B."""
 
     placement: Placement
     micros: int
@@ -70,7 +72,7 @@ class Task:
 def auto(
     placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None = None, objective: str = "makespan"
 ) -> Schedule:
-    """The best table found for these times and memory caps, never worse than a fixed rule of the same placement.
+    """Return the best table found for these times and memory caps, at least as good as every rule of the placement.
 
     caps:      per rank, in M_B; no cap when not given
     objective: `makespan`, which a synchronous optimizer step waits for, or `span`, the longest of the ranks' own
@@ -78,12 +80,12 @@ def auto(
     """
     if objective not in OBJECTIVES:
         raise Refused(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
-    task = Task(placement, m, costs, tuple(caps or [inf] * placement.ranks), objective)
+    task = SchedulingTask(placement, m, costs, tuple(caps or [inf] * placement.ranks), objective)
     least = least_memory(placement, costs)
     if min(task.caps) < least - EPSILON:
         raise Refused(f"a cap of {min(task.caps):g} M_B is below the minimum {least:g} M_B, one microbatch at a time")
     with _no_garbage_collector():
-        best = _best_woven(task)
+        best = _best_searched(task)
         for schedule in _ruled(task):
             best = _better(task, schedule, best)
     assert best, "one microbatch at a time fits under every cap"
@@ -92,7 +94,7 @@ def auto(
 
 @contextmanager
 def _no_garbage_collector() -> Iterator[None]:
-    """Actions come in millions and hold no cycles; to look through them for some took a quarter of the time."""
+    """Pause the garbage collector: it took a quarter of the time on millions of actions that hold no cycles."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -102,35 +104,35 @@ def _no_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _best_woven(task: Task) -> Run | None:
-    """The best of the search's last finds, played at full size."""
+def _best_searched(task: SchedulingTask) -> SimulatedStep | None:
+    """Return the best of the search's last finds, played at full size."""
     best = None
     for choice in reversed(_search(_shorter(task))[-FINALISTS:]):
-        best = _better(task, _woven(task, _orders(task, choice.orders), choice, _bar(task, best)), best)
+        best = _better(task, _searched(task, _orders(task, choice.orders), choice, _bar(task, best)), best)
     return best
 
 
-def _shorter(task: Task) -> Task:
-    """The same step with fewer microbatches: ramps and steady state are the same, only the steady state is shorter."""
+def _shorter(task: SchedulingTask) -> SchedulingTask:
+    """Return the step with fewer microbatches: equal ramps and a shorter steady state."""
     p = task.placement.ranks
     return replace(task, micros=min(task.micros, max(2 * p, 24) + task.micros % p))
 
 
-def _search(task: Task) -> list[Choice]:
-    """Points that each beat the ones before: for every order in turn, until no neighbour helps."""
-    found: list[Choice] = []
-    best: Run | None = None
+def _search(task: SchedulingTask) -> list[SearchPoint]:
+    """Return points that each beat the ones before: for every order in turn, until no neighbour helps."""
+    found: list[SearchPoint] = []
+    best: SimulatedStep | None = None
     floor = lower_bound(task.placement, task.micros, task.costs, task.caps) * (1 + EPSILON)
     budget = BUDGET
     for start, orders in _starts(task).items():
-        queue = [*_neighbours(Choice(start))]
-        tried = set[Choice]()
+        queue = [*_neighbours(SearchPoint(start))]
+        tried = set[SearchPoint]()
         while queue and (budget > 0 or not best) and not _reached(best, task, floor):
             choice = queue.pop(0)
             if choice in tried:
                 continue
             tried.add(choice)
-            schedule = _woven(task, orders, choice, _bar(task, best))
+            schedule = _searched(task, orders, choice, _bar(task, best))
             budget -= task.actions if schedule else task.actions // 4
             run = _better(task, schedule, best)
             if run is not best:
@@ -140,19 +142,19 @@ def _search(task: Task) -> list[Choice]:
     return found
 
 
-def _reached(best: Run | None, task: Task, floor: float) -> bool:
+def _reached(best: SimulatedStep | None, task: SchedulingTask, floor: float) -> bool:
     return best is not None and task.objective == "makespan" and best.makespan <= floor
 
 
-def _neighbours(here: Choice) -> Iterator[Choice]:
-    """Warm-up and delay of W together, since one without the other often does not help; then each of the rest."""
+def _neighbours(here: SearchPoint) -> Iterator[SearchPoint]:
+    """Yield points near `here`: warm-up and delay of W together, since one alone often does not help, then the rest."""
     yield from (here._replace(slope=slope, lag=lag) for slope in SLOPES for lag in LAGS)
     yield from (here._replace(share=share) for share in SHARES)
     yield from (here._replace(spare=spare) for spare in SPARES)
 
 
-def _starts(task: Task) -> dict[str | int, list[Order]]:
-    """Orders to start from: those of the rules, and groups of microbatches down to one, which fits under every cap."""
+def _starts(task: SchedulingTask) -> dict[str | int, list[Order]]:
+    """Return the orders of the rules, and groups of microbatches down to one, which fits under every cap."""
     p = task.placement.ranks
     sizes = sorted({min(size, task.micros) for size in (p, ceil(p / 2), ceil(p / 4), 1)}, reverse=True)
     starts: dict[str | int, list[Order]] = {}
@@ -164,13 +166,13 @@ def _starts(task: Task) -> dict[str | int, list[Order]]:
     return starts
 
 
-def _orders(task: Task, start: str | int) -> list[Order]:
+def _orders(task: SchedulingTask, start: str | int) -> list[Order]:
     if isinstance(start, int):
         return grouped(task.placement, task.micros, start)
     return orders_of(SCHEDULES.get(start).make(task.placement.ranks, task.micros, task.placement.chunks))
 
 
-def _woven(task: Task, orders: Sequence[Order], choice: Choice, bar: float) -> Schedule | None:
+def _searched(task: SchedulingTask, orders: Sequence[Order], choice: SearchPoint, bar: float) -> Schedule | None:
     last = task.placement.ranks - 1
     knobs = Knobs(
         limit=[order.needed + _times(choice.slope, last - rank) for rank, order in enumerate(orders)],
@@ -178,17 +180,17 @@ def _woven(task: Task, orders: Sequence[Order], choice: Choice, bar: float) -> S
         lag=[_times(choice.lag, rank) for rank in range(last + 1)],
         share=choice.share,
     )
-    table = weave(task.placement, task.costs, task.caps, orders, knobs, bar)
+    table = list_schedule(task.placement, task.costs, task.caps, orders, knobs, bar)
     return Schedule("auto", task.placement, task.micros, table) if table else None
 
 
 def _times(per_rank: float, ranks: int) -> float:
-    """The product in whole numbers, where no bound per rank means no bound on any rank."""
+    """Return the product in whole numbers; no bound per rank means no bound on any rank."""
     return inf if per_rank == inf else int(per_rank * ranks)
 
 
 def _rules(placement: Placement) -> list[Rule]:
-    """The fixed rules of this placement and number of chunks."""
+    """Return the fixed rules of this placement and number of chunks."""
     return [
         rule
         for rule in SCHEDULES
@@ -196,21 +198,21 @@ def _rules(placement: Placement) -> list[Rule]:
     ]
 
 
-def _ruled(task: Task) -> Iterator[Schedule]:
-    """The fixed rules' tables, at every warm-up multiplier where one has it."""
+def _ruled(task: SchedulingTask) -> Iterator[Schedule]:
+    """Yield the tables of the fixed rules, at every warm-up multiplier where one has it."""
     for rule in _rules(task.placement):
         for warmup in WARMUPS if rule.takes_warmup else (None,):
             table = rule.make(task.placement.ranks, task.micros, task.placement.chunks, warmup)
             yield Schedule(rule.name, task.placement, task.micros, table)
 
 
-def _bar(task: Task, best: Run | None) -> float:
-    """A makespan that is not worth reaching; a span says nothing about the makespan."""
+def _bar(task: SchedulingTask, best: SimulatedStep | None) -> float:
+    """Return the makespan at which to stop a play; a search for the shortest span has none."""
     return best.makespan * (1 + EPSILON) if best and task.objective == "makespan" else inf
 
 
-def _better(task: Task, schedule: Schedule | None, best: Run | None) -> Run | None:
-    """`best`, or the played `schedule` if it is valid, fits under the caps and does better."""
+def _better(task: SchedulingTask, schedule: Schedule | None, best: SimulatedStep | None) -> SimulatedStep | None:
+    """Return `best`, or the played `schedule` if it is valid, fits under the caps and does better."""
     if schedule is None or any(
         peak_memory(actions, task.costs) > cap + EPSILON for actions, cap in zip(schedule.table, task.caps, strict=True)
     ):

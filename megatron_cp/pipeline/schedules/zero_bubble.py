@@ -1,4 +1,11 @@
-"""Zero Bubble (arXiv:2401.10241): the handcrafted H1 and H2, and ZB-V of section 6."""
+"""Zero Bubble (arXiv:2401.10241): the handcrafted H1 and H2, and ZB-V of section 6.
+
+The backward is split: I, the gradient of the input, is all that the rank before waits for; W, the gradient of the
+weights, fills gaps. 1F1B and H1 on the last of two ranks with 3 microbatches, where B = I + W:
+
+    1f1b     F0 B0      F1 B1      F2 B2
+    zb-h1    F0 I0 F1 I1 W0 F2 I2 W1 W2
+"""
 
 from collections.abc import Iterator
 from itertools import chain, repeat
@@ -31,20 +38,27 @@ def zb_v(p: int, m: int, v: int = 2) -> list[list[Action]]:
 
 
 def _zb_v_kinds(rank: int, p: int, m: int) -> Iterator[str]:
-    """The phases of section 6 on one rank: `f`, `i`, `w` are of the first chunk, `F`, `I`, `W` of the second."""
+    """Yield the phases of section 6 on one rank: `f`, `i`, `w` are of the first chunk, `F`, `I`, `W` of the second."""
+    # 1. warm-up: forwards of the first chunk until the first microbatch has come back up the V
     yield from "f" * (2 * (p - rank) - 1)
+    # 2. forwards of both chunks in turn
     yield from "Ff" * rank
+    # 3. the first backwards, of the second chunk
     yield from "FIW" * (p - rank)
+    # 4. steady state: one microbatch forward, backward and W in each chunk
     yield from chain.from_iterable(repeat("fiwFIW", m - 2 * p + 1 + rank))
+    # 5. drain: no forwards of the first chunk are left
     yield from "iwFIW" * (p - 1 - rank)
+    # 6. input gradients go first, so that the ranks before can go on
     yield from "iI" * rank
     yield from "iw" * (p - rank)
+    # 7. the weight gradients that are left
     yield from "W" * rank
     yield from "w" * rank
 
 
 def _count(kinds: Iterator[str], stages: tuple[int, ...]) -> list[Action]:
-    """The actions of `kinds`, each kind of each chunk numbered in microbatch order."""
+    """Return the actions of `kinds`, each kind of each chunk numbered in microbatch order."""
     seen = dict.fromkeys("fiwFIW", 0)
     actions = []
     for kind in kinds:
