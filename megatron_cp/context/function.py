@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from megatron_cp.context import layouts
 from megatron_cp.context.layouts import Layout
-from megatron_cp.context.layouts import layout as positions
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.relayout import relayout
@@ -17,28 +17,28 @@ from megatron_cp.context.task import Task
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """Attend by a plan whose backend is chosen; the caller guarantees that all ranks hold tensors of one shape."""
-    outside = positions(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
-    return _Attend.apply(q, k, v, plan.loop, task_for(q, k, v, plan), outside)
+    layout = layouts.layout(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
+    return _Attend.apply(q, k, v, plan.loop, task_for(q, k, v, plan), layout)
 
 
 class _Attend(torch.autograd.Function):
     """A backend's loop, between two re-layouts if it needs other positions than the tokens have."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, loop: Loop[Any], task: Task, outside: Layout) -> Tensor:
-        q, k, v = relayout([q, k, v], outside, task.layout, task.fabric)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, loop: Loop[Any], task: Task, layout: Layout) -> Tensor:
+        q, k, v = relayout([q, k, v], layout, task.layout, task.fabric)
         out, saved = loop.forward(q, k, v, task)
         # autograd keeps a flat list of tensors, the loop gets back the tuple that it made of them
         tensors, ctx.saved_as = tree_flatten(saved)
         ctx.save_for_backward(*tensors)
-        ctx.loop, ctx.task, ctx.outside = loop, task, outside
-        return relayout([out], task.layout, outside, task.fabric)[0]
+        ctx.loop, ctx.task, ctx.layout = loop, task, layout
+        return relayout([out], task.layout, layout, task.fabric)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        task, outside = ctx.task, ctx.outside
-        (dout,) = relayout([dout], outside, task.layout, task.fabric)
+        task, layout = ctx.task, ctx.layout
+        (dout,) = relayout([dout], layout, task.layout, task.fabric)
         loop: Loop[Any] = ctx.loop
         grads = loop.backward(dout, tree_unflatten(ctx.saved_tensors, ctx.saved_as), task)
-        return *relayout(grads, task.layout, outside, task.fabric), None, None, None
+        return *relayout(grads, task.layout, layout, task.fabric), None, None, None

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, SingleFabric
-from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes
+from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes, layouts
 from megatron_cp.context.algorithms.fpdt import FPDT
 from megatron_cp.context.checks import able, check_can_chunk, check_grid, check_heads, check_mask, check_placement
 from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG
-from megatron_cp.context.layouts import layout as positions
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.context.task import Axes, Task
@@ -143,7 +142,7 @@ def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
     _check(q, k, v)
     grid, axis = (plan.axes.grid, plan.axes.heads) if plan.axes else (None, "")
     check_heads(plan.backend, q.shape[2], plan.cp.size, grid, axis)
-    layout = positions(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
+    layout = layouts.layout(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
     heads = (q.shape[2], k.shape[2])
     return Task(

@@ -62,7 +62,7 @@ def assert_found_by_all(results, longer):
         assert max(before, after) <= EXACT
 
 
-@pytest.mark.parametrize(("ranks", "longer"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+@pytest.mark.parametrize(("ranks", "longer"), [(2, 1), (3, 0)])
 @pytest.mark.parametrize("backend", BACKENDS.names)
 def test_a_rank_that_is_longer_in_a_later_call_is_found_by_all(backend, ranks, longer):
     assert_found_by_all(in_process(ranks, lambda fabric: three_calls(fabric, backend, longer)), longer)

@@ -109,6 +109,7 @@ def tables(layout: Layout, mask: Mask) -> dict[str, HelpTable]:
     ranks = len(layout)
     if not mask.causal:
         return {"around": _table(_steps(layout, mask, ranks, around))}
+    # 3. after p // 2 steps all pairs are done; for an even p the last step has its pairs twice, with half of the rows
     steps, shared = ranks // 2 + 1, ranks // 2 if ranks % 2 == 0 else None
     return {help.__name__: _table(_steps(layout, mask, steps, help, shared)) for help in (near, mirrored)}
 
@@ -120,7 +121,7 @@ def _steps(layout: Layout, mask: Mask, count: int, help: Help, shared: int | Non
     for step in range(count):
         jobs = []
         for rank in range(ranks):
-            # 1. own queries, 2. or those of a late rank
+            # 1. own queries with earlier keys, or 2. as a helper those of a late rank
             queries, keys = (rank, rank - step) if rank >= step else help(rank, step, ranks)
             tokens = length(layout[queries])
             rows = slice(0, tokens)
@@ -134,6 +135,7 @@ def _steps(layout: Layout, mask: Mask, count: int, help: Help, shared: int | Non
 def _job(worker: int, queries: int, keys: int, rows: slice, layout: Layout, mask: Mask) -> HelpJob:
     """Return the job without the rows that see none of the keys and without the keys that none of the rows see."""
     mine, theirs = cut(layout[queries], rows), layout[keys]
+    # a window hides more than the causal mask, of which the steps know
     cols, seeing = seen(mine, theirs, mask), seen(theirs, mine, mask.mirrored)
     if cols.start == cols.stop:
         return HelpJob(worker, worker, worker, cols, cols)
@@ -142,6 +144,7 @@ def _job(worker: int, queries: int, keys: int, rows: slice, layout: Layout, mask
 
 def _table(steps: list[list[HelpJob]]) -> HelpTable:
     """Add the loans to the jobs; a worker keeps queries from its first job with them to its last."""
+    # rows of each step by owner and worker
     stays: dict[Pair, dict[int, slice]] = defaultdict(dict)
     for index, jobs in enumerate(steps):
         for job in jobs:

@@ -46,6 +46,7 @@ from megatron_cp.grid import Grid
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
     """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; queries and results of a row are alive."""
     grid = _grid(task)
+    # gather the row, circulate the column, return the row: the loop of `rows_and_columns`
     return rows_and_columns.forward(q, k, v, _column(k, v, grid, task), cells(task.layout, grid, task.mask), task)
 
 
@@ -61,6 +62,7 @@ def _column(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block
     me = task.fabric.rank
     members = grid.members("outer", me)
     column, way = Members(task.fabric, members), between(task.layout, grid, task.mask)[me % grid.inner]
+    # the column is a ring of its own over the whole fabric's connections
     for block in circulating(Block(column.rank, 0, k, v, task.mine), way, column):
         yield [block._replace(owner=members[block.owner])]
 
