@@ -1,4 +1,4 @@
-"""Menus: what there is, under which names, and what it can do."""
+"""Registries: entries of one kind, found by name."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from megatron_cp.errors import Refused
 
 
 class Entry(Protocol):
-    """What a menu needs to know of a dish."""
+    """Fields that every registry entry must have."""
 
     @property
     def name(self) -> str: ...
@@ -33,7 +33,7 @@ class Registry[T: Entry]:
         return list(self._entries)
 
     def get(self, name: str) -> T:
-        """The entry called `name`; raises ValueError with a suggestion when there is none."""
+        """Return the entry called `name`; raise Refused with a suggestion if there is none."""
         if name in self._by_name:
             return self._by_name[name]
         raise unknown(self.kind, name, self._by_name)
@@ -50,6 +50,6 @@ def unknown(kind: str, name: str, known: Iterable[str], place: str = "") -> Refu
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, or nothing."""
+    """Return `; did you mean 'x'?` for the nearest known name, or an empty text."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -15,7 +15,7 @@ from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.checks import able, check_placement
 from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Pass, Problem, Trace
-from megatron_cp.context.trace.simulate import Run, Seconds, simulate
+from megatron_cp.context.trace.simulate import Seconds, SimulatedPass, simulate
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
@@ -54,7 +54,7 @@ class Costed(NamedTuple):
 
     trace: Trace
     proof: "Proof"
-    runs: Mapping[str, Run]
+    runs: Mapping[str, SimulatedPass]
     cluster: Cluster
 
 
@@ -200,7 +200,7 @@ def _as_json(costed: Costed) -> dict[str, Any]:
     return {**head, **passes, **asked}
 
 
-def _pass_as_json(run: Pass, played: Run, cluster: Cluster) -> dict[str, Any]:
+def _pass_as_json(run: Pass, played: SimulatedPass, cluster: Cluster) -> dict[str, Any]:
     return {
         "work": run.work,
         "sent": run.sent,

@@ -28,7 +28,7 @@ from megatron_cp.comm.fabric import (
 TIMEOUT_SECONDS = 60
 
 
-class Channel(NamedTuple):
+class RankPair(NamedTuple):
     """One direction between two ranks of a group; the ranks of `group` are those of the whole process."""
 
     group: tuple[int, ...]
@@ -37,9 +37,9 @@ class Channel(NamedTuple):
 
 
 class Numbered(NamedTuple):
-    """The n-th message of a channel, counted by each side in the order of its own calls."""
+    """The n-th message of a pair, counted by each side in the order of its own calls."""
 
-    channel: Channel
+    pair: RankPair
     number: int
 
 
@@ -52,34 +52,32 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.running = threading.Lock()
-        self._arrival: defaultdict[Channel, threading.Condition] = defaultdict(
+        self._arrival: defaultdict[RankPair, threading.Condition] = defaultdict(
             lambda: threading.Condition(self.running)
         )
         self.messages: dict[Numbered, Tensor] = {}
-        self._sent: Counter[Channel] = Counter()
-        self._expected: Counter[Channel] = Counter()
+        self._sent: Counter[RankPair] = Counter()
+        self._expected: Counter[RankPair] = Counter()
         self.failed: BaseException | None = None
 
-    def put(self, channel: Channel, tensor: Tensor) -> None:
-        """Store a copy of the channel's next message."""
-        self.messages[Numbered(channel, self._sent[channel])] = tensor.detach().clone()
-        self._sent[channel] += 1
-        self._arrival[channel].notify()
+    def put(self, pair: RankPair, tensor: Tensor) -> None:
+        """Store a copy of the pair's next message."""
+        self.messages[Numbered(pair, self._sent[pair])] = tensor.detach().clone()
+        self._sent[pair] += 1
+        self._arrival[pair].notify()
 
-    def expect(self, channel: Channel) -> Numbered:
-        """Return the number of the next message that the channel's receiver takes."""
-        self._expected[channel] += 1
-        return Numbered(channel, self._expected[channel] - 1)
+    def expect(self, pair: RankPair) -> Numbered:
+        """Return the number of the next message that the pair's receiver takes."""
+        self._expected[pair] += 1
+        return Numbered(pair, self._expected[pair] - 1)
 
     def take(self, due: Numbered) -> Tensor:
         """Wait for a message and remove it."""
-        arrived = self._arrival[due.channel].wait_for(
-            lambda: due in self.messages or self.failed, timeout=TIMEOUT_SECONDS
-        )
+        arrived = self._arrival[due.pair].wait_for(lambda: due in self.messages or self.failed, timeout=TIMEOUT_SECONDS)
         if self.failed:
             raise RuntimeError(f"another rank failed: {self.failed}")
         if not arrived:
-            raise MessageError(f"rank {due.channel.dst} waits for rank {due.channel.src}, which sends nothing")
+            raise MessageError(f"rank {due.pair.dst} waits for rank {due.pair.src}, which sends nothing")
         return self.messages.pop(due)
 
     def fail(self, error: BaseException) -> None:
@@ -100,8 +98,8 @@ class LocalFabric:
         check_batch(self, sends, recvs)
         for tensor, peer in sends:
             self.sent += size_in_bytes(tensor)
-            self._mailbox.put(Channel(self._members, self.rank, peer), tensor)
-        due = [(buffer, self._mailbox.expect(Channel(self._members, peer, self.rank))) for buffer, peer in recvs]
+            self._mailbox.put(RankPair(self._members, self.rank, peer), tensor)
+        due = [(buffer, self._mailbox.expect(RankPair(self._members, peer, self.rank))) for buffer, peer in recvs]
         return _Receives(self, self._mailbox, due)
 
     def all_gather(self, local: Tensor) -> Tensor:
@@ -132,7 +130,7 @@ class _Receives:
     def wait(self) -> None:
         for buffer, message in self._due:
             tensor = self._mailbox.take(message)
-            check_pair(self._fabric, message.channel.src, tensor, buffer)
+            check_pair(self._fabric, message.pair.src, tensor, buffer)
             buffer.copy_(tensor)
         self._due = []
 
@@ -161,6 +159,6 @@ def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
         futures = [pool.submit(rank_body, rank) for rank in range(size)]
     if mailbox.failed:
         raise mailbox.failed
-    for channel, _ in mailbox.messages:
-        raise MessageError(f"rank {channel.src} sent a message to rank {channel.dst}, which never received it")
+    for pair, _ in mailbox.messages:
+        raise MessageError(f"rank {pair.src} sent a message to rank {pair.dst}, which never received it")
     return [future.result() for future in futures]

@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_cp.context.backend import PLACEMENTS, Backend, Capabilities
 from megatron_cp.context.loop import Loop
-from megatron_cp.context.traffic import Traffic
+from megatron_cp.context.traffic import TrafficFormula
 from megatron_cp.registry import Registry
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "PLACEMENTS",
     "Backend",
     "Capabilities",
-    "Traffic",
+    "TrafficFormula",
 ]
 
 
@@ -106,7 +106,7 @@ BACKENDS = Registry(
             load=_ring,
             paper="arXiv:2310.01889 on the head-tail layout",
             what="ring of K and V, balanced under a causal mask",
-            traffic=Traffic(full="2(p-1)U", causal="3/4 of it"),
+            traffic=TrafficFormula(full="2(p-1)U", causal="3/4 of it"),
             aliases=("p2p",),
             capabilities=Capabilities(planned=True),
         ),
@@ -115,14 +115,14 @@ BACKENDS = Registry(
             load=_bidirectional,
             paper="arXiv:2310.01889 on the head-tail layout",
             what="ring of K and V both ways, early halves up and late ones down",
-            traffic=Traffic(full="2(p-1)U", causal="3/4 of it", where="half of it each way"),
+            traffic=TrafficFormula(full="2(p-1)U", causal="3/4 of it", where="half of it each way"),
         ),
         Backend(
             name="ring",
             load=_ring,
             paper="arXiv:2310.01889",
             what="ring of K and V over contiguous pieces",
-            traffic=Traffic(full="2(p-1)U", causal="1/2 of it"),
+            traffic=TrafficFormula(full="2(p-1)U", causal="1/2 of it"),
             layout="contiguous",
         ),
         Backend(
@@ -130,7 +130,7 @@ BACKENDS = Registry(
             load=_ring,
             paper="arXiv:2311.09431",
             what="ring of K and V, every p-th token on a rank",
-            traffic=Traffic(full="2(p-1)U", causal="2(p-1)U", causal_sense="at most"),
+            traffic=TrafficFormula(full="2(p-1)U", causal="2(p-1)U", causal_sense="at most"),
             layout="striped",
             # a window on stripes is a multitude of small tiles: never fast, and long to record
             capabilities=Capabilities(weighed="without window"),
@@ -140,7 +140,7 @@ BACKENDS = Registry(
             load=_all_gather,
             paper="arXiv:2407.21783, 3.3.2",
             what="every rank gathers K and V, group by group of KV heads",
-            traffic=Traffic(full="2(p-1)U", causal="3/4 of it"),
+            traffic=TrafficFormula(full="2(p-1)U", causal="3/4 of it"),
             aliases=("all_gather", "allgather"),
             capabilities=Capabilities(planned=True),
         ),
@@ -149,7 +149,7 @@ BACKENDS = Registry(
             load=_ulysses,
             paper="arXiv:2309.14509",
             what="heads for tokens and back",
-            traffic=Traffic(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
+            traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
             aliases=("a2a",),
             capabilities=Capabilities(heads="all", planned=True),
         ),
@@ -158,7 +158,7 @@ BACKENDS = Registry(
             load=_usp,
             paper="arXiv:2405.07719",
             what="Ulysses on one axis, ring on the other",
-            traffic=Traffic(
+            traffic=TrafficFormula(
                 full="(u-1)/u (2Uq + 2U) + 2(r-1)U",
                 causal="(u-1)/u (2Uq + 2U) + 3/2 (r-1)U",
                 axes="ur",
@@ -173,7 +173,7 @@ BACKENDS = Registry(
             load=_double_ring,
             paper="arXiv:2406.18485",
             what="rings of K and V inside windows of ranks, and between the windows meanwhile",
-            traffic=Traffic(full="2W(w-1)U + 2(W-1)U", causal="3/4 of it", axes="wW", where="p = w W"),
+            traffic=TrafficFormula(full="2W(w-1)U + 2(W-1)U", causal="3/4 of it", axes="wW", where="p = w W"),
             aliases=("double_ring",),
             capabilities=Capabilities(grid="needed"),
         ),
@@ -182,14 +182,14 @@ BACKENDS = Registry(
             load=_tokenring,
             paper="arXiv:2412.20501",
             what="ring of queries, partial results straight home",
-            traffic=Traffic(full="(p-1)(2Uq + Us)", causal="3/4 of it"),
+            traffic=TrafficFormula(full="(p-1)(2Uq + Us)", causal="3/4 of it"),
         ),
         Backend(
             name="distflash",
             load=_distflash,
             paper="arXiv:2310.03294",
             what="early ranks help late ones, everything lent directly",
-            traffic=Traffic(full="2(p-1)U", causal="(3p-2)/4 U + p/8 (2Uq + Us)", causal_sense="at most"),
+            traffic=TrafficFormula(full="2(p-1)U", causal="(3p-2)/4 U + p/8 (2Uq + Us)", causal_sense="at most"),
             layout="contiguous",
             capabilities=Capabilities(chunks=False),
         ),
@@ -198,7 +198,7 @@ BACKENDS = Registry(
             load=_fpdt,
             paper="arXiv:2408.16978",
             what="Ulysses in chunks over time, what waits lies in host memory",
-            traffic=Traffic(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
+            traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
             capabilities=Capabilities(heads="all", weighed="never"),
         ),
         Backend(
@@ -206,7 +206,7 @@ BACKENDS = Registry(
             load=_rsa,
             paper="arXiv:2105.13120",
             what="ring of K, then of V, over whole rows of scores; takes a bias, shows probabilities",
-            traffic=Traffic(full="2(p-1)U", causal="3/4 of it"),
+            traffic=TrafficFormula(full="2(p-1)U", causal="3/4 of it"),
             capabilities=Capabilities(bias=True, weighed="never"),
         ),
         Backend(
@@ -214,7 +214,7 @@ BACKENDS = Registry(
             load=_wallfacer,
             paper="arXiv:2407.00611, tiles of arXiv:2512.20968",
             what="queries of a row of ranks meet keys of a column of ranks",
-            traffic=Traffic(
+            traffic=TrafficFormula(
                 full="(a-1)(2Uq + Us) + 2(c-1)U",
                 causal="(4c-1)/(4c) (a-1)(2Uq + Us) + 3/2 (c-1)U",
                 axes="ac",
@@ -227,7 +227,7 @@ BACKENDS = Registry(
             load=_startrail,
             paper="arXiv:2407.00611",
             what="teams of C ranks gather queries and keys, keys of teams go around C rings",
-            traffic=Traffic(
+            traffic=TrafficFormula(
                 full="(C-1)(2Uq + 2U + Us) + 2U p/C",
                 sense="at most",
                 axes="C",

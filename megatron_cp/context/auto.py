@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 
 from megatron_cp.context import AUTO, BACKENDS, DEFAULT, PLACEMENTS, cache_sizes
-from megatron_cp.context.choose import Choice, choose
+from megatron_cp.context.choose import BackendChoice, choose
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.plan import Plan, Sizes
@@ -42,7 +42,7 @@ def settle(plan: Plan, sizes: Sizes) -> Plan:
     return replace(plan, backend=BACKENDS.get(best.backend), axes=axes, why=choice.why)
 
 
-def decide(problem: Problem, cluster: Cluster) -> Choice:
+def decide(problem: Problem, cluster: Cluster) -> BackendChoice:
     """Return the fastest choice for the problem, weighed once in a process; the problem's own backend is ignored."""
     # ranks that are threads would all weigh it at the same time
     with _one_at_a_time:
@@ -55,7 +55,7 @@ def default_cluster(device: str) -> Cluster:
 
 
 @lru_cache(cache_sizes.LAYOUTS)
-def _decide(problem: Problem, cluster: Cluster) -> Choice:
+def _decide(problem: Problem, cluster: Cluster) -> BackendChoice:
     # no backend has such a length or layout
     layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
     return choose(problem, cluster, last_rank, record)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.masks import Mask
-from megatron_cp.context.traffic import Traffic
+from megatron_cp.context.traffic import TrafficFormula
 from megatron_cp.grid import Grid
 
 PLACEMENTS = {"head-first": "inner", "context-first": "outer"}
@@ -17,7 +17,7 @@ MaskKind = Literal["full", "causal", "window"]
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What an algorithm needs, takes and can do.
+    """Needs and abilities of an algorithm.
 
     masks:     masks that it can do
     grid:      the two axes of --hierarchical-context-parallel-sizes are "needed", "optional" (without them the loop
@@ -56,7 +56,7 @@ class Backend:
     load: Callable[[], Loop[Any]]
     paper: str
     what: str
-    traffic: Traffic | None = None
+    traffic: TrafficFormula | None = None
     aliases: tuple[str, ...] = ()
     layout: str | None = None
     capabilities: Capabilities = Capabilities()

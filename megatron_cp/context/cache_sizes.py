@@ -5,3 +5,9 @@ LAYOUTS = 64
 
 PAIRS = 4096
 """Results for two ranks, two windows of ranks or two segments of one layout: as many as 64 ranks have pairs."""
+
+GROUPS = 256
+"""Results for a group of ranks of one layout: every group of a grid of 256 ranks."""
+
+TRACES = 256
+"""Recorded problems: every backend on every grid of a number of ranks, for a few numbers of heads."""

@@ -3,7 +3,7 @@
 The last rank of every backend that is weighed is recorded alone: a backend takes at least as long as that rank computes
 and copies. In the order of these bounds, until they are worse than the second best time, all ranks are recorded and
 simulated, both passes. Up to EXACT ranks that is the problem itself. On more it is two smaller ones with as many tokens
-per rank, and the time is continued linearly in the number of ranks, because loops over hops take one more hop per rank
+per rank, and the time grows linearly with the number of ranks, because loops over hops take one more hop per rank
 and the others' work grows alike: 4 and 8 ranks, or a grid whose longer axis is 1 and 2, on nodes made smaller alike so
 that as large a share of the traffic leaves them. A window beyond which no rank sees anything ends the growth.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.context.trace.events import Compute, Problem, Step, Touch, Trace
-from megatron_cp.context.trace.simulate import Run, call_seconds, simulate
+from megatron_cp.context.trace.simulate import SimulatedPass, call_seconds, simulate
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
@@ -61,10 +61,10 @@ class Option(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """The options that were simulated, fastest first, and the cluster that they were weighed for.
 
-    estimated: whether their times are continued from smaller numbers of ranks
+    estimated: True if their times are extrapolated from smaller numbers of ranks
     too_large: those that a rank of the cluster has no memory for
     """
 
@@ -106,8 +106,8 @@ LastRank = Callable[[Problem], Sequence[Step]]
 Record = Callable[[Problem], Trace]
 
 
-def choose(problem: Problem, cluster: Cluster, last_rank: LastRank, record: Record) -> Choice:
-    """Weigh every backend for `problem`, whose own backend does not matter; a pure function of its arguments.
+def choose(problem: Problem, cluster: Cluster, last_rank: LastRank, record: Record) -> BackendChoice:
+    """Compare every backend for `problem`, whose own backend does not matter; a pure function of its arguments.
 
     last_rank: what the last rank does in both passes; raises ValueError for a problem that the backend refuses
     record:    the trace of a problem
@@ -136,7 +136,7 @@ def choose(problem: Problem, cluster: Cluster, last_rank: LastRank, record: Reco
             f"attention of no backend fits the {_room(cluster) / 2**30:.4g} GiB of a rank of cluster {cluster.name!r}: "
             f"{least_peak.label} keeps least, {least_peak.peak / 2**30:.4g} GiB; use more ranks or cut it into chunks"
         )
-    return Choice(tuple(options), cluster.name, problem.ranks > EXACT, tuple(too_large))
+    return BackendChoice(tuple(options), cluster.name, problem.ranks > EXACT, tuple(too_large))
 
 
 def _room(cluster: Cluster) -> float:
@@ -191,7 +191,7 @@ Measure = Callable[[Trace, Cluster], Sequence[float]]
 
 
 def continued(problem: Problem, cluster: Cluster, record: Record, measure: Measure) -> list[float]:
-    """What `measure` reads off the problem's trace; on many ranks, continued from two smaller problems' traces."""
+    """Return the measures of the problem's trace; on many ranks, extrapolated from two smaller problems' traces."""
     if problem.ranks <= EXACT:
         return list(measure(record(problem), cluster))
     small, large = samples(problem)
@@ -238,8 +238,8 @@ def _time_and_peak(trace: Trace, cluster: Cluster) -> tuple[float, ...]:
     return *(a + b for a, b in zip(forward, backward, strict=True)), max(max(run.peak) for run in passes)
 
 
-def parts(run: Run) -> Cost:
-    """What the ranks' time in a pass goes into, as a mean over them."""
+def parts(run: SimulatedPass) -> Cost:
+    """Split the time of a pass by what the ranks do, as a mean over them."""
     ranks, kinds = len(run.spans), {"attend": 0.0, "copy": 0.0, "transfer": 0.0}
     for span in (span for spans in run.spans for span in spans if span.kind in kinds):
         kinds[span.kind] += (span.end - span.start) / ranks

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.comm import Done, Fabric, Handle
+from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
 from megatron_cp.context.merge import Sum
 from megatron_cp.kernels import Kernel
@@ -18,68 +19,71 @@ CHUNKS = 2
 """How many parts of a rank's heads follow each other: the exchange of one runs beside the attention of another."""
 
 
-class Hands(NamedTuple):
-    """Which query heads, and which KV heads these need, every rank is dealt."""
+class HeadShares(NamedTuple):
+    """The query heads of every rank, and the KV heads that these need."""
 
     q: tuple[slice, ...]
     kv: tuple[slice, ...]
 
 
-@cache
-def deal(heads: int, kv_heads: int, ranks: int) -> Hands:
+@lru_cache(cache_sizes.LAYOUTS)
+def share_heads(heads: int, kv_heads: int, ranks: int) -> HeadShares:
     """Give every rank a stretch of query heads, one more to the first `heads % ranks` ranks; each rank gets some."""
     assert ranks <= heads, f"{ranks} ranks cannot share {heads} query heads"
     few, more = divmod(heads, ranks)
     starts = [rank * few + min(rank, more) for rank in range(ranks + 1)]
     group = heads // kv_heads
     q = tuple(slice(start, stop) for start, stop in pairwise(starts))
-    return Hands(q, tuple(slice(hand.start // group, (hand.stop - 1) // group + 1) for hand in q))
+    return HeadShares(q, tuple(slice(share.start // group, (share.stop - 1) // group + 1) for share in q))
 
 
-class Chunk(NamedTuple):
-    """Part of every rank's hand.
+class HeadChunk(NamedTuple):
+    """Part of every rank's heads.
 
-    hands:    the query heads, and the KV heads that these need
-    arriving: which of the KV heads come with the queries; the others are there already
-    leaving:  which of the KV heads have met all of their queries after it
+    shares:    the query heads, and the KV heads that these need
+    arriving: KV heads that come with the queries; the others are there already
+    leaving:  KV heads whose queries have all been attended after it
     """
 
-    hands: Hands
+    shares: HeadShares
     arriving: tuple[slice, ...]
     leaving: tuple[slice, ...]
 
     def leaves(self, rank: int) -> bool:
-        """Whether KV heads of this rank have met all of their queries."""
+        """True if all queries of some KV head of this rank have been attended."""
         return self.leaving[rank].start < self.leaving[rank].stop
 
 
-@cache
-def cut(hands: Hands, *, within_group: bool) -> tuple[Chunk, ...]:
-    """Every rank's hand in CHUNKS parts, or in one where some hand is too small.
+@lru_cache(cache_sizes.LAYOUTS)
+def cut(shares: HeadShares, *, within_group: bool) -> tuple[HeadChunk, ...]:
+    """Cut every rank's heads into CHUNKS parts, or one if some rank has too few.
 
-    Whole KV heads with their queries; a single KV head stays while its queries come in parts if `within_group`.
+    A part is whole KV heads with their queries; a single KV head stays while its queries come in parts if
+    `within_group`.
     """
-    count = min(CHUNKS, *(_share(q, kv, within_group) for q, kv in zip(*hands, strict=True)))
-    group = _group_size(hands)
+    count = min(CHUNKS, *(_share(q, kv, within_group) for q, kv in zip(*shares, strict=True)))
+    group = _group_size(shares)
     # ranks of parts -> parts of ranks
-    parts = zip(*(_split(q, kv, count, group) for q, kv in zip(*hands, strict=True)), strict=True)
-    chunks = [Hands(*zip(*part, strict=True)) for part in parts]
+    parts = zip(*(_split(q, kv, count, group) for q, kv in zip(*shares, strict=True)), strict=True)
+    chunks = [HeadShares(*zip(*part, strict=True)) for part in parts]
     before, after = [None, *chunks[:-1]], [*chunks[1:], None]
     return tuple(
-        Chunk(chunk, _not_in(chunk, previous), _not_in(chunk, following))
+        HeadChunk(chunk, _not_in(chunk, previous), _not_in(chunk, following))
         for chunk, previous, following in zip(chunks, before, after, strict=True)
     )
 
 
 def _share(q: slice, kv: slice, within_group: bool) -> int:
-    """In how many parts a hand can be cut."""
+    """Return into how many parts the heads of a rank can be cut."""
     kv_heads = kv.stop - kv.start
     return q.stop - q.start if kv_heads == 1 and within_group else kv_heads
 
 
 def _split(q: slice, kv: slice, count: int, group: int) -> list["_Part"]:
+    # too few KV heads to cut: every part of the queries needs the same ones
     if count == 1 or kv.stop - kv.start < count:
         return [_Part(piece, kv) for piece in pieces(q, count)]
+    # KV head i serves query heads i * group .. (i + 1) * group - 1, of which the rank may have some only
     return [
         _Part(slice(max(q.start, piece.start * group), min(q.stop, piece.stop * group)), piece)
         for piece in pieces(kv, count)
@@ -87,38 +91,38 @@ def _split(q: slice, kv: slice, count: int, group: int) -> list["_Part"]:
 
 
 def pieces(whole: slice, count: int) -> list[slice]:
-    """A stretch in `count` parts that differ by one at most."""
+    """Cut a stretch into `count` parts whose lengths differ by one at most."""
     size = whole.stop - whole.start
     return [slice(a, b) for a, b in pairwise(whole.start + size * index // count for index in range(count + 1))]
 
 
-def _not_in(chunk: Hands, neighbour: Hands | None) -> tuple[slice, ...]:
-    """Each rank's KV heads, none of them where the neighbour has the same."""
+def _not_in(chunk: HeadShares, neighbour: HeadShares | None) -> tuple[slice, ...]:
+    """Return each rank's KV heads, none if the neighbouring chunk has the same."""
     others = neighbour.kv if neighbour else (None,) * len(chunk.kv)
     return tuple(slice(0, 0) if kv == other else kv for kv, other in zip(chunk.kv, others, strict=True))
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """Some heads of all tokens on their way."""
+class ArrivingHeads:
+    """Some heads of all tokens in flight."""
 
     transfer: Handle
     buffer: Tensor
     sizes: tuple[int, ...]
 
     def wait(self) -> list[Tensor]:
-        """The tensors, in sequence order, views of one buffer."""
+        """Return the tensors, in sequence order, views of one buffer."""
         self.transfer.wait()
         return list(self.buffer.split(self.sizes, dim=2))
 
 
 @dataclass(frozen=True)
-class Swap:
+class HeadExchange:
     """The exchange of heads for tokens among the ranks of a fabric."""
 
     fabric: Fabric
     members: Layout
-    hands: Hands
+    shares: HeadShares
 
     @property
     def whole(self) -> Runs:
@@ -133,74 +137,76 @@ class Swap:
 
         The results are in sequence order and views of one buffer; the stretches of each rank arrive in their place.
         """
-        return self.start_to_heads(tensors, [self.hands.q, self.hands.kv, self.hands.kv][: len(tensors)]).wait()
+        return self.start_to_heads(tensors, [self.shares.q, self.shares.kv, self.shares.kv][: len(tensors)]).wait()
 
-    def visits(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[Sequence[slice]]]) -> Iterator[list[Tensor]]:
-        """My heads of all tokens, one chunk after the other; the next one is in flight during the body."""
-        arriving = self.start_to_heads(tensors, dealt[0])
-        for after in (*dealt[1:], None):
+    def visits(
+        self, tensors: Sequence[Tensor], per_rank: Sequence[Sequence[Sequence[slice]]]
+    ) -> Iterator[list[Tensor]]:
+        """Yield my heads of all tokens, one chunk after the other; the next one is in flight during the body."""
+        arriving = self.start_to_heads(tensors, per_rank[0])
+        for after in (*per_rank[1:], None):
             here = arriving.wait()
             if after is not None:
                 arriving = self.start_to_heads(tensors, after)
             yield here
 
-    def start_to_heads(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[slice]]) -> Arrival:
-        """Send every rank the heads that it is dealt, of this rank's tokens."""
+    def start_to_heads(self, tensors: Sequence[Tensor], per_rank: Sequence[Sequence[slice]]) -> ArrivingHeads:
+        """Send every rank its heads of this rank's tokens."""
         fabric, me = self.fabric, self.fabric.rank
-        hands = [
-            torch.cat([x[:, :, hand[rank]] for x, hand in zip(tensors, dealt, strict=True)], 2)
+        shares = [
+            torch.cat([x[:, :, share[rank]] for x, share in zip(tensors, per_rank, strict=True)], 2)
             for rank in range(fabric.size)
         ]
         tokens = sum(place.whole.stop - place.whole.start for place in self.places)
-        buffer = tensors[0].new_empty((tokens, *hands[me].shape[1:]))
+        buffer = tensors[0].new_empty((tokens, *shares[me].shape[1:]))
         sends, recvs = [], []
         for rank, local, where in self.places:
             if rank == me:
-                buffer[where] = hands[me][local]
-                sends += [(hands[peer][local], peer) for peer in range(fabric.size) if peer != me]
+                buffer[where] = shares[me][local]
+                sends += [(shares[peer][local], peer) for peer in range(fabric.size) if peer != me]
             else:
                 recvs.append((buffer[where], rank))
-        sizes = tuple(hand[me].stop - hand[me].start for hand in dealt)
-        return Arrival(fabric.exchange(sends, recvs), buffer, sizes)
+        sizes = tuple(share[me].stop - share[me].start for share in per_rank)
+        return ArrivingHeads(fabric.exchange(sends, recvs), buffer, sizes)
 
-    def to_tokens(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[slice]]) -> list[Tensor]:
-        """My heads of all tokens -> all heads of this rank's tokens; heads on several ranks are added in float32."""
-        home = Homeward(self, dealt)
-        home.start(tensors, dealt)
-        return home.results()
+    def to_tokens(self, tensors: Sequence[Tensor], per_rank: Sequence[Sequence[slice]]) -> list[Tensor]:
+        """Turn my heads of all tokens into all heads of my tokens; heads on several ranks are added in float32."""
+        returns = HeadReturns(self, per_rank)
+        returns.start(tensors, per_rank)
+        return returns.results()
 
-    def kernel(self, kernel: Kernel, hands: Hands | None = None) -> Kernel:
-        """The kernel for my part of `hands`, by default my whole hand.
+    def kernel(self, kernel: Kernel, shares: HeadShares | None = None) -> Kernel:
+        """Return the kernel for my part of `shares`, by default all my heads.
 
-        It is called once per stretch of KV heads that serve equally many of my query heads.
+        It calls `kernel` once per stretch of KV heads that serve equally many of my query heads.
         """
-        me, held = self.fabric.rank, hands or self.hands
-        parts = _parts(held.q[me], held.kv[me], _group_size(self.hands))
+        me, held = self.fabric.rank, shares or self.shares
+        parts = _parts(held.q[me], held.kv[me], _group_size(self.shares))
         return kernel if len(parts) == 1 else _UnevenHeads(kernel, parts)
 
 
-class Homeward:
-    """My heads of all tokens on their way back, one batch in flight; results have all heads of this rank's tokens.
+class HeadReturns:
+    """Return of my heads of all tokens, one batch in flight; results have all heads of this rank's tokens.
 
-    dealt: each rank's whole hand, per tensor; heads in several hands are added in float32
+    per_rank: the heads of each rank, per tensor; those of several ranks are added in float32
     """
 
-    def __init__(self, swap: Swap, dealt: Sequence[Sequence[slice]]) -> None:
-        self._swap, self._dealt = swap, dealt
-        self._results: list[_Apart | _Added] = []
+    def __init__(self, swap: HeadExchange, per_rank: Sequence[Sequence[slice]]) -> None:
+        self._swap, self._per_rank = swap, per_rank
+        self._results: list[_DisjointHeads | _SummedHeads] = []
         self._transfer: Handle = Done()
         self._arriving: list[Tensor] = []
         self._parts: Sequence[Sequence[slice]] = ()
 
     def start(self, tensors: Sequence[Tensor], parts: Sequence[Sequence[slice]]) -> None:
-        """Send these heads, `parts` of the ranks' hands, after the batch before them has been put in place."""
+        """Send these heads, `parts` of the ranks' heads, after the previous batch has been put in place."""
         self.finish()
         swap, me = self._swap, self._swap.fabric.rank
         mine = torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0].contiguous()
         tokens = sum(local.stop - local.start for rank, local, _ in swap.places if rank == me)
         if not self._results:
-            self._results = [_room(mine[:tokens], hands) for hands in self._dealt]
-        heads = [sum(hands[rank].stop - hands[rank].start for hands in parts) for rank in range(swap.fabric.size)]
+            self._results = [_result_for(mine[:tokens], shares) for shares in self._per_rank]
+        heads = [sum(shares[rank].stop - shares[rank].start for shares in parts) for rank in range(swap.fabric.size)]
         self._arriving = [mine.new_empty((tokens, mine.shape[1], count, mine.shape[3])) for count in heads]
         self._parts = parts
         self._transfer = self._exchange(mine)
@@ -220,19 +226,19 @@ class Homeward:
         """Wait for the batch in flight and put it in place."""
         self._transfer.wait()
         for rank, tensor in enumerate(self._arriving):
-            sizes = [hands[rank].stop - hands[rank].start for hands in self._parts]
-            for result, hands, heads in zip(self._results, self._parts, tensor.split(sizes, dim=2), strict=True):
-                result.add(hands[rank], heads)
+            sizes = [shares[rank].stop - shares[rank].start for shares in self._parts]
+            for result, shares, heads in zip(self._results, self._parts, tensor.split(sizes, dim=2), strict=True):
+                result.add(shares[rank], heads)
         self._arriving = []
 
     def results(self) -> list[Tensor]:
-        """One tensor per deal, once everything has arrived."""
+        """Return the tensors once everything has arrived."""
         self.finish()
         return [result.result() for result in self._results]
 
 
-class _Apart:
-    """Heads that each come from one rank."""
+class _DisjointHeads:
+    """A result whose heads each come from one rank."""
 
     def __init__(self, like: Tensor, heads: int) -> None:
         self._all = like.new_empty((*like.shape[:2], heads, like.shape[3]))
@@ -244,8 +250,8 @@ class _Apart:
         return self._all
 
 
-class _Added:
-    """Heads of which several ranks have a part."""
+class _SummedHeads:
+    """A result with heads of which several ranks have a part."""
 
     def __init__(self, like: Tensor, heads: int) -> None:
         # heads first, so that they are the rows of a sum
@@ -259,9 +265,9 @@ class _Added:
         return self._sum.result().movedim(0, 2)
 
 
-def _room(like: Tensor, hands: Sequence[slice]) -> _Apart | _Added:
-    alone = all(left.stop == right.start for left, right in pairwise(hands))
-    return (_Apart if alone else _Added)(like, hands[-1].stop)
+def _result_for(like: Tensor, shares: Sequence[slice]) -> _DisjointHeads | _SummedHeads:
+    alone = all(left.stop == right.start for left, right in pairwise(shares))
+    return (_DisjointHeads if alone else _SummedHeads)(like, shares[-1].stop)
 
 
 class _Part(NamedTuple):
@@ -296,12 +302,12 @@ class _UnevenHeads:
         return dq, dk, dv
 
 
-def _group_size(hands: Hands) -> int:
-    return hands.q[-1].stop // hands.kv[-1].stop
+def _group_size(shares: HeadShares) -> int:
+    return shares.q[-1].stop // shares.kv[-1].stop
 
 
 def _parts(q: slice, kv: slice, group: int) -> list[_Part]:
-    """Stretches of KV heads that each serve the same number of the query heads in `q`, relative to the hand."""
+    """Stretches of KV heads that each serve the same number of the query heads in `q`, relative to the share."""
     parts: list[_Part] = []
     for head in range(kv.start, kv.stop):
         served = slice(max(q.start, head * group) - q.start, min(q.stop, (head + 1) * group) - q.start)

@@ -1,4 +1,4 @@
-"""Where tokens wait in host memory: copied beside the computation, ordered by events; the host itself never waits."""
+"""Tokens in host memory, copied beside the computation and ordered by events; the host itself never waits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ Event = torch.cuda.Event | None
 
 @torch.library.custom_op("megatron_cp::host_empty", mutates_args=())
 def host_empty(like: Tensor, tokens: int) -> Tensor:
-    """Room for `tokens` tokens such as `like` has: pinned for a GPU's tensors, plain memory for any other device.
+    """Allocate host memory for `tokens` tokens such as `like` has: pinned for a GPU's tensors, plain otherwise.
 
-    An operation of its own, so that whoever counts live memory can tell the store's from the computation's.
+    A custom operation, so that a count of live memory can tell the store's from the computation's.
     """
     device = torch.device("cpu") if like.is_cuda else like.device
     return torch.empty((tokens, *like.shape[1:]), dtype=like.dtype, device=device, pin_memory=like.is_cuda)
@@ -29,20 +29,20 @@ HOST_EMPTY = torch.ops.megatron_cp.host_empty.default
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """Tokens on their way from the host."""
+class HostRead:
+    """A copy from the host in flight."""
 
     tensor: Tensor
     event: Event
 
     def wait(self) -> Tensor:
-        """The tokens; what is computed from here on waits for them."""
+        """Return the tokens; what is computed from here on waits for them."""
         if self.event is not None:
             torch.cuda.current_stream(self.tensor.device).wait_event(self.event)
         return self.tensor
 
 
-class Lanes:
+class HostTransfers:
     """The copies between one device and the host, one stream each way; without a GPU they happen at once."""
 
     def __init__(self, device: torch.device) -> None:
@@ -60,18 +60,18 @@ class Lanes:
         with torch.cuda.stream(stream):
             for host, tokens in copies:
                 host.copy_(tensor[tokens], non_blocking=True)
-        # its memory is not given to anybody else before it is read
+        # its memory is not reused before it is read
         tensor.record_stream(stream)
         return stream.record_event()
 
-    def up(self, hosts: Sequence[Tensor], after: Sequence[Event]) -> Arrival:
+    def up(self, hosts: Sequence[Tensor], after: Sequence[Event]) -> HostRead:
         """Copy from host memory, one after the other, after these events and beside what is computed after the call."""
         here = hosts[0].new_empty((sum(map(len, hosts)), *hosts[0].shape[1:]), device=self.device)
         pieces = list(zip(here.split([len(host) for host in hosts]), hosts, strict=True))
         if not self._streams:
             for piece, host in pieces:
                 piece.copy_(host)
-            return Arrival(here, None)
+            return HostRead(here, None)
         stream = self._streams[1]
         # earlier computation may still read the memory that `here` was given
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -81,10 +81,10 @@ class Lanes:
         with torch.cuda.stream(stream):
             for piece, host in pieces:
                 piece.copy_(host, non_blocking=True)
-        return Arrival(here, stream.record_event())
+        return HostRead(here, stream.record_event())
 
     def settle(self) -> None:
-        """What is computed from here on, in later passes too, waits for the copies to the host."""
+        """Let everything computed from here on, in later passes too, wait for the copies to the host."""
         for stream in self._streams:
             torch.cuda.current_stream(self.device).wait_stream(stream)
 
@@ -92,42 +92,42 @@ class Lanes:
 class HostStore:
     """Tokens in host memory; `memory` [tokens ...] may be that of a store of an earlier pass."""
 
-    def __init__(self, memory: Tensor, lanes: Lanes) -> None:
+    def __init__(self, memory: Tensor, transfers: HostTransfers) -> None:
         self.memory = memory
-        self._lanes = lanes
+        self._transfers = transfers
         self._written: dict[slice, Event] = {}
 
     @classmethod
-    def like(cls, x: Tensor, tokens: int, lanes: Lanes) -> "HostStore":
-        """Room for `tokens` tokens such as x has."""
-        return cls(HOST_EMPTY(x, tokens), lanes)
+    def like(cls, x: Tensor, tokens: int, transfers: HostTransfers) -> "HostStore":
+        """Make a store for `tokens` tokens such as x has."""
+        return cls(HOST_EMPTY(x, tokens), transfers)
 
     def put(self, x: Tensor, places: Sequence[tuple[slice, slice]]) -> None:
         """Start to copy tokens of x to the host, to the first slice of a place from the second; x may be dropped."""
-        event = self._lanes.down(x, [(self.memory[there], here) for there, here in places])
+        event = self._transfers.down(x, [(self.memory[there], here) for there, here in places])
         self._written.update((there, event) for there, _ in places)
 
-    def get(self, tokens: Stretches) -> Arrival:
+    def get(self, tokens: Stretches) -> HostRead:
         """Start to copy these tokens from the host, after what was put there."""
         events = [
             event
             for put, event in self._written.items()
             if any(put.start < wanted.stop and wanted.start < put.stop for wanted in tokens)
         ]
-        return self._lanes.up([self.memory[wanted] for wanted in tokens], events)
+        return self._transfers.up([self.memory[wanted] for wanted in tokens], events)
 
     def has(self, tokens: Stretches) -> bool:
-        """Whether just these stretches were put here, by this store."""
+        """True if exactly these stretches were put here by this store."""
         return all(stretch in self._written for stretch in tokens)
 
 
 def visits(wanted: Sequence[Stretches], stores: list[HostStore], partial: list[HostStore]) -> Iterator[list[Tensor]]:
-    """The wanted tokens of every store, and of the `partial` ones where they have them; the next are on their way.
+    """Yield the wanted tokens of every store, and of the `partial` ones if they have them; the next are in flight.
 
     Two sets of tokens of each store are alive at a time: a list is emptied when the next one is asked for.
     """
 
-    def fetch(tokens: Stretches) -> list[Arrival]:
+    def fetch(tokens: Stretches) -> list[HostRead]:
         return [store.get(tokens) for store in (*stores, *(store for store in partial if store.has(tokens)))]
 
     arriving = fetch(wanted[0])

@@ -1,14 +1,15 @@
-"""Which token positions a rank owns.
+"""Layouts: the token positions that each rank owns.
 
 A run is a Python `range` of positions; a rank's runs are listed in the order of its local tokens; a layout is one tuple
 of runs per rank. Ring, zigzag and striped attention differ in nothing else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from megatron_cp.context import cache_sizes
 from megatron_cp.errors import Refused
 from megatron_cp.registry import unknown
 
@@ -50,9 +51,9 @@ def striped(tokens: int, ranks: int, stripe: int = 1) -> Layout:
 LAYOUTS: dict[str, Callable[[int, int], Layout]] = {ZIGZAG: zigzag, CONTIGUOUS: contiguous, STRIPED: striped}
 
 
-@cache
+@lru_cache(cache_sizes.LAYOUTS)
 def layout(name: str, tokens: int, ranks: int, stripe: int = 1) -> Layout:
-    """The layout called `name` of a sequence of `tokens`; `stripe` is the length of a block of "striped".
+    """Return the layout called `name` of a sequence of `tokens`; `stripe` is the length of a block of "striped".
 
     Raises ValueError for an unknown name and when the length does not fit.
     """
@@ -62,12 +63,12 @@ def layout(name: str, tokens: int, ranks: int, stripe: int = 1) -> Layout:
 
 
 def indices(name: str, tokens: int, ranks: int, rank: int, stripe: int = 1) -> list[int]:
-    """The positions of `rank`'s tokens, in local order."""
+    """Return the positions of `rank`'s tokens, in local order."""
     return [position for run in layout(name, tokens, ranks, stripe)[rank] for position in run]
 
 
 def join(runs: Sequence[range]) -> Runs:
-    """The same positions in the same order with neighbouring runs joined and empty ones dropped."""
+    """Join neighbouring runs and drop empty ones; positions and order stay."""
     joined: list[range] = []
     for run in runs:
         if joined and len(run) and run.start == joined[-1].stop and run.step == joined[-1].step == 1:
@@ -78,7 +79,7 @@ def join(runs: Sequence[range]) -> Runs:
 
 
 def length(runs: Runs) -> int:
-    """How many positions the runs hold."""
+    """Return how many positions the runs hold."""
     return sum(map(len, runs))
 
 
@@ -90,9 +91,9 @@ class Place(NamedTuple):
     whole: slice
 
 
-@cache
+@lru_cache(cache_sizes.GROUPS)
 def gathered(members: Layout) -> tuple[Runs, tuple[Place, ...]]:
-    """The runs of several ranks together, in sequence order, and the place of each member's stretches in them.
+    """Return the runs of several ranks together, in sequence order, and the place of each member's stretches in them.
 
     Raises ValueError when the members' runs interleave (striped), since their stretches would be single tokens.
     """
@@ -111,7 +112,7 @@ def gathered(members: Layout) -> tuple[Runs, tuple[Place, ...]]:
 
 
 def pieces(runs: Layout) -> tuple[int, int]:
-    """How many pieces of the sequence every rank holds, and how many tokens each has."""
+    """Return how many pieces of the sequence every rank holds, and how many tokens each has."""
     count = max(map(len, runs))
     return count, length(runs[0]) // count
 
@@ -128,7 +129,7 @@ def check_chunks(runs: Layout, chunks: int) -> None:
 
 
 def located(runs: Runs) -> Iterator[tuple[range, slice]]:
-    """Each run with the slice of local tokens that holds it."""
+    """Yield each run with the slice of local tokens that holds it."""
     start = 0
     for run in runs:
         yield run, slice(start, start + len(run))
@@ -136,7 +137,7 @@ def located(runs: Runs) -> Iterator[tuple[range, slice]]:
 
 
 def cut(runs: Runs, tokens: slice) -> Runs:
-    """The positions of these local tokens."""
+    """Return the positions of these local tokens."""
     parts = (run[max(0, tokens.start - at.start) : max(0, tokens.stop - at.start)] for run, at in located(runs))
     return tuple(part for part in parts if part)
 
@@ -150,9 +151,9 @@ class Move(NamedTuple):
     dst_tokens: slice
 
 
-@cache
+@lru_cache(cache_sizes.LAYOUTS)
 def moves(before: Layout, after: Layout) -> tuple[Move, ...]:
-    """What has to move where to turn one layout into another; stays on the same rank are listed too."""
+    """List the moves that turn one layout into another, those within a rank included."""
     return tuple(
         Move(src, dst, _within(common, from_run, from_local), _within(common, to_run, to_local))
         for src, from_runs in enumerate(before)
@@ -164,7 +165,7 @@ def moves(before: Layout, after: Layout) -> tuple[Move, ...]:
 
 
 def _intersection(a: range, b: range) -> range:
-    """Positions in both runs; their steps are equal or one of them is 1."""
+    """Return the positions in both runs; their steps are equal or one of them is 1."""
     step = max(a.step, b.step)
     coarse, fine = (a, b) if a.step >= b.step else (b, a)
     if fine.step not in (1, coarse.step):
@@ -177,7 +178,7 @@ def _intersection(a: range, b: range) -> range:
 
 
 def _within(common: range, run: range, local: slice) -> slice:
-    """The local tokens that hold `common`, a part of `run`."""
+    """Return the local tokens that hold `common`, a part of `run`."""
     first = local.start + (common[0] - run.start) // run.step
     step = common.step // run.step if len(common) > 1 else 1
     return slice(first, first + (len(common) - 1) * step + 1, step)

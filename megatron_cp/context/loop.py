@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_cp.context.heads import Swap
+    from megatron_cp.context.heads import HeadExchange
     from megatron_cp.context.merge import SoftmaxMerge, Sum
     from megatron_cp.context.task import Saved, Task
 
@@ -30,7 +30,7 @@ class Loop[S](Protocol):
 class HeadParallel(Protocol):
     """An algorithm that exchanges heads for tokens and runs Ring Attention between the two exchanges."""
 
-    def split(self, task: "Task") -> "tuple[Swap, Task]":
+    def split(self, task: "Task") -> "tuple[HeadExchange, Task]":
         """Return the exchange, and the task of the ring between the two."""
         ...
 

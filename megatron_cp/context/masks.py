@@ -1,4 +1,4 @@
-"""Which keys a query sees, as positions: one description that every algorithm honours or refuses by name."""
+"""Masks: the keys that a query sees, as positions."""
 
 from typing import NamedTuple
 
@@ -13,21 +13,21 @@ class Mask(NamedTuple):
 
     @property
     def causal(self) -> bool:
-        """Whether no query sees a later key."""
+        """True if no query sees a later key."""
         return self.right == 0
 
     @property
     def window(self) -> bool:
-        """Whether a query sees a bounded stretch of earlier or later keys only."""
+        """True if a query sees only a bounded stretch of earlier or later keys."""
         return self.left is not None or self.right not in (None, 0)
 
     @property
     def mirrored(self) -> "Mask":
-        """The same pairs from the side of the keys: the key at position j is seen by j - right .. j + left."""
+        """This mask from the side of the keys: the key at position j is seen by queries j - right .. j + left."""
         return Mask(self.right, self.left)
 
     def shifted(self, distance: int) -> "Mask":
-        """The same pairs where a query's position is counted from `distance` further on than a key's is."""
+        """Return this mask for queries shifted by `distance` positions relative to the keys."""
         left, right = self
         return Mask(None if left is None else left - distance, None if right is None else right + distance)
 
@@ -37,7 +37,7 @@ CAUSAL = Mask(right=0)
 
 
 def mask(causal: bool, window: tuple[int | None, int | None] | None = None) -> Mask:
-    """The mask of flash-attn's two arguments; -1 or None in `window` is no limit, `causal` cuts the right side at 0.
+    """Return the mask of flash-attn's two arguments; -1 or None in `window` is no limit, `causal` cuts the right at 0.
 
     Raises ValueError for any other negative limit.
     """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def accumulator_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
+    """Return float64 for float64, float32 for everything else."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -1,19 +1,20 @@
-"""Which kernel calls compute the unmasked pairs of a rank's queries with a block of keys.
+"""Tiles: the kernel calls that compute the unmasked pairs of a rank's queries with a block of keys.
 
 Local tokens stand in sequence order, so query i sees a stretch of the keys, and neither end of the stretch moves back
 as i grows: the pairs lie between two staircases, whose steps rise by at most one key per query. Cut into stretches of
 queries over which neither staircase changes its slope, they are a triangle against the lower staircase, a rectangle,
 and a triangle against the upper one. Triangles are square, so that kernels which align causal masks top-left and
-kernels which align them bottom-right do the same. A flight of steps that start at the same key is halved around the
-largest rectangle under its middle, and so on: as many tiles as steps, but squares, where one tile for each step would
+kernels which align them bottom-right do the same. Steps that start at the same key are halved together around the
+largest rectangle under their middle, and so on: as many tiles as steps, but squares, where one tile for each step would
 be a flat band, which kernels are slower at.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
+from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Runs, length, located
 from megatron_cp.context.masks import Mask
 from megatron_cp.errors import Refused
@@ -38,7 +39,7 @@ class Tile(NamedTuple):
         return queries * keys if self.shape == "full" else queries * (queries + 1) // 2
 
 
-class Step(NamedTuple):
+class StaircaseStep(NamedTuple):
     """Queries [start, stop): the first sees keys [low, high), each further one starts `low_slope` later and so on."""
 
     start: int
@@ -52,20 +53,20 @@ class Step(NamedTuple):
     def queries(self) -> int:
         return self.stop - self.start
 
-    def skip(self, queries: int) -> "Step":
+    def skip(self, queries: int) -> "StaircaseStep":
         """The rest of the step after its first queries."""
         low, high = self.low + queries * self.low_slope, self.high + queries * self.high_slope
         return self._replace(start=self.start + queries, low=low, high=high)
 
 
-@cache
+@lru_cache(cache_sizes.PAIRS)
 def tiles(q_runs: Runs, kv_runs: Runs, mask: Mask) -> tuple[Tile, ...]:
     """Tiles that cover every unmasked pair of `q_runs` with `kv_runs` exactly once."""
-    flights = groupby(_steps(q_runs, kv_runs, mask), key=lambda step: (step.low, step.low_slope))
-    return tuple(tile for _, flight in flights for tile in _halve(list(flight)))
+    groups = groupby(_steps(q_runs, kv_runs, mask), key=lambda step: (step.low, step.low_slope))
+    return tuple(tile for _, steps in groups for tile in _halve(list(steps)))
 
 
-@cache
+@lru_cache(cache_sizes.PAIRS)
 def seen(q_runs: Runs, kv_runs: Runs, mask: Mask) -> slice:
     """The stretch of keys that any of the queries sees; the others need not travel to them."""
     return hull(tuple(tile.kv for tile in tiles(q_runs, kv_runs, mask)))
@@ -79,13 +80,13 @@ def hull(stretches: tuple[slice, ...]) -> slice:
     return slice(min(stretch.start for stretch in stretches), max(stretch.stop for stretch in stretches))
 
 
-def _halve(flight: list[Step]) -> Iterator[Tile]:
+def _halve(steps: list[StaircaseStep]) -> Iterator[Tile]:
     """Tiles of steps that start at the same key."""
-    if len(flight) <= 1:
-        for step in flight:
+    if len(steps) <= 1:
+        for step in steps:
             yield from _cover(step)
         return
-    lower, upper = flight[: len(flight) // 2], flight[len(flight) // 2 :]
+    lower, upper = steps[: len(steps) // 2], steps[len(steps) // 2 :]
     top = upper[0].high - upper[0].high_slope
     yield from _halve(lower)
     if upper[0].low < top:
@@ -93,7 +94,7 @@ def _halve(flight: list[Step]) -> Iterator[Tile]:
     yield from _halve([step._replace(low=top) for step in upper if step.high > top or step.high_slope])
 
 
-def _cover(step: Step) -> Iterator[Tile]:
+def _cover(step: StaircaseStep) -> Iterator[Tile]:
     while step.queries:
         keys = step.high - step.low
         if not keys:
@@ -109,7 +110,7 @@ def _cover(step: Step) -> Iterator[Tile]:
         step = step.skip(queries)
 
 
-def _slab(step: Step, queries: int) -> Iterator[Tile]:
+def _slab(step: StaircaseStep, queries: int) -> Iterator[Tile]:
     rows = slice(step.start, step.start + queries)
     first, last = step.low + queries * step.low_slope, step.high - step.high_slope
     if queries == 1:
@@ -122,9 +123,9 @@ def _slab(step: Step, queries: int) -> Iterator[Tile]:
         yield Tile(rows, slice(last, last + queries), "lower")
 
 
-def _steps(q_runs: Runs, kv_runs: Runs, mask: Mask) -> list[Step]:
+def _steps(q_runs: Runs, kv_runs: Runs, mask: Mask) -> list[StaircaseStep]:
     """The steps over all queries, those that see nothing left out, neighbours that continue each other joined."""
-    joined: list[Step] = []
+    joined: list[StaircaseStep] = []
     for run, local in located(q_runs):
         for step in _run_steps(run, kv_runs, mask):
             shifted = step._replace(start=step.start + local.start, stop=step.stop + local.start)
@@ -134,20 +135,22 @@ def _steps(q_runs: Runs, kv_runs: Runs, mask: Mask) -> list[Step]:
     return [step for step in joined if step.high > step.low or step.high_slope > step.low_slope]
 
 
-def _run_steps(run: range, kv_runs: Runs, mask: Mask) -> Iterator[Step]:
+def _run_steps(run: range, kv_runs: Runs, mask: Mask) -> Iterator[StaircaseStep]:
     """The steps of one run of queries: each run of keys is a ramp of one key per query in either staircase."""
     # a query has passed the keys more than `left` before it and reached those up to `right` after it
+    # a ramp is the queries over which a staircase climbs one run of keys
     lows = [] if mask.left is None else [_ramp(run, keys, -mask.left - 1) for keys in kv_runs]
     highs = [] if mask.right is None else [_ramp(run, keys, mask.right) for keys in kv_runs]
+    # between two neighbouring ends of ramps neither staircase changes its slope
     edges = {edge for ramp in (*lows, *highs) for edge in (ramp.start, ramp.stop) if 0 < edge < len(run)}
     for start, stop in pairwise(sorted({0, *edges, len(run)})):
         low, low_slope = _height(lows, start)
         high, high_slope = _height(highs, start) if mask.right is not None else (length(kv_runs), 0)
-        yield Step(start, stop, low, low_slope, high, high_slope)
+        yield StaircaseStep(start, stop, low, low_slope, high, high_slope)
 
 
 def _height(ramps: list[range], query: int) -> tuple[int, int]:
-    """How many keys this query has reached, and whether the next one reaches one more."""
+    """Return how many keys this query has reached, and 1 if the next query reaches one more, else 0."""
     count = sum(min(max(query - ramp.start + 1, 0), len(ramp)) for ramp in ramps)
     slope = sum(query in ramp for ramp in ramps)
     assert slope <= 1, "key runs overlap or are out of order"

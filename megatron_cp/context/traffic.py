@@ -87,8 +87,8 @@ Sense = Literal["rank", "mean", "at most"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """What a rank sends in the forward pass, on the layout that the loop wants.
+class TrafficFormula:
+    """Elements that a rank sends in the forward pass, on the layout that the loop wants.
 
     In formulas p is the number of ranks, U = s b g d elements of one of K or V, Uq = s b h d of the queries and
     Us = s b h row statistics; the two letters of `axes` are the sizes of the grid's inner and outer axis.

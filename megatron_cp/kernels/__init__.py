@@ -13,9 +13,7 @@ __all__ = ["AUTO", "KERNELS", "Kernel", "KernelEntry", "choose"]
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """One kernel. The module that `load` imports offers create, refusal (what it cannot do) and missing (what the
-    machine lacks).
-    """
+    """A kernel entry. The module that `load` imports defines create(), refusal() and missing()."""
 
     name: str
     aliases: tuple[str, ...]
@@ -74,7 +72,7 @@ AUTO = "auto"
 
 
 def choose(name: str, *, device: str, dtype: str, head_dim: int, deterministic: bool = False) -> tuple[Kernel, str]:
-    """The kernel called `name` (or the first able one for `auto`) and one sentence that says why it is this one.
+    """Return the kernel called `name` (or the first able one for `auto`) and one sentence that says why it is this one.
 
     device is `cpu` or `cuda` (an index may follow), dtype a torch dtype's name without `torch.`, head_dim the larger
     of the key's and the value's. With `deterministic` the gradients of two equal calls are equal bit for bit.
@@ -90,7 +88,7 @@ def choose(name: str, *, device: str, dtype: str, head_dim: int, deterministic: 
         if why_not is None:
             return module.create(deterministic=deterministic), _reason(entry, device, dtype, head_dim, refusals)
         refusals.append(f"{entry.name!r} {why_not}")
-    raise AssertionError("the last kernel of the menu runs everything")
+    raise AssertionError("the last kernel of the registry runs everything")
 
 
 def _named(entry: KernelEntry, device: str, dtype: str, head_dim: int, deterministic: bool) -> tuple[Kernel, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,10 +17,14 @@ from this many on but of 64 or 32 below: tiles shorter than this are computed in
 than the whole sequence is."""
 
 
-@cache
+# as many as torch has floating dtypes
+@lru_cache(16)
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the CPU multiplies matrices of this dtype; where it does not, float32 is the faster way: in half
-    precision the op's backward is 13 times as slow, element by element, and its forward up to 1.1 times (AVX2)."""
+    """True if the CPU multiplies matrices of this dtype.
+
+    Otherwise float32 is faster: in half precision the op's backward takes 13 times as long, element by element, and its
+    forward up to 1.1 times (AVX2).
+    """
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -15,7 +15,7 @@ WIDEST_HEAD = 256
 
 
 class Interface(Protocol):
-    """What this file calls of `flash_attn.flash_attn_interface`; tensors are `b s h d`, lse `b h s`."""
+    """The part of `flash_attn.flash_attn_interface` that is called here; tensors are `b s h d`, lse `b h s`."""
 
     def _flash_attn_forward(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]: ...
 
@@ -34,7 +34,7 @@ def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
 
 
 def missing(*, device: str) -> str | None:
-    """What this machine lacks for it, or None."""
+    """Return what this machine lacks for it, or None."""
     if find_spec("flash_attn") is None:
         return "needs the flash-attn package (pip install 'megatron-cp[flash]')"
     return None

@@ -25,7 +25,7 @@ class Op(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What decides which op is the fastest; lengths in tokens."""
+    """The sizes that decide which op is fastest; lengths in tokens."""
 
     direction: str
     dtype: torch.dtype

@@ -32,7 +32,7 @@ def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
 
 
 def missing(*, device: str) -> str | None:
-    """What this machine lacks for it, or None."""
+    """Return what this machine lacks for it, or None."""
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "needs an Ampere GPU or a later one"
     return None
@@ -42,7 +42,7 @@ def create(*, deterministic: bool) -> FusedKernel:
     return FusedKernel("torch", TorchOps(deterministic=deterministic))
 
 
-class Choice(NamedTuple):
+class OpChoice(NamedTuple):
     """The op that won a shape and what was measured."""
 
     op: Op
@@ -56,7 +56,7 @@ class TorchOps:
     """
 
     def __init__(self, *, deterministic: bool) -> None:
-        self.choices: dict[Shape, Choice] = {}
+        self.choices: dict[Shape, OpChoice] = {}
         self._cpu = cpu_flash(torch.__version__)
         self.contenders = [reproducible(CUDA_FLASH)] if deterministic else [CUDA_FLASH, cudnn()]
 
@@ -79,7 +79,7 @@ def race(
     ops: list[Op],
     call: Callable[[Op], tuple[Tensor, ...]],
     milliseconds: Callable[[Callable[[], object]], float],
-) -> Choice:
+) -> OpChoice:
     """The fastest of the ops that run and agree with the first one; the first one must run."""
     expected = call(ops[0])
     times = {ops[0].name: milliseconds(lambda: call(ops[0]))}
@@ -97,7 +97,7 @@ def race(
             outside.append(f"{op.name} refused: {str(error).splitlines()[0]}")
     winner = min(ops, key=lambda op: times.get(op.name, float("inf")))
     measured = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
-    return Choice(winner, "; ".join([f"{winner.name} ({measured})", *outside]))
+    return OpChoice(winner, "; ".join([f"{winner.name} ({measured})", *outside]))
 
 
 def cuda_milliseconds(call: Callable[[], object]) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cp.context.trace.events import Pass, Trace
-from megatron_cp.context.trace.simulate import Run
+from megatron_cp.context.trace.simulate import SimulatedPass
 from megatron_cp.plots.timeline import COLOURS, OTHER, PICTURES
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MOST_FIGURES = 12
 MOST_TICKS = 16
 
 
-def draw(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
+def draw(trace: Trace, runs: Mapping[str, SimulatedPass], file: Path) -> Path:
     """Draw both passes next to each other as PNG, SVG or PDF: timeline, live memory and traffic matrix."""
     # not pyplot, which would choose a window system and keep the figure
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def draw(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
     return file
 
 
-def _timeline(axes: "Axes", name: str, run: Run) -> None:
+def _timeline(axes: "Axes", name: str, run: SimulatedPass) -> None:
     from matplotlib.patches import Patch
 
     colours = {"attend": ATTEND[name], **SPANS}
@@ -65,7 +65,7 @@ def _timeline(axes: "Axes", name: str, run: Run) -> None:
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=7)
 
 
-def _memory(axes: "Axes", run: Run) -> None:
+def _memory(axes: "Axes", run: SimulatedPass) -> None:
     for points in run.memory:
         axes.step(
             [0.0, *(point.end * 1e3 for point in points)],
@@ -105,7 +105,7 @@ def _whole_numbers(axis: "Axis") -> None:
     axis.set_major_locator(MaxNLocator(nbins=MOST_TICKS, integer=True))
 
 
-def write_events(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
+def write_events(trace: Trace, runs: Mapping[str, SimulatedPass], file: Path) -> Path:
     """Write Chrome's trace event format for Perfetto: a process per pass, a thread per rank, live bytes as counters."""
     events = [event for process, (name, run) in enumerate(runs.items()) for event in _events(run, process, name)]
     head = {"backend": trace.problem.backend, "ranks": trace.problem.ranks, "seq": trace.problem.seq}
@@ -113,7 +113,7 @@ def write_events(trace: Trace, runs: Mapping[str, Run], file: Path) -> Path:
     return file
 
 
-def _events(run: Run, process: int, name: str) -> Iterator[dict[str, object]]:
+def _events(run: SimulatedPass, process: int, name: str) -> Iterator[dict[str, object]]:
     yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
     for rank, spans in enumerate(run.spans):
         here: dict[str, object] = {"pid": process, "tid": rank}

@@ -2,14 +2,14 @@
 
 import torch
 
-from megatron_cp.context.host_store import HostStore, Lanes, visits
+from megatron_cp.context.host_store import HostStore, HostTransfers, visits
 from megatron_cp.context.trace.live import LiveBytes
 
 CPU = torch.device("cpu")
 
 
 def filled(x, stretches):
-    store = HostStore.like(x, len(x), Lanes(CPU))
+    store = HostStore.like(x, len(x), HostTransfers(CPU))
     for stretch in stretches:
         store.put(x[stretch], [(stretch, slice(0, stretch.stop - stretch.start))])
     return store
@@ -23,7 +23,7 @@ def test_tokens_come_back_in_the_order_in_which_they_are_asked_for():
 
 def test_one_put_scatters_and_a_later_one_replaces():
     x = torch.arange(6.0)[:, None]
-    store = HostStore.like(x, 8, Lanes(CPU))
+    store = HostStore.like(x, 8, HostTransfers(CPU))
     store.put(x, [(slice(6, 8), slice(0, 2)), (slice(0, 4), slice(2, 6))])
     assert store.get((slice(0, 4), slice(6, 8))).wait().flatten().tolist() == [2, 3, 4, 5, 0, 1]
     store.put(-x[:2], [(slice(6, 8), slice(0, 2))])
@@ -39,7 +39,7 @@ def test_what_comes_back_is_a_copy():
 
 def test_another_store_goes_on_with_the_memory():
     x = torch.randn(4, 1)
-    again = HostStore(filled(x, [slice(0, 4)]).memory, Lanes(CPU))
+    again = HostStore(filled(x, [slice(0, 4)]).memory, HostTransfers(CPU))
     assert torch.equal(again.get((slice(0, 4),)).wait(), x)
     assert not again.has((slice(0, 4),))
 

@@ -5,12 +5,12 @@ import pytest
 from megatron_cp.comm import in_process
 from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.algorithms.ring import route
-from megatron_cp.context.heads import deal
+from megatron_cp.context.heads import share_heads
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL, FULL, Mask
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.record import record
-from megatron_cp.context.traffic import Formula, LocalSizes, Traffic
+from megatron_cp.context.traffic import Formula, LocalSizes, TrafficFormula
 from megatron_cp.grid import Grid, divisors
 from tests.context.dense import problem
 from tests.context.test_backends import sharded
@@ -96,9 +96,9 @@ def test_what_is_not_a_formula_is_refused(text):
 
 
 def test_a_formula_says_in_the_table_what_it_promises():
-    traffic = Traffic(full="2(p-1)U", causal="pU", sense="at most", causal_sense="at most", where="p = a c")
+    traffic = TrafficFormula(full="2(p-1)U", causal="pU", sense="at most", causal_sense="at most", where="p = a c")
     assert str(traffic) == "at most 2(p-1)U, causal at most pU, p = a c"
-    assert str(Traffic(full="2(p-1)U", causal="3/4 of it")) == "2(p-1)U, causal 3/4 of it"
+    assert str(TrafficFormula(full="2(p-1)U", causal="3/4 of it")) == "2(p-1)U, causal 3/4 of it"
 
 
 def sent(ranks, backend, causal, heads=8, kv_heads=2):
@@ -140,9 +140,9 @@ def test_ulysses_sends_its_share_of_each_tensor(ranks):
 
 
 def test_kv_head_goes_to_each_rank_that_needs_it_and_to_no_other():
-    hands = deal(8, 2, 4)
-    assert [hand.stop - hand.start for hand in hands.q] == [2, 2, 2, 2]
-    assert [(hand.start, hand.stop) for hand in hands.kv] == [(0, 1), (0, 1), (1, 2), (1, 2)]
+    shares = share_heads(8, 2, 4)
+    assert [share.stop - share.start for share in shares.q] == [2, 2, 2, 2]
+    assert [(share.start, share.stop) for share in shares.kv] == [(0, 1), (0, 1), (1, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -15,7 +15,7 @@ BACKENDS = Registry(
             load=_kv_gather,
             paper="docs/examples/extending/kv_gather.py",
             what="every rank gathers K and V at once",
-            traffic=Traffic(full="2(p-1)U"),
+            traffic=TrafficFormula(full="2(p-1)U"),
             layout="contiguous",
             capabilities=Capabilities(weighed="never"),
         ),

@@ -40,8 +40,8 @@ from torch import Tensor
 
 from megatron_cp.context import cache_sizes, layouts
 from megatron_cp.context.algorithms import ring, ulysses
-from megatron_cp.context.heads import Hands, Swap
-from megatron_cp.context.host_store import HostStore, Lanes, Stretches, visits
+from megatron_cp.context.heads import HeadExchange, HeadShares
+from megatron_cp.context.host_store import HostStore, HostTransfers, Stretches, visits
 from megatron_cp.context.layouts import Layout, Runs, length
 from megatron_cp.context.loop import Accumulating, HeadParallel, Loop
 from megatron_cp.context.masks import Mask
@@ -67,9 +67,9 @@ class FPDT:
 
         Raises ValueError for a number of chunks that does not divide the tokens, and the errors of the loop inside.
         """
-        work, lanes = chunked(task, self.inside), Lanes(q.device)
+        work, transfers = chunked(task, self.inside), HostTransfers(q.device)
         # 1. exchange chunk after chunk of q, k and v, and put what arrives into host memory
-        queries, keys, values = stores = _to_host((q, k, v), work, lanes)
+        queries, keys, values = stores = _to_host((q, k, v), work, transfers)
         results: list[HostStore] = []
         for i, mine in enumerate(work.segments):
             # 2. fetch the queries of segment i, and the keys and values of each segment j one ahead
@@ -78,18 +78,18 @@ class FPDT:
             for j, fetched in work.fetches(i, [keys, values], []):
                 # 3. attend i to j, merged over j
                 work.attend(merge, q_i, fetched, i, j)
-            results = _put(results, merge.result(), mine, work, lanes)
+            results = _put(results, merge.result(), mine, work, transfers)
         # 4. exchange back chunk after chunk of out
         (out,) = _from_host(results[:1], q, work)
-        lanes.settle()
+        transfers.settle()
         return out, Saved(*(store.memory for store in (*stores, *results)))
 
     def backward(self, dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
         """Differentiate: dout [s b h d] -> dq, dk, dv; sums of dK and dV wait in host memory."""
-        work, lanes = chunked(task, self.inside), Lanes(dout.device)
+        work, transfers = chunked(task, self.inside), HostTransfers(dout.device)
         # 1. exchange chunk after chunk of dout
-        (douts,) = _to_host((dout,), work, lanes)
-        queries, keys, values, outs, lses = (HostStore(memory, lanes) for memory in saved)
+        (douts,) = _to_host((dout,), work, transfers)
+        queries, keys, values, outs, lses = (HostStore(memory, transfers) for memory in saved)
         dq: list[HostStore] = []
         sums: list[HostStore] = []
         for i, mine in enumerate(work.segments):
@@ -100,9 +100,9 @@ class FPDT:
             for j, fetched in work.fetches(i, [keys, values], sums):
                 # 3. add to dq of i here, and to the sums of dk and dv of j, which go back to host memory
                 dk_dv_j = work.attend_backward(dq_i, dout_i, (q_i, out_i, lse_i), fetched, i, j)
-                sums = _put(sums, dk_dv_j, work.segments[j], work, lanes)
+                sums = _put(sums, dk_dv_j, work.segments[j], work, transfers)
                 del dk_dv_j
-            dq = _put(dq, (dq_i.result(),), mine, work, lanes)
+            dq = _put(dq, (dq_i.result(),), mine, work, transfers)
         # 4. exchange back chunk after chunk of dq, dk and dv
         dq_, dk, dv = _from_host([*dq, *sums], dout, work)
         return dq_, dk, dv
@@ -132,7 +132,7 @@ class ExchangedChunk(NamedTuple):
     """
 
     local: Stretches
-    swap: "Swap | NoSwap"
+    swap: "HeadExchange | NoExchange"
     places: tuple[tuple[slice, slice], ...]
 
 
@@ -182,24 +182,24 @@ class ChunkedWork(NamedTuple):
         return dk.exact(), dv.exact()
 
 
-class NoSwap:
+class NoExchange:
     """The exchange of an algorithm that keeps all heads of a rank's tokens on the rank."""
 
-    hands = Hands((), ())
+    shares = HeadShares((), ())
 
     def to_heads(self, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
 
-    def to_tokens(self, tensors: Sequence[Tensor], dealt: Sequence[Sequence[slice]]) -> list[Tensor]:
+    def to_tokens(self, tensors: Sequence[Tensor], per_rank: Sequence[Sequence[slice]]) -> list[Tensor]:
         return list(tensors)
 
 
 def chunked(task: Task, inside: Loop[Any]) -> ChunkedWork:
     """Cut the exchanges of the loop `inside` into chunks, and its attention between them into segments."""
 
-    def split(layout: Layout) -> tuple[Swap | NoSwap, Task]:
+    def split(layout: Layout) -> tuple[HeadExchange | NoExchange, Task]:
         over = task.on(task.fabric, layout, task.kernel)
-        return inside.split(over) if isinstance(inside, HeadParallel) else (NoSwap(), over)
+        return inside.split(over) if isinstance(inside, HeadParallel) else (NoExchange(), over)
 
     cuts = cut(task.layout, task.chunks)
     _, whole = split(task.layout)
@@ -280,12 +280,12 @@ def _sees(layout: Layout, mask: Mask) -> bool:
     return any(tiles(queries, keys, mask) for queries in layout for keys in layout)
 
 
-def _to_host(tensors: tuple[Tensor, ...], work: ChunkedWork, lanes: Lanes) -> list[HostStore]:
+def _to_host(tensors: tuple[Tensor, ...], work: ChunkedWork, transfers: HostTransfers) -> list[HostStore]:
     """Exchange (q, k, v) or (dout) of this rank's tokens, and put what is attended here into host memory."""
     stores: list[HostStore] = []
     for chunk in work.chunks:
         arrived = chunk.swap.to_heads(*(torch.cat([x[tokens] for tokens in chunk.local]) for x in tensors))
-        stores = stores or [HostStore.like(x, work.tokens, lanes) for x in arrived]
+        stores = stores or [HostStore.like(x, work.tokens, transfers) for x in arrived]
         for store, x in zip(stores, arrived, strict=True):
             store.put(x, chunk.places)
     return stores
@@ -298,7 +298,7 @@ def _from_host(stores: list[HostStore], like: Tensor, work: ChunkedWork) -> list
     for chunk in work.chunks:
         arriving = [store.get(tuple(there for there, _ in chunk.places)) for store in stores]
         mine = [arrival.wait().to(like.dtype) for arrival in arriving]
-        heads_of = [chunk.swap.hands.q, *(chunk.swap.hands.kv for _ in mine[1:])]
+        heads_of = [chunk.swap.shares.q, *(chunk.swap.shares.kv for _ in mine[1:])]
         # zip alone holds what arrives, so that it is freed before the next chunk
         for result, x in zip(results, chunk.swap.to_tokens(mine, heads_of), strict=True):
             for tokens, piece in zip(chunk.local, x.chunk(len(chunk.local)), strict=True):
@@ -307,10 +307,10 @@ def _from_host(stores: list[HostStore], like: Tensor, work: ChunkedWork) -> list
 
 
 def _put(
-    stores: list[HostStore], results: Sequence[Tensor], tokens: Stretches, work: ChunkedWork, lanes: Lanes
+    stores: list[HostStore], results: Sequence[Tensor], tokens: Stretches, work: ChunkedWork, transfers: HostTransfers
 ) -> list[HostStore]:
     """Put these results into the stores, which are made with the first of them, and return the stores."""
-    stores = stores or [HostStore.like(x, work.tokens, lanes) for x in results]
+    stores = stores or [HostStore.like(x, work.tokens, transfers) for x in results]
     size = tokens[0].stop - tokens[0].start
     places = [(there, slice(index * size, (index + 1) * size)) for index, there in enumerate(tokens)]
     for store, x in zip(stores, results, strict=True):

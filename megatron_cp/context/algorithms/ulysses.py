@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_cp.comm import SingleFabric
 from megatron_cp.context.algorithms import ring
-from megatron_cp.context.heads import Chunk, Homeward, Swap, cut, deal
+from megatron_cp.context.heads import HeadChunk, HeadExchange, HeadReturns, cut, share_heads
 from megatron_cp.context.merge import Sum
 from megatron_cp.context.task import Saved, Task
 
@@ -31,12 +31,12 @@ def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor
 
 
 def forward_between(
-    q: Tensor, k: Tensor, v: Tensor, task: Task, swap: Swap, inside: Task
+    q: Tensor, k: Tensor, v: Tensor, task: Task, swap: HeadExchange, inside: Task
 ) -> tuple[Tensor, tuple[Saved, ...]]:
     """Attend this rank's heads over the tokens of `inside`, between the two exchanges; save one `Saved` per chunk."""
-    chunks, to_tokens = _chunks(swap, inside), Homeward(swap, [swap.hands.q])
+    chunks, to_tokens = _chunks(swap, inside), HeadReturns(swap, [swap.shares.q])
     # 1. all-to-all of q, k and v, heads for tokens: the next chunk of heads is in flight during the body
-    arrivals = swap.visits([q, k, v], [(chunk.hands.q, chunk.arriving, chunk.arriving) for chunk in chunks])
+    arrivals = swap.visits([q, k, v], [(chunk.shares.q, chunk.arriving, chunk.arriving) for chunk in chunks])
     saved: list[Saved] = []
     for chunk, (q_i, k_i, v_i) in zip(chunks, arrivals, strict=True):
         if not k_i.shape[2]:
@@ -44,18 +44,18 @@ def forward_between(
         # 2. attend this rank's heads over the whole sequence; on more axes than one, by a ring over the rest of it
         out, saved_i = ring.forward(q_i, k_i, v_i, _on_chunk(chunk, task, swap, inside))
         # 3. all-to-all of out, tokens for heads
-        to_tokens.start([out], [chunk.hands.q])
+        to_tokens.start([out], [chunk.shares.q])
         saved.append(saved_i)
     return to_tokens.results()[0], tuple(saved)
 
 
 def backward_between(
-    dout: Tensor, saved: tuple[Saved, ...], task: Task, swap: Swap, inside: Task
+    dout: Tensor, saved: tuple[Saved, ...], task: Task, swap: HeadExchange, inside: Task
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate `forward_between`; a KV head's gradients add up in float32 until it has met all of its queries."""
-    chunks, to_tokens = _chunks(swap, inside), Homeward(swap, [swap.hands.q, swap.hands.kv, swap.hands.kv])
+    chunks, to_tokens = _chunks(swap, inside), HeadReturns(swap, [swap.shares.q, swap.shares.kv, swap.shares.kv])
     # 1. all-to-all of dout, heads for tokens
-    arrivals = swap.visits([dout], [(chunk.hands.q,) for chunk in chunks])
+    arrivals = swap.visits([dout], [(chunk.shares.q,) for chunk in chunks])
     total_k = total_v = None
     for chunk, (dout_i,), saved_i in zip(chunks, arrivals, saved, strict=True):
         # 2. differentiate this rank's heads over the whole sequence
@@ -67,21 +67,21 @@ def backward_between(
         if chunk.leaves(swap.fabric.rank):
             leaving = [total_k.result(), total_v.result()]
             total_k = total_v = None
-        to_tokens.start([total_q.result(), *leaving], [chunk.hands.q, chunk.leaving, chunk.leaving])
+        to_tokens.start([total_q.result(), *leaving], [chunk.shares.q, chunk.leaving, chunk.leaving])
     dq, dk, dv = to_tokens.results()
     return dq, dk, dv
 
 
-def split(task: Task) -> tuple[Swap, Task]:
+def split(task: Task) -> tuple[HeadExchange, Task]:
     """Exchange heads among all ranks; the ring between the exchanges has one rank."""
-    swap = Swap(task.fabric, task.layout, deal(*task.heads, task.fabric.size))
+    swap = HeadExchange(task.fabric, task.layout, share_heads(*task.heads, task.fabric.size))
     return swap, task.on(SingleFabric(), (swap.whole,), swap.kernel(task.kernel))
 
 
-def _chunks(swap: Swap, inside: Task) -> tuple[Chunk, ...]:
+def _chunks(swap: HeadExchange, inside: Task) -> tuple[HeadChunk, ...]:
     # a ring would carry a KV head once per chunk of its queries
-    return cut(swap.hands, within_group=inside.fabric.size == 1)
+    return cut(swap.shares, within_group=inside.fabric.size == 1)
 
 
-def _on_chunk(chunk: Chunk, task: Task, swap: Swap, inside: Task) -> Task:
-    return inside.on(inside.fabric, inside.layout, swap.kernel(task.kernel, chunk.hands))
+def _on_chunk(chunk: HeadChunk, task: Task, swap: HeadExchange, inside: Task) -> Task:
+    return inside.on(inside.fabric, inside.layout, swap.kernel(task.kernel, chunk.shares))

@@ -9,7 +9,7 @@ arXiv:2406.18485, section 4. Traffic, memory: `BACKENDS` in `megatron_cp.context
 from torch import Tensor
 
 from megatron_cp.context.algorithms.ulysses import backward_between, forward_between
-from megatron_cp.context.heads import Swap, deal
+from megatron_cp.context.heads import HeadExchange, share_heads
 from megatron_cp.context.layouts import Layout, gathered
 from megatron_cp.context.task import Saved, Task
 
@@ -28,7 +28,7 @@ def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor
     return backward_between(dout, saved, task, *split(task))
 
 
-def split(task: Task) -> tuple[Swap, Task]:
+def split(task: Task) -> tuple[HeadExchange, Task]:
     """Exchange heads along the heads axis; the ranks along the other axis are a ring over the groups' tokens."""
     assert task.axes
     grid, heads, ring = task.axes.grid, task.axes.heads, task.axes.ring
@@ -37,6 +37,6 @@ def split(task: Task) -> tuple[Swap, Task]:
     def tokens_of_group(rank: int) -> Layout:
         return tuple(task.layout[member] for member in grid.members(heads, rank))
 
-    swap = Swap(fabric, tokens_of_group(me), deal(*task.heads, fabric.size))
+    swap = HeadExchange(fabric, tokens_of_group(me), share_heads(*task.heads, fabric.size))
     layout = tuple(gathered(tokens_of_group(rank))[0] for rank in grid.members(ring, me))
     return swap, task.on(task.axes.fabric(ring), layout, swap.kernel(task.kernel))

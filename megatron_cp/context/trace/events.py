@@ -1,4 +1,4 @@
-"""What one run of a backend over the recording fabric noted: kernel calls, messages and live memory of every rank.
+"""Events of one recorded run of a backend: kernel calls, messages and live memory of every rank.
 
 The records are pure Python, so that they are matched, simulated and drawn without torch; `record` makes them.
 """
@@ -207,14 +207,14 @@ class Trace:
 
 
 class UnmatchedError(RuntimeError):
-    """A message that nobody sends or takes, of another length than expected, or ranks that wait in a circle."""
+    """A message without its send or receive, of another form than expected, or ranks that wait in a circle."""
 
 
 def match(run: Pass) -> None:
-    """Hold every send against its receive and every wait against what the others post before it.
+    """Check every send against its receive and every wait against what the others post before it.
 
-    Raises UnmatchedError. A batch is over when both sides of all its messages are posted, as in NCCL; a send that
-    nobody takes would also leave gloo waiting.
+    Raises UnmatchedError. A batch is over when both sides of all its messages are posted, as in NCCL; a send
+    without a receive would also leave gloo waiting.
     """
     _match_messages(run)
     _match_waits(run)
@@ -263,7 +263,7 @@ def _match_waits(run: Pass) -> None:
         awake += play.advance(awake.popleft())
     stuck = [rank for rank, event in enumerate(play.at) if event < len(run.steps[rank])]
     if stuck:
-        raise UnmatchedError(f"ranks {', '.join(map(str, stuck))} wait for each other's messages for ever")
+        raise UnmatchedError(f"ranks {', '.join(map(str, stuck))} wait for each other's messages without end")
 
 
 class _Progress:
@@ -276,7 +276,7 @@ class _Progress:
         self._halves: dict[tuple[Channel, str], deque[tuple[int, int]]] = defaultdict(deque)
 
     def advance(self, rank: int) -> list[int]:
-        """Run the rank to a wait that nobody has fulfilled yet; returns who may go on because of it."""
+        """Run the rank to a wait that is not yet fulfilled; return the ranks that may go on because of it."""
         woken: list[int] = []
         for event, _ in self._steps[rank][self.at[rank] :]:
             if isinstance(event, Wait) and self._missing[rank, event.batch]:

@@ -1,4 +1,4 @@
-"""See every pair of a loop that computes attention without a kernel: tokens that stand at right angles to each other.
+"""See every pair of a loop that computes attention without a kernel, by orthogonal token vectors.
 
 No query has any score with any key, so that each row spreads evenly over what it sees. With values, keys, queries and
 output gradients that are unit vectors of their own, each entry of the results is one pair's weight or its derivative:
@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 
 def probe(problem: Problem, visible: np.ndarray) -> str:
-    """What is wrong with the backend's out, dq, dk and dv on such tokens, or nothing."""
+    """Describe the first error of the backend's out, dq, dk and dv on such tokens; empty if there is none."""
     tokens = _tokens(problem)
     expected = _expected(tokens, torch.from_numpy(visible).double(), problem.heads // problem.kv_heads)
 

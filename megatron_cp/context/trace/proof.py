@@ -1,10 +1,11 @@
-"""Prove a backend's own loop: run it on tokens that say where they come from, and see what meets what.
+"""Prove a backend's own loop: run it on tokens that carry their position, and count the pairs that meet.
 
 The ranks are threads of one process. Each query, key, value and output gradient carries its real position and head,
 and the kernel, instead of attention, looks at what it was given and counts every pair. A backend is exact when each
 unmasked pair was computed once in each pass, and when all that was computed for a token came home to it.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,12 @@ CHANNELS = ("position", "head", "kind", "one")
 
 
 class Proof(NamedTuple):
-    """Whether each unmasked pair was computed exactly once in each pass, and the first thing that was wrong."""
+    """The result of a proof.
+
+    covered: True if each unmasked pair was computed exactly once in each pass
+    problem: the first error, or empty
+    pairs:   unmasked pairs of all heads
+    """
 
     covered: bool
     problem: str
@@ -31,7 +37,7 @@ class Proof(NamedTuple):
 
 
 class NotExactError(Exception):
-    """What a kernel call or a result had to be and was not."""
+    """A kernel call or a result that differs from the expected one."""
 
 
 def prove(problem: Problem) -> Proof:
@@ -51,7 +57,7 @@ def prove(problem: Problem) -> Proof:
 
 
 def _run(problem: Problem, book: "Book") -> str:
-    """What was wrong with the run, or nothing."""
+    """Describe the first error of the run; empty if there is none."""
     try:
         in_process(problem.ranks, lambda fabric: _rank(problem, book, fabric))
         for counts in (book.forward, book.backward):
@@ -64,15 +70,14 @@ def _run(problem: Problem, book: "Book") -> str:
 
 
 def small(problem: Problem, tokens_per_rank: int = 0) -> Problem:
-    """The same problem on a short sequence, window and stripes shortened; as many tokens per rank as P = 64 bears."""
+    """Shorten the sequence, window and stripes of a problem, to as many tokens per rank as 64 ranks allow."""
     tokens = tokens_per_rank or (12 if problem.ranks <= 16 else 2) * (problem.chunks or 1)
     seq = tokens * problem.ranks
     if problem.seq <= seq:
         return problem
-    left, right = problem.window or (None, None)
-    window = tuple(limit and max(1, round(limit * seq / problem.seq)) for limit in (left, right))
+    left, right = (limit and max(1, round(limit * seq / problem.seq)) for limit in problem.window or (None, None))
     stripe = 1 if problem.stripe == 1 else 2 * (problem.chunks or 1)
-    return Problem(**{**vars(problem), "seq": seq, "window": window, "stripe": stripe})
+    return replace(problem, seq=seq, window=(left, right), stripe=stripe)
 
 
 class Counts:
@@ -102,7 +107,7 @@ class Counts:
 
 
 class Book:
-    """What has to be computed, and what was."""
+    """The pairs that must be computed, and those that were."""
 
     def __init__(self, problem: Problem) -> None:
         positions = np.arange(problem.seq)
@@ -116,7 +121,7 @@ class Book:
 
 
 def _rank(problem: Problem, book: Book, fabric: LocalFabric) -> None:
-    """Both passes of one rank, and a look at what came out."""
+    """Run both passes of one rank and check its results."""
     mine = indices(problem.layout, problem.seq, problem.ranks, fabric.rank, problem.stripe)
     q, k, v = (
         _tokens(name, mine, heads).requires_grad_()
@@ -139,7 +144,7 @@ def _tokens(name: str, positions: list[int], heads: int) -> Tensor:
 
 
 def _gradients(problem: Problem, book: Book, mine: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What all kernel calls together return for this rank's tokens: the sums over the tokens that each one meets."""
+    """Return the gradients of this rank's tokens: the sums over the tokens that each one meets."""
     seen = torch.from_numpy(book.visible).double()
     everything = range(problem.seq)
     keys = _tokens("k", [*everything], problem.kv_heads).repeat_interleave(book.group, 2)
@@ -215,7 +220,7 @@ class ProvingKernel:
         return Labels(queries, heads, keys, kv_heads), np.tril(pairs) if causal else pairs
 
     def _look_at_rows(self, labels: Labels, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
-        """What belongs to whole rows: the output's gradient, its product with the output, and the merged lse."""
+        """Check what belongs to whole rows: the output's gradient, its product with the output, and the merged lse."""
         if _read("dout", dout) != (labels.queries, labels.heads):
             raise NotExactError(f"the output gradients of a kernel call are not those of its queries {labels.queries}")
         # an algorithm may hand on this product instead of the output

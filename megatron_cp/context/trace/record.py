@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -47,7 +47,7 @@ from megatron_cp.kernels import Kernel
 
 
 def record(problem: Problem) -> Trace:
-    """The trace of a backend at a problem; nothing is computed and nobody talks.
+    """Return the trace of a backend at a problem, without computing or sending anything.
 
     Raises ValueError for what the backend refuses and UnmatchedError for a loop whose ranks would hang.
     """
@@ -58,7 +58,7 @@ def record(problem: Problem) -> Trace:
 
 
 def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
-    """The plan of one rank of a problem."""
+    """Make the plan of one rank of a problem."""
     inner = outer = None
     entry = BACKENDS.get(problem.backend)
     if entry.name == AUTO:
@@ -89,7 +89,7 @@ def _passes(problem: Problem) -> tuple[Pass, Pass]:
 
 
 def _rows(problem: Problem) -> tuple[int, ...]:
-    """The work of each rank's own queries with the whole sequence."""
+    """Return the work of each rank's own queries with the whole sequence."""
     layouts = BACKENDS.get(problem.backend).layout or problem.layout
     whole = (range(problem.seq),)
     return tuple(
@@ -99,7 +99,7 @@ def _rows(problem: Problem) -> tuple[int, ...]:
 
 
 def _relayout(problem: Problem, *passes: Pass) -> list[int]:
-    """What every rank sends more than it would if its tokens lay as the loop wants them."""
+    """Return the extra bytes that every rank sends because its tokens do not lie as the loop wants them."""
     wanted = BACKENDS.get(problem.backend).layout
     if wanted in (None, problem.layout):
         return [0] * problem.ranks
@@ -109,7 +109,7 @@ def _relayout(problem: Problem, *passes: Pass) -> list[int]:
 
 
 def record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """One rank's forward and backward steps."""
+    """Record one rank's forward and backward steps."""
     tokens, dtype = problem.seq // problem.ranks, getattr(torch, problem.dtype)
     q, k, v, dout = (
         torch.empty(tokens, 1, heads, problem.head_dim, dtype=dtype, device="meta")
@@ -185,7 +185,7 @@ class Recorder(LiveBytes):
         return _Pending(self, batch, buffers)
 
     def take(self) -> tuple[Step, ...]:
-        """What was noted since the last time, closed by what was touched at the end."""
+        """Return the steps since the last call, closed by what was touched at the end."""
         self._append(Touch(self._touched))
         steps, self._steps, self.backward = tuple(self._steps), [], True
         return steps
@@ -199,16 +199,17 @@ class Recorder(LiveBytes):
 _UNTOUCHED = "empty empty_like new_empty empty_strided new_empty_strided host_empty _unsafe_view".split()
 
 
-@cache
+# a loop calls a few dozen of torch's operators
+@lru_cache(512)
 def _kind(func: Any) -> str:
-    """What an operation does without data: "free" touches nothing, "in place" makes nothing, "new" one tensor."""
+    """Classify an operation without data: "free" touches nothing, "in place" makes nothing, "new" makes one tensor."""
     name, arguments, results = func.overloadpacket.__name__, func._schema.arguments, func._schema.returns
     if func.is_view or name in _UNTOUCHED:
         return "free"
     changed = arguments[0].alias_info if arguments else None
     if name.endswith("_") and changed is not None and changed.is_write:
         return "in place"
-    # an operation of our own says what it does itself
+    # our custom operations note what they do themselves
     makes = [(str(result.type), result.alias_info) for result in results] == [("Tensor", None)]
     takes = bool(arguments) and "Tensor" in str(arguments[0].type)
     return "new" if func.namespace == "aten" and makes and takes else "other"
@@ -255,7 +256,7 @@ class RecordingFabric:
 
 
 class _Pending:
-    """A batch under way; a second wait is nothing."""
+    """A batch in flight; a second wait has no effect."""
 
     def __init__(self, recorder: Recorder, batch: int, buffers: Sequence[object]) -> None:
         self._recorder, self._batch, self._waited = recorder, batch, False

@@ -16,7 +16,7 @@ from megatron_cp.hardware.cluster import Cluster, Link
 
 
 class Span(NamedTuple):
-    """What a rank does from `start` to `end`: "attend", "copy", "transfer" (its own part in one) or "wait"."""
+    """An activity of a rank from `start` to `end`: "attend", "copy", "transfer" (its own part in one) or "wait"."""
 
     kind: str
     start: float
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class SimulatedPass:
     """A pass on a cluster, in seconds from its start.
 
     ideal: the kernels alone, spread evenly over the ranks
@@ -72,14 +72,14 @@ def call_seconds(cluster: Cluster) -> Seconds:
     return lambda call: cluster.call_s + flops(call, cluster.block_keys) / _rate(cluster, call.backward)
 
 
-def simulate(run: Pass, cluster: Cluster, seconds: Seconds | None = None) -> Run:
+def simulate(run: Pass, cluster: Cluster, seconds: Seconds | None = None) -> SimulatedPass:
     """Play the pass on the cluster, with kernel times from `seconds` (measured ones) or from the cluster's rates.
 
     The records must have been matched. Raises ValueError when there are more ranks than the cluster joins.
     """
-    play = _Play(run, cluster, seconds or call_seconds(cluster))
+    play = _PassSimulation(run, cluster, seconds or call_seconds(cluster))
     play.run()
-    return Run(play.spans, sorted(play.flights, key=lambda f: f.start), play.memory, play.ideal)
+    return SimulatedPass(play.spans, sorted(play.flights, key=lambda f: f.start), play.memory, play.ideal)
 
 
 def flops(call: Compute, block_keys: int = 0) -> float:
@@ -116,13 +116,13 @@ class _Flow:
 
 @dataclass
 class _Half:
-    """What one side has posted and the other has not: when, and in which batch."""
+    """Messages that one side has posted and the other has not: when, and in which batch."""
 
     sends: deque = field(default_factory=deque)
     recvs: deque = field(default_factory=deque)
 
 
-class _Play:
+class _PassSimulation:
     def __init__(self, run: Pass, cluster: Cluster, seconds: Seconds) -> None:
         self._run, self._cluster, self._seconds = run, cluster, seconds
         ranks = len(run.steps)

@@ -1,8 +1,9 @@
 """Traces of long sequences out of one recording: a loop without a window does the same at any length, only longer."""
 
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
+from megatron_cp.context import cache_sizes
 from megatron_cp.context.choose import Record
 from megatron_cp.context.trace.events import (
     Compute,
@@ -22,15 +23,16 @@ TOKENS = 256
 """Of a rank in what is recorded: enough that every tile and every piece is there, and a divisor of usual lengths."""
 
 
-@cache
+# one for each way to record that is in use
+@lru_cache(4)
 def stretching(record: Record) -> Record:
     """`record` that runs each loop once, at TOKENS per rank, and multiplies tokens; the traces are the same.
 
     Problems with a window, in chunks or with odd lengths are recorded as they are.
     """
-    recorded = cache(record)
+    recorded = lru_cache(cache_sizes.TRACES)(record)
 
-    @cache
+    @lru_cache(cache_sizes.TRACES)
     def stretched(problem: Problem) -> Trace:
         times, odd = divmod(problem.seq, TOKENS * problem.ranks)
         if odd or times < 2 or problem.mask.window or problem.chunks is not None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cp.context.heads import CHUNKS, cut, deal
+from megatron_cp.context.heads import CHUNKS, cut, share_heads
 from megatron_cp.context.trace.events import Compute, Post, Problem, Wait
 from megatron_cp.context.trace.record import record
 from megatron_cp.grid import Grid
@@ -10,32 +10,32 @@ from megatron_cp.grid import Grid
 DEALS = [(8, 8, 2), (8, 2, 2), (8, 1, 4), (8, 8, 8), (10, 5, 4), (7, 7, 3), (12, 3, 2), (32, 8, 4)]
 
 
-def heads(hand):
-    return [*range(hand.start, hand.stop)]
+def heads(share):
+    return [*range(share.start, share.stop)]
 
 
 @pytest.mark.parametrize("within_group", [True, False])
 @pytest.mark.parametrize("sizes", DEALS, ids=str)
 def test_every_head_is_in_one_chunk_and_is_sent_once(sizes, within_group):
-    hands, group = deal(*sizes), sizes[0] // sizes[1]
-    chunks = cut(hands, within_group=within_group)
+    shares, group = share_heads(*sizes), sizes[0] // sizes[1]
+    chunks = cut(shares, within_group=within_group)
     assert len(chunks) <= CHUNKS
     for rank in range(sizes[2]):
         held = []
         for chunk in chunks:
             held += heads(chunk.arriving[rank])
-            assert {head // group for head in heads(chunk.hands.q[rank])} == {*heads(chunk.hands.kv[rank])} <= {*held}
-        assert [head for chunk in chunks for head in heads(chunk.hands.q[rank])] == heads(hands.q[rank])
-        assert held == [head for chunk in chunks for head in heads(chunk.leaving[rank])] == heads(hands.kv[rank])
+            assert {head // group for head in heads(chunk.shares.q[rank])} == {*heads(chunk.shares.kv[rank])} <= {*held}
+        assert [head for chunk in chunks for head in heads(chunk.shares.q[rank])] == heads(shares.q[rank])
+        assert held == [head for chunk in chunks for head in heads(chunk.leaving[rank])] == heads(shares.kv[rank])
 
 
 @pytest.mark.parametrize(("sizes", "count"), [((8, 8, 2), 2), ((8, 2, 2), 2), ((8, 8, 8), 1), ((7, 7, 4), 1)])
 def test_a_hand_of_one_head_is_one_chunk(sizes, count):
-    assert len(cut(deal(*sizes), within_group=True)) == count
+    assert len(cut(share_heads(*sizes), within_group=True)) == count
 
 
 def test_a_single_kv_head_is_not_carried_around_a_ring_twice():
-    assert len(cut(deal(8, 2, 2), within_group=False)) == 1
+    assert len(cut(share_heads(8, 2, 2), within_group=False)) == 1
 
 
 def beside_attention(run):

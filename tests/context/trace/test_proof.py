@@ -85,14 +85,14 @@ def test_a_lost_gradient_is_caught(monkeypatch):
 
 
 def test_swapped_heads_are_caught(monkeypatch):
-    original = heads.deal
+    original = heads.share_heads
 
     def swapped(*args):
-        hands = original(*args)
-        return hands._replace(kv=hands.kv[::-1])
+        shares = original(*args)
+        return shares._replace(kv=shares.kv[::-1])
 
     swapped.__wrapped__ = original
-    monkeypatch.setattr("megatron_cp.context.algorithms.ulysses.deal", swapped)
+    monkeypatch.setattr("megatron_cp.context.algorithms.ulysses.share_heads", swapped)
     assert "query heads" in proved("ulysses", 2).problem
 
 

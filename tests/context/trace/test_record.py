@@ -161,7 +161,7 @@ def post(batch, sends=(), recvs=()):
         (
             [post(0, recvs=[(1, 8)]), Wait(0), post(1, sends=[(1, 8)])],
             [post(0, recvs=[(0, 8)]), Wait(0), post(1, sends=[(0, 8)])],
-            "ranks 0, 1 wait for each other's messages for ever",
+            "ranks 0, 1 wait for each other's messages without end",
         ),
     ],
 )
