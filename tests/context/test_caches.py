@@ -8,12 +8,13 @@ import tracemalloc
 
 import megatron_cp.context
 import megatron_cp.kernels
-from megatron_cp.context.layouts import gathered, moves, zigzag
+from megatron_cp.context.layouts import gathered, layout, moves
 from megatron_cp.context.masks import CAUSAL
 from megatron_cp.context.tiles import seen, tiles
 
-RANKS, BATCHES = 8, 400
-BYTES_PER_BATCH = 1024
+RANKS, BATCHES = 4, 400
+FIRST = 1000
+"""Small numbers are shared by all that hold them."""
 
 
 def caches():
@@ -22,7 +23,7 @@ def caches():
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     packages = (megatron_cp.context.__name__, megatron_cp.kernels.__name__)
-    found = [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]
+    found = [each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper]
     return [each for each in found if each.__module__.startswith(packages)]
 
 
@@ -40,25 +41,38 @@ def test_an_unbounded_cache_is_noticed():
 
 
 def use(number):
-    """Everything that rank 0 of a batch asks of its layout, which no other batch has."""
-    layout = tuple(tuple(range(run.start + number, run.stop + number) for run in runs) for runs in zigzag(64, RANKS))
-    gathered(layout)
-    moves(layout, layout)
-    for runs in layout:
-        tiles(layout[0], runs, CAUSAL)
-        seen(layout[0], runs, CAUSAL)
+    """Ask for what a batch with a layout of its own needs: it has as many tokens as no other."""
+    made = layout("zigzag", 2 * RANKS * number, RANKS)
+    gathered(made)
+    moves(made, layout("contiguous", 2 * RANKS * number, RANKS))
+    tiles(made[0], made[-1], CAUSAL)
+    seen(made[0], made[-1], CAUSAL)
 
 
 def test_memory_does_not_grow_with_layouts_that_are_used_once():
+    # tiles and seen keep one entry for each pair of ranks, the others fewer
+    kept = gathered.cache_parameters()["maxsize"]
     tracemalloc.start()
-    # tiles and seen keep the most, with as many entries in a batch as there are ranks
-    full = tiles.cache_parameters()["maxsize"] // RANKS
-    for number in range(full):
+    for number in range(FIRST, FIRST + kept):
         use(number)
+    tiles.cache_clear()
+    seen.cache_clear()
     before, _ = tracemalloc.get_traced_memory()
-    for number in range(full, full + BATCHES):
+    for number in range(FIRST + kept, FIRST + kept + BATCHES):
         use(number)
+    tiles.cache_clear()
+    seen.cache_clear()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert all(each.cache_info().currsize <= each.cache_parameters()["maxsize"] for each in caches())
-    assert after - before < BATCHES * BYTES_PER_BATCH
+    assert [each.cache_info().currsize for each in (layout, gathered, moves)] == [
+        each.cache_parameters()["maxsize"] for each in (layout, gathered, moves)
+    ]
+    # without a bound it would more than double
+    assert after < 1.5 * before
+
+
+def test_tiles_of_layouts_that_are_used_once_are_forgotten():
+    kept = seen.cache_parameters()["maxsize"]
+    for number in range(kept + BATCHES):
+        seen((range(number, number + 2),), (range(number, number + 2),), CAUSAL)
+    assert seen.cache_info().currsize == tiles.cache_info().currsize == kept
