@@ -62,6 +62,11 @@ def algorithms() -> str:
     return table([*COLUMNS, "file"], cells)
 
 
+def traffic(name: str) -> str:
+    """What an algorithm sends, as the first line of a list."""
+    return f"- Sends {BACKENDS.get(name).sends}, per rank and forward pass."
+
+
 def schedules() -> str:
     head = ["--pp-schedule", "also", "stages", "chunks per rank", "backward", "what it does", "source", "file"]
     return table(head, (schedule_row(rule) for rule in SCHEDULES))
@@ -233,13 +238,17 @@ PARTS: dict[str, Callable[[], str]] = {
     for part in (algorithms, schedules, schedule_costs, recipes, clusters, kernels, hooks, order, glossary)
 }
 
+NAMED_PARTS: dict[str, Callable[[str], str]] = {"traffic": traffic, "walk": walk}
+
 
 def part(name: str) -> str:
     """The text of a part, such as `schedules`, `timeline zb-h1 4` or `walk q`."""
     kind, *words = name.split()
     if kind == "timeline":
         return timeline(words[0], int(words[1]))
-    return walk(*words) if kind == "walk" else PARTS[kind]()
+    if kind in NAMED_PARTS:
+        return NAMED_PARTS[kind](*words)
+    return PARTS[kind]()
 
 
 def refreshed(text: str) -> str:
