@@ -71,6 +71,7 @@ setup(
         "flash": ["flash-attn>=2.6,<3"],
         "te": ["transformer-engine[pytorch]>=2.6,<3"],
         "tokenizers": ["tokenizers>=0.20,<1", "sentencepiece>=0.2,<1", "tiktoken>=0.8,<1"],
+        "parquet": ["pyarrow>=17"],
         "report": ["tensorboard>=2.18,<3"],
         "docs": ["sphinx>=8.1,<10", "myst-parser>=4,<6", "furo>=2024.8.6,<2027"],
         "peers": ["ring-flash-attn==0.1.8", "yunchang==0.6.4"],

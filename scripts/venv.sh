@@ -36,7 +36,7 @@ ready_venv() {
         "$base" -m venv --clear "$venv"
     fi
     echo "installing megatron-cp and what it needs into .venv; the first time this takes some minutes and gigabytes"
-    "$python" -m pip install --quiet --disable-pip-version-check -e "$root[dev,docs,report,tokenizers]"
+    "$python" -m pip install --quiet --disable-pip-version-check -e "$root[dev,docs,parquet,report,tokenizers]"
     wanted >"$venv/made-for"
 }
 

@@ -38,8 +38,9 @@ def build(
         typer.Option(
             "--input",
             metavar="PATH…",
-            help="Files and folders, in this order; `python-stdlib` is the source of Python's own library. .jsonl and "
-            ".ndjson hold a document per line, any other file is one document; .gz and .zst are decompressed.",
+            help="Files, folders and patterns such as 'c4/*.json.gz', in this order; `python-stdlib` is the source of "
+            "Python's own library. .jsonl and .ndjson hold a document per line, .json one per line or per element of "
+            "its array, .parquet one per row, any other file is one document; .gz .zst .bz2 .xz are decompressed.",
         ),
     ] = None,
     more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH…]", help="More inputs.")] = None,
@@ -53,10 +54,16 @@ def build(
         list[str] | None,
         typer.Option(
             help="Files of a folder to read, by name or path below it, such as '*.py'; may be repeated. "
-            "By default *.txt *.text *.md *.rst *.jsonl *.ndjson, plain or with .gz or .zst."
+            "By default *.txt *.text *.md *.rst *.jsonl *.ndjson *.json, plain or compressed, and *.parquet."
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of a .jsonl line that holds the text.")] = "text",
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Field of a JSON object, or column of a parquet table, that holds the text; `text` by default. "
+            "`a.b` is the field b of the object in a. May be repeated: the texts are joined by a line end."
+        ),
+    ] = None,
     append_eod: Annotated[bool, typer.Option(help="End each document with the end-of-document token.")] = True,
     eod_id: Annotated[int | None, typer.Option(help="Use this id as the end of a document.")] = None,
     dtype: Annotated[str | None, typer.Option(help="uint16 or int32; by default the smaller that fits.")] = None,
@@ -79,8 +86,8 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing corpus.")] = False,
 ) -> None:
     """Turn text into a corpus for Megatron; both files appear only when complete."""
-    from megatron_cp.corpus.documents import cut
     from megatron_cp.corpus.encode import encode, make_plan, workers_for
+    from megatron_cp.corpus.pieces import cut
     from megatron_cp.corpus.sources import find_sources
     from megatron_cp.corpus.tokenizers import load_tokenizer
     from megatron_cp.megatron.dataset import Limits, check_output, write
@@ -90,8 +97,8 @@ def build(
         raise ValueError("no input; name files, folders or python-stdlib with --input")
     check_output(output, overwrite)
     loaded = load_tokenizer(tokenizer, eod_id)
-    plan = make_plan(loaded, eod_id, append_eod, field, dtype)
-    sources = find_sources(names, glob or ())
+    plan = make_plan(loaded, eod_id, append_eod, field or ("text",), dtype)
+    sources, skipped = find_sources(names, glob or ())
     disk_bytes = sum(source.size for source in sources)
     processes = workers or workers_for(disk_bytes, tokenizer)
     with (
@@ -103,7 +110,7 @@ def build(
         written = write(
             output, batches, plan.dtype, limits=limits, skip_bad=skip_bad, overwrite=overwrite, progress=advance
         )
-    typer.echo(report(output, len(sources), written, plan.dtype, processes))
+    typer.echo(report(output, len(sources), written, plan.dtype, processes, list(map(str, skipped))))
     typer.echo(training_flags(output, loaded))
 
 
@@ -125,7 +132,7 @@ def info(prefix: Annotated[str, typer.Argument(help="Prefix of PREFIX.bin and PR
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """End the block on SIGTERM and SIGHUP as on Ctrl-C, so that unfinished files are removed."""
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing half-written stays behind."""
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
@@ -158,8 +165,8 @@ def progress_bar(total_bytes: int) -> Iterator["Callable[[Batch], None]"]:
         yield advance
 
 
-def report(prefix: str, files: int, written: "Written", dtype: str, processes: int) -> str:
-    """Return a text on the documents that were written and left out, and the speed."""
+def report(prefix: str, files: int, written: "Written", dtype: str, processes: int, skipped: Sequence[str] = ()) -> str:
+    """Return a text on what was written and left out, and the speed; `skipped` are paths that are no regular files."""
     lines = [
         f"{prefix}.bin, {prefix}.idx: {written.documents:,} documents, {written.tokens:,} tokens as {dtype}, "
         f"from {written.text_bytes:,} bytes of text in {files:,} files",
@@ -171,10 +178,15 @@ def report(prefix: str, files: int, written: "Written", dtype: str, processes: i
     if written.empty:
         lines.append(f"left out, without text: {written.empty:,}")
     if written.bad:
-        lines.append(f"left out, bad: {len(written.bad):,}")
-        lines += [f"  {bad}" for bad in written.bad[:SHOWN_BAD]]
-        lines += [f"  and {len(written.bad) - SHOWN_BAD:,} more"] if len(written.bad) > SHOWN_BAD else []
+        lines += [f"left out, bad: {len(written.bad):,}", *_first(list(map(str, written.bad)))]
+    if skipped:
+        lines += [f"left out, no regular files: {len(skipped):,}", *_first(skipped)]
     return "\n".join(lines)
+
+
+def _first(names: Sequence[str]) -> list[str]:
+    shown = [f"  {name}" for name in names[:SHOWN_BAD]]
+    return [*shown, f"  and {len(names) - SHOWN_BAD:,} more"] if len(names) > SHOWN_BAD else shown
 
 
 def training_flags(prefix: str, tokenizer: "Tokenizer") -> str:

@@ -1,1 +1,1 @@
-"""Preparing corpora: find files, read documents, turn them into token ids. Pure Python and numpy."""
+"""Prepare corpora: find files, read documents, encode them as token ids. Pure Python and numpy."""

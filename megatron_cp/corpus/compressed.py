@@ -1,30 +1,37 @@
-"""Reading .gz and .zst as if they were plain files; a stream that ends early is an error in both."""
+"""Read compressed files as if they were plain; a stream that ends early is an error in every format."""
 
+import bz2
 import gzip
 import io
+import lzma
 import os
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 BLOCK_BYTES = 1 << 17
+GZIP, ZSTD, BZIP2, XZ = (".gz", ".gzip"), (".zst", ".zstd"), (".bz2",), (".xz", ".lzma")
+SUFFIXES = (*GZIP, *ZSTD, *BZIP2, *XZ)
 
 
 def open_binary(file: IO[bytes], path: Path) -> IO[bytes]:
-    """The plain bytes of an opened file, decompressed when the suffix of `path` says so."""
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.open(file)  # type: ignore[return-value]
-        case ".zst":
-            return io.BufferedReader(_ZstdFrames(file), BLOCK_BYTES)
+    """Return the plain bytes of an open file, decompressed as the suffix of `path` says."""
+    suffix = path.suffix.lower()
+    if suffix in GZIP:
+        return gzip.open(file)  # type: ignore[return-value]
+    if suffix in ZSTD:
+        return io.BufferedReader(_ZstdFrames(file), BLOCK_BYTES)
+    if suffix in BZIP2:
+        return bz2.open(file)  # type: ignore[return-value]
+    if suffix in XZ:
+        return lzma.open(file)
     return file
 
 
-def decompression_errors() -> tuple[type[Exception], ...]:
-    """What reading from a damaged stream raises."""
-    import zlib
-
-    return (EOFError, gzip.BadGzipFile, zlib.error, _zstd().ZstdError)
+def reading_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that reading raises, by the system or a damaged stream; gzip's and bzip2's are OSErrors."""
+    return (OSError, EOFError, zlib.error, lzma.LZMAError, _zstd().ZstdError)
 
 
 class _ZstdFrames(io.RawIOBase):
@@ -69,7 +76,7 @@ def _zstd() -> Any:
 
 
 def position(file: IO[bytes]) -> int:
-    """How many bytes of the file on disk have been read, for the progress bar; a pipe does not know."""
+    """Return the number of bytes read from disk, for the progress bar; 0 for a pipe, which cannot tell."""
     with suppress(OSError):
         return os.lseek(file.fileno(), 0, os.SEEK_CUR)
     return 0

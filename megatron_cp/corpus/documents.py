@@ -1,21 +1,18 @@
-"""Reading documents: files become pieces of work of about a megabyte, pieces become texts."""
+"""Read the texts of pieces of files, and say what is wrong in their place."""
 
 import io
 import json
 import tokenize
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from megatron_cp.corpus.compressed import decompression_errors, open_binary, position
-from megatron_cp.corpus.sources import Source
-
-PIECE_BYTES = 1 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from megatron_cp.corpus import parquet
+from megatron_cp.corpus.compressed import open_binary, reading_errors
+from megatron_cp.corpus.pieces import BYTE_ORDER_MARK, Files, Lines, Piece, Rows, failure, one_line
 
 
 class Bad(NamedTuple):
-    """A file or a line without a usable document: where, and why."""
+    """A file, line or row without a usable document: where, and why."""
 
     where: str
     why: str
@@ -24,63 +21,19 @@ class Bad(NamedTuple):
         return f"{self.where}: {self.why}"
 
 
-class Files(NamedTuple):
-    """Files that hold one document each; a worker opens them."""
+def read(piece: Piece, fields: Sequence[str]) -> Iterator[str | Bad]:
+    """Yield the texts of a piece, or what is wrong in their place.
 
-    sources: tuple[Source, ...]
-    disk_bytes: int
-
-
-class Lines(NamedTuple):
-    """Consecutive lines of a .jsonl file, numbered from `first`; `broken` says why nothing follows them."""
-
-    path: Path
-    first: int
-    raw: bytes
-    disk_bytes: int
-    broken: str = ""
-
-
-Piece = Files | Lines
-
-
-def cut(sources: Iterable[Source]) -> Iterator[Piece]:
-    """Pieces of about a megabyte, in the order of the sources: where they are cut depends on the files alone."""
-    waiting: list[Source] = []
-    for source in sources:
-        if waiting and (source.kind == "jsonl" or sum(each.size for each in waiting) >= PIECE_BYTES):
-            yield _files(waiting)
-            waiting = []
-        if source.kind == "jsonl":
-            yield from _cut_lines(source.path)
-        else:
-            waiting.append(source)
-    if waiting:
-        yield _files(waiting)
-
-
-def read(piece: Piece, field: str) -> Iterator[str | Bad]:
-    """The texts of a piece, or what is wrong in their place."""
-    return _read_files(piece) if isinstance(piece, Files) else _read_lines(piece, field)
-
-
-def _files(sources: list[Source]) -> Files:
-    return Files(tuple(sources), sum(source.size for source in sources))
-
-
-def _cut_lines(path: Path) -> Iterator[Lines]:
-    first, before = 1, 0
-    try:
-        with path.open("rb") as file:
-            stream = open_binary(file, path)
-            while lines := stream.readlines(PIECE_BYTES):
-                after = position(file)
-                yield Lines(path, first, b"".join(lines), after - before)
-                first, before = first + len(lines), after
-    except decompression_errors() as error:
-        yield Lines(path, first, b"", 0, broken=f"damaged compressed file: {error}")
-    except OSError as error:
-        yield Lines(path, first, b"", 0, broken=_system_error(error))
+    `fields` name the text of a JSON object or of a row, `a.b` the field b of the object in a; the texts of several are
+    joined by a line end.
+    """
+    match piece:
+        case Files():
+            return _read_files(piece)
+        case Lines():
+            return _read_lines(piece, fields)
+        case Rows():
+            return _read_rows(piece, fields)
 
 
 def _read_files(piece: Files) -> Iterator[str | Bad]:
@@ -88,16 +41,10 @@ def _read_files(piece: Files) -> Iterator[str | Bad]:
         try:
             with source.path.open("rb") as file:
                 raw = open_binary(file, source.path).read()
-        except decompression_errors() as error:
-            yield Bad(str(source.path), f"damaged compressed file: {error}")
-        except OSError as error:
-            yield Bad(str(source.path), _system_error(error))
+        except reading_errors() as error:
+            yield Bad(str(source.path), failure(error))
         else:
             yield _decode(raw, str(source.path), _python_encoding(raw) if source.kind == "python" else "utf-8")
-
-
-def _system_error(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _python_encoding(raw: bytes) -> str:
@@ -116,33 +63,62 @@ def _decode(raw: bytes, where: str, encoding: str = "utf-8") -> str | Bad:
         return Bad(f"{where}, line {line}", f"not {encoding.upper()} at byte {start} (0x{raw[start]:02x})")
 
 
-def _read_lines(piece: Lines, field: str) -> Iterator[str | Bad]:
+def _read_lines(piece: Lines, fields: Sequence[str]) -> Iterator[str | Bad]:
     for number, raw in enumerate(piece.raw.split(b"\n"), piece.first):
         if raw.strip():
-            yield _read_line(raw, f"{piece.path}, line {number}", field)
+            yield _read_line(raw, f"{piece.path}, {piece.unit} {number}", piece.unit, fields)
     if piece.broken:
-        yield Bad(f"{piece.path}, after line {piece.first - 1}", piece.broken)
+        yield Bad(f"{piece.path}, after {piece.unit} {piece.first - 1}", piece.broken)
 
 
-def _read_line(raw: bytes, where: str, field: str) -> str | Bad:
+def _read_line(raw: bytes, where: str, unit: str, fields: Sequence[str]) -> str | Bad:
     line = _decode(raw, where)
     if isinstance(line, Bad):
-        return Bad(where, f"{line.why} of the line")
+        return Bad(where, f"{line.why} of the {unit}")
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         return Bad(where, f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return Bad(where, f"not readable as JSON: {error}")
-    return _text_of(record, where, field)
+    return _text_of(record, where, fields)
 
 
-def _text_of(record: Any, where: str, field: str) -> str | Bad:
+def _read_rows(piece: Rows, fields: Sequence[str]) -> Iterator[str | Bad]:
+    if piece.broken:
+        yield Bad(str(piece.path), piece.broken)
+        return
+    number = piece.first
+    try:
+        for record in parquet.rows(piece.path, piece.group, fields):
+            yield _text_of(record, f"{piece.path}, row {number}", fields)
+            number += 1
+    except parquet.damage() as error:
+        yield Bad(f"{piece.path}, after row {number - 1}", f"damaged row group: {one_line(error)}")
+
+
+def _text_of(record: Any, where: str, fields: Sequence[str]) -> str | Bad:
     if not isinstance(record, dict):
-        return Bad(where, f"a JSON {_json_type(record)}, not an object with a field {field!r}")
-    if field not in record:
+        wanted = " and ".join(map(repr, fields))
+        return Bad(where, f"a JSON {_json_type(record)}, not an object with a field {wanted}")
+    texts = []
+    for field in fields:
+        text = _field_of(record, where, field)
+        if isinstance(text, Bad):
+            return text
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _field_of(record: dict[str, Any], where: str, field: str) -> str | Bad:
+    name, inner = _step(record, field)
+    if name not in record:
         return Bad(where, f"no field {field!r}, only {', '.join(map(repr, record)) or 'none'}; choose one with --field")
-    text = record[field]
+    text = record[name]
+    if inner and isinstance(text, dict):
+        return _field_of(text, f"{where}, in {name!r}", inner)
+    if inner:
+        return Bad(where, f"field {name!r} is a JSON {_json_type(text)}, not an object with a field {inner!r}")
     if not isinstance(text, str):
         return Bad(where, f"field {field!r} is a JSON {_json_type(text)}, not a string")
     try:
@@ -150,6 +126,14 @@ def _text_of(record: Any, where: str, field: str) -> str | Bad:
     except UnicodeEncodeError:
         return Bad(where, f"field {field!r} holds half of a surrogate pair, which is no Unicode text")
     return text
+
+
+def _step(record: dict[str, Any], field: str) -> tuple[str, str]:
+    """Split `a.b` into the field to take now and the one below it; a field that is called `a.b` comes first."""
+    if field in record:
+        return field, ""
+    name, _, inner = field.partition(".")
+    return (name, inner) if name in record else (field, "")
 
 
 def _json_type(value: Any) -> str:

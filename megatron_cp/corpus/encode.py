@@ -1,4 +1,4 @@
-"""Documents to token ids, by worker processes, in an order that does not depend on how many there are."""
+"""Encode documents as token ids in worker processes; the order is that of the input for any number of them."""
 
 import functools
 import multiprocessing
@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,17 +29,17 @@ WORTH_A_BYTE_WORKER, WORTH_A_WORKER = 64_000_000, 2_000_000
 
 
 class Plan(NamedTuple):
-    """All that a worker needs to know: it loads the tokenizer itself, once."""
+    """Options of a worker, which loads the tokenizer itself, once."""
 
     tokenizer: str
     eod_id: int | None
     append_eod: bool
-    field: str
+    fields: tuple[str, ...]
     dtype: str
 
 
 class Batch(NamedTuple):
-    """The documents of one piece: their ids one after another, and for each its tokens and its bytes of UTF-8.
+    """Documents of one piece: their ids one after another, and for each its tokens and its bytes of UTF-8.
 
     `bad` pairs what could not be read with the number of documents before it; `empty` counts texts without tokens.
     """
@@ -52,15 +52,17 @@ class Batch(NamedTuple):
     disk_bytes: int
 
     def head(self, documents: int) -> "Batch":
-        """The batch up to and with the given number of documents."""
+        """Return the batch cut after the given number of documents."""
         tokens = self.tokens[: self.lengths[:documents].sum()]
         bad = tuple(each for each in self.bad if each[0] < documents)
         sizes = (self.lengths[:documents], self.text_bytes[:documents])
         return self._replace(tokens=tokens, lengths=sizes[0], text_bytes=sizes[1], bad=bad)
 
 
-def make_plan(tokenizer: Tokenizer, eod_id: int | None, append_eod: bool, field: str, dtype: str | None) -> Plan:
-    """The plan for a loaded tokenizer; `dtype` None chooses as Megatron does, by the size of the vocabulary.
+def make_plan(
+    tokenizer: Tokenizer, eod_id: int | None, append_eod: bool, fields: Sequence[str], dtype: str | None
+) -> Plan:
+    """Make the plan for a loaded tokenizer; `dtype` None chooses as Megatron does, by the size of the vocabulary.
 
     Raises ValueError when documents shall end with a token that the tokenizer does not have.
     """
@@ -72,15 +74,15 @@ def make_plan(tokenizer: Tokenizer, eod_id: int | None, append_eod: bool, field:
     dtype = dtype or ("uint16" if tokenizer.vocabulary < UINT16_VOCABULARY else "int32")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    return Plan(tokenizer.name, eod_id, append_eod, field, dtype)
+    return Plan(tokenizer.name, eod_id, append_eod, tuple(fields), dtype)
 
 
 def encode_piece(piece: Piece, tokenizer: Tokenizer, plan: Plan) -> Batch:
-    """The token ids of one piece; raises ValueError for an id that the tokenizer or the dtype does not allow."""
+    """Encode one piece; raise ValueError for an id that the tokenizer or the dtype does not allow."""
     documents: list[NDArray[Any]] = []
     text_bytes: list[int] = []
     bad, empty = [], 0
-    for text in read(piece, plan.field):
+    for text in read(piece, plan.fields):
         if isinstance(text, Bad):
             bad.append((len(documents), text))
             continue
@@ -112,13 +114,13 @@ def _ids_of(text: str, tokenizer: Tokenizer, plan: Plan) -> NDArray[Any] | None:
 
 
 def workers_for(disk_bytes: int, tokenizer: str) -> int:
-    """How many processes pay off for so much input, at most one for each CPU this process may use."""
+    """Return the number of processes that pay off for the input, at most one per CPU that this process may use."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cpus, 1 + disk_bytes // (WORTH_A_BYTE_WORKER if tokenizer == BYTE else WORTH_A_WORKER))
 
 
 def encode(pieces: Iterable[Piece], plan: Plan, workers: int) -> Generator[Batch]:
-    """Batches in the order of the pieces; one worker is this process itself.
+    """Yield batches in the order of the pieces; one worker is this process itself.
 
     Raises RuntimeError when a worker process dies. Workers end with this generator, and also when this process is
     killed.
@@ -154,6 +156,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         # a worker may be minutes away from the end of a large document
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
+        # one that ends while it sends a result leaves the pool's thread waiting for the rest: end the stream
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
         raise
     finally:
         pool.shutdown(cancel_futures=True)

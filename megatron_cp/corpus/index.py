@@ -1,4 +1,4 @@
-"""Megatron's .bin/.idx pair, checked without reading a token: is it complete, what is in it."""
+"""Check Megatron's .bin/.idx pair and count what it holds, without reading a token."""
 
 import struct
 from pathlib import Path
@@ -16,7 +16,7 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64
 
 
 class Statistics(NamedTuple):
-    """What a .bin/.idx pair holds; `bin_bytes` is the size of the .bin file."""
+    """Contents of a .bin/.idx pair: counts, the `longest` document in tokens, and the size of the .bin file."""
 
     prefix: str
     documents: int
@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
 
 
 def check_prefix(prefix: str) -> Statistics:
-    """What the pair `prefix`.bin and `prefix`.idx holds.
+    """Count what the pair `prefix`.bin and `prefix`.idx holds.
 
     Raises ValueError, in one line, when a file is missing, is not in the format, or the two do not fit together.
     """
@@ -54,7 +54,7 @@ def check_prefix(prefix: str) -> Statistics:
 
 
 def first_document(prefix: str, statistics: Statistics, limit: int) -> NDArray[Any]:
-    """At most `limit` ids of the first document."""
+    """Return at most `limit` ids of the first document."""
     with open(f"{prefix}.idx", "rb") as file:
         file.seek(HEADER.size)
         length = int(np.frombuffer(file.read(4), np.int32)[0])
@@ -76,7 +76,7 @@ def _paths(prefix: str) -> tuple[Path, Path]:
 
 
 def _header(raw: bytes, path: Path) -> tuple[str, int, int]:
-    """dtype, sequences, document ends."""
+    """Return the dtype and the numbers of sequences and of document ends."""
     if len(raw) < HEADER.size:
         raise Refused(f"{path} is truncated: {len(raw)} bytes, less than its header; build the corpus again")
     magic, version, code, sequences, ends = HEADER.unpack(raw)
@@ -86,7 +86,7 @@ def _header(raw: bytes, path: Path) -> tuple[str, int, int]:
 
 
 def _sections(raw: NDArray[np.uint8], sequences: int, ends: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Length of each sequence, byte at which each begins, sequence before which each document begins."""
+    """Return each sequence's length, the byte where it begins, and the sequence with which each document begins."""
     return (
         np.frombuffer(raw, np.int32, sequences),
         np.frombuffer(raw, np.int64, sequences, offset=4 * sequences),

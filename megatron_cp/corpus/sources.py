@@ -1,71 +1,130 @@
-"""Which files a corpus is made of, in which order."""
+"""Find the files that a corpus is made of, and their order."""
 
+import glob
 import os
+import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from megatron_cp.corpus import compressed
 from megatron_cp.registry import suggest
+
+Kind = Literal["text", "jsonl", "json", "parquet", "python"]
 
 STDLIB = "python-stdlib"
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+# read as plain files they would be binary, or text with the headers of an archive between the documents
+UNREAD = frozenset(".7z .arrow .br .feather .lz4 .lzo .orc .rar .snappy .sz .tar .tgz .tbz2 .txz .z .zip".split())
 
 # tests of the standard library hold broken encodings on purpose; the other two are not part of the library
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 class Source(NamedTuple):
-    """One file: `text` is one document, `jsonl` one document per line, `python` text in the encoding it declares."""
+    """One file and how to read it.
+
+    text:    one document in UTF-8
+    python:  one document in the encoding that it declares
+    jsonl:   one JSON object per line, each a document
+    json:    one JSON object per line, or an array of objects
+    parquet: a table, each row a document
+    """
 
     path: Path
-    kind: Literal["text", "jsonl", "python"]
+    kind: Kind
     size: int
 
 
-def find_sources(inputs: Sequence[str], globs: Sequence[str] = ()) -> list[Source]:
-    """The files of all inputs: a file as it is, a folder with all below it, `python-stdlib` for Python's own library.
+class Found(NamedTuple):
+    """Files to read, in order, and the paths left out because they are no regular files (pipes, broken links)."""
 
-    Inputs stay in the order given; the files of a folder are sorted by path. In folders only names with the known
-    suffixes are taken, or those that match one of `globs` (against the name, or the path below the folder); hidden
-    files and links to folders are left out. Raises ValueError for a path that does not exist and for a folder without
-    such a file.
+    sources: list[Source]
+    skipped: list[Path]
+
+
+def find_sources(inputs: Sequence[str], globs: Sequence[str] = ()) -> Found:
+    """Find the files of all inputs: files, folders with all below them, patterns such as 'data/*.json.gz'.
+
+    `python-stdlib` stands for the source of Python's own library. Inputs stay in the order given; the files of a folder
+    or of a pattern are sorted by path; folders that a pattern matches are left out. Folders contribute the names with
+    known suffixes, or those that match one of `globs` (against the name, or the path below the folder); hidden files
+    and links to folders are left out. A pipe is read where it is named itself. Raises ValueError for a path that does
+    not exist, for a folder without such a file, for devices, and for archives and compressions that cannot be read.
     """
-    return [source for name in inputs for source in _find(name, globs)]
+    found = [_find(name, globs) for name in inputs]
+    return Found([each for part in found for each in part.sources], [each for part in found for each in part.skipped])
 
 
-def kind_of(path: Path) -> Literal["text", "jsonl"]:
-    """`jsonl` or `text`, by the suffix under a possible .gz or .zst."""
-    suffixes = path.suffixes[:-1] if path.suffix.lower() in COMPRESSED_SUFFIXES else path.suffixes
-    return "jsonl" if suffixes and suffixes[-1].lower() in JSONL_SUFFIXES else "text"
+def kind_of(path: Path) -> Kind:
+    """Return how to read a file, by its suffix under that of a compression; raise ValueError where it cannot be."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = bool(suffixes) and suffixes[-1] in compressed.SUFFIXES
+    suffix = "".join((suffixes[:-1] if packed else suffixes)[-1:])
+    if suffix in UNREAD:
+        raise ValueError(
+            f"{path} is a {suffix} file, which is not read; unpack or convert it. Read are text, {' '.join(KINDS)}, "
+            f"and compressed by {' '.join(compressed.SUFFIXES)}"
+        )
+    kind = KINDS.get(suffix, "text")
+    if packed and kind == "parquet":
+        raise ValueError(f"{path}: a compressed parquet file is not read; decompress it, its columns are compressed")
+    return kind
 
 
-def _find(name: str, globs: Sequence[str]) -> list[Source]:
+def _find(name: str, globs: Sequence[str]) -> Found:
     path = Path(name)
     if name == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return [_source(file, "python") for file in _walk(root, ("*.py",), STDLIB_LEFT_OUT)]
+        return _regular((file, "python") for file in _walk(root, ("*.py",), STDLIB_LEFT_OUT))
     if path.is_dir():
         patterns = globs or _default_globs()
-        found = [_source(file, kind_of(file)) for file in _walk(path, patterns)]
-        if not found:
-            raise ValueError(f"no file below {name} matches {' '.join(patterns)}; choose others with --glob")
+        found = _regular((file, None) for file in _walk(path, patterns))
+        if not found.sources:
+            raise ValueError(f"no file below {path} matches {' '.join(patterns)}; choose others with --glob")
         return found
-    if not path.exists():
-        raise ValueError(f"input {name!r} does not exist{suggest(name, [STDLIB])}")
-    return [_source(path, kind_of(path))]
+    if path.exists():
+        return Found([_named(path)], [])
+    if glob.has_magic(name):
+        return _matching_pattern(name)
+    raise ValueError(f"input {name!r} does not exist{suggest(name, [STDLIB])}")
 
 
-def _source(path: Path, kind: Literal["text", "jsonl", "python"]) -> Source:
-    return Source(path, kind, path.stat().st_size)
+def _matching_pattern(pattern: str) -> Found:
+    found = _regular((Path(each), None) for each in sorted(glob.glob(pattern, recursive=True)))
+    if not found.sources:
+        raise ValueError(f"no file matches {pattern!r}")
+    return found
+
+
+def _named(path: Path) -> Source:
+    status = path.stat()
+    # endless, or of no use: a pipe and the terminal end, and a user who names them means it
+    if stat.S_ISBLK(status.st_mode) or stat.S_ISSOCK(status.st_mode) or _is_device(path, status.st_mode):
+        raise ValueError(f"input {str(path)!r} is a device or a socket; name files, folders or pipes")
+    return Source(path, kind_of(path), status.st_size)
+
+
+def _is_device(path: Path, mode: int) -> bool:
+    return stat.S_ISCHR(mode) and path.resolve().parts[:3] != ("/", "dev", "pts")
+
+
+def _regular(files: Iterable[tuple[Path, Kind | None]]) -> Found:
+    found = Found([], [])
+    for path, kind in files:
+        if path.is_file():
+            found.sources.append(Source(path, kind or kind_of(path), path.stat().st_size))
+        else:
+            found.skipped.append(path)
+    return found
 
 
 def _default_globs() -> tuple[str, ...]:
-    plain = [f"*{suffix}" for suffix in TEXT_SUFFIXES + JSONL_SUFFIXES]
-    return (*plain, *(glob + suffix for glob in plain for suffix in COMPRESSED_SUFFIXES))
+    plain = [f"*{suffix}" for suffix in (*TEXT_SUFFIXES, *KINDS) if suffix != ".parquet"]
+    return (*plain, *(name + suffix for name in plain for suffix in compressed.SUFFIXES), "*.parquet")
 
 
 def _walk(root: Path, globs: Sequence[str], left_out: Iterable[str] = ()) -> list[Path]:

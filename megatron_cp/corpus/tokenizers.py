@@ -1,4 +1,4 @@
-"""Text to token ids: bytes by default; Hugging Face, SentencePiece and tiktoken from files on this machine.
+"""Encode text as token ids: bytes by default; Hugging Face, SentencePiece and tiktoken from files on this machine.
 
 Markers such as `<|endoftext|>` that stand in a text are encoded as ordinary characters, so that a document cannot end
 another one; no tokenizer adds tokens of its own. The only special token in a corpus is the end of document.
@@ -25,8 +25,7 @@ BYTE = "byte"
 class Tokenizer:
     """Ids are below `vocabulary`; `eod` is None when the file names no end of document.
 
-    `flags` are Megatron's own tokenizer flags that mean the same vocabulary and end of document, `hint` is what else
-    to know about them.
+    `flags` are Megatron's own tokenizer flags for this vocabulary and end of document, `hint` explains them.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str, eod: int | None = None) -> Tokenizer:
-    """The tokenizer called `byte`, or the one in a file: tokenizer.json, a SentencePiece model, a tiktoken vocabulary.
+    """Load the tokenizer called `byte`, or one in a file: tokenizer.json, SentencePiece model, tiktoken vocabulary.
 
     A folder is searched for tokenizer.json and tokenizer.model. `eod` replaces the end-of-document id of the file.
     Raises ValueError when there is no such file or its content is of no known kind, RuntimeError when the package that
@@ -151,12 +150,22 @@ EOD_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|
 def _hugging_face_eod(path: Path, model: Any) -> int | None:
     config = path.with_name("tokenizer_config.json")
     if config.is_file():
-        named = json.loads(config.read_bytes()).get("eos_token")
+        named = _eos_token(config)
         named = named.get("content") if isinstance(named, dict) else named
         if named is not None:
             return model.token_to_id(named)  # type: ignore[no-any-return]
     ids = (model.token_to_id(name) for name in EOD_NAMES)
     return next((found for found in ids if found is not None), None)
+
+
+def _eos_token(config: Path) -> Any:
+    try:
+        content = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{config} beside the tokenizer is not JSON: {error}; mend it or take it away") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{config} beside the tokenizer is not a JSON object; mend it or take it away")
+    return content.get("eos_token")
 
 
 def _sentencepiece(path: Path, raw: bytes) -> Tokenizer:
@@ -188,7 +197,7 @@ NEMO = rf"{_cased_words('')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
 
 class Published(NamedTuple):
-    """A published tiktoken vocabulary: the file holds neither its pattern nor its special tokens."""
+    """Published tiktoken vocabulary, whose file holds neither its pattern nor its special tokens."""
 
     name: str
     pattern: str
@@ -205,7 +214,7 @@ PUBLISHED = {
 
 
 def _tiktoken_ranks(raw: bytes) -> dict[bytes, int] | None:
-    """Token bytes to rank, from lines of base64 and number; None when that is not what the file holds."""
+    """Read a rank for each token's bytes from lines of base64 and number; None for a file of another kind."""
     ranks = {}
     try:
         for line in raw.splitlines():

@@ -31,6 +31,21 @@ def test_build_reports_and_prints_the_flags_to_train_with(tmp_path: Path) -> Non
     assert f"train with: {flags} --null-tokenizer-eod-id 256\n" in output
 
 
+def test_lines_of_a_json_file_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "c4.json").write_text('{"text": "a", "n": {"b": "c"}}\n{"text": "b", "n": {"b": "d"}}\n')
+    assert "2 documents, 4 tokens" in _built("--input", tmp_path / "c4.json", "--output", tmp_path / "out")
+    assert texts_of(tmp_path / "out") == ["a", "b"]
+    _built("--input", tmp_path / "c4.json", "--field", "text", "--field", "n.b", "--output", tmp_path / "two")
+    assert texts_of(tmp_path / "two") == ["a\nc", "b\nd"]
+
+
+def test_paths_that_are_no_regular_files_are_counted_and_shown(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone")
+    output = _built("--input", tmp_path, "--output", tmp_path / "out")
+    assert f"left out, no regular files: 1\n  {tmp_path / 'link.jsonl'}\n" in output
+
+
 def test_inputs_may_follow_one_another(tmp_path: Path) -> None:
     a, b, c = (jsonl(tmp_path / f"{name}.jsonl", [name]) for name in "abc")
     _built("--input", c, a, b, "--output", tmp_path / "out")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cp.corpus.documents import cut
 from megatron_cp.corpus.encode import encode, make_plan
+from megatron_cp.corpus.pieces import cut
 from megatron_cp.corpus.sources import find_sources
 from megatron_cp.corpus.tokenizers import load_tokenizer
 from megatron_cp.megatron.dataset import Limits, Written, write
@@ -55,6 +55,6 @@ def build(
     skip_bad: bool = False,
     overwrite: bool = False,
 ) -> Written:
-    plan = make_plan(load_tokenizer(tokenizer), None, append_eod, "text", dtype)
-    batches = encode(cut(find_sources([str(path) for path in inputs])), plan, workers)
+    plan = make_plan(load_tokenizer(tokenizer), None, append_eod, ("text",), dtype)
+    batches = encode(cut(find_sources([str(path) for path in inputs]).sources), plan, workers)
     return write(str(prefix), batches, plan.dtype, limits=limits, skip_bad=skip_bad, overwrite=overwrite)

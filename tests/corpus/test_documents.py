@@ -1,12 +1,14 @@
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from megatron_cp.corpus import documents
-from megatron_cp.corpus.documents import Bad, cut, read
+from megatron_cp.corpus import pieces
+from megatron_cp.corpus.documents import Bad, read
+from megatron_cp.corpus.pieces import cut
 from megatron_cp.corpus.sources import Source, find_sources, kind_of
 
 
@@ -22,8 +24,8 @@ def _write(path: Path, raw: bytes) -> Source:
     return Source(path, kind_of(path), len(raw))
 
 
-def _texts(*sources: Source, field: str = "text") -> list[str | Bad]:
-    return [text for piece in cut(sources) for text in read(piece, field)]
+def _texts(*sources: Source, fields: Sequence[str] = ("text",)) -> list[str | Bad]:
+    return [text for piece in cut(sources) for text in read(piece, fields)]
 
 
 def _bad(*sources: Source) -> str:
@@ -49,7 +51,7 @@ def test_each_line_is_a_document_in_order(tmp_path: Path, suffix: str) -> None:
 
 
 def test_lines_are_cut_into_pieces_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
     texts = [str(number) * 7 for number in range(100)]
     source = _write(tmp_path / "a.jsonl", b"".join(map(_line, texts)) + b"broken")
     assert len(list(cut([source]))) > 10
@@ -63,7 +65,7 @@ def test_pieces_account_for_every_byte_on_disk(tmp_path: Path) -> None:
 
 
 def test_field_is_selectable(tmp_path: Path) -> None:
-    assert _texts(_write(tmp_path / "a.jsonl", _line("hello", "content")), field="content") == ["hello"]
+    assert _texts(_write(tmp_path / "a.jsonl", _line("hello", "content")), fields=["content"]) == ["hello"]
 
 
 def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -127,4 +129,4 @@ def test_a_folder_reads_like_its_files(tmp_path: Path) -> None:
     _write(tmp_path / "b.txt", b"bee")
     _write(tmp_path / "a.jsonl", _line("one") + _line("two"))
     _write(tmp_path / "c.txt.gz", b"sea")
-    assert _texts(*find_sources([str(tmp_path)])) == ["one", "two", "bee", "sea"]
+    assert _texts(*find_sources([str(tmp_path)]).sources) == ["one", "two", "bee", "sea"]

@@ -13,7 +13,7 @@ def _touch(folder: Path, *names: str) -> None:
 
 
 def _names(folder: Path, *globs: str) -> list[str]:
-    return [source.path.relative_to(folder).as_posix() for source in find_sources([str(folder)], globs)]
+    return [source.path.relative_to(folder).as_posix() for source in find_sources([str(folder)], globs).sources]
 
 
 def test_folder_is_searched_below_in_sorted_order(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_globs_match_names_and_paths_and_replace_the_suffixes(tmp_path: Path) ->
 
 def test_inputs_stay_in_the_order_given_and_named_files_need_no_suffix(tmp_path: Path) -> None:
     _touch(tmp_path, "b.log", "a.txt")
-    found = find_sources([str(tmp_path / "b.log"), str(tmp_path / "a.txt")])
+    found = find_sources([str(tmp_path / "b.log"), str(tmp_path / "a.txt")]).sources
     assert [source.path.name for source in found] == ["b.log", "a.txt"]
 
 
@@ -43,7 +43,7 @@ def test_kind_follows_the_suffix_under_the_compression(name: str, kind: str) -> 
 
 def test_standard_library_is_there_without_tests_and_packages() -> None:
     root = Path(sysconfig.get_path("stdlib"))
-    names = [source.path.relative_to(root) for source in find_sources(["python-stdlib"])]
+    names = [source.path.relative_to(root) for source in find_sources(["python-stdlib"]).sources]
     assert Path("argparse.py") in names
     assert Path("asyncio/events.py") in names
     assert names == sorted(names, key=lambda path: path.parts)

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cp.corpus import documents
+from megatron_cp.corpus import pieces
 from megatron_cp.corpus.encode import encode
 from megatron_cp.corpus.tokenizers import load_tokenizer
 from megatron_cp.megatron import dataset
@@ -72,7 +73,7 @@ def test_dtype_is_written_as_asked(tmp_path: Path) -> None:
 def test_files_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, corpus: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 500)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
     build(tmp_path / "one", corpus)
     build(tmp_path / "many", corpus, workers=workers)
     for suffix in ("bin", "idx"):
@@ -96,7 +97,7 @@ def test_limits_end_with_a_whole_document_wherever_pieces_are_cut(
     texts = [f"{number:04}" * 10 for number in range(50)]
     source = jsonl(tmp_path / "a.jsonl", texts)
     for piece_bytes in (1, 300, 1 << 20):
-        monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         for limits, expected in ((Limits(text_bytes=401), 11), (Limits(400), 10), (Limits(documents=7), 7)):
             written = build(tmp_path / "out", source, limits=limits, overwrite=True)
             assert texts_of(tmp_path / "out") == texts[:expected]
@@ -191,6 +192,14 @@ def _group_is_gone(group: int) -> bool:
     return False
 
 
+def _write_until_closed(pipe: io.FileIO, line: bytes, seconds: float = 60) -> None:
+    """Go on with the input until no process reads it; a build that does not end would fill the disk."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pipe.write(line)
+        time.sleep(0.001)
+
+
 def _until(condition: object, seconds: float = 60) -> None:
     assert callable(condition)
     deadline = time.monotonic() + seconds
@@ -211,11 +220,8 @@ def test_killed_build_leaves_no_corpus_and_no_process(tmp_path: Path, number: si
             pipe.write(line)
         assert process.pid is not None
         os.kill(process.pid, number)
-        # input goes on until nobody reads it
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline:
-            pipe.write(line)
-    process.join(180)
+        _write_until_closed(pipe, line)
+    process.join(60)
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"the build goes on after {number.name}")
@@ -239,8 +245,7 @@ def test_dead_worker_is_reported(tmp_path: Path) -> None:
             while not multiprocessing.active_children():
                 pipe.write(line)
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-            while True:
-                pipe.write(line)
+            _write_until_closed(pipe, line)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -255,24 +260,24 @@ def test_id_beyond_the_dtype_or_the_vocabulary_is_refused(tmp_path: Path) -> Non
 
     from megatron_cp.corpus.encode import encode_piece, make_plan
 
-    (piece,) = documents.cut(dataset_sources(jsonl(tmp_path / "a.jsonl", ["x"])))
+    (piece,) = pieces.cut(dataset_sources(jsonl(tmp_path / "a.jsonl", ["x"])))
     large = replace(load_tokenizer("byte"), vocabulary=100_000, encode=lambda text: [70_000])
-    assert make_plan(large, None, True, "text", None).dtype == "int32"
+    assert make_plan(large, None, True, ("text",), None).dtype == "int32"
     with pytest.raises(ValueError, match="token id 70000 of byte does not fit --dtype uint16; use int32"):
-        encode_piece(piece, large, make_plan(large, None, True, "text", "uint16"))
+        encode_piece(piece, large, make_plan(large, None, True, ("text",), "uint16"))
     wrong = replace(large, vocabulary=60_000)
     with pytest.raises(ValueError, match="produced token id 70000, beyond its vocabulary 60000"):
-        encode_piece(piece, wrong, make_plan(wrong, None, True, "text", "int32"))
+        encode_piece(piece, wrong, make_plan(wrong, None, True, ("text",), "int32"))
     with pytest.raises(ValueError, match="--dtype float32 is not one of"):
-        make_plan(large, None, True, "text", "float32")
+        make_plan(large, None, True, ("text",), "float32")
     with pytest.raises(ValueError, match="names no end-of-document token; choose one with --eod-id"):
-        make_plan(replace(large, eod=None), None, True, "text", None)
+        make_plan(replace(large, eod=None), None, True, ("text",), None)
 
 
-def dataset_sources(path: Path) -> list[documents.Source]:
+def dataset_sources(path: Path) -> list[pieces.Source]:
     from megatron_cp.corpus.sources import find_sources
 
-    return find_sources([str(path)])
+    return find_sources([str(path)]).sources
 
 
 def test_dtype_is_chosen_as_megatron_does() -> None:
@@ -283,7 +288,7 @@ def test_dtype_is_chosen_as_megatron_does() -> None:
     from megatron_cp.corpus.encode import make_plan
 
     for vocabulary in (257, 65499, 65500, 65501, 65536, 200_000):
-        plan = make_plan(replace(load_tokenizer("byte"), vocabulary=vocabulary), None, True, "text", None)
+        plan = make_plan(replace(load_tokenizer("byte"), vocabulary=vocabulary), None, True, ("text",), None)
         assert plan.dtype == DType.optimal_dtype(vocabulary).__name__
 
 
