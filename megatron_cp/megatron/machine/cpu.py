@@ -245,6 +245,11 @@ REPLACEMENTS = (
         _call_now,
         "what waits for CUDA's initialisation would never be called, and dropout would not follow the tracker",
     ),
+    Replacement(
+        ("megatron.training.initialize:_warmup_jit_function",),
+        _answer(None),
+        "draws tensors whose sizes follow CP, TP and micro batch from the generator that then initialises the weights",
+    ),
     Replacement(_cuda("Stream"), _use(Stream), "side streams of DDP, dispatchers and pipelines"),
     Replacement(_cuda("Event"), _use(Event), "timers and dispatchers record events"),
     Replacement(_cuda("current_stream", "default_stream"), lambda _: _one_stream(), "compared with side streams"),
