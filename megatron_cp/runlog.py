@@ -69,15 +69,22 @@ def read(log: Path) -> list[Iteration]:
     if not log.is_file():
         return []
     latest: dict[int, Iteration] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            fields = json.loads(line)
-            step = Iteration(fields.pop("iteration"), fields.pop("of"), fields)
-        except (ValueError, KeyError, TypeError):
-            # a run that is killed while writing leaves half a line
-            continue
-        latest[step.number] = step
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if step := _logged(line):
+            latest[step.number] = step
     return [latest[number] for number in sorted(latest)]
+
+
+def _logged(line: str) -> Iteration | None:
+    """Read one line of the log; a run that was killed while it wrote leaves half a line, a disk worse."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not all(type(fields.get(name)) is int for name in ("iteration", "of")):
+        return None
+    numbers = {name: value for name, value in fields.items() if type(value) in (int, float)}
+    return Iteration(numbers.pop("iteration"), numbers.pop("of"), numbers)
 
 
 def pace(iterations: Sequence[Iteration], tokens_per_sequence: int) -> Pace | None:
@@ -96,5 +103,5 @@ def pace(iterations: Sequence[Iteration], tokens_per_sequence: int) -> Pace | No
 def checkpoint_iteration(folder: Path) -> int | None:
     """Return the iteration of the newest checkpoint in a --save folder, by its tracker file; None without one."""
     tracker = folder / "latest_checkpointed_iteration.txt"
-    text = tracker.read_text().strip() if tracker.is_file() else ""
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     return int(text) if text.isdecimal() else None

@@ -93,9 +93,8 @@ def main() -> None:
             print(f"{file.stem:60.60}  {' | '.join(said.splitlines())[:300]}")
         kinds = Counter("not read" if said.startswith("not read") else said for _, said in rows)
         refused = len(rows) - kinds[VALID] - kinds["read"] - kinds["not read"]
-        print(
-            f"== {folder}: {len(rows)} files, {len(rows) - kinds['not read']} read, {kinds[VALID]} valid, {refused} refused\n"
-        )
+        read = len(rows) - kinds["not read"]
+        print(f"== {folder}: {len(rows)} files, {read} read, {kinds[VALID]} valid, {refused} refused\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def inspect(
         raise ValueError(f"no folder {checkpoint}; name a --save folder or one iteration in it")
     folders = contents.iterations(checkpoint)
     if not folders:
-        raise ValueError(f"{checkpoint} holds no checkpoint: no folder iter_* in it")
+        raise ValueError(f"{checkpoint} holds no checkpoint: no folder iter_* or release in it")
     all_found = [contents.read(folder) for folder in folders]
     newest = contents.chosen(checkpoint) or folders[-1]
     found = next((one for one in all_found if one.folder == newest), None)

@@ -18,7 +18,10 @@ SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
 FLAG_SECTIONS = SECTIONS[1:]
 CLUSTER = "CLUSTER"
 # read by Megatron's test harness; without effect on the training command
-HARNESS_SECTIONS = ("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST")
+HARNESS_SECTIONS = (
+    *("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST"),
+    *("BEFORE_SCRIPT", "AFTER_SCRIPT"),
+)
 _VARIABLE = re.compile(r"\$\{(\w+)(?P<fallback>:-(?P<default>(?:[^{}]|\{[^{}]*\})*))?\}")
 # tags that YAML assigns to plain text by itself
 _PLAIN_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in "str int float bool null timestamp merge value seq map".split()]
@@ -58,12 +61,14 @@ class RecipeFile(NamedTuple):
 def read(file: Path, variables: Mapping[str, str]) -> RecipeFile:
     """Return the sections of `file` with `variables` expanded; raises ValueError with the line of an error."""
     parents, own = Setting((), shown(file)), {}
-    for key, node in _top_level(file):
+    root = _root(file)
+    harness = any(key.value in HARNESS_SECTIONS for key, _ in root.value)
+    for key, node in _pairs(root, file, harness):
         name = key.value
         if name == "extends":
             parents = _entries(node, key, file, variables)
         elif name in SECTIONS:
-            own[name] = dict(_settings(node, name, file, variables))
+            own[name] = dict(_settings(node, name, file, variables, harness))
         elif name == CLUSTER:
             own[name] = {name: _one_text(node, key, file, variables)}
         elif name not in HARNESS_SECTIONS:
@@ -103,34 +108,48 @@ def _one_text(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, st
     return found if one or found.problem else found._replace(problem="takes one text")
 
 
-def _top_level(file: Path) -> Iterator[tuple[ScalarNode, Any]]:
+def _root(file: Path) -> MappingNode:
     root = parse(file, YAML(typ="safe", pure=True).compose)
     if not isinstance(root, MappingNode):
         raise Refused(f"{shown(file)}:1: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
-    yield from _pairs(root, file)
+    return root
 
 
-def _pairs(node: Any, file: Path) -> Iterator[tuple[ScalarNode, Any]]:
+def _pairs(node: Any, file: Path, harness: bool = False) -> Iterator[tuple[ScalarNode, Any]]:
+    """Yield keys with their values; in a file of Megatron's harness the last of two equal keys wins, as for yq."""
     seen: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, ScalarNode):
             raise Refused(f"{shown(file)}:{line}: a key is one word")
         _check_text(key, file)
-        if key.value in seen:
+        if key.value in seen and not harness:
             raise Refused(f"{shown(file)}:{line}: {key.value} is given twice, first in line {seen[key.value]}")
         seen[key.value] = line
         yield key, value
 
 
-def _settings(node: Any, section: str, file: Path, variables: Mapping[str, str]) -> Iterator[tuple[str, Setting]]:
+def _settings(
+    node: Any, section: str, file: Path, variables: Mapping[str, str], harness: bool
+) -> Iterator[tuple[str, Setting]]:
     if isinstance(node, ScalarNode) and not node.value:
         return
     if not isinstance(node, MappingNode):
         raise Refused(f"{_place(file, node)}: {section} is a mapping of keys to values")
     _check_text(node, file)
-    for key, value in _pairs(node, file):
-        yield key.value, _entries(value, key, file, variables, flags=section in FLAG_SECTIONS)
+    flags = section in FLAG_SECTIONS
+    for key, value in _pairs(node, file, harness):
+        found = _entries(value, key, file, variables, flags)
+        yield key.value, _words(found) if harness and flags else found
+
+
+def _words(found: Setting) -> Setting:
+    """Split one text into values, as the shell of Megatron's harness does; `[a b]` is a list there."""
+    if len(found.values) != 1:
+        return found
+    text = found.text
+    listed = text.startswith("[") and text.endswith("]")
+    return found._replace(values=tuple((text[1:-1] if listed else text).split()))
 
 
 def _entries(node: Any, key: ScalarNode, file: Path, variables: Mapping[str, str], flags: bool = False) -> Setting:

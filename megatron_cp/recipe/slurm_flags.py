@@ -4,7 +4,9 @@ Names are literal, as in the rest of a recipe. Sizes that follow from the run, s
 here with the flag to use instead.
 """
 
-from collections.abc import Mapping, Sequence
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_cp.errors import Refused
 from megatron_cp.registry import suggest
@@ -18,7 +20,8 @@ SBATCH = tuple(
         "export extra-node-info gpu-bind gpu-freq gpus gpus-per-node gpus-per-task gres gres-flags hold job-name "
         "licenses mail-type mail-user mem mem-per-cpu mem-per-gpu mincpus network nice nodefile nodelist output "
         "oversubscribe partition power prefer priority propagate qos reboot reservation segment sockets-per-node "
-        "spread-job switches thread-spec threads-per-core time time-min tmp use-min-nodes wckey"
+        "spread-job switches thread-spec threads-per-core time time-min tmp use-min-nodes wckey "
+        "bbf delay-boot get-user-env hint mcs-label oom-kill-step parsable quiet wait wait-all-nodes"
     ).split()
 )
 # words of srun, which starts the job's steps; most of them belong to the pyxis plugin
@@ -47,15 +50,28 @@ WRITTEN_BY_US = {
 
 
 def check(places: Mapping[str, str]) -> None:
-    """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` maps each to file and line."""
+    """Raise ValueError for the first flag that a `SLURM:` block cannot have; `places` maps each to file and line.
+
+    A flag that is not known and not like a known one is a plugin's, such as --uenv: sbatch decides about it.
+    """
     for flag, place in places.items():
         if flag in WRITTEN_BY_US:
             raise Refused(f"{place}: {flag} is not for the SLURM block: {WRITTEN_BY_US[flag]}")
-        if flag not in KNOWN:
+        if flag not in KNOWN and (_looks_like(flag, KNOWN) or not re.fullmatch(r"--[a-z][\w-]*", flag)):
             raise Refused(
                 f"{place}: unknown SLURM flag {flag!r}{suggest(flag, KNOWN)}; known are sbatch's, srun's "
-                f"--container-…, --cpu-bind and --mpi, and {', '.join(OURS)}"
+                f"--container-…, --cpu-bind and --mpi, {', '.join(OURS)}, "
+                f"and plugins' flags that look like none of them"
             )
+
+
+def _looks_like(flag: str, known: Iterable[str]) -> bool:
+    return bool(difflib.get_close_matches(flag, list(known), n=1, cutoff=0.8))
+
+
+def is_sbatchs(flag: str) -> bool:
+    """True for a flag of a `SLURM:` block that goes into a line `#SBATCH`: sbatch's own, or a plugin's."""
+    return flag not in SRUN and flag not in OURS
 
 
 def is_slurms(flag: str) -> bool:

@@ -186,7 +186,7 @@ def _python(recipe: Recipe) -> str:
 def _asked(recipe: Recipe) -> Iterator[str]:
     """Yield the recipe's flags for sbatch, each with its value."""
     for flag, setting in recipe.slurm.items():
-        if flag not in slurm_flags.SBATCH:
+        if not slurm_flags.is_sbatchs(flag):
             continue
         value = ",".join(setting.values)
         if not _HEADER_VALUE.fullmatch(value):

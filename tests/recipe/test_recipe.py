@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cp.cli import data
-from megatron_cp.megatron.arguments import recipe_flags
+from megatron_cp.megatron.arguments import foreign_flags, recipe_flags
 from megatron_cp.recipe import file, recipe
 from megatron_cp.recipe.command import (
     Command,
@@ -321,6 +321,60 @@ def test_every_model_has_its_number_checked() -> None:
 def test_the_small_models_of_llama_3_2_stretch_positions_by_32() -> None:
     assert recipe.load("llama3.2-1b", {}).flag("--rope-scaling-factor", "") == "32"
     assert recipe.load("llama3.2-3b", {}).flag("--rope-scaling-factor", "") == "32"
+
+
+def test_a_file_of_megatrons_harness_is_read_by_its_rules(
+    write: Write, megatron_parser: argparse.ArgumentParser
+) -> None:
+    text = """
+ENV_VARS: {NVTE_FUSED_ATTN: 1}
+TEST_TYPE: ckpt-resume
+BEFORE_SCRIPT: |
+  pip uninstall -y transformer_engine
+MODEL_ARGS:
+  --ffn-hidden-size: 100
+  --spec: "[some.module some_spec]"
+  --recompute-modules: moe_act mlp
+  --profile-ranks: [1, 2]
+  --ffn-hidden-size: 200
+"""
+    run = recipe.load(write(text), {})
+    assert said(run.model_args) == {
+        "--ffn-hidden-size": ("200",),
+        "--spec": ("some.module", "some_spec"),
+        "--recompute-modules": ("moe_act", "mlp"),
+        "--profile-ranks": ("1", "2"),
+    }
+    recipe_flags.check(run.model_args, megatron_parser)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--zero-bubble-v-schedule", ["a flag of the zero-bubble fork of Megatron", "use --pp-schedule zb-v"]),
+        ("--ulysses-degree-in-cp", ["a flag of MindSpeed", "--hierarchical-context-parallel-sizes DEGREE CP/DEGREE"]),
+        ("--pp_algorithm", ["--pp_algorithm is a flag of Primus", "use --pp-schedule"]),
+        ("--patch-tokenizer-type", ["a flag of Pai-Megatron-Patch", "HuggingFaceTokenizer"]),
+        ("--trigger-path", ["a flag of the swiss-ai fork of Megatron", "--exit-signal-handler"]),
+        ("--no-async-tensor-model-parallel-allreduce", ["a flag of earlier Megatron", "leave it out"]),
+    ],
+)
+def test_a_foreign_flag_names_its_owner_and_what_to_use(
+    write: Write, megatron_parser: argparse.ArgumentParser, flag: str, words: list[str]
+) -> None:
+    run = recipe.load(write(f"MODEL_ARGS:\n  {flag}: 1\n"), {})
+    with pytest.raises(ValueError, match=f"^run.yaml:2: unknown flag '{flag}'; ") as caught:
+        recipe_flags.check(run.model_args, megatron_parser)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_every_foreign_flag_is_unknown_here_and_what_replaces_it_is_known(
+    megatron_parser: argparse.ArgumentParser,
+) -> None:
+    known = megatron_parser._option_string_actions
+    for entry in foreign_flags.FOREIGN:
+        assert [flag for flag in entry.flags.split() if f"--{flag}" in known] == []
+        assert [flag for flag in re.findall(r"--[a-z0-9-]+", entry.instead) if flag not in known] == []
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,23 @@ def test_an_unknown_flag_of_the_block_has_a_suggestion(write: Write) -> None:
         recipe.load("run.yaml", {})
 
 
+def test_flags_of_plugins_go_to_sbatch_as_they_are(write: Write) -> None:
+    block = (
+        "SLURM:\n  --uenv: prgenv-gnu/24.7\n  --environment: my.toml\n  --hint: nomultithread\n  --nv-special: true\n"
+    )
+    write(f"extends: base\n{block}", "plugin.yaml")
+    lines = rendered("plugin.yaml").splitlines()
+    for line in ("--uenv=prgenv-gnu/24.7", "--environment=my.toml", "--hint=nomultithread", "--nv-special"):
+        assert f"#SBATCH {line}" in lines
+
+
+@pytest.mark.parametrize("name", ["--acount", "--Uenv x", "--$(touch hacked)", "--a b", "uenv"])
+def test_what_is_like_a_known_flag_or_no_flag_is_refused(write: Write, name: str) -> None:
+    write(f"SLURM:\n  {json.dumps(name)}: x\n")
+    with pytest.raises(ValueError, match=r"run\.yaml:2: unknown SLURM flag"):
+        recipe.load("run.yaml", {})
+
+
 @pytest.mark.parametrize("name", ["$(touch hacked)", "A B", "A=B", "1A", ""])
 def test_a_name_of_a_variable_is_one_word(write: Write, name: str) -> None:
     write(f"ENV_VARS:\n  {json.dumps(name)}: 1\n")

@@ -11,11 +11,11 @@ from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, has_nvrx, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
+from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table, imply_chunks
 from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.run import has_our_layers, say
-from megatron_cp.registry import suggest
 
 
 def add_megatron_arguments(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -36,8 +36,9 @@ def _mend_help(parser: Any) -> None:
 
 def _refuse_words(parser: Any, message: str) -> None:
     unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-    hint = suggest(unknown[0], parser._option_string_actions) if "unrecognized" in message and unknown else ""
-    raise Refused(message + hint)
+    known = parser._option_string_actions
+    hints = [instead_of(flag, known) for flag in unknown if flag not in known] if "unrecognized" in message else []
+    raise Refused(message + "".join(hints))
 
 
 def validate_args(old: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:

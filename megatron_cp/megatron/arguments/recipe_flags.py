@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.recipe.command import flag_words, runs_through_us
 from megatron_cp.recipe.recipe import Recipe, Setting
 from megatron_cp.registry import suggest
@@ -60,7 +61,7 @@ def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) ->
     actions = known._option_string_actions
     for flag, setting in settings.items():
         if flag not in actions:
-            yield f"{setting.place}: unknown flag {flag!r}{suggest(flag, actions)}"
+            yield f"{setting.place}: unknown flag {flag!r}{instead_of(flag, actions)}"
         elif text := _problem(actions[flag], setting.values):
             yield f"{setting.place}: {flag} {text}"
 

@@ -25,8 +25,9 @@ from megatron_cp.recipe.recipe import Recipe
 NOT_INHERITED = ("CUDA_", "NCCL_", "NVTE_", "SLURM_", "TORCH_")
 # what makes a Python process load something; to look at a recipe is not to run it
 NOT_TAKEN = ("LD_", "PYTHON", "PATH")
-# Megatron sets these three from --attention-backend and stops when one says otherwise
+# Megatron sets these three from --attention-backend, to the values below, and stops when one says otherwise
 SET_BY_MEGATRON = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+BY_BACKEND = {"local": "000", "flash": "100", "fused": "010", "unfused": "001", "auto": "111"}
 
 
 class Run(NamedTuple):
@@ -106,11 +107,13 @@ def examine(run: Run) -> list[str]:
 
 
 def _check_environment(recipe: Recipe) -> None:
-    for name in SET_BY_MEGATRON:
-        if name in recipe.env_vars:
+    backend = recipe.flag("--attention-backend", "auto")
+    for name, wanted in zip(SET_BY_MEGATRON, BY_BACKEND.get(backend, ""), strict=False):
+        setting = recipe.env_vars.get(name)
+        if setting is not None and setting.text != wanted:
             raise Refused(
-                f"{recipe.env_vars[name].place}: {name} is set by Megatron, which stops when it differs; "
-                f"take it out and pass --attention-backend"
+                f"{setting.place}: {name} is {setting.text!r}, but Megatron sets it to {wanted} for "
+                f"--attention-backend {backend} and stops when it differs; take it out, or pass another backend"
             )
 
 

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 from megatron_cp.errors import Refused
@@ -68,9 +67,9 @@ class Contents(NamedTuple):
 
 def iterations(folder: Path) -> list[Path]:
     """The iterations in a --save folder, oldest first; `folder` itself when it is one."""
-    if (folder / DESCRIPTION).is_file() or folder.name.startswith("iter_"):
+    if (folder / DESCRIPTION).is_file() or folder.name.startswith("iter_") or _other_format(folder):
         return [folder]
-    return sorted(path for path in folder.glob("iter_*") if path.is_dir())
+    return sorted(path for path in (*folder.glob("iter_*"), folder / "release") if path.is_dir())
 
 
 def chosen(folder: Path) -> Path | None:
@@ -95,6 +94,16 @@ def read(folder: Path) -> Contents:
     dtypes = sorted({str(tensor.properties.dtype).removeprefix("torch.") for tensor in weights.values()})
     if index is None or damage:
         return Contents(folder, number, damage, elements, dtypes, Bytes(), {}, {}, "")
+    try:
+        return _described(folder, number, index, elements, dtypes)
+    except Refused:
+        raise
+    except Exception as error:
+        # what was unpickled may be anything
+        raise Refused(f"{folder}: its arguments cannot be read ({_one_line(error)}): not saved by Megatron") from error
+
+
+def _described(folder: Path, number: int, index: Any, elements: int, dtypes: list[str]) -> Contents:
     arguments = _arguments(folder, index)
     saved = {name: getattr(arguments, name, None) for name in (*SHAPE, *TOPOLOGY)}
     stored = _stored(index)
@@ -117,11 +126,13 @@ def damage(folder: Path) -> list[str]:
 def _undescribed(folder: Path) -> list[str]:
     """What is wrong with a checkpoint's description, which is written last; raises ValueError for other formats."""
     description = folder / DESCRIPTION
+    if other := _other_format(folder):
+        raise Refused(f"{folder} is {other}, and only torch_dist is read; save with --ckpt-format torch_dist")
     if not description.is_file():
         return [f"{DESCRIPTION} is missing: the save was interrupted, or the folder is of another kind"]
     try:
         found = dict(json.loads(description.read_text())).get("sharded_backend")
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         return [f"{DESCRIPTION} cannot be read ({error}): it is cut off or of another kind"]
     if found != "torch_dist":
         raise Refused(f"{folder} is in the format {found!r}, and only torch_dist is read; save with --ckpt-format")
@@ -134,9 +145,28 @@ def _index(folder: Path) -> tuple[Any, list[str]]:
     if not (folder / INDEX).is_file():
         return None, [f"the index {INDEX} is missing: the save was interrupted"]
     try:
-        return FileSystemReader(folder).read_metadata(), []
-    except (AttributeError, EOFError, ImportError, LookupError, TypeError, UnpicklingError, ValueError) as error:
-        return None, [f"the index {INDEX} cannot be read ({error}): it is cut off or of another kind"]
+        index = FileSystemReader(folder).read_metadata()
+        # a pickle may hold anything
+        ends = [stored.offset + stored.length for stored in index.storage_data.values()]
+        assert not ends or (isinstance(max(ends), int) and isinstance(index.state_dict_metadata, dict))
+    except Exception as error:
+        return None, [f"the index {INDEX} cannot be read ({_one_line(error)}): it is cut off or of another kind"]
+    return index, []
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _other_format(folder: Path) -> str:
+    """Name the format of a checkpoint that is not Megatron's distributed one, by its files; empty for any other."""
+    if (folder / DESCRIPTION).is_file():
+        return ""
+    if any(path.name.startswith("mp_rank_") for path in folder.iterdir() if path.is_dir()):
+        return "in the format torch, a file per rank"
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "a Hugging Face model"
+    return ""
 
 
 def _cut_off(folder: Path, index: Any) -> Iterator[str]:

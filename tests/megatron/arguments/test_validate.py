@@ -16,6 +16,7 @@ from megatron_cp.megatron.arguments.assumed_machine import assumed, gpu_of
 from megatron_cp.megatron.rebind import find
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
+from tests.conftest import Write
 from tests.ranks import run_ranks
 
 type Broken = Callable[..., str]
@@ -152,11 +153,23 @@ def test_upstreams_names_are_valid_with_stock_attention(tmp_path: Path) -> None:
         ("LAUNCH: {--nproc-per-node: gpu}\n", "the number of processes is not known"),
         ("CLUSTER: h100-lb\n", "no cluster 'h100-lb'; did you mean 'h100-ib'?"),
         ("ENV_VARS: {CUDA_DEVICE_MAX_CONNECTIONS: 8}\n", "CUDA_DEVICE_MAX_CONNECTIONS to 1"),
-        ("ENV_VARS: {NVTE_FLASH_ATTN: 0}\n", "broken.yaml:2: NVTE_FLASH_ATTN is set by Megatron"),
+        (
+            "ENV_VARS: {NVTE_FLASH_ATTN: 0}\n",
+            "broken.yaml:2: NVTE_FLASH_ATTN is '0', but Megatron sets it to 1 for --attention-backend auto",
+        ),
     ],
 )
 def test_machines_and_environment_are_checked(broken: Broken, more: str, words: str) -> None:
     assert words in broken("--seed: 1", more=more)
+
+
+def test_environment_that_says_the_same_as_megatron_is_accepted(write: Write) -> None:
+    name = write(f"extends: {BASE}\nENV_VARS: {{NVTE_FUSED_ATTN: 1, NVTE_FLASH_ATTN: 1}}\n")
+    assert isinstance(examined(name), list)
+    name = write(
+        f"extends: {BASE}\nENV_VARS: {{NVTE_FUSED_ATTN: 0}}\nMODEL_ARGS: {{--attention-backend: flash}}\n", "flash.yaml"
+    )
+    assert isinstance(examined(name), list)
 
 
 def test_a_line_with_its_place_gets_no_others(broken: Broken) -> None:

@@ -56,6 +56,49 @@ def test_a_whole_checkpoint(saved: Path) -> None:
     assert sum(found["stored"].values()) == on_disk
 
 
+def refusal(folder: Path) -> str:
+    """The one line that refuses the folder, as `main` prints it; fails on any exception that would be a traceback."""
+    done = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert isinstance(done.exception, (ValueError, RuntimeError, OSError, SystemExit)), done.exception
+    text = done.stdout if isinstance(done.exception, SystemExit) else str(done.exception)
+    assert done.exit_code == 1
+    return text
+
+
+@pytest.mark.parametrize("name", ["iter_0000003", "release", "."])
+def test_a_checkpoint_of_a_file_per_rank_is_named_and_not_called_damaged(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / name / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"x")
+    text = refusal(tmp_path)
+    assert text.endswith(
+        "is in the format torch, a file per rank, and only torch_dist is read; save with --ckpt-format torch_dist"
+    )
+
+
+def test_a_hugging_face_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert "is a Hugging Face model" in refusal(tmp_path)
+
+
+GARBAGE = (
+    b"", b"\0" * 100, b"\xff\xfe garbage \x80", b"{}", b"[1, 2]", b"[" * 100_000, b"3", pickle.dumps({"a": 1}),
+    pickle.dumps(3), pickle.dumps(None), pickle.dumps([1, "x"]),
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "../latest_checkpointed_iteration.txt", "common.pt"])
+def test_garbage_in_any_file_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    save({"weight": torch.ones(3)}, checkpoint_id=folder)
+    (folder / name).write_bytes(content)
+    assert "Traceback" not in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("sizes", ["--tensor-model-parallel-size 4", "--pipeline-model-parallel-size 2"])
 def test_the_topologies_that_it_names_do_load(saved: Path, sizes: str) -> None:
     flag, size = sizes.split()
