@@ -23,6 +23,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
 
+from megatron_cp.comm import GroupFabric
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.launch import door
 from megatron_cp.megatron.run import say
@@ -121,7 +122,12 @@ def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int
 
 
 def loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of this rank's token losses, the number of its tokens, and both for the log."""
+    """Return the sum of this rank's token losses, the number of its tokens, and both for the log.
+
+    Without --calculate-per-token-loss Megatron divides the first by the second and averages over the ranks of a
+    context-parallel group. Where masks leave ranks different numbers of tokens, the sum is weighted by this rank's
+    share of them, so that the average is that of one rank with the whole sequence.
+    """
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
@@ -132,7 +138,16 @@ def loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, t
     if get_args().check_for_spiky_loss:
         spike = functools.partial(machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
         machine.validate_result(result=total, rejection_func=spike, message="Spiky loss", tolerance=0.0, fatal=False)
-    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+    return total * _share(tokens), tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+
+
+def _share(tokens: torch.Tensor) -> torch.Tensor | float:
+    """This rank's part of the tokens of its context-parallel group, times the ranks; 1 where nothing is averaged."""
+    if get_args().calculate_per_token_loss or get_args().context_parallel_size == 1:
+        return 1.0
+    fabric = GroupFabric(parallel_state.get_context_parallel_group())
+    whole = fabric.all_gather(tokens.reshape(1)).sum()
+    return fabric.size * tokens / whole.clamp(min=1)
 
 
 def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Callable[..., Any]]:

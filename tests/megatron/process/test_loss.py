@@ -1,0 +1,66 @@
+"""Masked tokens under context parallelism: our entry's gradients are those of one rank; the launcher names the flag."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_cp.megatron.process.launch import uneven_masks
+from tests.megatron.pretraining import pretrain_losses, tiny
+from tests.ranks import run_ranks
+
+CP = "--context-parallel-size 2 --cp-comm-type zigzag"
+
+
+def masked_losses(flags: list[str]) -> list[dict[str, Any]]:
+    """Train with the third of the labels masked that begins the sequence, so that ranks of a group differ."""
+    from megatron.core.datasets.gpt_dataset import MockGPTDataset
+
+    get = MockGPTDataset.__getitem__
+
+    def masked(self: Any, index: int | None) -> dict[str, torch.Tensor]:
+        sample = get(self, index)
+        mask = sample["loss_mask"].clone()
+        mask[: len(mask) // 3] = 0
+        return {**sample, "loss_mask": mask}
+
+    MockGPTDataset.__getitem__ = masked
+    return pretrain_losses(flags)
+
+
+@pytest.fixture(scope="module")
+def one() -> list[dict[str, Any]]:
+    return run_ranks(1, masked_losses, tiny("--cp-comm-type zigzag --eod-mask-loss"))[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (2, CP),
+        pytest.param(4, f"{CP} --tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow),
+        pytest.param(4, f"{CP} --pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+        pytest.param(4, f"{CP} --pipeline-model-parallel-size 2 --pp-schedule zb-h1", marks=pytest.mark.slow),
+        pytest.param(2, "--context-parallel-size 2 --cp-comm-type ring", marks=pytest.mark.slow),
+    ],
+)
+def test_masked_tokens_give_the_gradients_of_one_rank(ranks: int, flags: str, one: list[dict[str, Any]]) -> None:
+    run = run_ranks(ranks, masked_losses, tiny(f"--eod-mask-loss {flags}"))[0]
+    for ours, theirs in zip(run, one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        ("--eod-mask-loss --context-parallel-size 2", True),
+        ("--sft --context-parallel-size=4", True),
+        ("--eod-mask-loss --context-parallel-size 2 --calculate-per-token-loss", False),
+        ("--eod-mask-loss --context-parallel-size 1", False),
+        ("--eod-mask-loss", False),
+        ("--context-parallel-size 2", False),
+    ],
+)
+def test_the_launcher_names_the_flag_that_mends_a_scripts_loss(flags: str, warns: bool) -> None:
+    text = uneven_masks(flags.split())
+    assert text.endswith("pass --calculate-per-token-loss") if warns else text == ""
