@@ -28,9 +28,9 @@ class StageCosts(NamedTuple):
 
 
 class Model(BaseModel):
-    """What the costs hold for, under the names of Megatron's arguments; a field that is left out is not compared.
+    """The model that the costs were measured with, by Megatron's arguments; a field that is left out is not compared.
 
-    layout: how layers are dealt to stages, where that is not evenly
+    layout: the layers of each stage, where they are not spread evenly
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,7 +51,7 @@ class Model(BaseModel):
     layout: str | None = None
 
     def difference(self, other: "Model") -> str | None:
-        """The first field that both name and that differs."""
+        """Return the first field that both name and that differs."""
         given = self.model_dump(exclude_none=True)
         return next((name for name, value in given.items() if value != getattr(other, name)), None)
 
@@ -75,7 +75,7 @@ class CostsFile(BaseModel):
     M_W: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=2)] | None = None
 
     def costs(self, placement: Placement) -> Costs:
-        """The same as the simulator takes it; M_B, the unit of caps, is what the fullest rank keeps of a microbatch.
+        """Return the costs for the simulator; M_B, the unit of caps, is what the fullest rank keeps of a microbatch.
 
         Raises ValueError where the stages are not those of `placement`, or M_W is above M_B.
         """
@@ -97,7 +97,7 @@ class CostsFile(BaseModel):
 
 
 def of_stages(model: Model, stages: Sequence[StageCosts], hop: float) -> CostsFile:
-    """What was measured of every stage, and the seconds of a hop."""
+    """Return the costs from the measured stages and the seconds of a hop."""
     return CostsFile(
         model=model,
         T_F=[stage.forward * 1e3 for stage in stages],
@@ -110,7 +110,7 @@ def of_stages(model: Model, stages: Sequence[StageCosts], hop: float) -> CostsFi
 
 
 def read(file: Path) -> CostsFile:
-    """The costs in `file`; raises ValueError in one line for what cannot be read or is no cost."""
+    """Return the costs in `file`; raises ValueError in one line for what cannot be read or is no cost."""
     from ruamel.yaml import YAML
 
     from megatron_cp.yaml_file import parse
@@ -125,7 +125,7 @@ def read(file: Path) -> CostsFile:
 
 
 def _first(error: Any) -> str:
-    """What is wrong with one entry, in one line."""
+    """Return the fault of one entry in one line."""
     place, name = ".".join(map(str, error["loc"])), str(error["loc"][-1])
     if error["type"] == "extra_forbidden":
         known = (Model if len(error["loc"]) > 1 else CostsFile).model_fields

@@ -7,7 +7,7 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Placement:
-    """A stage's rank for every stage; `of_rank` lists a rank's stages in chunk order."""
+    """The rank of every stage; `of_rank` lists a rank's stages in chunk order."""
 
     name: str
     rank_of: tuple[int, ...]
@@ -31,12 +31,12 @@ class Placement:
 
 
 def loop(p: int, v: int = 1) -> Placement:
-    """Stage s on rank s mod p: Megatron's own placement (PTD-P, arXiv:2104.04473)."""
+    """Put stage s on rank s mod p: Megatron's own placement (PTD-P, arXiv:2104.04473)."""
     return Placement("loop", tuple(stage % p for stage in range(p * v)))
 
 
 def vee(p: int, v: int = 2) -> Placement:
-    """Down the ranks and up again, so first and last stage share rank 0 (Zero Bubble, arXiv:2401.10241, section 6)."""
+    """Go down the ranks and up again: first and last stage share rank 0 (Zero Bubble, arXiv:2401.10241, section 6)."""
     down = tuple(range(p))
     return Placement("v", tuple(rank for chunk in range(v) for rank in (down[::-1] if chunk % 2 else down)))
 

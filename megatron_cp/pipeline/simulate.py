@@ -16,7 +16,7 @@ from megatron_cp.pipeline.schedule import Schedule
 OBJECTIVES = ("makespan", "span")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimulatedStep:
     """One played step.
 
@@ -106,7 +106,13 @@ def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Simula
     if any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
         raise deadlock(schedule, places)
     peak = tuple(peak_memory(actions, costs) for actions in schedule.table)
-    return SimulatedStep(schedule, costs, tuple(map(tuple, play.starts)), tuple(map(tuple, play.ends)), peak)
+    return SimulatedStep(
+        schedule=schedule,
+        costs=costs,
+        starts=tuple(map(tuple, play.starts)),
+        ends=tuple(map(tuple, play.ends)),
+        peak=peak,
+    )
 
 
 class _StepSimulation:

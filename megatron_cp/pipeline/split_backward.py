@@ -2,7 +2,7 @@
 
 An input gradient I runs autograd as usual, but what a weight gradient needs (the linear's input and the gradient of its
 output) is put into a queue; W takes it out again (Zero Bubble, arXiv:2401.10241, section 3). The weight itself takes no
-part in autograd while a split schedule runs, so there are no dummy gradients that somebody could add up by mistake.
+part in autograd while a split schedule runs, so there are no dummy gradients that could be added up by mistake.
 """
 
 from collections import deque
@@ -26,8 +26,8 @@ class Work(NamedTuple):
 class WeightQueue:
     """Weight gradients that wait, under the key of the I that put them there, in the order of that backward.
 
-    open:   whether linears are to hand their weight gradients to this queue at all
-    always: whether some of them know no whole backward, so that a B goes through the queue too
+    open:   True while linears put their weight gradients into this queue
+    always: True if some of them have no whole backward, so that a B goes through the queue too
     on_put: called with the tensors of every weight gradient that starts to wait, for measurements
     """
 
@@ -39,12 +39,12 @@ class WeightQueue:
 
     @property
     def putting_off(self) -> bool:
-        """Whether an I is running: weight gradients wait. During a B they are computed at once."""
+        """True while an I runs: weight gradients wait. During a B they are computed at once."""
         return self._key is not None
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step: at its end every weight gradient must have been computed; after an error none is left."""
+        """Run one step: at its end every weight gradient must have been computed; after an error none is left."""
         assert not self._waiting, "the step before left weight gradients behind"
         self.open = True
         try:
@@ -56,7 +56,7 @@ class WeightQueue:
 
     @contextmanager
     def put_off(self, key: Hashable) -> Iterator[None]:
-        """Weight gradients of the backward inside wait until `run(key)`."""
+        """Let weight gradients of the backward inside wait until `run(key)`."""
         assert key not in self._waiting, f"{key} runs its backward twice"
         self._key, self._waiting[key] = key, deque()
         try:
@@ -71,7 +71,7 @@ class WeightQueue:
         self._waiting[self._key].append(Work(run, keeps))
 
     def held(self, key: Hashable) -> int | None:
-        """Bytes of the tensors that wait under `key`, each storage once; None where a module keeps its own."""
+        """Return the bytes of tensors that wait under `key`, each storage once; None where a module keeps its own."""
         if not all(work.keeps for work in self._waiting[key]):
             return None
         tensors = (tensor for work in self._waiting[key] for tensor in work.keeps)
@@ -79,7 +79,7 @@ class WeightQueue:
         return sum(storages.values())
 
     def run(self, key: Hashable) -> None:
-        """Compute what waits under `key`, oldest first; each entry's tensors are let go as soon as it is done."""
+        """Compute what waits under `key`, oldest first; each entry's tensors are freed as soon as it is done."""
         waiting = self._waiting.pop(key)
         with no_grad():
             while waiting:
@@ -87,7 +87,7 @@ class WeightQueue:
 
 
 def weight_gradient(given: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of a linear's weight from its input and its output's gradient, all tokens in one product."""
+    """Return the gradient of a linear's weight from its input and its output's gradient, all tokens in one product."""
     # s b o -> (s b) o
     return gradient.reshape(-1, gradient.shape[-1]).t().matmul(given.reshape(-1, given.shape[-1]))
 

@@ -22,4 +22,4 @@ def _in_pairs(forwards: list[Action], backwards: list[Action], warmup: int) -> l
     return actions
 
 
-RULE = Rule("two-and-two", two_and_two, "", "two forwards, two backwards, in turn", split=False)
+RULE = Rule(name="two-and-two", table=two_and_two, paper="", what="two forwards, two backwards, in turn", split=False)

@@ -5,6 +5,9 @@ from megatron_cp.pipeline.schedules.order import alternate, in_order
 
 
 def gpipe(p: int, m: int, v: int = 1) -> list[list[Action]]:
-    """Peak m. Backwards run in microbatch order, as in Megatron, so that gradients add up in the same order;
-    the paper reverses them, which takes the same time."""
+    """Return all forwards, then all backwards; peak m.
+
+    Backwards run in microbatch order, as in Megatron, so that gradients add up in the same order. The paper reverses
+    them, which takes the same time.
+    """
     return [alternate(*in_order(rank, m), warmup=m) for rank in range(p)]
