@@ -90,7 +90,7 @@ def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None
 
 
 def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group's ranks numbered from the other end; every process of the run calls this together, as for `wires`.
+    """Number the group's ranks from the other end; every process of the run calls this together, as for `wires`.
 
     Raises RuntimeError where torch numbers the ranks of every group upwards.
     """
@@ -114,7 +114,7 @@ def hand_over[T](group: dist.ProcessGroup, source: int, target: int, value: T) -
 
 
 def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The ranks of every group that some process of the run has named, the same list on all."""
+    """List the ranks of every group that some process of the run has named; all processes get the same list."""
     found: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(found, members)
     return sorted(set(found))
@@ -122,7 +122,7 @@ def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 @contextmanager
 def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator[GroupFabric]:
-    """The fabric of `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together.
+    """Connect `size` processes of this machine, NCCL on CUDA and gloo elsewhere; all leave together.
 
     port: of the store that the process that started them keeps
     """
@@ -152,7 +152,7 @@ class _Works:
 
 
 def collective(group: dist.ProcessGroup, kind: str, whole: Tensor) -> None:
-    """A "gather", "scatter" or "reduce" of all of `whole`, flat, whose content is lost: for the time that it takes."""
+    """Run a "gather", "scatter" or "reduce" of `whole`, flat, to time it; the content of `whole` is lost."""
     part = whole[: whole.shape[0] // group.size()].clone()
     if kind == "gather":
         _all_gather(whole, part, group=group)

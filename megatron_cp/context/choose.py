@@ -52,7 +52,7 @@ class Option(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The backend, with its grid and what that is for where it has one."""
+        """Name of the backend, with its grid and placement if it has one."""
         entry, grid = BACKENDS.get(self.problem.backend), self.problem.grid
         if grid is None or not entry.takes_grid:
             return entry.name
@@ -75,7 +75,7 @@ class BackendChoice:
 
     @property
     def problem(self) -> Problem:
-        """The problem with the backend, grid and placement that are fastest."""
+        """Problem with the backend, grid and placement that are fastest."""
         return self.options[0].problem
 
     @property
@@ -145,12 +145,12 @@ def _room(cluster: Cluster) -> float:
 
 
 def _rating(option: Option) -> tuple[float, int]:
-    """Of equals the one listed first."""
+    """Return the sort key of an option: its time, then its place in the registry."""
     return option.cost.time, BACKENDS.names.index(option.problem.backend)
 
 
 def _bounds(problem: Problem, cluster: Cluster, last_rank: LastRank) -> list[tuple[float, Problem]]:
-    """The least time that each backend can take, of those that do not refuse."""
+    """Return the least time that each backend can take, of those that do not refuse."""
     bounds, refusals = [], []
     for candidate in candidates(problem):
         try:
@@ -170,7 +170,7 @@ def _least(steps: Sequence[Step], cluster: Cluster) -> float:
 
 
 def candidates(problem: Problem) -> Iterator[Problem]:
-    """The problem with every backend that is weighed, and its choices."""
+    """Yield the problem with every backend that is considered, and its choices."""
     for entry in BACKENDS:
         if not entry.weighs(problem.mask) or (problem.chunks is not None and not entry.capabilities.chunks):
             continue
@@ -224,7 +224,7 @@ def _shrunk(cluster: Cluster, sample: Problem, whole: Problem) -> Cluster:
 
 
 def _reach(problem: Problem) -> int:
-    """How many ranks the time grows with: all, or as many as hold what a window shows."""
+    """Return how many ranks the time grows with: all, or as many as hold what a window shows."""
     left, right = problem.mask
     if left is None or right is None:
         return problem.ranks

@@ -133,7 +133,7 @@ class HeadExchange:
         return gathered(self.members)[1]
 
     def to_heads(self, *tensors: Tensor) -> list[Tensor]:
-        """(q) or (q, k, v) with all heads of this rank's tokens -> my heads of all tokens, in one exchange.
+        """Turn (q) or (q, k, v) with all heads of my tokens into my heads of all tokens, in one exchange.
 
         The results are in sequence order and views of one buffer; the stretches of each rank arrive in their place.
         """

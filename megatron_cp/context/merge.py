@@ -71,15 +71,15 @@ class Sum:
             self.exact()[rows].add_(part)
 
     def room(self, rows: slice) -> list[Tensor]:
-        """A buffer for another rank's part of these rows."""
+        """Allocate a buffer for another rank's part of these rows."""
         return [self._like.new_empty((rows.stop - rows.start, *self._like.shape[1:]))]
 
     def result(self) -> Tensor:
-        """The sum, rounded once to the dtype of `like`."""
+        """Return the sum, rounded once to the dtype of `like`."""
         return self.exact().to(self._like.dtype)
 
     def exact(self) -> Tensor:
-        """The sum, not rounded."""
+        """Return the sum, not rounded."""
         if self._total is None:
             self._total = torch.zeros(self._like.shape, dtype=accumulator_dtype(self._like), device=self._like.device)
         return self._total

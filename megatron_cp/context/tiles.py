@@ -54,7 +54,7 @@ class StaircaseStep(NamedTuple):
         return self.stop - self.start
 
     def skip(self, queries: int) -> "StaircaseStep":
-        """The rest of the step after its first queries."""
+        """Return the rest of the step after its first queries."""
         low, high = self.low + queries * self.low_slope, self.high + queries * self.high_slope
         return self._replace(start=self.start + queries, low=low, high=high)
 
@@ -68,12 +68,12 @@ def tiles(q_runs: Runs, kv_runs: Runs, mask: Mask) -> tuple[Tile, ...]:
 
 @lru_cache(cache_sizes.PAIRS)
 def seen(q_runs: Runs, kv_runs: Runs, mask: Mask) -> slice:
-    """The stretch of keys that any of the queries sees; the others need not travel to them."""
+    """Return the stretch of keys that any of the queries sees; no other key need be sent to them."""
     return hull(tuple(tile.kv for tile in tiles(q_runs, kv_runs, mask)))
 
 
 def hull(stretches: tuple[slice, ...]) -> slice:
-    """The shortest stretch that holds all of them; empty ones do not count."""
+    """Return the shortest stretch that holds all non-empty ones."""
     stretches = tuple(stretch for stretch in stretches if stretch.start < stretch.stop)
     if not stretches:
         return slice(0, 0)
@@ -124,7 +124,7 @@ def _slab(step: StaircaseStep, queries: int) -> Iterator[Tile]:
 
 
 def _steps(q_runs: Runs, kv_runs: Runs, mask: Mask) -> list[StaircaseStep]:
-    """The steps over all queries, those that see nothing left out, neighbours that continue each other joined."""
+    """Return the steps over all queries, joined where they continue each other, without those that see nothing."""
     joined: list[StaircaseStep] = []
     for run, local in located(q_runs):
         for step in _run_steps(run, kv_runs, mask):
@@ -136,7 +136,7 @@ def _steps(q_runs: Runs, kv_runs: Runs, mask: Mask) -> list[StaircaseStep]:
 
 
 def _run_steps(run: range, kv_runs: Runs, mask: Mask) -> Iterator[StaircaseStep]:
-    """The steps of one run of queries: each run of keys is a ramp of one key per query in either staircase."""
+    """Yield the steps of one run of queries: each run of keys is a ramp of one key per query in either staircase."""
     # a query has passed the keys more than `left` before it and reached those up to `right` after it
     # a ramp is the queries over which a staircase climbs one run of keys
     lows = [] if mask.left is None else [_ramp(run, keys, -mask.left - 1) for keys in kv_runs]

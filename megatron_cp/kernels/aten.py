@@ -154,6 +154,6 @@ def cudnn() -> Op:
 
 
 def cpu_flash(version: str) -> Op:
-    """The CPU op of this torch version; before 2.9 it knows no grouped heads (pytorch/pytorch#157893)."""
+    """Return the CPU op of this torch version; before 2.9 it knows no grouped heads (pytorch/pytorch#157893)."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return CPU_FLASH if (major, minor) >= (2, 9) else expanded(CPU_FLASH)

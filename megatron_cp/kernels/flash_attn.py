@@ -50,7 +50,7 @@ def create(*, deterministic: bool) -> FusedKernel:
 
 
 def flash_op(interface: Interface, *, deterministic: bool) -> Op:
-    """The package's op, whichever of its two calling conventions this release has."""
+    """Return the package's op, with the calling convention that this release has."""
     # 2.7 split window_size in two, returns out and lse first, and goes through torch's dispatcher
     split_window = hasattr(interface, "_wrapped_flash_attn_forward")
     window: tuple[object, ...] = (-1, -1) if split_window else ((-1, -1),)

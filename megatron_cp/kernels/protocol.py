@@ -40,7 +40,7 @@ class Kernel(Protocol):
         scale: float,
         causal: bool,
     ) -> tuple["Tensor", "Tensor", "Tensor"]:
-        """(dq, dk, dv) of this tile; out (in q's dtype or lse's) and lse belong to the whole, merged softmax."""
+        """Return (dq, dk, dv) of this tile; out (in q's dtype or lse's) and lse belong to the whole, merged softmax."""
         ...
 
 

@@ -80,7 +80,7 @@ def race(
     call: Callable[[Op], tuple[Tensor, ...]],
     milliseconds: Callable[[Callable[[], object]], float],
 ) -> OpChoice:
-    """The fastest of the ops that run and agree with the first one; the first one must run."""
+    """Return the fastest of the ops that run and agree with the first one; the first one must run."""
     expected = call(ops[0])
     times = {ops[0].name: milliseconds(lambda: call(ops[0]))}
     outside: list[str] = []
@@ -101,7 +101,7 @@ def race(
 
 
 def cuda_milliseconds(call: Callable[[], object]) -> float:
-    """The best of a few calls, by events on the current stream; the first call has been made already."""
+    """Return the best of a few calls, by events on the current stream; the first call has been made already."""
     times = []
     for _ in range(TIMED_CALLS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -185,7 +185,7 @@ class Pass:
         return loads
 
     def calls(self, rank: int) -> Iterator[Compute]:
-        """The rank's kernel calls."""
+        """Yield the rank's kernel calls."""
         return (event for event, _ in self.steps[rank] if isinstance(event, Compute))
 
     def _posts(self, rank: int) -> Iterator[Post]:

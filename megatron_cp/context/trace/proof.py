@@ -208,7 +208,7 @@ class ProvingKernel:
         return dq.repeat_interleave(group, 2) * (1 + q[:, :, :, :1]), dk, 2 * dk
 
     def _look(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Labels, np.ndarray]:
-        """The labels, and which of the pairs are unmasked, [queries keys]."""
+        """Return the labels, and which of the pairs are unmasked, [queries keys]."""
         self._book.asked = True
         (queries, heads), (keys, kv_heads) = _read("q", q), _read("k", k)
         if _read("v", v) != (keys, kv_heads):
@@ -244,7 +244,7 @@ def _differ(found: Tensor, expected: Tensor) -> bool:
 
 
 def _read(name: str, tokens: Tensor) -> tuple[list[int], list[int]]:
-    """The positions and heads that [s 1 h 4] tokens carry; raises NotExactError for any other tensor."""
+    """Read the positions and heads that [s 1 h 4] tokens carry; raise NotExactError for any other tensor."""
     values = tokens.numpy()
     positions, heads = values[:, 0, 0, 0], values[0, 0, :, 1]
     same = (values[:, 0, :, 0] == positions[:, None]).all() and (values[:, 0, :, 1] == heads).all()

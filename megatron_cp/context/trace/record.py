@@ -155,7 +155,7 @@ class Recorder(LiveBytes):
         return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._host
 
     def _shaped(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """The result of an operation that makes a tensor; torch takes long to find its shape, so it is asked once."""
+        """Return the result of an operation that makes a tensor; its shape is found once, which takes torch long."""
         key = (func, *(_form(leaf) for leaf in tree_iter((args, kwargs))))
         if key not in self._forms:
             result = func(*args, **kwargs)

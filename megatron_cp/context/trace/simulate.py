@@ -68,7 +68,7 @@ Seconds = Callable[[Compute], float]
 
 
 def call_seconds(cluster: Cluster) -> Seconds:
-    """The time of a kernel call from the cluster's rates."""
+    """Return the time of a kernel call by the cluster's rates."""
     return lambda call: cluster.call_s + flops(call, cluster.block_keys) / _rate(cluster, call.backward)
 
 
@@ -251,7 +251,7 @@ class _PassSimulation:
 
 
 def _ports(link: Link, inside: bool, src: int, dst: int) -> tuple[Port, Port]:
-    """The port that a message leaves through and the one that it comes in by."""
+    """Return the port that a message leaves through and the one that it arrives at."""
     if link.ports == "shared":
         return ("out", src, inside), ("in", dst, inside)
     return ("out", src, inside, dst), ("in", dst, inside, src)
@@ -263,7 +263,7 @@ def _ideal(run: Pass, cluster: Cluster, seconds: Seconds) -> float:
 
 
 def _plain(run: Pass, cluster: Cluster) -> float:
-    """The time of the unmasked part of what is computed without a kernel."""
+    """Return the time of the unmasked part of what is computed without a kernel."""
     return sum((flops / _rate(cluster, backward) for flops, backward in _plain_flops(run)), 0.0)
 
 

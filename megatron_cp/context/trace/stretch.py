@@ -43,7 +43,7 @@ def stretching(record: Record) -> Record:
 
 
 def longer(trace: Trace, times: int) -> Trace:
-    """The trace of the same problem on a sequence that is `times` as long."""
+    """Return the trace of the same problem on a sequence that is `times` as long."""
     problem = replace(trace.problem, seq=trace.problem.seq * times)
     forward, backward = (_longer_pass(run, times) for run in (trace.forward, trace.backward))
     return Trace(problem, forward, backward, [size * times for size in trace.relayout])
