@@ -12,11 +12,18 @@ from tests.imports import FILES, name_of, tree
 OPENINGS = re.compile(r"(What|Whether|Of|The same)\b")
 PHRASES = re.compile(r"\b(for ever|nobody|everybody|for want of|belongs? into)\b", re.IGNORECASE)
 # not yet rewritten
-OPEN = ("comm", "context", "corpus", "kernels", "megatron", "pipeline", "quiet.py", "registry.py")
+OPEN = (
+    "context/choose.py",
+    "context/trace/stretch.py",
+    "corpus/",
+    "megatron/",
+    "pipeline/costs_file.py",
+    "pipeline/split_backward.py",
+)
 
 
 def checked() -> list[Path]:
-    return [path for path in FILES if name_of(path).split("/")[0] not in OPEN]
+    return [path for path in FILES if not name_of(path).startswith(OPEN)]
 
 
 def docstrings(root: ast.AST) -> Iterator[tuple[int, str]]:

@@ -14,8 +14,8 @@ BANNED = (
 # a warp's lanes are what CUDA calls them
 CUDA_FOLDERS = ("kernels",)
 # still to be renamed
-TWICE = {"Arrival", "Channel", "Choice", "Event", "Pass", "Plan", "Run", "Step", "Task", "_Play"}
-METAPHORS = {"Homeward", "Lanes", "_Lane", "door", "race"}
+TWICE = {"Plan"}
+METAPHORS = {"door", "race"}
 
 
 def words(name: str) -> list[str]:
