@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megatron_cp import config, runlog
 from megatron_cp.planner.parallel import cluster_for
+from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 
@@ -59,13 +60,16 @@ def estimate(
         return
     if name is None:
         raise ValueError("give a recipe, or --published")
-    found = estimate_recipe(recipe.load(name, Unset(config.environment()), flags or []), cluster)
+    run = recipe.load(name, Unset(config.environment()), flags or [])
+    found, left_out = estimate_recipe(run, cluster), unmodelled(run)
     taken = _train(name, flags or []) if measure else None
     if as_json:
         measured = {} if taken is None else {"measured": taken._asdict()}
-        typer.echo(json.dumps({**_as_json(found), **measured}, indent=2))
+        typer.echo(json.dumps({**_as_json(found), "not_in_the_estimate": left_out, **measured}, indent=2))
         return
     _show(found)
+    if left_out:
+        typer.echo(f"not in the estimate: {', '.join(left_out)}")
     if taken is not None:
         _compare(found, taken)
 

@@ -138,7 +138,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         micro_batch=micro,
         global_batch=recipe.number("--global-batch-size", micro * rest),
         distributed_optimizer="--use-distributed-optimizer" in given,
-        recompute=recipe.flag("--recompute-granularity", "none"),
+        recompute=recipe.flag("--recompute-granularity", _recompute_by_default(recipe)),
         schedule=recipe.flag("--pp-schedule", "") or None,
         balanced_ends="--account-for-loss-in-pipeline-split" in given,
         overlap_grad_reduce="--overlap-grad-reduce" in given,
@@ -159,7 +159,14 @@ def _chunks(recipe: Recipe, layers: int, pp: int) -> int:
     if "--num-layers-per-virtual-pipeline-stage" in given:
         ends = sum(f"--account-for-{end}-in-pipeline-split" in given for end in ("embedding", "loss"))
         return max(1, (layers + ends) // pp // recipe.number("--num-layers-per-virtual-pipeline-stage", 1))
+    if "--pp-schedule" in given and pp > 1:
+        # as in training: the chunks follow where the schedule knows one number only
+        return SCHEDULES.get(recipe.flag("--pp-schedule", "")).chunks or 1
     return 1
+
+
+def _recompute_by_default(recipe: Recipe) -> str:
+    return "selective" if "--recompute-activations" in recipe.model_args else "none"
 
 
 def _grid(recipe: Recipe) -> Grid | None:
