@@ -161,3 +161,30 @@ def test_bad_input_is_one_line(
     with pytest.raises(ValueError, match=text) as error:
         reported(*words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0\xff\xfe" * 50,
+        b"3\nnull\n[1]\n",
+        b'{"iteration": "a", "of": {}}\n',
+        b"[" * 100_000,
+        b'{"iteration": 1}',
+    ],
+)
+@pytest.mark.parametrize("name", [runlog.LOG_NAME, "run.log", "events.out.tfevents.1.host"])
+def test_garbage_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert isinstance(done.exception, (ValueError, RuntimeError)), done.exception
+    assert "no iteration in" in str(done.exception) or "TensorBoard's event files only" in str(done.exception)
+
+
+def test_values_that_are_no_numbers_are_left_out_of_the_log(tmp_path: Path) -> None:
+    lines = (
+        '{"iteration": 1, "of": 2, "lm loss": "x", "grad norm": 1.5}\n\xff\n{"iteration": 2, "of": 2, "lm loss": 3.0}\n'
+    )
+    (tmp_path / runlog.LOG_NAME).write_bytes(lines.encode("latin-1"))
+    assert [step.fields for step in runlog.read(tmp_path / runlog.LOG_NAME)] == [{"grad norm": 1.5}, {"lm loss": 3.0}]
