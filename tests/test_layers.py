@@ -164,7 +164,7 @@ def test_no_files_and_no_folders_import_each_other() -> None:
     assert circles(rooms(files())) == []
 
 
-def test_the_root_of_the_adapters_holds_no_more_than_its_doors_and_tables() -> None:
+def test_the_root_of_the_adapters_holds_few_files() -> None:
     assert len([path for path in FILES if path.parent.name == ADAPTERS]) <= ROOT_OF_ADAPTERS
 
 

@@ -1,4 +1,4 @@
-"""Corpora in Megatron's IndexedDataset format: written by megatron.core's own builder, all or nothing."""
+"""Write corpora in Megatron's IndexedDataset format with megatron.core's own builder, completely or not at all."""
 
 import fcntl
 import os
@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,15 @@ __all__ = ["Limits", "Written", "check_data_path", "check_output", "check_prefix
 
 
 class Limits(NamedTuple):
-    """Where to stop: with the document that reaches so many bytes of text, or after so many documents."""
+    """Limits of a corpus: stop at the document that reaches `text_bytes`, or after `documents`."""
 
     text_bytes: int | None = None
     documents: int | None = None
 
 
-class Written(NamedTuple):
-    """What went into a corpus, and what did not: texts without content, and the files or lines left out.
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Counts of a written corpus, with the empty texts and the bad files or lines that were left out.
 
     `seconds` is the time from opening the first input to the last document, without the import of megatron.core.
     """
@@ -44,19 +46,19 @@ class Written(NamedTuple):
 
 
 def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
-    """check_prefix for each prefix of Megatron's --data-path, with or without weights; remote ones are left out."""
+    """Call check_prefix for each local prefix of Megatron's --data-path, with or without weights."""
     prefixes, _ = _blend(data_path)
     return [check_prefix(prefix) for prefix in prefixes if "://" not in prefix]
 
 
 def check_output(prefix: str, overwrite: bool) -> None:
-    """Raises ValueError when a corpus cannot be written to `prefix`, before any work is done."""
+    """Check that a corpus can be written to `prefix`; raises ValueError before any work is done."""
     path = Path(prefix)
     if prefix.endswith((".bin", ".idx", "/")) or not path.name:
-        raise Refused(f"--output {prefix!r} shall be a prefix, such as data/corpus for data/corpus.bin and .idx")
+        raise Refused(f"--output {prefix!r} must be a prefix, such as data/corpus for data/corpus.bin and .idx")
     there = [str(each) for each in _pair(path) if each.exists()]
     if there and not overwrite:
-        raise Refused(f"{' and '.join(there)} exist already; replace with --overwrite or choose another --output")
+        raise Refused(f"{' and '.join(there)} already exist; replace with --overwrite or choose another --output")
     try:
         with _building(path):
             pass
@@ -122,7 +124,7 @@ def _quiet_import() -> Iterator[None]:
 
 
 def _stop_at(batches: Iterable[Batch], limits: Limits) -> Iterator[tuple[Batch, bool]]:
-    """The batches up to the document that reaches a limit, each with whether it is the last for that reason."""
+    """Yield the batches up to the document that reaches a limit, each with True if it is the last for that reason."""
     text_bytes = documents = 0
     for batch in batches:
         room = len(batch.lengths) + 1
@@ -160,7 +162,15 @@ def _add(
         stopped = last
         progress(batch)
     seconds = time.perf_counter() - started
-    return Written(documents, tokens, text_bytes, empty, tuple(bad), stopped, seconds)
+    return Written(
+        documents=documents,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        empty=empty,
+        bad=tuple(bad),
+        stopped=stopped,
+        seconds=seconds,
+    )
 
 
 def _nothing(written: Written) -> str:
@@ -175,7 +185,7 @@ def _pair(prefix: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def _building(target: Path) -> Iterator[Path]:
-    """A folder beside the target for one build at a time; what a killed build left there is removed.
+    """Make a folder beside the target for one build at a time; files that a killed build left there are removed.
 
     The lock on the folder goes with the process that holds it.
     """
@@ -196,7 +206,7 @@ def _building(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
-        # those that hold nothing, because nothing was built
+        # folders that are still empty because nothing was built
         for each in new_folders:
             with suppress(OSError):
                 each.rmdir()

@@ -1,4 +1,4 @@
-"""The names of Megatron that we rebind, in one table, and what it takes to rebind them safely.
+"""Rebind names of Megatron, listed in one table, safely.
 
 Everything that the layer spec, the model config or the config object can do is done there; a hook is the last resort.
 A hook states every binding that it replaces, why, which parameters of the replaced function it relies on, and which
@@ -16,15 +16,16 @@ from typing import Any
 
 from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.rebind import Replaced, find, replace, restore_all
+from megatron_cp.megatron.run import settings_of_run
 from megatron_cp.registry import Registry
 
 SUPPORTED = "0.19."
 FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
-"""Hooks that placing stages on the V takes; they are in force with such a schedule only."""
+"""Hooks that place stages on the V; they are applied for such a schedule only."""
 _MARK = "megatron_cp_hook"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hook:
     """One change to Megatron.
 
@@ -34,6 +35,7 @@ class Hook:
     reason:     why Megatron cannot be asked for it in another way
     retired_by: the change upstream that would make the hook superfluous
     makes:      `by(old)` makes what is bound, once, when the hook is installed
+    settings:   every call gets the run's Settings, before the arguments of the replaced function
     """
 
     name: str
@@ -43,18 +45,22 @@ class Hook:
     reason: str
     retired_by: str
     makes: bool = False
+    settings: bool = False
     aliases: tuple[str, ...] = ()
 
     def replacement(self, old: Any) -> Any:
-        """What is bound instead of `old`.
+        """Return what is bound instead of `old`.
 
         A function of ours is imported at its first call: a patched Megatron asks for it while it is being imported.
         """
-        if self.makes:
-            return find(self.by).value(old)
+        made: Any = find(self.by).value(old) if self.makes else None
+        if self.makes and not self.settings:
+            return made
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
-            return find(self.by).value(old, *args, **kwargs)
+            # the arguments are parsed after most hooks are installed
+            given = (settings_of_run(), *args) if self.settings else args
+            return made(*given, **kwargs) if self.makes else find(self.by).value(old, *given, **kwargs)
 
         return replaced
 
@@ -63,128 +69,136 @@ HOOKS = Registry(
     "hook",
     [
         Hook(
-            "dataset-helpers",
-            ("megatron.core.datasets.utils:compile_helpers",),
-            "megatron_cp.megatron.dataset:compile_helpers",
-            (),
-            "the wheel has the compiled dataset helpers but no Makefile, and rank 0 exits when make fails",
-            "compile_helpers that returns when helpers_cpp imports, or a Makefile in the wheel",
+            name="dataset-helpers",
+            targets=("megatron.core.datasets.utils:compile_helpers",),
+            by="megatron_cp.megatron.dataset:compile_helpers",
+            parameters=(),
+            reason="the wheel has the compiled dataset helpers but no Makefile, and rank 0 exits when make fails",
+            retired_by="compile_helpers that returns when helpers_cpp imports, or a Makefile in the wheel",
         ),
         Hook(
-            "flags",
-            ("megatron.training.arguments:add_megatron_arguments",),
-            "megatron_cp.megatron.arguments.checks:add_megatron_arguments",
-            ("parser",),
-            "an unmodified script has no place for our flags, and they belong in --help and the arguments' dump",
-            "an entry point for argument providers",
+            name="flags",
+            targets=("megatron.training.arguments:add_megatron_arguments",),
+            by="megatron_cp.megatron.arguments.checks:add_megatron_arguments",
+            parameters=("parser",),
+            reason="an unmodified script has no place for our flags, and they belong in --help and the arguments' dump",
+            retired_by="an entry point for argument providers",
         ),
         Hook(
-            "checks",
-            ("megatron.training.arguments:validate_args",),
-            "megatron_cp.megatron.arguments.checks:validate_args",
-            ("args",),
-            "our layer spec is chosen and our checks run, on every rank, before Megatron's own checks",
-            "an entry point for argument providers",
+            name="checks",
+            targets=("megatron.training.arguments:validate_args",),
+            by="megatron_cp.megatron.arguments.checks:validate_args",
+            parameters=("args",),
+            reason="our layer spec is chosen and our checks run, on every rank, before Megatron's own checks",
+            retired_by="an entry point for argument providers",
         ),
         Hook(
-            "mtp-layers",
-            ("megatron.training.models.gpt:mtp_block_spec",),
-            "megatron_cp.megatron.layers.specs:mtp_layers",
-            ("config", "transformer_layer_spec", "vp_stage"),
-            "--spec does not reach the layers of multi-token prediction, which would keep stock attention",
-            "mtp_block_spec that builds on the layer spec it is given",
+            name="mtp-layers",
+            targets=("megatron.training.models.gpt:mtp_block_spec",),
+            by="megatron_cp.megatron.layers.specs:mtp_layers",
+            parameters=("config", "transformer_layer_spec", "vp_stage"),
+            reason="--spec does not reach the layers of multi-token prediction, which would keep stock attention",
+            retired_by="mtp_block_spec that builds on the layer spec it is given",
+            settings=True,
         ),
         Hook(
-            "schedule",
-            (
+            name="schedule",
+            targets=(
                 "megatron.training.training:get_forward_backward_func",
                 "megatron.core.pipeline_parallel:get_forward_backward_func",
             ),
-            "megatron_cp.megatron.pipeline.lookup:forward_backward",
-            (),
-            "the pipeline schedule is looked up by name, twice, and cannot be passed in",
-            "a schedule argument of pretrain()",
+            by="megatron_cp.megatron.pipeline.lookup:ScheduleGetter",
+            parameters=(),
+            reason="the pipeline schedule is looked up by name, twice, and cannot be passed in",
+            retired_by="a schedule argument of pretrain()",
+            makes=True,
+            settings=True,
+        ),
+        Hook(
+            name="weight-queue",
+            targets=("megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",),
+            by="megatron_cp.megatron.pipeline.split_linear:SplitLinear",
+            parameters=(),
+            reason="a schedule with input and weight gradients apart needs linears whose backward can stop half-way",
+            retired_by="backward_dw of Column- and RowParallelLinear that does what transformer-engine's does",
             makes=True,
         ),
         Hook(
-            "weight-queue",
-            ("megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication",),
-            "megatron_cp.megatron.pipeline.split_linear:SplitLinear",
-            (),
-            "a schedule with input and weight gradients apart needs linears whose backward can stop half-way",
-            "backward_dw of Column- and RowParallelLinear that does what transformer-engine's does",
-            makes=True,
+            name="v-stages",
+            targets=("megatron.training.models.dist_utils:build_virtual_pipeline_stages",),
+            by="megatron_cp.megatron.pipeline.v_placement:build_stages",
+            parameters=("build_model_func", "pg_collection", "vp_size"),
+            reason="layers, embedding and head of a chunk are decided from its rank along the loop",
+            retired_by="process groups that a model builder may choose for every chunk",
+            settings=True,
         ),
         Hook(
-            "v-stages",
-            ("megatron.training.models.dist_utils:build_virtual_pipeline_stages",),
-            "megatron_cp.megatron.pipeline.v_placement:build_stages",
-            ("build_model_func", "pg_collection", "vp_size"),
-            "layers, embedding and head of a chunk are decided from its rank along the loop",
-            "process groups that a model builder may choose for every chunk",
+            name="v-data",
+            targets=("megatron.training.training:build_train_valid_test_data_iterators",),
+            by="megatron_cp.megatron.pipeline.v_placement:feed_stages",
+            parameters=("build_train_valid_test_datasets_provider",),
+            reason="the chunks that read data are found from their rank along the loop",
+            retired_by="a data provider that is told whether its chunk is the first or the last stage",
+            settings=True,
         ),
         Hook(
-            "v-data",
-            ("megatron.training.training:build_train_valid_test_data_iterators",),
-            "megatron_cp.megatron.pipeline.v_placement:feed_stages",
-            ("build_train_valid_test_datasets_provider",),
-            "the chunks that read data are found from their rank along the loop",
-            "a data provider that is told whether its chunk is the first or the last stage",
+            name="v-tied-embeddings",
+            targets=("megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",),
+            by="megatron_cp.megatron.pipeline.v_placement:add_tied_gradients",
+            parameters=("model",),
+            reason="the two copies of a tied embedding are expected on two ranks, and on the V they are on one",
+            retired_by="a sum over the copies of this rank before those of the embedding group are reduced",
+            settings=True,
         ),
         Hook(
-            "v-tied-embeddings",
-            ("megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",),
-            "megatron_cp.megatron.pipeline.v_placement:add_tied_gradients",
-            ("model",),
-            "the two copies of a tied embedding are expected on two ranks, and on the V they are on one",
-            "a sum over the copies of this rank before those of the embedding group are reduced",
+            name="delayed-weights",
+            targets=("megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",),
+            by="megatron_cp.megatron.pipeline.te_weight_gradients:delay_weights",
+            parameters=("self",),
+            reason="transformer-engine's linears delay weight gradients only when expert-parallel messages overlap",
+            retired_by="a delay_wgrad_compute that any pipeline schedule may use",
+            settings=True,
         ),
         Hook(
-            "delayed-weights",
-            ("megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",),
-            "megatron_cp.megatron.pipeline.te_weight_gradients:delay_weights",
-            ("self",),
-            "linears of transformer-engine delay weight gradients only with overlap of expert-parallel communication",
-            "a delay_wgrad_compute that any pipeline schedule may use",
+            name="overwrite",
+            targets=("megatron.core.dist_checkpointing:save",),
+            by="megatron_cp.megatron.checkpoint.failed_save:save_without_old_index",
+            parameters=("sharded_state_dict", "checkpoint_dir"),
+            reason="an interrupted save over a checkpoint of the same iteration leaves the old index over mixed files",
+            retired_by="a save that removes the index of what it writes over",
         ),
         Hook(
-            "overwrite",
-            ("megatron.core.dist_checkpointing:save",),
-            "megatron_cp.megatron.checkpoint.overwrite:save",
-            ("sharded_state_dict", "checkpoint_dir"),
-            "an interrupted save over an older checkpoint of the same iteration leaves the old index over mixed files",
-            "a save that removes the index of what it writes over",
+            name="optimizer-save",
+            targets=("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",),
+            by="megatron_cp.megatron.checkpoint.resume:state_dict",
+            parameters=("self",),
+            reason="torch's AdamW has no step count before its first step, and loading a checkpoint asks for one",
+            retired_by="a state_dict of DistributedOptimizer that takes a fresh optimizer of torch's",
         ),
         Hook(
-            "optimizer-save",
-            ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",),
-            "megatron_cp.megatron.checkpoint.resume:state_dict",
-            ("self",),
-            "torch's AdamW has no step count before its first step, and loading a checkpoint asks for one",
-            "a state_dict of DistributedOptimizer that takes a fresh optimizer of torch's",
+            name="optimizer-load",
+            targets=("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",),
+            by="megatron_cp.megatron.checkpoint.resume:load_state_dict",
+            parameters=("self", "state_dict"),
+            reason="all parameters of torch's AdamW get one step tensor, which each advances; training is wrong",
+            retired_by="a load_state_dict of DistributedOptimizer that gives every parameter a step tensor of its own",
         ),
         Hook(
-            "optimizer-load",
-            ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",),
-            "megatron_cp.megatron.checkpoint.resume:load_state_dict",
-            ("self", "state_dict"),
-            "all parameters of torch's AdamW get one step tensor, which each advances, and training goes on wrongly",
-            "a load_state_dict of DistributedOptimizer that gives every parameter a step tensor of its own",
-        ),
-        Hook(
-            "optimizer-copy",
-            ("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",),
-            "megatron_cp.megatron.checkpoint.resume:set_states",
-            ("self", "model_param", "tensors"),
-            "a checkpoint has no step count per parameter, and fp32 parameters refuse to be written under autograd",
-            "a copy of DistributedOptimizer that leaves out `step`, without autograd",
+            name="optimizer-copy",
+            targets=(
+                "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+            ),
+            by="megatron_cp.megatron.checkpoint.resume:set_states",
+            parameters=("self", "model_param", "tensors"),
+            reason="a checkpoint has no step count per parameter, and autograd refuses to write to fp32 parameters",
+            retired_by="a copy of DistributedOptimizer that leaves out `step`, without autograd",
         ),
     ],
 )
 
 
 def probe(hook: Hook) -> str:
-    """Why the hook cannot be applied to the installed Megatron, or an empty string."""
+    """Return why the hook cannot be applied to the installed Megatron, or an empty string."""
     import megatron.core
 
     if not megatron.core.__version__.startswith(SUPPORTED):
@@ -202,12 +216,12 @@ def probe(hook: Hook) -> str:
 
 
 def is_on(hook: Hook) -> bool:
-    """Whether the hook is in force."""
+    """True if the hook is in force."""
     return all(getattr(find(target).value, _MARK, None) == hook.name for target in hook.targets)
 
 
 class Applied:
-    """Hooks in force; leaving the context, or `revert`, puts back what was there before."""
+    """Hooks in force; leaving the context, or `revert`, restores the previous bindings."""
 
     def __init__(self, names: tuple[str, ...], done: list[Replaced]) -> None:
         self.names = names
@@ -253,12 +267,12 @@ def _made(hook: Hook, old: Any) -> Any:
 
 
 def patched(name: str) -> Callable[[Any], Any]:
-    """The named hook as a decorator: what the call sites in patches/ put over Megatron's own definitions."""
+    """Return the named hook as a decorator, which the call sites in patches/ put over Megatron's own definitions."""
     return functools.partial(_made, HOOKS.get(name))
 
 
 def dataset_helpers_need_no_make() -> bool:
-    """Whether the compiled dataset helpers are installed without the Makefile that Megatron always runs."""
+    """True if the compiled dataset helpers are installed without the Makefile that Megatron always runs."""
     helpers = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
     if helpers is None or helpers.origin is None:
         return False
@@ -266,7 +280,7 @@ def dataset_helpers_need_no_make() -> bool:
 
 
 def resumes_with_torch_adam() -> bool:
-    """Whether neither Apex nor transformer-engine brings a fused Adam."""
+    """True if neither Apex nor transformer-engine provides a fused Adam."""
     from megatron.core.optimizer import distrib_optimizer
 
     return not distrib_optimizer.HAVE_APEX_OR_TE

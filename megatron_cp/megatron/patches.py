@@ -1,7 +1,7 @@
-"""The hooks as patches for people who keep their own checkout: `python -m megatron_cp.megatron.patches DIR`.
+"""Write the hooks as patches for a checkout of Megatron: `python -m megatron_cp.megatron.patches DIR`.
 
-A patch is one call site: the hook, as a decorator, over the definition that it otherwise rebinds. Megatron's code is
-only context in it. Made from the installed Megatron, so that the table of hooks stays the one place that knows them.
+A patch adds one call site: the hook, as a decorator, over the definition that it otherwise rebinds. The patches are
+made from the table of hooks and the installed Megatron, whose code they contain as context lines.
 """
 
 import difflib
@@ -14,17 +14,17 @@ from megatron_cp.megatron.hooks import HOOKS, Hook
 from megatron_cp.megatron.rebind import find
 
 REPAIRS = ("optimizer-", "overwrite")
-"""Hooks that repair saving and resuming, by what their names begin with; the launcher decides on them for each run."""
+"""Prefixes of the names of hooks that repair saving and resuming, which only the launcher applies, for each run."""
 
 
 def series() -> list[tuple[str, str]]:
-    """File names and texts of all patches, in the order in which they are applied."""
+    """Return file names and texts of all patches, in the order in which they are applied."""
     features = [hook for hook in HOOKS if not hook.name.startswith(REPAIRS)]
     return [(f"{number:04}-{hook.name}.patch", patch(hook)) for number, hook in enumerate(features, 1)]
 
 
 def patch(hook: Hook) -> str:
-    """One hook's reason, what would retire it, and its call site as a unified diff against the installed Megatron.
+    """Return one hook's reason, what would retire it, and its call site as a diff against the installed Megatron.
 
     Raises RuntimeError when the target is not in the installed packages.
     """

@@ -1,4 +1,4 @@
-"""Replace names of other modules, and put back exactly what was there."""
+"""Replace names of other modules and restore them exactly."""
 
 import importlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from megatron_cp.errors import CannotRun
 
 
 class Name(NamedTuple):
-    """A place that can be rebound: `module:attribute` or `module:Class.attribute`, resolved."""
+    """A name that can be rebound, resolved from `module:attribute` or `module:Class.attribute`."""
 
     owner: Any
     attribute: str
@@ -19,7 +19,7 @@ class Name(NamedTuple):
 
 
 class Replaced(NamedTuple):
-    """What was done to one name; `own` tells an attribute of the owner itself from an inherited one."""
+    """Record of one replacement; `own` is True for an attribute of the owner itself, False for an inherited one."""
 
     name: Name
     old: Any
@@ -27,7 +27,7 @@ class Replaced(NamedTuple):
 
 
 def find(target: str) -> Name:
-    """The owner and attribute that `module:path.to.attribute` means; imports the module.
+    """Resolve `module:path.to.attribute` to its owner and attribute; imports the module.
 
     Raises RuntimeError when the installed package does not have it.
     """

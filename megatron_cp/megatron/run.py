@@ -1,14 +1,289 @@
-"""The run that this process is part of: its command line, Megatron's parsed arguments, and what rank 0 prints."""
+"""The run that this process is part of: its command line, its settings and its own log lines.
+
+`Settings` is all that our layers and schedules read of Megatron's parsed arguments. A flag of ours is one field of
+AttentionFlags or PipelineFlags: the parser, the search for it on a command line, the copy on a model's config and
+everything that reads it follow from that field.
+"""
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, Self
 
 from megatron_cp import config
+from megatron_cp.context import BACKENDS, Backend
+from megatron_cp.context import PLACEMENTS as AXES_OF_HEADS
+from megatron_cp.context.checks import able
+from megatron_cp.context.layouts import STRIPED
+from megatron_cp.hardware.cluster_file import shipped_clusters
+from megatron_cp.kernels import AUTO, KERNELS
+from megatron_cp.pipeline import SCHEDULES, on_v
+from megatron_cp.pipeline.costs_file import Model
+from megatron_cp.pipeline.placement import PLACEMENTS
+
+HEAD_FIRST = "head-first"
+
+
+def on_stripes(entry: Backend) -> bool:
+    """True if this algorithm works on stripes."""
+    return entry.layout == STRIPED
+
+
+def takes_placement(entry: Backend) -> bool:
+    """True if --cp-placement chooses the axis on which this algorithm exchanges heads."""
+    return entry.capabilities.placement
+
+
+class Flag(NamedTuple):
+    """A field's part of --help and the type of its value; the text is made only when help is asked for."""
+
+    metavar: Callable[[], str]
+    help: Callable[[], str]
+    type: Callable[[str], Any]
+
+
+def _flag(default: Any, metavar: Callable[[], str], help: Callable[[], str], type: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"flag": Flag(metavar, help, type)})
+
+
+def _one_of(*names: str) -> str:
+    return "{" + ",".join(names) + "}"
+
+
+class _Flags:
+    """Flags with a common prefix: the field `memory_limit` of prefix `pp` is --pp-memory-limit and pp_memory_limit."""
+
+    prefix: ClassVar[str]
+    title: ClassVar[str]
+
+    @classmethod
+    def attributes(cls) -> dict[str, str]:
+        """Return for each field the name that parsed arguments and configs have it under."""
+        return {each.name: f"{cls.prefix}_{each.name}" for each in fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the flags as they are written on a command line."""
+        return ["--" + attribute.replace("_", "-") for attribute in cls.attributes().values()]
+
+    @classmethod
+    def add_to(cls, parser: ArgumentParser) -> None:
+        """Add the flags to Megatron's parser, in a group of their own."""
+        group = parser.add_argument_group(title=cls.title)
+        for name, each in zip(cls.names(), fields(cls), strict=True):  # type: ignore[arg-type]
+            flag: Flag = each.metadata["flag"]
+            group.add_argument(name, default=each.default, metavar=flag.metavar(), help=flag.help(), type=flag.type)
+
+    @classmethod
+    def of(cls, source: Any) -> Self:
+        """Read the flags off parsed arguments or a config; what it does not have keeps its default."""
+        present = {name: attr for name, attr in cls.attributes().items() if hasattr(source, attr)}
+        return cls(**{name: getattr(source, attribute) for name, attribute in present.items()})
+
+    def copy_to(self, target: Any) -> None:
+        """Set the attributes of a config, which travel with every copy of it."""
+        for name, attribute in self.attributes().items():
+            setattr(target, attribute, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionFlags(_Flags):
+    """Flags of context-parallel attention, beside Megatron's own --cp-comm-type, which chooses the algorithm."""
+
+    prefix = "cp"
+    title = "context-parallel attention (megatron-cp)"
+
+    kernel: str = _flag(
+        AUTO,
+        lambda: _one_of(AUTO, *KERNELS.names),
+        lambda: (
+            "Attention kernel on one device; auto takes the fastest one that the machine has and says why. "
+            "The algorithm between the ranks is chosen with --cp-comm-type: "
+            + ", ".join("=".join([entry.name, *entry.aliases]) for entry in BACKENDS)
+            + "."
+        ),
+    )
+    placement: str = _flag(
+        HEAD_FIRST,
+        lambda: _one_of(*AXES_OF_HEADS),
+        lambda: (
+            f"With --cp-comm-type {able(takes_placement, str)}, which of the two "
+            "--hierarchical-context-parallel-sizes exchanges heads: head-first the first (neighbouring ranks), "
+            "context-first the second."
+        ),
+    )
+    stripe: int = _flag(
+        1,
+        lambda: "TOKENS",
+        lambda: (
+            f"With --cp-comm-type {able(on_stripes, str)}, tokens in a block that one rank owns; longer blocks make "
+            "larger tiles and a coarser balance."
+        ),
+        int,
+    )
+    chunks: int | None = _flag(
+        None,
+        lambda: "PIECES",
+        lambda: (
+            "Cut attention into so many pieces over time, with what waits in host memory (FPDT). Takes every "
+            f"--cp-comm-type but {', '.join(entry.name for entry in BACKENDS if not entry.capabilities.chunks)}."
+        ),
+        int,
+    )
+    cluster: str | None = _flag(
+        None,
+        lambda: "NAME|FILE",
+        lambda: (
+            "With --cp-comm-type auto, the cluster that a backend is chosen for: "
+            + ", ".join(shipped_clusters())
+            + ", or a YAML file; by default the one that ships for this machine's GPU."
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFlags(_Flags):
+    """Flags of pipeline schedules; without a schedule everything is left to Megatron."""
+
+    prefix = "pp"
+    title = "pipeline schedules (megatron-cp)"
+
+    schedule: str | None = _flag(
+        None,
+        lambda: _one_of(*SCHEDULES.names),
+        lambda: (
+            "Order of forwards and backwards over the pipeline, instead of Megatron's own: "
+            + "; ".join(f"{rule.name}: {rule.what}" for rule in SCHEDULES)
+            + ". Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin."
+        ),
+    )
+    placement: str | None = _flag(
+        None,
+        lambda: _one_of(*PLACEMENTS),
+        lambda: (
+            "With --pp-schedule auto, whether stages go around the ranks, which is the default, or down and up again."
+        ),
+    )
+    costs: str | None = _flag(
+        None,
+        lambda: "FILE",
+        lambda: (
+            "With --pp-schedule auto, the times and activations of every stage that it schedules for: YAML or JSON, "
+            "as --pp-profile-steps writes it."
+        ),
+    )
+    profile_steps: int | None = _flag(
+        None,
+        lambda: "STEPS",
+        lambda: (
+            "With --pp-schedule auto and without --pp-costs, measure them in the first steps, at least 2, schedule "
+            "for them from then on, and leave them beside the checkpoints of --save."
+        ),
+        int,
+    )
+    memory_limit: float | None = _flag(
+        None,
+        lambda: "M_B",
+        lambda: (
+            "Most activations of a rank, in what its layers keep of one microbatch (M_B): auto stays below it, a "
+            "fixed schedule that needs more is refused."
+        ),
+        float,
+    )
+
+    @property
+    def on_v(self) -> bool:
+        """True if the schedule places stages on the V."""
+        return on_v(self.schedule, self.placement)
+
+    @property
+    def splits(self) -> bool:
+        """True if the schedule splits backwards into input and weight gradients."""
+        return self.schedule is not None and SCHEDULES.get(self.schedule).split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Values of Megatron's arguments for our layers and schedules, read where Megatron calls us and handed down.
+
+    our_layers:          --spec names a layer spec of ours
+    attention:           None where the parser was without our flags, and a config keeps what it says itself
+    seq_length:          tokens of a sequence over all ranks, for which `--cp-comm-type auto` chooses
+    rope_scaling_factor: of --rope-scaling-factor, which Megatron does not hand on to the model
+    model:               what measured costs hold for; None where the run neither measures nor reads any
+    rank:                in the whole run
+    save:                folder of the checkpoints
+    timeout_minutes:     of communication
+    """
+
+    our_layers: bool = False
+    attention: AttentionFlags | None = None
+    pipeline: PipelineFlags = PipelineFlags()
+    seq_length: int | None = None
+    rope_scaling_factor: float | None = None
+    model: Model | None = None
+    rank: int = 0
+    save: str | None = None
+    timeout_minutes: int | None = None
+
+    @classmethod
+    def of(cls, args: Any) -> Self:
+        """Read parsed arguments once Megatron has validated them."""
+        flags = PipelineFlags.of(args)
+        return cls(
+            our_layers=has_our_layers(args),
+            attention=AttentionFlags.of(args) if hasattr(args, "cp_kernel") else None,
+            pipeline=flags,
+            seq_length=getattr(args, "seq_length", None),
+            rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
+            model=_model_of(args) if flags.costs or flags.profile_steps else None,
+            rank=getattr(args, "rank", 0),
+            save=getattr(args, "save", None),
+            timeout_minutes=getattr(args, "distributed_timeout_minutes", None),
+        )
+
+
+def _model_of(args: Any) -> Model:
+    uneven = (
+        args.pipeline_model_parallel_layout,
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+    )
+    return Model(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size or 1,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_experts=args.num_experts or 0,
+        params_dtype=str(args.params_dtype).removeprefix("torch."),
+        recompute_granularity=args.recompute_granularity or "none",
+        layout=next((str(value) for value in uneven if value is not None), "even"),
+    )
+
+
+def settings_of_run() -> Settings:
+    """Return the settings of this process's run; defaults in a program that has parsed no arguments of Megatron's.
+
+    Megatron calls a layer spec, and most functions that we replace, without its arguments, so that they can only be
+    found where it keeps them for the whole process. Two places ask here and hand the settings down: hooks.py for the
+    functions of ours that it calls, and the layer specs, which also run without hooks.
+    """
+    # a program that never imported megatron.training has none, and importing it here would cost seconds
+    if "megatron.training.global_vars" not in sys.modules:
+        return Settings()
+    args = sys.modules["megatron.training.global_vars"]._GLOBAL_ARGS
+    return Settings() if args is None else Settings.of(args)
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
-    """What follows the last `flag` on the command line, up to the next flag; None without the flag."""
+    """Return what follows the last `flag` on the command line, up to the next flag; None without the flag."""
     found: list[str] | None = None
     taking = False
     for word in argv:
@@ -22,17 +297,10 @@ def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
     return found
 
 
-def global_args() -> Any:
-    """Megatron's parsed arguments, None in a program that has not parsed any."""
-    # a program that never imported megatron.training has none, and importing it here would cost seconds
-    if "megatron.training.global_vars" not in sys.modules:
-        return None
-    return sys.modules["megatron.training.global_vars"]._GLOBAL_ARGS
-
-
 def has_our_layers(args: Any) -> bool:
-    """Whether the arguments name a layer spec of ours."""
-    return bool(args.spec) and args.spec[0].startswith("megatron_cp.")
+    """True if the arguments name a layer spec of ours."""
+    spec = getattr(args, "spec", None) or [""]
+    return bool(spec[0].startswith("megatron_cp."))
 
 
 def say(text: str) -> None:

@@ -1,6 +1,6 @@
-"""The names for `--spec megatron_cp.megatron.spec NAME`: gpt_layer_spec for GPT, hybrid_stack_spec for HybridModel.
+"""Specs for `--spec megatron_cp.megatron.spec NAME`: gpt_layer_spec for GPT, hybrid_stack_spec for HybridModel.
 
-Megatron logs an ImportError of this import and then trains with stock attention; here it becomes another error.
+Megatron only logs an ImportError of this import and trains with stock attention; CannotRun ends the run instead.
 """
 
 from megatron_cp.errors import CannotRun

@@ -155,7 +155,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["out.bin", "out.idx", "folder/"])
 def test_output_is_a_prefix(prefix: str) -> None:
-    with pytest.raises(ValueError, match="shall be a prefix"):
+    with pytest.raises(ValueError, match="must be a prefix"):
         dataset.check_output(prefix, overwrite=False)
 
 

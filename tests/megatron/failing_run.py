@@ -1,4 +1,4 @@
-"""Train as door C does, but the last rank fails in the second forward of iteration 3, and says when."""
+"""Train as our own script does, but the last rank fails in the second forward of iteration 3, and says when."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_cp.megatron.process import pretrain
-from megatron_cp.megatron.process.launch import door
+from megatron_cp.megatron.process.launch import launched
 from tests.megatron.pretraining import start_from_names
 
 
@@ -35,7 +35,7 @@ def train(flags):
     """Train with these flags until the failure."""
     fail_in_iteration_3()
     sys.argv = ["pretrain_gpt", *flags]
-    with door(flags):
+    with launched(flags):
         pretrain.run(prepare=start_from_names)
 
 

@@ -1,7 +1,7 @@
 """Pretrain through the real `megatron.training.pretrain` on this rank, for tests that compare runs of several ranks.
 
-`run_ranks(world_size, pretrain_losses, flags)` runs door C in each rank under the CPU runtime and returns, from every
-rank, the same list of iterations with unrounded losses. Weights may be made equal across topologies: each
+`run_ranks(world_size, pretrain_losses, flags)` runs our own script in each rank under the CPU runtime and returns, from
+every rank, the same list of iterations with unrounded losses. Weights may be made equal across topologies: each
 parameter is then drawn from the hash of its name in the whole model, and a rank takes its part of it.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from megatron_cp.megatron.process import launch
-from megatron_cp.megatron.process.launch import door
+from megatron_cp.megatron.process.launch import launched
 from megatron_cp.megatron.rebind import replace, restore
 
 SCRIPT = os.path.join(os.path.dirname(__file__), "pretrain_script.py")
@@ -54,7 +54,7 @@ def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[s
     from megatron_cp.megatron.process import pretrain
 
     sys.argv = ["pretrain_gpt", *flags]
-    with door(flags), losses_of_each_iteration() as log:
+    with launched(flags), losses_of_each_iteration() as log:
         pretrain.run(prepare=start_from_names if named_weights else None)
         return from_the_rank_with_losses(log)
 
@@ -70,13 +70,13 @@ def trained(flags: list[str]) -> tuple[list[dict[str, Any]], list[tuple[str, tor
         config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
 
     sys.argv = ["pretrain_gpt", *flags]
-    with door(flags), losses_of_each_iteration() as log:
+    with launched(flags), losses_of_each_iteration() as log:
         pretrain.run(prepare=prepare)
     return log, [(name, weight.detach().clone()) for chunk in built for name, weight in global_names(chunk)]
 
 
 def script_losses(flags: list[str]) -> list[dict[str, Any]]:
-    """The same through door A with an unmodified script of upstream's kind, from Megatron's own initial weights."""
+    """Train an unmodified script of upstream's kind through the launcher, from Megatron's own initial weights."""
     sys.argv = ["launch", SCRIPT, *flags]
     with losses_of_each_iteration() as log:
         launch.main()

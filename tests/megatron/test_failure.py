@@ -10,7 +10,7 @@ import pytest
 from tests.megatron import failing_run
 from tests.megatron.pipeline.test_schedules import MODEL, TWO, assert_bit_equal, run
 from tests.megatron.pretraining import tiny
-from tests.megatron.test_doors import environment
+from tests.megatron.test_entry_points import environment
 from tests.ranks import RankError, run_ranks
 
 SCHEDULE = (TWO, "--pp-schedule zb-h1", "--train-iters 4")

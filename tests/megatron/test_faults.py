@@ -22,7 +22,7 @@ import pytest
 from megatron_cp import runlog
 from megatron_cp.megatron.checkpoint import contents
 from tests.megatron.pretraining import pretrain_losses, tiny
-from tests.megatron.test_doors import environment
+from tests.megatron.test_entry_points import environment
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 KILLS = int(os.environ.get("FAULT_RUNS", "1"))

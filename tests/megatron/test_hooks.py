@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_cp.megatron import hooks
-from megatron_cp.megatron.arguments import command_line
+from megatron_cp.megatron.arguments import checks
+from megatron_cp.megatron.machine.facts import Machine
 from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.rebind import find
 from tests.megatron.pretraining import tiny
@@ -146,8 +147,9 @@ def unfit(names: Iterable[str]) -> list[str]:
                 for each in parameters
                 if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
             ]
-            inspect.signature(ours).bind(theirs, *plain)
-            fits = next(iter(inspect.signature(ours).parameters)) == "old"
+            inspect.signature(ours).bind(theirs, *["settings"] * hook.settings, *plain)
+            first = ["old", "settings"] if hook.settings else ["old"]
+            fits = list(inspect.signature(ours).parameters)[: len(first)] == first
         found += [] if fits else [hook.name]
     return found
 
@@ -163,23 +165,23 @@ def test_every_hook_says_why_it_exists_and_what_would_retire_it() -> None:
 PLAIN = ["--context-parallel-size", "1", "--micro-batch-size", "1", "--use-distributed-optimizer"]
 
 
-def on_a_plain_gpu_node(flags: list[str]) -> tuple[launch.Plan, set[str]]:
+def on_a_plain_gpu_node(flags: list[str]) -> tuple[launch.Features, set[str]]:
     import torch
 
     load_everything()
     # a checkout with its Makefile, transformer-engine and a GPU
     torch.cuda.is_available = lambda: True
-    launch.has_te = command_line.has_te = lambda: True  # type: ignore[assignment]
+    launch.this_machine = checks.this_machine = Machine  # type: ignore[assignment]
     hooks.dataset_helpers_need_no_make = lambda: False  # type: ignore[assignment]
     hooks.resumes_with_torch_adam = lambda: False  # type: ignore[assignment]
     before = attributes()
-    with launch.door(flags) as plan:
-        return plan, difference(before, attributes())
+    with launch.launched(flags) as features:
+        return features, difference(before, attributes())
 
 
 def test_with_no_feature_asked_for_no_attribute_of_megatron_differs() -> None:
-    ((plan, changed),) = run_ranks(1, on_a_plain_gpu_node, PLAIN)
-    assert plan == launch.Plan(False, ())
+    ((features, changed),) = run_ranks(1, on_a_plain_gpu_node, PLAIN)
+    assert features == launch.Features(False, ())
     assert changed == set()
 
 
@@ -192,28 +194,28 @@ def test_with_no_feature_asked_for_no_attribute_of_megatron_differs() -> None:
     ],
 )
 def test_a_feature_brings_its_hooks_and_no_others(flags: list[str]) -> None:
-    ((plan, changed),) = run_ranks(1, on_a_plain_gpu_node, [*PLAIN, *flags])
-    assert plan.layers
+    ((features, changed),) = run_ranks(1, on_a_plain_gpu_node, [*PLAIN, *flags])
+    assert features.layers
     assert changed == {target for name in ("flags", "checks") for target in hooks.HOOKS.get(name).targets}
 
 
 def test_mtp_layers_are_hooked_only_with_our_layers() -> None:
     ours = [*PLAIN, "--mtp-num-layers", "1", "--cp-comm-type", "ring"]
-    ((plan, _),) = run_ranks(1, on_a_plain_gpu_node, ours)
-    assert "mtp-layers" in plan.hooks
-    ((plan, changed),) = run_ranks(1, on_a_plain_gpu_node, ours[:-2])
-    assert (plan.hooks, changed) == ((), set())
+    ((features, _),) = run_ranks(1, on_a_plain_gpu_node, ours)
+    assert "mtp-layers" in features.hooks
+    ((features, changed),) = run_ranks(1, on_a_plain_gpu_node, ours[:-2])
+    assert (features.hooks, changed) == ((), set())
 
 
-def after_a_door(flags: list[str]) -> Any:
+def after_a_launch(flags: list[str]) -> Any:
     load_everything()
     before = attributes()
-    with launch.door(flags):
+    with launch.launched(flags):
         inside = difference(before, attributes())
     return inside, difference(before, attributes())
 
 
-def test_a_door_puts_everything_back() -> None:
-    ((inside, after),) = run_ranks(1, after_a_door, tiny("--context-parallel-size 2 --cp-comm-type usp"))
+def test_a_launch_puts_everything_back() -> None:
+    ((inside, after),) = run_ranks(1, after_a_launch, tiny("--context-parallel-size 2 --cp-comm-type usp"))
     assert "megatron.training.arguments:add_megatron_arguments" in inside
     assert after == set()

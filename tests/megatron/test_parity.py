@@ -85,7 +85,7 @@ COMBINED = {
 }
 
 
-# the others are parts of these, or trained in test_doors
+# the others are parts of these, or trained in test_entry_points
 CHOSEN = ["tensor and sequence parallel", "pipeline", "distributed optimizer, overlapped", "expert parallel"]
 
 

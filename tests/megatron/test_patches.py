@@ -14,7 +14,7 @@ import pytest
 from megatron_cp.megatron import patches
 from megatron_cp.megatron.hooks import HOOKS
 from tests.megatron.pretraining import pretrain_losses, tiny
-from tests.megatron.test_doors import environment
+from tests.megatron.test_entry_points import environment
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]

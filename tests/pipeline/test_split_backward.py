@@ -100,7 +100,7 @@ def _one_run(mode: str, actions: list[str]) -> dict[str, list[torch.Tensor]]:
     weight.main_grad = torch.zeros(OUT, WIDTH)  # type: ignore[attr-defined]
     made: dict[int, torch.Tensor] = {}
     with hooks.apply(["weight-queue"]):
-        queue = split_linear.queue_in_force()
+        queue = split_linear.bound_queue()
         with queue.step():
             for action in actions:
                 kind, micro = action[0], int(action[1])
@@ -166,7 +166,7 @@ def kept_after() -> tuple[bool, bool]:
     torch.distributed.init_process_group("gloo")
     weight = torch.nn.Parameter(torch.randn(OUT, WIDTH))
     with hooks.apply(["weight-queue"]):
-        queue = split_linear.queue_in_force()
+        queue = split_linear.bound_queue()
         with queue.step():
             given = torch.randn(TOKENS, WIDTH).requires_grad_()
             out = layers.linear_with_grad_accumulation_and_async_allreduce(
@@ -208,10 +208,10 @@ def shared_weight() -> list[torch.Tensor]:
     stock = torch.nn.Parameter(start.clone())
     loss(stock).backward()
     split = torch.nn.Parameter(start.clone())
-    with hooks.apply(["weight-queue"]), split_linear.queue_in_force().step():
-        with split_linear.queue_in_force().put_off(0):
+    with hooks.apply(["weight-queue"]), split_linear.bound_queue().step():
+        with split_linear.bound_queue().put_off(0):
             loss(split).backward()
-        split_linear.queue_in_force().run(0)
+        split_linear.bound_queue().run(0)
     assert stock.grad is not None
     assert split.grad is not None
     return [split.grad, stock.grad]
@@ -230,13 +230,13 @@ def without_a_gradient_of_the_input() -> bool:
 
     torch.distributed.init_process_group("gloo")
     weight = torch.nn.Parameter(torch.randn(OUT, WIDTH))
-    with hooks.apply(["weight-queue"]), split_linear.queue_in_force().step():
+    with hooks.apply(["weight-queue"]), split_linear.bound_queue().step():
         out = layers.linear_with_grad_accumulation_and_async_allreduce(
             torch.ones(TOKENS, WIDTH), weight, None, False, False, False, tp_group=torch.distributed.group.WORLD
         )
-        with split_linear.queue_in_force().put_off(0):
+        with split_linear.bound_queue().put_off(0):
             out.sum().backward()
-        split_linear.queue_in_force().run(0)
+        split_linear.bound_queue().run(0)
     return weight.grad is not None and bool((weight.grad == TOKENS).all())
 
 

@@ -1,27 +1,29 @@
-"""Let torch.cuda and Megatron's probes answer for a machine that is not here. For checks only, never for a run.
+"""Let torch.cuda and Megatron's probes answer for another machine, for checks of a run.
 
 Megatron's argument checks ask for the GPU's architecture and for versions of packages that a laptop lacks. Inside
-`assumed()` they hear what the cluster's description says; leaving it puts every name back. What would touch a device is
-not answered: it fails as it does without a GPU.
+`assumed()` the answers come from the cluster's description; leaving it restores every name. Calls that would use a
+device are not replaced and fail as they do without a GPU. Our own checks take the machine as a parameter.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from packaging.version import Version
 
 from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.megatron import rebind
 from megatron_cp.megatron.machine import cpu
-from megatron_cp.megatron.rebind import Replaced, replace, restore_all
+from megatron_cp.megatron.machine.facts import Machine, this_machine
 
-# the newest that megatron-core 0.19 asks for anywhere: a version is a question for the machine, doctor answers it there
+# the newest that megatron-core 0.19 asks for anywhere; `megatron-cp doctor` checks the real one on the cluster
 TE_VERSION = "2.14.0"
 
 
 class Gpu(NamedTuple):
-    """What CUDA says about a board."""
+    """A GPU as CUDA describes it."""
 
     name: str
     capability: tuple[int, int]
@@ -41,25 +43,36 @@ UNKNOWN = Gpu("GPU", (9, 0), 80e9)
 
 
 def gpu_of(cluster: Cluster) -> Gpu | None:
-    """The board of a cluster, by its name; None for a cluster of CPUs, which has no memory beside the host's."""
+    """Return the GPU of a cluster, by its name; None for a cluster of CPUs, which has no memory beside the host's."""
     if cluster.host_bytes_per_s is None:
         return None
     board = next((gpu for word, gpu in BOARDS.items() if word in cluster.name.lower()), UNKNOWN)
     return board._replace(memory_bytes=cluster.memory_bytes or board.memory_bytes)
 
 
+class Assumed(NamedTuple):
+    """The machine for our own checks, and one line for each assumption about it."""
+
+    machine: Machine
+    told: list[str]
+
+
 @contextlib.contextmanager
-def assumed(cluster: Cluster) -> Iterator[list[str]]:
-    """Megatron's checks hear of `cluster` instead of this machine inside the context; the value says what they hear."""
+def assumed(cluster: Cluster) -> Iterator[Assumed]:
+    """Let torch.cuda and Megatron's probes answer for `cluster` inside the context."""
     gpu = gpu_of(cluster)
+    # data and checkpoints lie on the cluster
+    there = replace(this_machine(), inputs=False)
     with contextlib.ExitStack() as undo:
-        done: list[Replaced] = []
-        undo.callback(restore_all, done)
+        done: list[rebind.Replaced] = []
+        undo.callback(rebind.restore_all, done)
         if gpu is None:
             undo.enter_context(cpu.cpu_runtime())
-        table = INPUTS if gpu is None else {**INPUTS, **_answers(gpu, cluster.ranks_per_node), **PACKAGES}
-        done.extend(replace(target, make) for target, make in table.items())
-        yield ["CPUs, no transformer-engine"] if gpu is None else _told(gpu, cluster)
+            yield Assumed(replace(there, gpu=False, te=False), ["CPUs, no transformer-engine"])
+            return
+        table = {**_answers(gpu, cluster.ranks_per_node), **PACKAGES}
+        done.extend(rebind.replace(target, make) for target, make in table.items())
+        yield Assumed(replace(there, gpu=True, te=True), _told(gpu, cluster))
 
 
 def _told(gpu: Gpu, cluster: Cluster) -> list[str]:
@@ -94,8 +107,6 @@ def _fused(old: Any) -> Any:
 # transformer-engine and its kernels, whether or not they are installed here
 PACKAGES: dict[str, Callable[[Any], Any]] = {
     "megatron.core.utils:_te_version": lambda _: Version(TE_VERSION),
-    "megatron_cp.megatron.arguments.command_line:has_te": _answer(True),
-    "megatron_cp.megatron.arguments.checks:fill_arguments": _answer([]),
     **{
         f"megatron.core.models.common.embeddings.rope_utils:{name}": _fused
         for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")
@@ -108,5 +119,3 @@ PACKAGES: dict[str, Callable[[Any], Any]] = {
         ).split()
     },
 }
-# data and checkpoints lie on the cluster
-INPUTS: dict[str, Callable[[Any], Any]] = {"megatron_cp.megatron.arguments.checks:check_inputs": _answer(None)}

@@ -1,7 +1,6 @@
-"""Megatron's parser and checks with ours: flags added, values filled in for this machine, refusals in one line."""
+"""Extend Megatron's parser and checks: add flags, fill in values for the machine, refuse in one line."""
 
 import functools
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -9,17 +8,17 @@ from typing import Any
 
 from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron import dataset
-from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, has_nvrx, wants_layers
+from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table, imply_chunks
 from megatron_cp.megatron.checkpoint import resume
-from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.run import has_our_layers, say
 
 
 def add_megatron_arguments(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Megatron's parser with our flags, a help that can be printed, and errors in one line."""
+    """Return Megatron's parser with our flags, a help that can be printed, and errors in one line."""
     parser = old(*args, **kwargs)
     add_arguments(parser)
     _mend_help(parser)
@@ -42,8 +41,13 @@ def _refuse_words(parser: Any, message: str) -> None:
 
 
 def validate_args(old: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Fill in and check the parsed arguments, ours and Megatron's; raises Refused with one line."""
-    complete(args)
+    """Fill in and check the parsed arguments on this machine, ours and Megatron's; raises Refused with one line."""
+    return validate_for(this_machine(), old, args, *rest, **kwargs)
+
+
+def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Fill in and check the parsed arguments of a run on `machine`; `old` is Megatron's own validate_args."""
+    complete(args, machine)
     # before Megatron's checks, for ours say more than a bare assertion
     if has_our_layers(args):
         check(args)
@@ -51,24 +55,25 @@ def validate_args(old: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any)
     with as_refusals():
         result = old(args, *rest, **kwargs)
     check_table(args)
-    check_inputs(args)
+    if machine.inputs:
+        check_inputs(args)
     return result
 
 
-def complete(args: Any) -> None:
-    """Fill in what this machine and our layers need of parsed arguments, before Megatron validates them."""
-    if args.spec is None and wants_layers(sys.argv[1:]):
+def complete(args: Any, machine: Machine) -> None:
+    """Fill in what `machine` and our layers need of parsed arguments, before Megatron validates them."""
+    if args.spec is None and wants_layers(sys.argv[1:], machine):
         args.spec = list(HYBRID_SPEC if getattr(args, "hybrid_layer_pattern", None) else SPEC)
     if has_our_layers(args) and args.create_attention_mask_in_dataloader:
         args.create_attention_mask_in_dataloader = False
         say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
     if chunks := imply_chunks(args):
         say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
-    if args.async_save and args.async_strategy == "nvrx" and (cpu.active() or not has_nvrx()):
+    if args.async_save and args.async_strategy == "nvrx" and not (machine.gpu and machine.nvrx):
         args.async_strategy = "mcore"
         say("no GPU with nvidia-resiliency-ext here: --async-strategy mcore")
-    if changed := fill_arguments(args):
-        say(f"this machine has no {'GPU' if cpu.active() else 'transformer-engine'}: {' '.join(changed)}")
+    if changed := fill_arguments(args, machine):
+        say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
 
 
 def check_inputs(args: Any) -> None:
@@ -92,7 +97,7 @@ WITHOUT_TE: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_fusion", False, "no --moe-router-fusion"),
     ("tp_comm_overlap", False, "no --tp-comm-overlap"),
 )
-# The same for what is a compiled or CUDA kernel in torch or Megatron itself.
+# Likewise for compiled or CUDA kernels of torch and Megatron themselves.
 WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
     ("distributed_backend", "gloo", "--distributed-backend gloo"),
     ("use_cpu_initialization", True, "--use-cpu-initialization"),
@@ -105,11 +110,10 @@ WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def fill_arguments(args: Any) -> list[str]:
-    """Set in parsed `args` what this machine needs; the flags that say the same, for those that differed."""
-    lacks_te = importlib.util.find_spec("transformer_engine") is None
-    needed_here = (WITHOUT_TE if lacks_te or cpu.active() else ()) + (WITHOUT_GPU if cpu.active() else ())
-    changed = [entry for entry in needed_here if getattr(args, entry[0], entry[1]) != entry[1]]
+def fill_arguments(args: Any, machine: Machine) -> list[str]:
+    """Set in parsed `args` what `machine` needs; return the flags that say the same, for those that differed."""
+    needed = (() if machine.te and machine.gpu else WITHOUT_TE) + (() if machine.gpu else WITHOUT_GPU)
+    changed = [entry for entry in needed if getattr(args, entry[0], entry[1]) != entry[1]]
     for name, value, _ in changed:
         setattr(args, name, value)
     return [flag for *_, flag in changed]

@@ -1,4 +1,4 @@
-"""Flags of ours for attention, and the checks that Megatron's own argument validation leaves out.
+"""Check the arguments of a run with our attention, where Megatron's own validation does not.
 
 Pure Python: everything here reads attributes, so that a parsed namespace and a TransformerConfig can both be asked.
 """
@@ -8,18 +8,16 @@ from math import prod
 from typing import Any
 
 from megatron_cp.context import AUTO as AUTO_BACKEND
-from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS, Backend
+from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.context.checks import able, check_grid
-from megatron_cp.context.layouts import STRIPED, ZIGZAG, check_chunks, layout
+from megatron_cp.context.layouts import ZIGZAG, check_chunks, layout
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
-from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
+from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, KERNELS
-from megatron_cp.megatron.arguments.pipeline import add_schedule_arguments
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, PipelineFlags, on_stripes, takes_placement
 from megatron_cp.registry import suggest
-
-HEAD_FIRST = "head-first"
 
 
 def _mla_heads_differ(source: Any) -> bool:
@@ -60,50 +58,9 @@ def refuse_unsupported(source: Any, where: str) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flags of ours to Megatron's parser; usable as an `extra_args_provider`."""
-    group = parser.add_argument_group(title="context-parallel attention (megatron-cp)")
-    group.add_argument(
-        "--cp-kernel",
-        default=AUTO,
-        metavar="{" + ",".join([AUTO, *KERNELS.names]) + "}",
-        help="Attention kernel on one device; auto takes the fastest one that the machine has and says why. "
-        "The algorithm between the ranks is chosen with --cp-comm-type: "
-        + ", ".join("=".join([entry.name, *entry.aliases]) for entry in BACKENDS)
-        + ".",
-    )
-    group.add_argument(
-        "--cp-placement",
-        default=HEAD_FIRST,
-        metavar="{" + ",".join(PLACEMENTS) + "}",
-        help=f"With --cp-comm-type {able(takes_placement, str)}, which of the two "
-        "--hierarchical-context-parallel-sizes exchanges heads: head-first the first (neighbouring ranks), "
-        "context-first the second.",
-    )
-    group.add_argument(
-        "--cp-stripe",
-        type=int,
-        default=1,
-        metavar="TOKENS",
-        help=f"With --cp-comm-type {able(on_stripes, str)}, tokens in a block that one rank owns; longer blocks make "
-        "larger tiles and a coarser balance.",
-    )
-    group.add_argument(
-        "--cp-chunks",
-        type=int,
-        default=None,
-        metavar="PIECES",
-        help="Cut attention into so many pieces over time, with what waits in host memory (FPDT). Takes every "
-        f"--cp-comm-type but {', '.join(entry.name for entry in BACKENDS if not entry.capabilities.chunks)}.",
-    )
-    group.add_argument(
-        "--cp-cluster",
-        default=None,
-        metavar="NAME|FILE",
-        help="With --cp-comm-type auto, the cluster that a backend is chosen for: "
-        + ", ".join(shipped_clusters())
-        + ", or a YAML file; by default the one that ships for this machine's GPU.",
-    )
-    add_schedule_arguments(parser)
+    """Add our flags to Megatron's parser; usable as an `extra_args_provider`."""
+    AttentionFlags.add_to(parser)
+    PipelineFlags.add_to(parser)
     return parser
 
 
@@ -111,7 +68,7 @@ def check(args: Any) -> None:
     """Cross-check the arguments of a run that uses our attention.
 
     Reads only what the command line says, so it may run before or after Megatron's `validate_args`; before it, a
-    user reads these sentences instead of bare assertions. Raises ValueError with the rule, the value and a way out.
+    user reads these messages instead of bare assertions. Raises ValueError with the rule, the value and a way out.
     """
     _check_names(args)
     _check_sizes(args)
@@ -127,10 +84,10 @@ def check(args: Any) -> None:
 def _check_names(args: Any) -> None:
     for name in comm_types(args):
         BACKENDS.get(name)
-    kernel = read(args, "cp_kernel", AUTO)
-    if kernel != AUTO:
-        KERNELS.get(kernel)
-    placement = read(args, "cp_placement", HEAD_FIRST)
+    flags = AttentionFlags.of(args)
+    if flags.kernel != AUTO:
+        KERNELS.get(flags.kernel)
+    placement = flags.placement
     if placement not in PLACEMENTS:
         raise Refused(
             f"unknown --cp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
@@ -142,18 +99,9 @@ def _check_names(args: Any) -> None:
         )
 
 
-def on_stripes(entry: Backend) -> bool:
-    """True if this algorithm works on stripes."""
-    return entry.layout == STRIPED
-
-
-def takes_placement(entry: Backend) -> bool:
-    """True if --cp-placement chooses the axis on which this algorithm exchanges heads."""
-    return entry.capabilities.placement
-
-
 def _check_chunks(args: Any) -> None:
-    chunks, cp, length = read(args, "cp_chunks"), read(args, "context_parallel_size", 1), read(args, "seq_length")
+    flags, cp, length = AttentionFlags.of(args), read(args, "context_parallel_size", 1), read(args, "seq_length")
+    chunks = flags.chunks
     if chunks is None:
         return
     if chunks < 1:
@@ -165,11 +113,11 @@ def _check_chunks(args: Any) -> None:
                 f"{DEFAULT}"
             )
         if length:
-            check_chunks(layout(entry.layout or ZIGZAG, length, cp, read(args, "cp_stripe", 1)), chunks)
+            check_chunks(layout(entry.layout or ZIGZAG, length, cp, flags.stripe), chunks)
 
 
 def _check_cluster(args: Any) -> None:
-    cluster = read(args, "cp_cluster")
+    cluster = AttentionFlags.of(args).cluster
     if cluster is None:
         return
     if AUTO_BACKEND not in comm_types(args):
@@ -181,7 +129,8 @@ def _check_cluster(args: Any) -> None:
 
 
 def _check_stripe(args: Any) -> None:
-    stripe, cp, length = read(args, "cp_stripe", 1), read(args, "context_parallel_size", 1), read(args, "seq_length")
+    flags, cp, length = AttentionFlags.of(args), read(args, "context_parallel_size", 1), read(args, "seq_length")
+    stripe = flags.stripe
     if stripe < 1:
         raise Refused(f"--cp-stripe is the number of tokens in a block, 1 or more, got {stripe}")
     if stripe > 1 and not any(on_stripes(BACKENDS.get(name)) for name in comm_types(args)):
@@ -197,7 +146,7 @@ def _check_stripe(args: Any) -> None:
 
 
 def comm_types(args: Any) -> list[str]:
-    """What --cp-comm-type says, one entry for all layers or one for each layer."""
+    """Return the values of --cp-comm-type, one entry for all layers or one for each layer."""
     value = read(args, "cp_comm_type") or ["p2p"]
     return [value] if isinstance(value, str) else list(value)
 
@@ -252,20 +201,20 @@ def _check_groups(args: Any) -> None:
 
 
 def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
-    """Ranks that exchange heads need one query head each; heads are shared with tensor parallelism."""
+    """Check that each rank of a head exchange gets a query head of those that tensor parallelism leaves."""
     heads = (read(args, "num_attention_heads") or 0) // read(args, "tensor_model_parallel_size", 1)
     grid = Grid(*sizes) if sizes and len(sizes) == 2 else None
     for name in sorted({BACKENDS.get(name).name for name in comm_types(args)}):
-        ranks = BACKENDS.get(name).head_ranks(cp, grid, PLACEMENTS[read(args, "cp_placement", HEAD_FIRST)])
+        ranks = BACKENDS.get(name).head_ranks(cp, grid, PLACEMENTS[AttentionFlags.of(args).placement])
         if 0 < heads < ranks:
             raise Refused(
-                f"--cp-comm-type {name} deals the query heads of a tensor-parallel rank to {ranks} ranks, "
+                f"--cp-comm-type {name} splits the query heads of a tensor-parallel rank over {ranks} ranks, "
                 f"got {heads} heads; use at most {heads} ranks for heads, or {DEFAULT}"
             )
 
 
 def _check_warmup(args: Any) -> None:
-    """What Megatron asserts without a word, and only once the model is built."""
+    """Check what Megatron asserts without a message, and only after the model is built."""
     for unit in ("iters", "samples"):
         warmup, steps = read(args, f"lr_warmup_{unit}", 0), read(args, f"train_{unit}")
         decay = read(args, f"lr_decay_{unit}") or steps

@@ -1,12 +1,12 @@
-"""Flags of ours for pipeline schedules, and what is refused before the model is built."""
+"""Checks of the flags for pipeline schedules, before the model is built."""
 
-from argparse import ArgumentParser
 from typing import Any
 
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
-from megatron_cp.pipeline import SCHEDULES, on_v
+from megatron_cp.megatron.run import PipelineFlags, Settings
+from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import BadSchedule
@@ -15,51 +15,9 @@ from megatron_cp.registry import suggest
 AUTO = "auto"
 
 
-def add_schedule_arguments(parser: ArgumentParser) -> None:
-    """Add `--pp-schedule` and the flags beside it."""
-    group = parser.add_argument_group(title="pipeline schedules (megatron-cp)")
-    group.add_argument(
-        "--pp-schedule",
-        default=None,
-        metavar="{" + ",".join(SCHEDULES.names) + "}",
-        help="Order of forwards and backwards over the pipeline, instead of Megatron's own: "
-        + "; ".join(f"{rule.name}: {rule.what}" for rule in SCHEDULES)
-        + ". Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin.",
-    )
-    group.add_argument(
-        "--pp-placement",
-        default=None,
-        metavar="{" + ",".join(PLACEMENTS) + "}",
-        help="With --pp-schedule auto, whether stages go around the ranks, which is the default, or down and up again.",
-    )
-    group.add_argument(
-        "--pp-costs",
-        default=None,
-        metavar="FILE",
-        help="With --pp-schedule auto, the times and activations of every stage that it schedules for: YAML or JSON, "
-        "as --pp-profile-steps writes it.",
-    )
-    group.add_argument(
-        "--pp-profile-steps",
-        type=int,
-        default=None,
-        metavar="STEPS",
-        help="With --pp-schedule auto and without --pp-costs, measure them in the first steps, at least 2, schedule "
-        "for them from then on, and leave them beside the checkpoints of --save.",
-    )
-    group.add_argument(
-        "--pp-memory-limit",
-        type=float,
-        default=None,
-        metavar="M_B",
-        help="Most activations of a rank, in what its layers keep of one microbatch (M_B): auto stays below it, a "
-        "fixed schedule that needs more is refused.",
-    )
-
-
 def _splits_te(args: Any) -> bool:
     te = read(args, "transformer_impl", "transformer_engine") == "transformer_engine"
-    return te and SCHEDULES.get(args.pp_schedule).split
+    return te and PipelineFlags.of(args).splits
 
 
 UNSUPPORTED = (
@@ -149,8 +107,9 @@ SAYS_CHUNKS = (
 
 def imply_chunks(args: Any) -> int:
     """Fill in the chunks per rank where the schedule knows one number only; that number, or 0 where nothing changed."""
-    name = read(args, "pp_schedule")
-    chunks = (SCHEDULES.get(name).chunks or (2 if read(args, "pp_placement") == "v" else 1)) if name else 1
+    flags = PipelineFlags.of(args)
+    by_placement = 2 if flags.placement == "v" else 1
+    chunks = (SCHEDULES.get(flags.schedule).chunks or by_placement) if flags.schedule else 1
     if chunks == 1 or any(read(args, option) is not None for option in SAYS_CHUNKS):
         return 0
     args.num_virtual_stages_per_pipeline_rank = chunks
@@ -159,8 +118,9 @@ def imply_chunks(args: Any) -> int:
 
 def check_schedule(args: Any) -> None:
     """Refuse what `--pp-schedule` names and this run cannot have; ValueError with the rule, the value and a way out."""
-    check_costs(args)
-    name = read(args, "pp_schedule")
+    flags = PipelineFlags.of(args)
+    check_costs(flags)
+    name = flags.schedule
     if name is None:
         return
     size = read(args, "pipeline_model_parallel_size", 1)
@@ -169,19 +129,18 @@ def check_schedule(args: Any) -> None:
             f"--pp-schedule {name} needs --pipeline-model-parallel-size of at least 2, got {size}; "
             f"leave --pp-schedule out or use more ranks"
         )
-    on_the_v = V_UNSUPPORTED if on_v(name, read(args, "pp_placement")) else ()
+    on_the_v = V_UNSUPPORTED if flags.on_v else ()
     refuse((*UNSUPPORTED, *on_the_v), args, f"--pp-schedule {name}")
 
 
-def check_costs(args: Any) -> None:
+def check_costs(flags: PipelineFlags) -> None:
     """Refuse what the flags beside `--pp-schedule` cannot mean together; ValueError in one line."""
-    name, file, steps = (read(args, flag) for flag in ("pp_schedule", "pp_costs", "pp_profile_steps"))
-    limit = read(args, "pp_memory_limit")
-    placement = read(args, "pp_placement")
+    name, file, steps = flags.schedule, flags.costs, flags.profile_steps
+    limit, placement = flags.memory_limit, flags.placement
     for flag, value in (("--pp-placement", placement), ("--pp-costs", file), ("--pp-profile-steps", steps)):
         if value is not None and name != AUTO:
             raise Refused(f"{flag} {value} needs --pp-schedule {AUTO}, got {name or 'none'}; leave one of the two out")
-    if placement not in (None, *PLACEMENTS):
+    if placement is not None and placement not in PLACEMENTS:
         raise Refused(
             f"unknown --pp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
         )
@@ -200,7 +159,8 @@ def check_costs(args: Any) -> None:
 
 def check_table(args: Any) -> None:
     """Refuse sizes that `--pp-schedule` has no table for, once Megatron has worked them out; ValueError in one line."""
-    name = read(args, "pp_schedule")
+    settings = Settings.of(args)
+    name = settings.pipeline.schedule
     if name is None:
         return
     rule, chunks = SCHEDULES.get(name), read(args, "virtual_pipeline_model_parallel_size") or 1
@@ -209,14 +169,14 @@ def check_table(args: Any) -> None:
             f"--pp-schedule {name} needs more than one chunk per rank, got 1; "
             f"add --num-virtual-stages-per-pipeline-rank 2 or take zb-h1"
         )
-    placement = place(rule, args.pipeline_model_parallel_size, chunks, read(args, "pp_placement"))
-    known = given(args, placement) or equal(placement)
-    refuse_cap(args, placement, known.costs)
+    placement = place(rule, args.pipeline_model_parallel_size, chunks, settings.pipeline.placement)
+    known = given(settings, placement) or equal(placement)
+    refuse_cap(settings, placement, known.costs)
     if rule.table is None:
         return
     for micros in micros_of(args):
         try:
-            build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(args, placement))
+            build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(settings, placement))
         except BadSchedule as bad:
             raise Refused(f"--pp-schedule {name} {bad.reason}") from bad
         except ValueError as error:
@@ -224,7 +184,7 @@ def check_table(args: Any) -> None:
 
 
 def micros_of(args: Any) -> list[int]:
-    """Every number of microbatches that a step of the run can have, once each."""
+    """Return every number of microbatches that a step of the run can have, once each."""
     # ranks that share out a weight have microbatches of their own
     share = args.micro_batch_size * args.data_parallel_size * read(args, "gtp_weight_remat_size", 1)
     batches = read(args, "step_batch_size_schedule")
@@ -232,8 +192,9 @@ def micros_of(args: Any) -> list[int]:
         return [args.global_batch_size // share]
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-    # it says its steps on rank 0
-    nobody = -1
-    sizes = StepBatchsizeNumMicroBatchesCalculator(share, 1, False, nobody, batches, args.seq_length).schedule
-    # a size below one microbatch per rank is Megatron's to refuse, when it comes to it
+    # the calculator prints its steps on rank 0
+    silent = -1
+    with as_refusals():
+        sizes = StepBatchsizeNumMicroBatchesCalculator(share, 1, False, silent, batches, args.seq_length).schedule
+    # Megatron refuses a size below one microbatch per rank when that step comes
     return sorted({size // share for _, size in sizes if size >= share})

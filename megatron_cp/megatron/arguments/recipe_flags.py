@@ -1,4 +1,4 @@
-"""Check the flags of a recipe against Megatron's real parser and the flags of ours."""
+"""Check the flags of a recipe against Megatron's own parser and our flags."""
 
 import argparse
 import logging
@@ -17,8 +17,8 @@ BARE = 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Megatron's parser with the flags of ours; building it imports megatron.training, which takes seconds."""
-    # torch says at import which CUDA it did not find, which is no news to somebody who renders a command
+    """Build Megatron's parser with our flags; this imports megatron.training, which takes seconds."""
+    # torch warns at import about a missing CUDA, which does not matter for rendering a command
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -37,7 +37,7 @@ def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None
 
 
 def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> None:
-    """What the ranks would refuse, said before one of them starts; raises ValueError with the rule and a way out.
+    """Check a run before any rank starts; raises ValueError with the rule and a way out for what ranks would refuse.
 
     The flags themselves are checked first. Runs without our attention are left to Megatron's own checks.
     """
@@ -46,18 +46,19 @@ def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> N
     words = flag_words(recipe.model_args)
     from megatron_cp.megatron.arguments import context
     from megatron_cp.megatron.arguments.command_line import SPEC, wants_layers
+    from megatron_cp.megatron.machine.facts import this_machine
     from megatron_cp.megatron.run import has_our_layers
 
     args = known.parse_args(words)
-    if args.spec is None and runs_through_us(recipe) and wants_layers(words):
-        # what the launcher fills in before it asks the same
+    if args.spec is None and runs_through_us(recipe) and wants_layers(words, this_machine()):
+        # filled in as the launcher does before its own check
         args.spec, args.create_attention_mask_in_dataloader = list(SPEC), False
     if has_our_layers(args):
         context.check(args)
 
 
 def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) -> Iterator[str]:
-    """One line for each wrong flag, beginning with the place where the recipe says it."""
+    """Yield one line for each wrong flag, beginning with its place in the recipe."""
     actions = known._option_string_actions
     for flag, setting in settings.items():
         if flag not in actions:
@@ -93,7 +94,7 @@ def _wrong(action: argparse.Action, text: str) -> str:
     except (TypeError, ValueError, LookupError, argparse.ArgumentTypeError, AssertionError) as error:
         if names:
             return one_of
-        # int and float say their own name; of Megatron's own types only the error says something
+        # int and float have a name to show; for Megatron's own types only the error text helps
         named = isinstance(convert, type)
         return f"takes {_article(convert.__name__)}, got {text!r}" if named else f"cannot take {text!r}: {error}"
     return one_of if action.choices is not None and value not in action.choices else ""

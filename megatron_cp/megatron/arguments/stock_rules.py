@@ -1,7 +1,7 @@
-"""What stock Megatron cannot do and its argument checks let pass: a run would find out on its GPUs.
+"""Check rules of stock Megatron that its own argument checks leave to the first step on the GPUs.
 
-The rules of attention are those of transformer-engine's context parallelism, which `--cp-comm-type` is handed to as it
-is, and of Megatron's local attention, which has none. Those of pipelines are asked when the model is built, and in the
+The rules of attention are those of transformer-engine's context parallelism, which gets `--cp-comm-type` as it is, and
+of Megatron's local attention, which has none. Megatron checks those of pipelines when it builds the model, and in the
 first step.
 """
 
@@ -64,7 +64,7 @@ def check_attention(args: Any) -> None:
 
 
 def _check_heads(args: Any, name: str) -> None:
-    """Ulysses deals whole query heads and whole KV heads of a tensor-parallel rank, the same number to each rank."""
+    """Check that Ulysses can give each rank equally many query heads and KV heads of a tensor-parallel rank."""
     if not name.startswith("a2a"):
         return
     sizes, tp = args.hierarchical_context_parallel_sizes, args.tensor_model_parallel_size
@@ -75,6 +75,6 @@ def _check_heads(args: Any, name: str) -> None:
         here = max(1, count // tp)
         if here % degree:
             raise Refused(
-                f"--cp-comm-type {name} of stock attention deals the {flag} of a tensor-parallel rank evenly to "
+                f"--cp-comm-type {name} of stock attention splits the {flag} of a tensor-parallel rank evenly over "
                 f"{degree} ranks, got {count} / TP {tp} = {here}; use a divisor of {here} for it, or p2p"
             )

@@ -1,4 +1,4 @@
-"""What a run may ask for and does not get: named, with a way out."""
+"""Unsupported options, each with the alternative to use."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from megatron_cp.errors import Refused
 
 
 class Unsupported(NamedTuple):
-    """Something that a user can ask for and that what runs here does not do; `asked` reads arguments or a config."""
+    """An unsupported option; `asked` is True for arguments, or a config, that ask for it."""
 
     what: str
     asked: Callable[[Any], bool]
@@ -15,7 +15,7 @@ class Unsupported(NamedTuple):
 
 
 def read(source: Any, name: str, default: Any = None) -> Any:
-    """An attribute of arguments or of a config, which may not have it."""
+    """Return an attribute of arguments or of a config, or the default where it is missing."""
     return getattr(source, name, default)
 
 

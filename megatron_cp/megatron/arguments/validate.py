@@ -1,10 +1,11 @@
 """`megatron-cp validate`: Megatron's own checks of a recipe and ours, for a cluster that is not here.
 
-They run in a fresh process that believes it is rank 0 of the whole run: Megatron reads the environment, sets variables
+They run in a fresh process with the environment of rank 0 of the run: Megatron reads the environment, sets variables
 and keeps state while it checks. Nothing there can reach a GPU.
 """
 
 import contextlib
+import functools
 import io
 import json
 import pickle
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 from argparse import ArgumentParser
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused, one_line
@@ -21,16 +22,19 @@ from megatron_cp.planner.parallel import cluster_for
 from megatron_cp.recipe.command import check_processes, flag_words, processes, runs_through_us
 from megatron_cp.recipe.recipe import Recipe
 
-# a laptop's, not the cluster's
+if TYPE_CHECKING:
+    from megatron_cp.megatron.machine.facts import Machine
+
+# variables of this machine, which say nothing about the cluster
 NOT_INHERITED = ("CUDA_", "NCCL_", "NVTE_", "SLURM_", "TORCH_")
-# what makes a Python process load something; to look at a recipe is not to run it
+# variables that make a Python process load code, which checking a recipe must not do
 NOT_TAKEN = ("LD_", "PYTHON", "PATH")
 # Megatron sets these three from --attention-backend, to the values below, and stops when one says otherwise
 SET_BY_MEGATRON = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 BY_BACKEND = {"local": "000", "flash": "100", "fused": "010", "unfused": "001", "auto": "111"}
 
 
-class Run(NamedTuple):
+class ClusterRun(NamedTuple):
     """A recipe with its cluster and the number of its processes."""
 
     recipe: Recipe
@@ -38,8 +42,8 @@ class Run(NamedTuple):
     world_size: int
 
 
-def run_of(recipe: Recipe, cluster: str | None = None) -> Run:
-    """The run on `cluster`, by default the recipe's own.
+def run_of(recipe: Recipe, cluster: str | None = None) -> ClusterRun:
+    """Return the run on `cluster`, by default the recipe's own.
 
     Raises ValueError when there is none, or when its nodes are not what LAUNCH asks for.
     """
@@ -57,19 +61,19 @@ def run_of(recipe: Recipe, cluster: str | None = None) -> Run:
     if world_size > per_node and described.between is None:
         place = recipe.launch["--nnodes"].place
         raise Refused(f"{place}: {described.name} is one node; leave --nnodes out or take another cluster")
-    return Run(recipe, described, world_size)
+    return ClusterRun(recipe, described, world_size)
 
 
-def environment(run: Run) -> dict[str, str]:
-    """The environment of rank 0, as far as it bears on checks: the recipe's variables and torchrun's, and no GPU."""
+def environment(run: ClusterRun) -> dict[str, str]:
+    """Return the environment of rank 0 for the checks: the recipe's variables and torchrun's, and no GPU."""
     inherited = {name: value for name, value in config.environment().items() if not name.startswith(NOT_INHERITED)}
     own = {name: setting.text for name, setting in run.recipe.env_vars.items() if not name.startswith(NOT_TAKEN)}
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(run.world_size), "CUDA_VISIBLE_DEVICES": ""}
     return {**inherited, **own, **ranks}
 
 
-def validate(run: Run) -> list[str]:
-    """Check the run in a fresh process; what was assumed. Raises ValueError with the one line that matters."""
+def validate(run: ClusterRun) -> list[str]:
+    """Check the run in a fresh process and return what was assumed; raises ValueError with one line."""
     child = subprocess.run(
         [sys.executable, "-m", "megatron_cp.megatron.arguments.validate"],
         input=pickle.dumps(run),
@@ -79,15 +83,15 @@ def validate(run: Run) -> list[str]:
     lines = child.stdout.decode(errors="replace").splitlines()
     if child.returncode or not lines:
         said = child.stderr.decode(errors="replace").strip().splitlines()
-        raise CannotRun(f"the checks ended with status {child.returncode}: {said[-1] if said else 'no word'}")
+        raise CannotRun(f"the checks ended with status {child.returncode}: {said[-1] if said else 'no output'}")
     answer: dict[str, Any] = json.loads(lines[-1])
     if "refused" in answer:
         raise Refused(answer["refused"])
     return list(answer["assumed"])
 
 
-def examine(run: Run) -> list[str]:
-    """The checks themselves, in a process whose environment is `environment(run)`; see `validate`."""
+def examine(run: ClusterRun) -> list[str]:
+    """Run the checks in a process whose environment is `environment(run)`; see `validate`."""
     from megatron_cp.megatron import hooks
     from megatron_cp.megatron.arguments.assumed_machine import assumed
     from megatron_cp.megatron.machine.environment import environment_for_gpus
@@ -95,15 +99,14 @@ def examine(run: Run) -> list[str]:
     _check_environment(run.recipe)
     ours, words = runs_through_us(run.recipe), flag_words(run.recipe.model_args)
     sys.argv = ["validate", *words]
-    with contextlib.redirect_stdout(io.StringIO()), assumed(run.cluster) as told:
+    with contextlib.redirect_stdout(io.StringIO()), assumed(run.cluster) as there, hooks.apply(["flags"]):
         if ours:
             environment_for_gpus(words)
-        with hooks.apply(("flags", "checks") if ours else ("flags",)):
-            try:
-                _until_the_tokenizer(run.recipe)
-            except (ValueError, AssertionError, NotImplementedError) as error:
-                raise Refused(_with_places(one_line(error), run.recipe)) from error
-    return told
+        try:
+            _until_the_tokenizer(run.recipe, there.machine if ours else None)
+        except (ValueError, AssertionError, NotImplementedError) as error:
+            raise Refused(_with_places(one_line(error), run.recipe)) from error
+    return there.told
 
 
 def _check_environment(recipe: Recipe) -> None:
@@ -117,20 +120,26 @@ def _check_environment(recipe: Recipe) -> None:
             )
 
 
-def _until_the_tokenizer(recipe: Recipe) -> None:
-    """What a training script does before it builds the tokenizer, and what would be refused after it."""
+def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
+    """Do what a training script does before it builds the tokenizer, and check what would be refused after it.
+
+    machine: that our own checks are asked about; None for a run that does not go through us
+    """
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
     from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_cp.megatron.arguments import recipe_flags, stock_rules
+    from megatron_cp.megatron.arguments import checks, recipe_flags, stock_rules
 
     def checked(parser: ArgumentParser) -> ArgumentParser:
         recipe_flags.check(recipe.model_args, parser)
         return parser
 
     args = arguments.parse_args(checked)
-    arguments.validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    check = arguments.validate_args
+    if machine:
+        check = functools.partial(checks.validate_for, machine, check)
+    check(args, {"tokenizer_type": "GPT2BPETokenizer"})
     model = core_transformer_config_from_args(args)
     init_num_microbatches_calculator(
         args.rank,
@@ -141,13 +150,13 @@ def _until_the_tokenizer(recipe: Recipe) -> None:
         args.decrease_batch_size_if_needed,
     )
     stock_rules.check_pipeline(args, model)
-    # of somebody else's layers nothing is known
+    # nothing is known about layers of a third party
     if args.spec is None or args.spec[0].startswith("megatron."):
         stock_rules.check_attention(args)
 
 
 def _with_places(text: str, recipe: Recipe) -> str:
-    """The line with the places of the flags that it names: as a flag, as Megatron's argument, or by a quoted value."""
+    """Append the places of the flags that the line names: as a flag, as Megatron's argument, or by a quoted value."""
     if any(setting.place in text for setting in recipe.model_args.values()):
         return text
     words = set(re.findall(r"--[a-z0-9-]+|[a-z0-9]+(?:_[a-z0-9]+)+|'[^']*'", text))
@@ -160,8 +169,8 @@ def _with_places(text: str, recipe: Recipe) -> str:
 
 
 def main() -> None:
-    """The fresh process: a run on stdin, one line of JSON on stdout."""
-    run: Run = pickle.load(sys.stdin.buffer)
+    """Read a run from stdin and print one line of JSON, in the fresh process."""
+    run: ClusterRun = pickle.load(sys.stdin.buffer)
     try:
         answer: dict[str, Any] = {"assumed": examine(run)}
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Megatron-LM's own attention of the local spec in the benchmark: DotProductAttention.
+"""Measure DotProductAttention, Megatron-LM's own attention of the local spec.
 
 It refuses context parallelism, so that every rank does the whole sequence, and it holds the scores of all pairs.
 """
@@ -24,7 +24,7 @@ ALIVE = 5
 
 
 def enter(comparison: Comparison, name: str) -> Implementation:
-    """The stock module for this shape; raises RefusedError where the scores of all ranks do not fit the memory."""
+    """Return the stock module for this shape; raises RefusedError where the scores of all ranks need more memory."""
     _check_memory(comparison)
     with cpu_runtime():
         if not parallel_state.model_parallel_is_initialized():

@@ -28,7 +28,7 @@ BATCHES = 64
 
 @contextmanager
 def pipeline_of(ranks: int) -> Iterator[None]:
-    """Megatron's groups for a pipeline of `ranks`, data parallel beyond that, and linears that can be split."""
+    """Set up Megatron's groups for a pipeline of `ranks`, data parallel beyond that, and linears that can be split."""
     with cpu.cpu_runtime(), hooks.apply(["weight-queue"]):
         parallel_state.initialize_model_parallel(pipeline_model_parallel_size=ranks)
         model_parallel_cuda_manual_seed(1)
@@ -36,8 +36,8 @@ def pipeline_of(ranks: int) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
 
 
-class Chunks:
-    """This rank's v chunks of the GPT, as Megatron would train them, and the batches that every step takes.
+class ModelChunks:
+    """Model chunks of this rank, v of them, as Megatron would train them, and the batches of every step.
 
     overlap: gradients are reduced while backwards go on, as with --overlap-grad-reduce
     """
@@ -56,7 +56,7 @@ class Chunks:
         self._positions = torch.arange(size.seq)[None].cuda()
 
     def step(self, function: Callable[..., Any], m: int) -> list[float]:
-        """One step of a forward-backward function; the losses of the microbatches, on the last rank."""
+        """Run one step of a forward-backward function; return the losses of the microbatches, on the last rank."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         losses = function(
@@ -72,18 +72,18 @@ class Chunks:
 
     @property
     def gradients(self) -> Tensor:
-        """A copy of all weights' gradients, in one dimension."""
+        """Return a copy of all weights' gradients, in one dimension."""
         return torch.cat([buffer.grad_data for chunk in self.model for buffer in chunk.buffers])
 
     @property
     def constants(self) -> list[Tensor]:
-        """Tensors that are there all the time: batches and weights."""
+        """Return tensors that live as long as the model: batches and weights."""
         return [self._tokens, self._positions, *(weight for chunk in self.model for weight in chunk.parameters())]
 
     def _forward_step(self, batches: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         tokens = next(batches)
         output = chunk(tokens[:, :-1], self._positions, None, labels=tokens[:, 1:].contiguous())
-        # Megatron's block would hold on to the input of its last forward, also when nobody needs it any more
+        # Megatron's block would keep the input of its last forward alive after its last use
         chunk.module.set_input_tensor(None)
         return output, _loss
 
@@ -94,7 +94,7 @@ def _loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def config_of(size: GptSize, v: int) -> TransformerConfig:
-    """Megatron's configuration of the model, in v chunks per rank."""
+    """Return Megatron's configuration of the model, in v chunks per rank."""
     return TransformerConfig(
         num_layers=size.layers,
         hidden_size=size.hidden,

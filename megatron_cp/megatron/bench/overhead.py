@@ -1,4 +1,4 @@
-"""The executor as a library, with v modules on one rank, against Megatron's loop without a pipeline."""
+"""Compare the executor, with v modules on one rank, with Megatron's loop without a pipeline."""
 
 import gc
 import time
@@ -48,7 +48,7 @@ class Overhead(NamedTuple):
 
 
 class Modules:
-    """Modules that follow each other, as the stages of an executor; the last one's output is the loss."""
+    """Consecutive modules as the stages of an executor; the last one's output is the loss."""
 
     def __init__(self, modules: Sequence[Any], batches: Tensor) -> None:
         self._modules, self._batches = modules, batches
@@ -81,7 +81,7 @@ class Modules:
 
 
 class Chain(MegatronModule):
-    """The same modules as one model."""
+    """Consecutive modules as one model."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
         super().__init__(modules[0].config)
@@ -107,7 +107,7 @@ def _call(module: Any, batch: Tensor) -> Tensor:
 
 
 def measure(device: torch.device, v: int, m: int, hidden: int, seq: int, rounds: int) -> Overhead:
-    """One layer per module, fp32. Raises WrongResultError when losses or gradients are not Megatron's, bit for bit."""
+    """Measure one layer per module, fp32; raises WrongResultError when losses or gradients are not Megatron's bits."""
     with pipeline_of(1):
         config = config_of(GptSize(1, 1, hidden, seq), 1)
         spec = get_gpt_layer_local_spec()
@@ -129,14 +129,14 @@ def measure(device: torch.device, v: int, m: int, hidden: int, seq: int, rounds:
         ]
     mine, theirs = ([step.seconds for step in column] for column in zip(*pairs, strict=True))
     return Overhead(
-        v,
-        m,
-        _median(actions, FORWARD),
-        _median(actions, FULL),
-        1e3 * median(mine),
-        1e3 * median(theirs),
-        [one / other for one, other in zip(mine, theirs, strict=True)],
-        median(step.core_share for pair in pairs for step in pair),
+        v=v,
+        micros=m,
+        forward=_median(actions, FORWARD),
+        backward=_median(actions, FULL),
+        ours=1e3 * median(mine),
+        baseline=1e3 * median(theirs),
+        ratios=[one / other for one, other in zip(mine, theirs, strict=True)],
+        core_share=median(step.core_share for pair in pairs for step in pair),
     )
 
 

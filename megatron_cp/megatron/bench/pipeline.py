@@ -1,4 +1,4 @@
-"""Our pipeline schedules against Megatron's own on one GPT, in the same processes, step by step in turns."""
+"""Compare our pipeline schedules with Megatron's own on one GPT, in the same processes, in alternating steps."""
 
 import gc
 import io
@@ -23,7 +23,7 @@ from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.execute import Observe
 
 if TYPE_CHECKING:
-    from megatron_cp.megatron.bench.model import Chunks
+    from megatron_cp.megatron.bench.model import ModelChunks
     from megatron_cp.megatron.bench.overhead import Overhead
 
 BASELINES = {False: "Megatron's 1F1B", True: "Megatron's interleaved"}
@@ -33,7 +33,7 @@ Key = tuple[int, int, str]
 
 
 class ScheduleGroup(NamedTuple):
-    """What takes turns: schedules of ours with v chunks, at these numbers of microbatches."""
+    """Schedules of ours to compare with v chunks, at these numbers of microbatches."""
 
     v: int
     names: tuple[str, ...]
@@ -48,7 +48,7 @@ class RankSteps(NamedTuple):
 
 
 def bench(model: GptSize, groups: Sequence[ScheduleGroup], rounds: int, repeat: int = 1) -> list[Pairs]:
-    """Race on processes of this machine, pinned to cores on a CPU: `rounds` pairs of `repeat` steps each.
+    """Measure on processes of this machine, pinned to cores on a CPU: `rounds` pairs of `repeat` steps each.
 
     Raises ValueError for what a schedule cannot do, and RuntimeError when losses or gradients differ from those of
     Megatron's own schedule.
@@ -67,7 +67,7 @@ def bench(model: GptSize, groups: Sequence[ScheduleGroup], rounds: int, repeat: 
 def pairs(
     groups: Sequence[ScheduleGroup], taken: Sequence[Mapping[Key, RankSteps]], repeat: int = 1
 ) -> Iterator[Pairs]:
-    """What all ranks measured, schedule by schedule."""
+    """Yield what all ranks measured, schedule by schedule."""
 
     def steps(*key: Any) -> list[list[Line]]:
         return list(map(list, zip(*(mine[key].lines for mine in taken), strict=True)))
@@ -80,7 +80,7 @@ def pairs(
 
 
 def overhead(v: int, m: int, hidden: int, seq: int, rounds: int) -> "Overhead":
-    """The executor alone, with v modules on one rank; see `bench_overhead`."""
+    """Measure the executor alone, with v modules on one rank; see overhead.py."""
     return on_ranks(1, _overhead, v, m, hidden, seq, rounds)[0]
 
 
@@ -88,13 +88,13 @@ def _compare(
     fabric: Fabric, device: torch.device, model: GptSize, groups: list[ScheduleGroup], steps: int
 ) -> dict[Key, RankSteps]:
     _quietly()
-    from megatron_cp.megatron.bench.model import Chunks, pipeline_of
+    from megatron_cp.megatron.bench.model import ModelChunks, pipeline_of
 
     found: dict[Key, RankSteps] = {}
     # what a schedule says when it is made stands in the table
     with pipeline_of(model.ranks), redirect_stdout(io.StringIO()):
         for group in groups:
-            comparison = ScheduleComparison(fabric, device, Chunks(model, group.v), group)
+            comparison = ScheduleComparison(fabric, device, ModelChunks(model, group.v), group)
             for m in group.micros:
                 comparison.check(m)
                 comparison.time(m, steps)
@@ -110,7 +110,7 @@ def _overhead(fabric: Fabric, device: torch.device, *sizes: int) -> "Overhead":
 
 
 def _quietly() -> None:
-    """No warnings about what is deprecated in Megatron or missing beside it."""
+    """Silence warnings about what is deprecated in Megatron or not installed."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
@@ -118,23 +118,25 @@ def _quietly() -> None:
 class ScheduleComparison:
     """Megatron's own driver and schedules of ours, on the same chunks."""
 
-    def __init__(self, fabric: Fabric, device: torch.device, chunks: "Chunks", group: ScheduleGroup) -> None:
+    def __init__(self, fabric: Fabric, device: torch.device, chunks: "ModelChunks", group: ScheduleGroup) -> None:
         from megatron.core.pipeline_parallel import schedules
 
         from megatron_cp.megatron.pipeline.schedule import Pipeline
-        from megatron_cp.megatron.pipeline.split_linear import queue_in_force
+        from megatron_cp.megatron.pipeline.split_linear import bound_queue
 
         self._fabric, self._device, self.chunks, self._v = fabric, device, chunks, group.v
         self.observe: Observe = ActionRecorder().observe
-        self._queue = queue_in_force()
+        queue = bound_queue()
+        assert queue, "pipeline_of installs the hook weight-queue"
+        self._queue = queue
         self._baseline = BASELINES[group.v > 1]
         stock = schedules.get_forward_backward_func(fabric.size, group.v if group.v > 1 else None)
         self._functions: dict[str, Callable[..., Any]] = {self._baseline: stock}
-        self._functions |= {name: Pipeline(name, lambda action: self.observe(action)) for name in group.names}
+        self._functions |= {name: Pipeline(name, observe=lambda action: self.observe(action)) for name in group.names}
         self.taken: dict[Key, RankSteps] = {}
 
     def check(self, m: int) -> None:
-        """One step of everybody: losses and gradients must be the baseline's, bit for bit; activations are noted."""
+        """Run one step of each schedule, check losses and gradients bit for bit, and record activations."""
         expected = self.step(self._baseline, m), self.chunks.gradients
         for name in self._functions:
             live = LiveActivations(self.chunks.constants)
@@ -148,7 +150,7 @@ class ScheduleComparison:
             self.taken[self._v, m, name] = RankSteps([], live.after)
 
     def time(self, m: int, steps: int) -> None:
-        """Time everybody in turns, one after the other and then the other way round."""
+        """Time the schedules in turns, one after the other and then in reverse order."""
         recorder = ActionRecorder(torch.cuda.synchronize)
         self.observe = recorder.observe
         for turn in range(steps):
@@ -165,7 +167,7 @@ class ScheduleComparison:
 
 @contextmanager
 def _observed(observe: Observe) -> Iterator[None]:
-    """Megatron's own forwards and backwards are observed too; which stage and microbatch they are of is not known."""
+    """Observe Megatron's own forwards and backwards, whose stage and microbatch are not known."""
 
     def around(kind: str) -> Callable[[Any], Any]:
         def make(old: Callable[..., Any]) -> Callable[..., Any]:

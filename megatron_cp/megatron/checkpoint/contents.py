@@ -1,4 +1,4 @@
-"""What a checkpoint in Megatron's distributed format holds, whether it is whole, and which topologies can take it."""
+"""Inspect a checkpoint in Megatron's distributed format: contents, damage, and topologies that can load it."""
 
 import json
 import warnings
@@ -13,17 +13,10 @@ from megatron_cp.runlog import checkpoint_iteration
 
 INDEX = ".metadata"
 DESCRIPTION = "metadata.json"
+# Megatron's arguments for the sizes of a model's layers
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_experts")
 # what a run must share with the checkpoint, in the order in which a reader asks
-SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "num_experts",
-    "padded_vocab_size",
-    "seq_length",
-)
+SHAPE = (*SIZES, "padded_vocab_size", "seq_length")
 TOPOLOGY = (
     "world_size",
     "tensor_model_parallel_size",
@@ -37,7 +30,7 @@ TOPOLOGY = (
 
 
 class Bytes(NamedTuple):
-    """Bytes on disk by what they are."""
+    """Bytes on disk by kind."""
 
     weights: int = 0
     optimizer: int = 0
@@ -66,20 +59,20 @@ class Contents(NamedTuple):
 
 
 def iterations(folder: Path) -> list[Path]:
-    """The iterations in a --save folder, oldest first; `folder` itself when it is one."""
+    """Return the iterations in a --save folder, oldest first; `folder` itself when it is one."""
     if (folder / DESCRIPTION).is_file() or folder.name.startswith("iter_") or _other_format(folder):
         return [folder]
     return sorted(path for path in (*folder.glob("iter_*"), folder / "release") if path.is_dir())
 
 
 def chosen(folder: Path) -> Path | None:
-    """The iteration that a run with `--load folder` resumes from, by Megatron's tracker file."""
+    """Return the iteration that a run with `--load folder` resumes from, by Megatron's tracker file."""
     newest = checkpoint_iteration(folder)
     return None if newest is None else folder / f"iter_{newest:07d}"
 
 
 def read(folder: Path) -> Contents:
-    """Read what one iteration's folder says of itself; tensors are not loaded.
+    """Read the metadata of one iteration's folder; tensors are not loaded.
 
     The arguments are unpickled as Megatron does when it resumes: read only checkpoints that you would also load.
     Raises ValueError for a checkpoint of another format than torch_dist.
@@ -93,7 +86,17 @@ def read(folder: Path) -> Contents:
     elements = sum(prod(tensor.size) for tensor in weights.values())
     dtypes = sorted({str(tensor.properties.dtype).removeprefix("torch.") for tensor in weights.values()})
     if index is None or damage:
-        return Contents(folder, number, damage, elements, dtypes, Bytes(), {}, {}, "")
+        return Contents(
+            folder=folder,
+            iteration=number,
+            damage=damage,
+            parameters=elements,
+            dtypes=dtypes,
+            stored=Bytes(),
+            saved={},
+            takes={},
+            optimizer="",
+        )
     try:
         return _described(folder, number, index, elements, dtypes)
     except Refused:
@@ -108,23 +111,31 @@ def _described(folder: Path, number: int, index: Any, elements: int, dtypes: lis
     saved = {name: getattr(arguments, name, None) for name in (*SHAPE, *TOPOLOGY)}
     stored = _stored(index)
     return Contents(
-        folder, number, [], elements, dtypes, stored, saved, takes(arguments), optimizer_rule(arguments, stored)
+        folder=folder,
+        iteration=number,
+        damage=[],
+        parameters=elements,
+        dtypes=dtypes,
+        stored=stored,
+        saved=saved,
+        takes=takes(arguments),
+        optimizer=optimizer_rule(arguments, stored),
     )
 
 
 def unreadable(folder: Path) -> list[str]:
-    """What is wrong with one iteration's index, a sentence; empty for one that can be read."""
+    """Return what is wrong with one iteration's index, in a sentence; empty for one that can be read."""
     return _index(folder)[1]
 
 
 def damage(folder: Path) -> list[str]:
-    """What of one iteration's files is missing or cut off, a sentence each; empty for a whole checkpoint."""
+    """Return which of one iteration's files are missing or cut off, a sentence each; empty for a whole checkpoint."""
     index, problems = _index(folder)
     return problems if index is None else list(_cut_off(folder, index))
 
 
 def _undescribed(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint's description, which is written last; raises ValueError for other formats."""
+    """Return what is wrong with a checkpoint's description, written last; raises ValueError for other formats."""
     description = folder / DESCRIPTION
     if other := _other_format(folder):
         raise Refused(f"{folder} is {other}, and only torch_dist is read; save with --ckpt-format torch_dist")
@@ -204,7 +215,7 @@ def _arguments(folder: Path, index: Any) -> Any:
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     with warnings.catch_warnings():
-        # one process reads alone, which torch takes for a mistake
+        # torch warns because one process reads alone
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         # common.pt is where releases before 0.19 put it
         has = (folder / "common.pt").is_file() or any(
@@ -217,7 +228,7 @@ def _arguments(folder: Path, index: Any) -> Any:
 
 
 def takes(saved: Any) -> dict[str, str]:
-    """For every parallel size which values can load the weights, by Megatron's own rules of divisibility."""
+    """Return for every parallel size the values that can load the weights, by Megatron's rules of divisibility."""
     groups = saved.num_query_groups or saved.num_attention_heads
     tensor = [
         size
@@ -235,7 +246,7 @@ def takes(saved: Any) -> dict[str, str]:
 
 
 def optimizer_rule(saved: Any, stored: Bytes) -> str:
-    """What may happen to the optimizer state when the topology changes, in one line."""
+    """Return in one line how far the optimizer state can move between topologies."""
     if not stored.optimizer:
         return "not saved: resume with --no-load-optim"
     if not saved.use_distributed_optimizer:

@@ -1,6 +1,8 @@
-"""A checkpoint that could not be written ends the run with one line on every rank: who failed, why, what is left.
+"""Explain a save that failed, and keep a save that was interrupted from passing for a whole one.
 
-Megatron's own exception carries the type of the error only, and on rank 0 only; the reason is in its writer's log.
+Megatron's own exception carries the type of the error only, and on rank 0 only; the reason is in its writer's log. The
+index of a checkpoint's files is written last. Over an older checkpoint of the same iteration it would replace the old
+one, and an interrupted save would leave the old index over old and new files of equal sizes.
 """
 
 import contextlib
@@ -8,12 +10,14 @@ import errno
 import logging
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cp.errors import CannotRun
+from megatron_cp.megatron.checkpoint.contents import INDEX
 from megatron_cp.runlog import checkpoint_iteration
 
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
@@ -21,7 +25,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Kept(logging.Handler):
-    """Keeps the first error that a writer logs; it names the cause, the later ones its consequences."""
+    """Handler that keeps the first error that a writer logs, which names the cause; later ones are consequences."""
 
     reason = ""
 
@@ -31,7 +35,7 @@ class _Kept(logging.Handler):
 
 @contextlib.contextmanager
 def explained(save: str | None) -> Iterator[None]:
-    """Turn a failed save into the folder `save` inside the context into RuntimeError with everything in one line."""
+    """Raise CannotRun with all causes in one line for a save into the folder `save` that fails inside the context."""
     kept = _Kept(logging.ERROR)
     logging.getLogger(WRITER).addHandler(kept)
     try:
@@ -48,8 +52,20 @@ def explained(save: str | None) -> Iterator[None]:
         logging.getLogger(WRITER).removeHandler(kept)
 
 
+def save_without_old_index(
+    old: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Save as Megatron does, into a folder whose old index is removed first.
+
+    Every rank removes it before its own first file, and the new index comes after the last file of all ranks, so that
+    no rank has to wait for another.
+    """
+    Path(checkpoint_dir, INDEX).unlink(missing_ok=True)
+    return old(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+
 def _elsewhere(error: CheckpointException) -> str:
-    # only rank 0 hears who it was, and a writer in the background has told its reason to the log alone
+    # only rank 0 knows which rank it was, and a writer in the background only logs its reason
     ranks = ", ".join(str(rank) for rank in sorted(error.failures))
     return f"on rank {ranks}, whose line or the log says why" if ranks else "on the rank that rank 0's line names"
 

@@ -1,5 +1,5 @@
-"""Resume from a checkpoint: what cannot be resumed is refused early, and torch's own AdamW works with the distributed
-optimizer.
+"""Resume from a checkpoint: refuse early what cannot be resumed, and make torch's AdamW work with Megatron's
+distributed optimizer.
 
 Torch's Adam counts steps per parameter, in a tensor of the parameter's state; the fused ones count per group. Megatron
 0.19 stores one count per group and has two gaps on the way back. A fresh optimizer has no state yet, so that there is
@@ -16,18 +16,13 @@ import torch
 
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused
-from megatron_cp.megatron.checkpoint.contents import damage, iterations, unreadable
-from megatron_cp.pipeline import on_v
+from megatron_cp.megatron.checkpoint.contents import SIZES, damage, iterations, unreadable
+from megatron_cp.megatron.run import PipelineFlags
 
 # what makes two models different; read from the arguments that every checkpoint carries
 MODEL = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
+    *SIZES,
     "kv_channels",
-    "num_experts",
     "mtp_num_layers",
     "normalization",
     "position_embedding_type",
@@ -74,14 +69,14 @@ def check_optimizer(args: Any, saved: Any) -> None:
 
 
 def _topology(args: Any) -> dict[str, Any]:
-    """What decides which parameters lie together on a rank, and in which order."""
+    """Return what decides which parameters are together on a rank, and in which order."""
     sizes = ("tensor", "pipeline", "virtual_pipeline")
     found = {f"{size}_model_parallel_size": getattr(args, f"{size}_model_parallel_size", None) for size in sizes}
     return {**found, "placement": _placement(args)}
 
 
 def _placement(args: Any) -> str:
-    return "v" if on_v(getattr(args, "pp_schedule", None), getattr(args, "pp_placement", None)) else "loop"
+    return "v" if PipelineFlags.of(args).on_v else "loop"
 
 
 def _with(args: Any) -> str:
@@ -107,7 +102,7 @@ def _saved_arguments(args: Any) -> Any:
 
 
 def _tracker_names_nothing(tracker: Path, named: str) -> str:
-    """A save that ended while it wrote the tracker; Megatron would end the run here, as if it were done."""
+    """Return the message for a save that ended while it wrote the tracker; Megatron would end as if it were done."""
     latest = _latest_whole(tracker.parent)
     way_out = f"write {latest}, its latest whole checkpoint, into it" if latest else "no checkpoint is whole, remove it"
     return f"{tracker} should name an iteration, got {named!r}; {way_out}"
@@ -119,7 +114,7 @@ def _latest_whole(load: Path, but: Path | None = None) -> int | None:
 
 
 def _check_whole(load: Path, folder: Path) -> None:
-    # every rank reads the index anyway; one rank looks at each of the files, and its end is everybody's
+    # every rank reads the index anyway; one rank checks each of the files, and if it fails, all ranks fail
     problems = damage(folder) if config.variable("RANK", "0") == "0" else unreadable(folder)
     if not problems:
         return
@@ -129,10 +124,10 @@ def _check_whole(load: Path, folder: Path) -> None:
 
 
 def state_dict(old: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The optimizer's common state; parameters that were never stepped first get the state of step 0.
+    """Return the optimizer's common state; parameters without a step first get the state of step 0.
 
-    That is what AdamW itself would begin with, so a save before the first step is right too. Raises RuntimeError when
-    this rank's shard has no parameter at all, for then there is nowhere to count.
+    AdamW itself starts with it, so a save before the first step is right too. Raises RuntimeError when this rank's
+    shard has no parameter, because the step count is kept with a parameter.
     """
     parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
     if not parameters:

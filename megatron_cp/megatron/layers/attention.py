@@ -20,9 +20,10 @@ from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.kernels import AUTO, Kernel, choose
-from megatron_cp.megatron.arguments.context import HEAD_FIRST, on_stripes, refuse_unsupported, takes_placement
-from megatron_cp.megatron.machine import cpu
+from megatron_cp.kernels import Kernel, choose
+from megatron_cp.megatron.arguments.context import refuse_unsupported
+from megatron_cp.megatron.machine.facts import device_of_run
+from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, on_stripes, takes_placement
 
 CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 
@@ -31,8 +32,7 @@ class CoreAttention(MegatronModule):
     """softmax(q k^T * scale) v over the whole sequence, of which each context-parallel rank holds its zigzag share.
 
     Constructor and forward are Megatron's core-attention contract. The algorithm is `cp_comm_type` (None: zigzag);
-    kernel, placement, stripe and chunks are read from the attributes `cp_kernel`, `cp_placement`, `cp_stripe` and
-    `cp_chunks` of the config where it has them.
+    AttentionFlags are read from the attributes of the config (`cp_kernel`, `cp_placement`, …) where it has them.
     With `auto` the backend is chosen here for the length `cp_seq_length`, and without it at the first call; the cluster
     is `cp_cluster` or the one that ships for this machine's GPU.
     Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
@@ -72,6 +72,7 @@ class CoreAttention(MegatronModule):
         # scores in fp32, so that the scale as a whole is this one.
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.cp_comm_type = cp_comm_type or DEFAULT
+        self.flags = AttentionFlags.of(config)
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
         self.window = config.window_size if windowed else None
         if pg_collection is None:
@@ -105,7 +106,7 @@ class CoreAttention(MegatronModule):
         return out.flatten(2)
 
     def describe(self, device: str) -> str:
-        """What runs on such a device: algorithm, kernel with its reason, sizes."""
+        """Return what runs on such a device: algorithm, kernel with its reason, sizes."""
         kernel, reason = self.kernel(device)
         axes = f" = {self.plan.axes.inner.size} inner * {self.plan.axes.outer.size} outer" if self.plan.axes else ""
         stages = self.config.pipeline_model_parallel_size
@@ -116,9 +117,9 @@ class CoreAttention(MegatronModule):
         return f"{what}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}{why}"
 
     def kernel(self, device: str) -> tuple[Kernel, str]:
-        """The kernel that computes on such a device, and why."""
+        """Return the kernel that computes on such a device, and why."""
         return choose(
-            getattr(self.config, "cp_kernel", AUTO),
+            self.flags.kernel,
             device=device,
             dtype=str(self.config.params_dtype).removeprefix("torch."),
             head_dim=self.config.kv_channels,
@@ -135,34 +136,33 @@ class CoreAttention(MegatronModule):
             causal=causal,
             window=self.window,
             softmax_scale=self.softmax_scale,
-            kernel=getattr(self.config, "cp_kernel", AUTO),
+            kernel=self.flags.kernel,
             placement=self._placement(),
-            chunks=getattr(self.config, "cp_chunks", None),
+            chunks=self.flags.chunks,
             deterministic=self.config.deterministic_mode,
-            stripe=getattr(self.config, "cp_stripe", 1) if on_stripes(BACKENDS.get(self.cp_comm_type)) else 1,
+            stripe=self.flags.stripe if on_stripes(BACKENDS.get(self.cp_comm_type)) else 1,
             cluster=self._cluster(),
         )
         seq = getattr(self.config, "cp_seq_length", None)
         return made if seq is None else settle(made, self._sizes(seq))
 
     def _placement(self) -> str:
-        # said for all layers, while each may have an algorithm of its own
-        taken = takes_placement(BACKENDS.get(self.cp_comm_type))
-        return getattr(self.config, "cp_placement", HEAD_FIRST) if taken else HEAD_FIRST
+        # the flag is for all layers, while each may have an algorithm of its own
+        return self.flags.placement if takes_placement(BACKENDS.get(self.cp_comm_type)) else HEAD_FIRST
 
     def _cluster(self) -> Cluster | None:
-        """What `auto` weighs: among context-parallel ranks, between which tensor-parallel ones lie."""
+        """Return the cluster that `auto` weighs, of one rank in every tensor-parallel group."""
         if BACKENDS.get(self.cp_comm_type).name != AUTO_BACKEND or self.config.context_parallel_size == 1:
             return None
-        name = getattr(self.config, "cp_cluster", None)
-        cluster = load_cluster(name) if name else default_cluster(_device())
+        name = self.flags.cluster
+        cluster = load_cluster(name) if name else default_cluster(device_of_run())
         return cluster.every(self.config.tensor_model_parallel_size)
 
     def _sizes(self, seq: int) -> Sizes:
         config, tensor = self.config, self.config.tensor_model_parallel_size
         heads, groups = config.num_attention_heads // tensor, max(1, (config.num_query_groups or 1) // tensor)
         dtype = str(config.params_dtype).removeprefix("torch.")
-        return Sizes(seq, heads, groups, config.kv_channels, dtype, _device())
+        return Sizes(seq, heads, groups, config.kv_channels, dtype, device_of_run())
 
     def _hierarchy(self) -> tuple[Fabric | None, Fabric | None]:
         groups = self.pg_collection.hcp
@@ -197,11 +197,6 @@ class CoreAttention(MegatronModule):
         raise Refused(f"layer {self.layer_number}: megatron-cp's attention does not do {what}; {way_out}")
 
 
-def _device() -> str:
-    # a stack under construction may still lie elsewhere than it will run
-    return "cpu" if cpu.needed() or cpu.active() else "cuda"
-
-
 def _fabric(group: torch.distributed.ProcessGroup, size: int) -> Fabric:
-    # one rank needs no group, so that a model can be built without torch.distributed
+    # a model on one rank can be built without torch.distributed
     return SingleFabric() if size == 1 else GroupFabric(group)

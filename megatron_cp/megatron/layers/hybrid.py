@@ -1,4 +1,4 @@
-"""A ready stack spec for HybridModel with context-parallel attention, with and without TransformerEngine.
+"""Stack spec for HybridModel with context-parallel attention, with and without TransformerEngine.
 
 `--spec megatron_cp.megatron.spec hybrid_stack_spec --hybrid-layer-pattern "*-*-"`; HybridModel takes an object, not a
 function. A GPT layer is the pair `*-`. Without TransformerEngine patterns of attention (`*`) and MLP (`-`) layers are
@@ -19,12 +19,14 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.specs import (
     SpecProvider,
-    copy_flags,
+    copy_settings,
     local_layer_spec,
+    norm_keys,
     refuse_implementation,
     with_our_attention,
 )
 from megatron_cp.megatron.layers.verify import verify_models
+from megatron_cp.megatron.run import settings_of_run
 
 LOCAL_SYMBOLS = "*-"
 
@@ -46,7 +48,8 @@ class ContextParallelHybridStack(HybridStack):
         **rest: Any,
     ) -> None:
         refuse_implementation(config)
-        copy_flags(config)
+        # Megatron makes the stack from its config alone
+        copy_settings(settings_of_run(), config)
         local = config.transformer_impl == "local"
         super().__init__(
             config=config,
@@ -88,7 +91,7 @@ def _local_submodules(config: TransformerConfig, symbols: list[str]) -> HybridSt
                 input_layernorm=layer.input_layernorm,
                 self_attention=layer.self_attention,
                 self_attn_bda=layer.self_attn_bda,
-                sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+                sharded_state_dict_keys_map=norm_keys("input_layernorm."),
             ),
         ),
         mlp_layer=ModuleSpec(
@@ -97,7 +100,7 @@ def _local_submodules(config: TransformerConfig, symbols: list[str]) -> HybridSt
                 pre_mlp_layernorm=layer.pre_mlp_layernorm,
                 mlp=layer.mlp,
                 mlp_bda=layer.mlp_bda,
-                sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+                sharded_state_dict_keys_map=norm_keys("pre_mlp_layernorm."),
             ),
         ),
     )

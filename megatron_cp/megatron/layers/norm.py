@@ -9,7 +9,7 @@ from megatron_cp.errors import Refused
 
 
 class Norm(nn.Module):
-    """The norm that `config.normalization` names, over the last dim; statistics in fp32 (fp64 for fp64 inputs).
+    """Norm over the last dim, of the kind `config.normalization`; statistics in fp32 (fp64 for fp64 inputs).
 
     Under sequence parallelism each tensor-parallel rank normalises its own tokens, so the parameters carry Megatron's
     `sequence_parallel` mark, by which their gradients are summed over the tensor-parallel group. With

@@ -1,4 +1,4 @@
-"""Layer specs with context-parallel attention, for every way in which Megatron and its relatives ask for one."""
+"""Layer specs with context-parallel attention, for Megatron, Megatron-Bridge and slime."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +33,7 @@ from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.verify import verify_models
-from megatron_cp.megatron.run import global_args, has_our_layers
+from megatron_cp.megatron.run import Settings, settings_of_run
 
 # Checkpoints name a layer's norms as TransformerEngine does, where they are part of the linears that follow.
 NORM_KEYS = {
@@ -46,18 +46,23 @@ class SpecProvider(LocalSpecProvider):
     """Megatron's local building blocks with our core attention and our norm."""
 
     def core_attention(self) -> type:
-        """Context-parallel attention."""
+        """Return context-parallel attention."""
         return CoreAttention
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
-        """A norm that also works under sequence parallelism; the config says which one."""
+        """Return a norm that also works under sequence parallelism; the config says which one."""
         return Norm
+
+
+def norm_keys(*norms: str) -> dict[str, str]:
+    """Return the names that checkpoints have for these norms of a layer."""
+    return {norm: NORM_KEYS[norm] for norm in norms}
 
 
 def gpt_layer_spec(
     model: Any = None, config: TransformerConfig | None = None, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """This pipeline stage's decoder layers with context-parallel attention, and the final norm.
+    """Return this pipeline stage's decoder layers with context-parallel attention, and the final norm.
 
     Called as `(GPTModelConfig, vp_stage=)` by Megatron 0.19, with a provider that is itself a TransformerConfig by
     Megatron-Bridge, as `(args, config, vp_stage)` by slime, and with nothing at all: then the global arguments are
@@ -66,7 +71,7 @@ def gpt_layer_spec(
     Raises ValueError for what the spec cannot express, RuntimeError when transformer-engine is asked for and missing.
     """
     transformer = _transformer_config(model, config)
-    _apply_flags(model, transformer)
+    _apply_settings(settings_of_run(), model, transformer)
     refuse_implementation(transformer)
     _refuse_stock_mtp(model, transformer)
     _attach_verification(model)
@@ -78,7 +83,7 @@ def gpt_layer_spec(
 def mtp_block_spec(
     config: Any, transformer_layer_spec: Any, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The multi-token-prediction block, its layers like the decoder's last one with our attention.
+    """Return the multi-token-prediction block, its layers like the decoder's last one with our attention.
 
     Takes the place of Megatron's function of this name, which builds stock layers whatever the decoder's are.
     """
@@ -94,15 +99,13 @@ def mtp_block_spec(
     return get_gpt_mtp_block_spec_for_backend(transformer, last, provider, vp_stage=vp_stage)
 
 
-def mtp_layers(old: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`mtp_block_spec` where the arguments name a layer spec of ours, Megatron's function elsewhere."""
-    flags = global_args()
-    ours = flags is not None and has_our_layers(flags)
-    return (mtp_block_spec if ours else old)(*args, **kwargs)
+def mtp_layers(old: Callable[..., Any], settings: Settings, *args: Any, **kwargs: Any) -> Any:
+    """Call `mtp_block_spec` where the arguments name a layer spec of ours, Megatron's function elsewhere."""
+    return (mtp_block_spec if settings.our_layers else old)(*args, **kwargs)
 
 
 def local_layer_spec(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) -> ModuleSpec:
-    """One decoder layer, dense or with experts, of the provider's parts."""
+    """Return the spec of one decoder layer, dense or with experts, of the provider's parts."""
     norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm")
     qk_norm = L2Norm if config.qk_l2_norm else norm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
@@ -128,13 +131,13 @@ def local_layer_spec(config: TransformerConfig, provider: BackendSpecProvider, m
                 moe_grouped_gemm=config.moe_grouped_gemm and moe,
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(NORM_KEYS),
+            sharded_state_dict_keys_map=norm_keys(*NORM_KEYS),
         ),
     )
 
 
 def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) -> list[ModuleSpec]:
-    """The specs of all decoder layers of the model, in order."""
+    """Return the specs of all decoder layers of the model, in order."""
     specs = {moe: local_layer_spec(config, provider, moe) for moe in set(_moe_layers(config))}
     return [specs[moe] for moe in _moe_layers(config)]
 
@@ -142,7 +145,7 @@ def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) 
 def local_block_spec(
     config: TransformerConfig, provider: BackendSpecProvider, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline stage, with a final norm of the provider."""
+    """Return the decoder layers of this pipeline stage, with a final norm of the provider."""
     layers = local_layer_specs(config, provider)
     if config.pipeline_model_parallel_layout is not None:
         ours = config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
@@ -156,7 +159,7 @@ def local_block_spec(
 
 
 def with_our_attention[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec) -> Spec:
-    """The same layer, or block of layers, with our core attention; the given spec stays as it is."""
+    """Return a copy of a layer, or block of layers, with our core attention."""
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_layer_with_our_attention(layer) for layer in spec.layer_specs or ()])
     return _layer_with_our_attention(spec)
@@ -200,23 +203,20 @@ def _transformer_config(model: Any, config: TransformerConfig | None) -> Transfo
     raise TypeError(f"gpt_layer_spec takes a model config, a TransformerConfig or (args, config), got {type(model)}")
 
 
-def copy_flags(config: TransformerConfig) -> None:
-    """Note on the config what the flags of ours say; it travels with every copy of the config."""
-    args = global_args()
-    for name in ("cp_kernel", "cp_placement", "cp_stripe", "cp_chunks", "cp_cluster"):
-        if hasattr(args, name):
-            setattr(config, name, getattr(args, name))
+def copy_settings(settings: Settings, config: TransformerConfig) -> None:
+    """Set on the config what the settings say to attention; it travels with every copy of the config."""
+    if settings.attention:
+        settings.attention.copy_to(config)
     # what `auto` chooses for; a program that parses no arguments lets it choose at the first call
-    if getattr(args, "seq_length", None):
-        config.cp_seq_length = args.seq_length
+    if settings.seq_length:
+        config.cp_seq_length = settings.seq_length
 
 
-def _apply_flags(model: Any, config: TransformerConfig) -> None:
-    copy_flags(config)
+def _apply_settings(settings: Settings, model: Any, config: TransformerConfig) -> None:
+    copy_settings(settings, config)
     # Megatron parses --rope-scaling-factor and never hands it on: every model would get 8.
-    factor = getattr(global_args(), "rope_scaling_factor", None)
-    if factor is not None and hasattr(model, "rope_scaling_factor"):
-        model.rope_scaling_factor = factor
+    if settings.rope_scaling_factor is not None and hasattr(model, "rope_scaling_factor"):
+        model.rope_scaling_factor = settings.rope_scaling_factor
 
 
 def refuse_implementation(config: TransformerConfig) -> None:

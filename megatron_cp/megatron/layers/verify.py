@@ -1,4 +1,4 @@
-"""After the model is built: every layer must have our attention, and a line says what runs."""
+"""Check after the model is built that every layer has our attention, and print what runs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -9,11 +9,11 @@ from torch import nn
 
 from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.layers.attention import CoreAttention
-from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.machine.facts import device_of_run
 
 
 def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
-    """Verify every attention of the model chunks, and let rank 0 say what runs; a post-wrap hook of Megatron's.
+    """Verify every attention of the model chunks and print on rank 0 what runs; a post-wrap hook for Megatron.
 
     Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
     would see only this rank's tokens, or cut the sequence in another way.
@@ -26,14 +26,13 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        # a stack under construction may still lie elsewhere than it will run
-        for line in banner(cores, "cpu" if cpu.needed() or cpu.active() else "cuda"):
+        for line in banner(cores, device_of_run()):
             print(f"[megatron-cp] {line}", flush=True)
     return models
 
 
 def core_attentions(models: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The core attention of every layer on this rank, those of multi-token prediction included, with its name."""
+    """Return name and core attention of every layer on this rank, including those of multi-token prediction."""
     return [
         (f"{name}.core_attention", module.core_attention)
         for model in models
@@ -43,7 +42,7 @@ def core_attentions(models: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
 
 
 def banner(cores: Sequence[tuple[str, nn.Module]], device: str) -> list[str]:
-    """What runs on such a device, a line for the layers that agree."""
+    """Return a line for each group of equal layers with what runs on such a device."""
     numbers: dict[tuple[str, str], list[int]] = {}
     for name, core in cores:
         assert isinstance(core, CoreAttention)

@@ -1,1 +1,1 @@
-"""The machine that a rank runs on: a CPU in place of a GPU, and the environment that a launcher leaves."""
+"""The machine of a rank: facts about it, a CPU in place of a GPU, and environment variables."""

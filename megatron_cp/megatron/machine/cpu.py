@@ -2,7 +2,7 @@
 
 Megatron allocates with `device="cuda"`, asks torch.cuda for streams, events and random states, and refuses to start
 where there is no CUDA device. `cpu_runtime()` replaces the names in REPLACEMENTS by ones that do the same on the CPU
-while the context is open; leaving it restores each of them, and `torch.cuda.is_available()` tells the truth again.
+while the context is open; leaving it restores each of them, and `torch.cuda.is_available()` is False again.
 On a machine with a GPU it does nothing. Importing this file changes nothing.
 
 Communication goes over gloo. Streams are in order and events take their time from the host's clock. The "GPU's" random
@@ -27,7 +27,7 @@ from megatron_cp.megatron.rebind import Replaced, replace, restore_all
 
 
 class Replacement(NamedTuple):
-    """Names to rebind, what to (a function of the old value), and why."""
+    """Names to rebind, a function from the old value to the new one, and the reason."""
 
     targets: tuple[str, ...]
     make: Callable[[Any], Any]
@@ -35,7 +35,7 @@ class Replacement(NamedTuple):
 
 
 class Stream:
-    """The one queue of a CPU: everything issued is done when the call returns."""
+    """Stand-in for a CUDA stream: work is complete when the call that issues it returns."""
 
     cuda_stream = 0
 
@@ -51,8 +51,8 @@ class Stream:
     def query(self) -> bool:
         return True
 
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event or Event()
+    def record_event(self, event: "ClockEvent | None" = None) -> "ClockEvent":
+        event = event or ClockEvent()
         event.record(self)
         return event
 
@@ -61,8 +61,8 @@ class Stream:
         return (0, 0)
 
 
-class Event:
-    """A mark in the one queue, with the host's time."""
+class ClockEvent:
+    """Stand-in for a CUDA event, which records the host's time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds = 0.0
@@ -77,19 +77,19 @@ class Event:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this mark to `end`."""
+    def elapsed_time(self, end: "ClockEvent") -> float:
+        """Return the milliseconds from this event to `end`."""
         return 1e3 * (end._seconds - self._seconds)
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """Return the peak resident memory of this process."""
     # Linux counts ru_maxrss in KiB, and not always up to the last page
     return max(resident_bytes(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def resident_bytes() -> int:
-    """The memory that this process holds now."""
+    """Return the resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -219,9 +219,9 @@ REPLACEMENTS = (
     Replacement(
         ("torch.accelerator:current_accelerator",),
         _answer(None),
-        "torch itself must hear the truth: optimizers, loaders",
+        "torch's own optimizers and loaders must see that there is none",
     ),
-    Replacement(_cuda("manual_seed_all"), _answer(None), "torch.manual_seed calls it, and would queue it for ever"),
+    Replacement(_cuda("manual_seed_all"), _answer(None), "torch.manual_seed calls it, and would queue it without end"),
     Replacement(
         _cuda("manual_seed"), _use(lambda seed: torch.default_generator.manual_seed(int(seed))), "the CPU's generator"
     ),
@@ -251,7 +251,7 @@ REPLACEMENTS = (
         "draws tensors whose sizes follow CP, TP and micro batch from the generator that then initialises the weights",
     ),
     Replacement(_cuda("Stream"), _use(Stream), "side streams of DDP, dispatchers and pipelines"),
-    Replacement(_cuda("Event"), _use(Event), "timers and dispatchers record events"),
+    Replacement(_cuda("Event"), _use(ClockEvent), "timers and dispatchers record events"),
     Replacement(_cuda("current_stream", "default_stream"), lambda _: _one_stream(), "compared with side streams"),
     Replacement(_cuda("stream"), _use(lambda stream: contextlib.nullcontext(stream)), "there is one queue"),
     Replacement(_cuda("get_device_properties"), _use(_device_properties), "validate_args asks for the architecture"),
@@ -296,7 +296,7 @@ REPLACEMENTS = (
     Replacement(
         (f"{WRITERS}.warmup_persistent_caller",),
         _answer(None),
-        "the process that writes checkpoints ends when it asks for its device, and its rank waits for ever",
+        "the process that writes checkpoints ends when it asks for its device, and its rank would wait without end",
     ),
     Replacement(
         (f"{WRITERS}._get_async_caller",),
@@ -346,10 +346,10 @@ def _eager() -> Iterator[None]:
 
 
 def needed() -> bool:
-    """Whether this machine has no accelerator that Megatron could use."""
+    """True if this machine has no accelerator that Megatron could use."""
     return not torch.cuda.is_available()
 
 
 def active() -> bool:
-    """Whether the CPU runtime is in force now."""
+    """True if the CPU runtime is in force."""
     return torch.cuda.Stream is Stream

@@ -1,4 +1,4 @@
-"""Environment variables of a rank: what torchrun would have set, and what Megatron insists on."""
+"""Set environment variables of a rank that torchrun would have set and that Megatron insists on."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def environment_from_slurm() -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list such as `gpu[03-04,7],login1`."""
+    """Return the first name of a SLURM node list such as `gpu[03-04,7],login1`."""
     prefix, _, rest = nodes.partition("[")
     if not rest or "," in prefix:
         return prefix.split(",")[0]

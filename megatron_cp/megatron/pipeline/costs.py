@@ -1,15 +1,15 @@
-"""Which costs a run's schedules are made for: equal times, those of a file, or those of its own first steps."""
+"""Costs that a run's schedules are made for: equal times, those of a file, or those of its own first steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.bounds import least_memory
 from megatron_cp.pipeline.costs import Costs, uniform
-from megatron_cp.pipeline.costs_file import CostsFile, Model, StageCosts, of_stages, read, refuse_other_model, write
+from megatron_cp.pipeline.costs_file import CostsFile, StageCosts, of_stages, read, refuse_other_model, write
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
@@ -19,7 +19,7 @@ FILE_NAME = "pipeline-costs.yaml"
 
 @dataclass(frozen=True)
 class Known:
-    """Costs, what to call them, the unit of their times, and what M_B is, if that is known."""
+    """Costs with their origin for the log, the unit of their times, and the size of M_B where it is known."""
 
     costs: Costs
     origin: str
@@ -28,28 +28,30 @@ class Known:
 
 
 def equal(placement: Placement) -> Known:
-    """F, I and W of every stage take equally long, a hop takes nothing, and all stages keep the same until W."""
+    """Return costs with equal F, I and W in every stage, hops of no time, and equal activations kept until W."""
     return Known(uniform(placement, (1.0, 1.0, 1.0, 0.0)), "for equal F, I and W", "T_F")
 
 
-def given(args: Any, placement: Placement) -> Known | None:
-    """The costs of `--pp-costs`; raises ValueError for those of another model, or that cannot be read."""
-    name = getattr(args, "pp_costs", None)
+def given(settings: Settings, placement: Placement) -> Known | None:
+    """Read the costs of `--pp-costs`; raises ValueError for those of another model, or that cannot be read."""
+    name = settings.pipeline.costs
     if name is None:
         return None
+    assert settings.model, "settings with costs know their model"
     file = read(Path(name))
-    refuse_other_model(Path(name), file, model_of(args))
+    refuse_other_model(Path(name), file, settings.model)
     try:
         return _known(file, placement, f"from {name}")
     except ValueError as error:
         raise Refused(f"--pp-costs {name}: {error}") from None
 
 
-def measured(args: Any, placement: Placement, stages: Sequence[StageCosts], hop: float, steps: int) -> Known:
-    """The costs that the first steps showed; rank 0 of the run leaves them beside its checkpoints."""
-    file = of_stages(model_of(args), stages, hop)
-    if args.rank == 0 and args.save:
-        write(Path(args.save) / FILE_NAME, file, steps)
+def measured(settings: Settings, placement: Placement, stages: Sequence[StageCosts], hop: float, steps: int) -> Known:
+    """Return the costs that the first steps showed; rank 0 of the run writes them beside its checkpoints."""
+    assert settings.model, "settings with a profile know their model"
+    file = of_stages(settings.model, stages, hop)
+    if settings.rank == 0 and settings.save:
+        write(Path(settings.save) / FILE_NAME, file, steps)
     return _known(file, placement, f"from {steps} measured steps")
 
 
@@ -58,47 +60,22 @@ def _known(file: CostsFile, placement: Placement, origin: str) -> Known:
     return Known(costs, origin, "ms", f"M_B of {costs.unit:.4g} MiB")
 
 
-def model_of(args: Any) -> Model:
-    """What measured times depend on, from Megatron's arguments."""
-    uneven = (
-        args.pipeline_model_parallel_layout,
-        args.decoder_first_pipeline_num_layers,
-        args.decoder_last_pipeline_num_layers,
-    )
-    return Model(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size or 1,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_experts=args.num_experts or 0,
-        params_dtype=str(args.params_dtype).removeprefix("torch."),
-        recompute_granularity=args.recompute_granularity or "none",
-        layout=next((str(value) for value in uneven if value is not None), "even"),
-    )
-
-
-def caps(args: Any, placement: Placement) -> list[float] | None:
-    """What `--pp-memory-limit` leaves each rank, in M_B."""
-    limit = getattr(args, "pp_memory_limit", None)
+def caps(settings: Settings, placement: Placement) -> list[float] | None:
+    """Return what `--pp-memory-limit` leaves each rank, in M_B."""
+    limit = settings.pipeline.memory_limit
     return None if limit is None else [limit] * placement.ranks
 
 
-def refuse_cap(args: Any, placement: Placement, costs: Costs) -> None:
+def refuse_cap(settings: Settings, placement: Placement, costs: Costs) -> None:
     """Raise ValueError when not even one microbatch at a time fits under `--pp-memory-limit`."""
-    limit = getattr(args, "pp_memory_limit", None)
+    limit = settings.pipeline.memory_limit
     least = least_memory(placement, costs)
     if limit is not None and limit < least:
         raise Refused(f"--pp-memory-limit {limit:g} is below the minimum {least:g} M_B, one microbatch at a time")
 
 
 def describe(schedule: Schedule, known: Known) -> list[str]:
-    """What runs, and what the simulator makes of it."""
+    """Return log lines with the schedule and the simulator's prediction."""
     placement, run = schedule.placement, simulate(schedule, known.costs)
     sizes = f"p={placement.ranks} v={placement.chunks} m={schedule.micros}"
     peak = " ".join(f"{value:.3g}" for value in run.peak)
@@ -111,7 +88,7 @@ def describe(schedule: Schedule, known: Known) -> list[str]:
 
 
 def figures(known: Known) -> str:
-    """The times of every stage."""
+    """Return a log line with the times of every stage."""
     costs = known.costs
     times = (("T_F", costs.forward), ("T_I", costs.input), ("T_W", costs.weight), ("T_comm", (costs.comm,)))
     text = "; ".join(f"{name} {' '.join(f'{value:.4g}' for value in values)}" for name, values in times)
@@ -119,7 +96,7 @@ def figures(known: Known) -> str:
 
 
 def changes(before: Schedule, after: Schedule, known: Known) -> str:
-    """How much of a table another one changes, and what that gains."""
+    """Return a log line with the number of moved actions and the predicted gain."""
     old, new = simulate(before, known.costs), simulate(after, known.costs)
     pairs = [pair for ranks in zip(before.table, after.table, strict=True) for pair in zip(*ranks, strict=False)]
     moved = sum(here != there for here, there in pairs)

@@ -1,26 +1,29 @@
-"""Which function runs a pipeline step: ours where the arguments name a schedule, Megatron's elsewhere."""
+"""Choose the function that runs a pipeline step: ours where the settings name a schedule, else Megatron's."""
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-MOST_SCHEDULES = 4
-"""Schedules whose pipelines one process keeps: a run has one, and one more where it evaluates with another."""
+from megatron_cp.megatron.run import Settings
+
+if TYPE_CHECKING:
+    from megatron_cp.megatron.pipeline.schedule import Pipeline
 
 
-def forward_backward(old: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's `get_forward_backward_func` that knows our schedules; each keeps one `Pipeline` while it is bound."""
+class ScheduleGetter:
+    """Megatron's `get_forward_backward_func` that knows our schedules; every step of a run gets the same Pipeline."""
 
-    @lru_cache(MOST_SCHEDULES)
-    def pipeline(name: str) -> Any:
-        from megatron_cp.megatron.pipeline.schedule import Pipeline
+    def __init__(self, stock: Callable[..., Any]) -> None:
+        self._stock = stock
+        self._pipeline: Pipeline | None = None
 
-        return Pipeline(name)
+    def __call__(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
+        """Return the function for these settings and Megatron's own arguments of the getter."""
+        # a patched Megatron makes the getter while it is being imported itself
+        from megatron_cp.megatron.pipeline.schedule import Pipeline, left_to_megatron
 
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        from megatron_cp.megatron.pipeline.schedule import name_in_force
-
-        name = name_in_force(*args, **kwargs)
-        return pipeline(name) if name else old(*args, **kwargs)
-
-    return get_forward_backward_func
+        name = settings.pipeline.schedule
+        if name is None or left_to_megatron(*args, **kwargs):
+            return self._stock(*args, **kwargs)
+        if self._pipeline is None or self._pipeline.settings.pipeline != settings.pipeline:
+            self._pipeline = Pipeline(name, settings)
+        return self._pipeline

@@ -1,7 +1,7 @@
-"""Megatron's forward-backward function with the order of a schedule of ours.
+"""Run Megatron's training step in the order of one of our schedules.
 
-`Pipeline` takes the place of Megatron's own drivers: the same call, the same duties around the step, the same building
-blocks for one forward and one backward; only the order, the transfers and the start of reductions are the schedule's.
+`Pipeline` replaces Megatron's own drivers. It keeps their signature, their work around a step and their building blocks
+for one forward and one backward; the schedule decides the order, the transfers and the start of reductions.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from megatron_cp.comm import wires
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.pipeline.split_linear import queue_in_force
+from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
-from megatron_cp.megatron.pipeline.v_placement import groups_to_finalize, seen_on_loop, to_last_rank
-from megatron_cp.megatron.run import global_args
+from megatron_cp.megatron.pipeline.v_placement import OnLoop, OnV
+from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action, flat
 from megatron_cp.pipeline.build import place
@@ -32,18 +32,16 @@ from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.split_backward import WeightQueue
 
 
-def name_in_force(
+def left_to_megatron(
     pp_size: int | None = None, vp_size: int | None = None, schedule_pg_collection: Any = None
-) -> str | None:
-    """The schedule that the arguments name, for a call of Megatron's getter; None leaves the choice to Megatron."""
-    if isinstance(schedule_pg_collection, MultiModuleProcessGroupCollection) or pp_size == 1:
-        return None
-    return getattr(global_args(), "pp_schedule", None)
+) -> bool:
+    """True if a call of Megatron's getter is about one rank, or about modules with pipelines of their own."""
+    return isinstance(schedule_pg_collection, MultiModuleProcessGroupCollection) or pp_size == 1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Call:
-    """What one call of the forward-backward function came with, and what its actions leave behind."""
+    """Arguments of one call of the forward-backward function, and what its actions leave behind."""
 
     forward_step_func: Callable[..., Any]
     data_iterator: list[Any]
@@ -62,21 +60,23 @@ class Call:
     store: list[Any] = field(default_factory=list)
 
     def buffer(self) -> Tensor:
-        """Room for what passes between stages."""
+        """Return an empty tensor for what passes between stages."""
         return torch.empty(self.shape, dtype=self.config.pipeline_dtype, device=torch.cuda.current_device())
 
 
 class ModelStages:
-    """This rank's stages as an executor runs them: the n-th of `stages` is the n-th model chunk."""
+    """Stages of this rank as an executor runs them: the n-th of `stages` is the n-th model chunk."""
 
-    def __init__(self, call: Call, stages: tuple[int, ...], last: int, queue: WeightQueue | None) -> None:
-        self._call, self._last, self._queue = call, last, queue
+    def __init__(
+        self, call: Call, placed: OnLoop | OnV, stages: tuple[int, ...], last: int, queue: WeightQueue | None
+    ) -> None:
+        self._call, self._placed, self._last, self._queue = call, placed, last, queue
         self._chunk = {stage: chunk for chunk, stage in enumerate(stages)}
 
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         call, chunk = self._call, self._chunk[stage]
         self._prefetch(chunk, micro)
-        with seen_on_loop(call.model[chunk]):
+        with self._placed.seen(call.model[chunk]):
             output, tokens = schedules.forward_step(
                 call.forward_step_func,
                 call.data_iterator[chunk],
@@ -90,7 +90,7 @@ class ModelStages:
                 self._checkpoints(),
                 schedules.check_first_val_step(call.first_val_step, not call.training, micro == 0),
                 micro,
-                # without chunks Megatron's own driver names none either
+                # as Megatron's own driver without chunks
                 chunk if len(call.model) > 1 else None,
                 stage == self._last,
             )
@@ -105,7 +105,7 @@ class ModelStages:
         _listed(call.config.param_sync_func, call.model)[chunk + 1](call.model[chunk + 1].parameters())
 
     def _checkpoints(self) -> bool | None:
-        """Whether this microbatch recomputes all layers, where only some of those in flight may keep activations."""
+        """True if this microbatch recomputes all layers, where only some of those in flight may keep activations."""
         call = self._call
         spared = call.config.num_microbatches_with_partial_activation_checkpoints
         if spared is None:
@@ -144,13 +144,21 @@ class ModelStages:
 
 
 class Pipeline:
-    """A forward-backward function of Megatron's that runs one schedule."""
+    """A forward-backward function for Megatron that runs one schedule.
 
-    def __init__(self, name: str, observe: Observe = lambda action: nullcontext()) -> None:
+    settings: of the run; without them stages are on the loop, and their costs are taken to be equal
+    """
+
+    def __init__(
+        self, name: str, settings: Settings | None = None, observe: Observe = lambda action: nullcontext()
+    ) -> None:
         self._rule = SCHEDULES.get(name)
+        self.settings = settings or Settings()
+        self._placed = OnV() if self.settings.pipeline.on_v else OnLoop()
         self._observe = observe
         self._channels: Channels | None = None
         self._tables: Tables
+        self._queue: WeightQueue | None = None
         self._delayed = False
 
     def __call__(
@@ -171,7 +179,7 @@ class Pipeline:
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
     ) -> list[Any]:
-        """One step, or with `forward_only` one batch of an evaluation; what Megatron's drivers take and return."""
+        """Run one step, or with `forward_only` one batch of an evaluation, as Megatron's drivers do."""
         if adjust_tensor_shapes_fn is not None:
             raise Refused(f"--pp-schedule {self._rule.name} does not do adjusted tensor shapes (distillation)")
         groups = schedules._build_default_pg_collection() if pg_collection is None else pg_collection
@@ -186,51 +194,66 @@ class Pipeline:
             cp_group=groups.cp,
         )
         call = Call(
-            forward_step_func,
-            data_iterator if isinstance(data_iterator, list) else [data_iterator],
-            chunks,
-            num_microbatches,
-            config,
-            groups,
-            shape,
-            not forward_only,
-            collect_non_loss_data,
-            first_val_step,
-            bool(force_all_reduce),
-            torch.zeros([], dtype=torch.int, device="cuda"),
+            forward_step_func=forward_step_func,
+            data_iterator=data_iterator if isinstance(data_iterator, list) else [data_iterator],
+            model=chunks,
+            micros=num_microbatches,
+            config=config,
+            groups=groups,
+            shape=shape,
+            training=not forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            first_val_step=first_val_step,
+            force_all_reduce=bool(force_all_reduce),
+            tokens=torch.zeros([], dtype=torch.int, device="cuda"),
         )
         with _timed(config):
             self._run(call)
             if call.training:
-                _finalize(call)
-        return to_last_rank(call.store, groups.pp)
+                self._finalize(call)
+        return self._placed.to_last_rank(call.store, groups.pp)
 
     def _run(self, call: Call) -> None:
-        named = getattr(global_args(), "pp_placement", None)
-        placement = place(self._rule, call.groups.pp.size(), len(call.model), named)
+        settings = self.settings
+        placement = place(self._rule, call.groups.pp.size(), len(call.model), settings.pipeline.placement)
         if self._channels is None:
-            self._channels = connect(call.groups.pp, placement)
-            self._tables = Tables(self._rule, placement, profile_of(call.model))
-            self._delayed = watch(call.model)
+            # the first step: sizes of the pipeline and the model are known only now
+            self._channels = connect(call.groups.pp, placement, settings.timeout_minutes)
+            self._queue = bound_queue()
+            profile = profile_of(call.model, settings, self._queue)
+            self._tables = Tables(self._rule, placement, settings, profile)
+            self._delayed = watch(call.model, self._queue)
         rank, observe = call.groups.pp.rank(), self._observe
         if call.training:
+            # a new table after the last measured step; all ranks come to the same one
             self._tables.learn(self._channels, rank, call.buffer)
             observe = self._tables.observing(observe)
         schedule = self._tables.lowered(call.micros, call.training)
         actions = tuple(flat(schedule.table[rank]))
         call.window = most_in_flight(actions)
-        queue = queue_in_force() if self._delayed or any(action.kind == INPUT for action in actions) else None
+        puts_off = self._delayed or any(action.kind == INPUT for action in actions)
+        assert self._queue or not puts_off, "the hook weight-queue is not in force"
+        queue = self._queue if puts_off else None
         last = len(placement.rank_of) - 1
-        stages = ModelStages(call, placement.of_rank[rank], last, queue)
+        stages = ModelStages(call, self._placed, placement.of_rank[rank], last, queue)
         executor = Executor(placement, rank, stages, self._channels, call.training, observe)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(schedule.table[rank])
 
+    def _finalize(self, call: Call) -> None:
+        config = call.config
+        if config.finalize_model_grads_func is not None:
+            config.finalize_model_grads_func(
+                call.model,
+                call.tokens if config.calculate_per_token_loss else None,
+                pg_collection=self._placed.groups_to_finalize(call.groups, call.model),
+                force_all_reduce=call.force_all_reduce,
+            )
 
-def connect(group: Any, placement: Placement) -> Channels:
-    """The communicators of this rank's pipeline; all ranks of the run connect together."""
-    minutes = getattr(global_args(), "distributed_timeout_minutes", None)
+
+def connect(group: Any, placement: Placement, minutes: int | None) -> Channels:
+    """Make the communicators of this rank's pipeline, with this timeout; all ranks of the run connect together."""
     timeout = timedelta(minutes=minutes) if minutes else None
     channels = Channels(placement, group.rank(), wires(group, len(communicators(placement)), timeout))
     channels.meet(torch.zeros(1, device=torch.cuda.current_device()))
@@ -238,7 +261,7 @@ def connect(group: Any, placement: Placement) -> Channels:
 
 
 def most_in_flight(actions: Iterable[Action]) -> int:
-    """The most microbatches, over all chunks, forwarded and not yet returned."""
+    """Return the most microbatches, over all chunks, between their forward and their backward."""
     alive = most = 0
     for action in actions:
         alive += (action.kind == FORWARD) - (action.kind in BACKWARD)
@@ -259,7 +282,7 @@ def _timed(config: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_reductions(call: Call) -> Iterator[None]:
-    """No gradient reduction starts by itself: a bucket would be complete before its last W."""
+    """Keep gradient reductions from starting by themselves: a bucket would be complete before its last W."""
     functions = call.config.no_sync_func
     with ExitStack() as stack:
         for function in functions if isinstance(functions, list) else [functions]:
@@ -278,14 +301,3 @@ def _prefetch_first_chunks(call: Call) -> None:
 
 def _listed(functions: Any, model: list[Any]) -> list[Any]:
     return functions if isinstance(functions, list) else [functions] * len(model)
-
-
-def _finalize(call: Call) -> None:
-    config = call.config
-    if config.finalize_model_grads_func is not None:
-        config.finalize_model_grads_func(
-            call.model,
-            call.tokens if config.calculate_per_token_loss else None,
-            pg_collection=groups_to_finalize(call.groups, call.model),
-            force_all_reduce=call.force_all_reduce,
-        )

@@ -1,8 +1,8 @@
-"""Megatron's linear with a backward in two halves.
+"""Split the backward of Megatron's linears into two halves.
 
 Column- and row-parallel linears (attention, MLP, local experts, LM head) reach their autograd function through one
-name; what is bound to it here hands weight gradients to a queue while a split schedule runs, and is Megatron's own
-otherwise.
+name. `SplitLinear`, bound to it, puts weight gradients into a queue while a split schedule runs, and calls Megatron's
+own function otherwise.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Owner:
 
 
 class QueuedLinear(torch.autograd.Function):
-    """Forward as Megatron's; of the backward only the input's and the bias's gradient go through autograd."""
+    """Megatron's forward, and a backward that leaves the weight gradient to the queue."""
 
     @staticmethod
     def forward(ctx: Any, owner: Owner, *args: Any) -> Tensor:
@@ -74,7 +74,7 @@ def _input_half(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _weight_half(weight: Tensor, sequence_group: Any, fused: bool, given: Tensor, gradient: Tensor) -> None:
-    # what waited is this rank's part of the sequence: a p-th of the memory for one more gather
+    # this rank's part of the sequence waited: 1/p of the memory for one more gather
     if sequence_group is not None:
         given = gather_from_sequence_parallel_region(given, group=sequence_group)
     if fused:
@@ -90,7 +90,7 @@ def _accumulate_fused(total: Tensor, given: Tensor, gradient: Tensor) -> None:
 
 
 class SplitLinear:
-    """What is bound to the name of Megatron's autograd function; `queue` is the schedule's."""
+    """Replacement for Megatron's autograd function, with the queue of the schedule."""
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
@@ -114,13 +114,16 @@ def _splits(
     group: Any,
     gathered_weight: int = 1,
 ) -> bool:
-    """Whether this linear's backward can be split; where it cannot, its weight gradient is computed with the I."""
+    """True if this linear's backward can be split; otherwise its weight gradient is computed with the I."""
     # without a gradient of the input there would be no backward at all once the weight is out of autograd
     return weight.requires_grad and weight.is_leaf and given.requires_grad and deferred is None and gathered_weight == 1
 
 
-def queue_in_force() -> WeightQueue:
-    """The queue of the split linear that the hook `weight-queue` has bound."""
+def bound_queue() -> WeightQueue | None:
+    """Return the queue of the split linear that the hook `weight-queue` has bound; None without the hook.
+
+    Megatron's linears call their autograd function by a name of its module and hand it tensors only, so that there is
+    one queue for all linears of the process. A pipeline asks for it once and hands it to whatever uses it.
+    """
     bound = layers.LinearWithGradAccumulationAndAsyncCommunication
-    assert isinstance(bound, SplitLinear), "the hook weight-queue is not in force"
-    return bound.queue
+    return bound.queue if isinstance(bound, SplitLinear) else None

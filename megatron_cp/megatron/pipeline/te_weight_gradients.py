@@ -13,22 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megatron_cp.megatron.pipeline.split_linear import queue_in_force
-from megatron_cp.megatron.run import global_args
-from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline.split_backward import WeightQueue, accumulate
 
 _MARK = "megatron_cp_delayed"
 
 
-def delay_weights(old: Callable[..., None], config: Any, *args: Any) -> None:
-    """Check a TransformerConfig as Megatron does; for a split schedule its linears are to delay their weight gradients.
+def delay_weights(old: Callable[..., None], settings: Settings, config: Any, *args: Any) -> None:
+    """Check a TransformerConfig as Megatron does; for a split schedule let its linears delay weight gradients.
 
     Megatron's check allows the delay in an order of its own only, and sees it again in every copy of the config.
     """
-    name = getattr(global_args(), "pp_schedule", None)
-    split = name is not None and SCHEDULES.get(name).split
-    ours = split and config.transformer_impl == "transformer_engine" and can_delay()
+    ours = settings.pipeline.splits and config.transformer_impl == "transformer_engine" and can_delay()
     if ours:
         config.delay_wgrad_compute = False
     old(config, *args)
@@ -37,21 +33,23 @@ def delay_weights(old: Callable[..., None], config: Any, *args: Any) -> None:
 
 
 def can_delay() -> bool:
-    """Whether TransformerEngine's linears tell that they delay; older ones run a whole backward with every I."""
+    """True if TransformerEngine's linears say that they delay; older ones run a whole backward with every I."""
     linear = importlib.import_module("megatron.core.extensions.transformer_engine").TELinear
     return hasattr(linear, "need_backward_dw")
 
 
-def watch(models: Iterable[nn.Module]) -> bool:
-    """Let the delayed weight gradients of `models` wait in the schedule's queue; whether any module has some."""
+def watch(models: Iterable[nn.Module], queue: WeightQueue | None) -> bool:
+    """Let the delayed weight gradients of `models` wait in `queue`; True if any module has some."""
     found = [module for model in models for module in model.modules() if _delays(module)]
+    if not found:
+        return False
+    assert queue, "linears that delay their weight gradients need the hook weight-queue"
     for module in found:
         # a second schedule of the same model finds the first one's
         if not hasattr(module, _MARK):
-            setattr(module, _MARK, _Delayed(module, queue_in_force()))
-    if found:
-        queue_in_force().always = True
-    return bool(found)
+            setattr(module, _MARK, _Delayed(module, queue))
+    queue.always = True
+    return True
 
 
 def _delays(module: Any) -> bool:
@@ -60,7 +58,7 @@ def _delays(module: Any) -> bool:
 
 
 class _Delayed:
-    """A module with weight gradients of its own to come, one for every time that a backward reaches its output."""
+    """A module that owes one weight gradient for every time that a backward reaches its output."""
 
     def __init__(self, module: Any, queue: WeightQueue) -> None:
         self._module, self._queue = module, queue
@@ -93,9 +91,9 @@ class _Delayed:
 
 @contextmanager
 def gradients_to_come(chunk: Any) -> Iterator[None]:
-    """Inside, Megatron's hook does without a gradient of every weight; where it overlaps reductions it insists on one.
+    """Let Megatron's hook accept weights without a gradient, which it refuses where it overlaps reductions.
 
-    It has nothing to start there either: a step's reductions start when its stages are done.
+    Nothing is lost: a step's reductions start when its stages are done.
     """
     settings: Any = getattr(chunk, "ddp_config", None)
     overlaps = getattr(settings, "overlap_grad_reduce", False)

@@ -1,4 +1,4 @@
-"""Stages on a V inside Megatron, which knows the loop only.
+"""Place stages on a V in Megatron, which itself places them on the loop only.
 
 Megatron numbers stages along the loop: chunk c of rank r is stage c * p + r, and whatever it decides for a chunk
 (layers and their numbers, embedding, head, loss, data) it decides from (r, c). On the V every other chunk runs up the
@@ -6,13 +6,13 @@ ranks: chunk c of rank r is the stage that the loop has on rank p - 1 - r. Such 
 rank were that one: it is given the pipeline's group numbered from the other end, and meanwhile Megatron's own rank is
 set to it.
 
-Two things are left that follow from first and last stage being on one rank: tied embeddings are two weights of rank 0,
-and Megatron looks for losses on the last rank.
+Two more things follow from first and last stage being on one rank: tied embeddings are two weights of rank 0, and
+losses have to be sent to the last rank, where Megatron looks for them.
 """
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,52 +22,70 @@ from torch import Tensor
 
 from megatron_cp.comm import backwards, hand_over
 from megatron_cp.errors import CannotRun
-from megatron_cp.megatron.run import global_args
-from megatron_cp.pipeline import on_v
+from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline.placement import vee
 
 
-def v_in_force() -> bool:
-    """Whether the arguments name a schedule on the V."""
-    args = global_args()
-    return on_v(getattr(args, "pp_schedule", None), getattr(args, "pp_placement", None))
-
-
 def rank_on_loop(rank: int, chunk: int, p: int) -> int:
-    """The rank that the loop has this stage on; the chunk is the same there."""
+    """Return the rank that holds this stage on the loop; the chunk is the same there."""
     return vee(p, chunk + 1).of_rank[rank][chunk] % p
 
 
 @contextmanager
 def seen_as(rank: int) -> Iterator[None]:
-    """Megatron takes this process for that rank of the pipeline."""
+    """Let Megatron take this process for that rank of the pipeline."""
     parallel_state.set_pipeline_model_parallel_rank(rank)
     try:
         yield
     finally:
-        # from then on the group is asked again
+        # Megatron then asks the group again
         parallel_state.set_pipeline_model_parallel_rank(None)
 
 
-@contextmanager
-def seen_on_loop(chunk: Any) -> Iterator[None]:
-    """Megatron takes this process for the rank that holds this model chunk's stage on the loop."""
-    if not v_in_force():
-        yield
-        return
-    with seen_as(pipeline_of(chunk).rank()):
-        yield
+class OnLoop:
+    """Stages on the loop, as Megatron places them."""
+
+    def seen(self, chunk: Any) -> AbstractContextManager[None]:
+        """Return a context for a forward of this model chunk; the loop needs none."""
+        return nullcontext()
+
+    def groups_to_finalize(self, groups: Any, chunks: list[Any]) -> Any:
+        """Return the groups in which gradients are reduced at the end of a step."""
+        return groups
+
+    def to_last_rank(self, store: list[Any], group: Any) -> list[Any]:
+        """Return what the last stage left behind, which the pipeline's last rank prints and logs."""
+        return store
+
+
+class OnV:
+    """Stages on the V, where the last one is on the pipeline's first rank."""
+
+    def seen(self, chunk: Any) -> AbstractContextManager[None]:
+        """Let Megatron take this process for the rank that holds this model chunk's stage on the loop."""
+        return seen_as(pipeline_of(chunk).rank())
+
+    def groups_to_finalize(self, groups: Any, chunks: list[Any]) -> Any:
+        """Return groups in which the pipeline's last rank is the one that has counted tokens."""
+        found = copy.copy(groups)
+        found.pp = pipeline_of(chunks[-1])
+        return found
+
+    def to_last_rank(self, store: list[Any], group: Any) -> list[Any]:
+        """Send what the last stage left behind to the pipeline's last rank, which prints and logs it."""
+        found = hand_over(group, 0, group.size() - 1, _moved(store, "cpu"))
+        return store if group.rank() == 0 else _moved(found, torch.cuda.current_device())
 
 
 def pipeline_of(chunk: Any) -> Any:
-    """The pipeline's group as a model chunk was given it.
+    """Return the pipeline's group as a model chunk on the V was given it.
 
     Raises RuntimeError where the model was not built by `build_stages`.
     """
     group = get_attr_wrapped_model(chunk, "pg_collection").pp
     vp_stage = get_attr_wrapped_model(chunk, "vp_stage")
     own = parallel_state.get_pipeline_model_parallel_group()
-    if v_in_force() and group.rank() != rank_on_loop(own.rank(), vp_stage, own.size()):
+    if group.rank() != rank_on_loop(own.rank(), vp_stage, own.size()):
         raise CannotRun(
             "a schedule on the V needs the model of a config's builder, and this script hands a model provider to "
             "pretrain(); hand it a model config, or take a schedule on the loop"
@@ -75,9 +93,11 @@ def pipeline_of(chunk: Any) -> Any:
     return group
 
 
-def build_stages(old: Callable[..., Any], build: Callable[..., Any], groups: Any, vp_size: int, *args: Any) -> Any:
+def build_stages(
+    old: Callable[..., Any], settings: Settings, build: Callable[..., Any], groups: Any, vp_size: int, *args: Any
+) -> Any:
     """Build this rank's chunks as stages on the V; tied embeddings start out equal."""
-    if not v_in_force():
+    if not settings.pipeline.on_v:
         return old(build, groups, vp_size, *args)
     other_way = backwards(groups.pp)
     own, p = groups.pp.rank(), groups.pp.size()
@@ -99,7 +119,7 @@ def build_stages(old: Callable[..., Any], build: Callable[..., Any], groups: Any
 
 
 def tied(chunks: list[Any]) -> tuple[Tensor, Tensor] | None:
-    """The embedding and its copy in the last stage, where both are here and are one weight of the model."""
+    """Return the embedding and its copy in the last stage, where both are on this rank and are one weight."""
     first, last = (
         get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True) for chunk in (chunks[0], chunks[-1])
     )
@@ -108,9 +128,11 @@ def tied(chunks: list[Any]) -> tuple[Tensor, Tensor] | None:
     return first.shared_embedding_or_output_weight(), last.shared_embedding_or_output_weight()
 
 
-def add_tied_gradients(old: Callable[..., Any], chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+def add_tied_gradients(
+    old: Callable[..., Any], settings: Settings, chunks: list[Any], *args: Any, **kwargs: Any
+) -> None:
     """Give both tied weights the sum of their gradients, which the loop's first and last rank reduce to each other."""
-    if not v_in_force():
+    if not settings.pipeline.on_v:
         return old(chunks, *args, **kwargs)
     if pair := tied(chunks):
         ours, copied = pair[0].main_grad, pair[1].main_grad  # type: ignore[attr-defined]
@@ -119,30 +141,13 @@ def add_tied_gradients(old: Callable[..., Any], chunks: list[Any], *args: Any, *
     return None
 
 
-def feed_stages(old: Callable[..., Any], provider: Any) -> Any:
+def feed_stages(old: Callable[..., Any], settings: Settings, provider: Any) -> Any:
     """Build the data iterators of one chunk where its stage needs data."""
-    if not v_in_force():
+    if not settings.pipeline.on_v:
         return old(provider)
     own = parallel_state.get_pipeline_model_parallel_group()
     with seen_as(rank_on_loop(own.rank(), provider.keywords["vp_stage"], own.size())):
         return old(provider)
-
-
-def groups_to_finalize(groups: Any, chunks: list[Any]) -> Any:
-    """The groups in which the pipeline's last rank is the one that has counted tokens."""
-    if not v_in_force():
-        return groups
-    found = copy.copy(groups)
-    found.pp = pipeline_of(chunks[-1])
-    return found
-
-
-def to_last_rank(store: list[Any], group: Any) -> list[Any]:
-    """What the last stage left behind, also on the pipeline's last rank, which prints and logs it."""
-    if not v_in_force():
-        return store
-    found = hand_over(group, 0, group.size() - 1, _moved(store, "cpu"))
-    return store if group.rank() == 0 else _moved(found, torch.cuda.current_device())
 
 
 def _moved(value: Any, device: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Doors A and C: what is put in force around a training script, decided from its command line.
+"""Launch a training script with the hooks that its command line needs.
 
-With none of our features asked for, on a machine with a GPU and a Megatron-LM checkout, nothing is.
+With none of our features asked for, on a machine with a GPU and a Megatron-LM checkout, nothing is changed.
 """
 
 import contextlib
@@ -13,35 +13,36 @@ from typing import NamedTuple
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.megatron import hooks
-from megatron_cp.megatron.arguments.command_line import has_te, wants_layers
+from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.checkpoint import failed_save
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import environment_for_gpus, environment_from_slurm
+from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
 from megatron_cp.megatron.run import say, values_of
 from megatron_cp.pipeline import on_v
 
 
-class Plan(NamedTuple):
-    """What a command line asks of us."""
+class Features(NamedTuple):
+    """Features of ours that a command line asks for: our layers, and the hooks of everything else."""
 
     layers: bool
     hooks: tuple[str, ...]
 
 
-def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
-    """The hooks that this command line needs on this machine."""
-    layers = wants_layers(argv)
+def features(argv: Sequence[str], machine: Machine) -> Features:
+    """Return the layers and hooks that this command line needs on `machine`."""
+    layers = wants_layers(argv, machine)
     names = []
     schedule = values_of(argv, "--pp-schedule")
     # without transformer-engine Megatron's default arguments cannot run
-    if layers or schedule is not None or cpu_runtime or not has_te() or "--help" in argv or "-h" in argv:
+    if layers or schedule is not None or not (machine.gpu and machine.te) or "--help" in argv or "-h" in argv:
         names += ["flags", "checks"]
     if schedule is not None:
         names += ["schedule", "weight-queue"]
         placement = "".join(values_of(argv, "--pp-placement") or ())
         names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
-        names += ["delayed-weights"] if has_te() else []
+        names += ["delayed-weights"] if machine.te else []
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names.append("mtp-layers")
     if hooks.dataset_helpers_need_no_make():
@@ -50,18 +51,18 @@ def plan(argv: Sequence[str], cpu_runtime: bool) -> Plan:
         names.append("overwrite")
     if values_of(argv, "--use-distributed-optimizer") is not None and hooks.resumes_with_torch_adam():
         names += ["optimizer-save", "optimizer-load", "optimizer-copy"]
-    return Plan(layers, tuple(names))
+    return Features(layers, tuple(names))
 
 
 def _save_folder(argv: Sequence[str]) -> str | None:
-    """Where a run saves that is to stop when it is told to."""
+    """Return where a run saves that is to stop when it is told to; None for other runs."""
     folder = values_of(argv, "--save")
     return folder[0] if folder and values_of(argv, "--exit-signal-handler") is not None else None
 
 
 @contextlib.contextmanager
-def door(argv: Sequence[str]) -> Iterator[Plan]:
-    """Everything in force that `argv` needs, undone at the end; a refusal ends the process with one line."""
+def launched(argv: Sequence[str]) -> Iterator[Features]:
+    """Put in force everything that `argv` needs and undo it at the end; a refusal ends the process with one line."""
     environment_from_slurm()
     environment_for_gpus(argv)
     with contextlib.ExitStack() as undo:
@@ -70,9 +71,9 @@ def door(argv: Sequence[str]) -> Iterator[Plan]:
         undo.enter_context(failed_save.explained(next(iter(values_of(argv, "--save") or ()), None)))
         undo.enter_context(stop_signal.noted(_save_folder(argv)))
         undo.enter_context(cpu.cpu_runtime())
-        decided = plan(argv, cpu.active())
-        undo.enter_context(hooks.apply(decided.hooks))
-        yield decided
+        wanted = features(argv, this_machine())
+        undo.enter_context(hooks.apply(wanted.hooks))
+        yield wanted
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def main() -> None:
         raise SystemExit(f"[megatron-cp] no script {script!r}")
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    with door(sys.argv[1:]):
+    with launched(sys.argv[1:]):
         if warning := uneven_masks(sys.argv[1:]):
             say(warning)
         runpy.run_path(script, run_name="__main__")

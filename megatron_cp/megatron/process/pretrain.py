@@ -1,4 +1,4 @@
-"""Door C: pretrain a GPT where only PyPI's megatron-core is installed.
+"""Pretrain a GPT where only PyPI's megatron-core is installed.
 
 The wheel has `megatron.training` but no pretrain_gpt.py. This is the same program on the same public calls: parse and
 validate, make the model's config, and hand a dataset provider and a forward step to `pretrain`.
@@ -25,7 +25,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_cp.comm import GroupFabric
 from megatron_cp.megatron.process import summary
-from megatron_cp.megatron.process.launch import door
+from megatron_cp.megatron.process.launch import launched
 from megatron_cp.megatron.run import say
 
 # times the largest loss so far; as in Megatron's own script
@@ -35,7 +35,7 @@ PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size",
 
 
 def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list[Any]:
-    """Train, validation and test datasets of the requested sizes; mock data when no path is given."""
+    """Build train, validation and test datasets of the requested sizes, of mock data with --mock-data."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -86,7 +86,7 @@ def _reads_data(vp_stage: int | None = None) -> bool:
 
 
 def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None = None) -> dict[str, Any]:
-    """This rank's part of the next microbatch: broadcast over TP, cut over CP; None where a stage needs nothing."""
+    """Return this rank's part of the next microbatch, broadcast over TP and cut over CP; None for unneeded entries."""
     args = get_args()
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
@@ -151,7 +151,7 @@ def _share(tokens: torch.Tensor) -> torch.Tensor | float:
 
 
 def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """One microbatch through this stage: its output, and the function that makes a loss of the last stage's."""
+    """Run one microbatch through this stage; return its output and the function that turns it into a loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     part = batch(data_iterator, getattr(_unwrapped(model), "vp_stage", None))
@@ -173,7 +173,7 @@ def _unwrapped(model: Any) -> Any:
 
 
 def model_config(args: Any) -> GPTModelConfig:
-    """The model that the arguments describe, with the rope factor that Megatron's own function leaves out."""
+    """Return the model's config, with the rope factor that Megatron's own function leaves out."""
     config: GPTModelConfig = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     return config
@@ -202,7 +202,7 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
         forward_step,
         **options,
     )
-    # a run that was complete already takes no step
+    # a run that was already complete takes no step
     last = getattr(args, "curr_iteration", args.iteration - 1)
     text = summary.line(models, last + 1 - args.iteration)
     if text:
@@ -211,5 +211,5 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
 
 def main() -> None:
     """`torchrun -m megatron_cp.pretrain_gpt FLAGS`."""
-    with door(sys.argv[1:]):
+    with launched(sys.argv[1:]):
         run()

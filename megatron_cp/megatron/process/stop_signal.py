@@ -1,4 +1,4 @@
-"""Stop on SIGTERM with everything saved, and tell the script of the job so.
+"""Stop on SIGTERM with everything saved, and leave a file that tells the job's script.
 
 Megatron's signal handler saves after the iteration and leaves with SystemExit. torchrun exits 1 after SIGTERM whether
 or not its ranks saved, so that its status does not tell whether there is something to go on from: a file does.
@@ -27,7 +27,7 @@ def noted(save: str | None) -> Iterator[None]:
     """
     job = config.variable("SLURM_JOB_ID")
     if save is not None:
-        _spare_the_writers()
+        _start_writers()
     if save is None or not job:
         yield
         return
@@ -44,8 +44,8 @@ def noted(save: str | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _spare_the_writers() -> None:
-    """Start the processes that Megatron saves with, deaf to SIGTERM: the queue of the writers, and their server.
+def _start_writers() -> None:
+    """Start the processes that Megatron saves with, which then ignore SIGTERM: the writers' queue and their server.
 
     SLURM and torchrun signal every process of a rank. Megatron starts these later, with the default handler, so that a
     signal would end them, and with them the save that it asks for.
@@ -53,7 +53,7 @@ def _spare_the_writers() -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # what is ignored stays ignored in the new programs, and in what the server forks
+    # new programs inherit the ignored signal, and so do the processes that the server forks
     get_write_results_queue()
     forkserver.ensure_running()
     signal.signal(signal.SIGTERM, before)
@@ -68,7 +68,7 @@ def _end_writers() -> None:
 
 
 def _leaving(marker: Path) -> Callable[[int, Any], None]:
-    """Until Megatron handles the signal itself there is nothing to save, and the run may begin again later."""
+    """Return a handler for the time before Megatron handles the signal, when nothing has to be saved."""
 
     def leave(number: int, frame: Any) -> None:
         _leave(marker)
@@ -78,7 +78,7 @@ def _leaving(marker: Path) -> Callable[[int, Any], None]:
 
 
 def _stopped_at() -> int | None:
-    """The iterations that were done when the run was told to stop, or None when it was not."""
+    """Return the iterations that were done when the run was told to stop, or None when it was not."""
     args = _arguments()
     done = getattr(args, "curr_iteration", -1) + 1
     if args is None or not 0 < done < args.train_iters or _was_planned(args, done):
@@ -92,12 +92,12 @@ def _arguments() -> Any:
     try:
         return get_args()
     except AssertionError:
-        # it did not get as far as that
+        # the run ended before the arguments were parsed
         return None
 
 
 def _was_planned(args: Any, done: int) -> bool:
-    # these mean that somebody wants to look first
+    # the user asked for these ends and decides what follows
     at_interval = bool(args.exit_interval) and done % args.exit_interval == 0
     return at_interval or done in (args.phase_transition_iterations or ())
 

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: one line that programs can read."""
+"""Summary line of a finished run, machine-readable."""
 
 import json
 from collections.abc import Iterable
@@ -11,29 +11,30 @@ from megatron_cp.comm import largest
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.verify import core_attentions
 from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.machine.facts import device_of_run
 
 
 def summary(models: Iterable[nn.Module], steps: int) -> dict[str, Any] | None:
-    """Backends, kernels, bytes that CP sent per step and peak memory; None without our attention on this rank.
+    """Return backends, kernels, bytes sent by CP per step and peak memory; None without our attention on this rank.
 
     Bytes are those of the rank of this CP group that sent most, evaluation included. All ranks of the group call it.
     """
     cores = [core for _, core in core_attentions(models) if isinstance(core, CoreAttention)]
     if not cores:
         return None
-    device = "cuda" if torch.cuda.is_available() and not cpu.active() else "cpu"
+    where = device_of_run()
     sent, resident = largest(
-        cores[0].plan.cp, torch.device(device), sum(core.plan.sent for core in cores), cpu.peak_resident_bytes()
+        cores[0].plan.cp, torch.device(where), sum(core.plan.sent for core in cores), cpu.peak_resident_bytes()
     )
     return {
         "backend": ", ".join(dict.fromkeys(core.plan.backend.name for core in cores)),
-        "kernel": ", ".join(dict.fromkeys(core.kernel(device)[0].name for core in cores)),
+        "kernel": ", ".join(dict.fromkeys(core.kernel(where)[0].name for core in cores)),
         "cp_bytes_per_step": int(sent / max(1, steps)),
         "peak_rss_bytes": int(resident),
     }
 
 
 def line(models: Iterable[nn.Module], steps: int) -> str | None:
-    """The summary as the line that `megatron-cp train` looks for."""
+    """Return the summary as the line that `megatron-cp train` looks for."""
     found = summary(models, steps)
     return f"summary {json.dumps(found)}" if found else None

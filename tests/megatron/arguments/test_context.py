@@ -87,7 +87,7 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"num_attention_heads": 7}, "got 7 and 2"),
         ({"world_size": 4}, "needs 8 processes, got 4"),
         ({"seq_length": 1004}, r"divisible by 2 \* --context-parallel-size = 8, got 1004; use 1008"),
-        ({"cp_comm_type": ["a2a"], "num_attention_heads": 6}, "deals the query heads .* to 4 ranks, got 3 heads"),
+        ({"cp_comm_type": ["a2a"], "num_attention_heads": 6}, "splits the query heads .* over 4 ranks, got 3 heads"),
         ({"softmax_type": "learnable"}, "--softmax-type"),
         ({"qk_clip": True}, "--qk-clip"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),

@@ -33,13 +33,13 @@ TINY = GptSize(ranks=2, layers=4, hidden=64, seq=128)
 
 @contextlib.contextmanager
 def comparison(group, overlap=False):
-    from megatron_cp.megatron.bench.model import Chunks, pipeline_of
+    from megatron_cp.megatron.bench.model import ModelChunks, pipeline_of
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     fabric = GroupFabric(torch.distributed.group.WORLD)
     with pipeline_of(TINY.ranks), contextlib.redirect_stdout(io.StringIO()):
-        yield ScheduleComparison(fabric, torch.device("cpu"), Chunks(TINY, group.v, overlap), group)
+        yield ScheduleComparison(fabric, torch.device("cpu"), ModelChunks(TINY, group.v, overlap), group)
 
 
 def timed(groups):

@@ -10,7 +10,7 @@ from megatron_cp.megatron.layers import hybrid
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.spec import hybrid_stack_spec
-from tests.megatron.door_b import grad_norms, losses, train
+from tests.megatron.spec_run import grad_norms, losses, train
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 PATTERN = "--hybrid-layer-pattern *-*- --num-layers 4"

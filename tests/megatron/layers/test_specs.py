@@ -21,7 +21,7 @@ from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.spec import gpt_layer_spec
-from tests.megatron.door_b import grad_norms, losses, train
+from tests.megatron.spec_run import grad_norms, losses, train
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWarning")

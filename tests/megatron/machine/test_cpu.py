@@ -8,6 +8,7 @@ import torch
 
 from megatron_cp.megatron.arguments import checks
 from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.machine.facts import Machine
 from megatron_cp.megatron.rebind import find
 from tests.ranks import run_ranks
 
@@ -161,6 +162,6 @@ def test_every_replacement_says_why_and_no_name_is_replaced_twice() -> None:
 
 def test_only_what_differs_is_filled_in_and_reported() -> None:
     args = SimpleNamespace(transformer_impl="local", apply_rope_fusion=True, hidden_size=4)
-    changed = checks.fill_arguments(args)
+    changed = checks.fill_arguments(args, Machine(te=False))
     assert changed == ["--no-rope-fusion"]
     assert vars(args) == {"transformer_impl": "local", "apply_rope_fusion": False, "hidden_size": 4}

@@ -228,14 +228,14 @@ def refusal(cases):
 
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_cp.megatron.process.launch import door
+    from megatron_cp.megatron.process.launch import launched
 
     # the arguments are refused before anybody is waited for
     os.environ["WORLD_SIZE"] = "4"
     lines = {}
     for name, flags in cases.items():
         sys.argv = ["pretrain_gpt", *flags]
-        with pytest.raises(SystemExit) as stop, door(flags):
+        with pytest.raises(SystemExit) as stop, launched(flags):
             parse_and_validate_args()
         lines[name] = str(stop.value)
     return lines

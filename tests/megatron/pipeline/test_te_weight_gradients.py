@@ -146,13 +146,13 @@ def delays_of(schedule, delaying):
     """`delay_wgrad_compute` of a config, of a copy of it and of a config without transformer-engine."""
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer import TransformerConfig
+    from megatron.training import global_vars
 
     from megatron_cp.megatron import hooks
-    from megatron_cp.megatron.pipeline import te_weight_gradients
 
     linear = type("TELinear", (), {"need_backward_dw": None} if delaying else {})
     transformer_engine.TELinear = linear
-    te_weight_gradients.global_args = lambda: SimpleNamespace(pp_schedule=schedule)
+    global_vars.set_args(SimpleNamespace(pp_schedule=schedule))
     sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
     with hooks.apply(["delayed-weights"]):
         config = TransformerConfig(**sizes, transformer_impl="transformer_engine")

@@ -11,15 +11,15 @@ import torch
 
 from megatron_cp.megatron import hooks
 from megatron_cp.megatron.checkpoint import resume
-from megatron_cp.megatron.process.launch import door
+from megatron_cp.megatron.process.launch import launched
 from tests.cases import slow_unless
-from tests.megatron.door_b import grad_norms, losses, train
 from tests.megatron.pipeline.test_schedules import CHUNKS, EXPERTS, MODEL, TIED, TWO, refusal
 from tests.megatron.pretraining import (
     pretrain_losses,
     tiny,
     trained,
 )
+from tests.megatron.spec_run import grad_norms, losses, train
 from tests.ranks import run_ranks, run_ranks_with_log
 
 FOUR = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 16"
@@ -129,7 +129,7 @@ def tied_weights_before_training(flags):
 
     found = []
     sys.argv = ["pretrain_gpt", *flags]
-    with door(flags):
+    with launched(flags):
         pretrain.run(lambda config: config.pre_wrap_hooks.append(lambda models: found.append(v_placement.tied(models))))
     ((first, last),) = found if found[0] else ((None, None),)
     return None if first is None else (torch.equal(first, last), bool(first.any()))

@@ -19,7 +19,7 @@ def leave(
     """Whether a run that leaves after 7 of 20 iterations, with the checkpoint of `saved`, leaves a marker."""
     said = {"curr_iteration": 6, "train_iters": 20, "exit_interval": None, "phase_transition_iterations": None, **args}
     monkeypatch.setattr(stop_signal, "_arguments", lambda: SimpleNamespace(**said))
-    monkeypatch.setattr(stop_signal, "_spare_the_writers", lambda: None)
+    monkeypatch.setattr(stop_signal, "_start_writers", lambda: None)
     monkeypatch.setenv("RANK", str(rank))
     (folder / "latest_checkpointed_iteration.txt").write_text(str(saved))
     with pytest.raises(SystemExit), stop_signal.noted(str(folder)):
@@ -60,7 +60,7 @@ def test_outside_a_job_nothing_is_noted(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_signal_before_training_leaves_and_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_signal, "_spare_the_writers", lambda: None)
+    monkeypatch.setattr(stop_signal, "_start_writers", lambda: None)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left, stop_signal.noted(str(tmp_path / "save")):
         signal.raise_signal(signal.SIGTERM)
@@ -75,7 +75,7 @@ def save_after_a_signal() -> tuple[str, bool, bool]:
 
     os.setsid()
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    stop_signal._spare_the_writers()
+    stop_signal._start_writers()
     writer = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,), daemon=True)
     writer.start()
     time.sleep(1)

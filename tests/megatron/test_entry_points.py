@@ -1,4 +1,4 @@
-"""Doors A and C train through the real pretrain, alike, and speak one line when something is refused."""
+"""The launcher and our own script train through the real pretrain, alike, and refuse in one line on every rank."""
 
 import importlib
 import os
@@ -111,7 +111,7 @@ def rope_factor(flags: list[str]) -> float:
     from megatron_cp.megatron.process import pretrain
 
     sys.argv = ["pretrain_gpt", *flags]
-    with launch.door(flags):
+    with launch.launched(flags):
         return pretrain.model_config(pretrain.parse_and_validate_args()).rope_scaling_factor
 
 

@@ -1,0 +1,38 @@
+"""Facts about a machine that our checks and the values filled in for it depend on."""
+
+import importlib.util
+from dataclasses import dataclass
+
+from megatron_cp.megatron.machine import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine as the checks see it: the one that they run on, or another one that a run is meant for.
+
+    gpu:    torch.cuda has a device, and the CPU does not stand in for it
+    te:     transformer-engine is installed
+    nvrx:   nvidia-resiliency-ext is installed, with which Megatron saves asynchronously unless told otherwise
+    inputs: data and checkpoints can be read on the machine where the checks run
+    """
+
+    gpu: bool = True
+    te: bool = True
+    nvrx: bool = True
+    inputs: bool = True
+
+
+def this_machine() -> Machine:
+    """Look at this machine; packages are not imported to find out."""
+    return Machine(
+        gpu=not cpu.active(), te=_is_installed("transformer_engine"), nvrx=_is_installed("nvidia_resiliency_ext")
+    )
+
+
+def device_of_run() -> str:
+    """Return "cuda" or "cpu", where a model will run; while it is built it may be elsewhere."""
+    return "cpu" if cpu.needed() or cpu.active() else "cuda"
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

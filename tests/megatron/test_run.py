@@ -1,0 +1,78 @@
+"""Settings of a run: every flag of ours is one field, from the parser to the config that a layer reads."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_cp.megatron.arguments.command_line import wants_layers
+from megatron_cp.megatron.arguments.context import add_arguments
+from megatron_cp.megatron.machine.facts import Machine
+from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, _flag, settings_of_run
+
+WORDS = {
+    "kernel": "reference",
+    "placement": "context-first",
+    "stripe": 4,
+    "chunks": 2,
+    "cluster": "a100-ib",
+}
+
+
+def parsed(*words: str) -> SimpleNamespace:
+    return add_arguments(ArgumentParser()).parse_args(words, SimpleNamespace())
+
+
+def test_a_value_goes_from_the_command_line_over_the_config_to_the_layer() -> None:
+    assert set(WORDS) == {each.name for each in fields(AttentionFlags)}
+    words = [word for name, value in WORDS.items() for word in (f"--cp-{name}", str(value))]
+    settings, config = Settings.of(parsed(*words)), SimpleNamespace()
+    assert settings.attention == AttentionFlags(**WORDS)
+    settings.attention.copy_to(config)
+    assert vars(config) == {f"cp_{name}": value for name, value in WORDS.items()}
+    assert AttentionFlags.of(config) == settings.attention
+
+
+@pytest.mark.parametrize("name", AttentionFlags.names())
+def test_each_flag_asks_for_our_layers(name: str) -> None:
+    assert wants_layers([name, "1"], Machine())
+
+
+def test_a_new_flag_is_one_field() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class More(AttentionFlags):
+        prefix = "cp"
+        sink_tokens: int = _flag(0, lambda: "TOKENS", lambda: "Tokens that all see.", int)
+
+    parser, config = ArgumentParser(), SimpleNamespace()
+    More.add_to(parser)
+    assert More.of(parser.parse_args(["--cp-sink-tokens", "3"])).sink_tokens == 3
+    assert More.names()[-1] == "--cp-sink-tokens"
+    More(sink_tokens=5).copy_to(config)
+    assert config.cp_sink_tokens == 5
+
+
+def test_a_parser_without_our_flags_leaves_configs_alone() -> None:
+    settings = Settings.of(SimpleNamespace(spec=["megatron_cp.megatron.spec", "gpt_layer_spec"], seq_length=64))
+    assert (settings.our_layers, settings.attention, settings.seq_length) == (True, None, 64)
+    assert settings.pipeline == PipelineFlags()
+
+
+def test_a_program_without_arguments_has_defaults() -> None:
+    assert settings_of_run() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "placement", "on_v", "splits"),
+    [
+        (None, None, False, False),
+        ("1f1b", None, False, False),
+        ("zb-v", None, True, True),
+        ("auto", "v", True, True),
+        ("auto", None, False, True),
+    ],
+)
+def test_what_a_schedule_needs_of_megatron(schedule: str | None, placement: str | None, on_v: bool, splits: bool):
+    flags = PipelineFlags(schedule=schedule, placement=placement)
+    assert (flags.on_v, flags.splits) == (on_v, splits)
