@@ -27,7 +27,7 @@ nitpicky = True
 # types in signatures: those of other packages, of which no inventory is fetched, and those that are not public
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|dist|jaxtyping|collections|contextlib|datetime|pathlib|types|typing)\b.*"),
-    ("py:.*", r"Tensor|Float|ProcessGroup|Path|Self|T|list\[.*|[a-z] [a-z ]+"),
+    ("py:.*", r"Tensor|Float|ProcessGroup|Path|Self|S|T|list\[.*|[a-z] [a-z ]+"),
     ("py:class", r"megatron_cp\..*"),
 ]
 default_role = "code"

@@ -90,6 +90,7 @@ class Task:
 
     @property
     def mine(self) -> Runs:
+        """Positions of this rank's tokens."""
         return self.layout[self.fabric.rank]
 
     def on(self, fabric: Fabric, layout: Layout, kernel: Kernel) -> "Task":
@@ -98,6 +99,7 @@ class Task:
 
     @property
     def my_queries(self) -> Queries:
+        """All queries of this rank."""
         return Queries(self.fabric.rank, slice(0, length(self.mine)))
 
     def attend(self, merge: SoftmaxMerge, q: Tensor, block: Block, queries: Queries | None = None) -> None:

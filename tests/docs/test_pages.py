@@ -1,12 +1,14 @@
 """Links, names and generated parts of the pages are what the repository has."""
 
 import re
+from dataclasses import fields
 
 import pytest
 
 from docs import generate
-from tests.docs.pages import DOCS, PAGES, ROOT, TEXT, anchors, blocks, prose
-from tests.imports import files
+from megatron_cp.context.task import Task
+from tests.docs.pages import DOCS, PAGES, ROOT, TEXT, anchors, blocks, inline_code, prose
+from tests.imports import FILES, files, module_of
 from tests.test_layers import ORDER
 
 README_LINES = 200
@@ -25,6 +27,8 @@ NAMED = sorted(
         for path in re.findall(r"(?<![\w./-])(?:scripts|configs|megatron_cp|docs|tests|patches)/[\w./-]*\w", text)
     }
 )
+FOREIGN = ("NamedTuple", "Protocol", "ValueError")
+"""Classes of Python's own."""
 MADE = ("docs/_build",)
 """Folders that a command makes."""
 
@@ -69,7 +73,41 @@ def test_every_folder_is_explained() -> None:
     assert rooms <= set(re.findall(r"`(\w+)`", folders.split("Three levels")[0]))
 
 
+SOURCE = "".join(path.read_text() for path in FILES)
+
+
+@pytest.mark.parametrize(
+    ("page", "code"),
+    sorted({(page, code) for page, code in inline_code() if re.fullmatch(r"[A-Z]\w*[a-z]\w*(\.\w+)*", code)}),
+)
+def test_classes_that_a_page_names_are_defined(page: str, code: str) -> None:
+    assert re.search(rf"^class {code.split('.')[0]}\b", SOURCE, re.MULTILINE) or code in FOREIGN
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    sorted({(page, name) for page, text in TEXT.items() for name in re.findall(r"megatron_cp(?:\.\w+)+", text)}),
+)
+def test_dotted_names_in_a_page_are_found(page: str, name: str) -> None:
+    module, known = name, {module_of(path): path for path in FILES}
+    while module not in known:
+        module = module.rpartition(".")[0]
+    inside = name.removeprefix(module).split(".")[1:2]
+    assert all(re.search(rf"\b{one}\b", known[module].read_text()) for one in inside)
+
+
+def test_the_fields_of_a_task_are_its_own() -> None:
+    named = set(re.findall(r"`task\.(\w+)", TEXT["docs/extending.md"]))
+    assert named <= {*dir(Task), *(field.name for field in fields(Task))}
+
+
 WALKS = generate.data("walks")
+
+
+@pytest.mark.parametrize("step", [step for walk in WALKS for step in walk["steps"]], ids=lambda step: step["file"])
+def test_what_a_walk_names_is_in_the_file(step) -> None:
+    text = (ROOT / "megatron_cp" / step["file"]).read_text()
+    assert all(name.rpartition(".")[2] in text for name in re.findall(r"`([A-Za-z]\w+(?:\.\w+)*)`", step["does"]))
 
 
 @pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk["name"])
