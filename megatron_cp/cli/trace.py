@@ -196,7 +196,13 @@ def _as_json(costed: Costed) -> dict[str, Any]:
     recorded, proof = costed.trace, costed.proof
     head = {"covered": proof.covered, "problem": proof.problem, "proved_pairs": proof.pairs}
     passes = {name: _pass_as_json(run, costed.runs[name], costed.cluster) for name, run in _passes(recorded).items()}
-    asked = {**asdict(recorded.problem), "cluster": costed.cluster.name, "relayout": recorded.relayout}
+    grid = recorded.problem.grid
+    asked = {
+        **asdict(recorded.problem),
+        "grid": grid and list(grid.sizes),
+        "cluster": costed.cluster.name,
+        "relayout": recorded.relayout,
+    }
     return {**head, **passes, **asked}
 
 

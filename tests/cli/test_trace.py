@@ -44,6 +44,7 @@ def test_one_object_with_the_proof_and_both_passes(backend):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["covered"] is True
+    assert found["grid"] == ([2, 2] if BACKENDS.get(backend).needs_grid else None)
     for name in ("forward", "backward"):
         one = found[name]
         assert set(one) >= PASS
