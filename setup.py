@@ -77,7 +77,7 @@ setup(
         "peers": ["ring-flash-attn==0.1.8", "yunchang==0.6.4"],
         "dev": [
             "pytest>=8.3,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.6.1,<4",
             "ruff>=0.9,<1",
             "mypy>=1.14,<3",
             "beartype>=0.20,<1",

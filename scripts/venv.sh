@@ -1,8 +1,19 @@
-# Sourced by the other scripts: $python is the Python of .venv, made once and refreshed when setup.py or pyproject.toml change.
+# Sourced by the other scripts: $python is the Python of .venv, made once and refreshed when what it needs changes.
+#
+# MEGATRON_CP_CONSTRAINTS says which versions it gets: default (what the tests are run with), oldest or newest, files of
+# constraints/; a file of your own; or own, which keeps the torch of the Python that makes .venv and pins nothing.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
+pins=${MEGATRON_CP_CONSTRAINTS:-default}
+make_venv=(-m venv --clear) install=(-m pip install --quiet --disable-pip-version-check) made_for=$root
+if [ "$pins" = own ]; then
+    make_venv+=(--system-site-packages) made_for="$root own" pins=/dev/null
+else
+    if [ -f "$root/constraints/$pins.txt" ]; then pins=$root/constraints/$pins.txt; fi
+    install+=(--constraint "$pins")
+fi
 
 # The first Python that is new enough and can make virtual environments.
 find_python() {
@@ -19,24 +30,29 @@ find_python() {
     return 1
 }
 
-# What the environment was made for: a moved checkout or changed requirements make another one.
+# What the environment was made for: a moved checkout or a change between own and pinned versions makes another one,
+# changed requirements are installed into it.
 wanted() {
-    echo "$root"
-    cat "$root/setup.py" "$root/pyproject.toml" | cksum
+    echo "$made_for"
+    cat "$root/setup.py" "$root/pyproject.toml" "$pins" | cksum
 }
 
 ready_venv() {
+    if [ ! -r "$pins" ]; then
+        echo "MEGATRON_CP_CONSTRAINTS is default, oldest, newest, own or a file; got '$pins'" >&2
+        return 1
+    fi
     if [ "$(cat "$venv/made-for" 2>/dev/null)" = "$(wanted)" ] && "$python" -c '' 2>/dev/null; then
         return
     fi
     local base
-    if [ "$(head -n 1 "$venv/made-for" 2>/dev/null)" != "$root" ] || ! "$python" -c '' 2>/dev/null; then
+    if [ "$(head -n 1 "$venv/made-for" 2>/dev/null)" != "$made_for" ] || ! "$python" -c '' 2>/dev/null; then
         base=$(find_python)
         echo "making .venv with $base"
-        "$base" -m venv --clear "$venv"
+        "$base" "${make_venv[@]}" "$venv"
     fi
     echo "installing megatron-cp and what it needs into .venv; the first time this takes some minutes and gigabytes"
-    "$python" -m pip install --quiet --disable-pip-version-check -e "$root[dev,docs,parquet,report,tokenizers]"
+    "$python" "${install[@]}" -e "$root[dev,docs,parquet,report,tokenizers]"
     wanted >"$venv/made-for"
 }
 

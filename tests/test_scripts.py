@@ -2,16 +2,19 @@
 
 import shutil
 import subprocess
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = ("dev", "docs", "parquet", "report", "tokenizers")
 TOOLS = ("bash", "basename", "cat", "cksum", "cp", "dirname", "head", "mkdir", "realpath")
 # stands for a new enough Python: notes its calls, and copies itself into the environments it makes
 PYTHON = """#!{bash}
 echo "$*" >>"{calls}"
-if [ "$1 $2" = "-m venv" ]; then mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; fi
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "${{!#}}/bin" && cp "$0" "${{!#}}/bin/python"; fi
 """
 
 
@@ -22,6 +25,7 @@ class Machine:
         self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
         self.checkout = folder / "checkout"
         shutil.copytree(ROOT / "scripts", self.checkout / "scripts")
+        shutil.copytree(ROOT / "constraints", self.checkout / "constraints")
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, self.checkout)
         self.bin.mkdir()
@@ -36,10 +40,15 @@ class Machine:
         file.write_text(text.format(bash=self.bin / "bash", calls=self.calls))
         file.chmod(0o755)
 
-    def run(self, script: str, *words: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-        """What the script did, and how it called Python."""
+    def run(self, script: str, *words: str, **more: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        """What the script did with these words and more of an environment, and how it called Python."""
         self.calls.write_text("")
-        environment = {"PATH": str(self.bin), "HOME": str(self.folder), "PYENV_ROOT": str(self.folder / "pyenv")}
+        environment = {
+            "PATH": str(self.bin),
+            "HOME": str(self.folder),
+            "PYENV_ROOT": str(self.folder / "pyenv"),
+            **more,
+        }
         command = [str(self.bin / "bash"), f"checkout/scripts/{script}", *words]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         return done, self.calls.read_text().splitlines()
@@ -68,7 +77,8 @@ def test_any_new_python_makes_the_environment(machine: Machine, path: str) -> No
     assert f"making .venv with {machine.folder / path}" in done.stdout
     assert calls[-3:] == [
         f"-m venv --clear {machine.checkout}/.venv",
-        f"-m pip install --quiet --disable-pip-version-check -e {machine.checkout}[dev,docs,report,tokenizers]",
+        "-m pip install --quiet --disable-pip-version-check "
+        f"--constraint {machine.checkout}/constraints/default.txt -e {machine.checkout}[dev,docs,parquet,report,tokenizers]",
         "-m megatron_cp train quickstart",
     ]
 
@@ -119,3 +129,38 @@ def test_a_checkout_that_was_moved_gets_a_new_environment(machine: Machine) -> N
     made_for = machine.checkout / ".venv" / "made-for"
     made_for.write_text(made_for.read_text().replace(str(machine.checkout), str(moved)))
     assert any("venv" in call.split() for call in machine.run("test.sh")[1])
+
+
+def test_other_versions_are_installed_into_the_same_environment(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    machine.run("test.sh")
+    _, calls = machine.run("test.sh", MEGATRON_CP_CONSTRAINTS="oldest")
+    assert not any("venv" in call.split() for call in calls)
+    assert any(f"--constraint {machine.checkout}/constraints/oldest.txt" in call for call in calls)
+    assert machine.run("test.sh", MEGATRON_CP_CONSTRAINTS="oldest")[1][0] == "-c "
+
+
+def test_ones_own_torch_is_kept_in_an_environment_of_its_own(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    machine.run("test.sh")
+    _, calls = machine.run("test.sh", MEGATRON_CP_CONSTRAINTS="own")
+    assert f"-m venv --clear --system-site-packages {machine.checkout}/.venv" in calls
+    assert not any("--constraint" in call for call in calls)
+    assert machine.run("test.sh", MEGATRON_CP_CONSTRAINTS="own")[1][0] == "-c "
+
+
+def test_unknown_versions_are_refused_in_one_line(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    done, calls = machine.run("test.sh", MEGATRON_CP_CONSTRAINTS="latest")
+    assert (done.returncode, calls) == (1, [])
+    assert done.stderr == "MEGATRON_CP_CONSTRAINTS is default, oldest, newest, own or a file; got 'latest'\n"
+
+
+def test_every_file_of_versions_lies_in_the_ranges_that_setup_py_asks_for() -> None:
+    for requirement in map(Requirement, requires("megatron-cp") or []):
+        wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in EXTRAS)
+        for file in (ROOT / "constraints").glob("*.txt") if wanted else ():
+            pins = dict(line.split("==") for line in file.read_text().splitlines() if not line.startswith("#"))
+            version = pins.get(requirement.name.lower())
+            assert version is None or requirement.specifier.contains(version), (file.name, requirement.name)
+            assert {"torch", "megatron-core"} <= pins.keys()

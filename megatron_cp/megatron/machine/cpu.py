@@ -254,6 +254,11 @@ REPLACEMENTS = (
     Replacement(_cuda("Event"), _use(ClockEvent), "timers and dispatchers record events"),
     Replacement(_cuda("current_stream", "default_stream"), lambda _: _one_stream(), "compared with side streams"),
     Replacement(_cuda("stream"), _use(lambda stream: contextlib.nullcontext(stream)), "there is one queue"),
+    Replacement(
+        _cuda("is_current_stream_capturing"),
+        _answer(False),
+        "torch's optimizers ask at each step, torch 2.8 the driver",
+    ),
     Replacement(_cuda("get_device_properties"), _use(_device_properties), "validate_args asks for the architecture"),
     Replacement(_cuda("get_device_capability"), _answer((10, 0)), "the same question"),
     Replacement(_cuda("get_device_name"), _answer("cpu"), "logged"),

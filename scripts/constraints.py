@@ -1,0 +1,73 @@
+"""Write constraints/: exact versions of everything that megatron-cp needs, as an index serves them today.
+
+Usage: python scripts/constraints.py [oldest] [default] [newest]; without names all three. Nothing is installed.
+"""
+
+import datetime
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = "dev,docs,parquet,report,tokenizers"
+# what is asked for beyond setup.py's ranges
+PINS = {
+    # of the time of their typer and matplotlib, which use what later ones warn of
+    "oldest": ["click==8.1.7", "pyparsing==3.1.4"],
+    # an index that has the newest may lack its CUDA wheels for a while
+    "default": ["torch==2.14.1"],
+    "newest": [],
+}
+# programs that only check or build; they are never old
+TOOLS = ("ruff", "mypy", "types-psutil", "sphinx", "myst-parser", "furo")
+
+
+def lowest(requirements: list[str]) -> list[str]:
+    """The lowest release of each range: `a>=1.2,<3` becomes `a==1.2`, which is 1.2.0."""
+    ranges = [found for found in map(Requirement, requirements) if found.name not in TOOLS]
+    return [f"{found.name}=={part.version}" for found in ranges for part in found.specifier if part.operator == ">="]
+
+
+def ranges() -> list[str]:
+    """Every range that setup.py asks for under EXTRAS."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", folder]
+        subprocess.run(command, cwd=ROOT, check=True)
+        (file,) = Path(folder).glob("*.egg-info/requires.txt")
+        sections = re.split(r"^\[(.*)\]$", file.read_text(), flags=re.MULTILINE)
+    wanted = [
+        sections[0],
+        *(text for name, text in zip(sections[1::2], sections[2::2], strict=True) if name in EXTRAS.split(",")),
+    ]
+    return [line for text in wanted for line in text.split()]
+
+
+def resolved(pins: list[str]) -> dict[str, str]:
+    """The versions that pip would install, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        (constraints := Path(folder, "pins.txt")).write_text("\n".join(pins))
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+        command += ["--report", f"{folder}/report.json", "--constraint", str(constraints), f"{ROOT}[{EXTRAS}]"]
+        subprocess.run(command, check=True)
+        report = json.loads(Path(folder, "report.json").read_text())
+    found = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in report["install"]}
+    return {name: version for name, version in sorted(found.items()) if name != "megatron-cp"}
+
+
+def main(names: list[str]) -> None:
+    for name in names or list(PINS):
+        pins = PINS[name] + (lowest(ranges()) if name == "oldest" else [])
+        lines = [f"# made {datetime.date.today()} for Python {sys.version_info[0]}.{sys.version_info[1]} by"]
+        lines[0] += f" python scripts/constraints.py {name}"
+        lines += [f"{package}=={version}" for package, version in resolved(pins).items()]
+        (ROOT / "constraints").mkdir(exist_ok=True)
+        (ROOT / "constraints" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

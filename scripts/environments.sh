@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Run the smoke tests with other versions of what megatron-cp needs: scripts/environments.sh oldest
+# Each is made from constraints/NAME.txt beside .venv, tested and removed; ten gigabytes have to be free.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+cd "$root"
+made=
+trap 'rm -rf "$made"' EXIT
+
+# True if .venv has what this file pins.
+is_ours() {
+    local freeze
+    freeze=$("$python" -m pip freeze --all --exclude-editable | tr '[:upper:]_' '[:lower:]-')
+    ! grep -v '^#' "$1" | tr '[:upper:]_' '[:lower:]-' | grep -vxF -f <(echo "$freeze") >/dev/null
+}
+
+for name in "$@"; do
+    file=$root/constraints/$name.txt
+    torch=$(grep '^torch==' "$file")
+    if is_ours "$file"; then
+        echo "$name: skipped, .venv has the same versions ($torch)"
+        continue
+    fi
+    made=$(mktemp -d)
+    if [ "$(df --output=avail --block-size=1G "$made" | tail -n 1)" -lt 10 ]; then
+        echo "$name: skipped, $made has less than 10 GB of room; set TMPDIR to a folder that has"
+        continue
+    fi
+    if ! "$python" -m pip download --quiet --no-deps --dest "$made/reachable" "$(grep '^einops==' "$file")"; then
+        echo "$name: skipped, no index of packages can be reached"
+        continue
+    fi
+    echo "$name: installing $torch"
+    "$python" -m venv "$made/venv"
+    "$made/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --constraint "$file" \
+        --editable "$root[dev,docs,parquet,report,tokenizers]"
+    "$made/venv/bin/python" -m pytest --quiet -m "smoke and not slow"
+    rm -rf "$made"
+done
