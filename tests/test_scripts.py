@@ -78,7 +78,8 @@ def test_any_new_python_makes_the_environment(machine: Machine, path: str) -> No
     assert calls[-3:] == [
         f"-m venv --clear {machine.checkout}/.venv",
         "-m pip install --quiet --disable-pip-version-check "
-        f"--constraint {machine.checkout}/constraints/default.txt -e {machine.checkout}[dev,docs,parquet,report,tokenizers]",
+        f"--constraint {machine.checkout}/constraints/default.txt "
+        f"-e {machine.checkout}[dev,docs,parquet,report,tokenizers]",
         "-m megatron_cp train quickstart",
     ]
 
