@@ -11,19 +11,8 @@ from tests.imports import FILES, name_of, tree
 
 OPENINGS = re.compile(r"(What|Whether|Of|The same)\b")
 PHRASES = re.compile(r"\b(for ever|nobody|everybody|for want of|belongs? into)\b", re.IGNORECASE)
-# not yet rewritten
-OPEN = (
-    "context/choose.py",
-    "context/trace/stretch.py",
-    "corpus/",
-    "megatron/",
-    "pipeline/costs_file.py",
-    "pipeline/split_backward.py",
-)
 
 
-def checked() -> list[Path]:
-    return [path for path in FILES if not name_of(path).startswith(OPEN)]
 
 
 def docstrings(root: ast.AST) -> Iterator[tuple[int, str]]:
@@ -46,7 +35,7 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
 def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
     found = [
         f"{name_of(path)}:{line}: {text.splitlines()[0]}"
-        for path in checked()
+        for path in FILES
         for line, text in docstrings(tree(path))
         if OPENINGS.match(text)
     ]
@@ -56,7 +45,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
 def test_texts_and_comments_are_plain() -> None:
     found = [
         f"{name_of(path)}:{line}: {text[:80]}"
-        for path in checked()
+        for path in FILES
         for line, text in texts(path)
         if PHRASES.search(text)
     ]

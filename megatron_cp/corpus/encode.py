@@ -28,7 +28,7 @@ PIECES_AHEAD_PER_WORKER = 3
 WORTH_A_BYTE_WORKER, WORTH_A_WORKER = 64_000_000, 2_000_000
 
 
-class Plan(NamedTuple):
+class EncodingPlan(NamedTuple):
     """Options of a worker, which loads the tokenizer itself, once."""
 
     tokenizer: str
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 def make_plan(
     tokenizer: Tokenizer, eod_id: int | None, append_eod: bool, fields: Sequence[str], dtype: str | None
-) -> Plan:
+) -> EncodingPlan:
     """Make the plan for a loaded tokenizer; `dtype` None chooses as Megatron does, by the size of the vocabulary.
 
     Raises ValueError when documents shall end with a token that the tokenizer does not have.
@@ -74,10 +74,10 @@ def make_plan(
     dtype = dtype or ("uint16" if tokenizer.vocabulary < UINT16_VOCABULARY else "int32")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    return Plan(tokenizer.name, eod_id, append_eod, tuple(fields), dtype)
+    return EncodingPlan(tokenizer.name, eod_id, append_eod, tuple(fields), dtype)
 
 
-def encode_piece(piece: Piece, tokenizer: Tokenizer, plan: Plan) -> Batch:
+def encode_piece(piece: Piece, tokenizer: Tokenizer, plan: EncodingPlan) -> Batch:
     """Encode one piece; raise ValueError for an id that the tokenizer or the dtype does not allow."""
     documents: list[NDArray[Any]] = []
     text_bytes: list[int] = []
@@ -97,7 +97,7 @@ def encode_piece(piece: Piece, tokenizer: Tokenizer, plan: Plan) -> Batch:
     return Batch(tokens, lengths, np.array(text_bytes, np.int64), tuple(bad), empty, piece.disk_bytes)
 
 
-def _ids_of(text: str, tokenizer: Tokenizer, plan: Plan) -> NDArray[Any] | None:
+def _ids_of(text: str, tokenizer: Tokenizer, plan: EncodingPlan) -> NDArray[Any] | None:
     ids = np.asarray(tokenizer.encode(text))
     if not len(ids):
         return None
@@ -119,7 +119,7 @@ def workers_for(disk_bytes: int, tokenizer: str) -> int:
     return min(cpus, 1 + disk_bytes // (WORTH_A_BYTE_WORKER if tokenizer == BYTE else WORTH_A_WORKER))
 
 
-def encode(pieces: Iterable[Piece], plan: Plan, workers: int) -> Generator[Batch]:
+def encode(pieces: Iterable[Piece], plan: EncodingPlan, workers: int) -> Generator[Batch]:
     """Yield batches in the order of the pieces; one worker is this process itself.
 
     Raises RuntimeError when a worker process dies. Workers end with this generator, and also when this process is
@@ -141,7 +141,7 @@ def encode(pieces: Iterable[Piece], plan: Plan, workers: int) -> Generator[Batch
             while running:
                 yield running.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError("a worker process died, perhaps for want of memory; try fewer --workers") from error
+            raise RuntimeError("a worker process died, perhaps because it ran out of memory; try fewer --workers") from error
 
 
 @contextmanager
@@ -179,5 +179,5 @@ def _end_with_parent() -> None:
 _loaded = functools.cache(load_tokenizer)
 
 
-def _encode_in_worker(piece: Piece, plan: Plan) -> Batch:
+def _encode_in_worker(piece: Piece, plan: EncodingPlan) -> Batch:
     return encode_piece(piece, _loaded(plan.tokenizer, plan.eod_id), plan)

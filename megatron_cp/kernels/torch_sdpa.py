@@ -58,24 +58,24 @@ class TorchOps:
     def __init__(self, *, deterministic: bool) -> None:
         self.choices: dict[Shape, OpChoice] = {}
         self._cpu = cpu_flash(torch.__version__)
-        self.contenders = [reproducible(CUDA_FLASH)] if deterministic else [CUDA_FLASH, cudnn()]
+        self.candidates = [reproducible(CUDA_FLASH)] if deterministic else [CUDA_FLASH, cudnn()]
 
     def pick(self, shape: Shape, device: torch.device, call: Callable[[Op], tuple[Tensor, ...]]) -> Op:
         if device.type == "cpu":
             return self._cpu
-        if len(self.contenders) == 1:
-            return self.contenders[0]
+        if len(self.candidates) == 1:
+            return self.candidates[0]
         if shape not in self.choices:
             if torch.cuda.is_current_stream_capturing():
-                return self.contenders[0]
-            self.choices[shape] = race(self.contenders, call, cuda_milliseconds)
+                return self.candidates[0]
+            self.choices[shape] = fastest(self.candidates, call, cuda_milliseconds)
         return self.choices[shape].op
 
     def report(self) -> list[str]:
         return [f"{shape}: {choice.reason}" for shape, choice in self.choices.items()]
 
 
-def race(
+def fastest(
     ops: list[Op],
     call: Callable[[Op], tuple[Tensor, ...]],
     milliseconds: Callable[[Callable[[], object]], float],

@@ -63,5 +63,5 @@ def test_flash_without_its_package_names_the_extra(monkeypatch):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_deterministic_leaves_no_race(deterministic):
     kernel, _ = choose("torch", device="cuda", dtype="bfloat16", head_dim=64, deterministic=deterministic)
-    assert [op.name for op in kernel.picker.contenders] == ["flash"] + ["cuDNN"] * (not deterministic)
-    assert (kernel.picker.contenders[0].backward is CUDA_FLASH.backward) != deterministic
+    assert [op.name for op in kernel.picker.candidates] == ["flash"] + ["cuDNN"] * (not deterministic)
+    assert (kernel.picker.candidates[0].backward is CUDA_FLASH.backward) != deterministic

@@ -1,4 +1,4 @@
-"""What can be held of the CUDA code without a GPU: the ops' signatures, shapes by fake tensors, and the race."""
+"""What can be held of the CUDA code without a GPU: the ops' signatures, shapes by fake tensors, and the choice by time."""
 
 import types
 
@@ -10,7 +10,7 @@ from megatron_cp.kernels import choose
 from megatron_cp.kernels.aten import CPU_FLASH, CUDA_FLASH, cudnn, reproducible
 from megatron_cp.kernels.flash_attn import flash_op
 from megatron_cp.kernels.fused import FusedKernel, Only, Op
-from megatron_cp.kernels.torch_sdpa import race
+from megatron_cp.kernels.torch_sdpa import fastest
 from tests.context.dense import dense, problem, relative_error
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ def op_like(name, *, factor=1.0, error=None):
     return Op(name, forward, CPU_FLASH.backward)
 
 
-def raced(*contenders, times):
+def chosen(*candidates, times):
     """The choice when the ops take these milliseconds each."""
     task = problem(16, 2, 2, causal=False)
     q, k, v = (x.permute(1, 2, 0, 3) for x in task[:3])
@@ -90,31 +90,31 @@ def raced(*contenders, times):
         run()
         return times[last[-1]]
 
-    return race(list(contenders), call, milliseconds)
+    return fastest(list(candidates), call, milliseconds)
 
 
 def test_the_faster_op_wins_and_says_so():
-    choice = raced(op_like("flash"), op_like("cuDNN"), times={"flash": 2.0, "cuDNN": 1.0})
+    choice = chosen(op_like("flash"), op_like("cuDNN"), times={"flash": 2.0, "cuDNN": 1.0})
     assert (choice.op.name, choice.reason) == ("cuDNN", "cuDNN (flash 2.000 ms, cuDNN 1.000 ms)")
-    assert raced(op_like("flash"), op_like("cuDNN"), times={"flash": 1.0, "cuDNN": 2.0}).op.name == "flash"
+    assert chosen(op_like("flash"), op_like("cuDNN"), times={"flash": 1.0, "cuDNN": 2.0}).op.name == "flash"
 
 
 def test_a_faster_op_that_is_wrong_or_refuses_is_not_used():
     times = {"flash": 2.0, "cuDNN": 1.0}
-    wrong = raced(op_like("flash"), op_like("cuDNN", factor=1.1), times=times)
+    wrong = chosen(op_like("flash"), op_like("cuDNN", factor=1.1), times=times)
     assert (wrong.op.name, wrong.reason) == (
         "flash", "flash (flash 2.000 ms); cuDNN disagreed with flash and is not used",
     )  # fmt: skip
-    nan = raced(op_like("flash"), op_like("cuDNN", factor=float("nan")), times=times)
+    nan = chosen(op_like("flash"), op_like("cuDNN", factor=float("nan")), times=times)
     assert nan.op.name == "flash"
     refusal = RuntimeError("no plan for this head dim\ndetails")
-    refused = raced(op_like("flash"), op_like("cuDNN", error=refusal), times=times)
+    refused = chosen(op_like("flash"), op_like("cuDNN", error=refusal), times=times)
     assert refused.reason == "flash (flash 2.000 ms); cuDNN refused: no plan for this head dim"
 
 
 def test_running_out_of_memory_is_not_a_refusal():
     with pytest.raises(torch.OutOfMemoryError):
-        raced(op_like("flash"), op_like("cuDNN", error=torch.OutOfMemoryError("full")), times={"flash": 1.0})
+        chosen(op_like("flash"), op_like("cuDNN", error=torch.OutOfMemoryError("full")), times={"flash": 1.0})
 
 
 @pytest.fixture
