@@ -13,8 +13,6 @@ OPENINGS = re.compile(r"(What|Whether|Of|The same)\b")
 PHRASES = re.compile(r"\b(for ever|nobody|everybody|for want of|belongs? into)\b", re.IGNORECASE)
 
 
-
-
 def docstrings(root: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield line and text of all docstrings: of the module, classes, functions, and below assignments."""
     for node in ast.walk(root):
@@ -44,10 +42,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
 
 def test_texts_and_comments_are_plain() -> None:
     found = [
-        f"{name_of(path)}:{line}: {text[:80]}"
-        for path in FILES
-        for line, text in texts(path)
-        if PHRASES.search(text)
+        f"{name_of(path)}:{line}: {text[:80]}" for path in FILES for line, text in texts(path) if PHRASES.search(text)
     ]
     assert not found, "\n".join(found)
 

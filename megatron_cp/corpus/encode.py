@@ -141,7 +141,7 @@ def encode(pieces: Iterable[Piece], plan: EncodingPlan, workers: int) -> Generat
             while running:
                 yield running.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError("a worker process died, perhaps because it ran out of memory; try fewer --workers") from error
+            raise RuntimeError("a worker process died, perhaps out of memory; try fewer --workers") from error
 
 
 @contextmanager

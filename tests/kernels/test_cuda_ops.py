@@ -1,4 +1,4 @@
-"""What can be held of the CUDA code without a GPU: the ops' signatures, shapes by fake tensors, and the choice by time."""
+"""Hold the CUDA code without a GPU: signatures of the ops, shapes by fake tensors, and the choice by time."""
 
 import types
 

@@ -20,7 +20,7 @@ from megatron_cp.context.trace.events import (
 )
 
 TOKENS = 256
-"""Tokens of a rank in the recorded sequence: enough that every tile and every piece is there, and a divisor of usual lengths."""
+"""Tokens of a rank in the recorded sequence: enough for every tile and every piece, and a divisor of usual lengths."""
 
 
 # one for each way to record that is in use
