@@ -7,6 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python
 pins=${MEGATRON_CP_CONSTRAINTS:-default}
+extras=dev,docs,parquet,report,tokenizers
 make_venv=(-m venv --clear) install=(-m pip install --quiet --disable-pip-version-check) made_for=$root
 if [ "$pins" = own ]; then
     make_venv+=(--system-site-packages) made_for="$root own" pins=/dev/null
@@ -52,7 +53,12 @@ ready_venv() {
         "$base" "${make_venv[@]}" "$venv"
     fi
     echo "installing megatron-cp and what it needs into .venv; the first time this takes some minutes and gigabytes"
-    "$python" "${install[@]}" -e "$root[dev,docs,parquet,report,tokenizers]"
+    if ! "$python" "${install[@]}" -e "$root[$extras]"; then
+        # an index of another day may lack one of the exact versions; those that were asked for by name stay required
+        [ -z "${MEGATRON_CP_CONSTRAINTS:-}" ] || return 1
+        echo "the versions of constraints/default.txt cannot be had here: installing the newest that setup.py allows" >&2
+        "$python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]"
+    fi
     wanted >"$venv/made-for"
 }
 

@@ -121,6 +121,23 @@ def test_a_failed_installation_is_tried_again(machine: Machine) -> None:
     assert any("pip install" in call for call in machine.run("train.sh")[1])
 
 
+WITHOUT_PINS = PYTHON + 'case "$*" in *--constraint*) exit 1 ;; esac\n'
+
+
+def test_versions_that_an_index_lacks_give_way_to_the_newest_in_range(machine: Machine) -> None:
+    machine.add_python("bin/python3.12", WITHOUT_PINS)
+    done, calls = machine.run("train.sh")
+    assert done.returncode == 0
+    assert "constraints/default.txt cannot be had here: installing the newest that setup.py allows" in done.stderr
+    assert calls[-2].startswith("-m pip install")
+    assert "--constraint" not in calls[-2]
+
+
+def test_versions_that_were_asked_for_stay_required(machine: Machine) -> None:
+    machine.add_python("bin/python3.12", WITHOUT_PINS)
+    assert machine.run("train.sh", MEGATRON_CP_CONSTRAINTS="default")[0].returncode == 1
+
+
 def test_a_checkout_that_was_moved_gets_a_new_environment(machine: Machine) -> None:
     machine.add_python("bin/python3.12")
     machine.run("test.sh")
