@@ -128,6 +128,6 @@ def _collect(pipes: list[Connection], timeout: float) -> dict[int, tuple[str, An
             except EOFError:
                 answers[rank] = ("error", "the process died")
             if answers[rank][0] == "error":
-                # the others may wait for this rank for ever
+                # the others may wait for this rank without end
                 deadline = min(deadline, time.monotonic() + 5)
     return answers

@@ -19,13 +19,13 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 
 def markdown() -> str:
-    """Return the README's table."""
+    """Return the table in Markdown."""
     lines = [COLUMNS, tuple("-" * 3 for _ in COLUMNS), *((f"`{name}`", *rest) for name, *rest in rows())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def backends(
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
 ) -> None:
     """List the context-parallel algorithms. U: elements of one of K or V on a rank, s b g d; Uq = s b h d."""
     if as_markdown:

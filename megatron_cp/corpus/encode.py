@@ -176,7 +176,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-_loaded = functools.cache(load_tokenizer)
+# a worker encodes with one tokenizer
+_loaded = functools.lru_cache(1)(load_tokenizer)
 
 
 def _encode_in_worker(piece: Piece, plan: EncodingPlan) -> Batch:

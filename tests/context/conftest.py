@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_tensors(monkeypatch):
-    """Memory that nobody wrote reads as NaN, so that a forgotten slice cannot pass by luck."""
+    """Unwritten memory reads as NaN, so that a forgotten slice cannot pass by luck."""
 
     def poisoned(make):
         def made(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Small problems for every backend of the menu, on every grid that it takes."""
+"""Small problems for every backend of the registry, on every grid that it takes."""
 
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.trace.events import Problem

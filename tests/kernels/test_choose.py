@@ -1,4 +1,4 @@
-"""The menu of kernels: what auto takes, what a name refuses, and that neither costs an import."""
+"""The registry of kernels: what auto takes, what a name refuses, and that neither costs an import."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from megatron_cp.kernels import KERNELS, choose
 from megatron_cp.kernels.aten import CUDA_FLASH
 
 
-def test_the_menu_imports_no_torch():
+def test_the_registry_imports_no_torch():
     code = "import sys, megatron_cp.kernels; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -57,7 +57,7 @@ def missing() -> str:
 
 
 def _binary(name: str) -> str | None:
-    # system daemons are not on everybody's path
+    # system daemons are not on the path of every user
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 

@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400
-# enough iterations that nobody gets through them
+# more iterations than any run gets through
 RECIPE = """
 extends: quickstart
 ENV_VARS:

@@ -33,6 +33,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
         # 2. attend to both halves at hand
         for block in blocks:
             task.attend(merge, q, block)
+        # a reference would keep a third block alive beside the next two
+        del block, blocks
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)
 

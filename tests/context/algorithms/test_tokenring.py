@@ -50,7 +50,7 @@ def test_causal_contiguous_sends_half(ranks):
 
 
 def test_window_keeps_at_home_the_queries_that_no_other_rank_needs():
-    # the first 5 queries of each of the last 3 ranks see keys of the rank before, and nobody else's
+    # the first 5 queries of each of the last 3 ranks see keys of the rank before, and no others
     assert sum(sent(4, causal=True, window=(5, 0), outside="contiguous")) == 3 * EVERYTHING * 5 / LOCAL
 
 

@@ -1,4 +1,4 @@
-"""The coverage proof: true for every backend of the menu, false for loops that were broken on purpose."""
+"""The coverage proof: true for every backend of the registry, false for loops that were broken on purpose."""
 
 import pytest
 
