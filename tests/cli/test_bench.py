@@ -156,6 +156,7 @@ def test_quiet_threshold_is_near_a_whole_core():
     assert 0.9 < QUIET < 1
 
 
+@pytest.mark.slow
 def test_native_layouts_save_bringing_tokens_into_place():
     small = ("--backend", "striped", "--seq", "128", "--heads", "2", "--rounds", "1", "--json")
     (native,), (zigzag,) = (json.loads(run(*small, *more).stdout) for more in (["--native"], []))

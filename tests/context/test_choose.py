@@ -1,7 +1,7 @@
 """The choice of `auto` is the argmin of simulated times, and follows what is fast on a cluster."""
 
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import pytest
 
@@ -14,12 +14,13 @@ from megatron_cp.context.trace.simulate import simulate
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Link
 from megatron_cp.hardware.cluster_file import cluster_of, load_cluster, shipped_clusters
+from tests.cases import slow_unless
 
 H100 = load_cluster("h100-ib")
 LONG = Problem("auto", 4, 2**16, 32, 8, 128, causal=True)
 SHORT = replace(LONG, ranks=4, seq=2**10)
 
-recorded, last = cache(record), cache(last_rank)
+recorded, last = lru_cache(1024)(record), lru_cache(1024)(last_rank)
 
 
 def chosen(problem, cluster=H100):
@@ -32,7 +33,10 @@ def simulated(problem, cluster=H100):
 
 
 @pytest.mark.parametrize("grid", [None, Grid(2, 2)], ids=str)
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, (128, 0)), (False, (16, 16))])
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    slow_unless([(True, None), (False, None)], [(True, None), (False, None), (True, (128, 0)), (False, (16, 16))]),
+)
 def test_first_and_second_are_the_fastest_of_all_that_take_the_problem(causal, window, grid):
     problem = replace(SHORT, causal=causal, window=window, grid=grid)
     times = []

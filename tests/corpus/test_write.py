@@ -135,7 +135,7 @@ def test_existing_corpus_is_kept_unless_told(tmp_path: Path) -> None:
     indices = tmp_path / "out" / "cache" / "GPTDataset_indices"
     indices.mkdir(parents=True)
     source = jsonl(tmp_path / "b.jsonl", ["new", None])
-    with pytest.raises(ValueError, match=r"out.bin and .*out.idx exist already; replace with --overwrite"):
+    with pytest.raises(ValueError, match=r"out.bin and .*out.idx already exist; replace with --overwrite"):
         build(tmp_path / "out", source)
     with pytest.raises(ValueError, match="line 2"):
         build(tmp_path / "out", source, overwrite=True)

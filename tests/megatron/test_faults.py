@@ -180,6 +180,7 @@ def test_a_save_that_was_killed_is_not_resumed_from(unbroken: tuple[Path, Losses
     assert runlog.checkpoint_iteration(started) == STEPS
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(unbroken: tuple[Path, Losses], started: Path) -> None:
     # every write to this device fails as on a disk without room
     (started / "iter_0000004").mkdir()

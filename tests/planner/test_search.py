@@ -21,6 +21,7 @@ from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.search import PlanRequest, Plans, search, sequences
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
+from tests.cases import slow_unless
 
 CLUSTER = "dgx-h100-ib"
 
@@ -141,7 +142,11 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("case", PUBLISHED)
+# the two that are searched fastest
+SEARCHED = [case for case in PUBLISHED if case.startswith(("llama3.1-70b", "llama2-7b"))]
+
+
+@pytest.mark.parametrize("case", slow_unless(SEARCHED, PUBLISHED))
 def test_the_best_plan_is_at_least_as_fast_as_what_was_published(case: str) -> None:
     name, *numbers = case.split()
     seq, gpus, batch = int(numbers[0]), int(numbers[1]), int(numbers[3])

@@ -98,6 +98,7 @@ def wait_for_the_end(two_nodes: Cluster, job: str) -> str:
     return two_nodes.job(job)["JobState"]
 
 
+@pytest.mark.slow
 def test_a_job_saves_on_sigterm_and_goes_on_as_if_unbroken(
     here: Path, two_nodes: Cluster, capfd: pytest.CaptureFixture[str]
 ) -> None:

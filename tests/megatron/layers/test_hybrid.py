@@ -58,10 +58,10 @@ def test_with_transformer_engine_the_stock_stack_gets_our_attention() -> None:
 
 
 def test_missing_transformer_engine_is_said() -> None:
-    with pytest.raises(RankError, match="RuntimeError: --transformer-impl transformer_engine needs"):
+    with pytest.raises(RankError, match="CannotRun: --transformer-impl transformer_engine needs"):
         run_ranks(1, train, f"{PATTERN} --transformer-impl transformer_engine", None, NAME)
 
 
 def test_other_layers_are_refused_by_name() -> None:
-    with pytest.raises(RankError, match=r"ValueError: without transformer-engine .* layers \* -, got M"):
+    with pytest.raises(RankError, match=r"Refused: without transformer-engine .* layers \* -, got M"):
         run_ranks(1, train, "--hybrid-layer-pattern M-*- --num-layers 4", None, NAME)

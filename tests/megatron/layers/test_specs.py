@@ -228,7 +228,7 @@ def test_multi_token_prediction_has_our_attention_with_the_hook() -> None:
 
 
 def test_multi_token_prediction_is_refused_without_the_hook() -> None:
-    with pytest.raises(RankError, match=r"ValueError: multi-token prediction \(--mtp-num-layers\)"):
+    with pytest.raises(RankError, match=r"Refused: multi-token prediction \(--mtp-num-layers\)"):
         run_ranks(1, train, "--mtp-num-layers 1")
 
 

@@ -144,6 +144,7 @@ STEPS = "--num-layers 4 --global-batch-size 8 --lr-decay-iters 6 --save-interval
 RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_schedules_and_placements(tmp_path: Path) -> None:
     flags = tiny(STEPS, TWO, RESHARDABLE)
 
