@@ -40,7 +40,7 @@ def share_heads(heads: int, kv_heads: int, ranks: int) -> HeadShares:
 class HeadChunk(NamedTuple):
     """Part of every rank's heads.
 
-    shares:    the query heads, and the KV heads that these need
+    shares:   the query heads, and the KV heads that these need
     arriving: KV heads that come with the queries; the others are there already
     leaving:  KV heads whose queries have all been attended after it
     """

@@ -28,7 +28,7 @@ class Overhead(NamedTuple):
     """Medians in milliseconds.
 
     forward, backward: of one action
-    ours, baseline:       of a step of the executor, and of Megatron's loop
+    ours, baseline:    of a step of the executor, and of Megatron's loop
     ratios:            of each pair of steps, the executor's over Megatron's
     core_share:        share of its core that this process got while it computed
     """
