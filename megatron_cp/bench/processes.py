@@ -2,7 +2,9 @@
 
 import os
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,12 +38,29 @@ def on_ranks[T](ranks: int, body: Callable[..., T], *args: Any) -> list[T]:
 
 def _rank(rank: int, ranks: int, port: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
     device = own_device(rank, ranks)
-    with connected(rank, ranks, port, device) as fabric:
+    with printing_to_stderr(), connected(rank, ranks, port, device) as fabric:
         try:
             answer = body(fabric, device, *args)
         except (ValueError, WrongResultError) as error:
             answer = error
         _answer(folder, rank).write_bytes(pickle.dumps(answer))
+
+
+@contextmanager
+def printing_to_stderr() -> Iterator[None]:
+    """Send what this process and its libraries print to stderr inside the context: stdout belongs to the answer.
+
+    Gloo of torch 2.8 prints a line for each connection, which would stand before the JSON of `bench --json`.
+    """
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _answer(folder: str, rank: int) -> Path:
