@@ -1,3 +1,4 @@
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -17,8 +18,12 @@ from megatron_cp.context import BACKENDS
 KEYS = {"backend", "ranks", "seq", "forward", "backward", "share_of_ideal", "sent", "peak", "max_error"}
 
 
+# click before 8.2 shows stderr behind stdout unless it is told
+SEPARATE = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+
+
 def run(*words):
-    return CliRunner().invoke(app, ["bench", "context", *words])
+    return CliRunner(**SEPARATE).invoke(app, ["bench", "context", *words])
 
 
 @pytest.mark.smoke
