@@ -78,6 +78,7 @@ setup(
         "dev": [
             "pytest>=8.3,<10",
             "pytest-xdist>=3.6.1,<4",
+            "hypothesis>=6.130,<7",
             "ruff>=0.9,<1",
             "mypy>=1.14,<3",
             "beartype>=0.20,<1",

@@ -1,0 +1,180 @@
+"""Recipes, clusters, costs, tables, corpora and checkpoints that are nearly right are read, or named in one line."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import save
+
+from megatron_cp.config import configs_folder
+from megatron_cp.corpus.index import check_prefix
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.pipeline import costs_file
+from tests.fuzz.commands import asked, assert_said_by_us
+from tests.fuzz.conftest import Cases
+from tests.fuzz.strategies import HOSTILE, changed, damaged
+
+pytestmark = pytest.mark.slow
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda raw: zstandard.ZstdCompressor().compress(raw),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1, max_size=6)
+RECIPES = sorted((configs_folder() / "recipes").glob("*.yaml"))
+CLUSTERS = sorted((configs_folder() / "clusters").glob("*.yaml"))
+TABLE = """0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3
+1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3
+"""
+COSTS = """model:
+  num_layers: 4
+  hidden_size: 64
+  seq_length: 32
+  micro_batch_size: 1
+  tensor_model_parallel_size: 1
+  context_parallel_size: 1
+  pipeline_model_parallel_size: 2
+  virtual_pipeline_model_parallel_size: 1
+T_F: [1.0, 2.0]
+T_I: [1.0, 2.0]
+T_W: [1.0, 0.5]
+T_comm: 0.1
+M_B: [10, 20]
+M_W: [5, 5]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@given(st.data())
+def test_recipe(counted: Cases, folder: Path, data: st.DataObject) -> None:
+    whole = data.draw(st.sampled_from(RECIPES)).read_text()
+    (folder / "recipe.yaml").write_bytes(data.draw(changed(whole)).encode(errors="surrogatepass"))
+    flags = data.draw(st.lists(HOSTILE.filter(lambda word: word and "\0" not in word), max_size=2))
+    with counted.one():
+        code, _ = asked("render", str(folder / "recipe.yaml"), *flags)
+        counted.refused += code != 0
+
+
+@given(st.data())
+def test_cluster(counted: Cases, folder: Path, data: st.DataObject) -> None:
+    whole = data.draw(st.sampled_from(CLUSTERS)).read_text()
+    (folder / "cluster.yaml").write_bytes(data.draw(changed(whole)).encode(errors="surrogatepass"))
+    with counted.one():
+        try:
+            load_cluster(str(folder / "cluster.yaml"))
+        except ValueError as refusal:
+            assert_said_by_us(refusal)
+            counted.refused += 1
+
+
+@given(changed(COSTS))
+def test_costs(counted: Cases, folder: Path, text: str) -> None:
+    (folder / "costs.yaml").write_bytes(text.encode(errors="surrogatepass"))
+    with counted.one():
+        try:
+            costs_file.read(folder / "costs.yaml")
+        except ValueError as refusal:
+            assert_said_by_us(refusal)
+            counted.refused += 1
+
+
+@given(changed(TABLE), st.sampled_from(["1,1,1,0", "1,2,0.5,0.1", "0,0,0,0", "1e308,1e308,1,1", "nan,1,1,1", "1,1"]))
+def test_schedule_table(counted: Cases, folder: Path, text: str, times: str) -> None:
+    (folder / "table.txt").write_bytes(text.encode(errors="surrogatepass"))
+    with counted.one():
+        code, _ = asked("simulate", "--table", str(folder / "table.txt"), "--times", times)
+        counted.refused += code != 0
+
+
+def content_of(texts: list[str], kind: str) -> bytes:
+    records = [{"id": number, "text": text} for number, text in enumerate(texts)]
+    if kind == ".json":
+        return json.dumps(records).encode()
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+@given(TEXTS, st.sampled_from([".jsonl", ".json"]), st.sampled_from(sorted(COMPRESS)))
+def test_corpus_has_the_documents_of_its_file(
+    counted: Cases, folder: Path, texts: list[str], kind: str, packed: str
+) -> None:
+    source = folder / f"whole{kind}{packed}"
+    source.write_bytes(COMPRESS[packed](content_of(texts, kind)))
+    with counted.one():
+        output = folder / "whole"
+        code, said = asked("data", "build", "--input", str(source), "--output", str(output), "--overwrite")
+        assert code == 0, said
+        found = check_prefix(str(output))
+        assert (found.documents, found.tokens) == (len(texts), sum(len(text.encode()) + 1 for text in texts))
+
+
+@given(st.data(), TEXTS, st.sampled_from([".jsonl", ".json", ".txt"]), st.sampled_from(sorted(COMPRESS)), st.booleans())
+def test_damaged_corpus_file(
+    counted: Cases, folder: Path, data: st.DataObject, texts: list[str], kind: str, packed: str, skip: bool
+) -> None:
+    source, output = folder / f"damaged{kind}{packed}", folder / "built" / "damaged"
+    output.parent.mkdir(exist_ok=True)
+    source.write_bytes(data.draw(damaged(COMPRESS[packed](content_of(texts, kind)))))
+    written = [output.with_suffix(suffix) for suffix in (".bin", ".idx")]
+    for path in written:
+        path.unlink(missing_ok=True)
+    with counted.one():
+        words = ["--input", str(source), "--output", str(output), *(["--skip-bad"] if skip else [])]
+        code, _ = asked("data", "build", *words, "--workers", "1")
+        counted.refused += code != 0
+        assert [path.is_file() for path in written] == [code == 0] * 2, "both files, or none"
+        assert len(list(output.parent.iterdir())) == 2 * (code == 0), "nothing half-written is left"
+        if code == 0:
+            check_prefix(str(output))
+
+
+@given(st.data())
+def test_damaged_corpus(counted: Cases, folder: Path, data: st.DataObject) -> None:
+    source, output = folder / "source.jsonl", folder / "corpus"
+    source.write_bytes(content_of(["one", "two", "three"], ".jsonl"))
+    with counted.one():
+        assert asked("data", "build", "--input", str(source), "--output", str(output), "--overwrite")[0] == 0
+        path = output.with_suffix(data.draw(st.sampled_from([".bin", ".idx"])))
+        path.write_bytes(data.draw(damaged(path.read_bytes())))
+        code, _ = asked("data", "info", str(output))
+        counted.refused += code != 0
+
+
+@cache
+def checkpoint(folder: Path) -> dict[str, bytes]:
+    """Contents of the files of a checkpoint of torch's format."""
+    iteration = folder / "whole" / "iter_0000001"
+    iteration.mkdir(parents=True)
+    (iteration / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    save({"weight": torch.ones(3)}, checkpoint_id=iteration)
+    (iteration.parent / "latest_checkpointed_iteration.txt").write_text("1")
+    return {str(path.relative_to(iteration.parent)): path.read_bytes() for path in iteration.parent.rglob("*.*")}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@given(st.data())
+def test_checkpoint(counted: Cases, folder: Path, data: st.DataObject) -> None:
+    whole = checkpoint(folder)
+    changed_file = data.draw(st.sampled_from(sorted(whole)))
+    for name, content in whole.items():
+        path = folder / "changed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.draw(damaged(content)) if name == changed_file else content)
+    with counted.one():
+        code, _ = asked("inspect", str(folder / "changed"))
+        counted.refused += code != 0
