@@ -51,7 +51,7 @@ setup(
     ],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_cp", "megatron_cp.*"]),
-    package_data={"megatron_cp.slurm": ["*.sh"]},
+    package_data={"megatron_cp": ["py.typed"], "megatron_cp.slurm": ["*.sh"]},
     install_requires=[
         "megatron-core>=0.19,<0.20",
         "torch>=2.8,<3",

@@ -1,9 +1,13 @@
 """The `megatron-cp` command. Each subcommand is one file that parses, calls one function and prints."""
 
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Annotated
 
 import typer
 
+from megatron_cp import __version__
 from megatron_cp.cli import (
     backends,
     bench,
@@ -13,6 +17,7 @@ from megatron_cp.cli import (
     doctor,
     estimate,
     inspect,
+    listing,
     plan,
     render,
     report,
@@ -25,7 +30,12 @@ from megatron_cp.cli import (
 
 HELP = "Context-parallel attention and pipeline schedules for Megatron-LM: train, plan, prove and measure."
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=HELP,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 # Megatron's flags go through unread: after RECIPE, or also between our own options
 ANYWHERE = {"ignore_unknown_options": True, "allow_extra_args": True}
 app.command("train", context_settings=train.FLAGS_AFTER_RECIPE)(train.train)
@@ -34,6 +44,7 @@ app.command("validate", context_settings=ANYWHERE)(validate.validate)
 app.command("submit", context_settings=train.FLAGS_AFTER_RECIPE)(submit.submit)
 app.command("doctor")(doctor.doctor)
 app.command("backends")(backends.backends)
+app.command("list")(listing.show)
 app.command("simulate")(simulate.simulate)
 app.command("trace")(trace.trace)
 app.command("estimate", context_settings=ANYWHERE)(estimate.estimate)
@@ -44,6 +55,30 @@ app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+
+
+def _print_version(asked: bool) -> None:
+    """Print this version and those of what it stands on, without importing them."""
+    if not asked:
+        return
+    found = [f"Python {python_version()}"]
+    for package in ("torch", "megatron-core", "transformer-engine", "flash-attn"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    typer.echo(f"megatron-cp {__version__} ({', '.join(found)})")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", "-V", help="Print the versions and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from megatron_cp.megatron.arguments.recipe_flags import check, parser
 from megatron_cp.recipe import recipe, slurm_flags
 from tests.docs.pages import ROOT, TEXT, blocks, inline_code, shell_lines
 
-COMMANDS = commands(typer.main.get_command(app))
+ROOT_COMMAND = typer.main.get_command(app)
+COMMANDS = commands(ROOT_COMMAND)
 SHELL = sorted(set(shell_lines()))
 SHIPPED = {Path(name).name for name in recipe.shipped("recipes")}
 """Recipes that a page may name without bringing a file."""
@@ -143,7 +144,7 @@ def test_commands_in_running_text_have_their_options(page: str, code: str) -> No
     sorted({(page, flag) for page, code in inline_code() for flag in re.findall(r"^--[a-z-]*[a-z](?![a-z-])", code)}),
 )
 def test_flags_in_running_text_are_known(page: str, flag: str) -> None:
-    options = {option for one in COMMANDS.values() for param in one.params for option in param.opts}
+    options = {option for one in (ROOT_COMMAND, *COMMANDS.values()) for param in one.params for option in param.opts}
     options |= {option for one in COMMANDS.values() for param in one.params for option in param.secondary_opts}
     torchruns = {option for action in get_args_parser()._actions for option in action.option_strings}
     scripts = {"--check", "--apply", "--revert", "--write"}
