@@ -24,6 +24,7 @@ class Link:
     ports:       "shared": one port per rank, as behind a switch; "per-neighbour": one for each connected rank
     busy_s_per_byte: computing time that a rank loses per byte sent or received (0 where a device does the transfer)
     busy_s_per_message: computing time that a rank loses for sending and receiving an empty message
+    pair_bytes_per_s: rate of one send and its receive between two pipeline ranks; None where it is the port's rate
     gather_bytes_per_s, scatter_bytes_per_s, reduce_bytes_per_s: rate at which a rank sends in an all-gather, a
                  reduce-scatter or an all-reduce, busy time included; None where it is the port's rate
     """
@@ -33,6 +34,7 @@ class Link:
     ports: str
     busy_s_per_byte: float = 0.0
     busy_s_per_message: float = 0.0
+    pair_bytes_per_s: float | None = None
     gather_bytes_per_s: float | None = None
     scatter_bytes_per_s: float | None = None
     reduce_bytes_per_s: float | None = None
@@ -45,6 +47,10 @@ class Link:
             "reduce": self.reduce_bytes_per_s,
         }
         return measured[kind] or 1 / (1 / self.bytes_per_s + 2 * self.busy_s_per_byte)
+
+    def hop_seconds(self, size: float) -> float:
+        """Return the seconds that a message of `size` bytes takes from one pipeline rank to the next."""
+        return self.least_s + size / (self.pair_bytes_per_s or self.bytes_per_s) + size * self.busy_s_per_byte
 
     @property
     def least_s(self) -> float:
@@ -93,9 +99,10 @@ class Cluster:
     gemms:             rates of matrix products by dtype, for estimates of whole steps
     memory_bytes:      memory of a rank; None where the description does not state it
     reserved_bytes:    part of it in use before any tensor is made: context, libraries, communication buffers
-    elementwise_bytes_per_s: rate of norms, rotary positions and activations, with bytes counted as if each were one
-                       fused kernel; None where they are fused, and run at the rate of copies
-    loss_bytes_per_s:  rate of the cross entropy; None as above
+    elementwise_bytes_per_s: rate of norms, rotary positions, dropout and activations, with bytes counted as if each
+                       were one fused kernel; None where it is the rate of copies
+    unfused:           True if these are several kernels each, which keep what lies between them
+    loss_bytes_per_s:  rate of the cross entropy; None where it is the rate of copies
     step_s:            time of a training step beside its work on tensors: data, logging, launching
     layer_s:           such time of a layer and microbatch; 0 where launching runs ahead of the device
     """
@@ -114,6 +121,7 @@ class Cluster:
     memory_bytes: float | None = None
     reserved_bytes: float = 0.0
     elementwise_bytes_per_s: float | None = None
+    unfused: bool = False
     loss_bytes_per_s: float | None = None
     step_s: float = 0.0
     layer_s: float = 0.0

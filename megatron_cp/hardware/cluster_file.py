@@ -17,9 +17,9 @@ from megatron_cp.yaml_file import parse
 PORTS = ("shared", "per-neighbour")
 SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
 COMPUTE_KEYS = "dtype peak_tflops efficiency_forward efficiency_backward call_us block_keys"
-MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_gb_per_s loss_gb_per_s"
+MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_efficiency elementwise_gb_per_s loss_gb_per_s"
 LINK_KEYS = (
-    "peak_gb_per_s efficiency latency_us ports busy_s_per_gb busy_us_per_message "
+    "peak_gb_per_s efficiency latency_us ports busy_s_per_gb busy_us_per_message pair_gb_per_s "
     "gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
 )
 
@@ -86,7 +86,8 @@ def read(file: Path) -> Cluster:
         gemms=_gemms(top.section("gemm", " ".join(("fp8", *TRAINING)))) if top.has("gemm") else (),
         memory_bytes=memory.optional("size_gb", 1e9),
         reserved_bytes=memory.optional("reserved_gb", 1e9, 0.0),
-        elementwise_bytes_per_s=memory.optional("elementwise_gb_per_s", 1e9),
+        elementwise_bytes_per_s=_elementwise(memory),
+        unfused=memory.has("elementwise_gb_per_s"),
         loss_bytes_per_s=memory.optional("loss_gb_per_s", 1e9),
         step_s=overhead.optional("step_ms", 1e-3, 0.0) if overhead else 0.0,
         layer_s=overhead.optional("layer_us", 1e-6, 0.0) if overhead else 0.0,
@@ -126,6 +127,15 @@ def _rate(section: "_Section") -> float:
     return section.number("peak_gb_per_s") * 1e9 * section.share("efficiency")
 
 
+def _elementwise(memory: "_Section") -> float | None:
+    """Return the rate of fused passes as a share of the memory's peak, or that measured on unfused ones."""
+    if memory.has("elementwise_efficiency") and memory.has("elementwise_gb_per_s"):
+        raise Refused(f"{memory.place}: give memory.elementwise_efficiency or memory.elementwise_gb_per_s, not both")
+    if memory.has("elementwise_efficiency"):
+        return memory.number("peak_gb_per_s") * 1e9 * memory.share("elementwise_efficiency")
+    return memory.optional("elementwise_gb_per_s", 1e9)
+
+
 def _link(section: "_Section") -> Link:
     return Link(
         bytes_per_s=_rate(section),
@@ -133,6 +143,7 @@ def _link(section: "_Section") -> Link:
         ports=section.word("ports", PORTS),
         busy_s_per_byte=section.optional("busy_s_per_gb", 1e-9, 0.0),
         busy_s_per_message=section.optional("busy_us_per_message", 1e-6, 0.0),
+        pair_bytes_per_s=section.optional("pair_gb_per_s", 1e9),
         gather_bytes_per_s=section.optional("gather_gb_per_s", 1e9),
         scatter_bytes_per_s=section.optional("scatter_gb_per_s", 1e9),
         reduce_bytes_per_s=section.optional("reduce_gb_per_s", 1e9),

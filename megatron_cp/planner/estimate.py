@@ -278,13 +278,13 @@ def _table(name: str, p: int, m: int, v: int) -> Schedule:
 def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
     parallel, cluster, kept = rank.parallel, rank.cluster, mean_layer_bytes(rank)
     stride = parallel.world // parallel.pp
-    link = cluster.link(0, stride)
-    size = rank.split_tokens * rank.model.hidden * parallel.bytes
-    hop = link.least_s + size / link.bytes_per_s + size * link.busy_s_per_byte
+    hop = cluster.link(0, stride).hop_seconds(rank.split_tokens * rank.model.hidden * parallel.bytes)
+    waited, hop = (hop, 0.0) if parallel.schedule_name == "interleaved" and not parallel.overlap_p2p else (0.0, hop)
     sizes = tuple(max(1.0, stage.layers * kept) for stage in stages)
     # a stage of the embedding alone has no input gradient, but the simulator needs positive times
     times = ([max(part.total, 1e-9) for part in stage.work] for stage in stages)
     forward, backward, weight = (tuple(column) for column in zip(*times, strict=True))
+    forward, backward = (tuple(seconds + waited for seconds in column) for column in (forward, backward))
     # the inputs of norms are needed for the input gradient only
     held = tuple(size * (1 - 2 * size_of_norms(rank) / kept) for size in sizes)
     return Costs(forward=forward, input=backward, weight=weight, comm=hop, kept=sizes, held=held, unit=1.0)

@@ -74,7 +74,7 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
     elif parallel.recompute == "none":
         # scores after softmax and after dropout, and a mask of one byte
         split += 5 * model.heads * rank.seq
-    if rank.cluster.elementwise_bytes_per_s:
+    if rank.cluster.unfused:
         # without fused kernels, the activation's and the rotary positions' intermediate results too
         split += (mlp + model.query + model.key_value) * stored
     return whole + split * rank.tokens / parallel.tp

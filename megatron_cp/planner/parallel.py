@@ -30,6 +30,7 @@ class Parallel:
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are divided among stages
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
+    overlap_p2p: the interleaved schedule sends beside its computation; otherwise each pass waits for its messages
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     flash:       attention by a fused kernel; without it whole score matrices are written
@@ -55,6 +56,7 @@ class Parallel:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     tp_overlap: bool = False
+    overlap_p2p: bool = True
     fsdp: bool = False
     fp8_params: bool = False
     fp32_grads: bool = True
@@ -144,6 +146,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         overlap_grad_reduce="--overlap-grad-reduce" in given,
         overlap_param_gather="--overlap-param-gather" in given,
         tp_overlap="--tp-comm-overlap" in given,
+        overlap_p2p="--no-overlap-p2p-communication" not in given,
         fsdp="--use-megatron-fsdp" in given,
         fp8_params="--fp8-param-gather" in given,
         # by default Megatron accumulates bf16 gradients in float32

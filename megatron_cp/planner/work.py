@@ -197,7 +197,7 @@ def _score_matrices(rank: RankConfig) -> PassTimes:
     matrices = parallel.micro_batch * model.heads / parallel.tp
     product = Product(rank.seq, model.head_dim, rank.seq, 1.0)
     seconds = matrices * (product_seconds(rank, product, rank.dtype) - rank.cluster.call_s) + rank.cluster.call_s
-    scores = matrices * rank.seq**2 / rank.cluster.touch_bytes_per_s
+    scores = matrices * rank.seq**2 / (rank.cluster.elementwise_bytes_per_s or rank.cluster.touch_bytes_per_s)
     # bytes per score; forward: softmax reads and writes, dropout reads, writes and keeps a mask of one byte
     forward = Seconds(attention=2 * seconds, memory=(4 + 5) * scores)
     backward = Seconds(attention=4 * seconds, memory=(6 + 5) * scores)
