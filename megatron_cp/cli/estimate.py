@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -20,7 +20,9 @@ from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 
 if TYPE_CHECKING:
+    from megatron_cp.context.choose import Record
     from megatron_cp.planner.estimate import Estimate
+    from megatron_cp.planner.fit import LeftOut
     from megatron_cp.planner.published import PublishedRun
 
 # more than the recipes' warm-up, which Megatron wants shorter than the run
@@ -44,6 +46,10 @@ def estimate(
     published: Annotated[
         bool, typer.Option(help="Published runs beside their estimates, instead of a recipe.")
     ] = False,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option(help="With --published: each run by rates fitted without it, and runs that no rate was set to."),
+    ] = False,
     measure: Annotated[
         bool,
         typer.Option(help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate."),
@@ -53,10 +59,10 @@ def estimate(
     """Estimate a recipe's time per step, MFU, memory by kind and traffic by link, and name what bounds it."""
     from megatron_cp.context.trace.record import record
 
+    if leave_one_out and not published:
+        raise ValueError("--leave-one-out fits the rates to published runs; give --published too")
     if published:
-        from megatron_cp.planner.published import published as runs
-
-        _show_published(runs(record), as_json)
+        _published(record, leave_one_out, as_json)
         return
     if name is None:
         raise ValueError("give a recipe, or --published")
@@ -188,23 +194,58 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _show_published(rows: "Sequence[PublishedRun]", as_json: bool) -> None:
+def _published(record: "Record", leave_one_out: bool, as_json: bool) -> None:
+    from megatron_cp.planner.fit import fit, left_out
+    from megatron_cp.planner.published import published
+
+    if leave_one_out:
+        found = fit(record)
+        _show_published(found.runs, as_json, left_out(found, record))
+    else:
+        _show_published(published(record), as_json)
+
+
+def _show_published(rows: "Sequence[PublishedRun]", as_json: bool, without: "LeftOut | None" = None) -> None:
     from megatron_cp.planner.published import summary
 
-    sizes = summary(rows)
+    sizes = summary([row.error for row in rows])
+    more = {} if without is None else without.errors
     if as_json:
         listed = [
-            {name: getattr(row, name) for name in ("name", "source", "unit", "reported", "predicted", "error")}
-            for row in rows
+            _published_row(row) | {name: errors[at] for name, errors in more.items()} for at, row in enumerate(rows)
         ]
-        typer.echo(json.dumps({"rows": listed, **sizes._asdict()}, indent=2))
+        blind = {} if without is None else {"blind": [_published_row(row) for row in without.blind]}
+        typer.echo(json.dumps({"rows": listed, **sizes._asdict(), **blind}, indent=2))
         return
-    table = _table("per GPU", ("", "reported", "predicted", "error"))
-    for row in rows:
+    # wide enough that no row of the table is broken
+    console = Console(width=max(120, Console().width), highlight=False)
+    console.print(_published_table("per GPU", rows, more))
+    console.print(f"{len(rows)} runs, error {sizes.median:.1%} in the median, {sizes.worst:.1%} at worst")
+    if without is not None:
+        console.print(_published_table("that no rate was set to", without.blind, {}))
+        console.print("\n".join(_fit_lines(without)), soft_wrap=True)
+
+
+def _published_row(row: "PublishedRun") -> dict[str, object]:
+    return {name: getattr(row, name) for name in ("name", "source", "unit", "reported", "predicted", "error")}
+
+
+def _published_table(title: str, rows: "Sequence[PublishedRun]", more: "Mapping[str, Sequence[float]]") -> Table:
+    table = _table(title, ("", "reported", "predicted", "error", *more))
+    for at, row in enumerate(rows):
         unit = GPU_FIGURES.get(row.unit, "MFU")
-        table.add_row(row.name, f"{_figure(row.reported)} {unit}", _figure(row.predicted), f"{row.error:+.1%}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{len(rows)} runs, error {sizes.median:.1%} in the median, {sizes.worst:.1%} at worst", highlight=False
-    )
+        errors = (row.error, *(column[at] for column in more.values()))
+        figures = (f"{_figure(row.reported)} {unit}", _figure(row.predicted))
+        table.add_row(row.name, *figures, *(f"{error:+.1%}" for error in errors))
+    return table
+
+
+def _fit_lines(without: "LeftOut") -> Iterator[str]:
+    from megatron_cp.planner.fit import RATES
+    from megatron_cp.planner.published import summary
+
+    yield f"{len(RATES)} rates are fitted: {'; '.join(rate.name for rate in RATES)}"
+    errors = without.errors | {"that no rate was set to": [row.error for row in without.blind]}
+    for name, each in errors.items():
+        sizes = summary(each)
+        yield f"runs {name}: {sizes.median:.1%} in the median, {sizes.worst:.1%} at worst"

@@ -84,6 +84,10 @@ class Gemm:
         share = log(size / below) / log(above / below)
         return self.rates[at - 1] * (1 - share) + self.rates[at] * share
 
+    def times(self, factor: float) -> "Gemm":
+        """Return the products with all rates times a factor."""
+        return replace(self, rates=tuple(rate * factor for rate in self.rates))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:

@@ -1,6 +1,6 @@
 """Compare published runs (configs/published/runs.yaml) with their estimates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from statistics import median
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from megatron_cp.config import configs_folder
 from megatron_cp.context.choose import Record
 from megatron_cp.grid import Grid
+from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
@@ -19,7 +20,10 @@ PAIRS = {"causal": Fraction(1, 2), "all": Fraction(1)}
 
 
 class PublishedRun(NamedTuple):
-    """A published run: the reported figure, in `unit`, and the estimate of it."""
+    """A published run: the reported figure, in `unit`, and the estimate of it.
+
+    blind: no rate was set with the run in view, and no fit sees it
+    """
 
     name: str
     source: str
@@ -27,11 +31,18 @@ class PublishedRun(NamedTuple):
     reported: float
     predicted: float
     estimate: Estimate
+    blind: bool = False
 
     @property
     def error(self) -> float:
         """Error relative to the reported figure; above 0 where the estimate is too fast."""
         return self.predicted / self.reported - 1
+
+    @property
+    def origin(self) -> str:
+        """The paper, or the product whose releases are published, that the run comes from."""
+        work = self.source.split(",")[0]
+        return work if work.startswith("arXiv") else work.rstrip("0123456789. ")
 
 
 class Summary(NamedTuple):
@@ -41,24 +52,29 @@ class Summary(NamedTuple):
     worst: float
 
 
-def published(record: Record | None) -> list[PublishedRun]:
-    """Return every published run with its estimate."""
+def published(
+    record: Record | None, change: Callable[[Cluster], Cluster] = lambda cluster: cluster, blind: bool = False
+) -> list[PublishedRun]:
+    """Return the published runs that the rates were fitted to, or the others, with their estimates.
+
+    change: returns the cluster of a run as it is to be
+    """
     from ruamel.yaml import YAML
 
     runs = parse(configs_folder() / "published" / "runs.yaml", YAML(typ="safe").load)
-    return [_row(run, record) for run in runs]
+    return [_row(run, record, change) for run in runs if run.get("blind", False) is blind]
 
 
-def summary(rows: Sequence[PublishedRun]) -> Summary:
+def summary(errors: Sequence[float]) -> Summary:
     """Return the median and the largest absolute error."""
-    sizes = [abs(row.error) for row in rows]
+    sizes = [abs(error) for error in errors]
     return Summary(median(sizes), max(sizes))
 
 
-def _row(run: Mapping[str, Any], record: Record | None) -> PublishedRun:
+def _row(run: Mapping[str, Any], record: Record | None, change: Callable[[Cluster], Cluster]) -> PublishedRun:
     sizes = dict(run["parallel"])
     grid = Grid(*sizes.pop("grid")) if "grid" in sizes else None
-    cluster = load_cluster(run["cluster"])
+    cluster = change(load_cluster(run["cluster"]))
     found = estimate(_model(run["model"]), Parallel(**sizes, grid=grid), cluster, run["seq"], record)
     unit, reported = next(iter(run["reported"].items()))
     return PublishedRun(
@@ -68,6 +84,7 @@ def _row(run: Mapping[str, Any], record: Record | None) -> PublishedRun:
         reported=reported,
         predicted=_figure(found, unit, run["reported"].get("pairs")),
         estimate=found,
+        blind=run.get("blind", False),
     )
 
 

@@ -9,9 +9,11 @@ from megatron_cp.context.trace.record import record
 from megatron_cp.hardware.cluster import Gemm
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.planner.estimate import estimate
+from megatron_cp.planner.fit import fit, left_out
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.published import published, summary
+from megatron_cp.planner.work import PassTimes, RankConfig, ends, layer
 from megatron_cp.recipe import recipe
 
 H100 = load_cluster("dgx-h100-ib")
@@ -43,9 +45,49 @@ def test_operations_are_the_published_ones():
 
 
 def test_published_runs_are_met():
-    sizes = summary(published(record))
-    assert sizes.median <= 0.10
-    assert sizes.worst <= 0.20
+    errors = [run.error for run in published(record)]
+    sizes = summary(errors)
+    assert sizes.median <= 0.05
+    assert sizes.worst <= 0.15
+    assert min(errors) < -0.05 < 0.05 < max(errors)
+
+
+# milliseconds of a stage and microbatch, a mean over stages, and of a hop, as the authors have profiled them
+PROFILED = {"GPT 1.5B": (18.5, 18.1, 9.33, 0.601), "GPT 6.2B": (29.8, 29.5, 19.6, 0.527)}
+
+
+@pytest.mark.parametrize("name", PROFILED)
+def test_passes_are_as_long_as_the_zero_bubble_paper_profiled(name):
+    run = next(run.estimate for run in published(None) if run.name.startswith(name))
+    rank = RankConfig(model=run.model, parallel=run.parallel, cluster=run.cluster, seq=run.seq)
+    layers, (first, last) = layer(rank), ends(rank)
+    whole = PassTimes().plus(layers, run.model.layers).plus(first).plus(last)
+    forward, backward, weight = (1e3 * part.total / run.parallel.pp for part in whole)
+    f, b, w, hop = PROFILED[name]
+    assert forward + backward == pytest.approx(f + b, rel=0.06)
+    assert weight == pytest.approx(w, rel=0.05)
+    size = run.parallel.micro_batch * run.seq * run.model.hidden * 2
+    assert 1e3 * run.cluster.inside.hop_seconds(size) == pytest.approx(hop, rel=0.05)
+
+
+def test_a_pipeline_that_waits_for_its_messages_is_slower_by_them():
+    beside, waits = (
+        of(Parallel(tp=8, sp=True, pp=4, vp=4, global_batch=64, overlap_p2p=on)).seconds for on in (True, False)
+    )
+    hop = H100.between.hop_seconds(8192 / 8 * LLAMA.hidden * 2)
+    # forward and backward of each chunk
+    assert waits - beside == pytest.approx(2 * 4 * 64 * hop, rel=0.2)
+
+
+@pytest.mark.slow
+def test_the_shipped_rates_are_those_of_the_fit():
+    found = fit(record)
+    assert all(abs(change) < 0.01 for change in found.changes([True] * len(found.runs)))
+    without = left_out(found, record)
+    for errors in (without.errors["without it"], [run.error for run in without.blind]):
+        sizes = summary(errors)
+        assert sizes.median <= 0.05
+        assert sizes.worst <= 0.15
 
 
 def test_parts_add_up_to_the_step_and_none_is_negative():
