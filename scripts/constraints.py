@@ -1,6 +1,6 @@
 """Write constraints/: exact versions of everything that megatron-cp needs, as an index serves them today.
 
-Usage: python scripts/constraints.py [oldest] [default] [newest]; without names all three. Nothing is installed.
+Usage: python scripts/constraints.py [oldest] [default] [newest] [te]; without names all. Nothing is installed.
 """
 
 import datetime
@@ -23,6 +23,8 @@ PINS = {
     "default": ["torch==2.14.1"],
     "newest": [],
 }
+# transformer-engine and what its Python files import beyond .venv, without their own requirements: scripts/te.sh
+TE = ("transformer-engine", "onnx", "onnx-ir", "onnxscript", "ml-dtypes")
 # programs that only check or build; they are never old
 TOOLS = ("ruff", "mypy", "types-psutil", "sphinx", "myst-parser", "furo")
 
@@ -47,24 +49,32 @@ def ranges() -> list[str]:
     return [line for text in wanted for line in text.split()]
 
 
-def resolved(pins: list[str]) -> dict[str, str]:
-    """The versions that pip would install, by name."""
+def resolved(*wanted: str) -> dict[str, str]:
+    """The versions that pip would install for these arguments, by name."""
     with tempfile.TemporaryDirectory() as folder:
-        (constraints := Path(folder, "pins.txt")).write_text("\n".join(pins))
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-        command += ["--report", f"{folder}/report.json", "--constraint", str(constraints), f"{ROOT}[{EXTRAS}]"]
+        command += ["--report", f"{folder}/report.json", *wanted]
         subprocess.run(command, check=True)
         report = json.loads(Path(folder, "report.json").read_text())
     found = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in report["install"]}
     return {name: version for name, version in sorted(found.items()) if name != "megatron-cp"}
 
 
-def main(names: list[str]) -> None:
-    for name in names or list(PINS):
+def versions(name: str) -> dict[str, str]:
+    """The versions of one file."""
+    if name == "te":
+        return resolved("--no-deps", *TE)
+    with tempfile.TemporaryDirectory() as folder:
         pins = PINS[name] + (lowest(ranges()) if name == "oldest" else [])
+        (constraints := Path(folder, "pins.txt")).write_text("\n".join(pins))
+        return resolved("--constraint", str(constraints), f"{ROOT}[{EXTRAS}]")
+
+
+def main(names: list[str]) -> None:
+    for name in names or [*PINS, "te"]:
         lines = [f"# made {datetime.date.today()} for Python {sys.version_info[0]}.{sys.version_info[1]} by"]
         lines[0] += f" python scripts/constraints.py {name}"
-        lines += [f"{package}=={version}" for package, version in resolved(pins).items()]
+        lines += [f"{package}=={version}" for package, version in versions(name).items()]
         (ROOT / "constraints").mkdir(exist_ok=True)
         (ROOT / "constraints" / f"{name}.txt").write_text("\n".join(lines) + "\n")
 

@@ -22,6 +22,11 @@ _server.set_forkserver_preload(["tests.preload"])
 TIMEOUT_SECONDS = 300
 
 
+def preload(module: str) -> None:
+    """Let the server import this module, and what it imports, in the place of `tests.preload`; before the first run."""
+    _server.set_forkserver_preload([module])
+
+
 def _rank_main(
     pipe: Connection, log: str, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:

@@ -45,6 +45,19 @@ UNSUPPORTED = (
         "leave --log-max-attention-logit out",
     ),
     Unsupported(
+        "attention in FP8 (fp8_dot_product_attention, fp8_multi_head_attention): kernels that take FP8 with scales, "
+        "scales agreed on by the context-parallel ranks and messages in FP8",
+        lambda source: bool(
+            read(source, "fp8_dot_product_attention", False) or read(source, "fp8_multi_head_attention", False)
+        ),
+        "leave both out, FP8 linears around attention in bf16 are served",
+    ),
+    Unsupported(
+        "transformer-engine's offload of activations (cpu_offloading), which fails on views such as our outputs",
+        lambda source: bool(read(source, "cpu_offloading", False) or read(source, "cpu_offloading_num_layers", 0)),
+        "leave --cpu-offloading-num-layers out, --recompute-granularity saves memory too",
+    ),
+    Unsupported(
         "multi-latent attention whose v_head_dim is not qk_head_dim + qk_pos_emb_head_dim",
         _mla_heads_differ,
         "leave --multi-latent-attention out or use stock attention",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -32,6 +32,7 @@ from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
+from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.run import Settings, settings_of_run
 
@@ -173,7 +174,8 @@ def _layer_with_our_attention(layer: ModuleSpec) -> ModuleSpec:
             f"the stock spec has a layer without core attention ({parts.self_attention}); "
             f"megatron-cp serves self-attention layers only"
         )
-    ours = replace(parts.self_attention, submodules=replace(attention, core_attention=CoreAttention))
+    core = TECoreAttention if attention.core_attention is TEDotProductAttention else CoreAttention
+    ours = replace(parts.self_attention, submodules=replace(attention, core_attention=core))
     return replace(layer, submodules=replace(parts, self_attention=ours))
 
 

@@ -164,6 +164,14 @@ def _to_host_memory(_: Any) -> Callable[..., Any]:
     return maybe_move_tensor_to_cpu
 
 
+def _mesh_on_cpu(from_group: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(from_group)
+    def on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return from_group(group, "cpu" if _means_cuda(device_type) else device_type, *args, **kwargs)
+
+    return on_cpu
+
+
 def _call_now(_: Any) -> Callable[..., Any]:
     return lambda function, *args, **kwargs: function()
 
@@ -297,6 +305,11 @@ REPLACEMENTS = (
         ),
         _to_host_memory,
         "gives split sizes as integers only for CUDA tensors, and all_to_all takes no tensors for them",
+    ),
+    Replacement(
+        ("torch.distributed.device_mesh:DeviceMesh.from_group",),
+        _mesh_on_cpu,
+        "torch's sharded data parallelism makes a mesh of CUDA devices",
     ),
     Replacement(
         (f"{WRITERS}.warmup_persistent_caller",),

@@ -9,6 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_cp.megatron.layers import hybrid
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
+from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.spec import hybrid_stack_spec
 from tests.megatron.spec_run import grad_norms, losses, train
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
@@ -50,7 +51,7 @@ def test_final_norm_and_attention_are_ours() -> None:
 def test_with_transformer_engine_the_stock_stack_gets_our_attention() -> None:
     edited = hybrid._stock_submodules()
     attention = edited.attention_layer.submodules.self_attention.submodules
-    assert attention.core_attention is CoreAttention
+    assert attention.core_attention is TECoreAttention
     stock = hybrid.stock_stack_spec.submodules.attention_layer.submodules.self_attention.submodules
     assert stock.core_attention is TEDotProductAttention
     attention.core_attention = stock.core_attention
