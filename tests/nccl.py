@@ -6,9 +6,11 @@ Every rank is a list of operations in the order in which its host launches them.
 2. A message has no buffer: its send and its receive hold their streams until both have started.
 3. A communication operation starts after the compute that was launched before it; compute waits for the operations it
    names (`wait` of torch puts an event on the compute stream, the host goes on).
-4. Several messages in one operation (`batch_isend_irecv`, a group of NCCL's) start together and end together.
+4. Several messages in one operation (`batch_isend_irecv`, a group of NCCL's) start together and end together. They
+   use the communicator of the whole group in both modes; a single message without `device_id` uses one of its pair.
 5. The first message of a connection stops the host until the other side's host has come to its own first message:
    without `device_id` torch makes a communicator for the pair there, with it NCCL connects sender and receiver there.
+   The first batch of a group without `device_id` stops the host until all ranks of the group have come to theirs.
 6. With CUDA_DEVICE_MAX_CONNECTIONS = 1 all streams of a process share one queue: what cannot start yet holds up
    everything that was launched after it.
 
@@ -17,9 +19,9 @@ time that the step takes.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import permutations
 from typing import NamedTuple
 
 
@@ -39,12 +41,14 @@ class Operation:
     messages: all of one communicator
     after:    positions of earlier operations of this rank that it waits for
     seconds:  time of a compute operation
+    group:    ranks of the communicator, of a batch of messages; empty for a single message
     """
 
     name: str
     messages: tuple[Message, ...] = ()
     after: tuple[int, ...] = ()
     seconds: float = 0.0
+    group: tuple[int, ...] = ()
 
 
 class Rules(NamedTuple):
@@ -120,7 +124,7 @@ def _events(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[Event, l
             if rules.one_queue and place:
                 starts.append(("start", rank, place - 1))
             if operation.messages:
-                stream = _stream(operation.messages[0], rules)
+                stream = _stream(operation, rules)
                 if stream in last:
                     starts.append(("end", rank, last[stream]))
                 last[stream] = place
@@ -132,9 +136,10 @@ def _events(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[Event, l
     return before
 
 
-def _stream(message: Message, rules: Rules) -> Hashable:
-    pair = None if rules.eager else frozenset((message.source, message.target))
-    return message.communicator, pair
+def _stream(operation: Operation, rules: Rules) -> Hashable:
+    message = operation.messages[0]
+    whole = rules.eager or operation.group
+    return message.communicator, None if whole else frozenset((message.source, message.target))
 
 
 def _partners(ranks: Sequence[Sequence[Operation]]) -> dict[tuple[int, int], list[tuple[int, int]]]:
@@ -157,23 +162,23 @@ def _partners(ranks: Sequence[Sequence[Operation]]) -> dict[tuple[int, int], lis
 
 
 def _meetings(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Operations that are a rank's first of a connection, with those of the other side."""
-    first: dict[Hashable, dict[int, int]] = defaultdict(dict)
+    """Operations that are a rank's first of a connection or a group, with those of the other ranks."""
+    first: dict[tuple[Hashable, Collection[int]], dict[int, int]] = defaultdict(dict)
     for rank, operations in enumerate(ranks):
         for place, operation in enumerate(operations):
             for message in operation.messages:
                 ends = (message.source, message.target)
-                key = (message.communicator, ends if rules.eager else frozenset(ends))
-                first[key].setdefault(rank, place)
+                directed = rules.eager or operation.group
+                first[message.communicator, ends if directed else frozenset(ends)].setdefault(rank, place)
+            if operation.group and not rules.eager:
+                first[operation.messages[0].communicator, operation.group].setdefault(rank, place)
     met: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for sides in first.values():
-        for (rank, place), (peer, at) in _both_ways(list(sides.items())):
-            met[rank, place].append((peer, at))
+    for (communicator, members), sides in first.items():
+        if absent := {*members} - sides.keys():
+            raise DeadlockError(f"the ranks of {communicator} wait for {sorted(absent)}, which never come to it")
+        for (rank, place), other in permutations(sides.items(), 2):
+            met[rank, place].append(other)
     return met
-
-
-def _both_ways(sides: list[tuple[int, int]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    return [pair for here, there in pairwise(sides) for pair in ((here, there), (there, here))]
 
 
 def _stuck(ranks: Sequence[Sequence[Operation]], times: dict[Event, float]) -> str:

@@ -1,0 +1,122 @@
+"""The loops of all backends run under NCCL's rules for messages, however the processes are started."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import combinations, product
+
+import pytest
+
+from megatron_cp.context import ALGORITHMS, BACKENDS, PLACEMENTS
+from megatron_cp.context.trace.events import Post, Problem, Step, Trace, Wait
+from megatron_cp.context.trace.record import record
+from megatron_cp.errors import Refused
+from tests.cases import slow_unless
+from tests.context.problems import MASKS, grids
+from tests.nccl import ALL_RULES, DeadlockError, Message, MismatchError, Operation, Rules, play
+
+
+def launches(trace: Trace) -> list[list[Operation]]:
+    """The forward and backward of every rank; a wait is compute that is launched after the batch it names."""
+    both = zip(trace.forward.steps, trace.backward.steps, strict=True)
+    return [list(_operations(rank, (*forward, *backward))) for rank, (forward, backward) in enumerate(both)]
+
+
+def _operations(rank: int, steps: tuple[Step, ...]) -> Iterator[Operation]:
+    place, posted = 0, {}
+    for event, _ in steps:
+        if isinstance(event, Post):
+            posted[event.batch] = place
+            yield Operation(f"batch {event.batch}", tuple(_messages(rank, event)), group=event.group)
+        elif isinstance(event, Wait):
+            yield Operation(f"wait for batch {event.batch}", after=(posted[event.batch],))
+        else:
+            continue
+        place += 1
+
+
+def _messages(rank: int, post: Post) -> Iterator[Message]:
+    yield from (Message(post.group, rank, peer, (size, form)) for peer, size, form in post.sends)
+    yield from (Message(post.group, peer, rank, (size, form)) for peer, size, form in post.recvs)
+
+
+Case = tuple[tuple[bool, tuple[int, int] | None], int | None]
+"""A mask, and the number of chunks."""
+
+CAUSAL: Case = ((True, None), None)
+CASES: list[Case] = [*product(MASKS, (None, 2))]
+
+
+def traces(backend: str, ranks: int, cases: Iterable[Case]) -> Iterator[Trace]:
+    """These cases on every grid, with the heads on either axis, except those that the backend refuses."""
+    placements = PLACEMENTS if BACKENDS.get(backend).capabilities.placement else ("head-first",)
+    for grid, placement, ((causal, window), chunks) in product(grids(backend, ranks), placements, cases):
+        how = {"causal": causal, "window": window, "grid": grid, "placement": placement, "chunks": chunks}
+        with suppress(Refused):
+            yield record(Problem(backend, ranks, 24 * ranks, 12, 4, 16, **how))
+
+
+def assert_runs(backend: str, ranks: int, cases: Iterable[Case]) -> int:
+    played = 0
+    for trace in traces(backend, ranks, cases):
+        operations = launches(trace)
+        for rules in ALL_RULES:
+            play(operations, rules)
+            played += 1
+    return played
+
+
+def is_quick(backend: str, ranks: int) -> bool:
+    return ranks == (4 if BACKENDS.get(backend).takes_grid else 3)
+
+
+@pytest.mark.parametrize(("backend", "ranks"), slow_unless(is_quick, product(ALGORITHMS, range(2, 9))))
+def test_no_loop_deadlocks(backend: str, ranks: int) -> None:
+    assert assert_runs(backend, ranks, [CAUSAL])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ALGORITHMS)
+def test_no_loop_deadlocks_under_any_mask_and_in_chunks(backend: str) -> None:
+    assert sum(assert_runs(backend, ranks, CASES) for ranks in (3, 4))
+
+
+def swapped(operations: list[Operation], one: int, other: int) -> list[Operation]:
+    """The operations with these two in each other's place."""
+    changed = {one: operations[other], other: operations[one]}
+    return [changed.get(place, operation) for place, operation in enumerate(operations)]
+
+
+@pytest.mark.parametrize("backend", ["zigzag", "all-gather", "double-ring", "distflash"])
+def test_swapped_batches_of_one_rank_are_caught(backend: str) -> None:
+    trace = next(traces(backend, 4, [CAUSAL]))
+    ranks = launches(trace)
+    batches = [place for place, operation in enumerate(ranks[1]) if operation.group]
+    one, other = next(pair for pair in combinations(batches, 2) if differ(*(ranks[1][place] for place in pair)))
+    ranks[1] = swapped(ranks[1], one, other)
+    for rules in ALL_RULES:
+        with pytest.raises(MismatchError, match="message"):
+            play(ranks, rules)
+
+
+def differ(one: Operation, other: Operation) -> bool:
+    """True if both batches use a connection of one communicator for other messages."""
+    labels = [{message[:3]: message.label for message in batch.messages} for batch in (one, other)]
+    return any(labels[0][connection] != labels[1][connection] for connection in labels[0].keys() & labels[1].keys())
+
+
+def test_a_receive_before_the_send_that_it_answers_is_caught() -> None:
+    """Two ranks that each receive in one batch and send in the next; in one batch the two messages cross."""
+    there, back = Message("cp", 0, 1, "there"), Message("cp", 1, 0, "back")
+    ranks = [[Operation("batch 0", (back,), group=(0, 1)), Operation("batch 1", (there,), group=(0, 1))]]
+    ranks += [[Operation("batch 0", (there,), group=(0, 1)), Operation("batch 1", (back,), group=(0, 1))]]
+    for rules in ALL_RULES:
+        with pytest.raises(DeadlockError, match="rank 0 waits for the"):
+            play(ranks, rules)
+        play([[Operation("batch", (there, back), group=(0, 1))]] * 2, rules)
+
+
+def test_a_rank_that_never_uses_a_group_keeps_the_others_waiting_for_its_communicator() -> None:
+    batch = Operation("batch", (Message("cp", 0, 1, "there"),), group=(0, 1, 2))
+    play([[batch], [batch], []], Rules(eager=True, one_queue=False))
+    with pytest.raises(DeadlockError, match=r"the ranks of cp wait for \[2\], which never come to it"):
+        play([[batch], [batch], []], Rules(eager=False, one_queue=False))
