@@ -1,0 +1,173 @@
+"""Kernels and merges against the reference, and their speed at the shapes that a rank's tiles have."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_check.measure import error_of, seconds
+from gpu_check.table import Row
+from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.kernels import KERNELS, Kernel, choose
+from megatron_cp.kernels.reference import ReferenceKernel
+
+BOUND = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
+
+
+class Tile(NamedTuple):
+    """One kernel call: tokens of queries and keys, query and KV heads, head dim."""
+
+    queries: int
+    keys: int
+    heads: int
+    groups: int
+    dim: int
+    causal: bool
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        return f"{self.queries} x {self.keys}, heads {self.heads}/{self.groups}, dim {self.dim}, {mask}"
+
+
+# one odd length of each kind, every head dim that models have, grouped heads; the whole of a block and a part
+CHECKED = [
+    *(Tile(513, 513, 8, 2, dim, True) for dim in (64, 96, 100, 128, 192, 256)),
+    *(Tile(queries, 513, 8, 2, 128, False) for queries in (1, 130, 513)),
+    Tile(1024, 1024, 8, 8, 128, True),
+    Tile(512, 1024, 8, 1, 128, False),
+    Tile(1024, 512, 4, 2, 64, False),
+]
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """Return the dtype in which a run computes attention on such a device."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def available(device: str, dim: int) -> Iterator[tuple[str, Kernel]]:
+    """Yield the kernels that can run here, on CUDA each op of torch's kernel by itself."""
+    dtype = str(dtype_on(device)).removeprefix("torch.")
+    for entry in KERNELS:
+        if entry.name == "reference":
+            continue
+        try:
+            yield entry.name, choose(entry.name, device=device, dtype=dtype, head_dim=dim)[0]
+        except (ValueError, RuntimeError):
+            continue
+    if device == "cuda":
+        from megatron_cp.kernels.aten import CUDA_FLASH, cudnn
+        from megatron_cp.kernels.fused import FusedKernel, Only
+
+        yield from ((f"torch's {op.name}", FusedKernel(op.name, Only(op))) for op in (CUDA_FLASH, cudnn()))
+
+
+def inputs(tile: Tile, device: str) -> list[Tensor]:
+    """Make dout, q, k, v: slices of something larger, as a rank's tiles are."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [(tile.queries, tile.heads), (tile.queries, tile.heads), (tile.keys, tile.groups), (tile.keys, tile.groups)]
+    made = (torch.randn(s, 1, 2 * h, tile.dim, generator=generator, device=device) for s, h in sizes)
+    return [x.to(dtype_on(device))[:, :, : x.shape[2] // 2] for x in made]
+
+
+def both(kernel: Kernel, tile: Tile, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Return out, lse, dq, dk, dv."""
+    how = {"scale": tile.dim**-0.5, "causal": tile.causal}
+    out, lse = kernel.forward(q, k, v, **how)
+    return out, lse, *kernel.backward(dout, q, k, v, out, lse, **how)
+
+
+def against_reference(device: str) -> Iterator[Row]:
+    """Compare every kernel with the reference in float64."""
+    bound = BOUND[dtype_on(device)]
+    for tile in CHECKED:
+        dout, q, k, v = inputs(tile, device)
+        expected = both(ReferenceKernel(), tile, *(x.double() for x in (dout, q, k, v)))
+        for name, kernel in available(device, tile.dim):
+            case = f"{name}, {tile}"
+            try:
+                found = both(kernel, tile, dout, q, k, v)
+            except RuntimeError as error:
+                yield Row(case, {"": f"refused: {str(error).splitlines()[0][:120]}"}, "left out")
+                continue
+            names = ("out", "lse", "dq", "dk", "dv")
+            errors = {what: error_of(a, b) for what, a, b in zip(names, found, expected, strict=True)}
+            # not > : NaN is an error too
+            yield Row(case, errors, "ok" if max(errors.values()) <= bound else "wrong")
+
+
+def rates(device: str) -> Iterator[Row]:
+    """Measure TFLOP/s at the shapes of the tiles of eight ranks: s x s/2, s/2 x s, and s x s under a causal mask."""
+    tokens, heads, groups, dim = ((4096, 16384), 32, 8, 128) if device == "cuda" else ((256, 512), 4, 2, 64)
+    for s in tokens:
+        for tile in (
+            Tile(s, s // 2, heads, groups, dim, False),
+            Tile(s // 2, s, heads, groups, dim, False),
+            Tile(s, s, heads, groups, dim, True),
+        ):
+            dout, q, k, v = inputs(tile, device)
+            how = {"scale": dim**-0.5, "causal": tile.causal}
+            flops = 4e-12 * tile.queries * tile.keys * heads * dim / (2 if tile.causal else 1)
+            for name, kernel in available(device, dim):
+                forward, backward = partial(kernel.forward, q, k, v, **how), partial(kernel.backward, dout, q, k, v)
+                try:
+                    taken = [seconds(device, forward), seconds(device, partial(backward, *forward(), **how))]
+                except RuntimeError as error:
+                    yield Row(f"{name}, {tile}", {"": str(error).splitlines()[0][:120]}, "left out")
+                    continue
+                figures = {"forward ms": taken[0] * 1e3, "backward ms": taken[1] * 1e3}
+                rate = {"forward TFLOP/s": flops / taken[0], "backward TFLOP/s": 2.5 * flops / taken[1]}
+                yield Row(f"{name}, {tile}", figures | rate)
+
+
+def merges(device: str) -> Iterator[Row]:
+    """Compare the merge of two results and the sum of gradients with float64, and measure them."""
+    tokens, heads, dim = (16384, 32, 128) if device == "cuda" else (512, 4, 64)
+    dtype, generator = dtype_on(device), torch.Generator(device).manual_seed(0)
+
+    def result() -> tuple[Tensor, Tensor]:
+        out = torch.randn(tokens, 1, heads, dim, generator=generator, device=device).to(dtype)
+        return out, torch.randn(tokens, 1, heads, generator=generator, device=device)
+
+    (one, lse), (other, other_lse) = result(), result()
+    # rows that one side, the other and neither has seen a key for
+    lse[:4], other_lse[2:6] = -torch.inf, -torch.inf
+    one[:4], other[2:6] = 0, 0
+    rows = slice(0, tokens)
+
+    def first(x: Tensor) -> Tensor:
+        """What a merge takes over and adds to in place, unless it has to be widened."""
+        return x.clone() if x.dtype == torch.float32 else x
+
+    def merged() -> tuple[Tensor, Tensor]:
+        merge = SoftmaxMerge(one)
+        merge.add(rows, first(one), lse.clone())
+        merge.add(rows, other, other_lse)
+        return merge.result()
+
+    weights = torch.stack([lse, other_lse]).double().softmax(0).nan_to_num()[..., None]
+    expected = weights[0] * one.double() + weights[1] * other.double()
+    error = error_of(merged()[0], expected)
+    took = seconds(device, merged)
+    size = 2 * (one.numel() * one.element_size() + lse.numel() * lse.element_size())
+    yield Row(
+        f"two results of {tokens} tokens, heads {heads}, dim {dim}",
+        {"error": error, "ms": took * 1e3, "GB/s of what is merged": size / took / 1e9},
+        "ok" if error <= BOUND[dtype] else "wrong",
+    )
+
+    def added() -> Tensor:
+        total = Sum(one)
+        total.add(rows, first(one))
+        total.add(rows, other)
+        return total.result()
+
+    error = error_of(added(), one.double() + other.double())
+    took = seconds(device, added)
+    size = 2 * one.numel() * one.element_size()
+    yield Row(
+        f"two gradients of {tokens} tokens, heads {heads}, dim {dim}",
+        {"error": error, "ms": took * 1e3, "GB/s of what is added": size / took / 1e9},
+        "ok" if error <= BOUND[dtype] else "wrong",
+    )

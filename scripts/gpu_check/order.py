@@ -1,0 +1,82 @@
+"""All steps in their order; a step imports what it needs in its own process, so that a package that is missing costs
+the steps that need it.
+"""
+
+from collections.abc import Iterable
+
+from gpu_check import machine
+from gpu_check.steps import Step
+from gpu_check.table import Row
+
+
+def against_reference(device: str) -> Iterable[Row]:
+    from gpu_check import kernels
+
+    return kernels.against_reference(device)
+
+
+def merges(device: str) -> Iterable[Row]:
+    from gpu_check import kernels
+
+    return kernels.merges(device)
+
+
+def rates(device: str) -> Iterable[Row]:
+    from gpu_check import kernels
+
+    return kernels.rates(device)
+
+
+def rank_plans(device: str) -> Iterable[Row]:
+    from gpu_check import plans
+
+    return plans.rank_plans(device)
+
+
+def in_threads(device: str) -> Iterable[Row]:
+    from gpu_check import plans
+
+    return plans.in_threads(device)
+
+
+def chunks(device: str) -> Iterable[Row]:
+    from gpu_check import plans
+
+    return plans.chunks(device)
+
+
+def pipeline(device: str) -> Iterable[Row]:
+    from gpu_check import training
+
+    return training.pipeline(device)
+
+
+def quickstart(device: str) -> Iterable[Row]:
+    from gpu_check import training
+
+    return training.quickstart(device)
+
+
+def transformer_engine(device: str) -> Iterable[Row]:
+    from gpu_check import training
+
+    return training.transformer_engine(device)
+
+
+ONE, MANY = (("CUDA_DEVICE_MAX_CONNECTIONS", count) for count in ("1", "8"))
+# the seconds of all add up to less than ten minutes; what decides most comes first
+STEPS = (
+    Step("versions", machine.versions, 20),
+    Step("kernels", against_reference, 40),
+    Step("queue, one", machine.queue, 15, (ONE,)),
+    Step("queue, eight", machine.queue, 15, (MANY,)),
+    Step("rank plans", rank_plans, 120),
+    Step("merges", merges, 30),
+    Step("rates", rates, 60),
+    Step("backends", in_threads, 60),
+    Step("chunks", chunks, 20),
+    Step("pipeline", pipeline, 30),
+    Step("quickstart", quickstart, 90),
+    Step("TE", transformer_engine, 60),
+    Step("communicators", machine.communicators, 20),
+)

@@ -1,0 +1,223 @@
+"""Training on one device: two pipeline stages as two processes, and Megatron's own loop with our attention."""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gpu_check.measure import error_of
+from gpu_check.steps import LeftOut
+from gpu_check.table import Row
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.build import build
+from megatron_cp.pipeline.channels import Channels, communicators
+from megatron_cp.pipeline.execute import Executor, lower
+from megatron_cp.pipeline.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parents[2]
+MICROS = 4
+WIDTH = 64
+
+
+class Arrival:
+    """A message that is staged through host memory: it is on the device after `wait`."""
+
+    def __init__(self, work: Any, host: Tensor, buffer: Tensor | None) -> None:
+        self._work, self._host, self._buffer = work, host, buffer
+
+    def wait(self) -> None:
+        self._work.wait()
+        if self._buffer is not None:
+            self._buffer.copy_(self._host)
+
+    def done(self) -> bool:
+        return False
+
+
+class StagedPeer:
+    """One communicator of gloo's, which knows host memory only."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def send(self, tensor: Tensor, peer: int) -> Arrival:
+        host = tensor.cpu()
+        return Arrival(dist.isend(host, group=self._group, group_dst=peer), host, None)
+
+    def receive(self, buffer: Tensor, peer: int) -> Arrival:
+        host = torch.empty_like(buffer, device="cpu")
+        return Arrival(dist.irecv(host, group=self._group, group_src=peer), host, buffer)
+
+
+class Layers:
+    """A rank's stages, one layer each; the last one's output is the loss of a microbatch."""
+
+    def __init__(self, stages: tuple[int, ...], last: int, device: str) -> None:
+        self._last, self._device = last, device
+        self.weights = {stage: weight_of(stage, device) for stage in stages}
+        self.gradients = {stage: torch.zeros(WIDTH, WIDTH, dtype=torch.float64, device=device) for stage in stages}
+        self._waiting: dict[tuple[int, int], Tensor] = {}
+
+    def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
+        made = torch.tanh((inputs_of(micro, self._device) if given is None else given) @ self.weights[stage])
+        return made if stage < self._last else made.square().sum()
+
+    def backward(
+        self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
+    ) -> Tensor | None:
+        weight = self.weights[stage]
+        found = torch.autograd.grad(made, [weight] if given is None else [weight, given], gradient)
+        self._waiting[stage, micro] = found[0]
+        if not split:
+            self.weight(stage, micro)
+        return found[1] if given is not None else None
+
+    def weight(self, stage: int, micro: int) -> None:
+        self.gradients[stage] += self._waiting.pop((stage, micro))
+
+    def reduce(self, stage: int) -> None: ...
+
+    def buffer(self) -> Tensor:
+        return torch.empty(2, WIDTH, dtype=torch.float64, device=self._device)
+
+    def shrink(self, made: Tensor) -> None: ...
+
+
+def weight_of(stage: int, device: str) -> Tensor:
+    """Return a stage's weights, equal in all processes."""
+    made = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(stage))
+    return (made / WIDTH**0.5).to(device).requires_grad_()
+
+
+def inputs_of(micro: int, device: str) -> Tensor:
+    """Return a microbatch, equal in all processes."""
+    generator = torch.Generator().manual_seed(1000 + micro)
+    return torch.randn(2, WIDTH, dtype=torch.float64, generator=generator).to(device)
+
+
+def pipeline(device: str) -> Iterator[Row]:
+    """Run every schedule on two processes that share the device, and compare the gradients with those of one."""
+    names = [rule.name for rule in SCHEDULES if rule.table]
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        results = [context.Queue() for _ in range(2)]
+        processes = [
+            context.Process(target=_rank, args=(rank, names, device, f"{folder}/store", results[rank]))
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        for name in names:
+            answers = [result.get(timeout=60) for result in results]
+            if failed := [answer for answer in answers if isinstance(answer, str)]:
+                yield Row(name, {"": failed[0]}, "failed")
+                return
+            gradients = {stage: gradient for answer in answers for stage, gradient in answer.items()}
+            found = {stage: torch.tensor(gradient, dtype=torch.float64) for stage, gradient in gradients.items()}
+            expected = _alone(len(found), device)
+            error = max(error_of(found[stage], expected[stage]) for stage in found)
+            yield Row(f"{name}, {len(found)} stages", {"error": error}, "ok" if error <= 1e-12 else "wrong")
+        for process in processes:
+            process.join()
+
+
+def schedule_of(name: str) -> Schedule:
+    """Return a schedule on two ranks as an executor runs it."""
+    return lower(build(name, 2, MICROS, SCHEDULES.get(name).chunks))
+
+
+def _rank(rank: int, names: list[str], device: str, store: str, results: Any) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+        for name in names:
+            schedule = schedule_of(name)
+            placement = schedule.placement
+            layers = Layers(placement.of_rank[rank], len(placement.rank_of) - 1, device)
+            peers = [StagedPeer(dist.new_group([0, 1])) for _ in communicators(placement)]
+            channels = Channels(placement, rank, peers)
+            channels.meet(torch.zeros(1, device=device))
+            Executor(placement, rank, layers, channels).run(schedule.table[rank])
+            # as lists: a tensor in a queue shares memory with a process that may be gone
+            results.put({stage: gradient.cpu().tolist() for stage, gradient in layers.gradients.items()})
+        dist.destroy_process_group()
+    except Exception as error:
+        results.put(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def _alone(stages: int, device: str) -> dict[int, Tensor]:
+    """The gradients of one microbatch after another in one process."""
+    weights = [weight_of(stage, device) for stage in range(stages)]
+    totals = [torch.zeros(WIDTH, WIDTH, dtype=torch.float64, device=device) for _ in weights]
+    for micro in range(MICROS):
+        made = inputs_of(micro, device)
+        for weight in weights:
+            made = torch.tanh(made @ weight)
+        for total, gradient in zip(totals, torch.autograd.grad(made.square().sum(), weights), strict=True):
+            total += gradient
+    return {stage: total.cpu() for stage, total in enumerate(totals)}
+
+
+def quickstart(device: str) -> Iterator[Row]:
+    """Train the quickstart recipe, and put the estimate of its memory beside what it took."""
+    _needs("megatron")
+    yield _trained(device, "quickstart")
+
+
+def transformer_engine(device: str) -> Iterator[Row]:
+    """Train the quickstart recipe with TransformerEngine's layers and our attention, in bfloat16 and in FP8."""
+    _needs("megatron", "transformer_engine")
+    if device != "cuda":
+        raise LeftOut("needs a CUDA GPU: TransformerEngine's kernels")
+    layers = ["--transformer-impl", "transformer_engine", "--bf16", "true"]
+    yield _trained(device, "TransformerEngine's layers, bfloat16", *layers)
+    yield _trained(device, "TransformerEngine's layers, FP8", *layers, "--fp8-format", "hybrid")
+
+
+def _needs(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise LeftOut(f"needs the package {package}")
+
+
+def _trained(device: str, case: str, *flags: str) -> Row:
+    steps = 50 if device == "cuda" else 4
+    one_rank = ["--nproc-per-node", "1", "--context-parallel-size", "1"] if torch.cuda.device_count() == 1 else []
+    flags = (*flags, *one_rank)
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--train-iters", str(steps), "--lr-warmup-iters", "1", "--save", folder]
+        ran = _megatron_cp("train", "quickstart", *flags, *words, folder=folder)
+        told = ran.stdout + ran.stderr
+        if ran.returncode:
+            lines = [line for line in told.splitlines() if line.strip()]
+            return Row(case, {"": lines[-1][:200] if lines else f"exit code {ran.returncode}"}, "failed")
+        estimate = _megatron_cp("estimate", "quickstart", *flags, "--json", folder=folder).stdout
+    losses = [float(value) for value in re.findall(r"lm loss: ([\d.E+-]+)", told)]
+    times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", told)]
+    figures: dict[str, Any] = {"first loss": losses[0], "last loss": losses[-1], "ms per step": median(times)}
+    memory = json.loads(estimate)["memory_bytes"]
+    if allocated := re.findall(r"max allocated: ([\d.]+)", told):
+        figures |= {"GPU MiB": float(allocated[-1])}
+        figures |= {"estimated MiB": sum(size for kind, size in memory.items() if kind != "reserved") / 2**20}
+    elif resident := re.findall(r'"peak_rss_bytes": (\d+)', told):
+        figures |= {"process MiB": int(resident[-1]) / 2**20, "estimated MiB": sum(memory.values()) / 2**20}
+    return Row(f"{case}, {steps} steps", figures, "ok" if losses[-1] < losses[0] else "wrong")
+
+
+def _megatron_cp(*words: str, folder: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "DATA_PATH": folder}
+    command = [sys.executable, "-m", "megatron_cp", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
