@@ -71,7 +71,7 @@ def test_no_step_stops_the_next_and_every_row_is_kept(check: SimpleNamespace, tm
 
     functions = [wrong, without_package, left_out, dying, variable, good]
     table = check.Table(tmp_path / "out", "a device; torch 0")
-    check.run([step(hanging, 0.5), *map(step, functions)], "cpu", table, 120)
+    check.run([step(hanging, 0.5), *map(step, functions)], "none", table, 120)
     text = (tmp_path / "out" / "gpu_check.md").read_text()
     found = [(name, row.case, row.verdict, row.figures) for name, row in table.rows if row.case != "time"]
     assert found == [
@@ -83,7 +83,7 @@ def test_no_step_stops_the_next_and_every_row_is_kept(check: SimpleNamespace, tm
         ("dying", "", "failed", {"": "the process died, exit code 7"}),
         ("variable", "CUDA_DEVICE_MAX_CONNECTIONS", "", {"": "1"}),
         ("good", "first", "ok", {"ms": 1.25, "calls": 3}),
-        ("good", "on", "", {"": "cpu"}),
+        ("good", "on", "", {"": "none"}),
     ]
     assert text.splitlines()[:3] == ["# a device; torch 0", "", "| step | case | found |"]
     assert "| good | first | ok, ms 1.25, calls 3 |" in text.splitlines()

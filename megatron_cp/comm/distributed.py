@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,11 @@ from megatron_cp.errors import CannotRun
 # torch 2.14 renamed two collectives and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# fields of NCCL's configuration of a communicator; releases have some of them
+COMMUNICATOR_SETTINGS = """
+blocking cga_cluster_size min_ctas max_ctas net_name split_share traffic_class collnet_enable cta_policy nvls_ctas
+""".split()
 
 
 class GroupFabric:
@@ -53,8 +59,14 @@ class GroupFabric:
         return arrived
 
     def subset(self, ranks: Sequence[int]) -> "GroupFabric":
-        members = [dist.get_global_rank(self.group, rank) for rank in ranks]
-        group = dist.new_group(members, use_local_synchronization=True)
+        members = tuple(dist.get_global_rank(self.group, rank) for rank in ranks)
+        if self.size == dist.get_world_size():
+            # all ranks make all groups: a name that only its members make depends, before torch 2.14, on how many other
+            # groups each of them is in
+            made = {others: dist.new_group(list(others)) for others in _groups_of_all(members)}
+            group = made[members]
+        else:
+            group = dist.new_group(list(members), use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         return GroupFabric(group)
 
@@ -78,15 +90,38 @@ class Wire:
 
 
 def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None) -> list[Wire]:
-    """`count` communicators of the group's ranks, numbered as in it.
+    """`count` communicators of the group's ranks, numbered as in it, with its options of NCCL and its name in theirs.
 
     Every process of the run calls this together, each with its own group: only then do all agree on the names of the
     new groups, whatever other groups some of them belong to.
     """
     members = tuple(dist.get_process_group_ranks(group))
     assert list(members) == sorted(members), f"a new group would number the ranks {members} differently"
-    made = {ranks: [dist.new_group(list(ranks), timeout) for _ in range(count)] for ranks in _groups_of_all(members)}
+    made = {
+        ranks: [_another(group, ranks, f"{group.group_desc}_MESSAGES_{number}", timeout) for number in range(count)]
+        for ranks in _groups_of_all(members)
+    }
     return [Wire(new) for new in made[members] if isinstance(new, dist.ProcessGroup)]
+
+
+def _another(group: dist.ProcessGroup, ranks: Sequence[int], name: str, timeout: timedelta | None) -> object:
+    """Make a group of these ranks as `group` was made: with options of its own that say what its options say."""
+    backend = dist.get_backend(group)
+    options = options_like(group._get_backend(torch.device("cuda")).options) if backend == dist.Backend.NCCL else None
+    return dist.new_group(list(ranks), timeout, backend, pg_options=options, group_desc=name)
+
+
+def options_like(options: Any) -> Any:
+    """Return new options of a NCCL group with the priority of its stream and the settings of its communicator.
+
+    torch writes the ranks and the name of a group into its options, so that two groups cannot share theirs.
+    """
+    made = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.is_high_priority_stream)
+    for name in COMMUNICATOR_SETTINGS:
+        # a name that was not given is None, which cannot be written
+        if (value := getattr(options.config, name, None)) is not None:
+            setattr(made.config, name, value)
+    return made
 
 
 def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:

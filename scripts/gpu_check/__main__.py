@@ -4,9 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from gpu_check import machine
 from gpu_check.order import STEPS
 from gpu_check.steps import import_torch_once, run
 from gpu_check.table import Table
@@ -22,6 +19,10 @@ def main(words: list[str]) -> int:
     asked = parser.parse_args(words)
     if unknown := {*asked.steps} - {step.name for step in STEPS}:
         parser.error(f"no step {', '.join(sorted(unknown))}; steps: {', '.join(step.name for step in STEPS)}")
+    import torch
+
+    from gpu_check import machine
+
     # counted without starting CUDA, which a forked step could not use afterwards
     device = asked.device or ("cuda" if torch.cuda.device_count() else "cpu")
     table = Table(asked.out, machine.title(device))

@@ -4,9 +4,26 @@ the steps that need it.
 
 from collections.abc import Iterable
 
-from gpu_check import machine
 from gpu_check.steps import Step
 from gpu_check.table import Row
+
+
+def versions(device: str) -> Iterable[Row]:
+    from gpu_check import machine
+
+    return machine.versions(device)
+
+
+def queue(device: str) -> Iterable[Row]:
+    from gpu_check import machine
+
+    return machine.queue(device)
+
+
+def communicators(device: str) -> Iterable[Row]:
+    from gpu_check import machine
+
+    return machine.communicators(device)
 
 
 def against_reference(device: str) -> Iterable[Row]:
@@ -64,19 +81,19 @@ def transformer_engine(device: str) -> Iterable[Row]:
 
 
 ONE, MANY = (("CUDA_DEVICE_MAX_CONNECTIONS", count) for count in ("1", "8"))
-# the seconds of all add up to less than ten minutes; what decides most comes first
+# what decides most comes first; seconds are limits, of which a GPU needs a part
 STEPS = (
-    Step("versions", machine.versions, 20),
+    Step("versions", versions, 20),
     Step("kernels", against_reference, 40),
-    Step("queue, one", machine.queue, 15, (ONE,)),
-    Step("queue, eight", machine.queue, 15, (MANY,)),
+    Step("queue, one", queue, 15, (ONE,)),
+    Step("queue, eight", queue, 15, (MANY,)),
     Step("rank plans", rank_plans, 120),
     Step("merges", merges, 30),
     Step("rates", rates, 60),
     Step("backends", in_threads, 60),
     Step("chunks", chunks, 20),
     Step("pipeline", pipeline, 30),
-    Step("quickstart", quickstart, 90),
+    Step("quickstart", quickstart, 150),
     Step("TE", transformer_engine, 60),
-    Step("communicators", machine.communicators, 20),
+    Step("communicators", communicators, 20),
 )

@@ -69,11 +69,14 @@ class TimedKernel:
         self._marks.append((begun, self._clock.mark()))
         return found
 
-    def take(self) -> tuple[float, int]:
-        """Return the seconds and the number of the calls since the last time."""
+    def begin(self) -> None:
+        """Forget the calls so far."""
+        self._marks = []
+
+    def taken(self) -> tuple[float, int]:
+        """Return the seconds and the number of the calls since `begin`."""
         self._clock.settle()
-        marks, self._marks = self._marks, []
-        return sum(self._clock.seconds(*pair) for pair in marks), len(marks)
+        return sum(self._clock.seconds(*pair) for pair in self._marks), len(self._marks)
 
 
 class Shape(NamedTuple):
@@ -138,21 +141,21 @@ def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, 
     kept = [x for x in tree_leaves(saved) if x.untyped_storage().data_ptr() not in given]
     predicted[1] -= sum(x.numel() * x.element_size() for x in kept)
     found = []
-    for call, live in zip(
-        (lambda: loop.forward(q, k, v, task), lambda: loop.backward(dout, saved, task)), predicted, strict=True
-    ):
-        call()
-        kernel.take()
-        figures = cost(device, call, q, k, v, dout, *kept)
-        in_kernel, calls = kernel.take()
-        # `cost` calls twice: once to count, once to measure
-        share, calls = in_kernel / 2 / figures.seconds, calls // 2
+    calls = (partial(loop.forward, q, k, v, task), partial(loop.backward, dout, saved, task))
+    for call, live in zip(calls, predicted, strict=True):
+
+        def once(call: Callable[[], object] = call) -> None:
+            kernel.begin()
+            call()
+
+        figures = cost(device, once, q, k, v, dout, *kept)
+        in_kernels, count = kernel.taken()
         found.append(
             {
                 "ms": figures.seconds * 1e3,
-                "in kernels": min(share, 1.0),
+                "ms in kernels": in_kernels * 1e3,
                 "host ms": figures.host * 1e3,
-                "kernel calls": calls,
+                "kernel calls": count,
                 "operations": figures.operations,
                 "peak MiB": figures.peak / MIB,
                 "predicted MiB": live / MIB,

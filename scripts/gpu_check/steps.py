@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-import torch
-
 from gpu_check.table import Row, Table
 
 _server = multiprocessing.get_context("forkserver")
@@ -75,6 +73,8 @@ def _child(pipe: Connection, step: Step, device: str) -> None:
     os.setsid()
     os.environ.update(step.environment)
     if device == "cpu":
+        import torch
+
         # several threads wait for each other where other programs run
         torch.set_num_threads(1)
     try:

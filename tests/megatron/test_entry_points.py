@@ -1,17 +1,20 @@
 """The launcher and our own script train through the real pretrain, alike, and refuse in one line on every rank."""
 
+import ctypes
 import importlib
 import os
 import subprocess
 import sys
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_cp import config
-from megatron_cp.megatron.machine.environment import environment_for_gpus, first_host
+from megatron_cp.megatron.machine.environment import advised_for_receives, environment_for_gpus, first_host
+from megatron_cp.megatron.machine.facts import major_capability
 from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.run import values_of
 from tests.megatron.pretraining import SCRIPT, pretrain_losses, script_losses, tiny
@@ -166,6 +169,7 @@ def test_help_tells_our_flags_beside_megatrons(command: str) -> None:
         ("--tensor-model-parallel-size 2", "8", "8"),
         ("--tensor-model-parallel-size 1", None, ""),
         ("--tensor-model-parallel-size 2 --use-torch-fsdp2", None, ""),
+        (f"{CONTEXT_PARALLEL} 2 --overlap-moe-expert-parallel-comm", None, ""),
     ],
 )
 def test_the_connections_variable_is_set_where_needed_and_never_overridden(
@@ -178,6 +182,67 @@ def test_the_connections_variable_is_set_where_needed_and_never_overridden(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     environment_for_gpus(flags.split())
     assert config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+
+
+class Nvml:
+    """NVIDIA's management library with one GPU, or with none."""
+
+    def __init__(self, major: int | None) -> None:
+        self._major = major
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:
+        return 2 if self._major is None else 0
+
+    def nvmlDeviceGetCudaComputeCapability(self, device: Any, major: Any, minor: Any) -> int:
+        major._obj.value, minor._obj.value = self._major, 0
+        return 0
+
+
+@pytest.mark.parametrize(("major", "expected"), [(8, "1"), (9, "1"), (10, ""), (12, ""), (None, "1")])
+def test_from_blackwell_on_the_connections_are_left_as_they_are(
+    major: int | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "0")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml(major))
+    assert major_capability() == major
+    environment_for_gpus(f"{CONTEXT_PARALLEL} 2".split())
+    assert config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+
+
+def test_without_nvml_the_architecture_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert major_capability() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "advice"),
+    [
+        ({}, ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", "CUDA_MODULE_LOADING=EAGER"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, ["CUDA_MODULE_LOADING=EAGER"]),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUDA_MODULE_LOADING": "EAGER"}, []),
+    ],
+)
+def test_a_schedule_advises_what_receives_in_flight_need(
+    variables: dict[str, str], advice: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_MODULE_LOADING", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert advised_for_receives() == advice
+    environment_for_gpus(["--pp-schedule", "zb-h1"])
+    assert all(setting in capsys.readouterr().out for setting in advice[:1])
+    environment_for_gpus(["--num-layers", "4"])
+    assert capsys.readouterr().out == ""
 
 
 def environment(**values: str) -> dict[str, str]:

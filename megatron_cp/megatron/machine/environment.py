@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_cp import config
+from megatron_cp.megatron.machine.facts import major_capability
 from megatron_cp.megatron.run import say, values_of
 
 # srun starts the processes itself: what torchrun would have set, and SLURM's name for it
@@ -39,15 +40,37 @@ def first_host(nodes: str) -> str:
     return prefix + re.split("[-,]", numbers)[0] + tail.split(",")[0]
 
 
+FSDP = ("--use-torch-fsdp2", "--use-megatron-fsdp")
+BLACKWELL = 10
+
+
 def environment_for_gpus(argv: Sequence[str]) -> None:
     """Set CUDA_DEVICE_MAX_CONNECTIONS=1 where Megatron insists on it and the user has not said otherwise.
 
-    Must come before CUDA is initialised: the driver reads it once.
+    It insists before Blackwell, with tensor or context parallelism, unless FSDP or the overlap of the experts' messages
+    is asked for, which want more connections. Must come before CUDA is initialised: the driver reads it once.
     """
     flags = ("--tensor-model-parallel-size", "--context-parallel-size")
     sizes = [values_of(argv, flag) or ["1"] for flag in flags]
-    sharded = any(flag in argv for flag in ("--use-torch-fsdp2", "--use-megatron-fsdp"))
-    if torch.cuda.device_count() and any(size != ["1"] for size in sizes) and not sharded:
+    if not torch.cuda.device_count():
+        return
+    wants_more = any(flag in argv for flag in (*FSDP, "--overlap-moe-expert-parallel-comm"))
+    if any(size != ["1"] for size in sizes) and not wants_more and (major_capability() or 0) < BLACKWELL:
         filled = config.set_missing({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
         if filled:
             say("CUDA_DEVICE_MAX_CONNECTIONS=1, which tensor and context parallelism need")
+    if values_of(argv, "--pp-schedule") is not None and (missing := advised_for_receives()):
+        say(f"--pp-schedule posts receives early: set {' and '.join(missing)} (docs/troubleshooting.md)")
+
+
+def advised_for_receives() -> list[str]:
+    """Return the settings, as NAME=VALUE, that this process lacks and a schedule with receives in flight should have.
+
+    A receive that waits for its message keeps the device busy. An allocator that frees memory to make room, and a
+    kernel that is loaded at its first call, wait for all of the device, and so for a message that may depend on this
+    rank.
+    """
+    allocator = config.variable("PYTORCH_ALLOC_CONF") or config.variable("PYTORCH_CUDA_ALLOC_CONF")
+    missing = [] if "expandable_segments:True" in allocator else ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
+    eager = config.variable("CUDA_MODULE_LOADING") == "EAGER"
+    return missing if eager else [*missing, "CUDA_MODULE_LOADING=EAGER"]

@@ -1,5 +1,6 @@
 """Facts about a machine that our checks and the values filled in for it depend on."""
 
+import ctypes
 import importlib.util
 from dataclasses import dataclass
 
@@ -32,6 +33,24 @@ def this_machine() -> Machine:
 def device_of_run() -> str:
     """Return "cuda" or "cpu", where a model will run; while it is built it may be elsewhere."""
     return "cpu" if cpu.needed() or cpu.active() else "cuda"
+
+
+def major_capability() -> int | None:
+    """Return the major compute capability of the first GPU, None where it cannot be told.
+
+    Asks NVML: a question to CUDA would initialise it, and with it fix the settings that it reads once.
+    """
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    failed = (
+        library.nvmlInit_v2()
+        or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device))
+        or library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    )
+    return None if failed else major.value
 
 
 def _is_installed(package: str) -> bool:
