@@ -18,8 +18,8 @@ Words = Annotated[
     typer.Argument(
         metavar="RECIPE… [--flag VALUE…]",
         help="Recipes, several for an array of jobs; then flags that win over them: Megatron's, torchrun's, sbatch's, "
-        "srun's --container-…, and --launcher torchrun|srun, --python, --requeues, --grace SECONDS, --chain JOBS, "
-        "--node-gpus, --node-free-gb and --no-preflight.",
+        "srun's --container-…, and --launcher torchrun|srun, --python, --wrapper WORDS, --requeues, --grace SECONDS, "
+        "--signal TERM|USR2@SECONDS, --chain JOBS, --node-gpus, --node-free-gb and --no-preflight.",
     ),
 ]
 

@@ -33,14 +33,16 @@ SRUN = tuple(
         "container-entrypoint no-container-entrypoint container-writable container-readonly cpu-bind mem-bind mpi"
     ).split()
 )
-OURS = ("--launcher", "--python", "--requeues", "--grace", "--chain", "--node-gpus", "--node-free-gb", "--no-preflight")
+OURS = tuple(
+    f"--{name}"
+    for name in "launcher python wrapper requeues grace signal chain node-gpus node-free-gb no-preflight".split()
+)
 KNOWN = (*SBATCH, *SRUN, *OURS)
 # sbatch's flags that we write ourselves, and what to use instead
 WRITTEN_BY_US = {
     "--nodes": "the number of nodes is --nnodes of LAUNCH",
     "--ntasks": "the number of processes is --nnodes times --nproc-per-node of LAUNCH",
     "--ntasks-per-node": "the number of processes of a node is --nproc-per-node of LAUNCH",
-    "--signal": "the warning before the time limit follows from --grace, the seconds that a save may take",
     "--requeue": "use --requeues N",
     "--no-requeue": "use --requeues 0",
     "--open-mode": "logs are appended to, so that a requeued job keeps its record",

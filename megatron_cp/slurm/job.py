@@ -1,9 +1,11 @@
 """Build the SLURM job of a recipe, and check what SLURM itself would refuse late or not at all."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.recipe import slurm_flags
@@ -16,9 +18,14 @@ REQUEUES = 10
 GRACE_SECONDS = 300
 # seconds between the warning and the limit, on top of the grace, to decide and requeue
 SECONDS_TO_REQUEUE = 30
+SIGNAL = "TERM"
 FREE_GB = 1
 # a recipe's settings for finding other nodes are for starting by hand; in a job they follow from SLURM
 FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
+
+_SIGNAL = re.compile(r"(?:SIG)?(TERM|USR2)@(\d+)", re.ASCII)
+# a container has its own Python, at another path
+CONTAINERS = ("apptainer", "singularity")
 
 _HEADER_VALUE = re.compile(r"[\w.,:/@%=+*~&|()\[\]-]*", re.ASCII)
 
@@ -29,7 +36,9 @@ class SlurmJob:
 
     launcher: "torchrun" or "srun"
     requeues: most requeues after preemption or the time limit
+    wrapper:  words before the command of every step, such as those that run it in a container
     grace:    seconds that a save and the current step may take
+    signal:   that warns the ranks of the time limit, "TERM" or "USR2"
     chain:    number of jobs, each of which runs after the one before
     gpus, free_gb: GPUs that a node must have, and free GB in the folder that it saves to
     header:   flags for `#SBATCH` lines
@@ -41,8 +50,10 @@ class SlurmJob:
     ranks_per_node: int
     launcher: str
     python: str
+    wrapper: tuple[str, ...]
     requeues: int
     grace: int
+    signal: str
     chain: int
     gpus: int
     free_gb: int
@@ -55,20 +66,23 @@ class SlurmJob:
 def job_of(recipe: Recipe) -> SlurmJob:
     """Return the job of a recipe; raises ValueError with place, rule and way out for a recipe that cannot be one."""
     nodes, ranks = _count(recipe, "--nnodes"), _count(recipe, "--nproc-per-node")
-    launcher, grace = _launcher(recipe), _number(recipe, "--grace", GRACE_SECONDS)
+    launcher, (signal, grace) = _launcher(recipe), _warning(recipe)
     chain, requeues = _number(recipe, "--chain", 1), _requeues(recipe)
     gpus = _number(recipe, "--node-gpus", _gpus_asked(recipe) or _gpus_used(recipe, ranks))
     if 0 < gpus < ranks:
         raise ValueError(f"{ranks} ranks on a node with {gpus} GPUs; lower --nproc-per-node or ask for more GPUs")
-    python = recipe.slurm["--python"].text if "--python" in recipe.slurm else _python(recipe)
+    wrapper = _wrapper(recipe)
+    python = recipe.slurm["--python"].text if "--python" in recipe.slurm else _python(recipe, wrapper)
     return SlurmJob(
         recipe=_stops_in_time(complete(recipe), grace),
         nodes=nodes,
         ranks_per_node=ranks,
         launcher=launcher,
         python=python,
+        wrapper=wrapper,
         requeues=requeues,
         grace=grace,
+        signal=signal,
         chain=chain,
         gpus=gpus,
         free_gb=_number(recipe, "--node-free-gb", FREE_GB),
@@ -105,6 +119,35 @@ def _launcher(recipe: Recipe) -> str:
         if setting.text == "srun" and flag not in ("entry", "--nnodes", "--nproc-per-node", *FROM_SLURM):
             raise ValueError(f"{given.place}: {flag} is a flag of torchrun, which --launcher srun does not start")
     return setting.text
+
+
+def _warning(recipe: Recipe) -> tuple[str, int]:
+    """Return the signal before the time limit, and the seconds that the ranks have from then on."""
+    setting = recipe.slurm.get("--signal")
+    if setting is None:
+        return SIGNAL, _number(recipe, "--grace", GRACE_SECONDS)
+    if "--grace" in recipe.slurm:
+        raise ValueError(f"{setting.place}: --signal and --grace both give the time of the warning; remove one of them")
+    match = _SIGNAL.fullmatch(setting.text)
+    if match is None or int(match[2]) <= SECONDS_TO_REQUEUE:
+        raise ValueError(
+            f"{setting.place}: --signal takes TERM@SECONDS or USR2@SECONDS of more than {SECONDS_TO_REQUEUE}, which "
+            f"the ranks save and exit on, got {setting.text!r}; write USR2@600, or give --grace SECONDS instead"
+        )
+    return match[1], int(match[2]) - SECONDS_TO_REQUEUE
+
+
+def _wrapper(recipe: Recipe) -> tuple[str, ...]:
+    setting = recipe.slurm.get("--wrapper")
+    if setting is None:
+        return ()
+    try:
+        words = setting.values if len(setting.values) > 1 else tuple(shlex.split(setting.text))
+    except ValueError as error:
+        raise ValueError(f"{setting.place}: --wrapper {setting.text!r}: {error}; write a list of words") from None
+    if not words:
+        raise ValueError(f"{setting.place}: --wrapper needs words, such as [apptainer, exec, --nv, image.sif]")
+    return words
 
 
 def _requeues(recipe: Recipe) -> int:
@@ -178,9 +221,9 @@ def _gpus_used(recipe: Recipe, ranks: int) -> int:
     return ranks if on_gpus else 0
 
 
-def _python(recipe: Recipe) -> str:
-    # a container has its own Python
-    return "python3" if "--container-image" in recipe.slurm else sys.executable
+def _python(recipe: Recipe, wrapper: tuple[str, ...]) -> str:
+    in_container = "--container-image" in recipe.slurm or (wrapper and Path(wrapper[0]).name in CONTAINERS)
+    return "python3" if in_container else sys.executable
 
 
 def _asked(recipe: Recipe) -> Iterator[str]:

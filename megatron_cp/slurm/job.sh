@@ -5,7 +5,7 @@ stop() {
 }
 
 # Preemption sends TERM to this shell too; whether to requeue is decided after the ranks have saved.
-trap : TERM
+trap : TERM USR2
 
 if [ "${SLURM_JOB_NUM_NODES:-0}" != "$nodes" ]; then
     stop "the recipe runs on $nodes nodes and this job has ${SLURM_JOB_NUM_NODES:-none}; submit it with --nodes $nodes"
@@ -20,7 +20,7 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 
 one_task=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1)
 one_task_per_node=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
-python_there=("${step[@]}" "${settings[@]}" "$python")
+python_there=("${step[@]}" "${wrapper[@]}" "${settings[@]}" "$python")
 
 if [ "$preflight" = true ]; then
     reports=$save/preflight-$SLURM_JOB_ID
@@ -48,10 +48,10 @@ if [ "$launcher" = srun ]; then
     srun --nodes="$nodes" --ntasks=$((nodes * ranks_per_node)) --ntasks-per-node="$ranks_per_node" \
         --kill-on-bad-exit=1 "${python_there[@]}" "${train[@]}" || status=$?
 else
-    # one torchrun for each node; only the task knows the number of its node
+    # one torchrun for each node; only the task knows the number of its node. USR2 is for the ranks, which handle it
     # shellcheck disable=SC2016
-    "${one_task_per_node[@]}" --kill-on-bad-exit=1 "${step[@]}" \
-        sh -c 'PET_NODE_RANK=$SLURM_NODEID PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT exec "$@"' sh \
+    "${one_task_per_node[@]}" --kill-on-bad-exit=1 "${step[@]}" "${wrapper[@]}" \
+        sh -c 'trap "" USR2; PET_NODE_RANK=$SLURM_NODEID PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT exec "$@"' sh \
         "${settings[@]}" "$python" "${train[@]}" || status=$?
 fi
 

@@ -44,7 +44,8 @@ def _check_together(jobs: Sequence[SlurmJob]) -> None:
 
 
 def _shape(job: SlurmJob) -> tuple[object, ...]:
-    return (job.nodes, job.ranks_per_node, job.launcher, job.grace, job.chain, bool(job.requeues), *job.header)
+    sizes = (job.nodes, job.ranks_per_node, job.launcher, job.signal, job.grace, job.chain)
+    return (*sizes, bool(job.requeues), *job.header)
 
 
 def _header(jobs: Sequence[SlurmJob]) -> Iterator[str]:
@@ -57,7 +58,7 @@ def _header(jobs: Sequence[SlurmJob]) -> Iterator[str]:
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={tasks}",
         # sent to the steps only: this script decides when they have ended
-        f"--signal=TERM@{job.grace + SECONDS_TO_REQUEUE}",
+        f"--signal={job.signal}@{job.grace + SECONDS_TO_REQUEUE}",
         "--requeue" if job.requeues else "--no-requeue",
         "--open-mode=append",
     ]
@@ -88,6 +89,7 @@ def _settings(job: SlurmJob) -> str:
     }
     arrays: dict[str, Sequence[str]] = {
         "step": _step_words(job),
+        "wrapper": job.wrapper,
         "settings": ["env", *(f"{name}={value}" for name, value in _environment(job).items())],
         "check": ["--gpus", str(job.gpus), "--free-gb", str(job.free_gb)],
         "corpus": job.corpus,

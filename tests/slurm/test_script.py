@@ -34,6 +34,17 @@ SLURM:
   --gpus-per-node: h100:8
   --time: 4:00:00
 """
+APPTAINER = """
+extends: base
+SLURM:
+  --wrapper: [apptainer, exec, --nv, --bind, "/shared:/shared,/scratch:/tmp", /shared/a container.sif]
+  --python: python3
+  --signal: SIGUSR2@600
+  --uenv: prgenv-gnu/24.7
+  --hint: nomultithread
+  --wait: true
+  --parsable: true
+"""
 CONTAINER = """
 extends: base
 DATA:
@@ -129,6 +140,7 @@ def noted(name: str) -> list:
     [
         ("bare", ["base.yaml"], ""),
         ("container", ["run.yaml"], ""),
+        ("apptainer", ["apptainer.yaml"], ""),
         ("srun", ["base.yaml"], "--launcher srun --max-restarts=false --cpu-bind cores"),
         ("array", ["base.yaml", "second.yaml"], "--requeues 3"),
         ("singleton", ["base.yaml"], "--chain 5 --job-name long --output logs/%x-%j.out"),
@@ -136,6 +148,7 @@ def noted(name: str) -> list:
 )
 def test_script_is_the_golden_one(write: Write, name: str, names: list[str], overrides: str) -> None:
     write(CONTAINER)
+    write(APPTAINER, "apptainer.yaml")
     write("extends: base\nMODEL_ARGS:\n  --lr: 1e-4\n  --save: /shared/second\n", "second.yaml")
     text = rendered(*names, overrides=overrides)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
@@ -248,10 +261,12 @@ def test_the_array_runs_the_recipe_of_its_task(write: Write, stubs: dict[str, st
     ("overrides", "text"),
     [
         ("--nodes 2", "command line: --nodes is not for the SLURM block: the number of nodes is --nnodes of LAUNCH"),
-        (
-            "--signal USR1@60",
-            "--signal is not for the SLURM block: the warning before the time limit follows from --grace",
-        ),
+        ("--signal B:USR2@600", "--signal takes TERM@SECONDS or USR2@SECONDS of more than 30"),
+        ("--signal USR1@600", "got 'USR1@600'; write USR2@600, or give --grace SECONDS instead"),
+        ("--signal USR2@30", "of more than 30, which the ranks save and exit on, got 'USR2@30'"),
+        ("--signal USR2@600 --grace 60", "--signal and --grace both give the time of the warning"),
+        ("--wrapper=", "--wrapper needs words, such as [apptainer, exec, --nv, image.sif]"),
+        ("--wrapper apptainer'", '--wrapper "apptainer\'": No closing quotation; write a list of words'),
         ("--time soon", "command line: --time 'soon' is not a time limit"),
         ("--time 6", "--time of 6 minutes leaves none to train before saving; lower --grace"),
         ("--launcher mpirun", "--launcher must be torchrun or srun, got 'mpirun'"),
@@ -288,6 +303,34 @@ def test_flags_of_plugins_go_to_sbatch_as_they_are(write: Write) -> None:
     lines = rendered("plugin.yaml").splitlines()
     for line in ("--uenv=prgenv-gnu/24.7", "--environment=my.toml", "--hint=nomultithread", "--nv-special"):
         assert f"#SBATCH {line}" in lines
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_wrapper_runs_every_step_and_has_the_python_of_a_container(
+    write: Write, stubs: dict[str, str], launcher: str
+) -> None:
+    block = f"SLURM:\n  --launcher: {launcher}\n  --wrapper: singularity exec --bind '/a b' image.sif\n"
+    write(f"LAUNCH:\n  --nnodes: 4\nMODEL_ARGS:\n  --save: runs\n{block}", "run.yaml")
+    wrapper = Path("bin/singularity")
+    wrapper.write_text('#!/bin/sh\nprintf "%s|" "$@" >>wrapped\necho >>wrapped\nshift 4\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    Path("bin/python").rename("bin/python3")
+    done = run(rendered("run.yaml"), stubs)
+    assert done.returncode == 0, done.stderr
+    wrapped = Path("wrapped").read_text().splitlines()
+    # nodes are checked, their reports are read, and the ranks start
+    assert len(wrapped) == len(noted("started")) == 3
+    assert all(line.startswith("exec|--bind|/a b|image.sif|") for line in wrapped)
+
+
+def test_only_the_ranks_are_ended_by_the_signal_of_the_time_limit(write: Write, stubs: dict[str, str]) -> None:
+    write("extends: base\nMODEL_ARGS:\n  --save: runs\nSLURM:\n  --python: python\n  --signal: USR2@600\n")
+    # what torchrun inherits: as a process that the signal reaches, too
+    Path("bin/python").write_text('#!/bin/sh\nkill -USR2 $$\ncase "$*" in *--save*) touch trained ;; esac\n')
+    text = rendered("run.yaml", overrides="--no-preflight")
+    assert "#SBATCH --signal=USR2@600\n" in text
+    assert run(text, stubs).returncode == 0
+    assert Path("trained").exists()
 
 
 @pytest.mark.parametrize("name", ["--acount", "--Uenv x", "--$(touch hacked)", "--a b", "uenv"])

@@ -69,17 +69,39 @@ def test_a_signal_before_training_leaves_and_is_noted(tmp_path: Path, monkeypatc
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_usr2_leaves_as_sigterm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_signal, "_start_writers", lambda: None)
+    before = signal.getsignal(signal.SIGUSR2)
+    with pytest.raises(SystemExit) as left, stop_signal.noted(str(tmp_path)):
+        signal.raise_signal(signal.SIGUSR2)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "unfinished-40007.json").exists()
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_a_file_asks_for_the_end_and_leaves_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_signal, "_start_writers", lambda: None)
+    monkeypatch.setattr(stop_signal, "SECONDS_BETWEEN_LOOKS", 0.01)
+    (tmp_path / "exit").touch()
+    with pytest.raises(SystemExit) as left, stop_signal.noted(str(tmp_path)):
+        signal.pause()
+    assert left.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
 def save_after_a_signal() -> tuple[str, bool, bool]:
     """What comes through the writers' queue, and whether a writer lives after the signal, and after the run's end."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
     os.setsid()
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: None)
     stop_signal._start_writers()
     writer = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,), daemon=True)
     writer.start()
     time.sleep(1)
     os.killpg(0, signal.SIGTERM)
+    os.killpg(0, signal.SIGUSR2)
     time.sleep(0.5)
     get_write_results_queue().put("written")
     lives = writer.is_alive()
