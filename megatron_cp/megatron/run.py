@@ -297,6 +297,21 @@ def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
     return found
 
 
+def uneven_masks(argv: Sequence[str]) -> str:
+    """Say that ranks of a context-parallel group may count different numbers of tokens; empty where they may not.
+
+    A script's own loss function is out of reach: most return the rank's count, by which Megatron then divides.
+    """
+    cp = values_of(argv, "--context-parallel-size")
+    masks = [flag for flag in ("--eod-mask-loss", "--sft") if values_of(argv, flag) is not None]
+    if cp in (None, ["1"]) or not masks or values_of(argv, "--calculate-per-token-loss") is not None:
+        return ""
+    return (
+        f"{masks[0]} with --context-parallel-size {' '.join(cp or ())}: a loss function that returns its own rank's "
+        f"number of tokens gives other gradients than one rank; pass --calculate-per-token-loss"
+    )
+
+
 def has_our_layers(args: Any) -> bool:
     """True if the arguments name a layer spec of ours."""
     spec = getattr(args, "spec", None) or [""]

@@ -12,6 +12,7 @@ from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table, imply_chunks
+from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.run import has_our_layers, say
@@ -52,6 +53,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     if has_our_layers(args):
         check(args)
     check_schedule(args)
+    refuse_upstream_faults(args)
     with as_refusals():
         result = old(args, *rest, **kwargs)
     check_table(args)
@@ -72,8 +74,18 @@ def complete(args: Any, machine: Machine) -> None:
     if args.async_save and args.async_strategy == "nvrx" and not (machine.gpu and machine.nvrx):
         args.async_strategy = "mcore"
         say("no GPU with nvidia-resiliency-ext here: --async-strategy mcore")
+    _refuse_without_te(args, machine)
     if changed := fill_arguments(args, machine):
         say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
+
+
+def _refuse_without_te(args: Any, machine: Machine) -> None:
+    for name, value, _ in LOW_PRECISION if machine.gpu and not machine.te else ():
+        if getattr(args, name, value) != value:
+            flag = "fp8-format" if name == "fp8" else "fp4-format" if name == "fp4" else name.replace("_", "-")
+            raise Refused(
+                f"--{flag} needs transformer-engine, which is not installed; install it or leave the flag out"
+            )
 
 
 def check_inputs(args: Any) -> None:
@@ -97,6 +109,19 @@ WITHOUT_TE: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_fusion", False, "no --moe-router-fusion"),
     ("tp_comm_overlap", False, "no --tp-comm-overlap"),
 )
+# What transformer-engine alone computes in lower precision, for a GPU; a CPU computes it in the model's.
+LOW_PRECISION: tuple[tuple[str, Any, str], ...] = (
+    ("fp8", None, "no --fp8-format"),
+    ("fp8_param_gather", False, "no --fp8-param-gather"),
+    ("fp4", None, "no --fp4-format"),
+    ("fp4_param_gather", False, "no --fp4-param-gather"),
+    ("use_precision_aware_optimizer", False, "no --use-precision-aware-optimizer"),
+    ("main_grads_dtype", "fp32", "--main-grads-dtype fp32"),
+    ("main_params_dtype", "fp32", "--main-params-dtype fp32"),
+    ("exp_avg_dtype", "fp32", "--exp-avg-dtype fp32"),
+    ("exp_avg_sq_dtype", "fp32", "--exp-avg-sq-dtype fp32"),
+    ("optimizer_cpu_offload", False, "no --optimizer-cpu-offload"),
+)
 # Likewise for compiled or CUDA kernels of torch and Megatron themselves.
 WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
     ("distributed_backend", "gloo", "--distributed-backend gloo"),
@@ -112,7 +137,7 @@ WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
 
 def fill_arguments(args: Any, machine: Machine) -> list[str]:
     """Set in parsed `args` what `machine` needs; return the flags that say the same, for those that differed."""
-    needed = (() if machine.te and machine.gpu else WITHOUT_TE) + (() if machine.gpu else WITHOUT_GPU)
+    needed = (() if machine.te and machine.gpu else WITHOUT_TE) + (() if machine.gpu else LOW_PRECISION + WITHOUT_GPU)
     changed = [entry for entry in needed if getattr(args, entry[0], entry[1]) != entry[1]]
     for name, value, _ in changed:
         setattr(args, name, value)

@@ -66,7 +66,7 @@ FOREIGN = (
     Foreign("max-padding-length", PAI, "use --seq-length"),
     Foreign("dataset", PAI, "use --data-path"),
     Foreign("train-mode", PAI, "leave it out: this is pretraining"),
-    Foreign("trigger-path", SWISS_AI, "use --exit-signal-handler, and touch a file `exit` in the --save folder to stop"),
+    Foreign("trigger-path", SWISS_AI, "use --exit-signal-handler, and touch a file `exit` in the --save folder"),
     Foreign("use-legacy-models", EARLIER, "leave it out: megatron-core's models are the only ones"),
     Foreign("no-async-tensor-model-parallel-allreduce", EARLIER, "leave it out: the all-reduce is a setting no more"),
     Foreign("log-batch-size-to-tensorboard log-learning-rate-to-tensorboard", EARLIER, "leave it out: always logged"),

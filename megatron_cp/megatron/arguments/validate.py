@@ -20,7 +20,7 @@ from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.planner.parallel import cluster_for
 from megatron_cp.recipe.command import check_processes, flag_words, processes, runs_through_us
-from megatron_cp.recipe.recipe import Recipe
+from megatron_cp.recipe.recipe import ENTRY, Recipe
 
 if TYPE_CHECKING:
     from megatron_cp.megatron.machine.facts import Machine
@@ -129,7 +129,7 @@ def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
     from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_cp.megatron.arguments import checks, recipe_flags, stock_rules
+    from megatron_cp.megatron.arguments import checks, entry, recipe_flags, stock_rules, upstream_faults
 
     def checked(parser: ArgumentParser) -> ArgumentParser:
         recipe_flags.check(recipe.model_args, parser)
@@ -140,6 +140,9 @@ def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
     if machine:
         check = functools.partial(checks.validate_for, machine, check)
     check(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    upstream_faults.refuse_upstream_faults(args)
+    if "entry" not in recipe.launch or recipe.launch["entry"].text == ENTRY:
+        entry.refuse_unread(args)
     model = core_transformer_config_from_args(args)
     init_num_microbatches_calculator(
         args.rank,

@@ -59,6 +59,12 @@ def check_optimizer(args: Any, saved: Any) -> None:
             f"the checkpoint in {args.load} was saved {_with(saved)} --use-distributed-optimizer and this run is "
             f"{_with(args)} it; make them the same or pass --no-load-optim"
         )
+    if saved.use_distributed_optimizer and _experts_apart(args) != _experts_apart(saved):
+        raise Refused(
+            f"the optimizer state in {args.load} cannot move from --expert-model-parallel-size "
+            f"{saved.expert_model_parallel_size} to {args.expert_model_parallel_size}: with more than 1 the experts have "
+            f"an optimizer of their own; keep it above 1 in both or at 1 in both, or pass --no-load-optim"
+        )
     here, there = _topology(args), _topology(saved)
     moved = [f"{name} {there[name]} -> {here[name]}" for name in here if here[name] != there[name]]
     if moved and saved.use_distributed_optimizer and not saved.dist_ckpt_optim_fully_reshardable:
@@ -73,6 +79,11 @@ def _topology(args: Any) -> dict[str, Any]:
     sizes = ("tensor", "pipeline", "virtual_pipeline")
     found = {f"{size}_model_parallel_size": getattr(args, f"{size}_model_parallel_size", None) for size in sizes}
     return {**found, "placement": _placement(args)}
+
+
+def _experts_apart(args: Any) -> bool:
+    """Return True if the experts' parameters are in another optimizer than the dense ones."""
+    return bool(getattr(args, "num_experts", None)) and getattr(args, "expert_model_parallel_size", 1) > 1
 
 
 def _placement(args: Any) -> str:

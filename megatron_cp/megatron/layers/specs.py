@@ -1,5 +1,6 @@
 """Layer specs with context-parallel attention, for Megatron, Megatron-Bridge and slime."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,7 @@ from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
-from megatron_cp.megatron.run import Settings, settings_of_run
+from megatron_cp.megatron.run import Settings, say, settings_of_run, uneven_masks
 
 # Checkpoints name a layer's norms as TransformerEngine does, where they are part of the linears that follow.
 NORM_KEYS = {
@@ -76,6 +77,7 @@ def gpt_layer_spec(
     refuse_implementation(transformer)
     _refuse_stock_mtp(model, transformer)
     _attach_verification(model)
+    _warn_of_uneven_masks(vp_stage)
     if transformer.transformer_impl == "transformer_engine":
         return with_our_attention(_stock_spec(model, transformer, vp_stage))
     return local_block_spec(transformer, SpecProvider(), vp_stage)
@@ -244,6 +246,12 @@ def _refuse_stock_mtp(model: Any, config: TransformerConfig) -> None:
             "multi-token prediction (--mtp-num-layers) is built outside --spec, with stock attention; "
             "start through megatron_cp.launch or megatron_cp.pretrain_gpt, or leave --mtp-num-layers out"
         )
+
+
+def _warn_of_uneven_masks(vp_stage: int | None) -> None:
+    # our launcher says it itself, and the package's own entry has a loss that needs no warning
+    if not vp_stage and not is_on(HOOKS.get("checks")) and (warning := uneven_masks(sys.argv[1:])):
+        say(warning)
 
 
 def _refuse_on_local(config: TransformerConfig) -> None:

@@ -19,7 +19,7 @@ from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import environment_for_gpus, environment_from_slurm
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
-from megatron_cp.megatron.run import say, values_of
+from megatron_cp.megatron.run import say, uneven_masks, values_of
 from megatron_cp.pipeline import on_v
 
 
@@ -83,21 +83,6 @@ def refusals_in_one_line() -> Iterator[None]:
         yield
     except (Refused, CannotRun) as error:
         raise SystemExit(f"[megatron-cp] rank {config.variable('RANK', '0')}: {one_line(error)}") from error
-
-
-def uneven_masks(argv: Sequence[str]) -> str:
-    """Say that ranks of a context-parallel group may count different numbers of tokens; empty where they may not.
-
-    A script's own loss function is out of reach: most return the rank's count, by which Megatron then divides.
-    """
-    cp = values_of(argv, "--context-parallel-size")
-    masks = [flag for flag in ("--eod-mask-loss", "--sft") if values_of(argv, flag) is not None]
-    if cp in (None, ["1"]) or not masks or values_of(argv, "--calculate-per-token-loss") is not None:
-        return ""
-    return (
-        f"{masks[0]} with --context-parallel-size {' '.join(cp or ())}: a loss function that returns its own rank's "
-        f"number of tokens gives other gradients than one rank; pass --calculate-per-token-loss"
-    )
 
 
 def main() -> None:

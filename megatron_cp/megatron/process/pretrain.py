@@ -24,6 +24,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
 
 from megatron_cp.comm import GroupFabric
+from megatron_cp.megatron.arguments.entry import refuse_unread
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.launch import launched
 from megatron_cp.megatron.run import say
@@ -57,6 +58,11 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size if args.sequence_parallel else 0,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets for GPT ...")
@@ -190,6 +196,7 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
     `options` go to Megatron's `pretrain`. Hooks and the CPU runtime are expected to be in force.
     """
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    refuse_unread(args)
     config = model_config(args)
     if prepare is not None:
         prepare(config)

@@ -126,3 +126,25 @@ def test_weights_alone_load_without_the_optimizer(saved: Any) -> None:
     resumed = run_ranks(2, pretrain_losses, flags)[0]
     # the first loss is of the saved weights, whatever the optimizer
     assert resumed[0]["loss"] == pytest.approx(unbroken[3]["loss"], rel=1e-6)
+
+
+EXPERTS = "--num-experts 2 --moe-router-topk 1 --moe-aux-loss-coeff 0 --disable-bias-linear"
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose experts were divided between two ranks."""
+    folder = tmp_path_factory.mktemp("experts")
+    flags = tiny(EXPERTS, RESHARDABLE, f"--expert-model-parallel-size 2 --save {folder} --save-interval 4")
+    run_ranks(2, pretrain_losses, flags)
+    return folder
+
+
+@pytest.mark.slow
+def test_experts_that_come_together_are_refused_in_one_line(apart: Path) -> None:
+    flags = tiny(STEPS, EXPERTS, RESHARDABLE, f"--load {apart}")
+    with pytest.raises(RankError) as error:
+        run_ranks(2, pretrain_losses, flags)
+    for message in error.value.errors.values():
+        assert "cannot move from --expert-model-parallel-size 2 to 1" in message.splitlines()[0]
+    assert run_ranks(2, pretrain_losses, [*flags, "--no-load-optim"])[0][0]["iteration"] == 5

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cp.megatron.process.launch import uneven_masks
+from megatron_cp.megatron.run import uneven_masks
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks
 

@@ -1,0 +1,53 @@
+"""Refuse what megatron-core 0.19 computes wrongly without a word, until it is mended.
+
+docs/limits.md lists each fault with its reproduction and the figures seen.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.unsupported import read
+
+
+class Fault(NamedTuple):
+    """A silent fault of Megatron's own; `met` is True for arguments that run into it."""
+
+    met: Callable[[Any], bool]
+    text: str
+
+
+def _instances(args: Any) -> bool:
+    return bool(read(args, "use_megatron_fsdp", False)) and read(args, "num_distributed_optimizer_instances", 1) > 1
+
+
+FAULTS = (
+    Fault(
+        lambda args: _instances(args) and not read(args, "overlap_grad_reduce", False),
+        "--use-megatron-fsdp with --num-distributed-optimizer-instances {num_distributed_optimizer_instances} reduces "
+        "no gradients between the instances without --overlap-grad-reduce, and they drift apart; add it",
+    ),
+    Fault(
+        lambda args: (
+            _instances(args)
+            and read(args, "outer_dp_sharding_strategy", "no_shard") != "no_shard"
+            and read(args, "clip_grad", 0.0) > 0
+        ),
+        "--outer-dp-sharding-strategy {outer_dp_sharding_strategy} makes the gradient norm too large, by which "
+        "--clip-grad {clip_grad} scales every gradient; pass --clip-grad 0, or leave the strategy out",
+    ),
+    Fault(
+        lambda args: (
+            bool(read(args, "dataloader_inter_document_masking", False)) and read(args, "context_parallel_size", 1) > 1
+        ),
+        "--dataloader-inter-document-masking with --context-parallel-size {context_parallel_size} gives tokens the "
+        "positions of others; leave one of the two out",
+    ),
+)
+
+
+def refuse_upstream_faults(args: Any) -> None:
+    """Raise ValueError for the first silent fault of Megatron's own that these arguments run into."""
+    for fault in FAULTS:
+        if fault.met(args):
+            raise Refused(f"megatron-core 0.19: {fault.text.format(**vars(args))}")

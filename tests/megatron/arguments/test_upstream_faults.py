@@ -1,0 +1,98 @@
+"""Silent faults of megatron-core 0.19 are refused, and are still there: a test says when a refusal may go."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_cp.megatron.arguments.entry import UNREAD, refuse_unread
+from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
+from tests.megatron.pretraining import pretrain_losses, tiny
+from tests.ranks import RankError, run_ranks
+
+INSTANCES = {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2, "overlap_grad_reduce": True}
+DOCUMENTS = {"dataloader_inter_document_masking": True}
+FSDP = (
+    "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor --no-gradient-reduce-div-fusion "
+    "--data-parallel-sharding-strategy optim_grads_params --global-batch-size 8"
+)
+HSDP = f"{FSDP} --num-distributed-optimizer-instances 2"
+OVERLAPS = "--overlap-grad-reduce --overlap-param-gather"
+HFSDP = f"{HSDP} {OVERLAPS} --outer-dp-sharding-strategy optim"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (INSTANCES | {"overlap_grad_reduce": False}, "instances 2 reduces no gradients between the instances"),
+        (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 1.0}, "pass --clip-grad 0, or leave"),
+        (DOCUMENTS | {"context_parallel_size": 2}, "with --context-parallel-size 2 gives tokens the positions"),
+        (INSTANCES | {"clip_grad": 1.0}, ""),
+        (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 0.0}, ""),
+        (INSTANCES | {"num_distributed_optimizer_instances": 1, "overlap_grad_reduce": False}, ""),
+        (DOCUMENTS | {"context_parallel_size": 1}, ""),
+        ({}, ""),
+    ],
+)
+def test_silent_faults_of_megatron_are_refused(arguments: dict[str, Any], text: str) -> None:
+    args = SimpleNamespace(**arguments)
+    if not text:
+        refuse_upstream_faults(args)
+        return
+    with pytest.raises(ValueError, match=text) as refused:
+        refuse_upstream_faults(args)
+    assert str(refused.value).startswith("megatron-core 0.19: --")
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_the_packages_own_entry_ignores_no_kind_of_data(name: str) -> None:
+    with pytest.raises(ValueError, match=f"ignores --{name.replace('_', '-')}; leave it out, or run Megatron's own"):
+        refuse_unread(SimpleNamespace(**{name: True}))
+    refuse_unread(SimpleNamespace(**{name: False}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--dataloader-inter-document-masking", "megatron_cp.pretrain_gpt reads whole sequences of text and ignores"),
+        (HSDP, "reduces no gradients between the instances without --overlap-grad-reduce"),
+    ],
+)
+def test_a_run_is_refused_in_one_line(flags: str, text: str) -> None:
+    with pytest.raises(RankError) as refused:
+        run_ranks(1, pretrain_losses, tiny(flags))
+    (line,) = {message.splitlines()[0] for message in refused.value.errors.values()}
+    assert line.startswith("SystemExit: [megatron-cp] rank 0: ")
+    assert text in line
+
+
+def unrefused(flags: list[str]) -> list[dict[str, Any]]:
+    """Train with Megatron-FSDP, which wants CUDA_DEVICE_MAX_CONNECTIONS unset, and with the faults let through."""
+    import os
+
+    from megatron_cp.megatron.arguments import checks
+
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")
+    checks.refuse_upstream_faults = lambda args: None
+    return pretrain_losses(flags, named_weights=False)
+
+
+@pytest.fixture(scope="module")
+def replicas() -> list[dict[str, Any]]:
+    """Plain data parallelism on four ranks."""
+    return run_ranks(4, unrefused, tiny("--global-batch-size 8"))[0]
+
+
+@pytest.mark.slow
+def test_sharded_instances_with_overlap_are_plain_data_parallelism(replicas: list[dict[str, Any]]) -> None:
+    for ours, theirs in zip(run_ranks(4, unrefused, tiny(HSDP, OVERLAPS))[0], replicas, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [HSDP, HFSDP], ids=["no-overlap", "outer-sharding"])
+def test_the_faults_are_still_there(flags: str, replicas: list[dict[str, Any]]) -> None:
+    first = run_ranks(4, unrefused, tiny(flags))[0][0]
+    assert first["loss"] == pytest.approx(replicas[0]["loss"], rel=2e-6)
+    assert abs(first["grad_norm"] / replicas[0]["grad_norm"] - 1) > 0.2
