@@ -62,8 +62,8 @@ def check_optimizer(args: Any, saved: Any) -> None:
     if saved.use_distributed_optimizer and _experts_apart(args) != _experts_apart(saved):
         raise Refused(
             f"the optimizer state in {args.load} cannot move from --expert-model-parallel-size "
-            f"{saved.expert_model_parallel_size} to {args.expert_model_parallel_size}: with more than 1 the experts have "
-            f"an optimizer of their own; keep it above 1 in both or at 1 in both, or pass --no-load-optim"
+            f"{saved.expert_model_parallel_size} to {args.expert_model_parallel_size}: above 1 the experts have "
+            f"an optimizer of their own; stay above 1, or at 1, or pass --no-load-optim"
         )
     here, there = _topology(args), _topology(saved)
     moved = [f"{name} {there[name]} -> {here[name]}" for name in here if here[name] != there[name]]

@@ -128,7 +128,7 @@ def test_weights_alone_load_without_the_optimizer(saved: Any) -> None:
     assert resumed[0]["loss"] == pytest.approx(unbroken[3]["loss"], rel=1e-6)
 
 
-EXPERTS = "--num-experts 2 --moe-router-topk 1 --moe-aux-loss-coeff 0 --disable-bias-linear"
+EXPERTS = "--num-experts 2 --moe-router-topk 1 --moe-router-pre-softmax --moe-aux-loss-coeff 0 --disable-bias-linear"
 
 
 @pytest.fixture(scope="module")

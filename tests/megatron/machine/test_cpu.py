@@ -165,3 +165,34 @@ def test_only_what_differs_is_filled_in_and_reported() -> None:
     changed = checks.fill_arguments(args, Machine(te=False))
     assert changed == ["--no-rope-fusion"]
     assert vars(args) == {"transformer_impl": "local", "apply_rope_fusion": False, "hidden_size": 4}
+
+
+LOW = {"fp8": "hybrid", "use_precision_aware_optimizer": True, "main_grads_dtype": "bf16"}
+
+
+def test_a_cpu_computes_in_the_models_precision_and_says_so() -> None:
+    args = SimpleNamespace(**LOW, fp4=None)
+    changed = checks.fill_arguments(args, Machine(gpu=False, te=False))
+    assert changed == ["no --fp8-format", "no --use-precision-aware-optimizer", "--main-grads-dtype fp32"]
+    assert vars(args) == {
+        "fp8": None,
+        "fp4": None,
+        "use_precision_aware_optimizer": False,
+        "main_grads_dtype": "fp32",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("fp8", "--fp8-format"),
+        ("use_precision_aware_optimizer", "--use-precision-aware-optimizer"),
+        ("main_grads_dtype", "--main-grads-dtype"),
+    ],
+)
+def test_a_gpu_without_transformer_engine_refuses_its_precisions(name: str, flag: str) -> None:
+    args = SimpleNamespace(**{name: LOW[name]})
+    with pytest.raises(ValueError, match=f"{flag} needs transformer-engine, which is not installed"):
+        checks._refuse_without_te(args, Machine(gpu=True, te=False))
+    checks._refuse_without_te(args, Machine(gpu=True, te=True))
+    checks._refuse_without_te(args, Machine(gpu=False, te=False))
