@@ -38,7 +38,7 @@ SIZES = {
 }
 # what counts layers, sequences or steps that no longer exist, and what only reports
 LEFT_OUT_PREFIXES = (
-    *("--tensorboard-", "--wandb-", "--log-", "--inference-", "--profile", "--exit-", "--eval-", "--ckpt-"),
+    *("--tensorboard-", "--wandb-", "--log-", "--inference-", "--profile", "--exit-", "--eval-"),
     *("--dist-ckpt-", "--use-checkpoint-", "--lr-decay-", "--lr-warmup-", "--train-", "--save", "--load", "--error-"),
     *("--rerun-", "--decoder-", "--pipeline-model-parallel-", "--num-virtual-", "--num-layers-", "--timing-"),
     *("--microbatch-group-", "--tp-comm-overlap", "--account-for-", "--use-persistent-ckpt", "--async-", "--tiktoken-"),
@@ -52,6 +52,7 @@ LEFT_OUT = (
     "--distributed-backend --distributed-timeout-minutes --finetune --auto-detect-ckpt-format --no-load-optim "
     "--no-load-rng --no-save-optim --verify-integrity --mock-data --num-workers --num-dataset-builder-threads "
     "--deterministic-mode --use-tp-pp-dp-mapping --num-layers --num-distributed-optimizer-instances "
+    "--ckpt-fully-parallel-load --ckpt-fully-parallel-save --ckpt-assume-constant-structure --no-ckpt-fully-parallel-save "
     "--moe-layer-freq --pretrained-checkpoint --overlap-p2p-communication-warmup-flush"
 ).split()
 TRAINING: Flags = {

@@ -13,7 +13,8 @@ def wants_layers(argv: Sequence[str], machine: Machine) -> bool:
     """True if our attention belongs in this run.
 
     It does when the command line names our spec, one of our flags or a --cp-comm-type, and also where stock Megatron
-    cannot do what was asked: context or sequence parallelism without transformer-engine.
+    cannot do what was asked without transformer-engine: context or sequence parallelism, and norms whose weight is
+    stored minus one.
     """
     spec = values_of(argv, "--spec")
     if spec:
@@ -21,4 +22,5 @@ def wants_layers(argv: Sequence[str], machine: Machine) -> bool:
     if any(values_of(argv, flag) is not None for flag in (*AttentionFlags.names(), "--cp-comm-type")):
         return True
     size = values_of(argv, "--context-parallel-size") or ["1"]
-    return not machine.te and (size != ["1"] or values_of(argv, "--sequence-parallel") is not None)
+    switches = ("--sequence-parallel", "--apply-layernorm-1p")
+    return not machine.te and (size != ["1"] or any(values_of(argv, flag) is not None for flag in switches))

@@ -72,6 +72,7 @@ FOREIGN = (
     Foreign("log-batch-size-to-tensorboard log-learning-rate-to-tensorboard", EARLIER, "leave it out: always logged"),
     Foreign("enable-gpt-oss", EARLIER, "give the model's own flags, such as --softmax-type and --window-size"),
     Foreign("export-force-local-attention", EARLIER, "use --transformer-impl local"),
+    Foreign("linear-attention-type", EARLIER, "use --experimental-attention-variant"),
     Foreign("fp8-hybrid", EARLIER, "use --fp8-format hybrid"),
     Foreign("fp8-e4m3", EARLIER, "use --fp8-format e4m3"),
     Foreign("layernorm-epsilon", EARLIER, "use --norm-epsilon"),

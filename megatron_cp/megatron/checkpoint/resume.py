@@ -59,7 +59,7 @@ def check_optimizer(args: Any, saved: Any) -> None:
             f"the checkpoint in {args.load} was saved {_with(saved)} --use-distributed-optimizer and this run is "
             f"{_with(args)} it; make them the same or pass --no-load-optim"
         )
-    if saved.use_distributed_optimizer and _experts_apart(args) != _experts_apart(saved):
+    if _experts_apart(args) != _experts_apart(saved):
         raise Refused(
             f"the optimizer state in {args.load} cannot move from --expert-model-parallel-size "
             f"{saved.expert_model_parallel_size} to {args.expert_model_parallel_size}: above 1 the experts have "
@@ -76,7 +76,7 @@ def check_optimizer(args: Any, saved: Any) -> None:
 
 def _topology(args: Any) -> dict[str, Any]:
     """Return what decides which parameters are together on a rank, and in which order."""
-    sizes = ("tensor", "pipeline", "virtual_pipeline")
+    sizes = ("tensor", "pipeline", "virtual_pipeline", "expert")
     found = {f"{size}_model_parallel_size": getattr(args, f"{size}_model_parallel_size", None) for size in sizes}
     return {**found, "placement": _placement(args)}
 
