@@ -52,8 +52,8 @@ LEFT_OUT = (
     "--distributed-backend --distributed-timeout-minutes --finetune --auto-detect-ckpt-format --no-load-optim "
     "--no-load-rng --no-save-optim --verify-integrity --mock-data --num-workers --num-dataset-builder-threads "
     "--deterministic-mode --use-tp-pp-dp-mapping --num-layers --num-distributed-optimizer-instances "
-    "--ckpt-fully-parallel-load --ckpt-fully-parallel-save --ckpt-assume-constant-structure --no-ckpt-fully-parallel-save "
-    "--moe-layer-freq --pretrained-checkpoint --overlap-p2p-communication-warmup-flush"
+    "--ckpt-fully-parallel-load --ckpt-fully-parallel-save --ckpt-assume-constant-structure "
+    "--no-ckpt-fully-parallel-save --moe-layer-freq --pretrained-checkpoint --overlap-p2p-communication-warmup-flush"
 ).split()
 TRAINING: Flags = {
     flag: tuple(values.split())

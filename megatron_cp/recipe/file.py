@@ -140,15 +140,18 @@ def _settings(
     flags = section in FLAG_SECTIONS
     for key, value in _pairs(node, file, harness):
         found = _entries(value, key, file, variables, flags)
-        yield key.value, _words(found) if harness and flags else found
+        plain = isinstance(value, ScalarNode) and value.style is None
+        yield key.value, _words(found, plain) if harness and flags else found
 
 
-def _words(found: Setting) -> Setting:
-    """Split one text into values, as the shell of Megatron's harness does; `[a b]` is a list there."""
+def _words(found: Setting, plain: bool) -> Setting:
+    """Split one text into values as Megatron's harness does: text without quotes, and `[a b]`, a list there."""
     if len(found.values) != 1:
         return found
     text = found.text
     listed = text.startswith("[") and text.endswith("]")
+    if not listed and not plain:
+        return found
     return found._replace(values=tuple((text[1:-1] if listed else text).split()))
 
 

@@ -336,6 +336,7 @@ MODEL_ARGS:
   --spec: "[some.module some_spec]"
   --recompute-modules: moe_act mlp
   --profile-ranks: [1, 2]
+  --step-batch-size-schedule: "0:384 200B:768"
   --ffn-hidden-size: 200
 """
     run = recipe.load(write(text), {})
@@ -344,6 +345,7 @@ MODEL_ARGS:
         "--spec": ("some.module", "some_spec"),
         "--recompute-modules": ("moe_act", "mlp"),
         "--profile-ranks": ("1", "2"),
+        "--step-batch-size-schedule": ("0:384 200B:768",),
     }
     recipe_flags.check(run.model_args, megatron_parser)
 
@@ -356,6 +358,8 @@ MODEL_ARGS:
         ("--pp_algorithm", ["--pp_algorithm is a flag of Primus", "use --pp-schedule"]),
         ("--patch-tokenizer-type", ["a flag of Pai-Megatron-Patch", "HuggingFaceTokenizer"]),
         ("--trigger-path", ["a flag of the swiss-ai fork of Megatron", "--exit-signal-handler"]),
+        ("--num-tokens-to-generate", ["a flag of Megatron's inference scripts", "leave it out: this is pretraining"]),
+        ("trainer.num_nodes", ["a flag begins with two dashes"]),
         ("--no-async-tensor-model-parallel-allreduce", ["a flag of earlier Megatron", "leave it out"]),
     ],
 )

@@ -80,6 +80,12 @@ def complete(args: Any, machine: Machine) -> None:
 
 
 def _refuse_without_te(args: Any, machine: Machine) -> None:
+    latent = getattr(args, "multi_latent_attention", False)
+    if latent and not machine.te and not has_our_layers(args):
+        raise Refused(
+            "--multi-latent-attention of stock Megatron needs transformer-engine, which is not installed; install it "
+            "or leave the flag out"
+        )
     for name, value, _ in LOW_PRECISION if machine.gpu and not machine.te else ():
         if getattr(args, name, value) != value:
             flag = "fp8-format" if name == "fp8" else "fp4-format" if name == "fp4" else name.replace("_", "-")

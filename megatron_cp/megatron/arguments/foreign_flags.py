@@ -16,7 +16,8 @@ class Foreign(NamedTuple):
 
 ZERO_BUBBLE, MINDSPEED = "the zero-bubble fork of Megatron", "MindSpeed"
 PRIMUS, PAI, SWISS_AI, EARLIER = "Primus", "Pai-Megatron-Patch", "the swiss-ai fork of Megatron", "earlier Megatron"
-OMIT = "leave it out"
+INFERENCE, MODELOPT = "Megatron's inference scripts", "Megatron's ModelOpt scripts"
+OMIT, PRETRAINING = "leave it out", "leave it out: this is pretraining"
 
 FOREIGN = (
     Foreign("enable-zero-bubble", ZERO_BUBBLE, "use --pp-schedule zb-h1, zb-h2, zb-v, or auto"),
@@ -65,8 +66,16 @@ FOREIGN = (
     Foreign("extra-vocab-size", PAI, "use --vocab-size or --make-vocab-size-divisible-by"),
     Foreign("max-padding-length", PAI, "use --seq-length"),
     Foreign("dataset", PAI, "use --data-path"),
-    Foreign("train-mode", PAI, "leave it out: this is pretraining"),
+    Foreign("train-mode", PAI, PRETRAINING),
     Foreign("trigger-path", SWISS_AI, "use --exit-signal-handler, and touch a file `exit` in the --save folder"),
+    Foreign(
+        "temperature top_k top_p return-log-probs num-tokens-to-generate top-n-logprobs prompts prompt-file "
+        "output-path model-provider incoming-requests-per-sec incoming-requests-per-step inference-repeat-n termination-id "
+        "prompt-file-num-truncate output-every-n-results inference-ckpt-non-strict",
+        INFERENCE,
+        PRETRAINING,
+    ),
+    Foreign("export-te-mcore-model", MODELOPT, PRETRAINING),
     Foreign("use-legacy-models", EARLIER, "leave it out: megatron-core's models are the only ones"),
     Foreign("no-async-tensor-model-parallel-allreduce", EARLIER, "leave it out: the all-reduce is a setting no more"),
     Foreign("log-batch-size-to-tensorboard log-learning-rate-to-tensorboard", EARLIER, "leave it out: always logged"),
@@ -85,10 +94,12 @@ FOREIGN = (
     Foreign("moe-extended-tp", EARLIER, "use --expert-tensor-parallel-size"),
     Foreign("pipeline-model-parallel-split-rank", EARLIER, "leave it out: it split encoder-decoder models"),
 )
-_BY_FLAG = {f"--{flag}": entry for entry in FOREIGN for flag in entry.flags.split()}
+_BY_FLAG = {f"--{flag.replace('_', '-')}": entry for entry in FOREIGN for flag in entry.flags.split()}
 
 
 def instead_of(flag: str, known: Iterable[str]) -> str:
     """Say in the tail of a sentence whose flag an unknown one is and what to use; otherwise suggest a known one."""
+    if not flag.startswith("--"):
+        return "; a flag begins with two dashes, such as --num-layers"
     entry = _BY_FLAG.get(flag.lower().replace("_", "-"))
     return f"; {flag} is a flag of {entry.owner}: {entry.instead}" if entry else suggest(flag, known)

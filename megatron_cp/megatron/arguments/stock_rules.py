@@ -21,7 +21,8 @@ def check_pipeline(args: Any, config: Any) -> None:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     pp, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
-    for rank in range(pp):
+    # a layout of its own says the layers of every stage, and was checked when it was parsed
+    for rank in range(pp) if config.pipeline_model_parallel_layout is None else ():
         for chunk in range(chunks or 1):
             get_num_layers_to_build(config, vp_stage=chunk if chunks else None, pp_rank=rank)
     if chunks is None or getattr(args, "pp_schedule", None):
