@@ -70,8 +70,8 @@ FOREIGN = (
     Foreign("trigger-path", SWISS_AI, "use --exit-signal-handler, and touch a file `exit` in the --save folder"),
     Foreign(
         "temperature top_k top_p return-log-probs num-tokens-to-generate top-n-logprobs prompts prompt-file "
-        "output-path model-provider incoming-requests-per-sec incoming-requests-per-step inference-repeat-n termination-id "
-        "prompt-file-num-truncate output-every-n-results inference-ckpt-non-strict",
+        "output-path model-provider incoming-requests-per-sec incoming-requests-per-step inference-repeat-n "
+        "termination-id prompt-file-num-truncate output-every-n-results inference-ckpt-non-strict",
         INFERENCE,
         PRETRAINING,
     ),
