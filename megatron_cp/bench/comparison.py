@@ -14,12 +14,16 @@ from megatron_cp.comm import Fabric, largest
 from megatron_cp.context.layouts import indices
 from megatron_cp.context.trace.live import LiveBytes
 from megatron_cp.dtypes import BYTES
-from megatron_cp.kernels import choose
+from megatron_cp.kernels import Kernel, choose
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in BYTES}
 
 LARGEST_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Deviation from the whole kernel call (over its largest value) up to which a backend counts as correct."""
+"""Deviation from the right result (over its largest value) up to which a backend counts as correct."""
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+"""Dtypes whose kernels may round each tile, as CPUs with AMX or AVX512-BF16 do: two right results differ by both
+roundings, so on a CPU each is compared with float64, the whole kernel call too."""
 
 
 WHOLE = "whole kernel call"
@@ -47,7 +51,8 @@ class BackendResult:
     forward, backward: median seconds; share_of_ideal: whole kernel call / ranks / (forward + backward)
     sent:      bytes per rank, forward and backward, the largest over ranks
     peak:      live bytes that the pass adds to the local q, k, v and dout at most, the largest over ranks
-    max_error: deviation of out, dq, dk, dv from the whole kernel call, over its largest value
+    max_error: deviation of out, dq, dk, dv from the whole kernel call, over its largest value; on a CPU in bfloat16 and
+               float16 from float64, that of the whole kernel call too
     problem:   reason why it has no times: its result is wrong, or it refuses the shape
     took:      the backend that `auto` took, and why
     predicted: seconds of both passes by the trace of the backend and tiles timed in the same run
@@ -125,7 +130,10 @@ class TimedPasses:
 
 
 class Comparison:
-    """One shape's inputs, equal on every rank, and the whole kernel call on them as the reference."""
+    """One shape's inputs, equal on every rank, the whole kernel call on them, and the results to compare with.
+
+    reference: the name of what made those results; own_error: the deviation of the whole kernel call from them
+    """
 
     def __init__(self, fabric: Fabric, device: torch.device, shape: AttentionShape, kernel: str) -> None:
         self.fabric, self.device, self.shape, self.kernel_name = fabric, device, shape, kernel
@@ -140,14 +148,18 @@ class Comparison:
             lambda: attention.forward(q, k, v, scale=scale, causal=causal),
             lambda state: attention.backward(dout, q, k, v, *state, scale=scale, causal=causal),
         )
-        out, lse = attention.forward(q, k, v, scale=scale, causal=causal)
-        results = (out, *attention.backward(dout, q, k, v, out, lse, scale=scale, causal=causal))
-        self.expected = [result.to(self.dtype) for result in results]
+        made = [result.to(self.dtype) for result in _both(attention, self.inputs, scale, causal)]
+        self._size = sum(tensor.numel() * tensor.element_size() for tensor in made)
+        self.expected, self.reference, self.own_error = made, "the whole kernel call", 0.0
+        if device.type == "cpu" and self.dtype in HALF_PRECISION:
+            exact, _ = choose("torch", device="cpu", dtype="float64", head_dim=shape.head_dim)
+            self.expected = _both(exact, tuple(x.double() for x in self.inputs), scale, causal)
+            self.reference = "attention in float64"
+            self.own_error = max(_deviation(*pair) for pair in zip(made, self.expected, strict=True))
 
     def row(self) -> BackendResult:
         """Return the figures of the whole kernel call, which every rank makes."""
         forward, backward = self.whole.medians
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.expected)
         return BackendResult(
             backend=WHOLE,
             ranks=1,
@@ -156,8 +168,8 @@ class Comparison:
             backward=backward,
             share_of_ideal=1.0,
             sent=0,
-            peak=size,
-            max_error=0.0,
+            peak=self._size,
+            max_error=self.own_error,
         )
 
 
@@ -214,7 +226,7 @@ class Candidate(TimedPasses):
             return
         self._facts = (None if isnan(sent) else int(sent), int(peak), error)
         if not error <= LARGEST_ERROR[self._comparison.dtype]:
-            self.problem = f"wrong: deviates from the whole kernel call by {error:.1e}"
+            self.problem = f"wrong: deviates from {self._comparison.reference} by {error:.1e}"
         if self.problem and self.entry.trusted:
             raise WrongResultError(
                 f"backend {self.entry.name!r} is {self.problem} at {self._comparison.shape}; "
@@ -262,6 +274,13 @@ class Candidate(TimedPasses):
         for leaf in self._leaves:
             leaf.grad = None
         out.backward(self._dout)
+
+
+def _both(kernel: Kernel, inputs: tuple[Tensor, ...], scale: float, causal: bool) -> list[Tensor]:
+    """Return out, dq, dk, dv of the whole sequence."""
+    q, k, v, dout = inputs
+    out, lse = kernel.forward(q, k, v, scale=scale, causal=causal)
+    return [out, *kernel.backward(dout, q, k, v, out, lse, scale=scale, causal=causal)]
 
 
 def _inputs(shape: AttentionShape, device: torch.device) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cp.bench.comparison import HALF_PRECISION, RefusedError
 from megatron_cp.context.layouts import STRIPED, ZIGZAG
 from megatron_cp.kernels import Kernel
 
@@ -55,6 +56,9 @@ def load(peer: Peer, kernel: Kernel) -> Callable[..., Tensor]:
         function = getattr(import_module(peer.module), peer.function)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, group: Any) -> Tensor:
+        if q.dtype not in HALF_PRECISION:
+            # what they add up in float32 is then no copy of the buffer that each tile is written to
+            raise RefusedError(f"it works in bfloat16 and float16 only, got {q.dtype}; give --dtype bfloat16")
         # s b h d -> b s h d and back; contiguous, because the peers send these tensors as they are
         q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
         return function(q, k, v, causal=causal, group=group).transpose(0, 1)
