@@ -21,7 +21,9 @@ from megatron_cp.kernels import KERNELS
 from megatron_cp.megatron.hooks import HOOKS
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.channels import communicators
 from megatron_cp.pipeline.costs import uniform
+from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.recipe import recipe
 
@@ -79,6 +81,22 @@ def schedule_row(rule: Rule) -> list[str]:
     backward = "I and W" if rule.split else "whole"
     stages = rule.placement if function else "either"
     return [f"`{rule.name}`", ", ".join(rule.aliases), stages, chunks, backward, rule.what, rule.paper, linked(file)]
+
+
+def pipeline_communicators() -> str:
+    """Count the process groups that a pipeline's channels are divided into, and those that a rank has messages in."""
+    head = ["stages", "ranks", "channels", "process groups", "of a rank, at most"]
+    placements = [(f"loop, {v} chunk{'s' * (v > 1)} per rank", loop(p, v)) for p in (2, 4, 8, 16) for v in (1, 2)] + [
+        ("V", vee(p)) for p in (2, 4, 8, 16)
+    ]
+    return table(head, (communicator_row(*one) for one in placements))
+
+
+def communicator_row(stages: str, placement: Placement) -> list[str]:
+    groups = communicators(placement)
+    ranks = [[rank for _, *ends in channels for rank in ends] for channels in groups]
+    most = max(sum(rank in members for members in ranks) for rank in range(placement.ranks))
+    return [stages, str(placement.ranks), str(sum(map(len, groups))), str(len(groups)), str(most)]
 
 
 def played(name: str, micros: int) -> SimulatedStep:
@@ -235,7 +253,18 @@ def data(name: str) -> Any:
 
 PARTS: dict[str, Callable[[], str]] = {
     part.__name__.replace("_", "-"): part
-    for part in (algorithms, schedules, schedule_costs, recipes, clusters, kernels, hooks, order, glossary)
+    for part in (
+        algorithms,
+        schedules,
+        schedule_costs,
+        pipeline_communicators,
+        recipes,
+        clusters,
+        kernels,
+        hooks,
+        order,
+        glossary,
+    )
 }
 
 NAMED_PARTS: dict[str, Callable[[str], str]] = {"traffic": traffic, "walk": walk}

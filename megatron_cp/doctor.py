@@ -87,6 +87,16 @@ def _devices() -> Iterator[Finding]:
             f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}",
             "" if able else "the fused kernels need compute capability 8.0; pass --cp-kernel reference",
         )
+    yield from _settings()
+
+
+def _settings() -> Iterator[Finding]:
+    from megatron_cp.megatron.machine.environment import advised_for_receives
+
+    missing = advised_for_receives()
+    found = f"without {' and '.join(missing)}" if missing else "as receives in flight need them"
+    remedy = f"with --pp-schedule: export {' '.join(missing)}" if missing else ""
+    yield Finding("allocator and loader", "optional" if missing else "ok", found, remedy)
 
 
 def _communication() -> Iterator[Finding]:

@@ -45,3 +45,24 @@ def test_old_torch_is_broken(monkeypatch, version):
     monkeypatch.setattr(doctor, "installed", lambda name: version)
     (finding,) = doctor._torch()
     assert finding.status == "broken"
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "found"),
+    [
+        ({}, "optional", "without PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and CUDA_MODULE_LOADING=EAGER"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_MODULE_LOADING": "EAGER"},
+            "ok",
+            "as receives in flight need them",
+        ),
+    ],
+)
+def test_doctor_says_which_settings_a_schedule_should_have(monkeypatch, variables, status, found):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_MODULE_LOADING"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (finding,) = doctor._settings()
+    assert (finding.status, finding.found) == (status, found)
+    assert bool(finding.remedy) == (status == "optional")

@@ -60,7 +60,7 @@ def environment_for_gpus(argv: Sequence[str]) -> None:
         if filled:
             say("CUDA_DEVICE_MAX_CONNECTIONS=1, which tensor and context parallelism need")
     if values_of(argv, "--pp-schedule") is not None and (missing := advised_for_receives()):
-        say(f"--pp-schedule posts receives early: set {' and '.join(missing)} (docs/troubleshooting.md)")
+        say(f"--pp-schedule posts receives early: set {' and '.join(missing)} (docs/gpu.md)")
 
 
 def advised_for_receives() -> list[str]:
