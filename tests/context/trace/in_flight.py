@@ -58,14 +58,14 @@ class Watch(TorchDispatchMode):
         """Note a use of a tensor by the operation of this name."""
         if not isinstance(value, Tensor) or not value.numel():
             return
-        start, stop = _bytes(value)
+        start, stop = bytes_of(value)
         for span in self.in_flight.get(value.untyped_storage()._cdata, ()):
             if start < span.stop and span.start < stop and (writes or span.received):
                 kind = "receive" if span.received else "send"
                 self.found.append(f"{name} {'writes' if writes else 'reads'} a {kind} of batch {span.batch} in flight")
 
 
-def _bytes(tensor: Tensor) -> tuple[int, int]:
+def bytes_of(tensor: Tensor) -> tuple[int, int]:
     """The first byte of a tensor in its storage, and the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     first = tensor.storage_offset()
@@ -90,7 +90,7 @@ class WatchedFabric:
 
     def _spans(self, batch: Sequence[tuple[Tensor, int]], received: bool) -> Iterator[tuple[Tensor, Span]]:
         for tensor, _ in batch:
-            span = Span(self._batches, received, *_bytes(tensor))
+            span = Span(self._batches, received, *bytes_of(tensor))
             self._watch.in_flight.setdefault(tensor.untyped_storage()._cdata, []).append(span)
             yield tensor, span
 
