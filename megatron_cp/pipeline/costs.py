@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import FORWARD, FULL, Action, Cell, Overlap, halves
 from megatron_cp.pipeline.placement import Placement
+
+# far above any unit's times and bytes, and far enough below infinity that sums over a step stay finite
+LARGEST = 1e100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +35,20 @@ class Costs:
     def __post_init__(self) -> None:
         for name in ("forward", "input", "weight"):
             for stage, time in enumerate(getattr(self, name)):
-                if not (isfinite(time) and time > 0):
-                    raise Refused(f"times must be positive, got {name} time {time} of stage {stage}")
-        if not (isfinite(self.comm) and self.comm >= 0):
-            raise Refused(f"the time of a hop cannot be negative, got {self.comm}")
+                if not 0 < time <= LARGEST:
+                    raise Refused(
+                        f"times must be positive, got {name} time {time} of stage {stage}; the largest is {LARGEST:g}"
+                    )
+        if not 0 <= self.comm <= LARGEST:
+            raise Refused(f"the time of a hop cannot be negative, got {self.comm}; the largest is {LARGEST:g}")
         if not 0 <= self.hidden <= 1:
             raise Refused(f"an overlap hides between 0 and 1 of its shorter half, got {self.hidden}")
         for kept, held in zip(self.kept, self.held, strict=True):
-            if not 0 <= held <= kept or not isfinite(kept) or kept == 0:
-                raise Refused(f"memory needs 0 <= M_W <= M_B and M_B > 0, got M_B = {kept}, M_W = {held}")
+            if not 0 <= held <= kept <= LARGEST or kept == 0:
+                raise Refused(
+                    f"memory needs 0 <= M_W <= M_B and M_B > 0, got M_B = {kept}, M_W = {held}; "
+                    f"the largest is {LARGEST:g}"
+                )
 
     def saved(self, cell: Cell) -> float:
         """Return the time that a cell saves over its halves one after the other."""

@@ -40,6 +40,7 @@ HOSTILE_SECONDS = st.sampled_from([0.0, 1.0, 1e-9, 1e308, -1.0, math.nan, math.i
     cap=mostly(None, st.floats(0, 30)),
 )
 @example("1f1b", 2, 1, None, None, None, False, (1.0, 1.0, 1.0, 0.0), (1.0, 1.0), None)
+@example("gpipe", 2, 6, None, None, None, False, (1.0, 1.0, 1e308, 0.0), (1.0, 0.0), None)
 def test_schedule_is_right_or_refused(
     counted: Cases,
     name: str,
