@@ -19,7 +19,11 @@ from megatron_cp.corpus.index import Statistics, check_prefix
 from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron.hooks import dataset_helpers_need_no_make
 
-__all__ = ["Limits", "Written", "check_data_path", "check_output", "check_prefix", "write"]
+__all__ = ["Limits", "Written", "check_data_path", "check_output", "check_prefix", "check_split", "write"]
+
+# Megatron's own, where neither --split nor paths for each dataset are given
+DEFAULT_SPLIT = "969,30,1"
+DATASETS = ("training", "validation", "test")
 
 
 class Limits(NamedTuple):
@@ -49,6 +53,37 @@ def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
     """Call check_prefix for each local prefix of Megatron's --data-path, with or without weights."""
     prefixes, _ = _blend(data_path)
     return [check_prefix(prefix) for prefix in prefixes if "://" not in prefix]
+
+
+def check_split(
+    found: Sequence[Statistics], split: str | None, evaluates: bool = False, only_train: bool = False
+) -> None:
+    """Raise ValueError where --split leaves a dataset without a document of a corpus, or a run without validation data.
+
+    Megatron repeats a dataset's documents until it has the samples that a run needs, which never ends for none.
+
+    evaluates:  the run has --eval-iters, which fail without a validation dataset
+    only_train: the documents of the other datasets are not repeated (--full-validation)
+    """
+    with _quiet_import():
+        from megatron.core.datasets.blended_megatron_dataset_config import (
+            convert_split_vector_to_split_matrix,
+            parse_and_normalize_split,
+        )
+
+    shares = (split or DEFAULT_SPLIT).replace(" ", "")
+    with as_refusals():
+        matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(shares))
+    if evaluates and matrix[1] is None:
+        raise Refused(f"--split {shares} has no validation data, which --eval-iters reads; add --eval-iters 0")
+    for name, between in list(zip(DATASETS, matrix, strict=True))[: 1 if only_train else None]:
+        for one in found:
+            if between and round(between[0] * one.sequences) == round(between[1] * one.sequences):
+                raise Refused(
+                    f"--split {shares} leaves the {name} dataset none of the {one.sequences} documents "
+                    f"of {one.prefix}: give --split 100,0,0 --eval-iters 0, or build a corpus of more documents "
+                    "(a text file is one)"
+                )
 
 
 def check_output(prefix: str, overwrite: bool) -> None:

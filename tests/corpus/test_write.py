@@ -14,7 +14,7 @@ from megatron_cp.corpus import pieces
 from megatron_cp.corpus.encode import encode
 from megatron_cp.corpus.tokenizers import load_tokenizer
 from megatron_cp.megatron import dataset
-from megatron_cp.megatron.dataset import Limits, check_data_path, check_prefix, write
+from megatron_cp.megatron.dataset import Limits, check_data_path, check_prefix, check_split, write
 from tests import ranks as _preloaded_server  # noqa: F401
 from tests.corpus.conftest import TEXTS
 from tests.corpus.reading import arrays_of, build, ids_of, jsonl, texts_of
@@ -301,6 +301,31 @@ def test_data_path_is_checked_as_megatron_reads_it(tmp_path: Path) -> None:
     assert [found.prefix for found in check_data_path([a, b, "s3://bucket/c"])] == [a, b]
     with pytest.raises(ValueError, match=r"nowhere.bin not found"):
         check_data_path([a, str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("documents", [1, 3, 24, 25, 60])
+@pytest.mark.parametrize("split", ["98,2,0", "99,1,0", "100,0,0", "0.9,0.1,0", None])
+def test_split_without_a_document_is_refused(tmp_path: Path, documents: int, split: str | None) -> None:
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    prefix = tmp_path / "a"
+    build(prefix, jsonl(tmp_path / "x.jsonl", [f"text {number}" for number in range(documents)]))
+    found = check_data_path([str(prefix)])
+    # as many documents as Megatron's builder gives each dataset
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split or "969,30,1"))
+    given = [len(range(*(round(share * documents) for share in between))) for between in matrix if between]
+    if 0 in given:
+        with pytest.raises(ValueError, match=f"leaves the .* none of the {documents} documents of {prefix}: "):
+            check_split(found, split)
+    else:
+        check_split(found, split)
+    check_split(found, split, only_train=True)
+    if matrix[1] is None:
+        with pytest.raises(ValueError, match=f"--split {split} has no validation data, .* add --eval-iters 0"):
+            check_split(found, split, evaluates=True)
 
 
 def test_no_batches_no_corpus(tmp_path: Path) -> None:

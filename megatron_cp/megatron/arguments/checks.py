@@ -100,7 +100,10 @@ def check_inputs(args: Any) -> None:
     if not args.mock_data:
         given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
         for prefixes in filter(None, given):
-            dataset.check_data_path(prefixes)
+            found = dataset.check_data_path(prefixes)
+            if prefixes is args.data_path:
+                evaluates = bool(args.eval_iters) and not args.full_validation
+                dataset.check_split(found, args.split, evaluates, only_train=args.full_validation)
 
 
 # The plain implementation of what is otherwise a kernel of transformer-engine or Apex: (name, value, the flag for it).
