@@ -22,6 +22,7 @@ class Problem:
     layout: which positions the ranks' tokens have outside attention
     chunks: pieces over time, what waits lies in host memory; None for a whole run
     stripe: tokens in a block of layout "striped"
+    device: "cuda" or "cpu": how partial results are merged, and how many wait for it
     """
 
     backend: str
@@ -38,6 +39,7 @@ class Problem:
     layout: str = ZIGZAG
     chunks: int | None = None
     stripe: int = 1
+    device: str = "cpu"
 
     @property
     def mask(self) -> Mask:
@@ -70,9 +72,14 @@ class Matmul(NamedTuple):
 
 
 class Touch(NamedTuple):
-    """Everything between two other events: copies, merges, sums. Bytes of device memory read and written."""
+    """Everything between two other events: copies, merges, sums.
+
+    size:    bytes of device memory read and written
+    kernels: number of kernels that do so
+    """
 
     size: int
+    kernels: int = 0
 
 
 class Message(NamedTuple):
@@ -154,6 +161,12 @@ class Pass:
     def hosted(self) -> list[int]:
         """Bytes to and from host memory, per rank."""
         return [sum(event.size for event, _ in steps if isinstance(event, HostCopy)) for steps in self.steps]
+
+    @property
+    def touched(self) -> list[Touch]:
+        """Bytes read and written between kernel calls and messages, and the kernels that do so, per rank."""
+        touches = [[event for event, _ in steps if isinstance(event, Touch)] for steps in self.steps]
+        return [Touch(*(sum(column) for column in zip(*each, strict=True))) for each in touches]
 
     @property
     def traffic(self) -> list[list[int]]:

@@ -23,7 +23,7 @@ from megatron_cp.comm.fabric import (
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.function import run as attend
 from megatron_cp.context.layouts import layout
-from megatron_cp.context.merge import accumulator_dtype
+from megatron_cp.context.partials import ASSUMED, BY_TORCH, SEVERAL, Merging, accumulator_dtype
 from megatron_cp.context.plan import Plan, plan
 from megatron_cp.context.tiles import tiles
 from megatron_cp.context.trace.events import (
@@ -46,12 +46,12 @@ from megatron_cp.errors import Refused
 from megatron_cp.kernels import Kernel
 
 
-def record(problem: Problem) -> Trace:
+def record(problem: Problem, merging: Merging | None = None) -> Trace:
     """Return the trace of a backend at a problem, without computing or sending anything.
 
-    Raises ValueError for what the backend refuses and UnmatchedError for a loop whose ranks would hang.
+    Partial results are merged as on the problem's device, or as `merging` says. Raises ValueError for what the backend refuses and UnmatchedError for a loop whose ranks would hang.
     """
-    forward, backward = _passes(problem)
+    forward, backward = _passes(problem, merging)
     for run in (forward, backward):
         match(run)
     return Trace(problem, forward, backward, _relayout(problem, forward, backward))
@@ -80,10 +80,10 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
     )
 
 
-def _passes(problem: Problem) -> tuple[Pass, Pass]:
+def _passes(problem: Problem, merging: Merging | None = None) -> tuple[Pass, Pass]:
     # refused before a share of the sequence is taken
     layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
-    forward, backward = zip(*(record_rank(problem, rank) for rank in range(problem.ranks)), strict=True)
+    forward, backward = zip(*(record_rank(problem, rank, merging) for rank in range(problem.ranks)), strict=True)
     rows = () if any(isinstance(event, Compute) for event, _ in forward[0]) else _rows(problem)
     return Pass(forward, problem.head_dim, rows), Pass(backward, problem.head_dim, rows)
 
@@ -108,8 +108,18 @@ def _relayout(problem: Problem, *passes: Pass) -> list[int]:
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
-def record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+def record_rank(
+    problem: Problem, rank: int, merging: Merging | None = None
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """Record one rank's forward and backward steps."""
+    assumed = ASSUMED.set(merging or (SEVERAL if problem.device == "cuda" else BY_TORCH))
+    try:
+        return _record_rank(problem, rank)
+    finally:
+        ASSUMED.reset(assumed)
+
+
+def _record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     tokens, dtype = problem.seq // problem.ranks, getattr(torch, problem.dtype)
     q, k, v, dout = (
         torch.empty(tokens, 1, heads, problem.head_dim, dtype=dtype, device="meta")
@@ -132,7 +142,7 @@ class Recorder(LiveBytes):
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__(*inputs)
         self._steps: list[Step] = []
-        self._touched, self._batches, self.backward = 0, 0, False
+        self._touched, self._kernels, self._batches, self.backward = 0, 0, 0, False
         self._forms: dict[tuple, tuple] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,7 +158,9 @@ class Recorder(LiveBytes):
         if func.overloadpacket.__name__ in ("bmm", "mm"):
             self.note(Matmul(2 * result.numel() * args[0].shape[-1], self.backward))
         elif kind != "free":
-            self._touched += sum(size_in_bytes(x) for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor))
+            touched = [size_in_bytes(x) for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor)]
+            self._touched += sum(touched)
+            self._kernels += bool(touched)
         return result
 
     def _is_host(self, value: Any) -> bool:
@@ -173,7 +185,7 @@ class Recorder(LiveBytes):
     def note(self, event: Event) -> None:
         """Append an event, after what was touched before it."""
         if self._touched:
-            self._append(Touch(self._touched))
+            self._append(Touch(self._touched, self._kernels))
         self._append(event)
 
     def post(
@@ -186,13 +198,13 @@ class Recorder(LiveBytes):
 
     def take(self) -> tuple[Step, ...]:
         """Return the steps since the last call, closed by what was touched at the end."""
-        self._append(Touch(self._touched))
+        self._append(Touch(self._touched, self._kernels))
         steps, self._steps, self.backward = tuple(self._steps), [], True
         return steps
 
     def _append(self, event: Event) -> None:
         self._steps.append(Step(event, self.peak))
-        self._touched, self.peak = 0, self.now
+        self._touched, self._kernels, self.peak = 0, 0, self.now
 
 
 # they reserve memory and write nothing, or are views that do not say so
