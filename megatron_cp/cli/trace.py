@@ -105,6 +105,7 @@ def trace(
         layout=layout,
         chunks=chunks,
         stripe=stripe,
+        device=hardware.device,
     )
     problem, chosen = _settled(problem, hardware)
     costed = _costed(problem, hardware, measure)
@@ -216,6 +217,8 @@ def _pass_as_json(run: Pass, played: SimulatedPass, cluster: Cluster) -> dict[st
         "ideal": played.ideal,
         "sent_between_nodes": run.sent_between(cluster.ranks_per_node),
         "host_bytes": run.hosted,
+        "touched": [touch.size for touch in run.touched],
+        "kernels": [touch.kernels for touch in run.touched],
         "busy": [played.busy(rank) for rank in range(len(run.steps))],
         "load": run.load(),
     }
@@ -229,8 +232,21 @@ def _show(costed: Costed) -> None:
         console.print(f"NOT EXACT: {proof.problem}", style="bold red")
     for name in costed.runs:
         console.print(_pass_table(costed, name))
+        console.print(_between_kernels(costed, name), soft_wrap=True)
     if any(recorded.relayout):
         console.print(f"of what is sent, {max(recorded.relayout) / 2**20:.1f} MiB per rank bring tokens into place")
+
+
+def _between_kernels(costed: Costed, name: str) -> str:
+    """Return the copies, merges and sums of the rank with most of them, beside its kernel calls."""
+    run, cluster = _passes(costed.trace)[name], costed.cluster
+    rank = max(range(len(run.touched)), key=lambda rank: run.touched[rank].size)
+    size, kernels = run.touched[rank]
+    milliseconds, calls = size / cluster.touch_bytes_per_s * 1e3, sum(1 for _ in run.calls(rank))
+    return (
+        f"copies, merges and sums of rank {rank}: {size / 2**20:.1f} MiB in {milliseconds:.3f} ms; "
+        f"their kernels: {kernels}, beside calls of the attention kernel: {calls}"
+    )
 
 
 def _pass_table(costed: Costed, name: str) -> Table:

@@ -83,6 +83,7 @@ def _problem(plan: Plan, sizes: Sizes) -> Problem:
         layout=plan.layout,
         chunks=plan.chunks,
         stripe=plan.stripe,
+        device=sizes.device,
     )
 
 

@@ -13,6 +13,7 @@ from megatron_cp.context.loop import Loop
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Task
+from megatron_cp.kernels.protocol import PreparesBackward
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -38,6 +39,8 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         task, layout = ctx.task, ctx.layout
+        if isinstance(task.kernel, PreparesBackward):
+            task = task.on(task.fabric, task.layout, task.kernel.for_backward())
         (dout,) = relayout([dout], layout, task.layout, task.fabric)
         loop: Loop[Any] = ctx.loop
         grads = loop.backward(dout, tree_unflatten(ctx.saved_tensors, ctx.saved_as), task)

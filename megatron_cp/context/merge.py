@@ -110,7 +110,7 @@ class SoftmaxMerge(_Total):
         super().__init__(q)
 
     def add(self, rows: slice, out: Float[Tensor, "r b h d"], lse: Float[Tensor, "r b h"]) -> None:
-        """Merge attention of the queries in `rows` over some more keys; the tensors belong to the merge from here on."""
+        """Merge attention of the queries in `rows` over some more keys; the merge keeps the tensors."""
         self._put(rows, out, lse)
 
     def room(self, rows: slice) -> list[Tensor]:
@@ -148,7 +148,7 @@ class Sum(_Total):
         super().__init__(like, None if total is None else (total,))
 
     def add(self, rows: slice, part: Tensor) -> None:
-        """Add `part` to `rows`; it belongs to the sum from here on."""
+        """Add `part` to `rows`; the sum keeps it."""
         self._put(rows, part)
 
     def room(self, rows: slice) -> list[Tensor]:

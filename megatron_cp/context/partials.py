@@ -1,13 +1,14 @@
 """Partial results of rows: how many wait for each other, and the one kernel that adds several."""
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging
 
 MOST_PARTS = 8
 """Parts of one launch."""
@@ -16,25 +17,6 @@ MOST_PARTS = 8
 def accumulator_dtype(tensor: Tensor) -> torch.dtype:
     """Return float64 for float64, float32 for everything else."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-class Merging(NamedTuple):
-    """How partial results are added up.
-
-    fused:   true if one kernel adds several, false if torch adds each as it comes
-    waiting: bytes of each result's parts that may wait for the kernel
-    """
-
-    fused: bool
-    waiting: int = 0
-
-
-BY_TORCH = Merging(fused=False)
-ONE_BY_ONE = Merging(fused=True)
-SEVERAL = Merging(fused=True, waiting=2**28)
-
-ASSUMED: ContextVar[Merging | None] = ContextVar("assumed", default=None)
-"""What recordings and tests assume in place of what the device of the tensors says."""
 
 
 def merging_for(like: Tensor) -> Merging:
@@ -79,7 +61,7 @@ def fuse(parts: Sequence[Partial], result: tuple[Tensor, ...], first: int = 0) -
     from megatron_cp.kernels import fused_merge
 
     launch = fused_merge.add if len(result) == 1 else fused_merge.merge
-    launch([fused_merge.Rows(part.rows.start - first, *map(_with_columns, part.tensors)) for part in parts], *result)
+    launch([fused_merge.Part(part.rows.start - first, *map(_with_columns, part.tensors)) for part in parts], *result)
 
 
 def _with_columns(x: Tensor) -> Tensor:

@@ -131,6 +131,11 @@ class Cluster:
     layer_s: float = 0.0
     block_keys: int = 0
 
+    @property
+    def device(self) -> str:
+        """Kind of device: "cpu" where its memory is the host's, else "cuda"."""
+        return "cpu" if self.host_bytes_per_s is None else "cuda"
+
     def gemm(self, dtype: str) -> Gemm:
         """Return the rates of matrix products of a dtype; raises ValueError where the description has none."""
         known = dict(self.gemms)

@@ -63,12 +63,40 @@ class Only(NamedTuple):
         return []
 
 
+class PreparedRows:
+    """lse as the ops' backward passes read it, made once for all tiles of the same queries."""
+
+    MOST = 4
+    """Sets of rows that are kept: a ring alternates between all rows and half of them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, lse: Float[Tensor, "s b h"]) -> Float[Tensor, "b h s"]:
+        """Return lse with inf in rows without keys, as exp(score - lse) must vanish there; contiguous on a GPU."""
+        key = lse.untyped_storage()._cdata, lse.storage_offset(), lse.shape, lse.stride()
+        if key not in self._kept:
+            prepared = lse.masked_fill(lse == float("-inf"), float("inf")).permute(1, 2, 0)
+            # CUDA's ops read it through a bare pointer
+            prepared = prepared.contiguous() if lse.is_cuda else prepared
+            while len(self._kept) >= self.MOST:
+                del self._kept[next(iter(self._kept))]
+            # lse is kept too, so that no other tensor comes to lie where it does
+            self._kept[key] = lse, prepared
+        return self._kept[key][1]
+
+
 class FusedKernel:
     """A kernel that never holds the score matrix; `picker` chooses its op call by call."""
 
-    def __init__(self, name: str, picker: Picker) -> None:
+    def __init__(self, name: str, picker: Picker, rows: PreparedRows | None = None) -> None:
         self.name = name
         self.picker = picker
+        self._rows = rows
+
+    def for_backward(self) -> "FusedKernel":
+        """Return this kernel for the backward pass of one attention, whose lse stays as it is."""
+        return FusedKernel(self.name, self.picker, PreparedRows())
 
     def forward(
         self,
@@ -106,8 +134,7 @@ class FusedKernel:
         check_call(q, k, v, causal)
         check_backward(dout, q, v, out, lse)
         dout_, q_, k_, v_, out_ = _op_inputs(_op_width(q, v), dout, q, k, v, out.to(q.dtype))
-        # exp(score - lse) must vanish in a row without keys
-        lse_ = lse.masked_fill(lse == float("-inf"), float("inf")).permute(1, 2, 0)
+        lse_ = (self._rows or PreparedRows()).prepare(lse)
 
         def call(op: Op) -> Gradients:
             return op.backward(dout_, q_, k_, v_, out_, lse_, scale, causal)

@@ -17,7 +17,7 @@ ELEMENTS = 4096
 """Elements of a program: 32 for each thread of 4 warps."""
 
 
-class Rows(NamedTuple):
+class Part(NamedTuple):
     """A part `x` of a result from its row `first` on; `lse` has the row statistics of attention."""
 
     first: int
@@ -106,7 +106,7 @@ def _add_kernel(
     tl.store(out + start[:, None] + column[None, :], result, mask=(row < rows)[:, None] & inside[None, :])
 
 
-def merge(parts: Sequence[Rows], out: Tensor, lse: Tensor) -> None:
+def merge(parts: Sequence[Part], out: Tensor, lse: Tensor) -> None:
     """Write the merged attention of the parts to out [s b h d] and lse [s b h].
 
     Rows that no part covers, or in which no part has seen a key, get out 0 and lse -inf.
@@ -120,7 +120,7 @@ def merge(parts: Sequence[Rows], out: Tensor, lse: Tensor) -> None:
         _merge_kernel[grid](_spanned(parts, given), out, lse, *sizes, *_strides(out), *_strides(lse), **blocks)
 
 
-def add(parts: Sequence[Rows], out: Tensor) -> None:
+def add(parts: Sequence[Part], out: Tensor) -> None:
     """Write the sum of the parts to out [s b h d]; rows that no part covers get 0."""
     grid, sizes, blocks = _launch(out)
     with torch.cuda.device_of(out):
@@ -138,7 +138,7 @@ def _launch(out: Tensor) -> tuple[tuple[int], tuple[int, int, int, int], dict[st
     return (triton.cdiv(rows, height) * batch * heads,), (rows, heads, columns, batch * heads), blocks
 
 
-def _spanned(parts: Sequence[Rows], given: Sequence[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
+def _spanned(parts: Sequence[Part], given: Sequence[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
     """Append the rows that each part covers, and parts without rows up to the next power of two.
 
     A kernel is compiled for each number of parts.
@@ -147,9 +147,7 @@ def _spanned(parts: Sequence[Rows], given: Sequence[tuple[Any, ...]]) -> tuple[t
     missing = triton.next_power_of_2(len(parts)) - len(parts)
     all_spans = [*spans, *[(0, 0)] * missing]
     all_given = [*given, *[given[0]] * missing]
-    return tuple(
-        (*part, tuple(map(_unspecialized, span))) for part, span in zip(all_given, all_spans, strict=True)
-    )
+    return tuple((*part, tuple(map(_unspecialized, span))) for part, span in zip(all_given, all_spans, strict=True))
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

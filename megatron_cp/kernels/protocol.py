@@ -44,6 +44,15 @@ class Kernel(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparesBackward(Protocol):
+    """A kernel that prepares something once for all tiles of an attention's backward pass."""
+
+    def for_backward(self) -> Kernel:
+        """Return the kernel for one backward pass."""
+        ...
+
+
 def check_call(q: "Tensor", k: "Tensor", v: "Tensor", causal: bool) -> None:
     """Assert what a kernel may rely on; some fused ops kill the process or answer wrongly instead of saying so."""
     assert q.ndim == k.ndim == v.ndim == 4, "attention tensors are s b h d"

@@ -174,6 +174,7 @@ def context_attention(rank: RankConfig) -> Attention:
         dtype=rank.dtype,
         grid=parallel.grid,
         placement=parallel.placement,
+        device=rank.cluster.device,
     )
     return attention(problem, rank.cluster.every(parallel.tp).shared_by(parallel.micro_batch), rank.record)
 

@@ -23,7 +23,8 @@ from megatron_cp.comm.fabric import (
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.function import run as attend
 from megatron_cp.context.layouts import layout
-from megatron_cp.context.partials import ASSUMED, BY_TORCH, SEVERAL, Merging, accumulator_dtype
+from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging
+from megatron_cp.context.partials import accumulator_dtype
 from megatron_cp.context.plan import Plan, plan
 from megatron_cp.context.tiles import tiles
 from megatron_cp.context.trace.events import (
@@ -49,7 +50,9 @@ from megatron_cp.kernels import Kernel
 def record(problem: Problem, merging: Merging | None = None) -> Trace:
     """Return the trace of a backend at a problem, without computing or sending anything.
 
-    Partial results are merged as on the problem's device, or as `merging` says. Raises ValueError for what the backend refuses and UnmatchedError for a loop whose ranks would hang.
+    Partial results are merged as on the problem's device, or as `merging` says.
+
+    Raises ValueError for what the backend refuses and UnmatchedError for a loop whose ranks would hang.
     """
     forward, backward = _passes(problem, merging)
     for run in (forward, backward):

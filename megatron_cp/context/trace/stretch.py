@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.choose import Record
+from megatron_cp.context.merging import SEVERAL
 from megatron_cp.context.trace.events import (
     Compute,
     Event,
@@ -18,6 +19,7 @@ from megatron_cp.context.trace.events import (
     Touch,
     Trace,
 )
+from megatron_cp.dtypes import BYTES
 
 TOKENS = 256
 """Tokens of a rank in the recorded sequence: enough for every tile and every piece, and a divisor of usual lengths."""
@@ -28,18 +30,26 @@ TOKENS = 256
 def stretching(record: Record) -> Record:
     """`record` that runs each loop once, at TOKENS per rank, and multiplies tokens; the traces are the same.
 
-    Problems with a window, in chunks or with odd lengths are recorded as they are.
+    Problems with a window, in chunks or with odd lengths are recorded as they are, and so are those on a GPU whose
+    partial results are too large to wait for each other.
     """
     recorded = lru_cache(cache_sizes.TRACES)(record)
 
     @lru_cache(cache_sizes.TRACES)
     def stretched(problem: Problem) -> Trace:
         times, odd = divmod(problem.seq, TOKENS * problem.ranks)
-        if odd or times < 2 or problem.mask.window or problem.chunks is not None:
+        if odd or times < 2 or problem.mask.window or problem.chunks is not None or _merges_early(problem):
             return recorded(problem)
         return longer(recorded(replace(problem, seq=TOKENS * problem.ranks)), times)
 
     return stretched
+
+
+def _merges_early(problem: Problem) -> bool:
+    """True if some partial results may be merged before the others have come, for lack of memory."""
+    # four times: parts of K and V may be views of a buffer with both, or with the heads of the queries too
+    size = 4 * problem.seq * problem.heads * problem.head_dim * BYTES[problem.dtype]
+    return problem.device == "cuda" and size > SEVERAL.waiting
 
 
 def longer(trace: Trace, times: int) -> Trace:
