@@ -15,6 +15,9 @@ from ruamel.yaml import YAML
 from megatron_cp.cli import app
 from megatron_cp.cli.backends import COLUMNS, rows
 from megatron_cp.context import AUTO, BACKENDS, Backend
+from megatron_cp.context.merging import BY_TORCH, ONE_BY_ONE, SEVERAL
+from megatron_cp.context.trace.events import Problem
+from megatron_cp.context.trace.merge_cost import merge_cost
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.kernels import KERNELS
@@ -32,6 +35,7 @@ ROOT = DOCS.parent
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 PART = re.compile(r"<!-- generated: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 RANKS, MICROS = 4, 8
+MERGINGS = {"by torch": BY_TORCH, "one part a kernel": ONE_BY_ONE, "several": SEVERAL}
 
 
 def table(head: Sequence[str], body: Iterator[Sequence[str]]) -> str:
@@ -62,6 +66,25 @@ def algorithms() -> str:
     files = [source_of(entry) for entry in BACKENDS]
     cells = ((f"`{name}`", *rest, file) for (name, *rest), file in zip(rows(), files, strict=True))
     return table([*COLUMNS, "file"], cells)
+
+
+def merging() -> str:
+    rows = (
+        merging_row(seq, index, name) for seq in (2**15, 2**17) for index, name in enumerate(("forward", "backward"))
+    )
+    policies = [f"{name}: kernels, GB, share, peak" for name in MERGINGS]
+    return table(["tokens", "pass", *policies], rows)
+
+
+def merging_row(seq: int, index: int, name: str) -> list[str]:
+    """What each way of merging costs in one pass."""
+    problem = Problem("zigzag", 8, seq, 32, 8, 128)
+    costs = [merge_cost(problem, way, rank=4)[index] for way in MERGINGS.values()]
+    return [
+        f"{seq // 1024}K",
+        name,
+        *(f"{cost.kernels}, {cost.size / 1e9:.2f}, {cost.share:.1%}, {cost.peak / 1e9:.2f} GB" for cost in costs),
+    ]
 
 
 def traffic(name: str) -> str:
@@ -261,6 +284,7 @@ PARTS: dict[str, Callable[[], str]] = {
         recipes,
         clusters,
         kernels,
+        merging,
         hooks,
         order,
         glossary,
