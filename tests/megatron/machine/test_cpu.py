@@ -1,5 +1,6 @@
 """The CPU runtime: torch.cuda answers for the CPU inside, and everything is as before outside."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron_cp.megatron.arguments import checks
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.facts import Machine
 from megatron_cp.megatron.rebind import find
+from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks
 
 TARGETS = [target for entry in cpu.REPLACEMENTS for target in entry.targets]
@@ -196,3 +198,15 @@ def test_a_gpu_without_transformer_engine_refuses_its_precisions(name: str, flag
         checks._refuse_without_te(args, Machine(gpu=True, te=False))
     checks._refuse_without_te(args, Machine(gpu=True, te=True))
     checks._refuse_without_te(args, Machine(gpu=False, te=False))
+
+
+def sharded_losses(flags: list[str]) -> list[float]:
+    # Megatron refuses FSDP with it
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")
+    return [step["loss"] for step in pretrain_losses(flags, named_weights=False)]
+
+
+def test_torchs_sharded_data_parallelism_trains_as_replicas_do() -> None:
+    flags = tiny("--context-parallel-size 2")
+    sharded = run_ranks(2, sharded_losses, [*flags, "--use-torch-fsdp2", "--ckpt-format", "torch_dist"])
+    assert sharded[0] == pytest.approx(run_ranks(2, sharded_losses, flags)[0], rel=1e-6)
