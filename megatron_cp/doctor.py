@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.findings import Finding, guarded, installed
 
+# the oldest whose layers pass the tests with our attention: scripts/te.sh
+OLDEST_TE = (2, 6)
+
 
 def examine() -> Iterator[Finding]:
     """Examine everything, beginning with the cheapest checks."""
@@ -62,6 +65,9 @@ def _optional_packages() -> Iterator[Finding]:
         ("tiktoken", "tiktoken files for data build", "pip install 'megatron-cp[tokenizers]'"),
     ):
         version = installed(package)
+        if version and package == "transformer-engine":
+            yield _package(package, OLDEST_TE, "pip install --upgrade 'megatron-cp[te]', or --transformer-impl local")
+            continue
         yield Finding(
             package,
             "ok" if version else "optional",

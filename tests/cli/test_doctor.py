@@ -1,6 +1,8 @@
 import json
+from importlib.metadata import requires
 
 import pytest
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from megatron_cp import doctor
@@ -66,3 +68,16 @@ def test_doctor_says_which_settings_a_schedule_should_have(monkeypatch, variable
     (finding,) = doctor._settings()
     assert (finding.status, finding.found) == (status, found)
     assert bool(finding.remedy) == (status == "optional")
+
+
+@pytest.mark.parametrize(("version", "status"), [("2.5.0", "broken"), ("2.6.0.post1", "ok"), ("2.20.2", "ok")])
+def test_an_older_transformer_engine_than_was_tested_is_broken(monkeypatch, version, status):
+    monkeypatch.setattr(doctor, "installed", lambda name: version if name == "transformer-engine" else None)
+    finding = next(one for one in doctor._optional_packages() if one.subject == "transformer-engine")
+    assert (finding.status, bool(finding.remedy)) == (status, status == "broken")
+
+
+def test_the_oldest_transformer_engine_is_that_of_setup_py():
+    (wanted,) = [Requirement(text) for text in requires("megatron-cp") or [] if text.startswith("transformer-engine")]
+    oldest = ".".join(map(str, doctor.OLDEST_TE))
+    assert f">={oldest}" in str(wanted.specifier).split(",")

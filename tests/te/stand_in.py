@@ -74,7 +74,8 @@ class StandIn(types.ModuleType):
         super().__init__(name)
         vars(self).update({operation.__name__: _counted(operation) for operation in OPERATIONS})
         vars(self).update(get_cudnn_version=lambda: 92400, get_cublasLt_version=lambda: 130100)
-        vars(self).update(get_num_cublas_streams=lambda: 1, ubuf_built_with_mpi=lambda: False)
+        # the first is the older name of the second
+        vars(self).update(_num_cublas_streams=1, get_num_cublas_streams=lambda: 1, ubuf_built_with_mpi=lambda: False)
         vars(self).update(get_stream_priority_range=lambda *device: (0, 0))
 
     def __getattr__(self, name: str) -> Any:

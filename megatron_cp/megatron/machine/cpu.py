@@ -263,6 +263,11 @@ REPLACEMENTS = (
     Replacement(_cuda("current_stream", "default_stream"), lambda _: _one_stream(), "compared with side streams"),
     Replacement(_cuda("stream"), _use(lambda stream: contextlib.nullcontext(stream)), "there is one queue"),
     Replacement(
+        _cuda("device"),
+        _use(lambda device: contextlib.nullcontext(device)),
+        "transformer-engine before 2.10 sets its input's device, which torch.cuda refuses where it is the CPU",
+    ),
+    Replacement(
         _cuda("is_current_stream_capturing"),
         _answer(False),
         "torch's optimizers ask at each step, torch 2.8 the driver",

@@ -90,6 +90,8 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cp_comm_type": ["a2a"], "num_attention_heads": 6}, "splits the query heads .* over 4 ranks, got 3 heads"),
         ({"softmax_type": "learnable"}, "--softmax-type"),
         ({"qk_clip": True}, "--qk-clip"),
+        ({"cpu_offloading_num_layers": 1}, "offload of activations .* leave --cpu-offloading-num-layers out"),
+        ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         ({"sft": True}, "--sft"),
