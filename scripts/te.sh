@@ -9,27 +9,20 @@ file=$root/constraints/te.txt
 if [ $# -eq 0 ]; then
     set -- "$(sed -n 's/^transformer_engine==//p' "$file")"
 fi
-
-# Install this version and the others of the file into a folder, which then exists as a whole or not at all.
-make_folder() {
-    local made
-    mkdir -p "$root/build/te"
-    made=$(mktemp -d "$root/build/te/XXXXXX")
-    sed "s/^transformer_engine==.*/transformer_engine==$1/" "$file" >"$made/versions.txt"
-    "$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps --target "$made" \
-        --requirement "$made/versions.txt"
-    rm -rf "$2"
-    mv "$made" "$2"
-}
+made=$(mktemp -d)
+trap 'rm -rf "$made"' EXIT
 
 for version in "$@"; do
     folder=$root/build/te/$version-$(cksum <"$file" | tr ' ' -)
-    if [ ! -d "$folder" ]; then
-        if ! "$python" -m pip download --quiet --no-deps --dest "$(mktemp -d)" "$(grep '^onnx-ir==' "$file")"; then
+    if [ ! -f "$folder/made-for" ]; then
+        if ! "$python" -m pip download --quiet --no-deps --dest "$made" "$(grep '^onnx-ir==' "$file")"; then
             echo "transformer-engine $version: skipped, no index of packages can be reached"
             continue
         fi
-        make_folder "$version" "$folder"
+        sed "s/^transformer_engine==.*/transformer_engine==$version/" "$file" >"$made/versions.txt"
+        "$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps --upgrade \
+            --target "$folder" --requirement "$made/versions.txt"
+        cp "$made/versions.txt" "$folder/made-for"
     fi
     echo "transformer-engine $version"
     PYTHONPATH=$folder "$python" -m pytest --quiet tests/te

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("dev", "docs", "parquet", "report", "tokenizers")
-TOOLS = ("bash", "basename", "cat", "cksum", "cp", "dirname", "head", "mkdir", "realpath")
+TOOLS = "bash basename cat cksum cp dirname grep head mkdir mktemp realpath rm sed tr".split()
 # stands for a new enough Python: notes its calls, and copies itself into the environments it makes
 PYTHON = """#!{bash}
 echo "$*" >>"{calls}"
@@ -172,6 +172,14 @@ def test_unknown_versions_are_refused_in_one_line(machine: Machine) -> None:
     done, calls = machine.run("test.sh", MEGATRON_CP_CONSTRAINTS="latest")
     assert (done.returncode, calls) == (1, [])
     assert done.stderr == "MEGATRON_CP_CONSTRAINTS is default, oldest, newest, own or a file; got 'latest'\n"
+
+
+def test_without_an_index_the_tests_with_transformer_engine_are_skipped(machine: Machine) -> None:
+    machine.add_python("bin/python3.12", PYTHON + '[ "$3" != download ]\n')
+    done, calls = machine.run("te.sh", "2.6.0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("transformer-engine 2.6.0: skipped, no index of packages can be reached\n")
+    assert not any(call.startswith("-m pytest") for call in calls)
 
 
 def test_every_file_of_versions_lies_in_the_ranges_that_setup_py_asks_for() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 from tests.te.models import config, model, ready
 from tests.te.training import LOCAL, TE, losses, run
 
@@ -33,6 +33,12 @@ def test_training_goes_on_in_the_other_layers(unbroken: Any, saved: str, loaded:
     folder, expected = unbroken(saved, CP)
     resumed = run(2, loaded, CP, f"--load {folder} --ckpt-step 2", more)
     assert losses(resumed) == pytest.approx(expected[2:], rel=1e-6)
+
+
+def test_what_local_checkpoints_lack_is_said_in_one_line(unbroken: Any) -> None:
+    folder, _ = unbroken(LOCAL, CP)
+    with pytest.raises(RankError, match=r"SystemExit: .*is of --transformer-impl local.*pass --dist-ckpt-strictness"):
+        run(2, TE, CP, f"--load {folder} --ckpt-step 2")
 
 
 @pytest.mark.parametrize("flags", [CP, f"{CP} --bf16 --use-distributed-optimizer"])

@@ -48,8 +48,18 @@ def check(args: Any) -> None:
                 f"the checkpoint in {args.load} is of another model: its {name} is {there}, here it is {here}; "
                 f"change --{name.replace('_', '-')} or --load"
             )
+    _check_layers(args, saved)
     if not (args.no_load_optim or args.finetune or saved.no_save_optim):
         check_optimizer(args, saved)
+
+
+def _check_layers(args: Any, saved: Any) -> None:
+    layers = [getattr(each, "transformer_impl", None) for each in (saved, args)]
+    if layers == ["local", "transformer_engine"] and args.dist_ckpt_strictness == "assume_ok_unexpected":
+        raise Refused(
+            f"the checkpoint in {args.load} is of --transformer-impl local, without the state of FP8 that "
+            f"transformer-engine's norms ask for; pass --dist-ckpt-strictness log_all"
+        )
 
 
 def check_optimizer(args: Any, saved: Any) -> None:
