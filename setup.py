@@ -69,7 +69,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.6,<3"],
-        "te": ["transformer-engine[pytorch]>=2.6,<3"],
+        "te": ["transformer-engine[pytorch]>=2.5,<3"],
         "tokenizers": ["tokenizers>=0.20,<1", "sentencepiece>=0.2,<1", "tiktoken>=0.8,<1"],
         "parquet": ["pyarrow>=17"],
         "report": ["tensorboard>=2.18,<3"],
