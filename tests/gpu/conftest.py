@@ -1,4 +1,4 @@
-"""These laws need a CUDA GPU; `scripts/gpu_check.sh` runs them where there is one."""
+"""These laws need a CUDA GPU, and are skipped elsewhere; scripts/gpu_check.sh has the chosen cases of a short run."""
 
 import pytest
 import torch

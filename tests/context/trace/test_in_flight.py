@@ -14,7 +14,7 @@ from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.record import plan_on
 from megatron_cp.errors import Refused
 from tests.cases import slow_unless
-from tests.context.problems import MASKS, grids
+from tests.context.problems import grids
 from tests.context.trace.in_flight import Watch, WatchedFabric, WatchedKernel
 
 
@@ -32,7 +32,10 @@ def watched(problem: Problem, rank: int) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize(("mask", "chunks"), slow_unless([((True, None), None)], product(MASKS, (None, 2))))
+WHOLE, WINDOW, CHUNKS = ((True, None), None), ((True, (9, 0)), None), ((True, None), 2)
+
+
+@pytest.mark.parametrize(("mask", "chunks"), slow_unless([WHOLE], [WHOLE, WINDOW, CHUNKS]))
 @pytest.mark.parametrize("backend", ALGORITHMS)
 def test_no_loop_uses_what_is_in_flight_or_waits_for_the_device(backend, mask, chunks):
     operations = 0

@@ -77,7 +77,7 @@ def test_no_loop_deadlocks(backend: str, ranks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ALGORITHMS)
 def test_no_loop_deadlocks_under_any_mask_and_in_chunks(backend: str) -> None:
-    assert sum(assert_runs(backend, ranks, CASES) for ranks in (3, 4))
+    assert assert_runs(backend, 3, CASES)
 
 
 def swapped(operations: list[Operation], one: int, other: int) -> list[Operation]:
