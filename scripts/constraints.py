@@ -54,7 +54,9 @@ def resolved(*wanted: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         command += ["--report", f"{folder}/report.json", *wanted]
-        subprocess.run(command, check=True)
+        ran = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if ran.returncode:
+            raise SystemExit(f"pip finds no versions: {(ran.stderr.strip() or 'it printed nothing').splitlines()[-1]}")
         report = json.loads(Path(folder, "report.json").read_text())
     found = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in report["install"]}
     return {name: version for name, version in sorted(found.items()) if name != "megatron-cp"}
@@ -70,8 +72,19 @@ def versions(name: str) -> dict[str, str]:
         return resolved("--constraint", str(constraints), f"{ROOT}[{EXTRAS}]")
 
 
+def limits_of_pip() -> str:
+    """The constraints in pip's own settings, beyond which it installs nothing; empty where there are none."""
+    settings = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    return " ".join(line for line in settings.splitlines() if re.match(r"[\w:-]+\.constraint=", line))
+
+
 def main(names: list[str]) -> None:
-    for name in names or [*PINS, "te"]:
+    known = [*PINS, "te"]
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"no versions called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if limits := limits_of_pip():
+        print(f"pip's own settings limit versions, the newest too: {limits}", file=sys.stderr)
+    for name in names or known:
         lines = [f"# made {datetime.date.today()} for Python {sys.version_info[0]}.{sys.version_info[1]} by"]
         lines[0] += f" python scripts/constraints.py {name}"
         lines += [f"{package}=={version}" for package, version in versions(name).items()]
