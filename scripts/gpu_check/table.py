@@ -55,4 +55,6 @@ def _words(row: Row) -> str:
 
 
 def _number(value: Figure) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -208,10 +208,12 @@ def _trained(device: str, case: str, *flags: str) -> Row:
     times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", told)]
     figures: dict[str, Any] = {"first loss": losses[0], "last loss": losses[-1], "ms per step": median(times)}
     memory = json.loads(estimate)["memory_bytes"]
-    if allocated := re.findall(r"max allocated: ([\d.]+)", told):
+    if device == "cuda":
+        allocated = re.findall(r"max allocated: ([\d.]+)", told)
         figures |= {"GPU MiB": float(allocated[-1])}
         figures |= {"estimated MiB": sum(size for kind, size in memory.items() if kind != "reserved") / 2**20}
-    elif resident := re.findall(r'"peak_rss_bytes": (\d+)', told):
+    else:
+        resident = re.findall(r'"peak_rss_bytes": (\d+)', told)
         figures |= {"process MiB": int(resident[-1]) / 2**20, "estimated MiB": sum(memory.values()) / 2**20}
     return Row(f"{case}, {steps} steps", figures, "ok" if losses[-1] < losses[0] else "wrong")
 
