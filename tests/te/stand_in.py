@@ -8,7 +8,6 @@ anything else raises with its name when it is called. Enums get the members that
 import enum
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -36,14 +35,13 @@ DTYPES = {
 
 
 def is_needed() -> bool:
-    """True where TransformerEngine's wheels are installed without their compiled module."""
-    if importlib.util.find_spec("transformer_engine") is None:
+    """True where TransformerEngine's wheel is installed without its compiled module."""
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
         return False
-    try:
-        importlib.metadata.version(NAME)
-    except importlib.metadata.PackageNotFoundError:
-        return True
-    return False
+    package = Path(spec.origin).parent
+    # from its own wheel it lies in the package or beside it, and so it does where all was built from source
+    return not any([*package.rglob(f"{NAME}*.so"), *package.parent.glob(f"{NAME}*.so")])
 
 
 def install() -> None:
