@@ -104,7 +104,8 @@ def _recording(train_step: Any, log: list[dict[str, Any]]) -> Any:
             {
                 "iteration": get_args().curr_iteration + 1,
                 "loss": float(losses["lm loss"]) if losses else None,
-                "grad_norm": float(grad_norm),
+                # without clipping Megatron computes none
+                "grad_norm": None if grad_norm is None else float(grad_norm),
                 "skipped": skipped,
             }
         )

@@ -37,6 +37,8 @@ def one() -> list[dict[str, Any]]:
     ("ranks", "flags"),
     [
         (2, CP),
+        # two replicas, each with one of the two microbatches
+        pytest.param(4, CP, marks=pytest.mark.slow),
         pytest.param(4, f"{CP} --tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow),
         pytest.param(4, f"{CP} --pipeline-model-parallel-size 2", marks=pytest.mark.slow),
         pytest.param(4, f"{CP} --pipeline-model-parallel-size 2 --pp-schedule zb-h1", marks=pytest.mark.slow),
@@ -48,6 +50,24 @@ def test_masked_tokens_give_the_gradients_of_one_rank(ranks: int, flags: str, on
     for ours, theirs in zip(run, one, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def said_by_the_spec(flags: list[str]) -> bool:
+    """Whether the layer spec alone, without our launcher, says the warning to a user's own script."""
+    import sys
+
+    from megatron_cp.megatron.layers import specs
+
+    said: list[str] = []
+    sys.argv, specs.say = ["pretrain_gpt.py", *flags], said.append
+    for vp_stage in (0, 1):
+        specs._warn_of_uneven_masks(vp_stage)
+    return said == [uneven_masks(flags)]
+
+
+@pytest.mark.parametrize("flags", ["--eod-mask-loss --context-parallel-size 2"])
+def test_the_spec_says_it_where_no_launcher_does(flags: str) -> None:
+    assert run_ranks(1, said_by_the_spec, flags.split()) == [True]
 
 
 @pytest.mark.parametrize(
