@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.context import comm_types
+from megatron_cp.megatron.arguments.pipeline import micros_of
+from megatron_cp.megatron.arguments.unsupported import read
 from megatron_cp.registry import suggest
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
@@ -28,15 +30,17 @@ def check_pipeline(args: Any, config: Any) -> None:
     if chunks is None or getattr(args, "pp_schedule", None):
         return
     group = config.microbatch_group_size_per_vp_stage
-    for flag in ("global_batch_size", "eval_global_batch_size"):
-        sequences = getattr(args, flag) // args.data_parallel_size
-        micros = sequences // (args.micro_batch_size if flag == "global_batch_size" else args.eval_micro_batch_size)
-        if micros < group or 0 < micros % group < pp:
-            raise Refused(
-                f"--pipeline-model-parallel-size {pp} with chunks takes {group} microbatches at a time, "
-                f"got {micros} from --{flag.replace('_', '-')} {getattr(args, flag)}; use a multiple of {group}, or "
-                f"leave --num-virtual-stages-per-pipeline-rank out"
-            )
+    train = "step_batch_size_schedule" if read(args, "step_batch_size_schedule") else "global_batch_size"
+    evaluates = read(args, "eval_iters") or read(args, "full_validation")
+    evaluated = args.eval_global_batch_size // args.data_parallel_size // args.eval_micro_batch_size
+    for flag, counts in ((train, micros_of(args)), ("eval_global_batch_size", [evaluated] if evaluates else [])):
+        for micros in counts:
+            if micros < group or 0 < micros % group < pp:
+                raise Refused(
+                    f"--pipeline-model-parallel-size {pp} with chunks takes {group} microbatches at a time, "
+                    f"got {micros} from --{flag.replace('_', '-')} {getattr(args, flag)}; use a multiple of {group}, "
+                    f"or leave --num-virtual-stages-per-pipeline-rank out"
+                )
 
 
 def check_attention(args: Any) -> None:

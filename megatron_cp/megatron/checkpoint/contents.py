@@ -249,11 +249,16 @@ def optimizer_rule(saved: Any, stored: Bytes) -> str:
     """Return in one line how far the optimizer state can move between topologies."""
     if not stored.optimizer:
         return "not saved: resume with --no-load-optim"
+    # experts that are divided between ranks have an optimizer of their own
+    divided = bool(saved.num_experts) and saved.expert_model_parallel_size > 1
+    experts = f" with --expert-model-parallel-size {'above 1' if divided else '1'}" if saved.num_experts else ""
     if not saved.use_distributed_optimizer:
-        return "moves to any topology; without --use-distributed-optimizer only"
+        return f"moves to any topology{experts}; without --use-distributed-optimizer only"
     if saved.dist_ckpt_optim_fully_reshardable:
-        return "moves to any topology; with --use-distributed-optimizer only"
-    sizes = f"TP={saved.tensor_model_parallel_size} and PP={saved.pipeline_model_parallel_size}"
+        return f"moves to any topology{experts}; with --use-distributed-optimizer only"
+    if saved.num_experts:
+        experts = f", EP={saved.expert_model_parallel_size}"
+    sizes = f"TP={saved.tensor_model_parallel_size} and PP={saved.pipeline_model_parallel_size}{experts}"
     return f"moves to any CP and DP at {sizes}; elsewhere only the weights do, with --no-load-optim"
 
 

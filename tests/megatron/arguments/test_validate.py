@@ -144,6 +144,24 @@ def test_upstreams_names_are_valid_with_stock_attention(tmp_path: Path) -> None:
     assert isinstance(examined(str(tmp_path / "stock.yaml")), list)
 
 
+CHUNKS = "--pipeline-model-parallel-size 2 --context-parallel-size 1 --micro-batch-size 1"
+
+
+def test_a_layout_of_stages_is_valid() -> None:
+    answer = examined("quickstart", *CHUNKS.split(), "--pipeline-model-parallel-layout=Et*2|t*2L", cluster="h100-ib")
+    assert isinstance(answer, list), answer
+
+
+@pytest.mark.parametrize(("first", "fits"), [(8, True), (1, False)])
+def test_each_batch_size_of_a_schedule_is_checked(first: int, fits: bool) -> None:
+    flags = f"{CHUNKS} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size=false --eval-iters 0".split()
+    answer = examined("quickstart", *flags, f"--step-batch-size-schedule=0:{first} 1M:16", cluster="h100-ib")
+    if fits:
+        assert isinstance(answer, list), answer
+    else:
+        assert f"got 1 from --step-batch-size-schedule 0:{first} 1M:16" in answer
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -53,7 +53,7 @@ def test_masked_tokens_give_the_gradients_of_one_rank(ranks: int, flags: str, on
 
 
 def said_by_the_spec(flags: list[str]) -> bool:
-    """Whether the layer spec alone, without our launcher, says the warning to a user's own script."""
+    """Return True if the layer spec alone, without our launcher, says the warning once in a user's own script."""
     import sys
 
     from megatron_cp.megatron.layers import specs
