@@ -16,7 +16,7 @@ import numpy as np
 from megatron_cp.corpus.documents import Bad
 from megatron_cp.corpus.encode import Batch
 from megatron_cp.corpus.index import Statistics, check_prefix
-from megatron_cp.errors import Refused, as_refusals
+from megatron_cp.errors import CannotRun, Refused, as_refusals
 from megatron_cp.megatron.hooks import dataset_helpers_need_no_make
 
 __all__ = ["Limits", "Written", "check_data_path", "check_output", "check_prefix", "check_split", "write"]
@@ -89,7 +89,7 @@ def check_split(
 def check_output(prefix: str, overwrite: bool) -> None:
     """Check that a corpus can be written to `prefix`; raises ValueError before any work is done."""
     path = Path(prefix)
-    if prefix.endswith((".bin", ".idx", "/")) or not path.name:
+    if prefix.endswith((".bin", ".idx", "/")) or path.name in ("", ".."):
         raise Refused(f"--output {prefix!r} must be a prefix, such as data/corpus for data/corpus.bin and .idx")
     there = [str(each) for each in _pair(path) if each.exists()]
     if there and not overwrite:
@@ -116,7 +116,7 @@ def write(
     Both files appear under their names only when complete; on any error, and on Ctrl-C, nothing is left. `overwrite`
     also removes the sample indices that Megatron keeps under `prefix`/cache: it finds them by the name of the corpus
     and would use them for the new one. Raises ValueError for the first bad document unless `skip_bad`, and when no
-    document is left.
+    document is left; RuntimeError with the path when the disk takes no more.
     """
     check_output(prefix, overwrite)
     target = Path(prefix)
@@ -128,8 +128,17 @@ def write(
             if not written.documents:
                 raise Refused(_nothing(written))
             builder.finalize(str(_pair(partial)[1]))
-        finally:
             builder.data_file.close()
+        except OSError as error:
+            # inputs are named by their own errors
+            if error.filename is not None:
+                raise
+            raise CannotRun(
+                f"cannot write {target}.bin: {error.strerror}; free some space, or change --output"
+            ) from error
+        finally:
+            with suppress(OSError):
+                builder.data_file.close()
         check_prefix(str(partial))
         _publish(partial, target)
     return written

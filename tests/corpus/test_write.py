@@ -153,7 +153,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             build(prefix, jsonl(tmp_path / "a.jsonl", ["x"]))
 
 
-@pytest.mark.parametrize("prefix", ["out.bin", "out.idx", "folder/"])
+@pytest.mark.parametrize("prefix", ["out.bin", "out.idx", "folder/", "folder/..", "..", "."])
 def test_output_is_a_prefix(prefix: str) -> None:
     with pytest.raises(ValueError, match="must be a prefix"):
         dataset.check_output(prefix, overwrite=False)
@@ -162,6 +162,16 @@ def test_output_is_a_prefix(prefix: str) -> None:
 def test_two_builds_of_one_corpus_do_not_mix(tmp_path: Path) -> None:
     with dataset._building(tmp_path / "out"), pytest.raises(ValueError, match="another process is building"):
         build(tmp_path / "out", jsonl(tmp_path / "a.jsonl", ["x"]))
+
+
+def test_a_full_disk_is_named_with_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset, "_add", full)
+    with pytest.raises(RuntimeError, match=r"cannot write .*/out\.bin: No space left on device; free some space"):
+        build(tmp_path / "out", jsonl(tmp_path / "a.jsonl", ["x"]))
+    assert _left(tmp_path) == ["a.jsonl"]
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
