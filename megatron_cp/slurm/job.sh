@@ -48,11 +48,24 @@ if [ "$launcher" = srun ]; then
     srun --nodes="$nodes" --ntasks=$((nodes * ranks_per_node)) --ntasks-per-node="$ranks_per_node" \
         --kill-on-bad-exit=1 "${python_there[@]}" "${train[@]}" || status=$?
 else
-    # one torchrun for each node; only the task knows the number of its node. USR2 is for the ranks, which handle it
+    # one torchrun for each node; only the task knows the number of its node. torchrun passes TERM on to its ranks and
+    # would die of USR2
     # shellcheck disable=SC2016
+    task='
+        export PET_NODE_RANK=$SLURM_NODEID PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT
+        (trap "" USR2; exec "$@") &
+        torchrun=$! status=0
+        trap "kill -TERM $torchrun" USR2
+        trap : TERM
+        wait "$torchrun" || status=$?
+        while kill -0 "$torchrun" 2>/dev/null; do
+            status=0
+            wait "$torchrun" || status=$?
+        done
+        exit "$status"
+    '
     "${one_task_per_node[@]}" --kill-on-bad-exit=1 "${step[@]}" "${wrapper[@]}" \
-        sh -c 'trap "" USR2; PET_NODE_RANK=$SLURM_NODEID PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT exec "$@"' sh \
-        "${settings[@]}" "$python" "${train[@]}" || status=$?
+        sh -c "$task" sh "${settings[@]}" "$python" "${train[@]}" || status=$?
 fi
 
 # torchrun exits 1 after SIGTERM whether or not the ranks saved, so its status decides nothing
