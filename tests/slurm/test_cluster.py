@@ -137,6 +137,7 @@ def test_a_job_warned_of_its_limit_is_stopped_by_a_file_and_not_requeued(
     job = submit(capfd, *"--wrapper env --signal SIGUSR2@600 --parsable --hint nomultithread --no-preflight".split())
     log = here / f"run-{job}.out"
     wait_until(log, " iteration        3/")
+    (here / "ckpt").mkdir(exist_ok=True)
     (here / "ckpt" / "exit").touch()
     assert wait_for_the_end(two_nodes, job) == "COMPLETED"
     assert "ckpt/exit: saves and exits after this iteration" in log.read_text()

@@ -76,6 +76,9 @@ def _watched(folder: Path) -> Iterator[threading.Event]:
     def watch() -> None:
         file = folder / EXIT_FILE
         while not over.wait(SECONDS_BETWEEN_LOOKS):
+            # Megatron makes it with the first checkpoint only
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 asked.set()
                 say(f"{file}: saves and exits after this iteration")
