@@ -53,7 +53,8 @@ else
     # shellcheck disable=SC2016
     task='
         export PET_NODE_RANK=$SLURM_NODEID PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=$MASTER_PORT
-        (trap "" USR2; exec "$@") &
+        trap "" USR2
+        (exec "$@") &
         torchrun=$! status=0
         trap "kill -TERM $torchrun" USR2
         trap : TERM

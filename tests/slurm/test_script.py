@@ -325,7 +325,7 @@ def test_usr2_reaches_torchrun_as_sigterm(write: Write, stubs: dict[str, str]) -
     write("extends: base\nMODEL_ARGS:\n  --save: runs\nSLURM:\n  --python: python\n  --signal: USR2@600\n")
     # SLURM signals every process of the task: this one, which stands for torchrun, and the shell that started it
     Path("bin/python").write_text(
-        '#!/bin/sh\ntrap "touch told; exit 7" TERM\nkill -USR2 $$ $PPID\nwhile :; do sleep 0.05; done\n'
+        '#!/bin/sh\ntrap "touch told; exit 7" TERM\nwhile :; do kill -USR2 $$ $PPID; sleep 0.1; done\n'
     )
     text = rendered("run.yaml", overrides="--no-preflight")
     assert "#SBATCH --signal=USR2@600\n" in text
