@@ -79,13 +79,17 @@ def test_usr2_leaves_as_sigterm_does(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert signal.getsignal(signal.SIGUSR2) == before
 
 
+def wait_for_a_signal() -> None:
+    while True:
+        time.sleep(0.01)
+
+
 def test_a_file_asks_for_the_end_and_leaves_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_signal, "_start_writers", lambda: None)
     monkeypatch.setattr(stop_signal, "SECONDS_BETWEEN_LOOKS", 0.01)
     (tmp_path / "exit").touch()
     with pytest.raises(SystemExit) as left, stop_signal.noted(str(tmp_path)):
-        while True:
-            time.sleep(0.01)
+        wait_for_a_signal()
     assert left.value.code == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
