@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp import config, runlog
+from megatron_cp.context import AUTO, DEFAULT
 from megatron_cp.planner.parallel import cluster_for
 from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.recipe import recipe
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from megatron_cp.context.choose import Record
     from megatron_cp.planner.estimate import Estimate
     from megatron_cp.planner.fit import LeftOut
+    from megatron_cp.planner.parallel import Parallel
     from megatron_cp.planner.published import PublishedRun
+    from megatron_cp.planner.work import RankConfig
 
 # more than the recipes' warm-up, which Megatron wants shorter than the run
 MEASURED_STEPS = 14
@@ -120,11 +124,25 @@ def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate
     from megatron_cp.planner.estimate import estimate as of_step
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.parallel import parallel_of
+    from megatron_cp.planner.work import RankConfig
 
-    model = model_of(run)
-    return of_step(
-        model, parallel_of(run, model.layers), cluster_for(run, cluster), run.required("--seq-length"), record
-    )
+    model, machines, seq = model_of(run), cluster_for(run, cluster), run.required("--seq-length")
+    parallel = _settled(RankConfig(model=model, parallel=parallel_of(run, model.layers), cluster=machines, seq=seq))
+    return of_step(model, parallel, machines, seq, record)
+
+
+def _settled(rank: "RankConfig") -> "Parallel":
+    """Return the run with the backend that `auto` stands for on the cluster, as it is chosen in training."""
+    from megatron_cp.context.auto import decide
+    from megatron_cp.planner.work import problem_of
+
+    parallel = rank.parallel
+    if parallel.backend != AUTO:
+        return parallel
+    if parallel.cp == 1:
+        return replace(parallel, backend=DEFAULT)
+    best = decide(problem_of(rank), rank.cluster.every(parallel.tp)).problem
+    return replace(parallel, backend=best.backend, grid=best.grid, placement=best.placement)
 
 
 def _as_json(found: "Estimate") -> dict[str, object]:

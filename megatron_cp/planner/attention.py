@@ -40,13 +40,24 @@ def attention(problem: Problem, cluster: Cluster, record: Record | None) -> Atte
 
 
 def _kernels_alone(problem: Problem, cluster: Cluster) -> Attention:
+    seen = _share_seen(problem)
     sizes = (problem.seq, problem.seq, problem.heads, problem.kv_heads, problem.head_dim, problem.causal)
     seconds = call_seconds(replace(cluster, call_s=0.0))
     forward, backward = (
-        Cost(seconds(Compute(*sizes, backward)) / problem.ranks + cluster.call_s, 0.0, 0.0)
+        Cost(seen * seconds(Compute(*sizes, backward)) / problem.ranks + cluster.call_s, 0.0, 0.0)
         for backward in (False, True)
     )
     return Attention(forward, backward, 0.0, 0.0, 0.0)
+
+
+def _share_seen(problem: Problem) -> float:
+    """Return the share of the query-key pairs that a window leaves."""
+    whole, (left, right) = problem.seq - 1, problem.window or (None, None)
+    before = min(whole, whole if left is None else left)
+    after = 0 if problem.causal else min(whole, whole if right is None else right)
+    pairs = problem.seq + sum(side * problem.seq - side * (side + 1) // 2 for side in (before, after))
+    every = problem.seq + (1 if problem.causal else 2) * (whole * problem.seq - whole * (whole + 1) // 2)
+    return pairs / every
 
 
 def _read(trace: Trace, cluster: Cluster) -> Sequence[float]:

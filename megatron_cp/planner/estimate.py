@@ -1,7 +1,7 @@
 """Estimate a training step on a cluster before it is run: seconds by kind, memory, traffic, MFU."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -11,13 +11,23 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import peak_memory, simulate
 from megatron_cp.planner.memory import MemoryUse, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.traffic import StepTraffic, step_traffic
-from megatron_cp.planner.work import PassTimes, RankConfig, Seconds, collective_seconds, ends, layer
+from megatron_cp.planner.work import (
+    PassTimes,
+    RankConfig,
+    Seconds,
+    collective_seconds,
+    ends,
+    layer,
+    mtp,
+    recomputed,
+)
 
 
 class Parts(NamedTuple):
@@ -168,17 +178,23 @@ def _held(cluster: Cluster, memory: Sequence[MemoryUse]) -> bool:
 
 
 class Stage(NamedTuple):
-    """A pipeline stage, or all stages of a rank: its number of layers, and the times of one microbatch."""
+    """A pipeline stage, or all stages of a rank.
+
+    layers: number of its layers
+    work:   times of one microbatch
+    kept:   bytes that it keeps of a microbatch from forward to backward
+    """
 
     layers: float
     work: PassTimes
+    kept: float
 
     @property
     def seconds(self) -> float:
         return sum(part.total for part in self.work)
 
     def __add__(self, other: "Stage") -> "Stage":  # type: ignore[override]
-        return Stage(self.layers + other.layers, self.work.plus(other.work))
+        return Stage(self.layers + other.layers, self.work.plus(other.work), self.kept + other.kept)
 
 
 def check(model: Transformer, parallel: Parallel, seq: int) -> None:
@@ -187,12 +203,23 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
         raise ValueError(f"tensor parallel {parallel.tp} must divide the {model.heads} attention heads; lower it")
     if max(model.kv_heads, parallel.tp) % min(model.kv_heads, parallel.tp):
         raise ValueError(f"tensor parallel {parallel.tp} and {model.kv_heads} query groups must divide; lower it")
+    if parallel.sp and seq % (parallel.tp * parallel.cp):
+        size = parallel.tp * parallel.cp
+        raise ValueError(f"sequence parallelism needs a sequence divisible by TP x CP = {size}, got {seq}")
     if parallel.cp > 1 and seq % (2 * parallel.cp):
         raise ValueError(f"context parallel {parallel.cp} needs a sequence divisible by {2 * parallel.cp}, got {seq}")
     if model.experts % parallel.ep:
         raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
     if parallel.vp > 1 and parallel.pp == 1:
         raise ValueError(f"virtual stages ({parallel.vp}) need a pipeline; raise pp or set vp to 1")
+    if parallel.layout:
+        stages = parallel.pp * parallel.vp
+        if len(parallel.layout) != stages or sum(parallel.layout) != model.layers:
+            raise ValueError(
+                f"a layout of {len(parallel.layout)} stages and {sum(parallel.layout)} layers is not one of "
+                f"{parallel.pp} x {parallel.vp} stages and {model.layers} layers"
+            )
+        return
     slots = model.layers + (2 if parallel.balanced_ends else 0)
     if slots % (parallel.pp * parallel.vp):
         raise ValueError(
@@ -206,8 +233,8 @@ def _of_ranks(rank: RankConfig, stages: Sequence[Stage]) -> list[Stage]:
     parallel = rank.parallel
     if parallel.pp == 1:
         return [stages[0]]
-    placed = place(SCHEDULES.get(parallel.schedule_name), parallel.pp, parallel.vp).of_rank
-    return [sum((stages[at] for at in mine), start=Stage(0.0, PassTimes())) for mine in placed]
+    placed = _placement(parallel).of_rank
+    return [sum((stages[at] for at in mine), start=Stage(0.0, PassTimes(), 0.0)) for mine in placed]
 
 
 def _stages(rank: RankConfig) -> list[Stage]:
@@ -217,21 +244,46 @@ def _stages(rank: RankConfig) -> list[Stage]:
     layers = [slots - (parallel.balanced_ends and at in (0, count - 1)) for at in range(count)]
     if count == 1:
         layers = [model.layers]
-    one = _mean_layer(rank)
-    works = [PassTimes().plus(one, count) for count in layers]
+    layers = list(parallel.layout or layers)
+    layers[-1] += model.mtp
+    stages = [_stage(rank, count) for count in layers]
     first, last = ends(rank)
-    works[0], works[-1] = works[0].plus(first), works[-1].plus(last)
-    return [Stage(count, work) for count, work in zip(layers, works, strict=True)]
+    stages[0] = stages[0]._replace(work=stages[0].work.plus(first))
+    end = stages[-1].work.plus(last)
+    stages[-1] = stages[-1]._replace(work=end.plus(mtp(rank), model.mtp) if model.mtp else end)
+    return stages
+
+
+def _stage(rank: RankConfig, layers: int) -> Stage:
+    """Return a stage of so many layers, of which those that "full" recomputes run forward once more in backward."""
+    one, again = _mean_layer(rank), recomputed_layers(rank, layers)
+    work = PassTimes().plus(one, layers).plus(PassTimes(input=one.forward), again)
+    kept = again * mean_layer_bytes(rank)
+    if again < layers:
+        kept += (layers - again) * mean_layer_bytes(replace(rank, parallel=plain(rank.parallel)))
+    return Stage(layers, work, kept)
+
+
+def recomputed_layers(rank: RankConfig, layers: int) -> int:
+    """Return the layers of a stage that are recomputed whole."""
+    parallel = rank.parallel
+    if parallel.recompute != "full":
+        return 0
+    return min(layers, parallel.recompute_layers) if parallel.recompute_method == "block" else layers
+
+
+def plain(parallel: Parallel) -> Parallel:
+    """Return the same run without recomputation of whole layers."""
+    return replace(parallel, recompute="none") if parallel.recompute == "full" else parallel
 
 
 def _mean_layer(rank: RankConfig) -> PassTimes:
-    """Return the mean over dense and mixture layers, with the recomputation in backward where the run does that."""
+    """Return the mean over dense and mixture layers, with the modules that backward recomputes."""
     share = rank.model.moe_layers / rank.model.layers
-    work = PassTimes().plus(layer(rank), 1 - share)
-    if share:
-        work = work.plus(layer(rank, moe=True), share)
-    if rank.parallel.recompute == "full":
-        work = work.plus(PassTimes(input=work.forward))
+    work = PassTimes()
+    for moe, part in ((False, 1 - share), (True, share)):
+        if part:
+            work = work.plus(layer(rank, moe).plus(PassTimes(input=recomputed(rank, moe))), part)
     return work
 
 
@@ -253,7 +305,7 @@ def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
     """Return the memory of each pipeline rank."""
     last = rank.parallel.pp - 1
     if last == 0:
-        kept = [mean_layer_bytes(rank) * stages[0].layers]
+        kept = [stages[0].kept]
     else:
         schedule, costs = _played(rank, stages)
         kept = [peak_memory(actions, costs) for actions in schedule.table]
@@ -265,9 +317,11 @@ def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
 
 def _played(rank: RankConfig, stages: Sequence[Stage]) -> tuple[Schedule, Costs]:
     parallel = rank.parallel
-    p, m = parallel.pp, parallel.micros
+    p, m, costs = parallel.pp, parallel.micros, _costs(rank, stages)
     few = m if m <= LONG * p else LONG * p - p + m % p
-    return _table(parallel.schedule_name, p, few, parallel.vp), _costs(rank, stages)
+    if SCHEDULES.get(parallel.schedule_name).table:
+        return _table(parallel.schedule_name, p, few, parallel.vp), costs
+    return build(parallel.schedule_name, p, few, parallel.vp, placement=parallel.pp_placement, costs=costs), costs
 
 
 @lru_cache(256)
@@ -275,25 +329,30 @@ def _table(name: str, p: int, m: int, v: int) -> Schedule:
     return build(name, p, m, v)
 
 
+def _placement(parallel: Parallel) -> Placement:
+    return place(SCHEDULES.get(parallel.schedule_name), parallel.pp, parallel.vp, parallel.pp_placement)
+
+
 def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
-    parallel, cluster, kept = rank.parallel, rank.cluster, mean_layer_bytes(rank)
+    parallel, cluster = rank.parallel, rank.cluster
     stride = parallel.world // parallel.pp
     hop = cluster.link(0, stride).hop_seconds(rank.split_tokens * rank.model.hidden * parallel.bytes)
     waited, hop = (hop, 0.0) if parallel.schedule_name == "interleaved" and not parallel.overlap_p2p else (0.0, hop)
-    sizes = tuple(max(1.0, stage.layers * kept) for stage in stages)
+    sizes = tuple(max(1.0, stage.kept) for stage in stages)
     # a stage of the embedding alone has no input gradient, but the simulator needs positive times
     times = ([max(part.total, 1e-9) for part in stage.work] for stage in stages)
     forward, backward, weight = (tuple(column) for column in zip(*times, strict=True))
     forward, backward = (tuple(seconds + waited for seconds in column) for column in (forward, backward))
     # the inputs of norms are needed for the input gradient only
-    held = tuple(size * (1 - 2 * size_of_norms(rank) / kept) for size in sizes)
+    held = tuple(
+        size - 2 * size_of_norms(rank) * (stage.layers - recomputed_layers(rank, int(stage.layers)))
+        for size, stage in zip(sizes, stages, strict=True)
+    )
     return Costs(forward=forward, input=backward, weight=weight, comm=hop, kept=sizes, held=held, unit=1.0)
 
 
 def size_of_norms(rank: RankConfig) -> float:
-    """Return the bytes of the input of one norm in one layer; 0 where layers are recomputed."""
-    if rank.parallel.recompute == "full":
-        return 0.0
+    """Return the bytes of the input of one norm in one layer."""
     return rank.split_tokens * rank.model.hidden * rank.parallel.bytes
 
 

@@ -1,11 +1,12 @@
 """Estimate the largest memory of a rank, by kind."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.work import RankConfig, context_attention
+from megatron_cp.planner.work import RankConfig, context_attention, mlp_width
 
 
 class MemoryUse(NamedTuple):
@@ -41,12 +42,12 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     # fp8 keeps each weight and its transpose, and by default a copy in bf16
     weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
     gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
-    state = 8 if parallel.precision == "float32" else 12
+    state = parallel.state_bytes or (8 if parallel.precision == "float32" else 12)
     shards = parallel.dp * parallel.cp
     if parallel.fsdp:
         return parameters * weight / shards, parameters * gradient / shards, parameters * state / shards
     if parallel.distributed_optimizer:
-        return parameters * weight, parameters * gradient, state * (dense / shards + experts / (shards / parallel.ep))
+        return parameters * weight, parameters * gradient, state * (dense / shards + experts / parallel.expert_shards)
     return parameters * weight, parameters * gradient, parameters * state
 
 
@@ -61,17 +62,23 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
     model, parallel = rank.model, rank.parallel
     stored = parallel.bytes
     if parallel.recompute == "full":
-        return stored * rank.split_tokens * model.hidden
+        kept = 1 / parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
+        return kept * stored * rank.split_tokens * model.hidden
+    modules = parallel.recomputed if parallel.recompute == "selective" else ()
     # inputs of products are kept in the dtype of the products
     taken = 1 if parallel.precision == "fp8" else stored
     # the inputs of two norms, and of the products that follow
-    whole = 2 * model.hidden * (stored + taken) * rank.split_tokens
-    mlp = _mlp_width(model, moe)
-    split = (model.query + model.key_value + (model.matrices - 1) * mlp) * stored + (model.query + mlp) * taken
+    whole = 2 * model.hidden * (stored + (0 if "layernorm" in modules else taken)) * rank.split_tokens
+    if model.latent:
+        latent = model.latent.q_lora_rank + model.latent.kv_lora_rank + model.latent.qk_pos_emb_head_dim
+        whole += latent * (stored + taken) * rank.split_tokens
+    mlp, acted = kept_of_mlp(model, modules, moe)
+    queries = 0 if "mla_up_proj" in modules else model.query + model.key_value
+    split = (queries + (model.matrices - 1) * mlp) * stored + (model.query + acted) * taken
     if parallel.flash:
         # the row statistics of the softmax
         split += 4 * model.heads
-    elif parallel.recompute == "none":
+    elif "core_attn" not in modules:
         # scores after softmax and after dropout, and a mask of one byte
         split += 5 * model.heads * rank.seq
     if rank.cluster.unfused:
@@ -80,8 +87,16 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
     return whole + split * rank.tokens / parallel.tp
 
 
-def _mlp_width(model: Transformer, moe: bool) -> int:
-    return model.top_k * (model.expert_ffn + model.hidden) + model.shared_expert_ffn if moe else model.ffn
+def kept_of_mlp(model: Transformer, modules: Sequence[str], moe: bool) -> tuple[int, int]:
+    """Return the widths that an MLP keeps of its first product's output and of its activation's output."""
+    if ("moe" if moe else "mlp") in modules:
+        return 0, 0
+    width = mlp_width(model, moe)
+    if not moe:
+        return width, width
+    if "shared_experts" in modules:
+        width -= model.shared_expert_ffn
+    return width, width - (model.top_k * model.expert_ffn if "moe_act" in modules else 0)
 
 
 def stage_parameters(
@@ -95,9 +110,12 @@ def stage_parameters(
     ends = (int(first) + int(last)) * model.embedding_parameters
     if first and last and model.tied:
         ends = model.embedding_parameters
-    experts = model.expert_parameters / parallel.ep
-    norm = model.hidden if last else 0
-    return (share * model.dense_parameters + ends + norm) / parallel.tp, share * experts / parallel.tp
+    experts = model.expert_parameters / (parallel.ep * parallel.expert_tp)
+    rest = model.hidden + model.mtp * model.mtp_parameters if last else 0
+    whole = share * model.layers * sum(one.inner * one.columns for one in model.attention_weights if not one.split)
+    # tensor parallelism splits all but MLA's down-projections
+    dense = whole + (share * model.dense_parameters - whole + ends + rest) / parallel.tp
+    return dense, share * experts
 
 
 def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool, last: bool) -> MemoryUse:
@@ -108,12 +126,14 @@ def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool
     model, parallel = rank.model, rank.parallel
     logits = 0.0
     if last:
+        losses = 1 + model.mtp
         # the stored logits, and their float32 copy that the cross entropy turns into the gradient
-        logits = (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
+        logits = losses * (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
     # gradients of the widest layer that is at work
     buffers = context_attention(rank).live + parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp
     if parallel.recompute == "full":
-        buffers += mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))
+        at_work = parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
+        buffers += at_work * mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))
     dense, experts = stage_parameters(model, parallel, layers, first, last)
     weights, gradients, optimizer = parameter_bytes(parallel, dense, experts)
     return MemoryUse(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

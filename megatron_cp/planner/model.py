@@ -1,9 +1,51 @@
 """Describe a transformer for the planner: sizes, parameters, and Megatron's count of floating-point operations."""
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
+from megatron_cp.errors import Refused
 from megatron_cp.recipe.recipe import Recipe
+
+
+class Weight(NamedTuple):
+    """One weight matrix of attention, inner x columns.
+
+    split: dimension that tensor parallelism splits, "inner" or "columns"; None for a matrix that each rank has whole
+    up:    True if it is one of MLA's up-projections
+    """
+
+    inner: int
+    columns: int
+    split: str | None
+    up: bool = False
+
+
+class Latent(NamedTuple):
+    """Sizes of multi-latent attention (arXiv:2405.04434, 2.1), as Megatron names them; no q_lora_rank is 0."""
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+
+    @property
+    def mean_head_dim(self) -> int:
+        """Mean over keys and values, which are of unequal width."""
+        return (self.qk_head_dim + self.qk_pos_emb_head_dim + self.v_head_dim) // 2
+
+    def weights(self, hidden: int, heads: int) -> list[Weight]:
+        """Return the weights of one layer's attention."""
+        queries, values = heads * (self.qk_head_dim + self.qk_pos_emb_head_dim), heads * self.v_head_dim
+        down = [Weight(hidden, self.q_lora_rank, None)] if self.q_lora_rank else []
+        down.append(Weight(hidden, self.kv_lora_rank + self.qk_pos_emb_head_dim, None))
+        up = [
+            Weight(self.q_lora_rank or hidden, queries, "columns", bool(self.q_lora_rank)),
+            Weight(self.kv_lora_rank, heads * self.qk_head_dim + values, "columns", True),
+        ]
+        return [*down, *up, Weight(values, hidden, "inner")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +58,10 @@ class Transformer:
     tied:     the output layer uses the embedding's weights
     experts:  number in a mixture layer, each `expert_ffn` wide; a token is routed to `top_k` of them; 0 without mixture
     moe_every: one layer of so many is a mixture, beginning with the first
+    moe_pattern: for each layer, 1 where it is a mixture; it wins over `moe_every`
+    window:   (left, right) keys that queries of `windowed` layers see beside their own; None for no window
+    latent:   sizes of multi-latent attention, whose heads are then `latent.mean_head_dim` wide
+    mtp:      layers of multi-token prediction after the last one, with a product 2 hidden wide and a loss each
     """
 
     name: str
@@ -33,6 +79,11 @@ class Transformer:
     expert_ffn: int = 0
     shared_expert_ffn: int = 0
     moe_every: int = 1
+    moe_pattern: tuple[int, ...] = ()
+    window: tuple[int | None, int | None] | None = None
+    windowed: int = 0
+    latent: Latent | None = None
+    mtp: int = 0
 
     @property
     def query(self) -> int:
@@ -47,7 +98,23 @@ class Transformer:
     @property
     def attention_parameters(self) -> int:
         """Parameters of one layer's attention."""
-        return self.hidden * (2 * self.query + self.key_value)
+        norms = self.latent.q_lora_rank + self.latent.kv_lora_rank if self.latent else 0
+        return norms + sum(weight.inner * weight.columns for weight in self.attention_weights)
+
+    @property
+    def attention_weights(self) -> list[Weight]:
+        """Weight matrices of one layer's attention, in the order of their products."""
+        if self.latent:
+            return self.latent.weights(self.hidden, self.heads)
+        return [
+            Weight(self.hidden, self.query + self.key_value, "columns"),
+            Weight(self.query, self.hidden, "inner"),
+        ]
+
+    @property
+    def mtp_parameters(self) -> int:
+        """Parameters of one layer of multi-token prediction beside its transformer layer: a product and three norms."""
+        return 2 * self.hidden**2 + 3 * self.hidden
 
     @property
     def matrices(self) -> int:
@@ -56,6 +123,8 @@ class Transformer:
 
     @property
     def moe_layers(self) -> int:
+        if self.moe_pattern:
+            return sum(self.moe_pattern)
         return -(-self.layers // self.moe_every) if self.experts else 0
 
     @property
@@ -78,7 +147,9 @@ class Transformer:
     def parameters(self) -> int:
         """Parameters of the whole model."""
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
-        return self.dense_parameters + self.expert_parameters + embeddings + self.hidden
+        layers = self.dense_parameters + self.expert_parameters
+        mtp = self.mtp * (layers // self.layers + self.mtp_parameters)
+        return layers + embeddings + self.hidden + mtp
 
     def flops(self, seq: int, samples: int, causal: Fraction = Fraction(1, 2)) -> float:
         """Return the operations of one step as Megatron's --log-throughput counts them, without recomputation.
@@ -87,8 +158,11 @@ class Transformer:
         """
         mlps = self.ffn * (self.layers - self.moe_layers)
         mlps += self.moe_layers * (self.top_k * self.expert_ffn + self.shared_expert_ffn)
-        per_token = self.layers * self.attention_parameters + self.hidden * (self.matrices * mlps + self.vocab)
-        pairs = 2 * self.layers * self.query * seq * float(causal)
+        layers = self.layers * self.attention_parameters + self.hidden * self.matrices * mlps
+        # those of multi-token prediction are taken as the mean of the others
+        per_token = layers * (1 + self.mtp / self.layers)
+        per_token += self.mtp * 2 * self.hidden**2 + (1 + self.mtp) * self.hidden * self.vocab
+        pairs = 2 * (self.layers + self.mtp) * self.query * seq * float(causal)
         return 6.0 * samples * seq * (per_token + pairs)
 
 
@@ -99,14 +173,17 @@ def model_of(recipe: Recipe) -> Transformer:
     ffn = recipe.number("--ffn-hidden-size", _usual_ffn(hidden, gated))
     experts = recipe.number("--num-experts", 0)
     grouped = "--group-query-attention" in recipe.model_args
+    latent, layers = _latent(recipe), recipe.required("--num-layers")
+    window = _window(recipe)
+    every = recipe.flag("--moe-layer-freq", "1")
     return Transformer(
         name=recipe.name,
-        layers=recipe.required("--num-layers"),
+        layers=layers,
         hidden=hidden,
         ffn=ffn,
         heads=heads,
-        kv_heads=recipe.number("--num-query-groups", 1) if grouped else heads,
-        head_dim=recipe.number("--kv-channels", hidden // heads),
+        kv_heads=recipe.number("--num-query-groups", 1) if grouped and not latent else heads,
+        head_dim=latent.mean_head_dim if latent else recipe.number("--kv-channels", hidden // heads),
         vocab=_padded_vocab(recipe),
         gated=gated,
         tied="--untie-embeddings-and-output-weights" not in recipe.model_args,
@@ -114,8 +191,66 @@ def model_of(recipe: Recipe) -> Transformer:
         top_k=recipe.number("--moe-router-topk", 2) if experts else 0,
         expert_ffn=recipe.number("--moe-ffn-hidden-size", ffn) if experts else 0,
         shared_expert_ffn=recipe.number("--moe-shared-expert-intermediate-size", 0),
-        moe_every=recipe.number("--moe-layer-freq", 1),
+        moe_every=recipe.number("--moe-layer-freq", 1) if every.isdecimal() else 1,
+        moe_pattern=() if every.isdecimal() or not experts else _pattern(recipe, "--moe-layer-freq", layers),
+        window=window,
+        windowed=_windowed(recipe, layers) if window else 0,
+        latent=latent,
+        mtp=_count(recipe, "--mtp-num-layers"),
     )
+
+
+def _count(recipe: Recipe, flag: str) -> int:
+    """Return a number that may be 0."""
+    return 0 if recipe.flag(flag, "0") == "0" else recipe.number(flag, 0)
+
+
+def _latent(recipe: Recipe) -> Latent | None:
+    if "--multi-latent-attention" not in recipe.model_args:
+        return None
+    return Latent(
+        q_lora_rank=_count(recipe, "--q-lora-rank"),
+        kv_lora_rank=recipe.number("--kv-lora-rank", 32),
+        qk_head_dim=recipe.number("--qk-head-dim", 128),
+        qk_pos_emb_head_dim=recipe.number("--qk-pos-emb-head-dim", 64),
+        v_head_dim=recipe.number("--v-head-dim", 128),
+    )
+
+
+def _window(recipe: Recipe) -> tuple[int | None, int | None] | None:
+    text = recipe.flag("--window-size", "")
+    if not text:
+        return None
+    sides = text.strip("() ").replace(" ", "").split(",")
+    if len(sides) != 2 or not all(re.fullmatch(r"-1|\d+", side) for side in sides):
+        place = recipe.model_args["--window-size"].place
+        raise Refused(f"{place}: --window-size takes two ints such as 127,0, got {text!r}")
+    left, right = (None if side == "-1" else int(side) for side in sides)
+    return left, right
+
+
+def _windowed(recipe: Recipe, layers: int) -> int:
+    """Return the number of layers with a window: all, all but each n-th, or those of a pattern."""
+    every = recipe.flag("--window-attn-skip-freq", "")
+    if not every:
+        return layers
+    if every.isdecimal():
+        return layers - layers // recipe.number("--window-attn-skip-freq", 1)
+    return sum(_pattern(recipe, "--window-attn-skip-freq", layers))
+
+
+def _pattern(recipe: Recipe, flag: str, layers: int) -> tuple[int, ...]:
+    """Return a flag's list of a 0 or 1 for each layer, written as in ([0]*3+[1]*45)."""
+    text, place = recipe.model_args[flag].text, recipe.model_args[flag].place
+    terms = re.sub(r"[\s()]", "", text).split("+")
+    parsed = [re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d+))?", term) for term in terms]
+    found = [int(one) for term in parsed if term for one in term[1].split(",") * int(term[2] or 1)]
+    if not all(parsed) or len(found) != layers:
+        raise Refused(
+            f"{place}: {flag} takes a number, or lists such as [0]*3+[1]*{max(1, layers - 3)} for {layers} layers, got "
+            f"{text!r}"
+        )
+    return tuple(found)
 
 
 def _usual_ffn(hidden: int, gated: bool) -> int:

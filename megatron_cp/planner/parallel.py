@@ -1,9 +1,11 @@
 """Describe how a training run is spread over ranks: Megatron's parallel sizes and related choices."""
 
+import re
 from dataclasses import dataclass
 
 from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.dtypes import BYTES, TRAINING
+from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
@@ -25,7 +27,13 @@ class Parallel:
                  --cp-placement say them
     sp:          sequence parallelism, the norms' tokens spread over the tensor-parallel ranks
     micro_batch, global_batch: samples
-    recompute:   "none", "selective" (core attention) or "full" (whole layers, all of them)
+    etp:         tensor-parallel size of the experts; None for `tp`
+    recompute:   "none", "selective" (the modules of `recomputed`) or "full" (whole layers)
+    recomputed:  Megatron's names of the modules that "selective" recomputes
+    recompute_layers, recompute_method: of "full"; "block" recomputes so many layers of each stage, "uniform" all, and
+                 keeps the input of each so many; None for each
+    layout:      layers of each stage in the model's order; empty where they are divided evenly
+    pp_placement: of the stages, for schedule "auto"; None for its own
     schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are divided among stages
@@ -33,6 +41,7 @@ class Parallel:
     overlap_p2p: the interleaved schedule sends beside its computation; otherwise each pass waits for its messages
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
+    state_bytes: of the optimizer per parameter; None for float32 master weights and moments
     flash:       attention by a fused kernel; without it whole score matrices are written
     """
 
@@ -49,7 +58,13 @@ class Parallel:
     micro_batch: int = 1
     global_batch: int = 1
     distributed_optimizer: bool = True
+    etp: int | None = None
     recompute: str = "none"
+    recomputed: tuple[str, ...] = ("core_attn",)
+    recompute_method: str = "uniform"
+    recompute_layers: int = 1
+    layout: tuple[int, ...] = ()
+    pp_placement: str | None = None
     schedule: str | None = None
     objective: str = "makespan"
     balanced_ends: bool = False
@@ -60,6 +75,7 @@ class Parallel:
     fsdp: bool = False
     fp8_params: bool = False
     fp32_grads: bool = True
+    state_bytes: float | None = None
     flash: bool = True
     precision: str = "bfloat16"
 
@@ -76,8 +92,10 @@ class Parallel:
                 f"global batch {self.global_batch} must be a multiple of data parallel {self.dp} x micro batch "
                 f"{self.micro_batch}; change one of them"
             )
-        if self.dp * self.cp % self.ep:
-            raise ValueError(f"expert parallel {self.ep} must divide data parallel x context parallel")
+        if self.dp * self.cp * self.tp % (self.ep * self.expert_tp):
+            within = "x tensor parallel " if self.etp else ""
+            sizes = f"{self.ep} x {self.etp}" if self.etp else f"{self.ep}"
+            raise ValueError(f"expert parallel {sizes} must divide data parallel x context parallel {within}".rstrip())
         BACKENDS.get(self.backend)
         SCHEDULES.get(self.schedule_name)
 
@@ -90,6 +108,16 @@ class Parallel:
     def micros(self) -> int:
         """Microbatches that a rank sees in a step."""
         return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor-parallel size of the experts."""
+        return self.etp or self.tp
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.dp * self.cp * self.tp // (self.ep * self.expert_tp)
 
     @property
     def bytes(self) -> int:
@@ -140,7 +168,13 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         micro_batch=micro,
         global_batch=recipe.number("--global-batch-size", micro * rest),
         distributed_optimizer="--use-distributed-optimizer" in given,
+        etp=recipe.number("--expert-tensor-parallel-size", 1) if "--expert-tensor-parallel-size" in given else None,
         recompute=recipe.flag("--recompute-granularity", _recompute_by_default(recipe)),
+        recomputed=tuple(recipe.flag("--recompute-modules", "core_attn").split()),
+        recompute_method=recipe.flag("--recompute-method", "uniform"),
+        recompute_layers=recipe.number("--recompute-num-layers", 1),
+        layout=_layout(recipe, layers, sizes["pp"]),
+        pp_placement=recipe.flag("--pp-placement", "") or None,
         schedule=recipe.flag("--pp-schedule", "") or None,
         balanced_ends="--account-for-loss-in-pipeline-split" in given,
         overlap_grad_reduce="--overlap-grad-reduce" in given,
@@ -151,6 +185,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         fp8_params="--fp8-param-gather" in given,
         # by default Megatron accumulates bf16 gradients in float32
         fp32_grads="--grad-reduce-in-bf16" not in given,
+        state_bytes=_state_bytes(recipe),
         precision=_precision(recipe),
     )
 
@@ -162,10 +197,69 @@ def _chunks(recipe: Recipe, layers: int, pp: int) -> int:
     if "--num-layers-per-virtual-pipeline-stage" in given:
         ends = sum(f"--account-for-{end}-in-pipeline-split" in given for end in ("embedding", "loss"))
         return max(1, (layers + ends) // pp // recipe.number("--num-layers-per-virtual-pipeline-stage", 1))
+    if "--pipeline-model-parallel-layout" in given:
+        return max(1, len(_stages_of(recipe)) // pp)
     if "--pp-schedule" in given and pp > 1:
         # as in training: the chunks follow where the schedule knows one number only
-        return SCHEDULES.get(recipe.flag("--pp-schedule", "")).chunks or 1
+        known = SCHEDULES.get(recipe.flag("--pp-schedule", "")).chunks
+        return known or (2 if recipe.flag("--pp-placement", "") == "v" else 1)
     return 1
+
+
+LAYOUT = "--pipeline-model-parallel-layout"
+
+
+def _stages_of(recipe: Recipe) -> list[str]:
+    """Return the stages of --pipeline-model-parallel-layout, E t m L, with its repetitions written out."""
+    text = recipe.flag(LAYOUT, "").replace(",", "").replace(" ", "")
+    for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtmL|])\*(\d+)"):
+        text = re.sub(pattern, lambda found: found[1] * int(found[2]), text)
+    if not re.fullmatch(r"[EtmL|]+", text):
+        raise Refused(f"{recipe.model_args[LAYOUT].place}: {LAYOUT} is made of E t m L and |, got {text!r}")
+    return text.split("|")
+
+
+def _layout(recipe: Recipe, layers: int, pp: int) -> tuple[int, ...]:
+    """Return the layers of each stage where the recipe says them, by a layout or by its first and last stage's."""
+    given = recipe.model_args
+    if LAYOUT in given:
+        stages = _stages_of(recipe)
+        if len(stages) % pp or sum(stage.count("t") for stage in stages) != layers:
+            counts = f"{len(stages)} stages and {sum(stage.count('t') for stage in stages)} layers"
+            raise Refused(f"{given[LAYOUT].place}: {LAYOUT} has {counts} for {pp} ranks and {layers} layers")
+        return tuple(stage.count("t") for stage in stages)
+    first, last = (f"--decoder-{end}-pipeline-num-layers" for end in ("first", "last"))
+    if pp == 1 or not {first, last} & set(given):
+        return ()
+    ends = {at: recipe.number(flag, 0) for at, flag in ((0, first), (pp - 1, last)) if flag in given}
+    rest, odd = divmod(layers - sum(ends.values()), max(1, pp - len(ends)))
+    of_rank, v = [ends.get(at, rest) for at in range(pp)], _chunks(recipe, layers, pp)
+    if odd or rest < 0 or any(layers % v for layers in of_rank):
+        raise Refused(
+            f"{first} and {last} leave {layers - sum(ends.values())} layers for {pp - len(ends)} ranks with {v} chunks "
+            f"each; choose numbers that divide"
+        )
+    return tuple(of_rank[at % pp] // v for at in range(pp * v))
+
+
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+
+
+def _state_bytes(recipe: Recipe) -> float | None:
+    """Return the bytes of optimizer state per parameter that --use-precision-aware-optimizer keeps."""
+    if "--use-precision-aware-optimizer" not in recipe.model_args:
+        return None
+    sizes = {}
+    for name in ("main-params", "exp-avg", "exp-avg-sq"):
+        dtype = recipe.flag(f"--{name}-dtype", "fp32")
+        if dtype not in DTYPE_BYTES:
+            place = recipe.model_args[f"--{name}-dtype"].place
+            raise Refused(f"{place}: --{name}-dtype is one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+        sizes[name] = DTYPE_BYTES[dtype]
+    # beside a weight in bf16 only the rest of its float32 bits is kept
+    if sizes["main-params"] == 4 and "--bf16" in recipe.model_args:
+        sizes["main-params"] = 2
+    return sum(sizes.values())
 
 
 def _recompute_by_default(recipe: Recipe) -> str:

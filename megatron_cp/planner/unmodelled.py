@@ -1,26 +1,39 @@
 """Name the flags of a recipe that change a step's time or memory and that the estimate does not model."""
 
+from collections.abc import Iterator
+
+from megatron_cp.planner.flags import ASSUMED, FREE, MODELLED
+from megatron_cp.planner.work import MODULES
 from megatron_cp.recipe.recipe import Recipe
 
-FLAGS = tuple(
-    f"--{name}"
-    for name in (
-        "recompute-modules pipeline-model-parallel-layout decoder-first-pipeline-num-layers "
-        "decoder-last-pipeline-num-layers use-torch-fsdp2 optimizer-cpu-offload cpu-offloading "
-        "fine-grained-activation-offloading use-precision-aware-optimizer window-size mtp-num-layers "
-        "multi-latent-attention expert-tensor-parallel-size fp4-format hybrid-layer-pattern delay-wgrad-compute "
-        "overlap-moe-expert-parallel-comm num-distributed-optimizer-instances pp-memory-limit pp-costs "
-        "experimental-attention-variant cuda-graph-impl"
-    ).split()
-)
+OUR_SPEC = "megatron_cp."
 
 
 def unmodelled(recipe: Recipe) -> list[str]:
     """Return the flags with their values, in the order of the recipe."""
-    given = recipe.model_args
-    found = [flag for flag in given if flag in FLAGS]
-    if recipe.flag("--recompute-method", "") == "block":
-        found.append("--recompute-method")
-    if "--cp-comm-type" in given and len(set(recipe.flag("--cp-comm-type", "").split())) > 1:
-        found.append("--cp-comm-type")
-    return [f"{flag} {given[flag].text}".strip() for flag in found]
+    return [
+        f"{flag} {recipe.model_args[flag].text}".strip() for flag in recipe.model_args if _is_left_out(recipe, flag)
+    ]
+
+
+def _is_left_out(recipe: Recipe, flag: str) -> bool:
+    text = recipe.model_args[flag].text
+    if flag == "--spec":
+        return not text.startswith(OUR_SPEC)
+    if flag in MODELLED:
+        return flag in _partly_modelled(recipe)
+    return flag not in FREE and text not in ASSUMED.get(flag, ())
+
+
+def _partly_modelled(recipe: Recipe) -> Iterator[str]:
+    """Yield the modelled flags whose values here are not."""
+    if len(set(recipe.flag("--cp-comm-type", "").split())) > 1:
+        # one backend per layer; all are counted as the first
+        yield "--cp-comm-type"
+    if set(recipe.flag("--recompute-modules", "").split()) - set(MODULES):
+        yield "--recompute-modules"
+    if "m" in recipe.flag("--pipeline-model-parallel-layout", "").rpartition("|")[0]:
+        # its layers are counted on the last stage
+        yield "--pipeline-model-parallel-layout"
+    if recipe.flag("--fp8-format", "") not in ("", "hybrid", "e4m3"):
+        yield "--fp8-format"

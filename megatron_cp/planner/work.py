@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, log2
 from typing import NamedTuple
 
-from megatron_cp.context.choose import Record
+from megatron_cp.context.choose import Cost, Record
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.hardware.cluster import Cluster, Collective
 from megatron_cp.planner.attention import Attention, attention
@@ -125,7 +125,7 @@ def ends(rank: RankConfig) -> tuple[PassTimes, PassTimes]:
 
 
 def _linears(rank: RankConfig, moe: bool) -> PassTimes:
-    products = list(_products(rank, moe))
+    products = [*_of_attention(rank), *_of_mlp(rank, moe)]
     fp8 = rank.parallel.precision == "fp8"
     dtype = rank.parallel.precision
     forward = sum(product_seconds(rank, product, dtype) for product in products)
@@ -141,30 +141,97 @@ def _linears(rank: RankConfig, moe: bool) -> PassTimes:
     return work.plus(PassTimes(Seconds(memory=forward_cast), Seconds(memory=backward_cast)))
 
 
-def _products(rank: RankConfig, moe: bool) -> Iterator[Product]:
+def _of_attention(rank: RankConfig, up: bool = False) -> Iterator[Product]:
+    """Yield the products of one layer's attention; with `up` those of MLA's up-projections alone."""
+    t = rank.parallel.tp
+    for weight in rank.model.attention_weights:
+        inner = weight.inner / (t if weight.split == "inner" else 1)
+        columns = weight.columns / (t if weight.split == "columns" else 1)
+        if weight.up or not up:
+            # a weight that each rank has whole sees the rank's own tokens
+            yield Product(rank.tokens if weight.split else rank.split_tokens, inner, columns)
+
+
+def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Product]:
+    """Yield the products of one layer's MLP; with `shared` those of its shared experts alone."""
     model, t, tokens = rank.model, rank.parallel.tp, rank.tokens
-    yield Product(tokens, model.hidden, (model.query + model.key_value) / t)
-    yield Product(tokens, model.query / t, model.hidden)
     first = model.matrices - 1
     if not moe:
         yield Product(tokens, model.hidden, first * model.ffn / t)
         yield Product(tokens, model.ffn / t, model.hidden)
         return
-    local = model.experts / rank.parallel.ep
-    each = tokens * model.top_k / local
-    yield Product(each, model.hidden, first * model.expert_ffn / t, local)
-    yield Product(each, model.expert_ffn / t, model.hidden, local)
-    yield Product(tokens, model.hidden, model.experts)
+    if not shared:
+        local, etp = model.experts / rank.parallel.ep, rank.parallel.expert_tp
+        each = tokens / t * etp * model.top_k / local
+        yield Product(each, model.hidden, first * model.expert_ffn / etp, local)
+        yield Product(each, model.expert_ffn / etp, model.hidden, local)
+        yield Product(tokens, model.hidden, model.experts)
     if model.shared_expert_ffn:
         yield Product(tokens, model.hidden, first * model.shared_expert_ffn / t)
         yield Product(tokens, model.shared_expert_ffn / t, model.hidden)
 
 
-def context_attention(rank: RankConfig) -> Attention:
-    """Return the cost of one sequence's attention in one layer, as its share of a microbatch."""
+MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+"""Modules that --recompute-modules names and that are modelled."""
+
+
+def recomputed(rank: RankConfig, moe: bool) -> Seconds:
+    """Return the seconds of a layer's forward that "selective" repeats in backward, core attention left out."""
+    model, parallel = rank.model, rank.parallel
+    modules = set(parallel.recomputed) if parallel.recompute == "selective" else set()
+    products: list[Product] = []
+    elements = 0.0
+    if "mla_up_proj" in modules:
+        products += _of_attention(rank, up=True)
+    if "layernorm" in modules:
+        # two norms are read and written
+        elements += 4 * rank.split_tokens * model.hidden
+    of_mlp = {"moe", "moe_act", "shared_experts"} if moe else {"mlp"}
+    if ("moe" if moe else "mlp") in modules:
+        products += _of_mlp(rank, moe)
+    elif moe and "shared_experts" in modules:
+        products += _of_mlp(rank, moe, shared=True)
+    if modules & of_mlp:
+        width = mlp_width(model, moe) - (model.top_k * model.hidden if moe else 0)
+        elements += rank.tokens / parallel.tp * model.matrices * width
+    exchange = _exchange(rank) if moe and "moe" in modules else 0.0
+    passes = elements * parallel.bytes / (rank.cluster.elementwise_bytes_per_s or rank.cluster.touch_bytes_per_s)
+    seconds = sum(product_seconds(rank, product, parallel.precision) for product in products)
+    return Seconds(products=seconds, memory=passes, collectives=exchange)
+
+
+def mlp_width(model: Transformer, moe: bool) -> int:
+    """Return the width of what an MLP keeps for each token: of experts with the dispatched token itself."""
+    return model.top_k * (model.expert_ffn + model.hidden) + model.shared_expert_ffn if moe else model.ffn
+
+
+def _exchange(rank: RankConfig) -> float:
+    """Return the seconds in which tokens are sent to their experts and back."""
+    sent = rank.split_tokens * rank.model.top_k * rank.model.hidden * rank.parallel.bytes
+    return 2 * collective_seconds(rank.cluster, "gather", sent, rank.parallel.ep, rank.parallel.tp)
+
+
+def mtp(rank: RankConfig) -> PassTimes:
+    """Return the times of a layer of multi-token prediction beside its transformer layer: a product and its loss."""
+    joined = Product(rank.tokens, 2 * rank.model.hidden, rank.model.hidden / rank.parallel.tp)
+    seconds = Seconds(products=product_seconds(rank, joined, rank.parallel.precision))
+    return PassTimes(seconds, seconds, seconds).plus(_head(rank))
+
+
+def context_attention(rank: RankConfig, windowed: bool = False) -> Attention:
+    """Return the cost of one sequence's attention in one layer, as its share of a microbatch.
+
+    windowed: True for a layer with the model's window
+    """
+    cluster = rank.cluster.every(rank.parallel.tp).shared_by(rank.parallel.micro_batch)
+    return attention(problem_of(rank, windowed), cluster, rank.record)
+
+
+def problem_of(rank: RankConfig, windowed: bool = False) -> Problem:
+    """Return the attention of one sequence in one layer, with the heads of one tensor-parallel rank."""
     model, parallel = rank.model, rank.parallel
     heads, kv_heads = model.heads // parallel.tp, max(1, model.kv_heads // parallel.tp)
-    problem = Problem(
+    return Problem(
         backend=parallel.backend,
         ranks=parallel.cp,
         seq=rank.seq,
@@ -175,21 +242,27 @@ def context_attention(rank: RankConfig) -> Attention:
         grid=parallel.grid,
         placement=parallel.placement,
         device=rank.cluster.device,
+        window=model.window if windowed else None,
     )
-    return attention(problem, rank.cluster.every(parallel.tp).shared_by(parallel.micro_batch), rank.record)
 
 
 def _attention(rank: RankConfig) -> PassTimes:
     if not rank.parallel.flash:
         return _score_matrices(rank)
-    found = context_attention(rank)
-    forward, backward = (
-        Seconds(attention=cost.kernels, context=cost.copies + cost.idle) for cost in (found.forward, found.backward)
-    )
-    if rank.parallel.recompute == "selective":
+    share = rank.model.windowed / rank.model.layers
+    forward, backward = Seconds(), Seconds()
+    for windowed, part in ((False, 1 - share), (True, share)):
+        if part:
+            found = context_attention(rank, windowed)
+            forward, backward = forward.plus(_of(found.forward), part), backward.plus(_of(found.backward), part)
+    if rank.parallel.recompute == "selective" and "core_attn" in rank.parallel.recomputed:
         backward = backward.plus(forward)
     b = rank.parallel.micro_batch
     return PassTimes(Seconds().plus(forward, b), Seconds().plus(backward, b))
+
+
+def _of(cost: Cost) -> Seconds:
+    return Seconds(attention=cost.kernels, context=cost.copies + cost.idle)
 
 
 def _score_matrices(rank: RankConfig) -> PassTimes:
@@ -227,7 +300,7 @@ def _elementwise(rank: RankConfig, moe: bool) -> PassTimes:
 
 
 def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
-    parallel, cluster = rank.parallel, rank.cluster
+    parallel = rank.parallel
     gather, scatter, reduce = _of_hidden_states(rank)
     forward = backward = 2 * reduce
     if parallel.sp:
@@ -235,8 +308,7 @@ def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
         forward = 2 * (gather + scatter) / pieces
         backward = 2 * gather / pieces + 2 * _behind_products(rank, gather + scatter)
     if moe:
-        sent = rank.split_tokens * rank.model.top_k * rank.model.hidden * parallel.bytes
-        exchange = 2 * collective_seconds(cluster, "gather", sent, parallel.ep, parallel.tp)
+        exchange = _exchange(rank)
         forward, backward = forward + exchange, backward + exchange
     return PassTimes(Seconds(collectives=forward), Seconds(collectives=backward))
 

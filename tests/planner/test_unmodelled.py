@@ -1,46 +1,214 @@
 """The estimate names the flags that it does not model, and takes what training takes."""
 
 import json
+from dataclasses import replace
+from functools import cache
 
 import pytest
 from typer.testing import CliRunner
 
 from megatron_cp.cli import app
+from megatron_cp.cli.estimate import estimate_recipe
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.planner.estimate import Estimate, estimate
+from megatron_cp.planner.model import Latent, Transformer, model_of
+from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.unmodelled import unmodelled
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.file import Unset
 
 RECIPE = "llama3.1-8b-8k-h100x8"
-PP2 = ("--pipeline-model-parallel-size", "2")
+PP2 = "--pipeline-model-parallel-size 2"
+H100 = load_cluster("dgx-h100-ib")
 
 
-def estimated(*flags: str) -> dict:
-    done = CliRunner().invoke(app, ["estimate", "--json", RECIPE, *flags])
-    assert done.exit_code == 0, done.exception
-    return json.loads(done.stdout)
+def loaded(flags: str) -> recipe.Recipe:
+    return recipe.load(RECIPE, Unset({}), flags.split())
+
+
+@cache
+def estimated(flags: str = "") -> Estimate:
+    return estimate_recipe(loaded(flags))
+
+
+# flags of other people's scripts, each of which an estimator may be tempted to pass over
+SEEN = [
+    "--recompute-activations",
+    "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 4",
+    "--recompute-granularity selective --recompute-modules layernorm mlp",
+    "--recompute-granularity selective --recompute-modules gdn_norm_out",
+    f"{PP2} --pipeline-model-parallel-layout Et*10|t*22L",
+    f"{PP2} --pipeline-model-parallel-layout Et*16m|t*16L --mtp-num-layers 1",
+    f"{PP2} --decoder-first-pipeline-num-layers 10",
+    f"{PP2} --decoder-last-pipeline-num-layers 10",
+    "--use-torch-fsdp2",
+    "--use-megatron-fsdp",
+    "--use-megatron-fsdp --data-parallel-sharding-strategy optim",
+    "--optimizer-cpu-offload",
+    "--cpu-offloading-num-layers 4",
+    "--fine-grained-activation-offloading",
+    "--use-precision-aware-optimizer",
+    "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+    "--window-size 128,0",
+    "--window-size (127,0) --window-attn-skip-freq 4",
+    "--mtp-num-layers 1",
+    "--multi-latent-attention --kv-lora-rank 512",
+    "--fp8-format hybrid",
+    "--fp8-format hybrid --fp8-recipe blockwise",
+    "--fp4-format e2m1",
+    "--num-experts 8",
+    "--num-experts 8 --moe-layer-freq [0]*8+[1]*24",
+    "--num-experts 8 --moe-expert-capacity-factor 1.0",
+    "--num-experts 8 --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+    "--attention-backend unfused",
+    "--experimental-attention-variant dsa",
+    "--cuda-graph-impl local",
+    "--num-distributed-optimizer-instances 2",
+    f"{PP2} --pp-memory-limit 20",
+    "--delay-wgrad-compute",
+    "--hybrid-layer-pattern M*",
+    "--optimizer muon",
+    "--no-such-flag-yet 3",
+]
+
+
+@pytest.mark.parametrize("flags", SEEN)
+def test_a_flag_is_modelled_or_named(flags: str) -> None:
+    # where a flag needs others, the same without it
+    base = flags.rpartition("--")[0] if flags.startswith((PP2, "--num-experts 8 ", "--fp8-format hybrid ")) else ""
+    base = base if "--pipeline-model-parallel-layout" not in base else PP2
+    here, there = (figures(estimated(text)) for text in (flags, base))
+    assert here != there or unmodelled(loaded(flags)) != unmodelled(loaded(base))
+
+
+def figures(found: Estimate) -> tuple[object, ...]:
+    return found.parts, found.memory
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    "flags",
+    ["--optimizer-cpu-offload", "--use-torch-fsdp2", "--fp4-format e2m1", "--no-such-flag-yet 3"],
+)
+def test_a_flag_that_is_not_modelled_is_printed(flags: str) -> None:
+    command = ["estimate", RECIPE, *flags.split()]
+    assert f"not in the estimate: {flags}\n" in CliRunner().invoke(app, command).stdout
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["not_in_the_estimate"] == [flags]
+
+
+@pytest.mark.parametrize("name", recipe.shipped("recipes"))
+def test_a_shipped_recipe_leaves_nothing_out(name: str) -> None:
+    assert unmodelled(recipe.load(name, Unset({}))) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "same"),
     [
-        ("--recompute-method block --recompute-num-layers 1 --recompute-granularity full", "--recompute-method block"),
-        ("--optimizer-cpu-offload", "--optimizer-cpu-offload"),
-        ("--window-size 128,0", "--window-size 128,0"),
-        ("--mtp-num-layers 1", "--mtp-num-layers 1"),
-        ("--multi-latent-attention", "--multi-latent-attention"),
+        ("--recompute-activations", "--recompute-granularity selective"),
+        (f"{PP2} --pp-schedule zb-v", f"{PP2} --pp-schedule zb-v --num-virtual-stages-per-pipeline-rank 2"),
+        (f"{PP2} --pp-schedule auto --pp-profile-steps 3", f"{PP2} --pp-schedule auto"),
+        (f"{PP2} --decoder-first-pipeline-num-layers 10", f"{PP2} --pipeline-model-parallel-layout Et*10|t*22L"),
+        (
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 32",
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        ),
+        ("--context-parallel-size 2 --cp-comm-type auto", "--context-parallel-size 2 --cp-comm-type zigzag"),
     ],
 )
-def test_a_flag_that_is_not_modelled_is_named(flags: str, named: str) -> None:
-    assert estimated(*flags.split())["not_in_the_estimate"] == [named]
-    done = CliRunner().invoke(app, ["estimate", RECIPE, *flags.split()])
-    assert f"not in the estimate: {named}\n" in done.stdout
+def test_two_ways_to_say_a_run_are_one_estimate(one: str, same: str) -> None:
+    assert figures(estimated(one)) == figures(estimated(same))
 
 
-def test_a_recipe_without_such_a_flag_has_no_such_line() -> None:
-    assert estimated()["not_in_the_estimate"] == []
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 8191", "divisible by TP x CP = 2, got 8191"),
+        ("--window-size 128", "--window-size takes two ints"),
+        (f"{PP2} --pipeline-model-parallel-layout Et*10|t*21L", "has 2 stages and 31 layers for 2 ranks and 32"),
+        (f"{PP2} --pipeline-model-parallel-layout Ex|L", "is made of E t m L"),
+        ("--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 9", "leave 23 layers for 3 ranks"),
+        ("--num-experts 8 --moe-layer-freq [0]*8+[1]*23", "--moe-layer-freq takes a number, or lists"),
+        ("--use-precision-aware-optimizer --exp-avg-dtype int8", "--exp-avg-dtype is one of fp32"),
+        ("--num-experts 8 --expert-model-parallel-size 8 --expert-tensor-parallel-size 3", "expert parallel 8 x 3"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimated(flags)
 
 
-def test_recompute_activations_is_the_selective_kind() -> None:
-    assert estimated("--recompute-activations") == estimated("--recompute-granularity", "selective")
+def test_block_recomputation_is_between_none_and_all() -> None:
+    none, some, every = (
+        estimated(f"--recompute-granularity full --recompute-method block --recompute-num-layers {n}" if n else "")
+        for n in (0, 8, 32)
+    )
+    share = (some.seconds - none.seconds) / (every.seconds - none.seconds)
+    assert share == pytest.approx(0.25, rel=1e-6)
+    kept = [one.worst_memory.activations for one in (none, some, every)]
+    assert (kept[0] - kept[1]) / (kept[0] - kept[2]) == pytest.approx(0.25, rel=1e-6)
 
 
-def test_the_schedule_alone_says_its_chunks_as_in_training() -> None:
-    alone = estimated(*PP2, "--pp-schedule", "zb-v")
-    assert alone == estimated(*PP2, "--pp-schedule", "zb-v", "--num-virtual-stages-per-pipeline-rank", "2")
+def test_uniform_recomputation_keeps_the_input_of_each_group() -> None:
+    one, four = (
+        estimated(f"--recompute-granularity full --recompute-method uniform --recompute-num-layers {n}").worst_memory
+        for n in (1, 4)
+    )
+    assert one.activations == 4 * four.activations
+    assert one.buffers < four.buffers
+
+
+def test_a_window_costs_the_pairs_that_it_leaves() -> None:
+    model, parallel = model_of(loaded("")), Parallel(global_batch=1)
+    plain = estimate(model, parallel, H100, 8192)
+    half = estimate(replace(model, window=(8191, 0), windowed=32), parallel, H100, 8192)
+    assert half.parts == plain.parts
+    short = estimate(replace(model, window=(127, 0), windowed=32), replace(parallel), H100, 8192)
+    pairs = 128 * 8192 - 128 * 127 / 2
+    assert short.parts.attention / plain.parts.attention == pytest.approx(pairs / (8192 * 8193 / 2), rel=0.25)
+    mixed = estimate(replace(model, window=(127, 0), windowed=16), parallel, H100, 8192)
+    assert mixed.parts.attention == pytest.approx((short.parts.attention + plain.parts.attention) / 2)
+
+
+# DeepSeek-V3 without its layers of multi-token prediction: 671 billion parameters (arXiv:2412.19437, 4.2)
+DEEPSEEK = Transformer(
+    name="DeepSeek-V3",
+    layers=61,
+    hidden=7168,
+    ffn=18432,
+    heads=128,
+    kv_heads=128,
+    head_dim=160,
+    vocab=129280,
+    experts=256,
+    top_k=8,
+    expert_ffn=2048,
+    shared_expert_ffn=2048,
+    moe_pattern=(0,) * 3 + (1,) * 58,
+    latent=Latent(1536, 512, 128, 64, 128),
+)
+
+
+def test_latent_attention_has_the_published_number_of_parameters() -> None:
+    assert DEEPSEEK.parameters / 1e9 == pytest.approx(671, abs=0.5)
+    # 14 billion more for one layer of multi-token prediction, of which the embeddings are shared
+    assert (replace(DEEPSEEK, mtp=1).parameters - DEEPSEEK.parameters) / 1e9 == pytest.approx(11.5, abs=0.6)
+
+
+def test_optimizer_state_is_what_its_dtypes_take() -> None:
+    plain = estimated().worst_memory.optimizer
+    # float32 master weights beside bf16 weights need 2 bytes
+    assert estimated("--use-precision-aware-optimizer").worst_memory.optimizer == plain * 10 / 12
+    small = "--use-precision-aware-optimizer --exp-avg-dtype fp8 --exp-avg-sq-dtype bf16"
+    assert estimated(small).worst_memory.optimizer == plain * 5 / 12
+
+
+def test_experts_are_split_by_their_own_tensor_parallel_size() -> None:
+    mixture = replace(DEEPSEEK, latent=None, layers=4, moe_pattern=(1,) * 4)
+    sizes = {"tp": 4, "dp": 2, "sp": True, "global_batch": 2}
+    whole, split = (
+        estimate(mixture, Parallel(**sizes, ep=ep, etp=etp), H100, 4096).worst_memory.weights
+        for ep, etp in ((8, 1), (2, 4))
+    )
+    # either way an eighth of the experts is on a rank
+    assert whole == split
+    assert estimate(mixture, Parallel(**sizes, ep=2), H100, 4096).worst_memory.weights == split

@@ -77,6 +77,10 @@ def complete(args: Any, machine: Machine) -> None:
     _refuse_without_te(args, machine)
     if changed := fill_arguments(args, machine):
         say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
+    for name in () if machine.gpu else ("fp8", "fp4"):
+        if wanted := getattr(args, name, None):
+            dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+            say(f"this machine has no GPU: --{name}-format {wanted} is not done, products are computed in {dtype}")
 
 
 def _refuse_without_te(args: Any, machine: Machine) -> None:
