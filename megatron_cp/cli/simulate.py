@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.action import FORWARD, flat
 from megatron_cp.pipeline.bounds import lower_bound
 from megatron_cp.pipeline.build import build, check_caps, place
 from megatron_cp.pipeline.costs import Costs, uniform
@@ -19,6 +20,11 @@ from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
+
+LONGEST = 1e15
+"""Largest time or memory of a microbatch: sums over a step stay exact enough to be compared."""
+
+MOST_RANKS, MOST_PASSES = 512, 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +116,21 @@ def simulate(
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(word) for word in text.split(","))
+        numbers = tuple(float(word) for word in text.split(","))
     except ValueError:
         raise ValueError(f"--{option} must be numbers separated by commas, got {text!r}") from None
+    if any(abs(number) > LONGEST for number in numbers):
+        raise ValueError(f"--{option} must be numbers of at most {LONGEST:g}, got {text!r}; take a larger unit")
+    return numbers
+
+
+def _check_size(p: int, m: int, v: int) -> None:
+    """Raise ValueError for a step that would take minutes to simulate."""
+    if p > MOST_RANKS or p * m * v > MOST_PASSES:
+        raise ValueError(
+            f"a step of at most {MOST_RANKS} ranks and {MOST_PASSES:,} passes, p x m x v, is simulated, got p = {p:,}, "
+            f"m = {m:,}, v = {v:,}; take fewer"
+        )
 
 
 def _run(
@@ -120,6 +138,7 @@ def _run(
 ) -> SimulatedStep:
     if asked.p is None or asked.m is None:
         raise ValueError("give the number of ranks -p and of microbatches -m")
+    _check_size(asked.p, max(1, asked.m), max(1, asked.v or 1))
     where = place(SCHEDULES.get(name), asked.p, asked.v, placement)
     costs = asked.costs(where)
     schedule = build(
@@ -137,7 +156,13 @@ def _run(
 
 
 def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
-    schedule = check(parse(file.read_text(), file.stem))
+    read = parse(file.read_text(), file.stem)
+    forwards = sum(action.kind == FORWARD for actions in read.table for action in flat(actions))
+    if read.micros > forwards:
+        raise ValueError(
+            f"{file}: microbatch {read.micros - 1} among {forwards} forwards; number the microbatches 0, 1, 2 and so on"
+        )
+    schedule = check(read)
     costs = asked.costs(schedule.placement)
     caps = asked.caps(schedule.placement)
     if caps:

@@ -60,6 +60,27 @@ def test_table_of_ones_own(tmp_path):
     assert ">1B0<" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--schedule 1f1b -p 4 -m 8 --times 1e308,1e308,1e308,0", "--times must be numbers of at most 1e.15"),
+        ("--schedule 1f1b -p 4 -m 8 --memory inf,1", "--memory must be numbers"),
+        ("--schedule 1f1b -p 2000 -m 8", "at most 512 ranks"),
+        ("--compare all -p 4 -m 99999999", "200,000 passes"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_simulated(words, message):
+    with pytest.raises(ValueError, match=message):
+        ask(*words.split())
+
+
+def test_a_microbatch_far_beyond_the_others_is_refused(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("0F0 0F99999999999 0B0 0B99999999999\n")
+    with pytest.raises(ValueError, match="microbatch 99999999999 among 2 forwards"):
+        ask("--table", str(file))
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_picture(tmp_path, suffix):
     file = tmp_path / f"step{suffix}"

@@ -162,6 +162,11 @@ def test_every_replacement_says_why_and_no_name_is_replaced_twice() -> None:
     assert len(TARGETS) == len(set(TARGETS))
 
 
+def test_products_in_low_precision_are_named() -> None:
+    assert checks.low_precision(SimpleNamespace(fp8="hybrid", fp4=None)) == ["--fp8-format hybrid"]
+    assert checks.low_precision(SimpleNamespace(fp8=None)) == []
+
+
 def test_only_what_differs_is_filled_in_and_reported() -> None:
     args = SimpleNamespace(transformer_impl="local", apply_rope_fusion=True, hidden_size=4)
     changed = checks.fill_arguments(args, Machine(te=False))
