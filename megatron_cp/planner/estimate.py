@@ -246,7 +246,9 @@ def _stages(rank: RankConfig) -> list[Stage]:
         layers = [model.layers]
     layers = list(parallel.layout or layers)
     layers[-1] += model.mtp
-    stages = [_stage(rank, count) for count in layers]
+    one = _mean_layer(rank)
+    each = {count: _stage(rank, one, count) for count in set(layers)}
+    stages = [each[count] for count in layers]
     first, last = ends(rank)
     stages[0] = stages[0]._replace(work=stages[0].work.plus(first))
     end = stages[-1].work.plus(last)
@@ -254,9 +256,9 @@ def _stages(rank: RankConfig) -> list[Stage]:
     return stages
 
 
-def _stage(rank: RankConfig, layers: int) -> Stage:
+def _stage(rank: RankConfig, one: PassTimes, layers: int) -> Stage:
     """Return a stage of so many layers, of which those that "full" recomputes run forward once more in backward."""
-    one, again = _mean_layer(rank), recomputed_layers(rank, layers)
+    again = recomputed_layers(rank, layers)
     work = PassTimes().plus(one, layers).plus(PassTimes(input=one.forward), again)
     kept = again * mean_layer_bytes(rank)
     if again < layers:
