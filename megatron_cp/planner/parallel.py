@@ -42,6 +42,7 @@ class Parallel:
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     state_bytes: of the optimizer per parameter; None for float32 master weights and moments
+    fused_merge: partial results of context parallelism are merged by our kernel where there is one, else by torch
     flash:       attention by a fused kernel; without it whole score matrices are written
     """
 
@@ -76,6 +77,7 @@ class Parallel:
     fp8_params: bool = False
     fp32_grads: bool = True
     state_bytes: float | None = None
+    fused_merge: bool = True
     flash: bool = True
     precision: str = "bfloat16"
 

@@ -75,7 +75,9 @@ def _row(run: Mapping[str, Any], record: Record | None, change: Callable[[Cluste
     sizes = dict(run["parallel"])
     grid = Grid(*sizes.pop("grid")) if "grid" in sizes else None
     cluster = change(load_cluster(run["cluster"]))
-    found = estimate(_model(run["model"]), Parallel(**sizes, grid=grid), cluster, run["seq"], record)
+    # none of them had our fused merge
+    parallel = Parallel(**sizes, grid=grid, fused_merge=False)
+    found = estimate(_model(run["model"]), parallel, cluster, run["seq"], record)
     unit, reported = next(iter(run["reported"].items()))
     return PublishedRun(
         name=run["name"],

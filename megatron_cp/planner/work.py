@@ -241,7 +241,7 @@ def problem_of(rank: RankConfig, windowed: bool = False) -> Problem:
         dtype=rank.dtype,
         grid=parallel.grid,
         placement=parallel.placement,
-        device=rank.cluster.device,
+        device=rank.cluster.device if parallel.fused_merge else "cpu",
         window=model.window if windowed else None,
     )
 
