@@ -4,14 +4,14 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cp.comm.fabric import Done, Message, Transfer, check_counts, check_parts, size_in_bytes
-from megatron_cp.errors import CannotRun
+from megatron_cp.errors import CannotRun, Refused
 
 # torch 2.14 renamed two collectives and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -29,6 +29,19 @@ class GroupFabric:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size, self.sent = dist.get_rank(group), dist.get_world_size(group), 0
+
+    def __copy__(self) -> Self:
+        """Return another fabric of the same process group, with a count of its own."""
+        return type(self)(self.group)
+
+    def __deepcopy__(self, _: object) -> Self:
+        return type(self)(self.group)
+
+    def __reduce__(self) -> NoReturn:
+        raise Refused(
+            f"a process group cannot be pickled, got a GroupFabric of {self.size} ranks; "
+            "pickle the arguments, and make fabric and plan again where they are read"
+        )
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Transfer:
         self.sent += sum(size_in_bytes(tensor) for tensor, _ in sends)

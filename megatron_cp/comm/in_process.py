@@ -4,6 +4,7 @@ As strict as a process group of GPUs: a message must fit its buffer in dtype, sh
 message that is sent must be received.
 """
 
+import copy
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -93,6 +94,10 @@ class LocalFabric:
     def __init__(self, mailbox: Mailbox, members: tuple[int, ...], me: int) -> None:
         self._mailbox, self._members = mailbox, members
         self.rank, self.size, self.sent = members.index(me), len(members), 0
+
+    def __deepcopy__(self, _: object) -> "LocalFabric":
+        """Return another fabric of the same ranks, with its own count of bytes."""
+        return copy.copy(self)
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Transfer:
         check_batch(self, sends, recvs)

@@ -1,35 +1,96 @@
-"""Agreement of all ranks on the shapes of their tensors, before a message whose length depends on them."""
+"""Agreement of all ranks on a call, before a message whose length depends on it."""
 
+import json
 from collections.abc import Sequence
-from itertools import batched
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from megatron_cp.comm import Fabric, values_of_all
+from megatron_cp.comm import values_of_all
+from megatron_cp.context import cache_sizes
+from megatron_cp.context.plan import Plan
 from megatron_cp.errors import Refused
 
+DETAILS = 4096
+"""Bytes in which a rank describes its call, once the ranks know that their calls differ."""
 
-def agree_on_shapes(fabric: Fabric, *tensors: Tensor) -> None:
-    """Compare the shapes of these tensors [s b * d], queries first, with those of all other ranks.
 
-    One all-gather of 32 bytes per tensor, which `Fabric.sent` does not count; on a GPU the host waits for it. Nothing
-    is remembered from call to call, because a rank whose own shapes are as before cannot tell that another's changed.
+class Brought(NamedTuple):
+    """The part of a call that all ranks must have in common.
+
+    shapes:    of the tensors, queries first; of anything else, none
+    dtypes:    names, of anything but a tensor its type
+    gradients: a backward pass may follow
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    gradients: bool
+    plan: tuple[object, ...]
+
+
+def wants_gradients(*tensors: object) -> bool:
+    """True if a backward pass may follow a call on these tensors."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def agree(plan: Plan, *tensors: object, gradients: bool) -> None:
+    """Compare shapes and dtypes of these tensors [s b * d], queries first, and the plan with those of all other ranks.
+
+    One all-gather of 8 bytes per rank, which `Fabric.sent` does not count; on a GPU the host waits for it. Nothing is
+    remembered from call to call, because a rank whose own call is as before cannot tell that another's changed.
     Raises ValueError on every rank if any two ranks differ.
     """
-    if fabric.size == 1:
+    if plan.cp.size == 1:
         return
-    sizes = [size for tensor in tensors for size in tensor.shape]
-    shapes = [tuple(batched(values, 4)) for values in values_of_all(fabric, tensors[0].device, sizes)]
+    real = [x for x in tensors if isinstance(x, Tensor)]
+    device = real[0].device if real else torch.device("cpu")
+    mine = Brought(
+        tuple(tuple(x.shape) if isinstance(x, Tensor) else () for x in tensors),
+        tuple(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in tensors),
+        gradients,
+        plan.terms,
+    )
+    if len(set(values_of_all(plan.cp, device, [_word(mine)]))) == 1:
+        return
+    described = json.dumps(mine._replace(plan=tuple(map(str, mine.plan)))).encode()
+    assert len(described) <= DETAILS, "torch's tensors have 64 dims at most"
+    rows = values_of_all(plan.cp, device, list(described.ljust(DETAILS)))
+    raise Refused(_difference([_read(bytes(row)) for row in rows]))
+
+
+# a long text, and the same from call to call
+@lru_cache(cache_sizes.LAYOUTS)
+def _word(brought: Brought) -> int:
+    return int.from_bytes(blake2b(repr(brought).encode(), digest_size=8).digest(), signed=True)
+
+
+def _read(row: bytes) -> Brought:
+    shapes, dtypes, gradients, plan = json.loads(row)
+    return Brought(tuple(map(tuple, shapes)), tuple(dtypes), gradients, tuple(plan))
+
+
+def _difference(ranks: Sequence[Brought]) -> str:
+    shapes = [rank.shapes for rank in ranks]
+    if len({shape[:1] for tensors in shapes for shape in tensors}) > 1:
+        held = _each(" / ".join(dict.fromkeys(str(shape[0]) if shape else "none" for shape in row)) for row in shapes)
+        return f"all ranks must hold equally many tokens, got {held}; pad the sequence to a common length"
     if len(set(shapes)) > 1:
-        raise Refused(_difference(shapes))
+        held = _each(" ".join(map(str, row)) for row in shapes)
+        rule = "all ranks must hold tensors of one shape (s, b, h, d)"
+        return f"{rule}, got {held}; give all ranks the same batch and heads"
+    if len({rank.dtypes for rank in ranks}) > 1:
+        held = _each(" ".join(name.removeprefix("torch.") for name in dict.fromkeys(rank.dtypes)) for rank in ranks)
+        return f"all ranks must hold tensors of one dtype, got {held}; convert them"
+    if len({rank.plan for rank in ranks}) > 1:
+        held = _each(" ".join(map(str, rank.plan)) for rank in ranks)
+        return f"all ranks must attend by one plan, got {held}; make it from the same arguments on all ranks"
+    held = _each("yes" if rank.gradients else "no" for rank in ranks)
+    return f"all ranks must want gradients or none, got {held}; set requires_grad or torch.no_grad alike on all ranks"
 
 
-def _difference(shapes: Sequence[tuple[tuple[int, ...], ...]]) -> str:
-    if len({tokens for tensors in shapes for tokens, *_ in tensors}) > 1:
-        each = ", ".join(
-            f"rank {rank}: {' / '.join(str(tokens) for tokens in dict.fromkeys(shape[0] for shape in tensors))}"
-            for rank, tensors in enumerate(shapes)
-        )
-        return f"all ranks must hold equally many tokens, got {each}; pad the sequence to a common length"
-    each = ", ".join(f"rank {rank}: {' '.join(map(str, tensors))}" for rank, tensors in enumerate(shapes))
-    return f"all ranks must hold tensors of one shape (s, b, h, d), got {each}; give all ranks the same batch and heads"
+def _each(values: Any) -> str:
+    return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))

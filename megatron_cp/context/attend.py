@@ -1,12 +1,14 @@
 """Attention over a sequence sharded on ranks, through any backend."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_cp.context.agreement import agree_on_shapes
-from megatron_cp.context.auto import settle
+from megatron_cp.context import opaque, transforms
+from megatron_cp.context.agreement import wants_gradients
 from megatron_cp.context.function import run
 from megatron_cp.context.plan import Plan, Sizes, plan
+from megatron_cp.context.prepare import prepare
 
 __all__ = ["Plan", "Sizes", "attend", "plan"]
 
@@ -21,18 +23,19 @@ def attend(
 ) -> Float[Tensor, "s b h d"]:
     """Attend this rank's queries to the whole sequence, differentiably; all ranks of the plan call it together.
 
-    Every call first compares the shapes of all ranks, in one all-gather of 96 bytes per rank. With `agreed` the caller
-    guarantees that they are equal, and the call sends the algorithm's messages only: Megatron cuts every batch for its
-    ranks by one rule, so its layers compare at their first call and after a change of their own shapes.
+    Computes in the dtype of q, k and v, under autocast too; has first derivatives only. Under torch.compile and
+    torch.func it is one operator, which neither looks into.
 
-    Raises ValueError on every rank when shapes differ between ranks, and when lengths or heads do not fit the
+    Every call first compares shapes, dtypes and plans of all ranks, in one all-gather of 8 bytes per rank. With
+    `agreed` the caller guarantees that they are equal: a GPU, whose host would wait for the comparison, sends the
+    algorithm's messages only. Megatron cuts every batch for its ranks by one rule, so that its layers ask for the
+    comparison at their first call and after a change of their own shapes.
+
+    Raises ValueError on every rank when these differ between ranks, and when tensors do not fit each other or the
     algorithm; nothing but the comparison is sent before.
     """
-    if not agreed:
-        agree_on_shapes(plan.cp, q, k, v)
-    return run(q, k, v, settle(plan, _sizes(q, k, plan)))
-
-
-def _sizes(q: Tensor, k: Tensor, plan: Plan) -> Sizes:
-    dtype = str(q.dtype).removeprefix("torch.")
-    return Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], q.shape[3], dtype, q.device.type)
+    if torch.compiler.is_compiling():
+        return opaque.attend(q, k, v, plan, agreed)
+    if torch._C._are_functorch_transforms_active():
+        return transforms.attend(q, k, v, plan, agreed)
+    return run(q, k, v, prepare(q, k, v, plan, agreed=agreed, gradients=wants_gradients(q, k, v)))

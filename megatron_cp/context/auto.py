@@ -5,9 +5,10 @@ without a message. It weighs time, for one sequence and both passes, and leaves 
 memory for.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
-from threading import Lock
+from threading import RLock
 
 import torch
 
@@ -21,7 +22,7 @@ from megatron_cp.context.trace.record import record, record_rank
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import cluster_of, load_cluster
 
-_one_at_a_time = Lock()
+_one_at_a_time = RLock()
 
 
 def settle(plan: Plan, sizes: Sizes) -> Plan:
@@ -58,7 +59,15 @@ def default_cluster(device: str) -> Cluster:
 def _decide(problem: Problem, cluster: Cluster) -> BackendChoice:
     # no backend has such a length or layout
     layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
-    return choose(problem, cluster, last_rank, record)
+    # in a thread of its own, because autograd's modes, hooks on saved tensors and autocast belong to the caller's
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_choose, problem, cluster).result()
+
+
+def _choose(problem: Problem, cluster: Cluster) -> BackendChoice:
+    # the search for non-finite values is the only mode of all threads, and tensors without data have none
+    with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), check_nan=False):
+        return choose(problem, cluster, last_rank, record)
 
 
 def last_rank(problem: Problem) -> tuple[Step, ...]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_cp.context.agreement import agree_on_shapes
+from megatron_cp.context.agreement import agree, wants_gradients
 from megatron_cp.context.algorithms import rsa
 from megatron_cp.context.checks import able
+from megatron_cp.context.function import differentiable_once, without_autocast
+from megatron_cp.context.inputs import check_inputs
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.task import Saved, Task
 from megatron_cp.errors import Refused
@@ -27,10 +28,10 @@ def attention_probabilities(
     gradient. `plan` is of backend "rsa", `bias` as in `attend_with_bias`. Sends (p-1) U. Raises ValueError for another
     plan, and when shapes differ between ranks or do not fit; nothing but their comparison is sent before.
     """
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         task = _rsa_task(q, k, k, plan, bias)
         scores = rsa.score_rows(q, k, bias, task)
-        weights = rsa.probabilities(scores, scores.logsumexp(-1)).flatten(1, 2)
+        weights = rsa.whole_rows(scores, scores.logsumexp(-1)).flatten(1, 2)
         return torch.empty_like(weights).index_copy_(-1, rsa.columns_of(task, q), weights)
 
 
@@ -50,16 +51,18 @@ def attend_with_bias(
 class _Biased(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, task: Task) -> Tensor:
-        out, saved = rsa.forward_with_bias(q, k, v, bias, task)
+        with without_autocast(q.device):
+            out, saved = rsa.forward_with_bias(q, k, v, bias, task)
         ctx.save_for_backward(*saved, bias)
         ctx.task = task
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *saved, bias = ctx.saved_tensors
-        return *rsa.backward_with_bias(dout, Saved(*saved), bias, ctx.task), None
+        with without_autocast(dout.device):
+            return *rsa.backward_with_bias(dout, Saved(*saved), bias, ctx.task), None
 
 
 def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None) -> Task:
@@ -70,7 +73,8 @@ def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None) 
             f"whole rows of scores are held by backend {names} without chunks only, got {plan.backend.name!r} with "
             f"chunks = {plan.chunks}; make the plan with plan({names}, ...)"
         )
-    agree_on_shapes(plan.cp, q, k, v)
+    agree(plan, q, k, v, bias, gradients=wants_gradients(q, k, v, bias))
+    check_inputs(q, k, v)
     task = task_for(q, k, v, plan)
     whole = (q.shape[1], q.shape[2], q.shape[0], rsa.tokens_of(task))
     if bias is not None and (bias.ndim != 4 or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True))):

@@ -1,10 +1,13 @@
-"""The autograd function around every backend's loop."""
+"""The autograd function around every backend's loop, and its two passes."""
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import wraps
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_cp.context import layouts
@@ -13,35 +16,135 @@ from megatron_cp.context.loop import Loop
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Task
+from megatron_cp.errors import Refused
 from megatron_cp.kernels.protocol import PreparesBackward
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+class Call(NamedTuple):
+    """One attention between two re-layouts.
+
+    layout: positions that the caller's tokens have
+    factor: of the queries, so that the scale of the task is a positive float32, as fused kernels want it
+    """
+
+    loop: Loop[Any]
+    task: Task
+    layout: Layout
+    factor: float
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """Attend by a plan whose backend is chosen; the caller guarantees that all ranks hold tensors of one shape."""
+    return _Attend.apply(q, k, v, call_for(q, k, v, plan))
+
+
+def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Call:
+    """Return the call of a settled plan for such tensors; raises ValueError when they do not fit."""
     layout = layouts.layout(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
-    return _Attend.apply(q, k, v, plan.loop, task_for(q, k, v, plan), layout)
+    task = task_for(q, k, v, plan)
+    factor, scale = _positive(task.scale)
+    return Call(plan.loop, replace(task, scale=scale), layout, factor)
+
+
+def forward_pass(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Any]:
+    """Return out and what the loop keeps for the backward pass; computes in the dtype of the inputs."""
+    if not q.shape[1]:
+        return torch.empty_like(q), ()
+    with without_autocast(q.device):
+        q, k, v = relayout(
+            [_last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric
+        )
+        out, saved = call.loop.forward(q if call.factor == 1 else q * call.factor, k, v, call.task)
+        return relayout([out], call.task.layout, call.layout, call.task.fabric)[0], saved
+
+
+def backward_pass(dout: Tensor, saved: Any, call: Call) -> tuple[Tensor, ...]:
+    """Return dq, dk and dv."""
+    if not dout.shape[1]:
+        empty = dout.new_empty(*dout.shape[:2], call.task.heads[1], dout.shape[3])
+        return torch.empty_like(dout), empty, torch.empty_like(empty)
+    with without_autocast(dout.device):
+        task = call.task
+        if isinstance(task.kernel, PreparesBackward):
+            task = task.on(task.fabric, task.layout, task.kernel.for_backward())
+        (dout,) = relayout([_last_dim_contiguous(dout)], call.layout, task.layout, task.fabric)
+        dq, dk, dv = call.loop.backward(dout, saved, task)
+        dq = dq if call.factor == 1 else dq * call.factor
+        return tuple(relayout([dq, dk, dv], task.layout, call.layout, task.fabric))
+
+
+def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Wrap the backward pass of an autograd function so that it raises ValueError where its results shall have a graph.
+
+    torch's `once_differentiable` gives constants where the gradient of the output is one, as in out.sum().
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            refuse_derivative("a gradient of its gradients (create_graph=True)")
+        return backward(ctx, *douts)
+
+    return wrapper
+
+
+def refuse_derivative(got: str) -> NoReturn:
+    """Raise Refused for a derivative that attention lacks."""
+    raise Refused(
+        f"attention has first derivatives in reverse mode only, got {got}; "
+        "use torch's scaled_dot_product_attention with its math backend on one rank for others"
+    )
 
 
 class _Attend(torch.autograd.Function):
     """A backend's loop, between two re-layouts if it needs other positions than the tokens have."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, loop: Loop[Any], task: Task, layout: Layout) -> Tensor:
-        q, k, v = relayout([q, k, v], layout, task.layout, task.fabric)
-        out, saved = loop.forward(q, k, v, task)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        out, saved = forward_pass(q, k, v, call)
         # autograd keeps a flat list of tensors, the loop gets back the tuple that it made of them
         tensors, ctx.saved_as = tree_flatten(saved)
-        ctx.save_for_backward(*tensors)
-        ctx.loop, ctx.task, ctx.layout = loop, task, layout
-        return relayout([out], task.layout, layout, task.fabric)[0]
+        result = _no_view(out, tensors)
+        ctx.save_for_backward(*(result if tensor is out else tensor for tensor in tensors))
+        ctx.call = call
+        return result
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        task, layout = ctx.task, ctx.layout
-        if isinstance(task.kernel, PreparesBackward):
-            task = task.on(task.fabric, task.layout, task.kernel.for_backward())
-        (dout,) = relayout([dout], layout, task.layout, task.fabric)
-        loop: Loop[Any] = ctx.loop
-        grads = loop.backward(dout, tree_unflatten(ctx.saved_tensors, ctx.saved_as), task)
-        return *relayout(grads, task.layout, layout, task.fabric), None, None, None
+        return *backward_pass(dout, tree_unflatten(ctx.saved_tensors, ctx.saved_as), ctx.call), None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        refuse_derivative("a derivative in forward mode")
+
+
+def _no_view(out: Tensor, saved: list[Tensor]) -> Tensor:
+    """Return `out` as a tensor that may be changed in place, which autograd forbids for views made in a function."""
+    if not out._is_view():
+        return out
+    # a change would go unseen in another tensor on the same memory
+    if any(x is not out and x.untyped_storage()._cdata == out.untyped_storage()._cdata for x in saved):
+        return out.clone()
+    return torch.ops.aten._unsafe_view(out, out.shape)
+
+
+def _positive(scale: float) -> tuple[float, float]:
+    """Split a scale into a factor of the queries and a positive scale."""
+    if abs(scale) < SMALLEST_SCALE:
+        return scale, 1.0
+    return (1.0, scale) if scale > 0 else (-1.0, -scale)
+
+
+def _last_dim_contiguous(x: Tensor) -> Tensor:
+    # a dim of size 1 may have any stride, which `contiguous` leaves as it is
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtypes of tensors, whatever the caller's autocast is."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -39,10 +39,22 @@ CAUSAL = Mask(right=0)
 def mask(causal: bool, window: tuple[int | None, int | None] | None = None) -> Mask:
     """Return the mask of flash-attn's two arguments; -1 or None in `window` is no limit, `causal` cuts the right at 0.
 
-    Raises ValueError for any other negative limit.
+    Raises ValueError for any other negative limit, and for anything but two whole numbers.
     """
-    left, right = (None if limit in (None, -1) else limit for limit in window or (None, None))
+    left, right = (None if limit in (None, -1) else limit for limit in _pair(window))
     for limit in (left, right):
         if limit is not None and limit < 0:
             raise Refused(f"a window's limits are 0 or more, or -1 for none, got {tuple(window or ())}")
     return Mask(left, 0 if causal else right)
+
+
+def _pair(window: object) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    limits = list(window) if isinstance(window, tuple | list) else []
+    if len(limits) != 2 or not all(limit is None or type(limit) is int for limit in limits):
+        raise Refused(
+            "window is (left, right), the keys that a query sees on each side, whole numbers or -1 for no limit, "
+            f"got {window!r}; leave it out for no window"
+        )
+    return limits[0], limits[1]

@@ -1,8 +1,12 @@
 """The plan of an attention, an algorithm for the ranks of a fabric, and the arguments of its loop."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import count
+from numbers import Real
+from typing import Any, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -10,6 +14,7 @@ from megatron_cp.comm import Fabric, SingleFabric
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes, layouts
 from megatron_cp.context.algorithms.fpdt import FPDT
 from megatron_cp.context.checks import able, check_can_chunk, check_grid, check_heads, check_mask, check_placement
+from megatron_cp.context.inputs import check_inputs
 from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.masks import Mask, mask
@@ -18,8 +23,15 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.kernels import Kernel, choose
+from megatron_cp.kernels import AUTO as AUTO_KERNEL
+from megatron_cp.kernels import KERNELS, Kernel, choose
 from megatron_cp.registry import unknown
+
+LARGEST_SCALE = 3.4e38
+"""Of float32, in which kernels take it."""
+
+_numbers = count()
+_made: "WeakValueDictionary[int, Plan]" = WeakValueDictionary()
 
 
 class Sizes(NamedTuple):
@@ -39,10 +51,11 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The arguments of an attention except its tensors. Made by `plan`.
+    """The arguments of an attention except its tensors. Made by `plan`. Copies are the plan itself.
 
     cluster: the cluster for which `auto` chooses; None is looked up by the device
     why:     the reasons of `auto`, in one line
+    number:  of this plan among all of the process, for graphs that hold no objects
     """
 
     backend: Backend
@@ -57,6 +70,35 @@ class Plan:
     cluster: Cluster | None = None
     why: str = ""
     stripe: int = 1
+    number: int = field(init=False, repr=False, compare=False, default_factory=lambda: next(_numbers))
+
+    def __post_init__(self) -> None:
+        _made[self.number] = self
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the number is of this process
+        return _again, ({each.name: getattr(self, each.name) for each in fields(self) if each.init},)
+
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """The part of the plan that is the same on every rank."""
+        grid = (self.axes.grid, self.axes.heads) if self.axes else None
+        return (
+            self.backend.name,
+            self.mask,
+            f"softmax_scale={self.softmax_scale}",
+            f"layout={self.layout}",
+            f"stripe={self.stripe}",
+            f"chunks={self.chunks}",
+            f"grid={grid}",
+            f"cluster={self.cluster and self.cluster.name}",
+        )
 
     @property
     def loop(self) -> Loop[Any]:
@@ -107,7 +149,11 @@ def plan(
     stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
-    entry, cp = BACKENDS.get(backend), cp or SingleFabric()
+    cp = SingleFabric() if cp is None else cp
+    _check_fabrics(cp=cp, inner=inner, outer=outer)
+    softmax_scale = None if softmax_scale is None else _as_scale(softmax_scale)
+    _check_types(causal=causal, deterministic=deterministic, kernel=kernel, chunks=chunks, stripe=stripe)
+    entry = BACKENDS.get(backend)
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     if placement not in PLACEMENTS:
@@ -139,7 +185,7 @@ def plan(
 
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
     """Return the arguments of a settled plan's loop for such tensors; raises ValueError when they do not fit."""
-    _check(q, k, v)
+    check_inputs(q, k, v)
     grid, axis = (plan.axes.grid, plan.axes.heads) if plan.axes else (None, "")
     check_heads(plan.backend, q.shape[2], plan.cp.size, grid, axis)
     layout = layouts.layout(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
@@ -185,12 +231,50 @@ def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
         )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if k.shape != v.shape:
-        raise Refused(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise Refused(f"q and k must agree in tokens, batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}")
-    if q.shape[2] % k.shape[2]:
-        raise Refused(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+def numbered(number: int) -> Plan:
+    """Return the plan of this number; raises ValueError for one that nobody holds any longer."""
+    made = _made.get(number)
+    if made is None:
+        raise Refused(f"plan {number} of a compiled graph is gone; keep the plan for as long as the graph is called")
+    return made
+
+
+def _again(arguments: dict[str, Any]) -> Plan:
+    return Plan(**arguments)
+
+
+def _check_fabrics(**fabrics: Fabric | None) -> None:
+    for name, fabric in fabrics.items():
+        if fabric is not None and not isinstance(fabric, Fabric):
+            raise Refused(
+                f"{name} must be a fabric, got a {type(fabric).__name__}; wrap a process group: GroupFabric(group)"
+            )
+
+
+def _as_scale(scale: object) -> float:
+    # a tensor would get no gradient
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        got = f"a {type(scale).__name__}" if isinstance(scale, Tensor) else repr(scale)
+        raise Refused(
+            f"softmax_scale must be a float, got {got}; "
+            "multiply q by a scale that is learned or differs between heads, and give softmax_scale=1.0"
+        )
+    value = float(scale)
+    if not math.isfinite(value) or abs(value) > LARGEST_SCALE:
+        raise Refused(f"softmax_scale must be finite in float32, got {value}; leave it out for 1 / sqrt(head dim)")
+    return value
+
+
+def _check_types(*, causal: object, deterministic: object, kernel: object, chunks: object, stripe: object) -> None:
+    for name, value in (("causal", causal), ("deterministic", deterministic)):
+        if not isinstance(value, bool):
+            raise Refused(f"{name} must be True or False, got {value!r}")
+    for name, value in (("chunks", chunks), ("stripe", stripe)):
+        if value is not None and type(value) is not int:
+            raise Refused(f"{name} must be a whole number, got {value!r}")
+    if isinstance(kernel, str) and kernel != AUTO_KERNEL:
+        KERNELS.get(kernel)
+    elif not isinstance(kernel, str | Kernel):
+        raise Refused(
+            f"kernel must be a name or a Kernel, got {kernel!r}; use one of: auto, {', '.join(KERNELS.names)}"
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.kernels.fused import Gradients, Op
+from megatron_cp.kernels.reference import ReferenceKernel
 
 aten = torch.ops.aten
 
@@ -15,6 +16,11 @@ FEW_QUERIES = 768
 """The CPU op's backward adds dK and dV up in half precision, once per block of queries, and takes blocks of 256 queries
 from this many on but of 64 or 32 below: tiles shorter than this are computed in float32, or they would be less exact
 than the whole sequence is."""
+
+
+FEW_KEYS = 16
+"""With fewer keys than this the CPU op gives a row of NaN scores out 0 and lse 0 where more keys give NaN; such tiles,
+and those whose lse is 0 by chance, are computed again."""
 
 
 # as many as torch has floating dtypes
@@ -33,7 +39,13 @@ def multiplies(dtype: torch.dtype) -> bool:
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     if not multiplies(q.dtype):
         q, k, v = (tensor.float() for tensor in (q, k, v))
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    if k.shape[2] < FEW_KEYS and bool((lse == 0).any()):
+        # b h s d -> s b h d -> b h s d
+        here = (x.permute(2, 0, 1, 3) for x in (q, k, v))
+        dense, log_sum = ReferenceKernel().forward(*here, scale=scale, causal=causal)
+        return dense.permute(1, 2, 0, 3), log_sum.permute(1, 2, 0)
+    return out, lse
 
 
 def _cpu_backward(

@@ -36,8 +36,7 @@ class ReferenceKernel:
         """out and lse; O(s * t) memory."""
         check_call(q, k, v, causal)
         scores = _scores(q, k, scale, causal)
-        lse = scores.logsumexp(-1)
-        weights = _weights(scores, lse)
+        lse, weights = scores.logsumexp(-1), scores.softmax(-1)
         # b g r s t, t b g d -> s b (g r) d
         out = torch.einsum("bgrst,tbgd->sbgrd", weights, _wide(v)).flatten(2, 3)
         return out.to(q.dtype), lse.permute(3, 0, 1, 2).flatten(2, 3)

@@ -5,7 +5,8 @@ import torch
 
 from megatron_cp.comm import GroupFabric, in_process
 from megatron_cp.context import BACKENDS
-from megatron_cp.context.agreement import agree_on_shapes
+from megatron_cp.context import prepare as preparing
+from megatron_cp.context.agreement import agree
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.bias import attend_with_bias, attention_probabilities
 from megatron_cp.context.layouts import indices
@@ -91,7 +92,7 @@ def test_other_shapes_of_one_rank_are_found_by_all(other):
 def test_longer_keys_of_one_rank_are_found_by_all():
     def body(fabric):
         keys = zeros(LONGER if fabric.rank == 0 else TOKENS)
-        return refusal(agree_on_shapes, fabric, zeros(), keys, keys)
+        return refusal(agree, plan("zigzag", cp=fabric), zeros(), keys, keys, gradients=False)
 
     assert {text.split(";")[0] for text in in_process(2, body)} == {
         "all ranks must hold equally many tokens, got rank 0: 12 / 24, rank 1: 12"
@@ -108,18 +109,13 @@ def test_probabilities_and_bias_compare_shapes_too():
         assert all("rank 0: 12, rank 1: 24" in text for text in texts)
 
 
-def test_a_caller_that_guarantees_equal_shapes_sends_nothing_for_them():
-    def gather(local):
-        raise AssertionError("gathered")
-
-    def body(fabric):
-        fabric.all_gather = gather
-        made = plan("zigzag", cp=fabric)
-        attend(zeros(), zeros(), zeros(), made, agreed=True)
-        with pytest.raises(AssertionError, match="gathered"):
-            attend(zeros(), zeros(), zeros(), made)
-
-    in_process(2, body)
+@pytest.mark.parametrize(("agreed", "device"), [(False, "cpu"), (True, "cpu"), (False, "meta"), (True, "meta")])
+def test_a_guarantee_spares_the_comparison_where_the_host_would_wait_for_a_device(monkeypatch, agreed, device):
+    compared = []
+    monkeypatch.setattr(preparing, "agree", lambda plan, *tensors, gradients: compared.append(len(tensors)))
+    x = zeros().to(device)
+    preparing.prepare(x, x, x, plan("zigzag"), agreed=agreed, gradients=False)
+    assert compared == ([] if agreed and device != "cpu" else [3])
 
 
 def test_a_plan_holds_nothing_that_changes():

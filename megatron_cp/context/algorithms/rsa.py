@@ -42,7 +42,7 @@ def forward_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, task
     scores = score_rows(q, k, bias, task)
     # 2. softmax over whole rows
     lse = scores.logsumexp(-1)
-    weights = probabilities(scores, lse)
+    weights = whole_rows(scores, lse)
     # 3. ring of V: the weighted sum of values
     total = Sum(q)
     for piece in _circulating(v, task):
@@ -159,6 +159,13 @@ def _hidden(queries: Tensor, keys: Tensor, mask: Mask) -> Tensor:
 def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     # a row that saw no key has lse -inf and weights 0, not exp(-inf + inf)
     return (scores - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
+
+
+def whole_rows(scores: Tensor, lse: Tensor) -> Tensor:
+    """Return weights that add up to 1, which those by lse do not where scores are so large that lse is rounded."""
+    weights = probabilities(scores, lse)
+    total = weights.sum(-1, keepdim=True)
+    return weights.div_(total.masked_fill_(total == 0, 1))
 
 
 def _empty_rows(q: Tensor, groups: int, task: Task, value: float) -> Tensor:

@@ -1,0 +1,108 @@
+"""Attention as one operator of torch's dispatcher, which torch.compile does not look into.
+
+Graphs hold numbers and tensors only: the operator gets the number of a plan, and returns a ticket, a tensor with the
+number of what else its backward pass needs. That lives as long as the memory of the ticket, which torch keeps and drops
+as any saved tensor.
+"""
+
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from megatron_cp.context.agreement import wants_gradients
+from megatron_cp.context.function import Call, backward_pass, call_for, forward_pass
+from megatron_cp.context.plan import Plan, numbered
+from megatron_cp.context.prepare import prepare
+from megatron_cp.errors import Refused
+
+
+class _Kept(bytearray):
+    """The memory of a ticket.
+
+    saved: tensors of the loop; a number stands for one of the operator's own q, k, v and out, which the graph keeps
+    """
+
+    call: Call
+    saved: list[Tensor | int]
+    saved_as: TreeSpec
+
+
+_numbers = count(1)
+_kept: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, agreed: bool) -> Tensor:
+    """Attend as one operator."""
+    out, _ = forward(q, k, v, plan.number, agreed, wants_gradients(q, k, v))
+    return out
+
+
+@torch.library.custom_op(
+    "megatron_cp::attend",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, SymInt plan, bool agreed, bool gradients) -> (Tensor, Tensor)",
+)
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: int, agreed: bool, gradients: bool) -> tuple[Tensor, Tensor]:
+    call = call_for(q, k, v, prepare(q, k, v, numbered(plan), agreed=agreed, gradients=gradients))
+    out, saved = forward_pass(q, k, v, call)
+    out = out.contiguous()
+    leaves, saved_as = tree_flatten(saved)
+    kept, number = _Kept(8), next(_numbers)
+    kept.call, kept.saved, kept.saved_as = call, [_own(leaf, (q, k, v, out)) for leaf in leaves], saved_as
+    _kept[number] = kept
+    return out, torch.frombuffer(kept, dtype=torch.int64).fill_(number)
+
+
+def _own(leaf: Tensor, given: tuple[Tensor, ...]) -> Tensor | int:
+    """Return a tensor that no compiled graph writes to, or the position among those that the graph keeps."""
+    for position, tensor in enumerate(given):
+        if leaf is tensor:
+            return position
+    shared = any(leaf.untyped_storage()._cdata == tensor.untyped_storage()._cdata for tensor in given)
+    return leaf.clone() if shared else leaf
+
+
+@forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, plan: int, agreed: bool, gradients: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(1, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op(
+    "megatron_cp::attend_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor ticket, Tensor q, Tensor k, Tensor v, Tensor out) -> (Tensor, Tensor, Tensor)",
+)
+def backward(
+    dout: Tensor, ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = _kept.get(int(ticket))
+    if kept is None:
+        raise Refused(
+            "a hook on saved tensors copied what a compiled attention keeps for its backward pass, which lives with "
+            "the original; leave the attention out of the compiled function, or the hook out"
+        )
+    given = (q, k, v, out)
+    saved = tree_unflatten([given[leaf] if isinstance(leaf, int) else leaf for leaf in kept.saved], kept.saved_as)
+    dq, dk, dv = (x.contiguous() for x in backward_pass(dout, saved, kept.call))
+    return dq, dk, dv
+
+
+@backward.register_fake
+def _(dout: Tensor, ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, ticket = output
+    ctx.save_for_backward(ticket, *inputs[:3], out)
+
+
+def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *backward(dout, *ctx.saved_tensors), None, None, None
+
+
+forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,25 @@
+"""What precedes the first message of a call: all ranks agree on it, and backend `auto` is settled."""
+
+from torch import Tensor
+
+from megatron_cp.context.agreement import agree
+from megatron_cp.context.auto import settle
+from megatron_cp.context.inputs import check_inputs
+from megatron_cp.context.plan import Plan, Sizes
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, agreed: bool, gradients: bool) -> Plan:
+    """Return the settled plan for such tensors; raises ValueError on every rank when they do not fit together.
+
+    agreed:    the caller guarantees that ranks are equal; a GPU's host does not wait for the comparison
+    gradients: a backward pass may follow
+    """
+    if not agreed or _device_type(q) == "cpu":
+        agree(plan, q, k, v, gradients=gradients)
+    check_inputs(q, k, v)
+    dtype = str(q.dtype).removeprefix("torch.")
+    return settle(plan, Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], q.shape[3], dtype, q.device.type))
+
+
+def _device_type(q: object) -> str:
+    return q.device.type if isinstance(q, Tensor) else "cpu"
