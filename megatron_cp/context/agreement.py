@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +76,10 @@ def _read(row: bytes) -> Brought:
 
 def _difference(ranks: Sequence[Brought]) -> str:
     shapes = [rank.shapes for rank in ranks]
-    if len({shape[:1] for tensors in shapes for shape in tensors}) > 1:
-        held = _each(" / ".join(dict.fromkeys(str(shape[0]) if shape else "none" for shape in row)) for row in shapes)
+    # behind q, k and v comes a bias
+    lengths = [[str(shape[0]) if shape else "none" for shape in row[:3]] for row in shapes]
+    if len(set(chain(*lengths))) > 1:
+        held = _each(" / ".join(dict.fromkeys(row)) for row in lengths)
         return f"all ranks must hold equally many tokens, got {held}; pad the sequence to a common length"
     if len(set(shapes)) > 1:
         held = _each(" ".join(map(str, row)) for row in shapes)

@@ -73,7 +73,7 @@ def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None) 
             f"whole rows of scores are held by backend {names} without chunks only, got {plan.backend.name!r} with "
             f"chunks = {plan.chunks}; make the plan with plan({names}, ...)"
         )
-    agree(plan, q, k, v, bias, gradients=wants_gradients(q, k, v, bias))
+    agree(plan, q, k, v, *([] if bias is None else [bias]), gradients=wants_gradients(q, k, v, bias))
     check_inputs(q, k, v)
     task = task_for(q, k, v, plan)
     whole = (q.shape[1], q.shape[2], q.shape[0], rsa.tokens_of(task))

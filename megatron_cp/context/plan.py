@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import count
 from numbers import Real
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -75,10 +75,10 @@ class Plan:
     def __post_init__(self) -> None:
         _made[self.number] = self
 
-    def __copy__(self) -> Self:
+    def __copy__(self) -> "Plan":
         return self
 
-    def __deepcopy__(self, _: object) -> Self:
+    def __deepcopy__(self, _: object) -> "Plan":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

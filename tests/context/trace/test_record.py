@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from megatron_cp.context import ALGORITHMS, BACKENDS
+from megatron_cp.context import ALGORITHMS, BACKENDS, function
 from megatron_cp.context.attend import attend
-from megatron_cp.context.function import run
 from megatron_cp.context.merge import accumulator_dtype
 from megatron_cp.context.trace.events import (
     Compute,
@@ -76,7 +75,7 @@ def over_gloo(problems, kernel):
         attend(*leaves, made)
         before = made.sent
         with LiveBytes(*leaves, dout) as live:
-            out = run(*leaves, made)
+            out = function.run(*leaves, made)
             between, forward_peak, live.peak = made.sent, live.peak, live.now
             out.backward(dout)
         found.append((between - before, made.sent - between, forward_peak, live.peak))
