@@ -127,6 +127,32 @@ def test_shapes_are_compared_in_the_first_call_and_after_a_change(monkeypatch: p
     assert calls == [False, True, False, True, False]
 
 
+def _one_rank_grows() -> list[str]:
+    """The texts of a layer's calls, in the third and fifth of which rank 1 holds twice the tokens."""
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    module = attention(
+        config(context_parallel_size=2, cp_comm_type="ring"),
+        ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"]),
+    )
+    texts = []
+    for call in range(6):
+        longer = call in (2, 4) and torch.distributed.get_rank() == 1
+        q, k, v, _ = inputs()
+        q, k, v = (x if longer else x[: S // 2] for x in (q, k, v))
+        try:
+            module(q, k, v, None)
+            texts.append("")
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_a_length_that_changes_on_one_rank_is_found_by_all() -> None:
+    text = "all ranks must hold equally many tokens, got rank 0: 24, rank 1: 48; pad the sequence to a common length"
+    assert run_ranks(2, _one_rank_grows) == [["", "", text, "", text, ""]] * 2
+
+
 def _against_stock(layer_scaling: bool) -> bool:
     """The stock module on the same inputs, layer 2 of a model with or without query-key layer scaling."""
     torch.distributed.init_process_group("gloo")

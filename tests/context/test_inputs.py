@@ -1,0 +1,167 @@
+"""Inputs that attention does not take: one line, the same on every rank, before anything but a comparison is sent."""
+
+import pytest
+import torch
+
+from megatron_cp.comm import GroupFabric
+from megatron_cp.context import BACKENDS, opaque
+from megatron_cp.context.attend import attend, plan
+from tests.cases import slow_unless
+from tests.context.test_modes import made
+from tests.ranks import run_ranks
+
+TOKENS, HEADS = 24, 4
+
+
+def x(*shape, dtype=torch.float32, **options):
+    return torch.zeros(shape or (TOKENS, 1, HEADS, 8), dtype=dtype, **options)
+
+
+def nested():
+    return torch.nested.nested_tensor([x(4, 8), x(5, 8)], layout=torch.jagged)
+
+
+# the same on all ranks: q, k, v and the start of the text
+UNFIT = {
+    "t h d": (lambda: [x(TOKENS, HEADS, 8)] * 3, "q must be s b h d, got 3 dims (24, 4, 8); packed tensors"),
+    "five dims": (lambda: [x(TOKENS, 1, 1, HEADS, 8)] * 3, "q must be s b h d, got 5 dims (24, 1, 1, 4, 8)"),
+    "no dims": (lambda: [torch.zeros(())] * 3, "q must be s b h d, got 0 dims ()"),
+    "None": (lambda: [x(), None, x()], "k must be a tensor s b h d, got NoneType"),
+    "a list": (lambda: [x(), x(), [1.0]], "v must be a tensor s b h d, got list"),
+    "nested": (lambda: [nested()] * 3, "q must be a dense tensor s b h d, got a nested one; packed tensors"),
+    "sparse": (lambda: [x().to_sparse()] * 3, "q must be a dense tensor s b h d, got a torch.sparse_coo one"),
+    "s = 0": (lambda: [x(0, 1, HEADS, 8)] * 3, "q (s b h d) must have tokens s of 1 or more, got (0, 1, 4, 8)"),
+    "h = 0": (lambda: [x(TOKENS, 1, 0, 8)] * 3, "q (s b h d) must have heads of 1 or more, got (24, 1, 0, 8)"),
+    "g = 0": (lambda: [x(), *[x(TOKENS, 1, 0, 8)] * 2], "k (s b h d) must have heads of 1 or more"),
+    "d = 0": (lambda: [x(TOKENS, 1, HEADS, 0)] * 3, "q (s b h d) must have head dim d of 1 or more"),
+    "int64": (lambda: [x(dtype=torch.int64)] * 3, "q must be of dtype float64 or float32 or bfloat16 or float16, got"),
+    "complex": (lambda: [x(dtype=torch.complex64)] * 3, "q must be of dtype float64 or float32"),
+    "float8": (lambda: [x().to(torch.float8_e4m3fn)] * 3, "q must be of dtype float64 or float32"),
+    "two dtypes": (lambda: [x(), x(dtype=torch.float64), x()], "q, k and v must have one dtype, got torch.float32, "),
+    "two devices": (lambda: [x(), x(), x(device="meta")], "q, k and v must be on one device, got cpu, cpu and meta"),
+    "k unlike v": (lambda: [x(), x(), x(TOKENS, 1, 2, 8)], "k and v must have one shape, got (24, 1, 4, 8) and "),
+    "q unlike k": (lambda: [x(), *[x(TOKENS, 2, HEADS, 8)] * 2], "q and k must agree in tokens, batch and head dim"),
+    "three KV heads": (lambda: [x(), *[x(TOKENS, 1, 3, 8)] * 2], "query heads must be a multiple of KV heads, got 4"),
+}
+# on the last rank only, where all others hold x(): q, k, v, other arguments of the plan, and the start of the text
+ONE_RANK = {
+    "longer": (lambda: [x(2 * TOKENS, 1, HEADS, 8)] * 3, {}, "all ranks must hold equally many tokens, got rank 0: 24"),
+    "no tokens": (lambda: [x(0, 1, HEADS, 8)] * 3, {}, "all ranks must hold equally many tokens, got rank 0: 24"),
+    "no batch": (lambda: [x(TOKENS, 0, HEADS, 8)] * 3, {}, "all ranks must hold tensors of one shape (s, b, h, d)"),
+    "t h d": (
+        lambda: [x(TOKENS, HEADS, 8)] * 3,
+        {},
+        "all ranks must hold tensors of one shape (s, b, h, d), got rank 0",
+    ),
+    "None": (lambda: [None] * 3, {}, "all ranks must hold equally many tokens, got rank 0: 24"),
+    "bfloat16": (
+        lambda: [x(dtype=torch.bfloat16)] * 3,
+        {},
+        "all ranks must hold tensors of one dtype, got rank 0: flo",
+    ),
+    "gradients": (lambda: [x(requires_grad=True)] * 3, {}, "all ranks must want gradients or none, got rank 0: no"),
+    "window": (lambda: [x()] * 3, {"window": (3, 0)}, "all ranks must attend by one plan, got rank 0: "),
+    "scale": (lambda: [x()] * 3, {"softmax_scale": 0.1}, "all ranks must attend by one plan, got rank 0: "),
+    "causal": (lambda: [x()] * 3, {"causal": False}, "all ranks must attend by one plan, got rank 0: "),
+}
+
+
+def text_of(call, *args, **choices):
+    try:
+        call(*args, **choices)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def refusals(backends):
+    """What calls say by backend and input, with what has been sent; good calls stand between them."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fabric, found = GroupFabric(dist.group.WORLD), {}
+    last = fabric.rank == fabric.size - 1
+    for backend in backends:
+        how = made(fabric, backend)
+        attend(x(), x(), x(), how)
+        for name, (inputs, _) in UNFIT.items():
+            found[backend, "all", name] = text_of(attend, *inputs(), how)
+        for agreed in (False, True) if fabric.size > 1 else ():
+            for name, (inputs, other, _) in ONE_RANK.items():
+                tensors, plan_here = (inputs(), made(fabric, backend, **other)) if last else ([x()] * 3, how)
+                before = fabric.sent
+                found[backend, "agreed" if agreed else "one", name] = text_of(
+                    attend, *tensors, plan_here, agreed=agreed
+                )
+                assert fabric.sent == before
+                attend(x(), x(), x(), how, agreed=agreed)
+        empty = [x(TOKENS, 0, HEADS, 8, requires_grad=True) for _ in "qkv"]
+        attend(*empty, how).sum().backward()
+        assert all(each.grad.shape == each.shape for each in empty)
+    dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "backends"),
+    slow_unless(
+        [(2, ["zigzag"])],
+        [(2, ["zigzag"]), *((ranks, BACKENDS.names) for ranks in (1, 2, 3, 4))],
+    ),
+)
+def test_unfit_inputs_are_one_line_on_every_rank(ranks, backends):
+    first, *others = run_ranks(ranks, refusals, backends)
+    assert all(found == first for found in others)
+    assert len(first) == len(backends) * (len(UNFIT) + 2 * len(ONE_RANK) * (ranks > 1))
+    for (_, kind, name), text in first.items():
+        assert text.startswith(UNFIT[name][1] if kind == "all" else ONE_RANK[name][2]), (kind, name)
+        assert "\n" not in text
+
+
+PLANS = [
+    (
+        {"softmax_scale": torch.nn.Parameter(torch.tensor(0.5))},
+        "softmax_scale must be a float, got a Parameter; multiply",
+    ),
+    ({"softmax_scale": torch.ones(4)}, "softmax_scale must be a float, got a Tensor; multiply q by"),
+    ({"softmax_scale": "0.5"}, "softmax_scale must be a float, got '0.5'; multiply q by"),
+    ({"softmax_scale": True}, "softmax_scale must be a float, got True"),
+    ({"softmax_scale": float("nan")}, "softmax_scale must be finite in float32, got nan; leave it out"),
+    ({"softmax_scale": -float("inf")}, "softmax_scale must be finite in float32, got -inf"),
+    ({"softmax_scale": 1e39}, "softmax_scale must be finite in float32, got 1e+39"),
+    *(
+        (
+            {"window": window},
+            f"window is (left, right), the keys that a query sees on each side, .* got {window!r}; leave",
+        )
+        for window in (128, (4,), (1, 2, 3), (4.5, 0), ("4", 0), (True, 0), "ab", {1: 2})
+    ),
+    ({"window": (-2, 0)}, "a window's limits are 0 or more, or -1 for none, got (-2, 0)"),
+    ({"causal": "no"}, "causal must be True or False, got 'no'"),
+    ({"deterministic": 1}, "deterministic must be True or False, got 1"),
+    ({"chunks": 2.5}, "chunks must be a whole number, got 2.5"),
+    ({"stripe": "2"}, "stripe must be a whole number, got '2'"),
+    ({"kernel": 3}, "kernel must be a name or a Kernel, got 3; use one of: auto, torch"),
+    ({"kernel": "tosch"}, "unknown kernel 'tosch'; did you mean 'torch'"),
+    ({"cp": object()}, "cp must be a fabric, got a object; wrap a process group: GroupFabric(group)"),
+]
+
+
+def texts_of_plans():
+    return [text_of(plan, "zigzag", **choices) for choices, _ in PLANS]
+
+
+def test_arguments_of_a_plan_are_refused_in_one_line():
+    (texts,) = run_ranks(1, texts_of_plans)
+    for text, (choices, start) in zip(texts, PLANS, strict=True):
+        head, _, rest = start.partition(".*")
+        assert text.startswith(head), choices
+        assert rest in text, choices
+        assert "\n" not in text
+
+
+def test_numbers_of_plans_are_never_used_again():
+    numbers = [plan("zigzag").number for _ in range(3)]
+    assert len(set(numbers)) == 3
+    held = plan("zigzag")
+    assert opaque.numbered(held.number) is held
