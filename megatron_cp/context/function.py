@@ -22,7 +22,7 @@ from megatron_cp.kernels.protocol import PreparesBackward
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """One attention between two re-layouts.
 
     layout: positions that the caller's tokens have
@@ -40,15 +40,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     return _Attend.apply(q, k, v, call_for(q, k, v, plan))
 
 
-def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Call:
+def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> AttentionCall:
     """Return the call of a settled plan for such tensors; raises ValueError when they do not fit."""
     layout = layouts.layout(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     task = task_for(q, k, v, plan)
     factor, scale = _positive(task.scale)
-    return Call(plan.loop, replace(task, scale=scale), layout, factor)
+    return AttentionCall(plan.loop, replace(task, scale=scale), layout, factor)
 
 
-def forward_pass(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Any]:
+def forward_pass(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Any]:
     """Return out and what the loop keeps for the backward pass; computes in the dtype of the inputs."""
     if not q.shape[1]:
         return torch.empty_like(q), ()
@@ -60,7 +60,7 @@ def forward_pass(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, A
         return relayout([out], call.task.layout, call.layout, call.task.fabric)[0], saved
 
 
-def backward_pass(dout: Tensor, saved: Any, call: Call) -> tuple[Tensor, ...]:
+def backward_pass(dout: Tensor, saved: Any, call: AttentionCall) -> tuple[Tensor, ...]:
     """Return dq, dk and dv."""
     if not dout.shape[1]:
         empty = dout.new_empty(*dout.shape[:2], call.task.heads[1], dout.shape[3])
@@ -102,7 +102,7 @@ class _Attend(torch.autograd.Function):
     """A backend's loop, between two re-layouts if it needs other positions than the tokens have."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         out, saved = forward_pass(q, k, v, call)
         # autograd keeps a flat list of tensors, the loop gets back the tuple that it made of them
         tensors, ctx.saved_as = tree_flatten(saved)

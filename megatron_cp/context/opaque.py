@@ -14,25 +14,25 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from megatron_cp.context.agreement import wants_gradients
-from megatron_cp.context.function import Call, backward_pass, call_for, forward_pass
+from megatron_cp.context.function import AttentionCall, backward_pass, call_for, forward_pass
 from megatron_cp.context.plan import Plan, numbered
 from megatron_cp.context.prepare import prepare
 from megatron_cp.errors import Refused
 
 
-class _Kept(bytearray):
+class _SavedState(bytearray):
     """The memory of a ticket.
 
     saved: tensors of the loop; a number stands for one of the operator's own q, k, v and out, which the graph keeps
     """
 
-    call: Call
+    call: AttentionCall
     saved: list[Tensor | int]
     saved_as: TreeSpec
 
 
 _numbers = count(1)
-_kept: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
+_kept: WeakValueDictionary[int, _SavedState] = WeakValueDictionary()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, agreed: bool) -> Tensor:
@@ -51,7 +51,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: int, agreed: bool, gradients:
     out, saved = forward_pass(q, k, v, call)
     out = out.contiguous()
     leaves, saved_as = tree_flatten(saved)
-    kept, number = _Kept(8), next(_numbers)
+    kept, number = _SavedState(8), next(_numbers)
     kept.call, kept.saved, kept.saved_as = call, [_own(leaf, (q, k, v, out)) for leaf in leaves], saved_as
     _kept[number] = kept
     return out, torch.frombuffer(kept, dtype=torch.int64).fill_(number)

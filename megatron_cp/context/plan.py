@@ -28,7 +28,7 @@ from megatron_cp.kernels import KERNELS, Kernel, choose
 from megatron_cp.registry import unknown
 
 LARGEST_SCALE = 3.4e38
-"""Of float32, in which kernels take it."""
+"""The largest number of float32, in which kernels take the scale."""
 
 _numbers = count()
 _made: "WeakValueDictionary[int, Plan]" = WeakValueDictionary()
@@ -232,7 +232,7 @@ def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
 
 
 def numbered(number: int) -> Plan:
-    """Return the plan of this number; raises ValueError for one that nobody holds any longer."""
+    """Return the plan of this number; raises ValueError when the plan is gone."""
     made = _made.get(number)
     if made is None:
         raise Refused(f"plan {number} of a compiled graph is gone; keep the plan for as long as the graph is called")

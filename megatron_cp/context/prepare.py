@@ -1,4 +1,4 @@
-"""What precedes the first message of a call: all ranks agree on it, and backend `auto` is settled."""
+"""Preparation of a call before its first message: agreement of all ranks, and the choice of backend `auto`."""
 
 from torch import Tensor
 
