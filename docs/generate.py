@@ -88,8 +88,11 @@ def merging_row(seq: int, index: int, name: str) -> list[str]:
 
 
 def traffic(name: str) -> str:
-    """What an algorithm sends, as the first line of a list."""
-    return f"- Sends {BACKENDS.get(name).sends}, per rank and forward pass."
+    """What an algorithm sends, as the first lines of a list."""
+    formula = BACKENDS.get(name).traffic
+    assert formula
+    backward = formula.text(backward=True) if formula.backward else "as much"
+    return f"- Sends {formula}, per rank and forward pass.\n- Sends {backward} in the backward pass."
 
 
 def schedules() -> str:

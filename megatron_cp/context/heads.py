@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import Done, Fabric, Handle
+from megatron_cp.comm import Done, Fabric, Handle, Message
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
 from megatron_cp.context.merge import Sum
@@ -132,6 +132,15 @@ class HeadExchange:
     def places(self) -> tuple[Place, ...]:
         return gathered(self.members)[1]
 
+    @property
+    def my_places(self) -> list[Place]:
+        """The stretches of this rank's own tokens."""
+        return [place for place in self.places if place.rank == self.fabric.rank]
+
+    def partial(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return this rank's sums for gradients of KV heads, rounded only if no other rank has a part of them."""
+        return total.to(dtype) if _disjoint(self.shares.kv) else total
+
     def to_heads(self, *tensors: Tensor) -> list[Tensor]:
         """Turn (q) or (q, k, v) with all heads of my tokens into my heads of all tokens, in one exchange.
 
@@ -195,46 +204,79 @@ class HeadReturns:
         self._swap, self._per_rank = swap, per_rank
         self._results: list[_DisjointHeads | _SummedHeads] = []
         self._transfer: Handle = Done()
-        self._arriving: list[Tensor] = []
-        self._parts: Sequence[Sequence[slice]] = ()
+        self._in_flight: list[_FusedHeads] = []
 
     def start(self, tensors: Sequence[Tensor], parts: Sequence[Sequence[slice]]) -> None:
-        """Send these heads, `parts` of the ranks' heads, after the previous batch has been put in place."""
-        self.finish()
-        swap, me = self._swap, self._swap.fabric.rank
-        mine = torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0].contiguous()
-        tokens = sum(local.stop - local.start for rank, local, _ in swap.places if rank == me)
-        if not self._results:
-            self._results = [_result_for(mine[:tokens], shares) for shares in self._per_rank]
-        heads = [sum(shares[rank].stop - shares[rank].start for shares in parts) for rank in range(swap.fabric.size)]
-        self._arriving = [mine.new_empty((tokens, mine.shape[1], count, mine.shape[3])) for count in heads]
-        self._parts = parts
-        self._transfer = self._exchange(mine)
+        """Send these heads, `parts` of the ranks' heads, after the previous batch has been put in place.
 
-    def _exchange(self, mine: Tensor) -> Handle:
-        fabric, me = self._swap.fabric, self._swap.fabric.rank
-        sends, recvs = [], []
-        for rank, local, where in self._swap.places:
-            if rank != me:
-                sends.append((mine[where], rank))
-                continue
-            self._arriving[me][local] = mine[where]
-            recvs += [(self._arriving[peer][local], peer) for peer in range(fabric.size) if peer != me]
-        return fabric.exchange(sends, recvs)
+        Tensors of one dtype travel in one message; the results have the dtype of the first one.
+        """
+        self.finish()
+        if not self._results:
+            tokens = sum(place.local.stop - place.local.start for place in self._swap.my_places)
+            self._results = [_result_for(tensors[0][:tokens], shares) for shares in self._per_rank]
+        items = zip(self._results, tensors, parts, strict=True)
+        self._in_flight = [
+            _fused(list(group), self._swap) for _, group in groupby(items, key=lambda item: item[1].dtype)
+        ]
+        messages = [fused.messages(self._swap) for fused in self._in_flight]
+        sends, recvs = ([message for batch in side for message in batch] for side in zip(*messages, strict=True))
+        self._transfer = self._swap.fabric.exchange(sends, recvs)
 
     def finish(self) -> None:
         """Wait for the batch in flight and put it in place."""
         self._transfer.wait()
-        for rank, tensor in enumerate(self._arriving):
-            sizes = [shares[rank].stop - shares[rank].start for shares in self._parts]
-            for result, shares, heads in zip(self._results, self._parts, tensor.split(sizes, dim=2), strict=True):
-                result.add(shares[rank], heads)
-        self._arriving = []
+        for fused in self._in_flight:
+            fused.put()
+        self._in_flight = []
 
     def results(self) -> list[Tensor]:
         """Return the tensors once everything has arrived."""
         self.finish()
         return [result.result() for result in self._results]
+
+
+class _FusedHeads(NamedTuple):
+    """Tensors of one dtype on their way from heads to tokens.
+
+    parts:    the heads of each rank, per result
+    mine:     my heads of all tokens
+    arriving: each rank's heads of my tokens
+    """
+
+    results: "Sequence[_DisjointHeads | _SummedHeads]"
+    parts: Sequence[Sequence[slice]]
+    mine: Tensor
+    arriving: Sequence[Tensor]
+
+    def messages(self, swap: HeadExchange) -> tuple[list[Message], list[Message]]:
+        """Return what this rank sends and receives, after it has put its own part in place."""
+        me, others = swap.fabric.rank, [rank for rank in range(swap.fabric.size) if rank != swap.fabric.rank]
+        for _, local, where in swap.my_places:
+            self.arriving[me][local] = self.mine[where]
+        sends = [(self.mine[where], rank) for rank, _, where in swap.places if rank != me and self.mine.shape[2]]
+        stretches = [local for _, local, _ in swap.my_places]
+        arriving = [(self.arriving[rank], rank) for rank in others if self.arriving[rank].shape[2]]
+        return sends, [(buffer[local], rank) for local in stretches for buffer, rank in arriving]
+
+    def put(self) -> None:
+        """Put what has arrived into the results."""
+        for rank, tensor in enumerate(self.arriving):
+            sizes = [shares[rank].stop - shares[rank].start for shares in self.parts]
+            for result, shares, heads in zip(self.results, self.parts, tensor.split(sizes, dim=2), strict=True):
+                result.add(shares[rank], heads)
+
+
+def _fused(
+    items: "Sequence[tuple[_DisjointHeads | _SummedHeads, Tensor, Sequence[slice]]]", swap: HeadExchange
+) -> _FusedHeads:
+    """Put tensors of one dtype into one buffer, with room for what other ranks send."""
+    results, tensors, parts = zip(*items, strict=True)
+    mine = torch.cat(tensors, 2) if len(tensors) > 1 else tensors[0].contiguous()
+    tokens = sum(place.local.stop - place.local.start for place in swap.my_places)
+    heads = [sum(shares[rank].stop - shares[rank].start for shares in parts) for rank in range(swap.fabric.size)]
+    arriving = [mine.new_empty((tokens, mine.shape[1], count, mine.shape[3])) for count in heads]
+    return _FusedHeads(results, parts, mine, arriving)
 
 
 class _DisjointHeads:
@@ -266,8 +308,12 @@ class _SummedHeads:
 
 
 def _result_for(like: Tensor, shares: Sequence[slice]) -> _DisjointHeads | _SummedHeads:
-    alone = all(left.stop == right.start for left, right in pairwise(shares))
-    return (_DisjointHeads if alone else _SummedHeads)(like, shares[-1].stop)
+    return (_DisjointHeads if _disjoint(shares) else _SummedHeads)(like, shares[-1].stop)
+
+
+def _disjoint(shares: Sequence[slice]) -> bool:
+    """True if no head is on two ranks."""
+    return all(left.stop == right.start for left, right in pairwise(shares))
 
 
 class _Part(NamedTuple):

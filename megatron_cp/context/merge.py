@@ -1,4 +1,4 @@
-"""Sums over tiles in float32 (float64 for float64): partial results come in low precision and are added here.
+"""Sums over tiles in float32 (float64 for float64): the results of tiles and of other ranks are added here.
 
 On a GPU several partial results wait for one kernel, which reads each once; elsewhere torch adds each as it comes. A
 partial result that covers all rows and stays the only one is the result as it came.
@@ -12,6 +12,11 @@ from megatron_cp.comm.fabric import size_in_bytes
 from megatron_cp.context.partials import MOST_PARTS, Partial, accumulator_dtype, fuse, hull, merging_for
 
 __all__ = ["SoftmaxMerge", "Sum", "accumulator_dtype"]
+
+
+def widening(tensor: Tensor) -> int:
+    """Return how many of its elements are as large as one of the accumulator."""
+    return accumulator_dtype(tensor).itemsize // tensor.dtype.itemsize
 
 
 class _Total:
@@ -151,9 +156,10 @@ class Sum(_Total):
         """Add `part` to `rows`; the sum keeps it."""
         self._put(rows, part)
 
-    def room(self, rows: slice) -> list[Tensor]:
-        """Allocate a buffer for another rank's part of these rows."""
-        return [self._like.new_empty((rows.stop - rows.start, *self._like.shape[1:]))]
+    def room(self, rows: slice, *, exact: bool = False) -> list[Tensor]:
+        """Allocate a buffer for another rank's part of these rows, in the accumulator's dtype if it comes `exact`."""
+        dtype = accumulator_dtype(self._like) if exact else self._like.dtype
+        return [self._like.new_empty((rows.stop - rows.start, *self._like.shape[1:]), dtype=dtype)]
 
     def result(self) -> Tensor:
         """Return the sum, rounded once to the dtype of `like`."""

@@ -42,6 +42,11 @@ def incoming(worker: int, rows: slice, *totals: SoftmaxMerge | Sum) -> list[Inco
     return [Incoming(worker, rows, total.room(rows), total.add) for total in totals]
 
 
+def incoming_exact(worker: int, rows: slice, *totals: Sum) -> list[Incoming]:
+    """Expect a worker's part of these rows of each total, not rounded: parts that are rounded add up their errors."""
+    return [Incoming(worker, rows, total.room(rows, exact=True), total.add) for total in totals]
+
+
 class Returns:
     """One batch of partial results in flight while the next ones are computed; all ranks start the same batches."""
 

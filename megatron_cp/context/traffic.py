@@ -15,13 +15,13 @@ OPERATORS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-TOKEN = re.compile(r"\d+|Uq|Us|[A-Za-z]|[-+/()]")
+TOKEN = re.compile(r"\d+|Uq|Us|Ug|[A-Za-z]|[-+/()]")
 
 
 class Formula:
     """An expression such as "(p-1)/p (2Uq + 2U)", called with the values of its names.
 
-    Names are Uq, Us or one letter. Factors next to each other are multiplied.
+    Names are Uq, Us, Ug or one letter. Factors next to each other are multiplied.
     """
 
     def __init__(self, text: str) -> None:
@@ -73,14 +73,14 @@ class LocalSizes(NamedTuple):
 
 
 class Elements(NamedTuple):
-    """Elements sent in the dtype of the inputs, and those in the accumulator's (row statistics)."""
+    """Elements sent in the dtype of the inputs, and those in the accumulator's (row statistics, sums of gradients)."""
 
     inputs: float
-    statistics: float
+    sums: float
 
-    def size(self, itemsize: int, statistics_itemsize: int) -> float:
+    def size(self, itemsize: int, sums_itemsize: int) -> float:
         """Return the bytes of elements of these sizes."""
-        return self.inputs * itemsize + self.statistics * statistics_itemsize
+        return self.inputs * itemsize + self.sums * sums_itemsize
 
 
 Sense = Literal["rank", "mean", "at most"]
@@ -88,13 +88,16 @@ Sense = Literal["rank", "mean", "at most"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficFormula:
-    """Elements that a rank sends in the forward pass, on the layout that the loop wants.
+    """Elements that a rank sends in each pass, on the layout that the loop wants.
 
-    In formulas p is the number of ranks, U = s b g d elements of one of K or V, Uq = s b h d of the queries and
-    Us = s b h row statistics; the two letters of `axes` are the sizes of the grid's inner and outer axis.
+    In formulas p is the number of ranks, U = s b g d elements of one of K or V, Uq = s b h d of the queries,
+    Us = s b h row statistics and Ug = s b g d of one of dK or dV, the last two in the accumulator's dtype; the two
+    letters of `axes` are the sizes of the grid's inner and outer axis.
 
-    full:         formula under full attention
+    full:         formula of the forward pass under full attention
     causal:       formula under a causal mask, or a share of `full` such as "3/4 of it"; empty for the same
+    backward:     `full` of the backward pass; empty for the same
+    backward_causal: `causal` of the backward pass, if it is no share of it; empty for the same
     sense:        of `full`: "rank", exact on every rank; "mean", exact as a mean over the ranks; "at most", a bound of
                   the mean
     causal_sense: of `causal`
@@ -104,6 +107,8 @@ class TrafficFormula:
 
     full: str
     causal: str = ""
+    backward: str = ""
+    backward_causal: str = ""
     sense: Sense = "rank"
     causal_sense: Sense = "mean"
     axes: str = ""
@@ -111,25 +116,40 @@ class TrafficFormula:
     where: str = ""
 
     def __str__(self) -> str:
-        full = f"at most {self.full}" if self.sense == "at most" else self.full
-        bound = "at most " if self.causal_sense == "at most" else ""
-        causal = f"causal {bound}{self.causal}" if self.causal else ""
-        return ", ".join(part for part in (full, causal, self.where) if part)
+        return self.text()
+
+    def text(self, *, backward: bool = False) -> str:
+        """Return the formula of a pass for tables, that of the forward pass with its further words."""
+        full, causal = self._formulas(backward)
+        bounds = ["at most " if sense == "at most" else "" for sense in (self.sense, self.causal_sense)]
+        causal = f"causal {bounds[1]}{causal}" if causal else ""
+        return ", ".join(part for part in (bounds[0] + full, causal, "" if backward else self.where) if part)
 
     def sense_of(self, causal: bool) -> Sense:
         """Return what the formula of a mask promises."""
         return self.causal_sense if causal and self.causal else self.sense
 
-    def elements(self, sizes: LocalSizes, *, causal: bool, grid: Grid | None = None) -> Elements:
+    def elements(
+        self, sizes: LocalSizes, *, causal: bool, grid: Grid | None = None, backward: bool = False
+    ) -> Elements:
         """Evaluate the formula of full or causal attention; a formula with axes takes their sizes from `grid`."""
         p, s, b, h, g, d = sizes
         names: dict[str, float] = {"p": p, **dict(zip(self.axes, grid.sizes if grid else (), strict=False))}
-        kinds = {"U": s * b * g * d, "Uq": s * b * h * d, "Us": 0}, {"U": 0, "Uq": 0, "Us": s * b * h}
-        return Elements(*(self._evaluate(causal, {**names, **kind}) for kind in kinds))
+        inputs, sums = {"U": s * b * g * d, "Uq": s * b * h * d}, {"Us": s * b * h, "Ug": s * b * g * d}
+        kinds = {**inputs, **dict.fromkeys(sums, 0)}, {**dict.fromkeys(inputs, 0), **sums}
+        full, of_causal = self._formulas(backward)
+        return Elements(*(_evaluate(full, of_causal if causal else "", {**names, **kind}) for kind in kinds))
 
-    def _evaluate(self, causal: bool, names: Mapping[str, float]) -> float:
-        full = Formula(self.full)(**names)
-        if not causal or not self.causal:
-            return full
-        share = self.causal.removesuffix(" of it")
-        return full * Formula(share)() if share != self.causal else Formula(self.causal)(**names)
+    def _formulas(self, backward: bool) -> tuple[str, str]:
+        """Return the formulas of a pass under full attention and under a causal mask."""
+        if not backward:
+            return self.full, self.causal
+        return self.backward or self.full, self.backward_causal or self.causal
+
+
+def _evaluate(full: str, causal: str, names: Mapping[str, float]) -> float:
+    whole = Formula(full)(**names)
+    if not causal:
+        return whole
+    share = causal.removesuffix(" of it")
+    return whole * Formula(share)() if share != causal else Formula(causal)(**names)

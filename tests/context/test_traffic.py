@@ -48,9 +48,10 @@ def test_counted_bytes_are_the_registry_s_formula(backend, ranks, per_rank, caus
         problem = Problem(
             backend, ranks, TOKENS * ranks, heads, kv_heads, DIM, causal, grid=grid, layout=layout_of_loop
         )
-        counted = record(problem).forward.sent
-        formula = entry.traffic.elements(sizes, causal=causal, grid=grid).size(2, 4)
-        assert counted_as(entry.traffic.sense_of(causal), counted, formula), (grid, counted, formula)
+        recorded, sense = record(problem), entry.traffic.sense_of(causal)
+        for backward, run in enumerate((recorded.forward, recorded.backward)):
+            formula = entry.traffic.elements(sizes, causal=causal, grid=grid, backward=bool(backward)).size(2, 4)
+            assert counted_as(sense, run.sent, formula), (grid, run.sent, formula)
 
 
 def counted_as(sense, counted, formula):
@@ -137,6 +138,14 @@ def test_ulysses_sends_its_share_of_each_tensor(ranks):
     bytes_sent, unit = sent(ranks, "ulysses", causal=True, heads=8, kv_heads=8)
     # q, k, v, out forward; dout, dq, dk, dv backward
     assert bytes_sent == [8 * unit * (ranks - 1) // ranks] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "kv_heads"), [(8, 2), (4, 4), (16, 2)])
+def test_gradients_of_kv_heads_on_several_ranks_are_sent_in_float32(ranks, kv_heads):
+    recorded = record(Problem("ulysses", ranks, TOKENS * ranks, 16, kv_heads, DIM))
+    queries, keys = (2 * (ranks - 1) * TOKENS * heads * DIM for heads in (16 // ranks, max(1, kv_heads // ranks)))
+    assert recorded.forward.sent == [2 * (queries + keys)] * ranks
+    assert recorded.backward.sent == [2 * queries + (2 if ranks <= kv_heads else 4) * keys] * ranks
 
 
 def test_kv_head_goes_to_each_rank_that_needs_it_and_to_no_other():

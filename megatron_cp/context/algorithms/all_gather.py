@@ -17,7 +17,7 @@ from megatron_cp.comm import Handle
 from megatron_cp.context.heads import pieces
 from megatron_cp.context.layouts import gathered
 from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
-from megatron_cp.context.returns import Incoming, Outgoing, Returns, incoming
+from megatron_cp.context.returns import Incoming, Outgoing, Returns, incoming_exact
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
 
@@ -43,7 +43,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate: dout [s b h d] -> dq, dk, dv; K and V are gathered again, owners add up dK and dV in float32."""
+    """Differentiate: dout [s b h d] -> dq, dk, dv; K and V are gathered again, parts of dK and dV travel in float32."""
     dq, returns = torch.empty_like(saved.q), Returns(task.fabric)
     totals: list[tuple[Sum, Sum]] = []
     # 1. gather one group of KV heads, as in the forward pass
@@ -56,7 +56,7 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
         dq[:, :, heads.q] = total_q.result()
         # 3. return the gradients of the gathered keys and values to their owners
         mine = Sum(saved.k[:, :, heads.kv]), Sum(saved.v[:, :, heads.kv])
-        returns.start(*_to_owners(block._replace(k=total_k.result(), v=total_v.result()), mine, task))
+        returns.start(*_to_owners(block._replace(k=total_k.exact(), v=total_v.exact()), mine, task))
         totals.append(mine)
         del block, here, total_k, total_v
     returns.finish()
@@ -124,10 +124,11 @@ def _to_owners(grads: Block, mine: tuple[Sum, Sum], task: Task) -> tuple[list[Ou
                 outgoing.append(Outgoing(rank, parts))
                 continue
             for total, part in zip(mine, parts, strict=True):
-                total.add(local, part)
+                # a total that took the part over would keep the whole buffer alive
+                total.exact()[local] += part
         if rank != me:
             stretches = [local for local, _ in _seen_by(rank, me, task)]
-            expected += [item for local in stretches for item in incoming(rank, local, *mine)]
+            expected += [item for local in stretches for item in incoming_exact(rank, local, *mine)]
     return outgoing, expected
 
 

@@ -40,7 +40,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate: dout [s b h d] -> dq, dk, dv; parts of dK and dV go straight to the owner, rounded once."""
+    """Differentiate: dout [s b h d] -> dq, dk, dv; parts of dK and dV go straight to the owner, in float32."""
     dq, ways = Sum(saved.q), up_and_down(task.layout, task.mask)
     mine = _halves(saved.k, saved.v, ways, task)
     totals = [(Sum(half.k), Sum(half.v)) for half in mine]

@@ -15,11 +15,11 @@ in every step. Two kinds of help do this, and each pass takes the one that moves
     near (the paper's)  K and V  T p - T (T + 1) / 2  times, queries  T (T + 1) / 2  times, for an even p T / 2 fewer
     mirrored            K and V  T p - ceil(T / 2)    times, queries  T              times, for an even p 1 / 2 fewer
 
-Lent K and V are 2 U elements, 4 U with their gradients in the backward pass; lent queries are 2 Uq + Us with their
-results, and 3 Uq + 2 Us in the backward pass; U = s b g d and Uq = s b h d in the inputs' dtype, Us = s b h in the
-accumulator's. Mirrored help is less where several query heads share a KV head. A causal window takes the same steps
-without the hidden pairs. Masks that show later keys need no help: every rank borrows p - 1 times K and V, or the part
-that it sees.
+Lent K and V are 2 U elements, 2 U + 2 Ug with their gradients in the backward pass; lent queries are 2 Uq + Us with
+their results, and 3 Uq + 2 Us in the backward pass; U = s b g d and Uq = s b h d in the inputs' dtype, Ug = s b g d and
+Us = s b h in the accumulator's. Mirrored help is less where several query heads share a KV head. A causal window takes
+the same steps without the hidden pairs. Masks that show later keys need no help: every rank borrows p - 1 times K and
+V, or the part that it sees.
 
 Source: Li et al. 2023, arXiv:2310.03294, section 3 (LightSeq); the backward pass sends delta where theirs sends out.
 """
@@ -35,7 +35,7 @@ from megatron_cp.context.algorithms.distflash_tables import HelpJob, HelpStep, H
 from megatron_cp.context.circulate import Shard
 from megatron_cp.context.delta import delta, stand_in
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.returns import Incoming, Outgoing, Returns, empty_like, incoming
+from megatron_cp.context.returns import Incoming, Outgoing, Returns, empty_like, incoming, incoming_exact
 from megatron_cp.context.task import Block, Queries, Saved, Task
 
 
@@ -64,14 +64,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv.
 
-    Helpers borrow queries with their output gradients, lse and delta; partial dq, dk and dv go straight to their owner,
-    rounded once, and are added there in float32.
+    Helpers borrow queries with their output gradients, lse and delta; partial dq, rounded once, and partial dk and dv,
+    in float32, go straight to their owner and are added there in float32.
     """
     me, returns = task.fabric.rank, Returns(task.fabric)
     q, k, v, row_delta = saved.q, saved.k, saved.v, delta(saved.out, dout)
     rows, sums = {me: _QueryGradient(saved, dout, Sum(q))}, {me: (Sum(k), Sum(v))}
     # 1. choose the kind of help that moves fewer bytes
-    table = _cheapest(task, [q, dout, q, saved.lse, row_delta], [k, v, k, v])
+    table = _cheapest(task, [q, dout, q, saved.lse, row_delta], [k, v, *Sum(k).room(slice(0, 1), exact=True) * 2])
     # 2. lend and borrow the queries and keys of the next step during this one
     for work in _steps_at_rank(table, [q, dout, saved.lse, row_delta], [k, v], task):
         done, keys, block = work.step.done, work.step.keys, work.block
@@ -84,8 +84,8 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
         # 4. return the gradients of what was borrowed to the owners
         returns.start(
             _outgoing(done, me, lambda owner: [rows.pop(owner).dq.result()])
-            + _outgoing(keys, me, lambda owner: [part.result() for part in sums.pop(owner)]),
-            _incoming(done, me, rows[me].dq) + _incoming(keys, me, *sums[me]),
+            + _outgoing(keys, me, lambda owner: [part.exact() for part in sums.pop(owner)]),
+            _incoming(done, me, rows[me].dq) + _incoming_exact(keys, me, *sums[me]),
         )
     returns.finish()
     dk, dv = sums[me]
@@ -160,6 +160,11 @@ def _outgoing(loans: Sequence[Loan], me: int, result: Callable[[int], Sequence[T
 def _incoming(loans: Sequence[Loan], me: int, *totals: SoftmaxMerge | Sum) -> list[Incoming]:
     """Expect the results of what this rank lent."""
     return [item for loan in loans if loan.owner == me for item in incoming(loan.worker, loan.tokens, *totals)]
+
+
+def _incoming_exact(loans: Sequence[Loan], me: int, *totals: Sum) -> list[Incoming]:
+    """Expect the sums of what this rank lent, not rounded."""
+    return [item for loan in loans if loan.owner == me for item in incoming_exact(loan.worker, loan.tokens, *totals)]
 
 
 def _cheapest(task: Task, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> HelpTable:

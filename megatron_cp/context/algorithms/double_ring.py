@@ -3,8 +3,8 @@
 The ranks next to each other on the inner axis are a window. A window's blocks go once around its inner ring; meanwhile
 the blocks of the next window are on their way along the outer axis, where they have the whole inner ring's time. With
 w ranks in a window and W windows, p = w W, a pass sends per rank 2 W (w - 1) U inside the windows and 2 (W - 1) U
-between them, 2 (p - 1) U together as in a single ring; the backward pass sends that once for K and V and once for
-their gradients. Under a causal mask on the zigzag layout each part is 3/4 of this, summed over the ranks.
+between them, 2 (p - 1) U together as in a single ring; the backward pass sends that once for K and V and once, in
+float32, for their gradients. Under a causal mask on the zigzag layout each part is 3/4 of this, summed over the ranks.
 
 Source: Gu et al. 2024 (LoongTrain), arXiv:2406.18485. There dK and dV circulate behind their blocks; here
 the ranks of a window send them to the one that brought the block into the window, and it sends their sum to the owner.
@@ -43,8 +43,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv.
 
-    A window's sum of dK and dV is rounded when it leaves for the owner, its parts when they leave for the rank that
-    adds them up; all sums are float32.
+    A window's sum of dK and dV travels in float32, and so do its parts on their way to the rank that adds them up.
     """
     assert task.axes
     inner, outer = task.axes.inner, task.axes.outer

@@ -190,6 +190,9 @@ class NoExchange:
     def to_heads(self, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
 
+    def partial(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        return total.to(dtype)
+
     def to_tokens(self, tensors: Sequence[Tensor], per_rank: Sequence[Sequence[slice]]) -> list[Tensor]:
         return list(tensors)
 
@@ -292,12 +295,13 @@ def _to_host(tensors: tuple[Tensor, ...], work: ChunkedWork, transfers: HostTran
 
 
 def _from_host(stores: list[HostStore], like: Tensor, work: ChunkedWork) -> list[Tensor]:
-    """Exchange (out) or (dq, dk, dv) of what was attended here back to the tokens' ranks, rounded once."""
+    """Exchange (out) or (dq, dk, dv) of what was attended here back to the tokens' ranks."""
     heads = [work.inside.heads[0], *(work.inside.heads[1] for _ in stores[1:])]
     results = [like.new_empty((*like.shape[:2], n, like.shape[3])) for n in heads]
     for chunk in work.chunks:
         arriving = [store.get(tuple(there for there, _ in chunk.places)) for store in stores]
-        mine = [arrival.wait().to(like.dtype) for arrival in arriving]
+        first, *sums = (arrival.wait() for arrival in arriving)
+        mine = [first.to(like.dtype), *(chunk.swap.partial(total, like.dtype) for total in sums)]
         heads_of = [chunk.swap.shares.q, *(chunk.swap.shares.kv for _ in mine[1:])]
         # zip alone holds what arrives, so that it is freed before the next chunk
         for result, x in zip(results, chunk.swap.to_tokens(mine, heads_of), strict=True):

@@ -17,7 +17,7 @@ from megatron_cp.context.circulate import Route, SlicesByRank, circulate_blocks
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.returns import Outgoing, Returns, incoming
+from megatron_cp.context.returns import Outgoing, Returns, incoming_exact
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import hull, seen
 
@@ -37,8 +37,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv.
 
-    K and V travel as in the forward pass; a rank's part of dK and dV goes straight to the owner, rounded once, while
-    the next block is computed, and is added there in float32.
+    K and V travel as in the forward pass; a rank's part of dK and dV goes straight to the owner while the next block is
+    computed, and is added there. Both are done in float32.
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
     attend_around_backward(dq, dk, dv, dout, saved, task)
@@ -118,10 +118,10 @@ class GradientReturns:
         me, size, wanted = self._fabric.rank, self._fabric.size, self._way.wanted
         if block.owner != me:
             worker = (me + self._way.turn * self._hop) % size
-            leaving = block._replace(k=dk.result(), v=dv.result()).part(wanted[block.owner][me])
+            leaving = block._replace(k=dk.exact(), v=dv.exact()).part(wanted[block.owner][me])
             due = wanted[me][worker]
             rows = slice(due.start - self._mine.first, due.stop - self._mine.first)
-            self._returns.start([Outgoing(block.owner, leaving)], incoming(worker, rows, *self._totals))
+            self._returns.start([Outgoing(block.owner, leaving)], incoming_exact(worker, rows, *self._totals))
         self._hop += 1
 
     def finish(self) -> None:

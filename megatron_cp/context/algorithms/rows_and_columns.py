@@ -16,7 +16,7 @@ from megatron_cp.context.delta import delta, stand_in
 from megatron_cp.context.layouts import Layout, Runs
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.returns import Incoming, Outgoing, QueryShard, Returns, empty_like, exchange, incoming
+from megatron_cp.context.returns import Incoming, Outgoing, QueryShard, Returns, empty_like, exchange, incoming_exact
 from megatron_cp.context.task import Block, Queries, Saved, Task
 from megatron_cp.context.tiles import hull, seen
 
@@ -78,8 +78,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d], and the blocks of each hop -> dq, dk, dv.
 
-    Queries, their output gradients, lse and delta come as the queries did; parts of dq, dk and dv go straight to their
-    owners, rounded once, and are added there in float32.
+    Queries, their output gradients, lse and delta come as the queries did; parts of dq, rounded once, and of dk and dv,
+    in float32, go straight to their owners and are added there in float32.
     """
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
     returns, key_returns = Returns(task.fabric), Returns(task.fabric)
@@ -141,11 +141,11 @@ def _key_returns(
     outgoing = [
         Outgoing(
             block.owner,
-            block._replace(k=dk.result(), v=dv.result()).part(tiling.wanted(block.owner, me, layout, mask)),
+            block._replace(k=dk.exact(), v=dv.exact()).part(tiling.wanted(block.owner, me, layout, mask)),
         )
         for block, (dk, dv) in zip(column, sums, strict=True)
         if block.owner != me
     ]
     workers = [rank for rank, hops in enumerate(tiling.hops) if rank != me and me in hops[hop - 1]]
-    expected = [incoming(worker, tiling.wanted(me, worker, layout, mask), *totals) for worker in workers]
+    expected = [incoming_exact(worker, tiling.wanted(me, worker, layout, mask), *totals) for worker in workers]
     return outgoing, [item for items in expected for item in items]

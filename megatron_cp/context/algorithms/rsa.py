@@ -3,10 +3,11 @@
 The only algorithm here that ever holds whole rows of scores, so the one that can show the attention probabilities and
 take a dense additive bias. It computes in float32 (float64 for float64) itself, without a kernel.
 
-Traffic per rank, U = s b g d: forward (p-1) U for K and (p-1) U for V; backward the same, V first, and (p-1) U each
-for dK and dV, which go straight to their owners where the paper all-reduces gradients of the whole sequence and has
-2 (p-1) U each. Under a causal mask on the zigzag layout all of this is 3/4, summed over ranks. Memory: rows of scores,
-b h s S elements, twice at most while a pass runs; none of them is kept for the backward pass, which makes them again.
+Traffic per rank, U = s b g d: forward (p-1) U for K and (p-1) U for V; backward the same, V first, and (p-1) U in
+float32 each for dK and dV, which go straight to their owners where the paper all-reduces gradients of the whole
+sequence and has 2 (p-1) U each. Under a causal mask on the zigzag layout all of this is 3/4, summed over ranks. Memory:
+rows of scores, b h s S elements, twice at most while a pass runs; none of them is kept for the backward pass, which
+makes them again.
 
 Source: Li et al. 2021, arXiv:2105.13120, section 3.2; there every query sees every key.
 """

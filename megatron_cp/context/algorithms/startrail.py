@@ -5,9 +5,9 @@ gathers Q, K and V, (2) member j of a team swaps its team's keys for those of th
 (3) the keys of teams go around, and (4) results come back to the owners of the queries and are merged. A rank sends
 (C - 1) (Uq + 2 U), then 2 C U unless its team is of ring j already (one member in C), then (p / C² - 1) 2 C U, and
 (C - 1) (Uq + Us); backward (C - 1) (3 Uq + 2 Us), the same for K and V, and for the gradients of all keys but its own
-2 U (p / C - 1) or, where its own are not among them, 2 U p / C: they go straight to the owners. U = s b g d and
-Uq = s b h d elements of the inputs, Us = s b h of the accumulator. C = 1 is Ring Attention without its pruning: keys
-travel whole under any mask.
+2 Ug (p / C - 1) or, where its own are not among them, 2 Ug p / C: they go straight to the owners. U = s b g d and
+Uq = s b h d elements of the inputs, Ug = s b g d and Us = s b h of the accumulator. C = 1 is Ring Attention without its
+pruning: keys travel whole under any mask.
 
 The team is the inner axis of the hierarchical sizes; without these the C that sends least is taken.
 
@@ -25,6 +25,7 @@ from megatron_cp.comm import Fabric, Handle
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.algorithms import rows_and_columns
 from megatron_cp.context.algorithms.rows_and_columns import Tiling
+from megatron_cp.context.merge import widening
 from megatron_cp.context.returns import empty_like, exchange
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.grid import Grid, team_sizes
@@ -32,13 +33,13 @@ from megatron_cp.grid import Grid, team_sizes
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
     """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; twice the keys of a team are alive."""
-    grid = _grid(task)
+    grid = _grid(q, task)
     return rows_and_columns.forward(q, k, v, _rings(k, v, grid, task), teams(grid), task)
 
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv."""
-    grid = _grid(task)
+    grid = _grid(dout, task)
     return rows_and_columns.backward(dout, saved, _rings(saved.k, saved.v, grid, task), teams(grid), task)
 
 
@@ -100,20 +101,23 @@ def _blocks(owners: Sequence[int], held: list[Tensor], task: Task) -> list[Block
     return [Block(owner, 0, k, v, task.layout[owner]) for owner, k, v in pairs]
 
 
-def _grid(task: Task) -> Grid:
+def _grid(like: Tensor, task: Task) -> Grid:
     if task.axes:
         return task.axes.grid
-    size = least(task.fabric.size, *task.heads)
+    size = least(task.fabric.size, *task.heads, widening(like))
     return Grid(size, task.fabric.size // size)
 
 
 @lru_cache(cache_sizes.LAYOUTS)
-def least(ranks: int, heads: int, kv_heads: int) -> int:
-    """Return the size of teams with which both passes send the fewest elements, row statistics left out."""
+def least(ranks: int, heads: int, kv_heads: int, wide: int) -> int:
+    """Return the size of teams with which both passes send the fewest elements, row statistics left out.
+
+    A sum's element is as large as `wide` of the inputs'.
+    """
 
     def elements(size: int) -> float:
-        # q, out; q, dout, dq and k, v gathered, swapped and passed on, twice; dk, dv
-        keys = 4 * (size - 1) * (1 + 1) + 4 * size * (ranks // size**2 - 1) + 2 * (ranks - 1) / size
+        # q, out; q, dout, dq and k, v gathered, swapped and passed on, twice; sums of dk, dv
+        keys = 4 * (size - 1) * (1 + 1) + 4 * size * (ranks // size**2 - 1) + 2 * wide * (ranks - 1) / size
         return 5 * heads * (size - 1) + kv_heads * keys
 
     return min(team_sizes(ranks), key=elements)

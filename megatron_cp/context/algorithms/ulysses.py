@@ -2,7 +2,8 @@
 
 A rank's heads come in two chunks, so that one chunk's exchange runs beside the other's attention, in both passes. The
 chunks are KV heads with their queries; a rank with a single KV head gets it with the first chunk of its queries, and
-its gradients leave with the last. The chunks together send as much as all heads at once.
+its gradients leave with the last. The chunks together send as much as all heads at once. Where p > g
+a KV head is on p / g ranks: its K and V are sent to all of them, and each sends its part of the gradients in float32.
 
 Source: Jacobs et al. 2023, arXiv:2309.14509. Traffic: `BACKENDS` in `megatron_cp.context`.
 """
@@ -52,7 +53,10 @@ def forward_between(
 def backward_between(
     dout: Tensor, saved: tuple[Saved, ...], task: Task, swap: HeadExchange, inside: Task
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate `forward_between`; a KV head's gradients add up in float32 until it has met all of its queries."""
+    """Differentiate `forward_between`; a KV head's gradients add up in float32 until it has met all of its queries.
+
+    They travel in float32 where other ranks have queries of the same KV head.
+    """
     chunks, to_tokens = _chunks(swap, inside), HeadReturns(swap, [swap.shares.q, swap.shares.kv, swap.shares.kv])
     # 1. all-to-all of dout, heads for tokens
     arrivals = swap.visits([dout], [(chunk.shares.q,) for chunk in chunks])
@@ -63,11 +67,11 @@ def backward_between(
         here = _on_chunk(chunk, task, swap, inside)
         ring.attend_around_backward(total_q, total_k, total_v, dout_i, saved_i, here)
         # 3. all-to-all of dq, dk and dv, tokens for heads
-        leaving = [saved_i.k[:, :, :0], saved_i.v[:, :, :0]]
+        leaving = [Sum(saved_i.k[:, :, :0]), Sum(saved_i.v[:, :, :0])]
         if chunk.leaves(swap.fabric.rank):
-            leaving = [total_k.result(), total_v.result()]
-            total_k = total_v = None
-        to_tokens.start([total_q.result(), *leaving], [chunk.shares.q, chunk.leaving, chunk.leaving])
+            leaving, total_k, total_v = [total_k, total_v], None, None
+        grads = [total_q.result(), *(swap.partial(total.exact(), dout.dtype) for total in leaving)]
+        to_tokens.start(grads, [chunk.shares.q, chunk.leaving, chunk.leaving])
     dq, dk, dv = to_tokens.results()
     return dq, dk, dv
 
