@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_cp.comm import Message, Peers
@@ -75,13 +76,21 @@ def circulate(shards: Sequence[Shard], routes: Sequence[Route], fabric: Peers) -
 
 
 def circulate_blocks(blocks: Sequence[Block], routes: Sequence[Route], fabric: Peers) -> Iterator[Sequence[Block]]:
-    """Yield blocks of keys and values as `circulate` yields shards."""
-    mine = [Shard(block.owner, block.first, (block.k, block.v)) for block in blocks]
-    for shards in circulate(mine, routes, fabric):
+    """Yield blocks of keys and values as `circulate` yields shards; K and V of a hop are one message."""
+    if fabric.size == 1:
+        yield blocks
+        return
+    # this frame keeps no reference to what the first hop sends
+    for shards in circulate([_fused(block) for block in blocks], routes, fabric):
         yield [_block(shard, route.layout) for shard, route in zip(shards, routes, strict=True)]
         del shards
 
 
+def _fused(block: Block) -> Shard:
+    # s b g d, s b g d -> s b (k v) d
+    return Shard(block.owner, block.first, [torch.cat([block.k, block.v], 2)])
+
+
 def _block(shard: Shard, layout: Layout) -> Block:
-    k, v = shard.tensors
+    k, v = shard.tensors[0].chunk(2, dim=2)
     return Block(shard.owner, shard.first, k, v, layout[shard.owner])

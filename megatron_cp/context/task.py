@@ -1,12 +1,13 @@
 """The arguments of a loop, and the tensors that it keeps for the backward pass."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from megatron_cp.comm import Fabric
+from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, Runs, cut, length
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
@@ -119,10 +120,27 @@ class Task:
             for total, where, part in zip((dq, dk, dv), (rows, cols, cols), parts, strict=True):
                 total.add(where, part)
 
-    def tiles(self, block: Block, queries: Queries) -> Iterator[Tile]:
-        """Yield the kernel calls of queries with a block, as tokens of the tensors that hold them."""
-        runs = cut(self.layout[queries.owner], queries.rows)
-        before = queries.rows.start - queries.first
-        for rows, cols, shape in tiles(runs, block.runs or self.layout[block.owner], self.mask):
-            held = slice(rows.start + before, rows.stop + before)
-            yield Tile(held, slice(cols.start - block.first, cols.stop - block.first), shape)
+    def tiles(self, block: Block, queries: Queries) -> tuple[Tile, ...]:
+        """Return the kernel calls of queries with a block, as tokens of the tensors that hold them."""
+        return _held(
+            self.layout[queries.owner],
+            queries.rows,
+            queries.first,
+            block.runs or self.layout[block.owner],
+            block.first,
+            self.mask,
+        )
+
+
+@lru_cache(cache_sizes.PAIRS)
+def _held(q_runs: Runs, rows: slice, first_query: int, kv_runs: Runs, first_key: int, mask: Mask) -> tuple[Tile, ...]:
+    """Return the tiles of these rows with the keys, as tokens of tensors that start at the first query and key."""
+    before = rows.start - first_query
+    return tuple(
+        Tile(
+            slice(q.start + before, q.stop + before),
+            slice(kv.start - first_key, kv.stop - first_key),
+            shape,
+        )
+        for q, kv, shape in tiles(cut(q_runs, rows), kv_runs, mask)
+    )

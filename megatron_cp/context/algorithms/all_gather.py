@@ -8,16 +8,19 @@ Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2. Traffic, memory: `BACK
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_cp.comm import Handle
+from megatron_cp.context import cache_sizes
 from megatron_cp.context.heads import pieces
-from megatron_cp.context.layouts import gathered
+from megatron_cp.context.layouts import Layout, Place, Runs, gathered
+from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
-from megatron_cp.context.returns import Incoming, Outgoing, Returns, incoming_exact
+from megatron_cp.context.returns import Incoming, Outgoing, Returns
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
 
@@ -32,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     """
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
     # 1. gather one group of KV heads, the next one is in flight during the body
-    for heads, block in _gathered_groups(q, k, v, task):
+    for heads, block in _gathered_groups(q, k, v, _view_of(task), task):
         # 2. attend the query heads of the group to all keys that they see
         merge = SoftmaxMerge(q[:, :, heads.q])
         task.attend(merge, q[:, :, heads.q], block)
@@ -44,24 +47,25 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv; K and V are gathered again, parts of dK and dV travel in float32."""
-    dq, returns = torch.empty_like(saved.q), Returns(task.fabric)
-    totals: list[tuple[Sum, Sum]] = []
+    dq, returns, view = torch.empty_like(saved.q), Returns(task.fabric), _view_of(task)
+    totals: list[Sum] = []
     # 1. gather one group of KV heads, as in the forward pass
-    for heads, block in _gathered_groups(saved.q, saved.k, saved.v, task):
+    for heads, block in _gathered_groups(saved.q, saved.k, saved.v, view, task):
         # 2. differentiate the query heads of the group
         q, out, lse, dout_i = (x[:, :, heads.q] for x in (saved.q, saved.out, saved.lse, dout))
-        total_q, total_k, total_v = Sum(q), Sum(block.k), Sum(block.v)
-        here = Saved(q, block.k, block.v, out, lse)
-        task.attend_backward(total_q, total_k, total_v, dout_i, here, block)
+        # s b (k v) d, so that dK and dV of a stretch are one message
+        grads = _zeros(len(block.k), saved.k, heads)
+        total_q, total_k, total_v = Sum(q), *map(Sum, (block.k, block.v), grads.chunk(2, dim=2))
+        task.attend_backward(total_q, total_k, total_v, dout_i, Saved(q, block.k, block.v, out, lse), block)
         dq[:, :, heads.q] = total_q.result()
         # 3. return the gradients of the gathered keys and values to their owners
-        mine = Sum(saved.k[:, :, heads.kv]), Sum(saved.v[:, :, heads.kv])
-        returns.start(*_to_owners(block._replace(k=total_k.exact(), v=total_v.exact()), mine, task))
-        totals.append(mine)
-        del block, here, total_k, total_v
+        mine = _zeros(len(saved.k), saved.k, heads)
+        totals.append(Sum(mine, mine))
+        returns.start(*_to_owners(grads, totals[-1], view, task))
+        del block, grads, total_k, total_v
     returns.finish()
-    dk, dv = (torch.cat([total.result() for total in parts], 2) for parts in zip(*totals, strict=True))
-    return dq, dk, dv
+    dk, dv = zip(*(total.result().chunk(2, dim=2) for total in totals), strict=True)
+    return dq, torch.cat(dk, 2).to(dq.dtype), torch.cat(dv, 2).to(dq.dtype)
 
 
 class HeadGroup(NamedTuple):
@@ -80,64 +84,100 @@ def groups(heads: int, kv_heads: int) -> list[HeadGroup]:
     ]
 
 
-def _gathered_groups(q: Tensor, k: Tensor, v: Tensor, task: Task) -> Iterator[tuple[HeadGroup, Block]]:
+class View(NamedTuple):
+    """The stretch of the gathered sequence that a rank's queries see, and the messages that bring it.
+
+    runs:  positions of the whole sequence
+    reach: the stretch of it that the rank holds
+    sizes: lengths of the parts that the stretch is put together from, each of one rank's tokens
+    parts: whose tokens these are, and which of its local tokens
+    sends: ranks that see this rank's tokens, and which of them, in the order of the receivers' parts
+    stretches: these tokens, each stretch once
+    """
+
+    runs: Runs
+    reach: slice
+    sizes: tuple[int, ...]
+    parts: tuple[tuple[int, slice], ...]
+    sends: tuple[tuple[int, slice], ...]
+    stretches: tuple[slice, ...]
+
+
+def _view_of(task: Task) -> View:
+    return view_of(task.layout, task.mask, task.fabric.rank)
+
+
+@lru_cache(cache_sizes.GROUPS)
+def view_of(layout: Layout, mask: Mask, me: int) -> View:
+    """Return the view of rank `me`."""
+    whole, places = gathered(layout)
+    reach = [seen(runs, whole, mask) for runs in layout]
+    parts = [(part.rank, part.local) for place in places if (part := _overlap(place, reach[me]))]
+    mine = [place for place in places if place.rank == me]
+    sends = [
+        (rank, part.local)
+        for rank in range(len(layout))
+        for place in mine
+        if rank != me and (part := _overlap(place, reach[rank]))
+    ]
+    sizes = tuple(local.stop - local.start for _, local in parts)
+    return View(whole, reach[me], sizes, tuple(parts), tuple(sends), tuple({local for _, local in sends}))
+
+
+def _overlap(place: Place, reach: slice) -> Place | None:
+    """Return the part of a rank's stretch that lies in this stretch of the whole, if there is one."""
+    first, last = max(place.whole.start, reach.start), min(place.whole.stop, reach.stop)
+    if first >= last:
+        return None
+    shift = place.local.start - place.whole.start
+    return Place(place.rank, slice(first + shift, last + shift), slice(first, last))
+
+
+def _gathered_groups(q: Tensor, k: Tensor, v: Tensor, view: View, task: Task) -> Iterator[tuple[HeadGroup, Block]]:
     """Yield each group with the K and V that this rank's queries see; the next one is in flight during the body."""
     parts = groups(q.shape[2], k.shape[2])
-    arriving = _gather(k, v, parts[0], task)
+    arriving = _gather(k, v, parts[0], view, task)
     for part, after in zip(parts, [*parts[1:], None], strict=True):
         block, transfer = arriving
         transfer.wait()
         if after is not None:
-            arriving = _gather(k, v, after, task)
+            arriving = _gather(k, v, after, view, task)
         yield part, block
 
 
-def _gather(k: Tensor, v: Tensor, heads: HeadGroup, task: Task) -> tuple[Block, Handle]:
+def _gather(k: Tensor, v: Tensor, heads: HeadGroup, view: View, task: Task) -> tuple[Block, Handle]:
     """Start to gather K and V of these heads for all tokens that this rank sees, in sequence order."""
-    me, (whole, _) = task.fabric.rank, gathered(task.layout)
-    reach = seen(task.mine, whole, task.mask)
+    me = task.fabric.rank
     # s b (k v) d, so that K and V of a stretch are one message
     mine = torch.cat([k[:, :, heads.kv], v[:, :, heads.kv]], 2)
-    buffer = mine.new_empty((reach.stop - reach.start, *mine.shape[1:]))
-    sends, recvs = [], []
-    for rank in range(task.fabric.size):
-        if rank != me:
-            sends += [(mine[local], rank) for local, _ in _seen_by(rank, me, task)]
-        for local, where in _seen_by(me, rank, task):
-            here = buffer[where.start - reach.start : where.stop - reach.start]
-            if rank == me:
-                here.copy_(mine[local])
-            else:
-                recvs.append((here, rank))
-    transfer = task.fabric.exchange(sends, recvs)
+    buffer = mine.new_empty((view.reach.stop - view.reach.start, *mine.shape[1:]))
+    arriving = list(zip(view.parts, buffer.split(view.sizes), strict=True))
+    for (rank, local), here in arriving:
+        if rank == me:
+            here.copy_(mine[local])
+    # most ranks see the same stretch
+    leaving = {local: mine[local] for local in view.stretches}
+    sends = [(leaving[local], rank) for rank, local in view.sends]
+    transfer = task.fabric.exchange(sends, [(here, rank) for (rank, _), here in arriving if rank != me])
     k, v = buffer.chunk(2, dim=2)
-    return Block(me, reach.start, k, v, whole), transfer
+    return Block(me, view.reach.start, k, v, view.runs), transfer
 
 
-def _to_owners(grads: Block, mine: tuple[Sum, Sum], task: Task) -> tuple[list[Outgoing], list[Incoming]]:
+def _to_owners(grads: Tensor, mine: Sum, view: View, task: Task) -> tuple[list[Outgoing], list[Incoming]]:
     """Return each owner its part of the gradients, and add this rank's own part at once."""
-    me, outgoing, expected = task.fabric.rank, [], []
-    for rank in range(task.fabric.size):
-        for local, where in _seen_by(me, rank, task):
-            parts = grads.part(where)
-            if rank != me:
-                outgoing.append(Outgoing(rank, parts))
-                continue
-            for total, part in zip(mine, parts, strict=True):
-                # a total that took the part over would keep the whole buffer alive
-                total.exact()[local] += part
-        if rank != me:
-            stretches = [local for local, _ in _seen_by(rank, me, task)]
-            expected += [item for local in stretches for item in incoming_exact(rank, local, *mine)]
-    return outgoing, expected
+    outgoing = []
+    for (rank, local), part in zip(view.parts, grads.split(view.sizes), strict=True):
+        if rank == task.fabric.rank:
+            mine.add(local, part)
+        else:
+            outgoing.append(Outgoing(rank, [part]))
+    sizes = [local.stop - local.start for _, local in view.sends]
+    buffers = grads.new_empty((sum(sizes), *grads.shape[1:])).split(sizes) if sizes else ()
+    arriving = zip(view.sends, buffers, strict=True)
+    return outgoing, [Incoming(rank, local, [buffer], mine.add) for (rank, local), buffer in arriving]
 
 
-def _seen_by(worker: int, owner: int, task: Task) -> Iterator[tuple[slice, slice]]:
-    """Yield the stretches of `owner`'s tokens that `worker`'s queries see, as tokens of the owner and of the whole."""
-    whole, places = gathered(task.layout)
-    reach = seen(task.layout[worker], whole, task.mask)
-    for rank, local, where in places:
-        first, last = max(where.start, reach.start), min(where.stop, reach.stop)
-        if rank == owner and first < last:
-            shift = local.start - where.start
-            yield slice(first + shift, last + shift), slice(first, last)
+def _zeros(tokens: int, like: Tensor, heads: HeadGroup) -> Tensor:
+    """Return zeros for the sums of dK and dV of these heads, s b (k v) d."""
+    shape = (tokens, like.shape[1], 2 * (heads.kv.stop - heads.kv.start), like.shape[3])
+    return torch.zeros(shape, dtype=accumulator_dtype(like), device=like.device)

@@ -67,7 +67,8 @@ def _rings(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]
 
     mirror, ahead, behind = at(member, place, ring), at(ring, place + 1, member), at(ring, place - 1, member)
     # 1. gather the keys and values of the team
-    held = _gathered([k, v], grid.members("inner", fabric.rank), fabric)
+    # s b (k v) d, so that K and V of a rank are one message
+    held = _gathered(torch.cat([k, v], 2), grid.members("inner", fabric.rank), fabric)
     # 2. swap them for those of the team at the same place of ring `member`
     if mirror != fabric.rank:
         held, transfer = _passed(held, mirror, mirror, fabric)
@@ -82,13 +83,12 @@ def _rings(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]
     yield _blocks(last, held, task)
 
 
-def _gathered(mine: list[Tensor], team: Sequence[int], fabric: Fabric) -> list[Tensor]:
-    """Gather k and v of each member of the team."""
-    held = [mine if rank == fabric.rank else [torch.empty_like(tensor) for tensor in mine] for rank in team]
-    others = [(rank, tensors) for rank, tensors in zip(team, held, strict=True) if rank != fabric.rank]
-    sends = [(tensor.contiguous(), rank) for rank, _ in others for tensor in mine]
-    fabric.exchange(sends, [(tensor, rank) for rank, tensors in others for tensor in tensors]).wait()
-    return [tensor for tensors in held for tensor in tensors]
+def _gathered(mine: Tensor, team: Sequence[int], fabric: Fabric) -> list[Tensor]:
+    """Gather the keys and values of each member of the team."""
+    held = [mine if rank == fabric.rank else torch.empty_like(mine) for rank in team]
+    others = [(buffer, rank) for rank, buffer in zip(team, held, strict=True) if rank != fabric.rank]
+    fabric.exchange([(mine, rank) for _, rank in others], others).wait()
+    return held
 
 
 def _passed(leaving: list[Tensor], dst: int, src: int, fabric: Fabric) -> tuple[list[Tensor], Handle]:
@@ -97,8 +97,8 @@ def _passed(leaving: list[Tensor], dst: int, src: int, fabric: Fabric) -> tuple[
 
 
 def _blocks(owners: Sequence[int], held: list[Tensor], task: Task) -> list[Block]:
-    pairs = zip(owners, held[::2], held[1::2], strict=True)
-    return [Block(owner, 0, k, v, task.layout[owner]) for owner, k, v in pairs]
+    pairs = ((owner, both.chunk(2, dim=2)) for owner, both in zip(owners, held, strict=True))
+    return [Block(owner, 0, k, v, task.layout[owner]) for owner, (k, v) in pairs]
 
 
 def _grid(like: Tensor, task: Task) -> Grid:

@@ -84,8 +84,5 @@ def test_stand_in_has_the_same_delta_and_no_longer_rows(size, dtype):
     # a rounded row's delta is off by what rounding moves it, at most eps |dout| |out|
     allowed = 2 * torch.finfo(dtype).eps * (dout.double().norm(dim=-1) * out.double().norm(dim=-1))
     assert ((delta(substitute, dout).double() - expected.double()).abs() <= allowed + torch.finfo(dtype).tiny).all()
-    # two elements make up for the rounding of the others
-    moved = (delta(substitute, dout).double() - expected.double()).abs().mean()
-    assert moved <= 1e-5 * expected.abs().mean() + torch.finfo(dtype).tiny
     longest = out.double().norm(dim=-1) * (1 + 2 * torch.finfo(dtype).eps)
     assert (substitute.double().norm(dim=-1) <= longest).all()

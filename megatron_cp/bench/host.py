@@ -1,0 +1,151 @@
+"""Host time of a backend: what Python and torch take to start a layer's kernels and messages, with none of them run.
+
+One rank runs its own loop with a fabric that sends nothing and a kernel that computes nothing, on tensors so short that
+operations on them take no time either. Each kernel call and each message is counted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import thread_time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_cp.comm import Done, Handle, Message, axes_of
+from megatron_cp.context import BACKENDS
+from megatron_cp.context.function import run
+from megatron_cp.context.masks import mask
+from megatron_cp.context.merge import accumulator_dtype
+from megatron_cp.context.plan import Plan, plan
+from megatron_cp.context.tiles import tiles
+from megatron_cp.grid import most_square
+from megatron_cp.hardware.cluster import Cluster
+
+TOKENS_PER_RANK, HEAD_DIM = 8, 8
+WARM_UP, ROUNDS = 3, 15
+
+
+class Count:
+    """Kernel calls and messages so far."""
+
+    def __init__(self) -> None:
+        self.calls = self.messages = 0
+
+
+class SilentFabric:
+    """A rank whose messages are counted and not sent: buffers keep what they held."""
+
+    def __init__(self, count: Count, rank: int, size: int) -> None:
+        self.rank, self.size, self.sent, self._count = rank, size, 0, count
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
+        self._count.messages += len(sends)
+        return Done()
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        self._count.messages += self.size - 1
+        return local.new_zeros((self.size, *local.shape))
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        self._count.messages += self.size - 1
+        return torch.zeros_like(whole[0])
+
+    def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
+        self._count.messages += self.size - 1
+        return rows.new_zeros((sum(recvs), *rows.shape[1:]))
+
+    def subset(self, ranks: Sequence[int]) -> "SilentFabric":
+        return SilentFabric(self._count, list(ranks).index(self.rank), len(ranks))
+
+
+class SilentKernel:
+    """A kernel whose calls are counted; its results are uninitialized."""
+
+    name = "silent"
+
+    def __init__(self, count: Count) -> None:
+        self._count = count
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        self._count.calls += 1
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._count.calls += 1
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class HostPass(NamedTuple):
+    """One layer's pass of one microbatch on one rank: thread time, messages sent, kernel calls."""
+
+    ms: float
+    messages: int
+    calls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostTime:
+    """Host time of a backend, or the reason why it refuses the sizes."""
+
+    backend: str
+    ranks: int
+    grid: str = ""
+    forward: HostPass | None = None
+    backward: HostPass | None = None
+    problem: str = ""
+
+
+class KernelTime(NamedTuple):
+    """Milliseconds of a rank's attention kernels in a layer, one microbatch."""
+
+    forward: float
+    backward: float
+
+
+def kernel_time(cluster: Cluster, seq: int, heads: int, head_dim: int, ranks: int, *, causal: bool) -> KernelTime:
+    """Return the time of the whole attention's operations, shared evenly by the ranks."""
+    whole = (range(seq),)
+    pairs = sum(tile.pairs for tile in tiles(whole, whole, mask(causal, None)))
+    # two matrix products forward, five backward, of two operations per multiplication
+    products = pairs * heads * head_dim * 2 / ranks
+    return KernelTime(2e3 * products / cluster.flops_forward, 5e3 * products / cluster.flops_backward)
+
+
+def host_time(backend: str, ranks: int, heads: int, kv_heads: int, *, causal: bool) -> HostTime:
+    """Time the loop of a rank in the middle; the thread's own time, median of rounds after a warm-up."""
+    count, entry = Count(), BACKENDS.get(backend)
+    fabric = SilentFabric(count, ranks // 2, ranks)
+    grid = most_square(ranks) if entry.needs_grid else None
+    inner, outer = axes_of(grid, fabric) if grid else (None, None)
+    shape = (TOKENS_PER_RANK, 1)
+    q, k, v, dout = (torch.zeros(*shape, n, HEAD_DIM, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads))
+    try:
+        made = plan(backend, cp=fabric, inner=inner, outer=outer, causal=causal, kernel=SilentKernel(count))
+        forward, backward = _passes(made, count, (q, k, v, dout))
+    except ValueError as refused:
+        return HostTime(backend=backend, ranks=ranks, problem=str(refused))
+    return HostTime(backend=backend, ranks=ranks, grid=str(grid or ""), forward=forward, backward=backward)
+
+
+def _passes(made: Plan, count: Count, inputs: tuple[Tensor, ...]) -> tuple[HostPass, HostPass]:
+    *qkv, dout = inputs
+    for tensor in qkv:
+        tensor.requires_grad_()
+    rounds = []
+    for _ in range(WARM_UP + ROUNDS):
+        out, forward = _timed(count, lambda: run(*qkv, made))
+        _, backward = _timed(count, lambda: torch.autograd.grad(out, qkv, dout))
+        rounds.append((forward, backward))
+    kept = zip(*rounds[WARM_UP:], strict=True)
+    forward, backward = (passes[0]._replace(ms=min(one.ms for one in passes)) for passes in kept)
+    return forward, backward
+
+
+def _timed[T](count: Count, body: Callable[[], T]) -> tuple[T, HostPass]:
+    count.calls = count.messages = 0
+    start = thread_time()
+    result = body()
+    return result, HostPass((thread_time() - start) * 1e3, count.messages, count.calls)
