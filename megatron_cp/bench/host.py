@@ -7,7 +7,7 @@ operations on them take no time either. Each kernel call and each message is cou
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import thread_time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from torch import Tensor
 from megatron_cp.comm import Done, Handle, Message, axes_of
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.function import run
-from megatron_cp.context.masks import mask
 from megatron_cp.context.merge import accumulator_dtype
 from megatron_cp.context.plan import Plan, plan
-from megatron_cp.context.tiles import tiles
 from megatron_cp.grid import most_square
 from megatron_cp.hardware.cluster import Cluster
 
@@ -79,7 +77,7 @@ class SilentKernel:
 
 
 class HostPass(NamedTuple):
-    """One layer's pass of one microbatch on one rank: thread time, messages sent, kernel calls."""
+    """A pass of one layer and microbatch on one rank: milliseconds of its thread, messages sent, kernel calls."""
 
     ms: float
     messages: int
@@ -88,7 +86,7 @@ class HostPass(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class HostTime:
-    """Host time of a backend, or the reason why it refuses the sizes."""
+    """Host time of a backend on a grid, or the reason why it refuses the sizes."""
 
     backend: str
     ranks: int
@@ -99,7 +97,7 @@ class HostTime:
 
 
 class KernelTime(NamedTuple):
-    """Milliseconds of a rank's attention kernels in a layer, one microbatch."""
+    """Milliseconds of a rank's attention kernels in each pass of one layer and microbatch."""
 
     forward: float
     backward: float
@@ -107,45 +105,49 @@ class KernelTime(NamedTuple):
 
 def kernel_time(cluster: Cluster, seq: int, heads: int, head_dim: int, ranks: int, *, causal: bool) -> KernelTime:
     """Return the time of the whole attention's operations, shared evenly by the ranks."""
-    whole = (range(seq),)
-    pairs = sum(tile.pairs for tile in tiles(whole, whole, mask(causal, None)))
+    pairs = seq * (seq + 1) // 2 if causal else seq**2
     # two matrix products forward, five backward, of two operations per multiplication
     products = pairs * heads * head_dim * 2 / ranks
     return KernelTime(2e3 * products / cluster.flops_forward, 5e3 * products / cluster.flops_backward)
 
 
 def host_time(backend: str, ranks: int, heads: int, kv_heads: int, *, causal: bool) -> HostTime:
-    """Time the loop of a rank in the middle; the thread's own time, median of rounds after a warm-up."""
+    """Time the loop of a rank in the middle; the thread's own time, the least of some rounds after a warm-up."""
     count, entry = Count(), BACKENDS.get(backend)
     fabric = SilentFabric(count, ranks // 2, ranks)
     grid = most_square(ranks) if entry.needs_grid else None
     inner, outer = axes_of(grid, fabric) if grid else (None, None)
     shape = (TOKENS_PER_RANK, 1)
     q, k, v, dout = (torch.zeros(*shape, n, HEAD_DIM, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads))
+    made = plan(backend, cp=fabric, inner=inner, outer=outer, causal=causal, kernel=SilentKernel(count))
     try:
-        made = plan(backend, cp=fabric, inner=inner, outer=outer, causal=causal, kernel=SilentKernel(count))
-        forward, backward = _passes(made, count, (q, k, v, dout))
+        forward, backward = _passes(made, count, q, k, v, dout)
     except ValueError as refused:
         return HostTime(backend=backend, ranks=ranks, problem=str(refused))
-    return HostTime(backend=backend, ranks=ranks, grid=str(grid or ""), forward=forward, backward=backward)
+    return HostTime(
+        backend=backend,
+        ranks=ranks,
+        grid=" ".join(map(str, grid.sizes)) if grid else "",
+        forward=forward,
+        backward=backward,
+    )
 
 
-def _passes(made: Plan, count: Count, inputs: tuple[Tensor, ...]) -> tuple[HostPass, HostPass]:
-    *qkv, dout = inputs
-    for tensor in qkv:
+def _passes(made: Plan, count: Count, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[HostPass, HostPass]:
+    for tensor in (q, k, v):
         tensor.requires_grad_()
     rounds = []
     for _ in range(WARM_UP + ROUNDS):
-        out, forward = _timed(count, lambda: run(*qkv, made))
-        _, backward = _timed(count, lambda: torch.autograd.grad(out, qkv, dout))
+        out, forward = _timed(count, run, q, k, v, made)
+        _, backward = _timed(count, torch.autograd.grad, out, (q, k, v), dout)
         rounds.append((forward, backward))
     kept = zip(*rounds[WARM_UP:], strict=True)
     forward, backward = (passes[0]._replace(ms=min(one.ms for one in passes)) for passes in kept)
     return forward, backward
 
 
-def _timed[T](count: Count, body: Callable[[], T]) -> tuple[T, HostPass]:
+def _timed(count: Count, body: Callable[..., Any], *arguments: Any) -> tuple[Any, HostPass]:
     count.calls = count.messages = 0
     start = thread_time()
-    result = body()
+    result = body(*arguments)
     return result, HostPass((thread_time() - start) * 1e3, count.messages, count.calls)

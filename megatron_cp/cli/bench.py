@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.cli.bench_host import host
 from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.cli.bench_links import links
 from megatron_cp.cli.bench_pipeline import pipeline
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, help="Check results, then time implementations side by side in one run on this machine."
 )
+app.command()(host)
 app.command()(kernels)
 app.command()(links)
 app.command()(pipeline)
