@@ -58,6 +58,8 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
         total_q, total_k, total_v = Sum(q), *map(Sum, (block.k, block.v), grads.chunk(2, dim=2))
         task.attend_backward(total_q, total_k, total_v, dout_i, Saved(q, block.k, block.v, out, lse), block)
         dq[:, :, heads.q] = total_q.result()
+        # what has not been added yet is added to `grads`
+        total_k.exact(), total_v.exact()
         # 3. return the gradients of the gathered keys and values to their owners
         mine = _zeros(len(saved.k), saved.k, heads)
         totals.append(Sum(mine, mine))
