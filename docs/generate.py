@@ -91,8 +91,7 @@ def traffic(name: str) -> str:
     """What an algorithm sends, as the first lines of a list."""
     formula = BACKENDS.get(name).traffic
     assert formula
-    backward = formula.text(backward=True) if formula.backward else "as much"
-    return f"- Sends {formula}, per rank and forward pass.\n- Sends {backward} in the backward pass."
+    return f"- Sends {formula}, per rank and forward pass.\n- Sends {formula.text(backward=True)} in the backward pass."
 
 
 def schedules() -> str:

@@ -157,7 +157,7 @@ BACKENDS = Registry(
             load=_ulysses,
             paper="arXiv:2309.14509",
             what="heads for tokens and back",
-            traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
+            traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", backward="(p-1)/p (2Uq + 2U)", per_kv_head=True),
             aliases=("a2a",),
             capabilities=Capabilities(heads="all", planned=True),
         ),
@@ -220,7 +220,7 @@ BACKENDS = Registry(
             load=_fpdt,
             paper="arXiv:2408.16978",
             what="Ulysses in chunks over time, what waits lies in host memory",
-            traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", per_kv_head=True),
+            traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", backward="(p-1)/p (2Uq + 2U)", per_kv_head=True),
             capabilities=Capabilities(heads="all", weighed="never"),
         ),
         Backend(

@@ -96,7 +96,7 @@ class TrafficFormula:
 
     full:         formula of the forward pass under full attention
     causal:       formula under a causal mask, or a share of `full` such as "3/4 of it"; empty for the same
-    backward:     `full` of the backward pass; empty for the same
+    backward:     `full` of the backward pass; empty if it is not stated
     backward_causal: `causal` of the backward pass, if it is no share of it; empty for the same
     sense:        of `full`: "rank", exact on every rank; "mean", exact as a mean over the ranks; "at most", a bound of
                   the mean
@@ -144,7 +144,7 @@ class TrafficFormula:
         """Return the formulas of a pass under full attention and under a causal mask."""
         if not backward:
             return self.full, self.causal
-        return self.backward or self.full, self.backward_causal or self.causal
+        return self.backward, self.backward_causal or self.causal
 
 
 def _evaluate(full: str, causal: str, names: Mapping[str, float]) -> float:
