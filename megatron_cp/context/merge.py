@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_cp.comm.fabric import size_in_bytes
 from megatron_cp.context.partials import MOST_PARTS, Partial, accumulator_dtype, fuse, hull, merging_for
 
-__all__ = ["SoftmaxMerge", "Sum", "accumulator_dtype"]
+__all__ = ["SoftmaxMerge", "Sum", "accumulator_dtype", "widening"]
 
 
 def widening(tensor: Tensor) -> int:
