@@ -99,12 +99,14 @@ def test_one_rank_and_the_kernels_of_ulysses_touch_nothing(merging):
     assert forward.size <= 2 * (3 + 3 / 4 + 1 / 4 + 1 / 4 + 1) * size + 2 * size
 
 
+# bytes that pack K and V into one message, and kernels and bytes that widen 7 parts of dK and dV each for theirs
+PACKED, WIDENED = 4 * 2**22 * 2, 377_487_360
 # kernels and bytes of a middle rank, forward and backward; out and dq have 2**24 elements, dk and dv 2**22
 GOLDEN = {
-    "torch": ((51, 1_902_641_152), (27, 1_686_110_208)),
-    "one by one": ((8, 1_066_139_648), (24, 1_551_892_480)),
+    "torch": ((52, 1_902_641_152 + PACKED), (42, 1_686_110_208 + WIDENED)),
+    "one by one": ((9, 1_066_139_648 + PACKED), (39, 1_551_892_480 + WIDENED)),
     # forward 15 bytes an element, 6.5 parts and the result in bfloat16, and 7.5 lse of 2**17 rows
-    "several": ((1, 255_590_400), (3, 377_487_360)),
+    "several": ((2, 255_590_400 + PACKED), (18, 377_487_360 + WIDENED)),
 }
 
 
@@ -119,13 +121,15 @@ def test_kernels_and_bytes_between_the_calls_of_the_attention_kernel(policy):
 
 
 def test_merging_several_results_at_a_time_takes_its_share_of_the_attention():
-    shares = {}
+    shares, packed = {}, {}
     for policy, merging in POLICIES.items():
         for seq in (2**15, 2**17):
             costs = [merge_cost(zigzag(seq), merging, rank) for rank in range(8)]
             for name, column in zip(("forward", "backward"), zip(*costs, strict=True), strict=True):
                 shares[policy, seq, name] = [cost.share for cost in column]
                 middle = column[4]
+                # K and V are packed once beside the merges
+                packed[seq, name] = middle.share * PACKED * seq / 2**15 / middle.size
                 print(
                     f"{policy:>10} {seq // 1024:4}K {name:8} kernels {middle.kernels:3} {middle.size / 1e6:6.0f} MB "
                     f"{middle.share:6.1%}, of the rank with most {max(cost.share for cost in column):6.1%}, "
@@ -133,13 +137,13 @@ def test_merging_several_results_at_a_time_takes_its_share_of_the_attention():
                 )
     middle = {case: ranks[4] for case, ranks in shares.items()}
     # torch took 40 % and 10 %, and one result at a time 22 % and 5.5 %
-    assert middle["torch", 2**15, "forward"] == pytest.approx(0.40, abs=0.005)
-    assert middle["torch", 2**17, "forward"] == pytest.approx(0.10, abs=0.005)
-    assert middle["one by one", 2**15, "forward"] <= 0.225
-    assert middle["one by one", 2**17, "forward"] <= 0.056
+    assert middle["torch", 2**15, "forward"] - packed[2**15, "forward"] == pytest.approx(0.40, abs=0.005)
+    assert middle["torch", 2**17, "forward"] - packed[2**17, "forward"] == pytest.approx(0.10, abs=0.005)
+    assert middle["one by one", 2**15, "forward"] - packed[2**15, "forward"] <= 0.225
+    assert middle["one by one", 2**17, "forward"] - packed[2**17, "forward"] <= 0.056
     for name in ("forward", "backward"):
         assert max(shares["several", 2**15, name]) <= 0.08
-        assert max(shares["several", 2**17, name]) <= 0.031
+        assert max(shares["several", 2**17, name]) - packed[2**17, name] <= 0.031
         assert middle["several", 2**17, name] <= 0.03
 
 
