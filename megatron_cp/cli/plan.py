@@ -14,16 +14,18 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.search import CONTEXT, SCHEDULED
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
-from megatron_cp.registry import suggest
+from megatron_cp.registry import suggest, unknown
 from megatron_cp.units import count
 
 if TYPE_CHECKING:
     from megatron_cp.planner.estimate import Estimate
     from megatron_cp.planner.search import Plans
 
+PLANNED = {"bf16": "bfloat16", "fp8": "fp8"}
+
 
 def plan(
-    model: Annotated[str, typer.Option(help="A model of configs/models, such as llama3.1-8b.")],
+    model: Annotated[str, typer.Option(help="A model of configs/models, such as llama3.1-8b, or a recipe file.")],
     seq: Annotated[str, typer.Option(help="Tokens in a sequence, such as 131072 or 128K.")],
     gpus: Annotated[str, typer.Option(help="How many GPUs; the plan uses all.")],
     cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")],
@@ -33,6 +35,7 @@ def plan(
         CONTEXT
     ),
     schedules: Annotated[str, typer.Option(help="Pipeline schedules to weigh, with commas.")] = ",".join(SCHEDULED),
+    precision: Annotated[str, typer.Option(help=f"Of the products: {' or '.join(PLANNED)}.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
 ) -> None:
@@ -40,9 +43,11 @@ def plan(
     from megatron_cp.context.trace.record import record
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.search import PlanRequest, search, sequences
+    from megatron_cp.planner.unmodelled import unmodelled
 
-    if model not in (known := _models()):
-        raise ValueError(f"no model {model!r} in configs/models{suggest(model, known)}; known: {', '.join(known)}")
+    if precision not in PLANNED:
+        raise unknown("precision", precision, PLANNED)
+    source = _source(model)
     if write and write.exists():
         raise ValueError(f"{write} exists; name another file or remove it")
     if write and not write.parent.is_dir():
@@ -50,14 +55,16 @@ def plan(
     tokens, length, ranks = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq"), count(gpus, "--gpus")
     if 2 * tokens < length:
         raise ValueError(f"--tokens-per-batch {tokens:,} must be at least a sequence of {length:,} tokens; raise it")
+    run = recipe.load(source, Unset(config.environment()))
     request = PlanRequest(
-        model=model_of(recipe.load(f"models/{model}", Unset(config.environment()))),
+        model=model_of(run),
         seq=length,
         gpus=ranks,
         cluster=load_cluster(cluster),
         global_batch=sequences(tokens, length, ranks),
         backends=tuple(backends.replace(",", " ").split()),
         schedules=tuple(schedules.replace(",", " ").split()),
+        precision=PLANNED[precision],
     )
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("weighing splits", total=1.0)
@@ -66,8 +73,21 @@ def plan(
         typer.echo(json.dumps([_plain(one) for one in found.options], indent=2))
     else:
         _show(found)
+        if left_out := unmodelled(run):
+            typer.echo(f"not in the estimate: {', '.join(left_out)}")
     if write:
-        _write(found.best, model, write)
+        _write(found.best, source, write)
+
+
+def _source(model: str) -> str:
+    """Return the recipe that describes a model: a shipped one's name, or the path of a file."""
+    if model in (known := _models()):
+        return f"models/{model}"
+    if Path(model).is_file():
+        return str(Path(model).resolve())
+    raise ValueError(
+        f"no model {model!r} in configs/models{suggest(model, known)}; give a file or one of: {', '.join(known)}"
+    )
 
 
 def _models() -> list[str]:
@@ -110,8 +130,8 @@ def _show(found: "Plans") -> None:
     console.print(f"{found.examined} splits weighed; left out by rules: {rules or 'none'}")
 
 
-def _write(best: "Estimate", model: str, file: Path) -> None:
+def _write(best: "Estimate", source: str, file: Path) -> None:
     from megatron_cp.planner.plan_recipe import as_recipe
 
-    file.write_text(as_recipe(best, model), encoding="utf-8")
+    file.write_text(as_recipe(best, source), encoding="utf-8")
     typer.echo(f"wrote {file}", err=True)

@@ -14,10 +14,10 @@ LEARNING_RATE = {"--lr": 3e-5, "--min-lr": 3e-6}
 
 
 def as_recipe(plan: Estimate, model: str) -> str:
-    """Return the YAML of a recipe for the plan; `model` is the name of a file in configs/models."""
+    """Return the YAML of a recipe for the plan; `model` is what it extends: a name below configs, or a path."""
     gpus, per_node = plan.parallel.world, plan.cluster.ranks_per_node
     local = min(gpus, per_node)
-    extends = [f"models/{model}", "training/long-context", "training/nodes"]
+    extends = [model, "training/long-context", "training/nodes"]
     extends += ["training/recompute"] if plan.parallel.recompute == "full" else []
     content = {
         "extends": extends,
@@ -57,5 +57,7 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
         yield "--expert-model-parallel-size", parallel.ep
     yield "--micro-batch-size", parallel.micro_batch
     yield "--global-batch-size", parallel.global_batch
-    if parallel.precision == "bfloat16":
+    if parallel.precision in ("bfloat16", "fp8"):
         yield "--bf16", True
+    if parallel.precision == "fp8":
+        yield "--fp8-format", "hybrid"

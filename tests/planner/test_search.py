@@ -70,10 +70,36 @@ def test_nothing_that_fits_is_faster_than_the_best_plan(other: Parallel) -> None
 def test_the_recipe_of_a_plan_is_the_plan(tmp_path: Path) -> None:
     for one in plans().options:
         file = tmp_path / "planned.yaml"
-        file.write_text(as_recipe(one, "llama3.1-8b"))
+        file.write_text(as_recipe(one, "models/llama3.1-8b"))
         read = recipe.load(str(file), {"DATA_PATH": "corpus"})
         assert parallel_of(read, 32) == one.parallel
         assert (read.cluster, read.required("--seq-length")) == (CLUSTER, 32768)
+
+
+MIXTURE = """
+MODEL_ARGS:
+  --num-layers: 8
+  --hidden-size: 1024
+  --num-attention-heads: 8
+  --vocab-size: 32000
+  --swiglu: true
+  --num-experts: 8
+  --moe-router-topk: 2
+  --optimizer-cpu-offload: true
+"""
+
+
+def test_a_file_of_ones_own_is_planned_in_fp8(tmp_path: Path) -> None:
+    own, written = tmp_path / "mixture.yaml", tmp_path / "planned.yaml"
+    own.write_text(MIXTURE)
+    words = "--seq 4K --gpus 8 --cluster dgx-h100 --tokens-per-batch 32K --schedules 1f1b --top 2 --precision fp8"
+    command = ["plan", "--model", str(own), *words.split(), "--write", str(written)]
+    told = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    assert "not in the estimate: --optimizer-cpu-offload" in told
+    read = recipe.load(str(written), {"DATA_PATH": "corpus"})
+    parallel = parallel_of(read, 8)
+    assert (parallel.precision, parallel.world, model_of(read).experts) == ("fp8", 8, 8)
+    assert told.splitlines()[0].startswith("mixture on 8 GPUs of dgx-h100")
 
 
 def test_it_says_why_and_what_was_left_out() -> None:
@@ -109,6 +135,7 @@ def test_a_batch_is_one_that_ranks_can_share(gpus: int, asked: int, batch: int) 
     ("changed", "text"),
     [
         ("--model llama4", "no model 'llama4'"),
+        ("--precision int8", "int8"),
         ("--seq 4Q", "unknown unit 'Q'"),
         ("--cluster h10-ib", "did you mean 'h100-ib'"),
         ("--backends zigzig", "did you mean 'zigzag'"),
