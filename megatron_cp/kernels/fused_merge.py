@@ -111,31 +111,43 @@ def merge(parts: Sequence[Part], out: Tensor, lse: Tensor) -> None:
 
     Rows that no part covers, or in which no part has seen a key, get out 0 and lse -inf.
     """
-    given = []
-    for _, x, part_lse in parts:
-        assert part_lse is not None, "attention comes with its lse"
-        given.append((x, *_strides(x), part_lse, tuple(map(_unspecialized, _strides(part_lse)))))
-    grid, sizes, blocks = _launch(out)
     with torch.cuda.device_of(out):
-        _merge_kernel[grid](_spanned(parts, given), out, lse, *sizes, *_strides(out), *_strides(lse), **blocks)
+        _merge_kernel[_grid(out)](*_merge_arguments(parts, out, lse))
 
 
 def add(parts: Sequence[Part], out: Tensor) -> None:
     """Write the sum of the parts to out [s b h d]; rows that no part covers get 0."""
-    grid, sizes, blocks = _launch(out)
     with torch.cuda.device_of(out):
-        _add_kernel[grid](
-            _spanned(parts, [(part.x, *_strides(part.x)) for part in parts]), out, *sizes, *_strides(out), **blocks
-        )
+        _add_kernel[_grid(out)](*_add_arguments(parts, out))
 
 
-def _launch(out: Tensor) -> tuple[tuple[int], tuple[int, int, int, int], dict[str, int]]:
-    """Return the grid, the sizes of the output, and the sizes of a program's block."""
+def _merge_arguments(parts: Sequence[Part], out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+    given = []
+    for _, x, part_lse in parts:
+        assert part_lse is not None, "attention comes with its lse"
+        given.append((x, *_strides(x), part_lse, tuple(map(_unspecialized, _strides(part_lse)))))
+    return _spanned(parts, given), out, lse, *_sizes(out), *_strides(out), *_strides(lse), *_block(out)
+
+
+def _add_arguments(parts: Sequence[Part], out: Tensor) -> tuple[Any, ...]:
+    given = [(part.x, *_strides(part.x)) for part in parts]
+    return _spanned(parts, given), out, *_sizes(out), *_strides(out), *_block(out)
+
+
+def _grid(out: Tensor) -> tuple[int]:
+    rows, batch, heads, _ = out.shape
+    return (triton.cdiv(rows, _block(out)[0]) * batch * heads,)
+
+
+def _sizes(out: Tensor) -> tuple[int, int, int, int]:
     rows, batch, heads, columns = out.shape
-    width = triton.next_power_of_2(columns)
-    height = min(max(1, ELEMENTS // width), triton.next_power_of_2(rows))
-    blocks = {"ROWS": height, "COLUMNS": width}
-    return (triton.cdiv(rows, height) * batch * heads,), (rows, heads, columns, batch * heads), blocks
+    return rows, heads, columns, batch * heads
+
+
+def _block(out: Tensor) -> tuple[int, int]:
+    """Return the rows and columns of a program."""
+    width = triton.next_power_of_2(out.shape[3])
+    return min(max(1, ELEMENTS // width), triton.next_power_of_2(out.shape[0])), width
 
 
 def _spanned(parts: Sequence[Part], given: Sequence[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:

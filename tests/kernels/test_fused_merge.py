@@ -92,6 +92,25 @@ def test_the_merge_compiles_for_gpus_and_reads_16_bytes_at_a_time(count, capabil
     assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) == 4
 
 
+def test_a_kernel_is_compiled_once_for_all_rows_and_lengths():
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from megatron_cp.kernels import fused_merge
+
+    kernel = fused_merge._merge_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    found = set()
+    # one row, an odd number, a multiple of 16 and all; and the layouts of a kernel's lse and of a received one
+    for first, rows in ((0, 1), (1, 33), (16, 48), (0, 64)):
+        out, whole = torch.empty(64, 1, 32, 128, dtype=torch.bfloat16), torch.empty(1, 32, 64).permute(2, 0, 1)
+        for lse in (torch.empty(1, 32, rows).permute(2, 0, 1), torch.empty(rows, 1, 32)):
+            part = fused_merge.Part(first, torch.empty(1, 32, rows, 128, dtype=torch.bfloat16).permute(2, 0, 1, 3), lse)
+            found.add(str(bind(*fused_merge._merge_arguments([part, part], out, whole))[1]))
+    assert len(found) == 1, found
+
+
 class Fills(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts how often rows without keys are filled."""
 
