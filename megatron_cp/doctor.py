@@ -93,6 +93,10 @@ def _devices() -> Iterator[Finding]:
             f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}",
             "" if able else "the fused kernels need compute capability 8.0; pass --cp-kernel reference",
         )
+    models = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
+    if len(models) > 1:
+        remedy = "run on GPUs of one model: all ranks wait for the slowest, and kernels are chosen alike on all of them"
+        yield Finding("GPU models", "broken", f"{len(models)} in one machine: {', '.join(models)}", remedy)
     yield from _settings()
 
 

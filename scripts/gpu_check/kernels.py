@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gpu_check.measure import error_of, seconds
 from gpu_check.table import Row
 from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL
 from megatron_cp.kernels import KERNELS, Kernel, choose
 from megatron_cp.kernels.reference import ReferenceKernel
 
@@ -122,52 +124,56 @@ def rates(device: str) -> Iterator[Row]:
 
 
 def merges(device: str) -> Iterator[Row]:
-    """Compare the merge of two results and the sum of gradients with float64, and measure them."""
+    """Compare merges of partial results and sums of gradients with float64, and measure them.
+
+    On a GPU by torch and by the fused kernel, two and eight at a time.
+    """
     tokens, heads, dim = (16384, 32, 128) if device == "cuda" else (512, 4, 64)
     dtype, generator = dtype_on(device), torch.Generator(device).manual_seed(0)
+    size = (tokens, 1, heads, dim)
+    outs = [torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(8)]
+    lses = [torch.randn(size[:3], generator=generator, device=device) for _ in range(8)]
+    # rows that no result has seen a key for, and rows that only the first one has
+    for place, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        none = slice(0, 4 if place == 0 else 8)
+        out[none], lse[none] = 0, -torch.inf
+    for way, count in product((BY_TORCH, SEVERAL) if device == "cuda" else (BY_TORCH,), (2, 8)):
+        assumed = ASSUMED.set(way)
+        try:
+            yield from _merges(device, "one kernel" if way.fused else "torch", outs[:count], lses[:count])
+        finally:
+            ASSUMED.reset(assumed)
 
-    def result() -> tuple[Tensor, Tensor]:
-        out = torch.randn(tokens, 1, heads, dim, generator=generator, device=device).to(dtype)
-        return out, torch.randn(tokens, 1, heads, generator=generator, device=device)
 
-    (one, lse), (other, other_lse) = result(), result()
-    # rows that one side, the other and neither has seen a key for
-    lse[:4], other_lse[2:6] = -torch.inf, -torch.inf
-    one[:4], other[2:6] = 0, 0
-    rows = slice(0, tokens)
+def _merges(device: str, name: str, outs: list[Tensor], lses: list[Tensor]) -> Iterator[Row]:
+    """The error and the bandwidth of a merge and of a sum of these."""
+    rows, bound = slice(0, len(outs[0])), BOUND[outs[0].dtype]
 
-    def first(x: Tensor) -> Tensor:
-        """What a merge takes over and adds to in place, unless it has to be widened."""
-        return x.clone() if x.dtype == torch.float32 else x
-
-    def merged() -> tuple[Tensor, Tensor]:
-        merge = SoftmaxMerge(one)
-        merge.add(rows, first(one), lse.clone())
-        merge.add(rows, other, other_lse)
-        return merge.result()
-
-    weights = torch.stack([lse, other_lse]).double().softmax(0).nan_to_num()[..., None]
-    expected = weights[0] * one.double() + weights[1] * other.double()
-    error = error_of(merged()[0], expected)
-    took = seconds(device, merged)
-    size = 2 * (one.numel() * one.element_size() + lse.numel() * lse.element_size())
-    yield Row(
-        f"two results of {tokens} tokens, heads {heads}, dim {dim}",
-        {"error": error, "ms": took * 1e3, "GB/s of what is merged": size / took / 1e9},
-        "ok" if error <= BOUND[dtype] else "wrong",
-    )
+    def merged() -> Tensor:
+        merge = SoftmaxMerge(outs[0])
+        for out, lse in zip(_taken_over(outs), _taken_over(lses), strict=True):
+            merge.add(rows, out, lse)
+        return merge.result()[0]
 
     def added() -> Tensor:
-        total = Sum(one)
-        total.add(rows, first(one))
-        total.add(rows, other)
+        total = Sum(outs[0])
+        for out in _taken_over(outs):
+            total.add(rows, out)
         return total.result()
 
-    error = error_of(added(), one.double() + other.double())
-    took = seconds(device, added)
-    size = 2 * one.numel() * one.element_size()
-    yield Row(
-        f"two gradients of {tokens} tokens, heads {heads}, dim {dim}",
-        {"error": error, "ms": took * 1e3, "GB/s of what is added": size / took / 1e9},
-        "ok" if error <= BOUND[dtype] else "wrong",
-    )
+    weights = torch.stack(lses).double().softmax(0).nan_to_num()[..., None]
+    expected = sum(weight * out.double() for weight, out in zip(weights, outs, strict=True))
+    sums = sum(out.double() for out in outs)
+    size = sum(out.numel() * out.element_size() for out in outs)
+    for what, call, right in (("results", merged, expected), ("gradients", added, sums)):
+        error = error_of(call(), right)
+        took = seconds(device, call)
+        figures = {"error": error, "ms": took * 1e3, "GB/s of what is read": size / took / 1e9}
+        case = f"{len(outs)} {what} {list(outs[0].shape)} by {name}"
+        yield Row(case, figures, "ok" if error <= bound else "wrong")
+
+
+def _taken_over(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, the first one as a copy where it is taken over and added to in place."""
+    first, *rest = tensors
+    return [first.clone() if first.dtype == torch.float32 else first, *rest]

@@ -79,3 +79,17 @@ def test_an_older_transformer_engine_than_was_tested_is_broken(monkeypatch, vers
 def test_the_oldest_transformer_engine_is_that_of_setup_py():
     oldest = ".".join(map(str, doctor.OLDEST_TE))
     assert f'"transformer-engine[pytorch]>={oldest},<3"' in (Path(__file__).parents[2] / "setup.py").read_text()
+
+
+@pytest.mark.parametrize(("names", "broken"), [(["H100", "A100"], True), (["H100", "H100"], False)])
+def test_gpus_of_several_models_are_broken(monkeypatch, names, broken):
+    facts = SimpleNamespace(name="a GPU", total_memory=2**30, major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    found = {finding.subject: finding for finding in doctor._devices()}
+    assert ("GPU models" in found) == broken
+    if broken:
+        assert found["GPU models"].found == "2 in one machine: A100, H100"
+        assert found["GPU models"].remedy.startswith("run on GPUs of one model")
