@@ -141,7 +141,7 @@ WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
     ("bias_gelu_fusion", False, "--no-bias-gelu-fusion"),
     ("bias_dropout_fusion", False, "--no-bias-dropout-fusion"),
     ("cross_entropy_loss_fusion", False, "no --cross-entropy-loss-fusion"),
-    ("use_nccl_ub", False, "no --use-nccl-ub"),
+    ("nccl_ub", False, "no --use-nccl-ub"),
     ("fsdp_manual_registration", False, "no --fsdp-manual-registration"),
     # a forked worker would inherit gloo's threads in the middle of whatever they do
     ("num_workers", 0, "--num-workers 0"),

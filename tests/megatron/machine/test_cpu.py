@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_cp.megatron.arguments import checks
+from megatron_cp.megatron.arguments.recipe_flags import parser
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.facts import Machine
 from megatron_cp.megatron.rebind import find
@@ -172,6 +173,12 @@ def test_only_what_differs_is_filled_in_and_reported() -> None:
     changed = checks.fill_arguments(args, Machine(te=False))
     assert changed == ["--no-rope-fusion"]
     assert vars(args) == {"transformer_impl": "local", "apply_rope_fusion": False, "hidden_size": 4}
+
+
+def test_what_is_filled_in_is_an_argument_of_megatrons() -> None:
+    known = {action.dest for action in parser()._actions}
+    names = [name for name, *_ in (*checks.WITHOUT_TE, *checks.LOW_PRECISION, *checks.WITHOUT_GPU)]
+    assert [name for name in names if name not in known] == []
 
 
 LOW = {"fp8": "hybrid", "use_precision_aware_optimizer": True, "main_grads_dtype": "bf16"}
