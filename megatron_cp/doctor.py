@@ -5,9 +5,11 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from ctypes.util import find_library
 
 from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.findings import Finding, guarded, installed
+from megatron_cp.kernels import KERNELS
 
 # the oldest whose layers pass the tests with our attention: scripts/te.sh
 OLDEST_TE = (2, 5)
@@ -15,7 +17,18 @@ OLDEST_TE = (2, 5)
 
 def examine() -> Iterator[Finding]:
     """Examine everything, beginning with the cheapest checks."""
-    for look in (_python, _torch, _megatron, _optional_packages, _devices, _communication, _hooks, _parity, _between):
+    for look in (
+        _python,
+        _torch,
+        _megatron,
+        _optional_packages,
+        _kernels,
+        _devices,
+        _communication,
+        _hooks,
+        _parity,
+        _between,
+    ):
         yield from guarded(look.__name__.strip("_").replace("_", " "), look)
 
 
@@ -54,7 +67,6 @@ def _megatron() -> Iterator[Finding]:
 def _optional_packages() -> Iterator[Finding]:
     for package, gives, remedy in (
         ("transformer-engine", "fused layers and FP8", "pip install 'megatron-cp[te]' on a machine with a GPU"),
-        ("flash-attn", "kernel 'flash'", "pip install 'megatron-cp[flash]' on a machine with a GPU"),
         (
             "apex",
             "fused optimizers",
@@ -76,11 +88,26 @@ def _optional_packages() -> Iterator[Finding]:
         )
 
 
+def _kernels() -> Iterator[Finding]:
+    """Look at the packages that bring kernels: installed, and of a release that was checked."""
+    for entry in KERNELS:
+        package = getattr(entry.load(), "PACKAGE", None)
+        if package is None:
+            continue
+        version, lacks = installed(package.name), package.missing()
+        found = f"{package.name} {version}" if version else f"{package.name} is not installed"
+        yield Finding(f"kernel {entry.name}", "optional" if lacks else "ok", found, lacks or "")
+
+
 def _devices() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
+        if built and find_library("cuda") is None:
+            remedy = "none needed for a CPU run; with a GPU, install its driver or give the container access to it"
+            yield Finding("GPUs", "optional", f"libcuda, which the driver brings, is missing (CUDA {built})", remedy)
+            return
         remedy = "none needed for a CPU run; with a GPU in this machine, look at nvidia-smi and the driver's version"
         yield Finding("GPUs", "optional", f"none that torch {torch.__version__} (CUDA {built}) can use", remedy)
         return

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def prepared(
     """Return the forward and the backward pass of a kernel call on random inputs of its sizes."""
     q, dout = (_random(call.queries, call.heads, call, device, dtype) for _ in range(2))
     k, v = (_random(call.keys, call.kv_heads, call, device, dtype) for _ in range(2))
-    how = {"scale": call.head_dim**-0.5, "causal": call.causal}
+    how: dict[str, Any] = {"scale": call.head_dim**-0.5, "causal": call.causal}
+    if call.window is not None:
+        how["window"] = call.window
     out, lse = kernel.forward(q, k, v, **how)
     return (
         lambda: kernel.forward(q, k, v, **how),

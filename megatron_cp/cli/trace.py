@@ -76,6 +76,10 @@ def trace(
     layout: Layout = ZIGZAG,
     chunks: SequenceChunks = None,
     stripe: Annotated[int, typer.Option(min=1, help="Tokens in a block of the striped layout.")] = 1,
+    windows: Annotated[
+        bool,
+        typer.Option("--windows", help="The kernel takes windows: a band along the diagonal is one call, as on a GPU."),
+    ] = False,
     dtype: Dtype = None,
     measure: Measure = False,
     plot: Plots = None,
@@ -106,6 +110,7 @@ def trace(
         chunks=chunks,
         stripe=stripe,
         device=hardware.device,
+        windows=windows,
     )
     problem, chosen = _settled(problem, hardware)
     costed = _costed(problem, hardware, measure)
@@ -221,7 +226,12 @@ def _pass_as_json(run: Pass, played: SimulatedPass, cluster: Cluster) -> dict[st
         "kernels": [touch.kernels for touch in run.touched],
         "busy": [played.busy(rank) for rank in range(len(run.steps))],
         "load": run.load(),
+        "calls": _calls(run),
     }
+
+
+def _calls(run: Pass) -> list[int]:
+    return [sum(1 for _ in run.calls(rank)) for rank in range(len(run.steps))]
 
 
 def _show(costed: Costed) -> None:
@@ -233,6 +243,9 @@ def _show(costed: Costed) -> None:
     for name in costed.runs:
         console.print(_pass_table(costed, name))
         console.print(_between_kernels(costed, name), soft_wrap=True)
+    for name, run in _passes(recorded).items():
+        calls = _calls(run)
+        console.print(f"{name}: {max(calls)} kernel calls on the rank with most, {sum(calls)} on all", highlight=False)
     if any(recorded.relayout):
         console.print(f"of what is sent, {max(recorded.relayout) / 2**20:.1f} MiB per rank bring tokens into place")
 

@@ -21,6 +21,7 @@ from megatron_cp.context.trace.events import Problem, Step
 from megatron_cp.context.trace.record import record, record_rank
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import cluster_of, load_cluster
+from megatron_cp.kernels import takes_windows
 
 _one_at_a_time = RLock()
 
@@ -93,6 +94,7 @@ def _problem(plan: Plan, sizes: Sizes) -> Problem:
         chunks=plan.chunks,
         stripe=plan.stripe,
         device=sizes.device,
+        windows=window is not None and takes_windows(plan.kernel_of(sizes.device, sizes.dtype, sizes.head_dim)[0]),
     )
 
 

@@ -27,7 +27,7 @@ class Capabilities:
     heads:     ranks that share a rank's query heads and need one each: "none", "all" or those of the heads' "axis"
     chunks:    can be cut into chunks over time: it takes any mask over any positions
     bias:      takes a dense bias and returns probabilities
-    weighed:   considered by backend `auto`: "always", "without window" or "never"
+    weighed:   considered by backend `auto`: "always", "without window" (but for kernels that take windows) or "never"
     planned:   considered by `megatron-cp plan` where no backend is named
     """
 
@@ -82,7 +82,7 @@ class Backend:
             return grid.size(axis) if grid else 1
         return ranks if self.capabilities.heads == "all" else 1
 
-    def weighs(self, mask: Mask) -> bool:
-        """True if backend `auto` considers it under this mask."""
+    def weighs(self, mask: Mask, *, windows: bool = False) -> bool:
+        """True if backend `auto` considers it under this mask, with a kernel that takes windows or not."""
         weighed = self.capabilities.weighed
-        return weighed == "always" or (weighed == "without window" and not mask.window)
+        return weighed == "always" or (weighed == "without window" and (windows or not mask.window))

@@ -172,7 +172,9 @@ def _least(steps: Sequence[Step], cluster: Cluster) -> float:
 def candidates(problem: Problem) -> Iterator[Problem]:
     """Yield the problem with every backend that is considered, and its choices."""
     for entry in BACKENDS:
-        if not entry.weighs(problem.mask) or (problem.chunks is not None and not entry.capabilities.chunks):
+        if not entry.weighs(problem.mask, windows=problem.windows) or (
+            problem.chunks is not None and not entry.capabilities.chunks
+        ):
             continue
         on_grid = entry.needs_grid or (entry.takes_grid and problem.grid is not None)
         if on_grid and problem.grid is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from megatron_cp.comm import Done, Fabric, Handle, Message
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
 from megatron_cp.context.merge import Sum
-from megatron_cp.kernels import Kernel
+from megatron_cp.kernels import Kernel, takes_windows
 
 CHUNKS = 2
 """How many parts of a rank's heads follow each other: the exchange of one runs beside the attention of another."""
@@ -325,25 +325,24 @@ class _UnevenHeads:
     """A kernel over heads of which some KV heads serve more query heads than others; nothing is repeated."""
 
     def __init__(self, kernel: Kernel, parts: Sequence[_Part]) -> None:
-        self.name = kernel.name
+        self.name, self.windows = kernel.name, takes_windows(kernel)
         self._kernel, self._parts = kernel, parts
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> tuple[Tensor, Tensor]:
         results = [
-            self._kernel.forward(q[:, :, part.q], k[:, :, part.kv], v[:, :, part.kv], scale=scale, causal=causal)
-            for part in self._parts
+            self._kernel.forward(q[:, :, part.q], k[:, :, part.kv], v[:, :, part.kv], **mask) for part in self._parts
         ]
         outs, lses = zip(*results, strict=True)
         return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **mask: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         results = []
         for a, c in self._parts:
             dout_a, q_a, out_a, lse_a = (x[:, :, a] for x in (dout, q, out, lse))
             k_c, v_c = k[:, :, c], v[:, :, c]
-            results.append(self._kernel.backward(dout_a, q_a, k_c, v_c, out_a, lse_a, scale=scale, causal=causal))
+            results.append(self._kernel.backward(dout_a, q_a, k_c, v_c, out_a, lse_a, **mask))
         dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
         return dq, dk, dv
 

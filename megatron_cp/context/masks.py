@@ -26,10 +26,24 @@ class Mask(NamedTuple):
         """This mask from the side of the keys: the key at position j is seen by queries j - right .. j + left."""
         return Mask(self.right, self.left)
 
+    def pairs(self, queries: int, keys: int) -> int:
+        """Return the unmasked pairs of a tile whose last query has its last key's position; every query sees a key."""
+        hidden = 0
+        if self.right is not None:
+            hidden += _triangle(queries - 1 - self.right)
+        if self.left is not None:
+            hidden += _triangle(keys - 1 - self.left) - _triangle(keys - queries - 1 - self.left)
+        return queries * keys - hidden
+
     def shifted(self, distance: int) -> "Mask":
         """Return this mask for queries shifted by `distance` positions relative to the keys."""
         left, right = self
         return Mask(None if left is None else left - distance, None if right is None else right + distance)
+
+
+def _triangle(side: int) -> int:
+    """Return 1 + 2 + ... + side."""
+    return side * (side + 1) // 2 if side > 0 else 0
 
 
 FULL = Mask()

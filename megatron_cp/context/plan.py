@@ -109,9 +109,13 @@ class Plan:
 
     def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
         """Return the kernel for such queries, and the reason for it."""
+        return self.kernel_of(q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1])
+
+    def kernel_of(self, device: str, dtype: str, head_dim: int) -> tuple[Kernel, str]:
+        """Return the kernel for tensors on such a device, and the reason for it."""
         if not isinstance(self.kernel, str):
             return self.kernel, f"{self.kernel.name!r} was handed in"
-        return _kernel(self.kernel, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1], self.deterministic)
+        return _kernel(self.kernel, device, dtype, head_dim, self.deterministic)
 
     @property
     def sent(self) -> int:

@@ -14,7 +14,7 @@ from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.tile_kernel import tile_backward, tile_forward
 from megatron_cp.context.tiles import Tile, tiles
 from megatron_cp.grid import Grid
-from megatron_cp.kernels import Kernel
+from megatron_cp.kernels import Kernel, takes_windows
 
 
 class Saved(NamedTuple):
@@ -129,11 +129,14 @@ class Task:
             block.runs or self.layout[block.owner],
             block.first,
             self.mask,
+            takes_windows(self.kernel),
         )
 
 
 @lru_cache(cache_sizes.PAIRS)
-def _held(q_runs: Runs, rows: slice, first_query: int, kv_runs: Runs, first_key: int, mask: Mask) -> tuple[Tile, ...]:
+def _held(
+    q_runs: Runs, rows: slice, first_query: int, kv_runs: Runs, first_key: int, mask: Mask, windows: bool
+) -> tuple[Tile, ...]:
     """Return the tiles of these rows with the keys, as tokens of tensors that start at the first query and key."""
     before = rows.start - first_query
     return tuple(
@@ -142,5 +145,5 @@ def _held(q_runs: Runs, rows: slice, first_query: int, kv_runs: Runs, first_key:
             slice(kv.start - first_key, kv.stop - first_key),
             shape,
         )
-        for q, kv, shape in tiles(cut(q_runs, rows), kv_runs, mask)
+        for q, kv, shape in tiles(cut(q_runs, rows), kv_runs, mask, windows=windows)
     )

@@ -7,6 +7,9 @@ and a triangle against the upper one. Triangles are square, so that kernels whic
 kernels which align them bottom-right do the same. Steps that start at the same key are halved together around the
 largest rectangle under their middle, and so on: as many tiles as steps, but squares, where one tile for each step would
 be a flat band, which kernels are slower at.
+
+A kernel that takes windows computes a whole band along the diagonal at once: neighbouring steps whose staircases are
+the two edges of a band are one tile, however narrow the band.
 """
 
 from collections.abc import Iterator
@@ -16,16 +19,17 @@ from typing import Literal, NamedTuple
 
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Runs, length, located
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import CAUSAL, FULL, Mask
 from megatron_cp.errors import Refused
 
-Shape = Literal["full", "lower", "upper"]
+Shape = Literal["full", "lower", "upper"] | Mask
 
 
 class Tile(NamedTuple):
     """One kernel call: local queries, local keys, and which of the pairs are unmasked.
 
     "full": all. "lower": the i-th query sees the first i + 1 keys (causal). "upper": it sees the i-th and all after.
+    A mask: those that it leaves where the last query has the last key's position, for kernels that take windows.
     """
 
     q: slice
@@ -36,6 +40,8 @@ class Tile(NamedTuple):
     def pairs(self) -> int:
         """Unmasked query-key pairs."""
         queries, keys = self.q.stop - self.q.start, self.kv.stop - self.kv.start
+        if isinstance(self.shape, Mask):
+            return self.shape.pairs(queries, keys)
         return queries * keys if self.shape == "full" else queries * (queries + 1) // 2
 
 
@@ -53,6 +59,11 @@ class StaircaseStep(NamedTuple):
     def queries(self) -> int:
         return self.stop - self.start
 
+    @property
+    def last_high(self) -> int:
+        """Keys that the last query has reached."""
+        return self.high + (self.queries - 1) * self.high_slope
+
     def skip(self, queries: int) -> "StaircaseStep":
         """Return the rest of the step after its first queries."""
         low, high = self.low + queries * self.low_slope, self.high + queries * self.high_slope
@@ -60,16 +71,23 @@ class StaircaseStep(NamedTuple):
 
 
 @lru_cache(cache_sizes.PAIRS)
-def tiles(q_runs: Runs, kv_runs: Runs, mask: Mask) -> tuple[Tile, ...]:
-    """Tiles that cover every unmasked pair of `q_runs` with `kv_runs` exactly once."""
-    groups = groupby(_steps(q_runs, kv_runs, mask), key=lambda step: (step.low, step.low_slope))
-    return tuple(tile for _, steps in groups for tile in _halve(list(steps)))
+def tiles(q_runs: Runs, kv_runs: Runs, mask: Mask, *, windows: bool = False) -> tuple[Tile, ...]:
+    """Tiles that cover every unmasked pair of `q_runs` with `kv_runs` exactly once.
+
+    windows: the kernel takes windows; a mask without one is cut alike for all kernels
+    """
+    steps = _steps(q_runs, kv_runs, mask)
+    if windows and mask.window:
+        return tuple(_band(part) for joined in _bands(steps) for part in _no_wider_than_long(joined))
+    groups = groupby(steps, key=lambda step: (step.low, step.low_slope))
+    return tuple(tile for _, same in groups for tile in _halve(list(same)))
 
 
 @lru_cache(cache_sizes.PAIRS)
 def seen(q_runs: Runs, kv_runs: Runs, mask: Mask) -> slice:
     """Return the stretch of keys that any of the queries sees; no other key need be sent to them."""
-    return hull(tuple(tile.kv for tile in tiles(q_runs, kv_runs, mask)))
+    steps = _steps(q_runs, kv_runs, mask)
+    return hull(tuple(slice(step.low, step.last_high) for step in steps))
 
 
 def hull(stretches: tuple[slice, ...]) -> slice:
@@ -78,6 +96,63 @@ def hull(stretches: tuple[slice, ...]) -> slice:
     if not stretches:
         return slice(0, 0)
     return slice(min(stretch.start for stretch in stretches), max(stretch.stop for stretch in stretches))
+
+
+def _bands(steps: list[StaircaseStep]) -> list[list[StaircaseStep]]:
+    """Group steps that follow each other without a gap, are cut off left before they climb and right after it."""
+    bands: list[list[StaircaseStep]] = []
+    for step in map(_seeing, steps):
+        if step.queries <= 0:
+            continue
+        before = bands[-1][-1] if bands else None
+        if before and _continues(before, step):
+            bands[-1].append(step)
+        else:
+            bands.append([step])
+    return bands
+
+
+def _no_wider_than_long(steps: list[StaircaseStep]) -> list[list[StaircaseStep]]:
+    """Cut a band of more queries than keys where its edges start and stop to climb: each part has as many keys."""
+    # flash-attn takes a right limit of as many as all keys for none
+    if steps[-1].stop - steps[0].start <= steps[-1].last_high - steps[0].low:
+        return [steps]
+    parts = groupby(steps, key=lambda step: "upper" if step.high_slope else "lower" if step.low_slope else "full")
+    return [list(part) for _, part in parts]
+
+
+def _seeing(step: StaircaseStep) -> StaircaseStep:
+    """Return the step without a first or a last query that sees nothing, as others of its queries do."""
+    step = step if step.high > step.low else step.skip(1)
+    last_low = step.low + (step.queries - 1) * step.low_slope
+    return step if step.last_high > last_low else step._replace(stop=step.stop - 1)
+
+
+def _continues(before: StaircaseStep, step: StaircaseStep) -> bool:
+    """True if both lie in one band: its left edge climbs from some query on, its right edge up to some query."""
+    here = before.skip(before.queries)
+    starts, ends = step.low_slope - before.low_slope, before.high_slope - step.high_slope
+    # where a slope changes, the edge may cross from one key to the next between the two queries
+    return (
+        here.start == step.start
+        and min(starts, ends) >= 0
+        and 0 <= step.low - here.low <= starts
+        and 0 <= here.high - step.high <= ends
+    )
+
+
+def _band(steps: list[StaircaseStep]) -> Tile:
+    """Return the one tile of such steps: the smallest that holds them, under the mask that cuts off its corners."""
+    rows, cols = slice(steps[0].start, steps[-1].stop), slice(steps[0].low, steps[-1].last_high)
+    # the key at which a query's band would start or end if it climbed over all rows, with the last key at the last row
+    low = next((step.low - step.start for step in steps if step.low_slope), None)
+    high = next((step.high - 1 - step.start for step in steps if step.high_slope), None)
+    corner = cols.stop - rows.stop
+    mask = Mask(None if low is None else corner - low, None if high is None else high - corner)
+    if mask == FULL:
+        return Tile(rows, cols, "full")
+    square = rows.stop - rows.start == cols.stop - cols.start
+    return Tile(rows, cols, "lower" if mask == CAUSAL and square else mask)
 
 
 def _halve(steps: list[StaircaseStep]) -> Iterator[Tile]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from megatron_cp.errors import CannotRun, Refused
-from megatron_cp.kernels.protocol import Kernel
+from megatron_cp.kernels.protocol import Kernel, Window, takes_windows
 from megatron_cp.registry import Registry
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "KernelEntry", "choose"]
+__all__ = ["AUTO", "KERNELS", "Kernel", "KernelEntry", "Window", "choose", "takes_windows"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,31 @@ def _flash_attn() -> ModuleType:
     return flash_attn
 
 
+def _flash_attn_3() -> ModuleType:
+    from megatron_cp.kernels import flash_attn_3
+
+    return flash_attn_3
+
+
+def _flash_attn_4() -> ModuleType:
+    from megatron_cp.kernels import flash_attn_4
+
+    return flash_attn_4
+
+
+def _transformer_engine() -> ModuleType:
+    from megatron_cp.kernels import transformer_engine
+
+    return transformer_engine
+
+
 def _reference() -> ModuleType:
     from megatron_cp.kernels import reference
 
     return reference
 
 
-# in the order in which `auto` asks them
+# in the order in which `auto` asks them where none was measured
 KERNELS: Registry[KernelEntry] = Registry(
     "kernel",
     [
@@ -55,8 +73,29 @@ KERNELS: Registry[KernelEntry] = Registry(
             "flash",
             ("flash-attn",),
             _flash_attn,
-            "CUDA and the flash-attn package 2.6 or later",
+            "CUDA and the flash-attn package 2.6 to 2.8",
             "the flash-attn package's FlashAttention-2",
+        ),
+        KernelEntry(
+            "flash-3",
+            ("flash-attn-3", "fa3"),
+            _flash_attn_3,
+            "a Hopper GPU and FlashAttention-3, built from the flash-attention repository",
+            "FlashAttention-3's interface",
+        ),
+        KernelEntry(
+            "flash-4",
+            ("flash-attn-4", "fa4"),
+            _flash_attn_4,
+            "a Hopper or Blackwell GPU, head dims up to 128, and the flash-attn-4 package 4.0.0b36",
+            "the flash-attn-4 package's kernels in CuTe",
+        ),
+        KernelEntry(
+            "te",
+            ("transformer-engine",),
+            _transformer_engine,
+            "CUDA, head dims up to 128, and TransformerEngine 2.15 to 2.20",
+            "TransformerEngine's fused attention (cuDNN), dense tiles in half precision",
         ),
         KernelEntry(
             "reference",
@@ -82,13 +121,27 @@ def choose(name: str, *, device: str, dtype: str, head_dim: int, deterministic: 
     if name != AUTO:
         return _named(KERNELS.get(name), device, dtype, head_dim, deterministic)
     refusals: list[str] = []
-    for entry in KERNELS:
+    order, basis = _order(device)
+    for entry in order:
         module = entry.load()
         why_not = module.refusal(device=device, dtype=dtype, head_dim=head_dim) or module.missing(device=device)
         if why_not is None:
-            return module.create(deterministic=deterministic), _reason(entry, device, dtype, head_dim, refusals)
+            return module.create(device=device, deterministic=deterministic), _reason(
+                entry, device, dtype, head_dim, [*refusals, *basis]
+            )
         refusals.append(f"{entry.name!r} {why_not}")
     raise AssertionError("the last kernel of the registry runs everything")
+
+
+def _order(device: str) -> tuple[list[KernelEntry], list[str]]:
+    """Return the kernels in the order in which `auto` asks them, and on which figures this order rests."""
+    if device != "cuda":
+        return [*KERNELS], []
+    from megatron_cp.kernels.measured import basis, measured
+
+    entry = measured(device)
+    first = [KERNELS.get(name) for name in entry.order] if entry else []
+    return [*first, *(other for other in KERNELS if other not in first)], [basis(device)] if basis(device) else []
 
 
 def _named(entry: KernelEntry, device: str, dtype: str, head_dim: int, deterministic: bool) -> tuple[Kernel, str]:
@@ -98,7 +151,7 @@ def _named(entry: KernelEntry, device: str, dtype: str, head_dim: int, determini
         raise Refused(f"kernel {entry.name!r} {why_not}; {way_out}")
     if why_not := module.missing(device=device):
         raise CannotRun(f"kernel {entry.name!r} {why_not}; {way_out}")
-    return module.create(deterministic=deterministic), f"{entry.name!r} was asked for by name"
+    return module.create(device=device, deterministic=deterministic), f"{entry.name!r} was asked for by name"
 
 
 def _reason(entry: KernelEntry, device: str, dtype: str, head_dim: int, refusals: list[str]) -> str:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_cp.kernels.fused import Gradients, Op
+from megatron_cp.kernels.protocol import Window
 from megatron_cp.kernels.reference import ReferenceKernel
 
 aten = torch.ops.aten
@@ -57,22 +59,95 @@ def _cpu_backward(
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: Window | None = None
+) -> tuple[Tensor, Tensor]:
+    if window is not None:
+        # b h s d -> b s h d, which the op under the one for scaled_dot_product_attention takes
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        lengths = (q.shape[1], k.shape[1])
+        out, lse, *_ = aten._flash_attention_forward(
+            q, k, v, None, None, *lengths, 0.0, causal, False, scale=scale, **_limits(window)
+        )
+        return out.transpose(1, 2), lse
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse
 
 
 def _flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    window: Window | None = None,
 ) -> Gradients:
     # the random state is looked at with dropout only
     seed, offset = q.new_empty(2, dtype=torch.uint64), q.new_empty((), dtype=torch.uint64)
     # the op reads lse through a bare pointer, as b h s
     lse = lse.contiguous()
     lengths = (q.shape[2], k.shape[2])
+    if window is not None:
+        # b h s d -> b s h d
+        tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        grads = aten._flash_attention_backward(
+            *tensors, lse, None, None, *lengths, 0.0, causal, seed, offset, scale=scale, **_limits(window)
+        )
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, offset, scale=scale
     )
+
+
+def _limits(window: Window) -> dict[str, int | None]:
+    left, right = window
+    return {"window_size_left": left, "window_size_right": right}
+
+
+INPUTS = "query key value".split()
+SAVED = ["grad_out", *INPUTS, "out", "logsumexp"]
+LENGTHS = "cum_seq_q cum_seq_k max_q max_k".split()
+POSITIONAL = {
+    "_scaled_dot_product_flash_attention_for_cpu": [*INPUTS, "dropout_p", "is_causal"],
+    "_scaled_dot_product_flash_attention_for_cpu_backward": [*SAVED, "dropout_p", "is_causal"],
+    "_scaled_dot_product_flash_attention": [*INPUTS, "dropout_p", "is_causal", "return_debug_mask"],
+    "_scaled_dot_product_flash_attention_backward": [
+        *SAVED, *LENGTHS, "dropout_p", "is_causal", "philox_seed", "philox_offset",
+    ],
+    "_scaled_dot_product_cudnn_attention": [
+        *INPUTS, "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "return_debug_mask",
+    ],
+    "_scaled_dot_product_cudnn_attention_backward": [
+        *SAVED, "philox_seed", "philox_offset", "attn_bias", *LENGTHS, "dropout_p", "is_causal",
+    ],
+    "_flash_attention_forward": [*INPUTS, *LENGTHS, "dropout_p", "is_causal", "return_debug_mask"],
+    "_flash_attention_backward": [*SAVED, *LENGTHS, "dropout_p", "is_causal", "rng_state", "unused"],
+}  # fmt: skip
+"""The order in which the ops are called; scale, and the limits of a window, go by name."""
+
+
+# one for each kind of device
+@lru_cache(4)
+def other_schema(device: str) -> str | None:
+    """Return which of torch's ops is not called the way it wants, or None."""
+    for name, expected in POSITIONAL.items():
+        if (device == "cpu") == name.removesuffix("_backward").endswith("_for_cpu"):
+            packet = getattr(aten, name, None)
+            found = [] if packet is None else positional(str(packet.default._schema))
+            if found != expected:
+                what = f"takes {', '.join(found)}" if found else "is missing"
+                return f"knows another {name} than that of torch {torch.__version__}, which {what}"
+    return None
+
+
+def positional(schema: str) -> list[str]:
+    """Return the names of an op's positional arguments, in order."""
+    arguments = torch._C.parse_schema(schema).arguments
+    return [argument.name for argument in arguments if not argument.kwarg_only]
 
 
 class _Cudnn:
@@ -136,13 +211,11 @@ def _summed(gradient: Tensor, like: Tensor) -> Tensor:
 def reproducible(op: Op) -> Op:
     """`op` with a backward equal bit for bit from call to call: torch's global switch is on while it runs."""
 
-    def backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
-    ) -> Gradients:
+    def backward(*call: Any) -> Gradients:
         with _deterministic_algorithms():
-            return op.backward(dout, q, k, v, out, lse, scale, causal)
+            return op.backward(*call)
 
-    return Op(op.name, op.forward, backward)
+    return op._replace(backward=backward)
 
 
 @contextmanager
@@ -157,7 +230,7 @@ def _deterministic_algorithms() -> Iterator[None]:
 
 
 CPU_FLASH = Op("CPU flash", _cpu_forward, _cpu_backward)
-CUDA_FLASH = Op("flash", _flash_forward, _flash_backward)
+CUDA_FLASH = Op("flash", _flash_forward, _flash_backward, windows=True)
 
 
 def cudnn() -> Op:

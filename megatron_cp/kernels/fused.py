@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cp.kernels.protocol import check_backward, check_call
+from megatron_cp.kernels.protocol import Window, check_backward, check_call
 
 type Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -17,11 +17,13 @@ class Op(NamedTuple):
     """A fused op in `b h s d` with lse `b h s`, where `s b h d` tensors arrive as permuted views.
 
     forward(q, k, v, scale, causal) -> (out, lse); backward(dout, q, k, v, out, lse, scale, causal) -> (dq, dk, dv).
+    windows: both take a window as one more argument
     """
 
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], Gradients]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Gradients]
+    windows: bool = False
 
 
 class Shape(NamedTuple):
@@ -36,15 +38,24 @@ class Shape(NamedTuple):
     groups: int
     head_dim: int
     causal: bool
+    window: Window | None = None
 
     def __str__(self) -> str:
         mask, dtype = "causal" if self.causal else "full", str(self.dtype).removeprefix("torch.")
+        if self.window is not None:
+            mask = f"window {self.window}"
         heads = f"h={self.heads} g={self.groups} d={self.head_dim}"
         return f"{self.direction} {self.queries}x{self.keys} b={self.batch} {heads} {mask} {dtype}"
 
 
 class Picker(Protocol):
-    """Says which op runs a call of this shape; may try ops out with `call(op)`."""
+    """Says which op runs a call of this shape; may try ops out with `call(op)`.
+
+    windows: it has an op that takes windows, and picks it for a shape with one
+    """
+
+    @property
+    def windows(self) -> bool: ...
 
     def pick(self, shape: Shape, device: torch.device, call: Callable[[Op], tuple[Tensor, ...]]) -> Op: ...
 
@@ -55,6 +66,10 @@ class Only(NamedTuple):
     """The picker of one op."""
 
     op: Op
+
+    @property
+    def windows(self) -> bool:
+        return self.op.windows
 
     def pick(self, shape: Shape, device: torch.device, call: Callable[[Op], tuple[Tensor, ...]]) -> Op:
         return self.op
@@ -92,6 +107,7 @@ class FusedKernel:
     def __init__(self, name: str, picker: Picker, rows: PreparedRows | None = None) -> None:
         self.name = name
         self.picker = picker
+        self.windows = picker.windows
         self._rows = rows
 
     def for_backward(self) -> "FusedKernel":
@@ -106,16 +122,18 @@ class FusedKernel:
         *,
         scale: float,
         causal: bool,
+        window: Window | None = None,
     ) -> tuple[Float[Tensor, "s b h dv"], Float[Tensor, "s b h"]]:
         """out and lse as views of what the op wrote; a value head dim unlike the key's is padded with zeros."""
-        check_call(q, k, v, causal)
+        check_call(q, k, v, causal, window)
         q_, k_, v_ = _op_inputs(_op_width(q, v), q, k, v)
+        how = (scale, causal) if window is None else (scale, causal, window)
 
         def call(op: Op) -> tuple[Tensor, ...]:
-            return op.forward(q_, k_, v_, scale, causal)
+            return op.forward(q_, k_, v_, *how)
 
-        op = self.picker.pick(_shape("forward", q, k, causal), q.device, call)
-        out, lse = op.forward(q_, k_, v_, scale, causal)
+        op = self.picker.pick(_shape("forward", q, k, causal, window), q.device, call)
+        out, lse = op.forward(q_, k_, v_, *how)
         return _from_op(out, v.shape[3]), lse.permute(2, 0, 1)
 
     def backward(
@@ -129,17 +147,19 @@ class FusedKernel:
         *,
         scale: float,
         causal: bool,
+        window: Window | None = None,
     ) -> tuple[Float[Tensor, "s b h d"], Float[Tensor, "t b g d"], Float[Tensor, "t b g dv"]]:
         """dq, dk, dv; rows with lse -inf (no key in the whole sequence) give no gradient."""
-        check_call(q, k, v, causal)
+        check_call(q, k, v, causal, window)
         check_backward(dout, q, v, out, lse)
         dout_, q_, k_, v_, out_ = _op_inputs(_op_width(q, v), dout, q, k, v, out.to(q.dtype))
+        how = (scale, causal) if window is None else (scale, causal, window)
         lse_ = (self._rows or PreparedRows()).prepare(lse)
 
         def call(op: Op) -> Gradients:
-            return op.backward(dout_, q_, k_, v_, out_, lse_, scale, causal)
+            return op.backward(dout_, q_, k_, v_, out_, lse_, *how)
 
-        dq, dk, dv = call(self.picker.pick(_shape("backward", q, k, causal), q.device, call))
+        dq, dk, dv = call(self.picker.pick(_shape("backward", q, k, causal, window), q.device, call))
         return _from_op(dq, q.shape[3]), _from_op(dk, q.shape[3]), _from_op(dv, v.shape[3])
 
     def report(self) -> list[str]:
@@ -147,9 +167,9 @@ class FusedKernel:
         return self.picker.report()
 
 
-def _shape(direction: str, q: Tensor, k: Tensor, causal: bool) -> Shape:
+def _shape(direction: str, q: Tensor, k: Tensor, causal: bool, window: Window | None) -> Shape:
     queries, batch, heads, head_dim = q.shape
-    return Shape(direction, q.dtype, queries, k.shape[0], batch, heads, k.shape[2], head_dim, causal)
+    return Shape(direction, q.dtype, queries, k.shape[0], batch, heads, k.shape[2], head_dim, causal, window)
 
 
 def _op_width(q: Tensor, v: Tensor) -> int:

@@ -1,9 +1,14 @@
 """Attention on one device: what every backend computes through, and what a kernel may rely on."""
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Window = tuple[int | None, int | None]
+"""(left, right): of s queries and t keys query i sees the keys from i + t - s - left to i + t - s + right, so that the
+last query has the position of the last key, as in flash-attn since 2.1; None is no limit. There are no more queries
+than keys, and every query sees a key."""
 
 
 @runtime_checkable
@@ -53,7 +58,43 @@ class PreparesBackward(Protocol):
         ...
 
 
-def check_call(q: "Tensor", k: "Tensor", v: "Tensor", causal: bool) -> None:
+class WindowKernel(Kernel, Protocol):
+    """A kernel that computes a band along the diagonal in one call; where `windows` is False it is any other kernel."""
+
+    @property
+    def windows(self) -> bool:
+        """True if `forward` and `backward` take a window."""
+        ...
+
+    def forward(
+        self, q: "Tensor", k: "Tensor", v: "Tensor", *, scale: float, causal: bool, window: Window | None = None
+    ) -> tuple["Tensor", "Tensor"]:
+        """Return out and lse of this tile; `causal` is False where a window is given."""
+        ...
+
+    def backward(
+        self,
+        dout: "Tensor",
+        q: "Tensor",
+        k: "Tensor",
+        v: "Tensor",
+        out: "Tensor",
+        lse: "Tensor",
+        *,
+        scale: float,
+        causal: bool,
+        window: Window | None = None,
+    ) -> tuple["Tensor", "Tensor", "Tensor"]:
+        """Return (dq, dk, dv) of this tile."""
+        ...
+
+
+def takes_windows(kernel: Kernel) -> TypeGuard[WindowKernel]:
+    """Return True if this kernel computes windows; a kernel that does not say so takes full and causal tiles only."""
+    return getattr(kernel, "windows", False)
+
+
+def check_call(q: "Tensor", k: "Tensor", v: "Tensor", causal: bool, window: Window | None = None) -> None:
     """Assert what a kernel may rely on; some fused ops kill the process or answer wrongly instead of saying so."""
     assert q.ndim == k.ndim == v.ndim == 4, "attention tensors are s b h d"
     assert q.dtype == k.dtype == v.dtype, f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
@@ -63,6 +104,11 @@ def check_call(q: "Tensor", k: "Tensor", v: "Tensor", causal: bool) -> None:
     assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
     # with it no row is without keys, and top-left and bottom-right causal are the same
     assert not causal or q.shape[0] == k.shape[0], "a causal tile has as many queries as keys"
+    if window is not None:
+        # ops read a negative limit as none, and one of more than all keys too
+        assert not causal, "a window says itself what is causal"
+        assert all(limit is None or limit >= 0 for limit in window), f"a window's limits are not negative: {window}"
+        assert q.shape[0] <= k.shape[0], "a window has no more queries than keys"
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1, "the last dim is contiguous"
 
 

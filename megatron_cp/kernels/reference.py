@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_cp.kernels.protocol import check_backward, check_call
+from megatron_cp.kernels.protocol import Window, check_backward, check_call
 
 
 def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
@@ -15,7 +15,7 @@ def missing(*, device: str) -> str | None:
     return None
 
 
-def create(*, deterministic: bool) -> "ReferenceKernel":
+def create(*, device: str, deterministic: bool) -> "ReferenceKernel":
     return ReferenceKernel()
 
 
@@ -23,6 +23,7 @@ class ReferenceKernel:
     """Attention with the whole score matrix in memory, in float32 or, for float64 inputs, in float64."""
 
     name = "reference"
+    windows = True
 
     def forward(
         self,
@@ -32,10 +33,11 @@ class ReferenceKernel:
         *,
         scale: float,
         causal: bool,
+        window: Window | None = None,
     ) -> tuple[Float[Tensor, "s b h dv"], Float[Tensor, "s b h"]]:
         """out and lse; O(s * t) memory."""
-        check_call(q, k, v, causal)
-        scores = _scores(q, k, scale, causal)
+        check_call(q, k, v, causal, window)
+        scores = _scores(q, k, scale, (None, 0) if causal else window)
         lse, weights = scores.logsumexp(-1), scores.softmax(-1)
         # b g r s t, t b g d -> s b (g r) d
         out = torch.einsum("bgrst,tbgd->sbgrd", weights, _wide(v)).flatten(2, 3)
@@ -52,13 +54,14 @@ class ReferenceKernel:
         *,
         scale: float,
         causal: bool,
+        window: Window | None = None,
     ) -> tuple[Float[Tensor, "s b h d"], Float[Tensor, "t b g d"], Float[Tensor, "t b g dv"]]:
         """dq, dk, dv by the formulas of FlashAttention (Dao et al. 2022), section 3.1, without the tiling."""
-        check_call(q, k, v, causal)
+        check_call(q, k, v, causal, window)
         check_backward(dout, q, v, out, lse)
         groups = k.shape[2]
         dout_, q_, out_ = (_grouped(x, groups) for x in (dout, q, out))
-        weights = _weights(_scores(q, k, scale, causal), _rows(lse, groups))
+        weights = _weights(_scores(q, k, scale, (None, 0) if causal else window), _rows(lse, groups))
         delta = (out_ * dout_).sum(-1).permute(1, 2, 3, 0)
         dscores = weights * (torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(v)) - delta[..., None]) * scale
         dq = torch.einsum("bgrst,tbgd->sbgrd", dscores, _wide(k)).flatten(2, 3)
@@ -81,12 +84,20 @@ def _rows(lse: Tensor, groups: int) -> Tensor:
     return lse.unflatten(2, (groups, -1)).permute(1, 2, 3, 0)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, window: Window | None) -> Tensor:
     scores = torch.einsum("sbgrd,tbgd->bgrst", _grouped(q, k.shape[2]), _wide(k)) * scale
-    if not causal:
+    if window is None:
         return scores
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(later, float("-inf"))
+    queries, keys = scores.shape[-2:]
+    # s t: how far a key lies behind its query, the last key at the last query's position
+    distance = torch.arange(keys, device=q.device) - torch.arange(keys - queries, keys, device=q.device)[:, None]
+    left, right = window
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if left is not None:
+        hidden |= distance < -left
+    if right is not None:
+        hidden |= distance > right
+    return scores.masked_fill(hidden, float("-inf"))
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cp.dtypes import BYTES
-from megatron_cp.kernels.aten import CUDA_FLASH, cpu_flash, cudnn, reproducible
+from megatron_cp.kernels.aten import CUDA_FLASH, cpu_flash, cudnn, other_schema, reproducible
 from megatron_cp.kernels.fused import FusedKernel, Op, Shape
+from megatron_cp.kernels.measured import measured
+from megatron_cp.kernels.packages import lacking_gpu
 
 CPU_DTYPES = tuple(BYTES)
 CUDA_DTYPES = ("bfloat16", "float16")
@@ -32,14 +35,23 @@ def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
 
 
 def missing(*, device: str) -> str | None:
-    """Return what this machine lacks for it, or None."""
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "needs an Ampere GPU or a later one"
-    return None
+    """Return what this machine lacks for it, or None; torch goes by the schemas of its ops, whatever its version."""
+    return other_schema(device) or lacking_gpu(device)
 
 
-def create(*, deterministic: bool) -> FusedKernel:
-    return FusedKernel("torch", TorchOps(deterministic=deterministic))
+def create(*, device: str, deterministic: bool) -> FusedKernel:
+    return FusedKernel("torch", TorchOps(device=device, deterministic=deterministic))
+
+
+Agree = Callable[[str, str], str]
+
+
+def first_of_the_job(shape: str, name: str) -> str:
+    """Return the op that the first rank of the job chose for a shape, `name` if that is this rank; no rank waits."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return name
+    store = dist.distributed_c10d._get_default_store()
+    return store.compare_set(f"megatron-cp/op/{shape}", "", name).decode()
 
 
 class OpChoice(NamedTuple):
@@ -52,24 +64,40 @@ class OpChoice(NamedTuple):
 class TorchOps:
     """Picks CPU flash on the CPU and on CUDA the faster op of each shape, timed once, forward and backward apart.
 
-    It takes flash unmeasured while a CUDA graph is captured, and always when `deterministic`.
+    It takes flash unmeasured while a CUDA graph is captured, for windows, which cuDNN's op does not take, and always
+    when `deterministic`. Where ranks are joined, the first one that measures a shape decides for all: `agree` gets the
+    shape and the name of the op that won here, and returns the name that counts.
     """
 
-    def __init__(self, *, deterministic: bool) -> None:
+    def __init__(self, *, device: str, deterministic: bool, agree: Agree = first_of_the_job) -> None:
         self.choices: dict[Shape, OpChoice] = {}
-        self._cpu = cpu_flash(torch.__version__)
-        self.candidates = [reproducible(CUDA_FLASH)] if deterministic else [CUDA_FLASH, cudnn()]
+        self._cpu, self._agree = cpu_flash(torch.__version__), agree
+        self._flash = reproducible(CUDA_FLASH) if deterministic else CUDA_FLASH
+        self.candidates = [self._flash] if deterministic else [self._flash, cudnn()]
+        entry = measured(device)
+        if entry is not None and entry.op and not deterministic:
+            self.candidates = [op for op in self.candidates if op.name == entry.op]
+        self.windows = device == "cuda"
 
     def pick(self, shape: Shape, device: torch.device, call: Callable[[Op], tuple[Tensor, ...]]) -> Op:
         if device.type == "cpu":
             return self._cpu
+        if shape.window is not None:
+            return self._flash
         if len(self.candidates) == 1:
             return self.candidates[0]
         if shape not in self.choices:
             if torch.cuda.is_current_stream_capturing():
                 return self.candidates[0]
-            self.choices[shape] = fastest(self.candidates, call, cuda_milliseconds)
+            self.choices[shape] = self._agreed(shape, fastest(self.candidates, call, cuda_milliseconds))
         return self.choices[shape].op
+
+    def _agreed(self, shape: Shape, mine: OpChoice) -> OpChoice:
+        name = self._agree(str(shape), mine.op.name)
+        if name == mine.op.name:
+            return mine
+        (op,) = (one for one in self.candidates if one.name == name)
+        return OpChoice(op, f"{name}, as the first rank with this shape chose; here it was {mine.reason}")
 
     def report(self) -> list[str]:
         return [f"{shape}: {choice.reason}" for shape, choice in self.choices.items()]
@@ -92,7 +120,8 @@ def fastest(
             else:
                 outside.append(f"{op.name} disagreed with {ops[0].name} and is not used")
         except torch.OutOfMemoryError:
-            raise
+            # the results of both are alive here, and at no other time: the first op alone may fit
+            outside.append(f"{op.name} had no memory beside {ops[0].name}'s results and is not used")
         except RuntimeError as error:
             outside.append(f"{op.name} refused: {str(error).splitlines()[0]}")
     winner = min(ops, key=lambda op: times.get(op.name, float("inf")))

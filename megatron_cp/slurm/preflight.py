@@ -237,7 +237,8 @@ def _wrong_with(report: NodeReport | None, all_reports: Sequence[NodeReport]) ->
     for fact, here in report.facts.items():
         there, _ = Counter(other.facts.get(fact, "none") for other in all_reports).most_common(1)[0]
         if here != there:
-            yield f"{fact}: {here}, elsewhere {there} -> install the same on all nodes"
+            remedy = "ask SLURM for nodes with one model" if fact == "GPU" else "install the same on all nodes"
+            yield f"{fact}: {here}, elsewhere {there} -> {remedy}"
     usual = median(other.memory for other in all_reports)
     if report.memory < LEAST_MEMORY * usual:
         yield f"memory: {report.memory / GIB:.0f} GiB, elsewhere {usual / GIB:.0f} GiB -> look for a failed module"

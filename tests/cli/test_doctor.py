@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from megatron_cp import doctor
 from megatron_cp.cli import app
 from megatron_cp.context import BACKENDS
+from megatron_cp.kernels import packages
 
 
 def run(*words):
@@ -95,3 +96,22 @@ def test_gpus_of_several_models_are_broken(monkeypatch, names, broken):
     if broken:
         assert found["GPU models"].found == "2 in one machine: A100, H100"
         assert found["GPU models"].remedy.startswith("run on GPUs of one model")
+
+
+def test_doctor_names_a_missing_libcuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "find_library", lambda name: None)
+    (finding,) = doctor._devices()
+    assert (finding.status, finding.found) == ("optional", "libcuda, which the driver brings, is missing (CUDA 13.0)")
+    assert "install its driver" in finding.remedy
+
+
+def test_doctor_says_which_kernel_s_package_was_never_checked(monkeypatch):
+    for module in (doctor, packages):
+        monkeypatch.setattr(module, "installed", {"flash-attn": "2.9.1", "flash-attn-4": "4.0.0b36"}.get)
+    findings = {finding.subject: finding for finding in doctor._kernels()}
+    assert findings["kernel flash"].found == "flash-attn 2.9.1"
+    assert "was checked with flash-attn 2.6, 2.7, 2.8, not with the 2.9.1" in findings["kernel flash"].remedy
+    assert findings["kernel flash-4"].status == "ok"
+    assert findings["kernel te"].found == "transformer-engine is not installed"

@@ -89,13 +89,20 @@ def test_backend_on_a_grid_equals_dense(backend, inner, outer, placement, heads,
 WINDOWS = [(True, (5, None)), (True, (20, 0)), (False, (9, 4)), (False, (0, 2)), (False, (None, 7)), (True, (1, 0))]
 
 
-@pytest.mark.parametrize(("causal", "window"), WINDOWS)
+# the reference takes windows, in one call a band; torch's op for the CPU takes full and causal tiles
+KERNELS_AND_WINDOWS = slow_unless(
+    [*(("reference", *mask) for mask in WINDOWS), ("torch", True, (5, None)), ("torch", False, (9, 4))],
+    [(kernel, *mask) for kernel in ("reference", "torch") for mask in WINDOWS],
+)
+
+
+@pytest.mark.parametrize(("kernel", "causal", "window"), KERNELS_AND_WINDOWS)
 @pytest.mark.parametrize("ranks", slow_unless([3], [2, 3, 4, 8]), ids=lambda n: f"p{n}")
 @pytest.mark.parametrize("backend", ALGORITHMS)
-def test_backend_equals_dense_in_a_window(backend, ranks, causal, window):
+def test_backend_equals_dense_in_a_window(backend, ranks, kernel, causal, window):
     task = problem(12 * ranks, 8, 2, causal=causal)._replace(window=window)
     grid = grids(ranks)[len(grids(ranks)) // 2] if BACKENDS.get(backend).needs_grid else None
-    assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, backend, grid)), task)
+    assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, backend, grid, kernel=kernel)), task)
 
 
 @pytest.mark.parametrize("outside", ["contiguous", "striped"])

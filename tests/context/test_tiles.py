@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from megatron_cp.context.layouts import LAYOUTS, gathered, layout
@@ -6,20 +7,26 @@ from megatron_cp.context.tiles import seen, tiles
 
 RANKS = [1, 2, 3, 4, 5, 6, 8]
 MASKS = [FULL, CAUSAL, *(Mask(left, right) for left in (0, 1, 3, 7, 40, None) for right in (0, 2, 9, None))]
-SQUARE = {"full": lambda i, j: True, "lower": lambda i, j: j <= i, "upper": lambda i, j: j >= i}
+SHAPES = {"full": FULL, "lower": CAUSAL, "upper": Mask(left=0)}
+
+
+def unmasked(tile):
+    """Which queries see which keys where the last query has the last key's position."""
+    rows, cols = tile.q.stop - tile.q.start, tile.kv.stop - tile.kv.start
+    left, right = SHAPES.get(tile.shape, tile.shape)
+    ends = np.arange(rows)[:, None] + cols - rows
+    keys = np.arange(cols)[None]
+    # no limit lies beyond all keys
+    left, right = (rows + cols if limit is None else limit for limit in (left, right))
+    return (keys >= ends - left) & (keys <= ends + right)
 
 
 def pairs(tile):
-    rows, cols = range(tile.q.start, tile.q.stop), range(tile.kv.start, tile.kv.stop)
-    return [(i, j) for a, i in enumerate(rows) for b, j in enumerate(cols) if SQUARE[tile.shape](a, b)]
+    return [(i + tile.q.start, j + tile.kv.start) for i, j in np.argwhere(unmasked(tile)).tolist()]
 
 
 def visible(q_runs, kv_runs, seen_by):
-    queries = [position for run in q_runs for position in run]
-    keys = [position for run in kv_runs for position in run]
-    left = len(queries) * 100 if seen_by.left is None else seen_by.left
-    right = len(queries) * 100 if seen_by.right is None else seen_by.right
-    return sorted((i, j) for i, a in enumerate(queries) for j, b in enumerate(keys) if a - left <= b <= a + right)
+    return [(i, j) for i, j in np.argwhere(visible_matrix(q_runs, kv_runs, seen_by)).tolist()]
 
 
 @pytest.mark.parametrize("seen_by", MASKS, ids=lambda m: f"{m.left}-{m.right}")
@@ -30,10 +37,31 @@ def test_tiles_cover_mask_exactly_once(name, ranks, seen_by):
     blocks = [*owned, gathered(owned)[0]] if name != "striped" else owned
     for queries in owned:
         for keys in blocks:
-            found = tiles(queries, keys, seen_by)
-            expected = visible(queries, keys, seen_by)
-            assert sorted(pair for tile in found for pair in pairs(tile)) == expected
-            assert sum(tile.pairs for tile in found) == len(expected)
+            assert_covered(queries, keys, seen_by)
+
+
+def assert_covered(queries, keys, seen_by):
+    """Every unmasked pair lies in one tile, with and without windows; every query of a window sees a key."""
+    expected = visible_matrix(queries, keys, seen_by)
+    for windows in (False, True) if seen_by.window else (False,):
+        found, counts = tiles(queries, keys, seen_by, windows=windows), np.zeros(expected.shape, dtype=int)
+        for tile in found:
+            sees = unmasked(tile)
+            counts[tile.q, tile.kv] += sees
+            assert sees.any(1).all()
+            assert tile.pairs == sees.sum()
+            assert tile.shape in SHAPES or sees.shape[0] <= sees.shape[1]
+            # a negative limit means none to the kernels
+            assert all(limit is None or limit >= 0 for limit in SHAPES.get(tile.shape, tile.shape))
+        assert (counts == expected).all()
+        assert windows or all(tile.shape in SHAPES for tile in found)
+
+
+def visible_matrix(q_runs, kv_runs, seen_by):
+    queries, keys = (np.array([position for run in runs for position in run]) for runs in (q_runs, kv_runs))
+    distance = keys[None] - queries[:, None]
+    left, right = (np.inf if limit is None else limit for limit in seen_by)
+    return (distance >= -left) & (distance <= right)
 
 
 @pytest.mark.parametrize("seen_by", MASKS, ids=lambda m: f"{m.left}-{m.right}")
@@ -43,8 +71,7 @@ def test_tiles_of_stripes_of_blocks_cover_mask(ranks, stripe, seen_by):
     owned = layout("striped", 30 * ranks, ranks, stripe)
     for queries in owned:
         for keys in owned:
-            covered = sorted(pair for tile in tiles(queries, keys, seen_by) for pair in pairs(tile))
-            assert covered == visible(queries, keys, seen_by)
+            assert_covered(queries, keys, seen_by)
 
 
 @pytest.mark.parametrize("stairs", [2, 3, 7, 16])
@@ -71,8 +98,7 @@ def test_tiles_of_interleaved_groups_cover_mask(ranks, seen_by):
     groups = [gathered(owned[offset::ranks])[0] for offset in range(ranks)]
     for queries in groups:
         for keys in groups:
-            covered = sorted(pair for tile in tiles(queries, keys, seen_by) for pair in pairs(tile))
-            assert covered == visible(queries, keys, seen_by)
+            assert_covered(queries, keys, seen_by)
 
 
 @pytest.mark.parametrize("seen_by", MASKS, ids=lambda m: f"{m.left}-{m.right}")
@@ -87,6 +113,22 @@ def test_triangles_are_square(name, seen_by):
 def test_a_window_costs_kernel_calls_in_proportion_to_its_share(window):
     (whole,) = layout("contiguous", 4096, 1)
     assert len(tiles(whole, whole, Mask(window, 0))) <= 3 * (4096 // window + 2)
+
+
+@pytest.mark.parametrize("window", [0, 1, 16, 100, 4094])
+@pytest.mark.parametrize("right", [0, 5])
+def test_a_window_in_one_run_is_one_call_of_a_kernel_that_takes_windows(window, right):
+    (whole,) = layout("contiguous", 4096, 1)
+    (tile,) = tiles(whole, whole, Mask(window, right), windows=True)
+    assert (tile.q, tile.kv, tile.shape) == (slice(0, 4096), slice(0, 4096), Mask(window, right))
+
+
+@pytest.mark.parametrize(("tokens", "ranks", "window"), [(2**17, 8, 1023), (2**20, 32, 8191)])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_a_window_costs_each_pair_of_ranks_two_calls_at_most(name, tokens, ranks, window):
+    owned = layout(name, tokens, ranks)
+    found = [len(tiles(queries, keys, Mask(window, 0), windows=True)) for queries in owned for keys in owned]
+    assert max(found) <= (2 if name == "zigzag" else 1)
 
 
 @pytest.mark.parametrize("seen_by", MASKS, ids=lambda m: f"{m.left}-{m.right}")

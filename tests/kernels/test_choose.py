@@ -55,7 +55,7 @@ def test_a_name_that_cannot_be_is_refused_with_a_way_out(name, device, error, me
 
 
 def test_flash_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr("megatron_cp.kernels.flash_attn.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_cp.kernels.packages.installed", lambda name: None)
     with pytest.raises(RuntimeError, match=r"needs the flash-attn package \(pip install 'megatron-cp\[flash\]'\)"):
         choose("flash", device="cuda", dtype="bfloat16", head_dim=64)
 

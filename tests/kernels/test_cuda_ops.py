@@ -4,43 +4,17 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cp.kernels import choose
 from megatron_cp.kernels.aten import CPU_FLASH, CUDA_FLASH, cudnn, reproducible
-from megatron_cp.kernels.flash_attn import flash_op
-from megatron_cp.kernels.fused import FusedKernel, Only, Op
+from megatron_cp.kernels.fused import FusedKernel, Only, Op, Shape
+from megatron_cp.kernels.measured import Measured
 from megatron_cp.kernels.torch_sdpa import fastest
-from tests.context.dense import dense, problem, relative_error
+from tests.context.dense import problem
 
 aten = torch.ops.aten
-INPUTS = ["query", "key", "value"]
-SAVED = ["grad_out", *INPUTS, "out", "logsumexp"]
-LENGTHS = ["cum_seq_q", "cum_seq_k", "max_q", "max_k"]
-
-# the order in which the wrappers pass arguments; scale goes by name
-SIGNATURES = {
-    "_scaled_dot_product_flash_attention_for_cpu": [*INPUTS, "dropout_p", "is_causal"],
-    "_scaled_dot_product_flash_attention_for_cpu_backward": [*SAVED, "dropout_p", "is_causal"],
-    "_scaled_dot_product_flash_attention": [*INPUTS, "dropout_p", "is_causal", "return_debug_mask"],
-    "_scaled_dot_product_flash_attention_backward": [
-        *SAVED, *LENGTHS, "dropout_p", "is_causal", "philox_seed", "philox_offset",
-    ],
-    "_scaled_dot_product_cudnn_attention": [
-        *INPUTS, "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "return_debug_mask",
-    ],
-    "_scaled_dot_product_cudnn_attention_backward": [
-        *SAVED, "philox_seed", "philox_offset", "attn_bias", *LENGTHS, "dropout_p", "is_causal",
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_the_ops_take_what_the_wrappers_pass(name):
-    schema = getattr(aten, name).default._schema
-    positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
-    assert positional == SIGNATURES[name]
-    assert "scale" in [argument.name for argument in schema.arguments if argument.kwarg_only]
 
 
 @pytest.mark.parametrize("name", ["_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"])
@@ -62,6 +36,20 @@ def test_shapes_on_cuda(op, queries, keys, causal, dim, value_dim):
         grads = kernel.backward(out, q, k, v, out, lse, scale=0.1, causal=causal)
         assert [(x.shape, x.dtype, x.device.type) for x in grads] == [(x.shape, x.dtype, "cuda") for x in (q, k, v)]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("dim", [64, 100])
+@pytest.mark.parametrize("op", [CUDA_FLASH, reproducible(CUDA_FLASH)], ids=["flash", "reproducible"])
+def test_shapes_of_a_window_on_cuda(op, dim):
+    kernel = FusedKernel("fake", Only(op))
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(s, 2, n, dim, device="cuda", dtype=torch.bfloat16) for s, n in ((48, 8), (96, 2), (96, 2))
+        )
+        out, lse = kernel.forward(q, k, v, scale=0.1, causal=False, window=(20, 0))
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
+        grads = kernel.backward(out, q, k, v, out, lse, scale=0.1, causal=False, window=(20, 0))
+        assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
 
 
 def op_like(name, *, factor=1.0, error=None):
@@ -112,9 +100,12 @@ def test_a_faster_op_that_is_wrong_or_refuses_is_not_used():
     assert refused.reason == "flash (flash 2.000 ms); cuDNN refused: no plan for this head dim"
 
 
-def test_running_out_of_memory_is_not_a_refusal():
+def test_without_memory_for_both_flash_is_taken():
+    choice = chosen(op_like("flash"), op_like("cuDNN", error=torch.OutOfMemoryError("full")), times={"flash": 1.0})
+    assert choice.op.name == "flash"
+    assert choice.reason == "flash (flash 1.000 ms); cuDNN had no memory beside flash's results and is not used"
     with pytest.raises(torch.OutOfMemoryError):
-        chosen(op_like("flash"), op_like("cuDNN", error=torch.OutOfMemoryError("full")), times={"flash": 1.0})
+        chosen(op_like("flash", error=torch.OutOfMemoryError("full")), op_like("cuDNN"), times={"cuDNN": 1.0})
 
 
 @pytest.fixture
@@ -132,87 +123,54 @@ def cuda_picker(monkeypatch):
     return state
 
 
-def pick(state, shape):
+SHAPES = [Shape("forward", torch.bfloat16, tokens, tokens, 1, 8, 2, 64, causal=True) for tokens in (128, 256)]
+
+
+def pick(state, shape=SHAPES[0]):
     return state.picker.pick(shape, torch.device("cuda"), lambda op: (torch.ones(2),))
 
 
 def test_a_shape_is_measured_once(cuda_picker):
-    assert [pick(cuda_picker, shape).name for shape in ("a", "a", "b")] == ["flash"] * 3
+    assert [pick(cuda_picker, shape).name for shape in (*SHAPES, SHAPES[0])] == ["flash"] * 3
     assert cuda_picker.measured == 4
-    assert cuda_picker.picker.report() == [f"{s}: flash (flash 1.000 ms, cuDNN 1.000 ms)" for s in "ab"]
+    assert cuda_picker.picker.report() == [
+        f"forward {n}x{n} b=1 h=8 g=2 d=64 causal bfloat16: flash (flash 1.000 ms, cuDNN 1.000 ms)" for n in (128, 256)
+    ]
+
+
+def test_a_window_goes_to_flash_unmeasured(cuda_picker):
+    assert pick(cuda_picker, SHAPES[0]._replace(causal=False, window=(64, 0))).name == "flash"
+    assert cuda_picker.measured == 0
+    assert cuda_picker.picker.windows
+    assert not choose("torch", device="cpu", dtype="bfloat16", head_dim=64)[0].windows
+
+
+def test_a_measured_gpu_leaves_no_race(monkeypatch):
+    entry = Measured((9, 0), ("torch",), "cuDNN", "an H100")
+    monkeypatch.setattr("megatron_cp.kernels.torch_sdpa.measured", lambda device: entry)
+    kernel, _ = choose("torch", device="cuda", dtype="bfloat16", head_dim=64)
+    assert [op.name for op in kernel.picker.candidates] == ["cuDNN"]
+    assert kernel.picker.pick(SHAPES[0]._replace(window=(3, 0)), torch.device("cuda"), None).name == "flash"
+    exact, _ = choose("torch", device="cuda", dtype="bfloat16", head_dim=64, deterministic=True)
+    assert [op.name for op in exact.picker.candidates] == ["flash"]
+
+
+def test_the_first_rank_with_a_shape_decides_for_all(monkeypatch, tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    ranks = [choose("torch", device="cuda", dtype="bfloat16", head_dim=64)[0].picker for _ in range(2)]
+    winners = iter([1.0, 2.0, 2.0, 1.0])
+    monkeypatch.setattr("megatron_cp.kernels.torch_sdpa.cuda_milliseconds", lambda call: next(winners))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    picked = [picker.pick(SHAPES[0], torch.device("cuda"), lambda op: (torch.ones(2),)).name for picker in ranks]
+    assert picked == ["flash", "flash"]
+    (line,) = ranks[1].report()
+    assert "flash, as the first rank with this shape chose; here it was cuDNN (flash 2.000 ms, cuDNN 1.000 ms)" in line
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(cuda_picker):
     cuda_picker.capturing = True
-    assert pick(cuda_picker, "a").name == "flash"
+    assert pick(cuda_picker).name == "flash"
     assert cuda_picker.measured == 0
     assert cuda_picker.picker.report() == []
-
-
-def cpu(x):
-    return x.transpose(1, 2)
-
-
-class Release26:
-    """flash_attn_interface as flash-attn 2.6 has it, on top of the CPU op."""
-
-    def _flash_attn_forward(
-        self, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_softmax
-    ):
-        assert (dropout_p, window_size, softcap, alibi_slopes, return_softmax) == (0.0, (-1, -1), 0.0, None, False)
-        out, lse = CPU_FLASH.forward(cpu(q), cpu(k), cpu(v), softmax_scale, causal)
-        return cpu(out), q, k, v, cpu(out), lse, None, None
-
-    def _flash_attn_backward(
-        self, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
-        assert (dropout_p, window_size, softcap, alibi_slopes, rng_state) == (0.0, (-1, -1), 0.0, None, None)
-        assert deterministic
-        assert softmax_lse.is_contiguous()
-        inputs = (cpu(x) for x in (dout, q, k, v, out))
-        grads = CPU_FLASH.backward(*inputs, softmax_lse, softmax_scale, causal)
-        for buffer, grad in zip((dq, dk, dv), grads, strict=True):
-            buffer.copy_(cpu(grad))
-        return dq, dk, dv, None
-
-
-class Release27:
-    """The same as releases since 2.7 have it: what is called is the wrapped op."""
-
-    def _flash_attn_forward(self):
-        raise AssertionError("the wrapped op is the one to call")
-
-    _flash_attn_backward = _flash_attn_forward
-
-    def _wrapped_flash_attn_forward(
-        self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        return_softmax,
-    ):  # fmt: skip
-        window = (window_size_left, window_size_right)
-        out, *_, lse, _, _ = Release26()._flash_attn_forward(
-            q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, return_softmax
-        )
-        return out, lse, None, None
-
-    def _wrapped_flash_attn_backward(
-        self, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
-        window = (window_size_left, window_size_right)
-        Release26()._flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window, softcap,
-            alibi_slopes, deterministic, rng_state,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("release", [Release26, Release27])
-def test_flash_attn_is_called_as_its_release_wants(release, causal):
-    task = problem(24, 8, 2, causal=causal)
-    kernel = FusedKernel("flash", Only(flash_op(release(), deterministic=True)))
-    how = {"scale": task.q.shape[3] ** -0.5, "causal": causal}
-    out, lse = kernel.forward(task.q, task.k, task.v, **how)
-    grads = kernel.backward(task.dout, task.q, task.k, task.v, out, lse, **how)
-    for found, expected in zip((out, *grads), dense(task), strict=True):
-        assert relative_error(found, expected) <= 1e-13

@@ -42,6 +42,10 @@ def test_equal_nodes_are_fine() -> None:
     [
         ({"facts": {"torch": "2.9.1", "NVIDIA driver": "570.86"}}, "torch: 2.9.1, elsewhere 2.8.0"),
         ({"facts": {"torch": "2.8.0", "NVIDIA driver": "535.1"}}, "NVIDIA driver: 535.1, elsewhere 570.86"),
+        (
+            {"facts": {"torch": "2.8.0", "NVIDIA driver": "570.86", "GPU": "NVIDIA A100"}},
+            "GPU: NVIDIA A100, elsewhere none -> ask SLURM for nodes with one model",
+        ),
         ({"memory": 250 * GIB}, "memory: 250 GiB, elsewhere 500 GiB"),
         ({"clock": 1300.0}, "clock: 300 s off the others"),
         ({"findings": [Finding("GPUs", "broken", "7 of 8 usable", "drain it")]}, "GPUs: 7 of 8 usable -> drain it"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_cp.context.layouts import ZIGZAG
-from megatron_cp.context.masks import Mask, mask
+from megatron_cp.context.masks import CAUSAL, FULL, Mask, mask
 from megatron_cp.grid import Grid
 
 
@@ -23,6 +23,7 @@ class Problem:
     chunks: pieces over time, what waits lies in host memory; None for a whole run
     stripe: tokens in a block of layout "striped"
     device: "cuda" or "cpu": how partial results are merged, and how many wait for it
+    windows: the kernel takes windows, so that a band along the diagonal is one call
     """
 
     backend: str
@@ -40,6 +41,7 @@ class Problem:
     chunks: int | None = None
     stripe: int = 1
     device: str = "cpu"
+    windows: bool = False
 
     @property
     def mask(self) -> Mask:
@@ -47,7 +49,10 @@ class Problem:
 
 
 class Compute(NamedTuple):
-    """One kernel call."""
+    """One kernel call.
+
+    window: mask of the tile if it is neither full nor causal; its last query has its last key's position
+    """
 
     queries: int
     keys: int
@@ -56,12 +61,17 @@ class Compute(NamedTuple):
     head_dim: int
     causal: bool
     backward: bool
+    window: Mask | None = None
+
+    @property
+    def mask(self) -> Mask:
+        """Mask of the tile."""
+        return self.window or (CAUSAL if self.causal else FULL)
 
     @property
     def work(self) -> int:
         """Unmasked query-key pairs times query heads."""
-        pairs = self.queries * (self.queries + 1) // 2 if self.causal else self.queries * self.keys
-        return pairs * self.heads
+        return self.mask.pairs(self.queries, self.keys) * self.heads
 
 
 class Matmul(NamedTuple):

@@ -18,6 +18,7 @@ from megatron_cp.context.layouts import indices
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.probe import probe
 from megatron_cp.context.trace.record import plan_on
+from megatron_cp.kernels import Window
 
 KINDS = {"q": 1, "k": 2, "v": 3, "dout": 4, "out": 5}
 CHANNELS = ("position", "head", "kind", "one")
@@ -127,7 +128,7 @@ def _rank(problem: Problem, book: Book, fabric: LocalFabric) -> None:
         _tokens(name, mine, heads).requires_grad_()
         for name, heads in (("q", problem.heads), ("k", problem.kv_heads), ("v", problem.kv_heads))
     )
-    out = attend(q, k, v, plan_on(problem, fabric, ProvingKernel(book)))
+    out = attend(q, k, v, plan_on(problem, fabric, ProvingKernel(book, problem.windows)))
     _expect("out", out.detach(), _tokens("out", mine, problem.heads), mine)
     grads = torch.autograd.grad(out, (q, k, v), _tokens("dout", mine, problem.heads))
     for name, found, expected in zip(("dq", "dk", "dv"), grads, _gradients(problem, book, mine), strict=True):
@@ -185,19 +186,31 @@ class ProvingKernel:
 
     name = "proving"
 
-    def __init__(self, book: Book) -> None:
-        self._book = book
+    def __init__(self, book: Book, windows: bool) -> None:
+        self._book, self.windows = book, windows
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        labels, unmasked = self._look(q, k, v, causal)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, window: Window | None = None
+    ) -> tuple[Tensor, Tensor]:
+        labels, unmasked = self._look(q, k, v, (None, 0) if causal else window)
         self._book.forward.add(labels.heads, labels.queries, labels.keys, unmasked)
         met = torch.from_numpy(np.log(unmasked.sum(1, dtype=float)))
         return _as_out(q), met[:, None, None].expand(q.shape[:3]).contiguous()
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: Window | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        labels, unmasked = self._look(q, k, v, causal)
+        labels, unmasked = self._look(q, k, v, (None, 0) if causal else window)
         self._look_at_rows(labels, dout, q, out, lse)
         self._book.backward.add(labels.heads, labels.queries, labels.keys, unmasked)
         seen, group = unmasked.astype(float), q.shape[2] // k.shape[2]
@@ -207,7 +220,7 @@ class ProvingKernel:
         dk = torch.from_numpy((seen.T @ queries.reshape(len(q), -1)).reshape(k.shape)) * (1 + k[:, :, :, :1])
         return dq.repeat_interleave(group, 2) * (1 + q[:, :, :, :1]), dk, 2 * dk
 
-    def _look(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Labels, np.ndarray]:
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, window: Window | None) -> tuple[Labels, np.ndarray]:
         """Return the labels, and which of the pairs are unmasked, [queries keys]."""
         self._book.asked = True
         (queries, heads), (keys, kv_heads) = _read("q", q), _read("k", k)
@@ -216,8 +229,7 @@ class ProvingKernel:
         served = [head for head in kv_heads for _ in range(len(heads) // len(kv_heads))]
         if [head // self._book.group for head in heads] != served:
             raise NotExactError(f"query heads {heads} are attended with KV heads {kv_heads}")
-        pairs = np.ones((len(queries), len(keys)), dtype=bool)
-        return Labels(queries, heads, keys, kv_heads), np.tril(pairs) if causal else pairs
+        return Labels(queries, heads, keys, kv_heads), _unmasked(len(queries), len(keys), window or (None, None))
 
     def _look_at_rows(self, labels: Labels, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
         """Check what belongs to whole rows: the output's gradient, its product with the output, and the merged lse."""
@@ -229,6 +241,17 @@ class ProvingKernel:
         keys = np.log(self._book.visible[labels.queries].sum(1))
         if _differ(lse, torch.from_numpy(keys)[:, None, None]):
             raise NotExactError(f"the lse of queries {labels.queries} is not the one over all of their keys")
+
+
+def _unmasked(queries: int, keys: int, window: Window) -> np.ndarray:
+    """Return the pairs that a window leaves, [queries keys]; the last query has the last key's position."""
+    left, right = window
+    pairs = np.ones((queries, keys), dtype=bool)
+    if right is not None:
+        pairs &= np.tri(queries, keys, keys - queries + right, dtype=bool)
+    if left is not None:
+        pairs &= ~np.tri(queries, keys, keys - queries - left - 1, dtype=bool)
+    return pairs
 
 
 def _as_out(q: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from megatron_cp.comm.fabric import (
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.function import run as attend
 from megatron_cp.context.layouts import layout
+from megatron_cp.context.masks import Mask
 from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging
 from megatron_cp.context.partials import accumulator_dtype
 from megatron_cp.context.plan import Plan, plan
@@ -44,7 +45,7 @@ from megatron_cp.context.trace.events import (
 )
 from megatron_cp.context.trace.live import LiveBytes
 from megatron_cp.errors import Refused
-from megatron_cp.kernels import Kernel
+from megatron_cp.kernels import Kernel, Window
 
 
 def record(problem: Problem, merging: Merging | None = None) -> Trace:
@@ -132,7 +133,7 @@ def _record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[S
         tensor.requires_grad_()
     with Recorder(q, k, v, dout) as recorder:
         fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank)
-        made = plan_on(problem, fabric, RecordingKernel(recorder))
+        made = plan_on(problem, fabric, RecordingKernel(recorder, problem.windows))
         out = attend(q, k, v, made)
         forward = recorder.take()
         out.backward(dout)
@@ -291,23 +292,35 @@ class RecordingKernel:
 
     name = "recording"
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, windows: bool) -> None:
+        self._recorder, self.windows = recorder, windows
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-        self._note(q, k, causal, backward=False)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, window: Window | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._note(q, k, causal, window, backward=False)
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: Window | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        self._note(q, k, causal, backward=True)
+        self._note(q, k, causal, window, backward=True)
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
-    def _note(self, q: Tensor, k: Tensor, causal: bool, *, backward: bool) -> None:
+    def _note(self, q: Tensor, k: Tensor, causal: bool, window: Window | None, *, backward: bool) -> None:
         assert q.numel() * k.numel(), "an empty tile never reaches a kernel"
         assert not causal or len(q) == len(k), "a causal tile has as many queries as keys"
-        batches = q.shape[1]
+        batches, band = q.shape[1], Mask(*window) if window else None
         self._recorder.note(
-            Compute(len(q), len(k), batches * q.shape[2], batches * k.shape[2], q.shape[3], causal, backward)
+            Compute(len(q), len(k), batches * q.shape[2], batches * k.shape[2], q.shape[3], causal, backward, band)
         )

@@ -85,9 +85,10 @@ def simulate(run: Pass, cluster: Cluster, seconds: Seconds | None = None) -> Sim
 def flops(call: Compute, block_keys: int = 0) -> float:
     """Two matrix products forward, five backward, of 2 d operations per pair (Dao 2023, arXiv:2307.08691, 4.1).
 
-    Under a causal mask each query's last block of keys is computed whole: half of it is masked in the mean.
+    Where the mask ends a query's keys, its last block of them is computed whole: half of it is masked in the mean.
     """
-    masked = call.heads * call.queries * min(block_keys, call.queries) / 2 if call.causal else 0.0
+    ends = sum(limit is not None for limit in call.mask)
+    masked = ends * call.heads * call.queries * min(block_keys, call.queries) / 2
     return (10 if call.backward else 4) * call.head_dim * (call.work + masked)
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_cp.context import ALGORITHMS, BACKENDS, heads
+from megatron_cp.context import ALGORITHMS, BACKENDS, heads, tiles
+from megatron_cp.context.masks import Mask
 from megatron_cp.context.returns import Returns
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.probe import probe
@@ -29,6 +30,37 @@ def test_every_unmasked_pair_is_computed_once_in_each_pass(backend, ranks, causa
         assert proof.covered, proof.problem
         visible = Book(Problem(backend, ranks, 6 * ranks, causal=causal, window=window)).visible
         assert proof.pairs == 8 * visible.sum()
+
+
+BANDS = [mask for mask in MASKS if mask[1] is not None]
+
+
+@pytest.mark.parametrize(("causal", "window"), BANDS)
+@pytest.mark.parametrize("ranks", slow_unless([3], RANKS), ids=lambda n: f"p{n}")
+@pytest.mark.parametrize("backend", ALGORITHMS)
+def test_so_it_is_where_the_kernel_takes_windows(backend, ranks, causal, window):
+    for grid in grids(backend, ranks):
+        proof = proved(backend, ranks, causal, window, grid=grid, windows=True)
+        assert proof.covered, proof.problem
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+@pytest.mark.parametrize("backend", ["zigzag", "striped", "ulysses"])
+def test_a_band_that_is_off_by_one_is_caught(monkeypatch, backend, shift):
+    right = tiles._band
+
+    def wrong(steps):
+        tile = right(steps)
+        if not isinstance(tile.shape, Mask) or not tile.shape.left:
+            return tile
+        return tile._replace(shape=tile.shape._replace(left=tile.shape.left + shift))
+
+    monkeypatch.setattr(tiles, "_band", wrong)
+    tiles.tiles.cache_clear()
+    try:
+        assert not proved(backend, 3, True, (4, 0), windows=True).covered
+    finally:
+        tiles.tiles.cache_clear()
 
 
 @pytest.mark.parametrize("backend", slow_unless(["zigzag", "usp"], ALGORITHMS))

@@ -1,5 +1,7 @@
 """The trace of a loop: what it notes is what a real run does, at any size; and what it finds without running."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from megatron_cp.context.trace.events import (
     match,
 )
 from megatron_cp.context.trace.live import LiveBytes
-from megatron_cp.context.trace.record import plan_on, record
+from megatron_cp.context.trace.record import plan_on, record, record_rank
 from megatron_cp.grid import most_square
 from tests.cases import slow_unless
 from tests.context.problems import MASKS, grids
@@ -41,6 +43,33 @@ def test_work_is_every_unmasked_pair_of_every_head_in_both_passes(backend, ranks
         assert sum(trace.forward.work) == sum(trace.backward.work) == 8 * visible_pairs(problem)
         for run in (trace.forward, trace.backward):
             assert sum(run.sent) == sum(run.received) > 0
+        if window is not None:
+            banded = record(replace(problem, windows=True))
+            assert (banded.forward.work, banded.backward.work) == (trace.forward.work, trace.backward.work)
+            assert (banded.forward.sent, banded.backward.sent) == (trace.forward.sent, trace.backward.sent)
+
+
+# kernel calls of a rank in the middle: in tiles, and where the kernel takes windows
+CALLS = {"striped": (2059, 8), "ulysses": (516, 2), "all-gather": (152, 8), "zigzag": (38, 4)}
+
+
+@pytest.mark.parametrize("windows", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["windows", "tiles"])
+@pytest.mark.parametrize("backend", CALLS)
+def test_calls_of_a_window_at_128k(backend, windows):
+    problem = Problem(backend, 8, 2**17, 32, 8, 128, causal=True, window=(1023, 0), windows=windows)
+    found = calls_of(problem, 4)
+    print(f"{backend}: {found} kernel calls {'with the window of the kernel' if windows else 'in tiles'}")
+    assert found == CALLS[backend][windows]
+
+
+def calls_of(problem, rank):
+    return sum(isinstance(event, Compute) for event, _ in record_rank(problem, rank)[0])
+
+
+@pytest.mark.parametrize(("backend", "calls"), [("striped", 32), ("ulysses", 1), ("all-gather", 8), ("zigzag", 4)])
+def test_calls_of_a_window_at_a_million(backend, calls):
+    problem = Problem(backend, 32, 2**20, 32, 8, 128, causal=True, window=(8191, 0), windows=True)
+    assert calls_of(problem, 16) == calls
 
 
 class NoKernel:
