@@ -74,5 +74,6 @@ def test_memory_does_not_grow_with_layouts_that_are_used_once():
 def test_tiles_of_layouts_that_are_used_once_are_forgotten():
     kept = seen.cache_parameters()["maxsize"]
     for number in range(kept + BATCHES):
-        seen((range(number, number + 2),), (range(number, number + 2),), CAUSAL)
+        for plan in (seen, tiles):
+            plan((range(number, number + 2),), (range(number, number + 2),), CAUSAL)
     assert seen.cache_info().currsize == tiles.cache_info().currsize == kept
