@@ -88,7 +88,9 @@ def refusals(backends):
             found[backend, "all", name] = text_of(attend, *inputs(), how)
         for agreed in (False, True) if fabric.size > 1 else ():
             for name, (inputs, other, _) in ONE_RANK.items():
-                tensors, plan_here = (inputs(), made(fabric, backend, **other)) if last else ([x()] * 3, how)
+                # groups of a grid are made by all ranks together
+                another = made(fabric, backend, **other)
+                tensors, plan_here = (inputs(), another) if last else ([x()] * 3, how)
                 before = fabric.sent
                 found[backend, "agreed" if agreed else "one", name] = text_of(
                     attend, *tensors, plan_here, agreed=agreed

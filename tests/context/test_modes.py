@@ -197,10 +197,8 @@ def test_changing_the_output_in_place_is_right_or_found(backend, ranks):
         assert all(relative_error(a, 2 * b[where]) <= EXACT for a, b in zip(found, expected, strict=True))
         return ""
 
-    texts = set(in_process(ranks, body))
-    assert len(texts) == 1
-    (text,) = texts
-    assert not text or "modified by an inplace operation" in text
+    texts = in_process(ranks, body)
+    assert not any(texts) or all("modified by an inplace operation" in text for text in texts)
 
 
 @pytest.mark.parametrize(("backend", "ranks"), EVERY)
@@ -405,6 +403,8 @@ def compiled(backends, lengths):
     dist.init_process_group("gloo")
     fabric, found, full = GroupFabric(dist.group.WORLD), [], torch._dynamo.lookup_backend("aot_eager")
     for backend in backends:
+        # one function is compiled again for each backend
+        torch._dynamo.reset()
         how, graphs = made(fabric, backend), []
 
         def body(q, k, v, how=how):
