@@ -37,7 +37,7 @@ class Block(NamedTuple):
     first: int
     k: Tensor
     v: Tensor
-    runs: Runs = ()
+    runs: Runs | None = None
 
     def part(self, tokens: slice) -> list[Tensor]:
         """Return k and v of these of the owner's tokens."""
@@ -126,7 +126,7 @@ class Task:
             self.layout[queries.owner],
             queries.rows,
             queries.first,
-            block.runs or self.layout[block.owner],
+            self.layout[block.owner] if block.runs is None else block.runs,
             block.first,
             self.mask,
             takes_windows(self.kernel),

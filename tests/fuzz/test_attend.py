@@ -147,6 +147,7 @@ SEEN = Case(
 @given(CASES)
 @example(SEEN._replace(strides="last dim strided"))
 @example(SEEN._replace(batch=0))
+@example(SEEN._replace(backend="bidirectional", outer=3, tokens=3, layout="contiguous", causal=False))
 @example(SEEN._replace(tokens=0))
 @example(SEEN._replace(backend="auto", heads=6, kv_heads=3))
 @example(SEEN._replace(backend="ulysses", heads=2, kv_heads=1, kernel="auto"))
