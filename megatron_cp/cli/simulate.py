@@ -12,7 +12,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import FORWARD, flat
 from megatron_cp.pipeline.bounds import lower_bound
 from megatron_cp.pipeline.build import build, check_caps, place
-from megatron_cp.pipeline.costs import Costs, uniform
+from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, parse
@@ -20,9 +20,6 @@ from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
-
-LONGEST = 1e15
-"""Largest time or memory of a microbatch: sums over a step stay exact enough to be compared."""
 
 MOST_RANKS, MOST_PASSES = 512, 200_000
 
@@ -119,8 +116,8 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         numbers = tuple(float(word) for word in text.split(","))
     except ValueError:
         raise ValueError(f"--{option} must be numbers separated by commas, got {text!r}") from None
-    if any(abs(number) > LONGEST for number in numbers):
-        raise ValueError(f"--{option} must be numbers of at most {LONGEST:g}, got {text!r}; take a larger unit")
+    if any(abs(number) > LARGEST for number in numbers):
+        raise ValueError(f"--{option} must be numbers of at most {LARGEST:g}, got {text!r}; take a larger unit")
     return numbers
 
 

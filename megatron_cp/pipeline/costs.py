@@ -7,8 +7,8 @@ from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import FORWARD, FULL, Action, Cell, Overlap, halves
 from megatron_cp.pipeline.placement import Placement
 
-# far above any unit's times and bytes, and far enough below infinity that sums over a step stay finite
-LARGEST = 1e100
+LARGEST = 1e15
+"""Largest time or memory of a microbatch: sums over a step stay exact enough to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
