@@ -40,7 +40,7 @@ def striped(tokens: int, ranks: int, stripe: int = 1) -> Layout:
     """
     if stripe == 1:
         _divide(tokens, ranks, STRIPED, "context_parallel_size")
-        return tuple((range(rank, tokens, ranks),) for rank in range(ranks))
+        return tuple((normal(range(rank, tokens, ranks)),) for rank in range(ranks))
     step = ranks * stripe
     _divide(tokens, step, STRIPED, "context_parallel_size * stripe")
     return tuple(
@@ -67,10 +67,15 @@ def indices(name: str, tokens: int, ranks: int, rank: int, stripe: int = 1) -> l
     return [position for run in layout(name, tokens, ranks, stripe)[rank] for position in run]
 
 
+def normal(run: range) -> range:
+    """Return the run with step 1 if it has one position: such ranges are equal, also as keys of caches, at any step."""
+    return range(run[0], run[0] + 1) if len(run) == 1 else run
+
+
 def join(runs: Sequence[range]) -> Runs:
     """Join neighbouring runs and drop empty ones; positions and order stay."""
     joined: list[range] = []
-    for run in runs:
+    for run in map(normal, runs):
         if joined and len(run) and run.start == joined[-1].stop and run.step == joined[-1].step == 1:
             joined[-1] = range(joined[-1].start, run.stop)
         elif len(run):
@@ -139,7 +144,7 @@ def located(runs: Runs) -> Iterator[tuple[range, slice]]:
 def cut(runs: Runs, tokens: slice) -> Runs:
     """Return the positions of these local tokens."""
     parts = (run[max(0, tokens.start - at.start) : max(0, tokens.stop - at.start)] for run, at in located(runs))
-    return tuple(part for part in parts if part)
+    return tuple(normal(part) for part in parts if part)
 
 
 class Move(NamedTuple):

@@ -6,11 +6,18 @@ import importlib
 import pkgutil
 import tracemalloc
 
+import pytest
+
 import megatron_cp.context
 import megatron_cp.kernels
+from megatron_cp.comm import in_process
+from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.layouts import gathered, layout, moves
 from megatron_cp.context.masks import CAUSAL
 from megatron_cp.context.tiles import seen, tiles
+from megatron_cp.grid import Grid
+from tests.context.dense import problem
+from tests.context.test_backends import assert_equals_dense, sharded
 
 RANKS, BATCHES = 4, 400
 FIRST = 1000
@@ -77,3 +84,16 @@ def test_tiles_of_layouts_that_are_used_once_are_forgotten():
         for plan in (seen, tiles):
             plan((range(number, number + 2),), (range(number, number + 2),), CAUSAL)
     assert seen.cache_info().currsize == tiles.cache_info().currsize == kept
+
+
+# tokens on zigzag are two pieces on each rank
+@pytest.mark.parametrize("order", [["striped", "contiguous"], ["contiguous", "striped"]], ids="-".join)
+@pytest.mark.parametrize("backend", [name for name in ALGORITHMS if BACKENDS.get(name).layout != "zigzag"])
+def test_layouts_of_one_token_a_rank_share_what_is_cached(backend, order):
+    """The positions of these layouts are equal, so that either finds what the other has left in the caches."""
+    for cache in caches():
+        cache.cache_clear()
+    task = problem(3, 6, 3, causal=True)
+    grid = Grid(1, 3) if BACKENDS.get(backend).needs_grid else None
+    for outside in order:
+        assert_equals_dense(in_process(3, lambda fabric: sharded(fabric, task, backend, grid, outside=outside)), task)

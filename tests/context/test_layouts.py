@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from megatron_cp.context.layouts import LAYOUTS, gathered, layout, length, moves
+from megatron_cp.context.layouts import LAYOUTS, cut, gathered, join, layout, length, moves
 
 RANKS = [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -51,3 +51,12 @@ def test_gathered_refuses_interleaved_runs():
 def test_layout_names_the_nearest_length_that_fits(name, tokens, fits):
     with pytest.raises(ValueError, match=f"got S = {tokens}; pad to {fits}$"):
         layout(name, tokens, 8)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_one_position_has_step_one(ranks):
+    """Ranges of one position are equal at any step, and so are keys of a cache."""
+    (mine, *_) = layout("striped", 3 * ranks, ranks)
+    short = [*layout("striped", ranks, ranks), cut(mine, slice(2, 3)), cut(mine, slice(0, 1)), join([range(4, 9, 7)])]
+    assert [run.step for runs in short for run in runs] == [1] * len(short)
+    assert [run.step for run in cut(mine, slice(1, 3))] == [ranks]
