@@ -96,4 +96,5 @@ def test_layouts_of_one_token_a_rank_share_what_is_cached(backend, order):
     task = problem(3, 6, 3, causal=True)
     grid = Grid(1, 3) if BACKENDS.get(backend).needs_grid else None
     for outside in order:
-        assert_equals_dense(in_process(3, lambda fabric: sharded(fabric, task, backend, grid, outside=outside)), task)
+        body = functools.partial(sharded, task=task, backend=backend, grid=grid, outside=outside)
+        assert_equals_dense(in_process(3, body), task)
