@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_cp.comm import Fabric
 from megatron_cp.tensor.engine import Engine
 from megatron_cp.tensor.exchange import features_to_tokens, tokens_to_features
-from megatron_cp.tensor.weights import Cut, gather_weight, scatter_gradient
+from megatron_cp.tensor.weights import WeightCut, gather_weight, scatter_gradient
 
 
 class CubeLinear(NamedTuple):
@@ -43,10 +43,10 @@ class CubeLinear(NamedTuple):
         return self.inputs.matmul_rs(gathered, self._whole(weight)), self._shard_gradient(gathered, x)
 
     def _whole(self, weight: Tensor) -> Tensor:
-        return gather_weight(weight, Cut(0, self.blocks), self.weights)
+        return gather_weight(weight, WeightCut(0, self.blocks), self.weights)
 
     def _shard_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        return scatter_gradient(self.inputs.wgrad(dy, x), Cut(0, self.blocks), self.weights)
+        return scatter_gradient(self.inputs.wgrad(dy, x), WeightCut(0, self.blocks), self.weights)
 
 
 def features_over(x: Tensor, axis: Fabric) -> Tensor:

@@ -18,7 +18,7 @@ from megatron_cp.comm import Fabric
 from megatron_cp.tensor.engine import Engine
 from megatron_cp.tensor.exchange import features_to_tokens, tokens_to_features
 from megatron_cp.tensor.flux import ColumnFlux, RowFlux
-from megatron_cp.tensor.weights import Cut, gather_weight, scatter_gradient
+from megatron_cp.tensor.weights import WeightCut, gather_weight, scatter_gradient
 
 
 class GridLinear(NamedTuple):
@@ -29,7 +29,7 @@ class GridLinear(NamedTuple):
 
     over_tokens: ColumnFlux | RowFlux
     weights: Engine
-    cut: Cut
+    cut: WeightCut
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.over_tokens.forward(x, self._whole(weight))
@@ -50,12 +50,12 @@ class GridLinear(NamedTuple):
 
 def column_linear(tokens: Engine, weights: Engine, blocks: int = 1) -> GridLinear:
     """Return a column-parallel linear on a grid; a gated one has `blocks` 2."""
-    return GridLinear(ColumnFlux(tokens), weights, Cut(0, blocks))
+    return GridLinear(ColumnFlux(tokens), weights, WeightCut(0, blocks))
 
 
 def row_linear(tokens: Engine, weights: Engine) -> GridLinear:
     """Return a row-parallel linear on a grid."""
-    return GridLinear(RowFlux(tokens), weights, Cut(1))
+    return GridLinear(RowFlux(tokens), weights, WeightCut(1))
 
 
 def heads_for_tokens(x: Tensor, tokens: int, weights: Fabric) -> Tensor:

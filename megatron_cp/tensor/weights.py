@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_cp.tensor.engine import Engine
 
 
-class Cut(NamedTuple):
+class WeightCut(NamedTuple):
     """How a weight [n, k] is cut over tensor-parallel ranks.
 
     dim:    0 for a column-parallel linear, 1 for a row-parallel one
@@ -18,7 +18,7 @@ class Cut(NamedTuple):
     blocks: int = 1
 
 
-def gather_weight(shard: Tensor, cut: Cut, weights: Engine) -> Tensor:
+def gather_weight(shard: Tensor, cut: WeightCut, weights: Engine) -> Tensor:
     """Return the weight that the ranks of a fabric hold together: shard [n/w, k] -> [n, k], or [n, k/w] -> [n, k]."""
     if weights.fabric.size == 1:
         return shard
@@ -30,7 +30,7 @@ def gather_weight(shard: Tensor, cut: Cut, weights: Engine) -> Tensor:
     return shards.unflatten(1, (cut.blocks, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def scatter_gradient(gradient: Tensor, cut: Cut, weights: Engine) -> Tensor:
+def scatter_gradient(gradient: Tensor, cut: WeightCut, weights: Engine) -> Tensor:
     """Add the gradient of a gathered weight over the ranks, and return the part of this rank's shard."""
     size = weights.fabric.size
     if size == 1:

@@ -11,7 +11,7 @@ from megatron_cp.tensor.flux import ColumnFlux, RowFlux
 from megatron_cp.tensor.summa_2d import column_linear, heads_for_tokens, row_linear, tokens_for_heads
 from megatron_cp.tensor.tesseract import depth
 from megatron_cp.tensor.traffic import (
-    Elements,
+    SentElements,
     LinearSize,
     cube_backward,
     cube_exchange,
@@ -195,7 +195,7 @@ def test_a_square_grid_sends_less_than_one_dimension_once_tokens_exceed_the_brea
     """At 2 x 2 that is 9/4 of the hidden size: fewer activations against three times the weights and an exchange."""
 
     def sent(tokens, per_hidden, hidden=64):
-        grid, total = (tokens, 4 // tokens), Elements()
+        grid, total = (tokens, 4 // tokens), SentElements()
         linears = [
             LinearSize(per_hidden * hidden, hidden, 3 * hidden, True),
             LinearSize(per_hidden * hidden, hidden, hidden, False),
