@@ -11,8 +11,8 @@ from megatron_cp.tensor.flux import ColumnFlux, RowFlux
 from megatron_cp.tensor.summa_2d import column_linear, heads_for_tokens, row_linear, tokens_for_heads
 from megatron_cp.tensor.tesseract import depth
 from megatron_cp.tensor.traffic import (
-    SentElements,
     LinearSize,
+    SentElements,
     cube_backward,
     cube_exchange,
     cube_forward,
