@@ -4,6 +4,7 @@ Importing torch and Megatron costs seconds; the fork server pays it once for the
 starts from a clean process, so that nothing of Megatron's global state leaks from one test into the next.
 """
 
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preload"])
 
 TIMEOUT_SECONDS = 300
+DIED = "the process died"
 
 
 def preload(module: str) -> None:
@@ -33,6 +35,7 @@ def _rank_main(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.enable(descriptor)  # a rank that dies of a signal writes where it stood
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
@@ -111,6 +114,9 @@ def run_ranks_with_log(
         with open(log, errors="replace") as file:
             text = file.read()
     errors = {rank: body for rank, (kind, body) in answers.items() if kind == "error"}
+    for rank, body in errors.items():
+        if body == DIED:
+            errors[rank] = f"{DIED} with exit code {ranks[rank][0].exitcode}"
     if errors:
         raise RankError(errors, text)
     return [answers[rank][1] for rank in range(world_size)], text
@@ -131,7 +137,7 @@ def _collect(pipes: list[Connection], timeout: float) -> dict[int, tuple[str, An
             try:
                 answers[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
             except EOFError:
-                answers[rank] = ("error", "the process died")
+                answers[rank] = ("error", DIED)
             if answers[rank][0] == "error":
                 # the others may wait for this rank without end
                 deadline = min(deadline, time.monotonic() + 5)

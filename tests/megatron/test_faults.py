@@ -23,7 +23,7 @@ from megatron_cp import runlog
 from megatron_cp.megatron.checkpoint import contents
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.megatron.test_entry_points import environment
-from tests.ranks import RankError, run_ranks, run_ranks_with_log
+from tests.ranks import DIED, RankError, run_ranks, run_ranks_with_log
 
 KILLS = int(os.environ.get("FAULT_RUNS", "1"))
 STEPS = 4 * KILLS + 8
@@ -170,7 +170,7 @@ def test_a_save_that_was_killed_is_not_resumed_from(unbroken: tuple[Path, Losses
         copy(unbroken[0] / "iter_0000004", started)
     with pytest.raises(RankError) as error:
         run_ranks(RANKS, die_in_a_save, flags(started, mode), started / "iter_0000004")
-    assert error.value.errors[1] == "the process died"
+    assert error.value.errors[1] == f"{DIED} with exit code -9"
     assert contents.damage(started / "iter_0000004") == ["the index .metadata is missing: the save was interrupted"]
     assert contents.chosen(started) == started / "iter_0000002"
 
