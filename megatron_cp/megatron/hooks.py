@@ -102,6 +102,26 @@ HOOKS = Registry(
             settings=True,
         ),
         Hook(
+            name="mtp-loss",
+            targets=(
+                "megatron.core.transformer.multi_token_prediction:process_mtp_loss",
+                "megatron.core.models.gpt.gpt_model:process_mtp_loss",
+                "megatron.core.models.hybrid.hybrid_model:process_mtp_loss",
+            ),
+            by="megatron_cp.megatron.layers.mtp_loss:over_the_whole_sequence",
+            parameters=(
+                "labels",
+                "loss_mask",
+                "compute_language_model_loss",
+                "config",
+                "cp_group",
+                "packed_seq_params",
+            ),
+            reason="context-parallel ranks divide this loss by their own tokens, which differ from rank to rank",
+            retired_by="a process_mtp_loss that divides by the tokens of its context-parallel group",
+            settings=True,
+        ),
+        Hook(
             name="schedule",
             targets=(
                 "megatron.training.training:get_forward_backward_func",

@@ -65,12 +65,12 @@ def seeded(request: pytest.FixtureRequest) -> None:
                 hypothesis.seed(seed)(function)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def counted(request: pytest.FixtureRequest) -> Iterator[Cases]:
-    """Count a module's cases and print the count, with the seed of a long run."""
+    """Count a test's cases and print the count, with the seed of a long run."""
     found = Cases()
     yield found
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         given = f"FUZZ_SEED={seed}" if cases else "fixed seeds"
         took = time.monotonic() - found.began
-        print(f"\n{request.module.__name__}: {found.run} cases, {found.refused} refused, {took:.0f} s, {given}")
+        print(f"\n{request.node.name}: {found.run} cases, {found.refused} refused, {took:.0f} s, {given}")

@@ -95,38 +95,38 @@ def test_combined_with_other_parallelism_equals_one_rank(alone, case):
     assert_equal_runs(losses(world_size, context("zigzag", 2), parallel, model), alone(model))
 
 
-def losses_with_global_token_count(flags):
-    """Divide the MTP loss by the mean token count over the ranks, where upstream takes each rank's own."""
-    import torch
+PREDICTIONS = {
+    "one layer": (2, "", "--mtp-num-layers 1"),
+    "per-token loss": (2, "", "--mtp-num-layers 1 --calculate-per-token-loss"),
+    "two layers": (4, "--context-parallel-size 4", "--mtp-num-layers 2"),
+    "two layers, per-token loss": (4, "--context-parallel-size 4", "--mtp-num-layers 2 --calculate-per-token-loss"),
+    "tensor and sequence parallel": (4, "--tensor-model-parallel-size 2 --sequence-parallel", "--mtp-num-layers 1"),
+    "pipeline": (4, "--pipeline-model-parallel-size 2 --pp-schedule zb-h1", "--mtp-num-layers 1"),
+    "distributed optimizer": (4, "--use-distributed-optimizer", "--mtp-num-layers 1"),
+}
 
+
+def losses_over_the_whole_sequence(flags):
+    """Losses, and how often ours weighted those of a layer of multi-token prediction."""
+    from megatron_cp.megatron.layers import mtp_loss
     from megatron_cp.megatron.rebind import replace, restore
 
-    def rolled(old):
-        def roll_tensor(*args, **kwargs):
-            tensor, count = old(*args, **kwargs)
-            if kwargs.get("cp_group") is not None:
-                torch.distributed.all_reduce(count := count.float().clone(), group=kwargs["cp_group"])
-                count /= kwargs["cp_group"].size()
-            return tensor, count
-
-        return roll_tensor
-
-    done = replace("megatron.core.transformer.multi_token_prediction:roll_tensor", rolled)
+    calls = []
+    counted = replace(
+        f"{mtp_loss.__name__}:roll_tensor", lambda old: lambda *args, **kwargs: calls.append(1) or old(*args, **kwargs)
+    )
     try:
-        return pretrain_losses(flags)
+        return pretrain_losses(flags), len(calls)
     finally:
-        restore(done)
+        restore(counted)
 
 
-def test_multi_token_prediction_equals_one_rank(alone):
-    flags = tiny(context("zigzag", 2), "--mtp-num-layers 1")
-    assert_equal_runs(run_ranks(2, losses_with_global_token_count, flags)[0], alone("--mtp-num-layers 1"))
-
-
-def test_multi_token_prediction_differs_by_upstreams_token_count_only(alone):
-    found, expected = losses(2, context("zigzag", 2), "--mtp-num-layers 1"), alone("--mtp-num-layers 1")
-    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=10**-LOSS_DIGITS)
-    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-3)
+@pytest.mark.parametrize("case", slow_unless(["one layer", "per-token loss"], PREDICTIONS))
+def test_multi_token_prediction_equals_one_rank(alone, case):
+    world_size, parallel, model = PREDICTIONS[case]
+    ranks = run_ranks(world_size, losses_over_the_whole_sequence, tiny(context("zigzag", 2), parallel, model))
+    assert_equal_runs(ranks[0][0], alone(model))
+    assert ranks[-1][1] > 0, "the last pipeline stage has these layers"
 
 
 @pytest.mark.parametrize("backend", slow_unless(TWO_WAYS, BACKENDS.names))

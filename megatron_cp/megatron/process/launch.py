@@ -44,7 +44,7 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
         names += ["delayed-weights"] if machine.te else []
     if layers and values_of(argv, "--mtp-num-layers") is not None:
-        names.append("mtp-layers")
+        names += ["mtp-layers", "mtp-loss"]
     if hooks.dataset_helpers_need_no_make():
         names.append("dataset-helpers")
     if values_of(argv, "--save") is not None:

@@ -10,6 +10,7 @@ from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks
 
 CP = "--context-parallel-size 2 --cp-comm-type zigzag"
+CP4 = "--context-parallel-size 4 --cp-comm-type zigzag"
 
 
 def masked_losses(flags: list[str]) -> list[dict[str, Any]]:
@@ -50,6 +51,18 @@ def test_masked_tokens_give_the_gradients_of_one_rank(ranks: int, flags: str, on
     for ours, theirs in zip(run, one, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+# with two layers, the mask's edge is rolled from one rank's tokens to another's
+@pytest.mark.slow
+@pytest.mark.parametrize("mean", ["", "--calculate-per-token-loss"])
+def test_masked_tokens_of_multi_token_prediction_give_the_gradients_of_one_rank(mean: str) -> None:
+    flags = f"--eod-mask-loss --mtp-num-layers 2 --cp-comm-type zigzag {mean}"
+    expected = run_ranks(1, masked_losses, tiny(flags))[0]
+    for run in (run_ranks(2, masked_losses, tiny(flags, CP))[0], run_ranks(4, masked_losses, tiny(flags, CP4))[0]):
+        for ours, theirs in zip(run, expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
 def said_by_the_spec(flags: list[str]) -> bool:
