@@ -159,7 +159,7 @@ BACKENDS = Registry(
             what="heads for tokens and back",
             traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", backward="(p-1)/p (2Uq + 2U)", per_kv_head=True),
             aliases=("a2a",),
-            capabilities=Capabilities(heads="all", planned=True),
+            capabilities=Capabilities(heads="all", sinks="inside", planned=True),
         ),
         Backend(
             name="usp",
@@ -176,7 +176,7 @@ BACKENDS = Registry(
                 where="p = u r",
             ),
             aliases=("a2a+p2p",),
-            capabilities=Capabilities(grid="needed", placement=True, heads="axis", planned=True),
+            capabilities=Capabilities(grid="needed", placement=True, heads="axis", sinks="inside", planned=True),
         ),
         Backend(
             name="double-ring",
@@ -221,7 +221,7 @@ BACKENDS = Registry(
             paper="arXiv:2408.16978",
             what="Ulysses in chunks over time, what waits lies in host memory",
             traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", backward="(p-1)/p (2Uq + 2U)", per_kv_head=True),
-            capabilities=Capabilities(heads="all", weighed="never"),
+            capabilities=Capabilities(heads="all", sinks="inside", weighed="never"),
         ),
         Backend(
             name="rsa",

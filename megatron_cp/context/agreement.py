@@ -76,7 +76,7 @@ def _read(row: bytes) -> Brought:
 
 def _difference(ranks: Sequence[Brought]) -> str:
     shapes = [rank.shapes for rank in ranks]
-    # behind q, k and v comes a bias
+    # behind q, k and v comes a bias or a sink
     lengths = [[str(shape[0]) if shape else "none" for shape in row[:3]] for row in shapes]
     if len(set(chain(*lengths))) > 1:
         held = _each(" / ".join(dict.fromkeys(row)) for row in lengths)

@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_cp.context import opaque, transforms
 from megatron_cp.context.agreement import wants_gradients
 from megatron_cp.context.function import run
+from megatron_cp.context.inputs import as_sink
 from megatron_cp.context.plan import Plan, Sizes, plan
 from megatron_cp.context.prepare import prepare
 
@@ -19,12 +20,17 @@ def attend(
     v: Float[Tensor, "s b g d"],
     plan: Plan,
     *,
+    sink: Float[Tensor, "*b h"] | float | None = None,
     agreed: bool = False,
 ) -> Float[Tensor, "s b h d"]:
     """Attend this rank's queries to the whole sequence, differentiably; all ranks of the plan call it together.
 
     Computes in the dtype of q, k and v, under autocast too; has first derivatives only. Under torch.compile and
     torch.func it is one operator, which neither looks into.
+
+    `sink` is one more logit for each query head, beside the scaled scores, that takes a share of the softmax and has no
+    value: 0 is the off-by-one softmax, a tensor [h], or [b h] for sinks of each sequence, may be learned. Its gradient
+    is this rank's part: the ranks of the plan share the sink, whose gradient is the sum of their parts.
 
     Every call first compares shapes, dtypes and plans of all ranks, in one all-gather of 8 bytes per rank. With
     `agreed` the caller guarantees that they are equal: a GPU, whose host would wait for the comparison, sends the
@@ -34,8 +40,10 @@ def attend(
     Raises ValueError on every rank when these differ between ranks, and when tensors do not fit each other or the
     algorithm; nothing but the comparison is sent before.
     """
+    logits = as_sink(sink, q)
     if torch.compiler.is_compiling():
-        return opaque.attend(q, k, v, plan, agreed)
+        return opaque.attend(q, k, v, logits, plan, agreed)
     if torch._C._are_functorch_transforms_active():
-        return transforms.attend(q, k, v, plan, agreed)
-    return run(q, k, v, prepare(q, k, v, plan, agreed=agreed, gradients=wants_gradients(q, k, v)))
+        return transforms.attend(q, k, v, logits, plan, agreed)
+    gradients = wants_gradients(q, k, v, logits)
+    return run(q, k, v, prepare(q, k, v, plan, agreed=agreed, gradients=gradients, sink=logits), logits)

@@ -55,6 +55,15 @@ def check_placement(entry: Backend, placement: str) -> None:
         )
 
 
+def check_sinks(entry: Backend) -> None:
+    """Raise Refused for an algorithm whose results a sink cannot be merged into."""
+    if entry.capabilities.sinks == "none":
+        raise Refused(
+            f"backend {entry.name!r} does not merge sinks; use backend "
+            f"{able(lambda other: other.capabilities.sinks != 'none')} or leave the sink out"
+        )
+
+
 def check_can_chunk(entry: Backend) -> None:
     """Raise Refused for an algorithm that cannot be cut into chunks over time."""
     if not entry.capabilities.chunks:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megatron_cp.context import layouts
+from megatron_cp.context import layouts, sinks
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import Loop
+from megatron_cp.context.partials import accumulator_dtype
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Task
@@ -27,17 +28,19 @@ class AttentionCall(NamedTuple):
 
     layout: positions that the caller's tokens have
     factor: of the queries, so that the scale of the task is a positive float32, as fused kernels want it
+    merges_sink: the loop merges a sink itself
     """
 
     loop: Loop[Any]
     task: Task
     layout: Layout
     factor: float
+    merges_sink: bool
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, sink: Tensor | None = None) -> Tensor:
     """Attend by a plan whose backend is chosen; the caller guarantees that all ranks hold tensors of one shape."""
-    return _Attend.apply(q, k, v, call_for(q, k, v, plan))
+    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan))
 
 
 def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> AttentionCall:
@@ -45,10 +48,13 @@ def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> AttentionCall:
     layout = layouts.layout(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
     task = task_for(q, k, v, plan)
     factor, scale = _positive(task.scale)
-    return AttentionCall(plan.loop, replace(task, scale=scale), layout, factor)
+    inside = plan.chunks is not None or plan.backend.capabilities.sinks == "inside"
+    return AttentionCall(plan.loop, replace(task, scale=scale), layout, factor, inside)
 
 
-def forward_pass(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Any]:
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, sink: Tensor | None = None
+) -> tuple[Tensor, Any]:
     """Return out and what the loop keeps for the backward pass; computes in the dtype of the inputs."""
     if not q.shape[1]:
         return torch.empty_like(q), ()
@@ -56,23 +62,35 @@ def forward_pass(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[
         q, k, v = relayout(
             [_last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric
         )
-        out, saved = call.loop.forward(q if call.factor == 1 else q * call.factor, k, v, call.task)
-        return relayout([out], call.task.layout, call.layout, call.task.fabric)[0], saved
+        task = _with_sink(call.task, sink, q)
+        out, saved = call.loop.forward(q if call.factor == 1 else q * call.factor, k, v, task)
+        if task.sink is not None and not call.merges_sink:
+            out, lse = sinks.merged(sinks.Rows(saved.out, saved.lse), task.sink)
+            saved = saved._replace(out=out, lse=lse)
+        return relayout([out], task.layout, call.layout, task.fabric)[0], saved
 
 
-def backward_pass(dout: Tensor, saved: Any, call: AttentionCall) -> tuple[Tensor, ...]:
-    """Return dq, dk and dv."""
+def backward_pass(dout: Tensor, saved: Any, call: AttentionCall, sink: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return dq, dk and dv, and with a sink its gradient, of which every rank has a part."""
     if not dout.shape[1]:
         empty = dout.new_empty(*dout.shape[:2], call.task.heads[1], dout.shape[3])
-        return torch.empty_like(dout), empty, torch.empty_like(empty)
+        dsink = [] if sink is None else [torch.zeros_like(sink)]
+        return torch.empty_like(dout), empty, torch.empty_like(empty), *dsink
     with without_autocast(dout.device):
-        task = call.task
+        task = _with_sink(call.task, sink, dout)
         if isinstance(task.kernel, PreparesBackward):
             task = task.on(task.fabric, task.layout, task.kernel.for_backward())
         (dout,) = relayout([_last_dim_contiguous(dout)], call.layout, task.layout, task.fabric)
-        dq, dk, dv = call.loop.backward(dout, saved, task)
+        dq, dk, dv, *dsink = call.loop.backward(dout, saved, task)
+        if task.sink is not None and not call.merges_sink:
+            dsink = [sinks.gradient(dout, sinks.Rows(saved.out, saved.lse), task.sink)]
         dq = dq if call.factor == 1 else dq * call.factor
-        return tuple(relayout([dq, dk, dv], task.layout, call.layout, task.fabric))
+        dq, dk, dv = relayout([dq, dk, dv], task.layout, call.layout, task.fabric)
+        return dq, dk, dv, *(part.to(sink.dtype) for part in dsink if sink is not None)
+
+
+def _with_sink(task: Task, sink: Tensor | None, like: Tensor) -> Task:
+    return task if sink is None else replace(task, sink=sink.to(accumulator_dtype(like)))
 
 
 def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
@@ -102,19 +120,21 @@ class _Attend(torch.autograd.Function):
     """A backend's loop, between two re-layouts if it needs other positions than the tokens have."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        out, saved = forward_pass(q, k, v, call)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: AttentionCall) -> Tensor:
+        out, saved = forward_pass(q, k, v, call, sink)
         # autograd keeps a flat list of tensors, the loop gets back the tuple that it made of them
         tensors, ctx.saved_as = tree_flatten(saved)
         result = _no_view(out, tensors)
-        ctx.save_for_backward(*(result if tensor is out else tensor for tensor in tensors))
+        ctx.save_for_backward(sink, *(result if tensor is out else tensor for tensor in tensors))
         ctx.call = call
         return result
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward_pass(dout, tree_unflatten(ctx.saved_tensors, ctx.saved_as), ctx.call), None
+        sink, *saved = ctx.saved_tensors
+        dq, dk, dv, *dsink = backward_pass(dout, tree_unflatten(saved, ctx.saved_as), ctx.call, sink)
+        return dq, dk, dv, dsink[0] if dsink else None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:

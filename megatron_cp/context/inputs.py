@@ -1,12 +1,15 @@
 """Refusals of tensors that attention does not take, whatever the algorithm; every rank of a call raises them alike."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megatron_cp.dtypes import BYTES
 from megatron_cp.errors import Refused
 
-DTYPES = tuple(getattr(torch, name) for name in BYTES)
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in BYTES)
 
 
 def check_inputs(q: object, k: object, v: object) -> None:
@@ -26,6 +29,32 @@ def check_inputs(q: object, k: object, v: object) -> None:
         raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
         raise Refused(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+
+
+def as_sink(sink: Any, q: object) -> Any:
+    """Return a sink that is a number as one logit for each query head; anything else comes back as it is."""
+    number = isinstance(sink, int | float) and not isinstance(sink, bool)
+    if not (number and isinstance(q, Tensor) and q.ndim == 4):
+        return sink
+    if not sink < math.inf:
+        raise Refused(f"sink must be a number below infinity, got {sink}; leave it out for a softmax without a sink")
+    return torch.full(q.shape[2:3], sink, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+
+
+def check_sink(sink: object, q: Tensor) -> None:
+    """Raise Refused unless `sink` [h] or [b h] has a logit for each query head of q [s b h d]."""
+    batch, heads = q.shape[1:3]
+    if not isinstance(sink, Tensor):
+        raise Refused(f"sink must be a number or a tensor with a logit for each of {heads} query heads, got {sink!r}")
+    if sink.shape not in ((heads,), (batch, heads)):
+        raise Refused(
+            f"sink must have a logit for each of the {heads} query heads of this rank, got shape {tuple(sink.shape)}; "
+            f"give ({heads},), or ({batch}, {heads}) for sinks of each sequence"
+        )
+    if sink.dtype not in DTYPES:
+        raise Refused(f"sink must be of dtype {' or '.join(BYTES)}, got {sink.dtype}; convert it")
+    if sink.device != q.device:
+        raise Refused(f"sink must be on the device of q, got {sink.device} and {q.device}; move it")
 
 
 def _check_alone(name: str, x: object) -> None:

@@ -21,8 +21,11 @@ class Loop[S](Protocol):
         """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; all ranks call it together."""
         ...
 
-    def backward(self, dout: "Tensor", saved: S, task: "Task") -> "tuple[Tensor, Tensor, Tensor]":
-        """Differentiate: dout [s b h d] -> dq [s b h d], dk and dv [s b g d]; all ranks call it together."""
+    def backward(self, dout: "Tensor", saved: S, task: "Task") -> "tuple[Tensor, ...]":
+        """Differentiate: dout [s b h d] -> dq [s b h d], dk and dv [s b g d]; all ranks call it together.
+
+        A loop that merges sinks itself adds the gradient of `task.sink` to these where there is one.
+        """
         ...
 
 

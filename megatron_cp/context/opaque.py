@@ -35,20 +35,22 @@ _numbers = count(1)
 _kept: WeakValueDictionary[int, _SavedState] = WeakValueDictionary()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, agreed: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, agreed: bool) -> Tensor:
     """Attend as one operator."""
-    out, _ = forward(q, k, v, plan.number, agreed, wants_gradients(q, k, v))
+    out, _ = forward(q, k, v, sink, plan.number, agreed, wants_gradients(q, k, v, sink))
     return out
 
 
 @torch.library.custom_op(
     "megatron_cp::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, SymInt plan, bool agreed, bool gradients) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sink, SymInt plan, bool agreed, bool gradients) -> (Tensor, Tensor)",
 )
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: int, agreed: bool, gradients: bool) -> tuple[Tensor, Tensor]:
-    call = call_for(q, k, v, prepare(q, k, v, numbered(plan), agreed=agreed, gradients=gradients))
-    out, saved = forward_pass(q, k, v, call)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, agreed: bool, gradients: bool
+) -> tuple[Tensor, Tensor]:
+    call = call_for(q, k, v, prepare(q, k, v, numbered(plan), agreed=agreed, gradients=gradients, sink=sink))
+    out, saved = forward_pass(q, k, v, call, sink)
     out = out.contiguous()
     leaves, saved_as = tree_flatten(saved)
     kept, number = _SavedState(8), next(_numbers)
@@ -67,18 +69,21 @@ def _own(leaf: Tensor, given: tuple[Tensor, ...]) -> Tensor | int:
 
 
 @forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, plan: int, agreed: bool, gradients: bool) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, agreed: bool, gradients: bool
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(
     "megatron_cp::attend_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor ticket, Tensor q, Tensor k, Tensor v, Tensor out) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dout, Tensor ticket, Tensor q, Tensor k, Tensor v, Tensor out, Tensor? sink) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(
-    dout: Tensor, ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept = _kept.get(int(ticket))
     if kept is None:
         raise Refused(
@@ -87,22 +92,27 @@ def backward(
         )
     given = (q, k, v, out)
     saved = tree_unflatten([given[leaf] if isinstance(leaf, int) else leaf for leaf in kept.saved], kept.saved_as)
-    dq, dk, dv = (x.contiguous() for x in backward_pass(dout, saved, kept.call))
-    return dq, dk, dv
+    dq, dk, dv, *dsink = (x.contiguous() for x in backward_pass(dout, saved, kept.call, sink))
+    # an operator returns tensors only
+    return dq, dk, dv, dsink[0] if dsink else dq.new_empty(0)
 
 
 @backward.register_fake
-def _(dout: Tensor, ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(
+    dout: Tensor, ticket: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsink = q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out, ticket = output
-    ctx.save_for_backward(ticket, *inputs[:3], out)
+    ctx.save_for_backward(ticket, *inputs[:3], out, inputs[3])
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *backward(dout, *ctx.saved_tensors), None, None, None
+    dq, dk, dv, dsink = backward(dout, *ctx.saved_tensors)
+    return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

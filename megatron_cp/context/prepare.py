@@ -4,21 +4,28 @@ from torch import Tensor
 
 from megatron_cp.context.agreement import agree
 from megatron_cp.context.auto import settle
-from megatron_cp.context.inputs import check_inputs
+from megatron_cp.context.checks import check_sinks
+from megatron_cp.context.inputs import check_inputs, check_sink
 from megatron_cp.context.plan import Plan, Sizes
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, agreed: bool, gradients: bool) -> Plan:
+def prepare(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, agreed: bool, gradients: bool, sink: object = None) -> Plan:
     """Return the settled plan for such tensors; raises ValueError on every rank when they do not fit together.
 
     agreed:    the caller guarantees that ranks are equal; a GPU's host does not wait for the comparison
     gradients: a backward pass may follow
     """
     if not agreed or _device_type(q) == "cpu":
-        agree(plan, q, k, v, gradients=gradients)
+        agree(plan, q, k, v, *([] if sink is None else [sink]), gradients=gradients)
     check_inputs(q, k, v)
+    if sink is not None:
+        check_sink(sink, q)
     dtype = str(q.dtype).removeprefix("torch.")
-    return settle(plan, Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], q.shape[3], dtype, q.device.type))
+    sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], q.shape[3], dtype, q.device.type)
+    settled = settle(plan, sizes)
+    if sink is not None:
+        check_sinks(settled.backend)
+    return settled
 
 
 def _device_type(q: object) -> str:

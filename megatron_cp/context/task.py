@@ -78,6 +78,7 @@ class Task:
     heads:  query and KV heads on each rank, before any exchange
     axes:   the same ranks as a grid, for backends that use two axes
     chunks: number of chunks over time for `fpdt`; None for as many as make a chunk of the paper's size
+    sink:   logits [h] or [b h] of sinks in the accumulator's dtype, for loops that merge them themselves
     """
 
     fabric: Fabric
@@ -88,6 +89,7 @@ class Task:
     heads: tuple[int, int]
     axes: Axes | None = None
     chunks: int | None = None
+    sink: Tensor | None = None
 
     @property
     def mine(self) -> Runs:

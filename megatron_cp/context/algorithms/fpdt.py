@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.context import cache_sizes, layouts
+from megatron_cp.context import cache_sizes, layouts, sinks
 from megatron_cp.context.algorithms import ring, ulysses
 from megatron_cp.context.heads import HeadExchange, HeadShares
 from megatron_cp.context.host_store import HostStore, HostTransfers, Stretches, visits
@@ -78,13 +78,15 @@ class FPDT:
             for j, fetched in work.fetches(i, [keys, values], []):
                 # 3. attend i to j, merged over j
                 work.attend(merge, q_i, fetched, i, j)
-            results = _put(results, merge.result(), mine, work, transfers)
+            rows = sinks.Rows(*merge.result())
+            rows = rows if work.sink is None else sinks.merged(rows, work.sink)
+            results = _put(results, rows, mine, work, transfers)
         # 4. exchange back chunk after chunk of out
         (out,) = _from_host(results[:1], q, work)
         transfers.settle()
         return out, Saved(*(store.memory for store in (*stores, *results)))
 
-    def backward(self, dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, ...]:
         """Differentiate: dout [s b h d] -> dq, dk, dv; sums of dK and dV wait in host memory."""
         work, transfers = chunked(task, self.inside), HostTransfers(dout.device)
         # 1. exchange chunk after chunk of dout
@@ -92,6 +94,8 @@ class FPDT:
         queries, keys, values, outs, lses = (HostStore(memory, transfers) for memory in saved)
         dq: list[HostStore] = []
         sums: list[HostStore] = []
+        # of this rank's heads only
+        dsink = [] if task.sink is None else [torch.zeros_like(task.sink)]
         for i, mine in enumerate(work.segments):
             # 2. fetch what belongs to segment i, and keys, values and their sums so far of each segment j one ahead
             arriving = [store.get(mine) for store in (douts, queries, outs, lses)]
@@ -103,9 +107,10 @@ class FPDT:
                 sums = _put(sums, dk_dv_j, work.segments[j], work, transfers)
                 del dk_dv_j
             dq = _put(dq, (dq_i.result(),), mine, work, transfers)
+            if work.sink is not None:
+                dsink[0][..., work.heads] += sinks.gradient(dout_i, sinks.Rows(out_i, lse_i), work.sink)
         # 4. exchange back chunk after chunk of dq, dk and dv
-        dq_, dk, dv = _from_host([*dq, *sums], dout, work)
-        return dq_, dk, dv
+        return *_from_host([*dq, *sums], dout, work), *dsink
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ class ChunkedWork(NamedTuple):
 
     tokens: number of tokens in host memory
     shift:  distance in positions from one segment to the next
+    heads:  query heads of a rank's own that it has between the exchanges
+    sink:   of these heads
     """
 
     chunks: tuple[ExchangedChunk, ...]
@@ -149,6 +156,8 @@ class ChunkedWork(NamedTuple):
     shift: int
     inside: Task
     loop: Accumulating
+    heads: slice
+    sink: Tensor | None
 
     def mask(self, i: int, j: int) -> Mask:
         """Return the mask of queries of segment i over keys of segment j, both as positions of segment 0."""
@@ -205,7 +214,8 @@ def chunked(task: Task, inside: Loop[Any]) -> ChunkedWork:
         return inside.split(over) if isinstance(inside, HeadParallel) else (NoExchange(), over)
 
     cuts = cut(task.layout, task.chunks)
-    _, whole = split(task.layout)
+    exchange, whole = split(task.layout)
+    heads = exchange.shares.q[exchange.fabric.rank] if isinstance(exchange, HeadExchange) else slice(None)
     chunks = []
     for local, layout in zip(cuts.tokens, cuts.layouts, strict=True):
         swap, part = split(layout)
@@ -221,6 +231,8 @@ def chunked(task: Task, inside: Loop[Any]) -> ChunkedWork:
         shift=segments.shift,
         inside=first,
         loop=accumulating,
+        heads=heads,
+        sink=None if task.sink is None else task.sink[..., heads],
     )
 
 

@@ -8,9 +8,11 @@ a KV head is on p / g ranks: its K and V are sent to all of them, and each sends
 Source: Jacobs et al. 2023, arXiv:2309.14509. Traffic: `BACKENDS` in `megatron_cp.context`.
 """
 
+import torch
 from torch import Tensor
 
 from megatron_cp.comm import SingleFabric
+from megatron_cp.context import sinks
 from megatron_cp.context.algorithms import ring
 from megatron_cp.context.heads import HeadChunk, HeadExchange, HeadReturns, cut, share_heads
 from megatron_cp.context.merge import Sum
@@ -26,7 +28,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[
     return forward_between(q, k, v, task, *split(task))
 
 
-def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor, ...]:
     """Differentiate: dout [s b h d] -> dq, dk, dv; the exchanges of the forward pass in the other direction."""
     return backward_between(dout, saved, task, *split(task))
 
@@ -44,6 +46,9 @@ def forward_between(
             k_i, v_i = saved[-1].k, saved[-1].v
         # 2. attend this rank's heads over the whole sequence; on more axes than one, by a ring over the rest of it
         out, saved_i = ring.forward(q_i, k_i, v_i, _on_chunk(chunk, task, swap, inside))
+        if task.sink is not None:
+            out, lse = sinks.merged(sinks.Rows(out, saved_i.lse), task.sink[..., chunk.shares.q[swap.fabric.rank]])
+            saved_i = saved_i._replace(out=out, lse=lse)
         # 3. all-to-all of out, tokens for heads
         to_tokens.start([out], [chunk.shares.q])
         saved.append(saved_i)
@@ -52,7 +57,7 @@ def forward_between(
 
 def backward_between(
     dout: Tensor, saved: tuple[Saved, ...], task: Task, swap: HeadExchange, inside: Task
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Differentiate `forward_between`; a KV head's gradients add up in float32 until it has met all of its queries.
 
     They travel in float32 where other ranks have queries of the same KV head.
@@ -61,19 +66,24 @@ def backward_between(
     # 1. all-to-all of dout, heads for tokens
     arrivals = swap.visits([dout], [(chunk.shares.q,) for chunk in chunks])
     total_k = total_v = None
+    # of this rank's heads only
+    dsink = [] if task.sink is None else [torch.zeros_like(task.sink)]
     for chunk, (dout_i,), saved_i in zip(chunks, arrivals, saved, strict=True):
         # 2. differentiate this rank's heads over the whole sequence
         total_q, total_k, total_v = Sum(saved_i.q), total_k or Sum(saved_i.k), total_v or Sum(saved_i.v)
         here = _on_chunk(chunk, task, swap, inside)
         ring.attend_around_backward(total_q, total_k, total_v, dout_i, saved_i, here)
+        if task.sink is not None:
+            heads = chunk.shares.q[swap.fabric.rank]
+            rows = sinks.Rows(saved_i.out, saved_i.lse)
+            dsink[0][..., heads] = sinks.gradient(dout_i, rows, task.sink[..., heads])
         # 3. all-to-all of dq, dk and dv, tokens for heads
         leaving = [Sum(saved_i.k[:, :, :0]), Sum(saved_i.v[:, :, :0])]
         if chunk.leaves(swap.fabric.rank):
             leaving, total_k, total_v = [total_k, total_v], None, None
         grads = [total_q.result(), *(swap.partial(total.exact(), dout.dtype) for total in leaving)]
         to_tokens.start(grads, [chunk.shares.q, chunk.leaving, chunk.leaving])
-    dq, dk, dv = to_tokens.results()
-    return dq, dk, dv
+    return *to_tokens.results(), *dsink
 
 
 def split(task: Task) -> tuple[HeadExchange, Task]:

@@ -23,7 +23,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, tuple[
     return forward_between(q, k, v, task, *split(task))
 
 
-def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, saved: tuple[Saved, ...], task: Task) -> tuple[Tensor, ...]:
     """Differentiate: dout [s b h d] -> dq, dk, dv."""
     return backward_between(dout, saved, task, *split(task))
 
