@@ -65,7 +65,7 @@ def forward_pass(
         task = _with_sink(call.task, sink, q)
         out, saved = call.loop.forward(q if call.factor == 1 else q * call.factor, k, v, task)
         if task.sink is not None and not call.merges_sink:
-            out, lse = sinks.merged(sinks.Rows(saved.out, saved.lse), task.sink)
+            out, lse = sinks.merged(saved.out, saved.lse, task.sink)
             saved = saved._replace(out=out, lse=lse)
         return relayout([out], task.layout, call.layout, task.fabric)[0], saved
 
@@ -83,7 +83,7 @@ def backward_pass(dout: Tensor, saved: Any, call: AttentionCall, sink: Tensor | 
         (dout,) = relayout([_last_dim_contiguous(dout)], call.layout, task.layout, task.fabric)
         dq, dk, dv, *dsink = call.loop.backward(dout, saved, task)
         if task.sink is not None and not call.merges_sink:
-            dsink = [sinks.gradient(dout, sinks.Rows(saved.out, saved.lse), task.sink)]
+            dsink = [sinks.gradient(dout, saved.out, saved.lse, task.sink)]
         dq = dq if call.factor == 1 else dq * call.factor
         dq, dk, dv = relayout([dq, dk, dv], task.layout, call.layout, task.fabric)
         return dq, dk, dv, *(part.to(sink.dtype) for part in dsink if sink is not None)

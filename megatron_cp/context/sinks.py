@@ -7,8 +7,6 @@ delta' = sum(out' dout) of them. The sink's own gradient is -sum(exp(sink - lse'
 Source: Xiao et al. 2023, arXiv:2309.17453, section 3.3; the off-by-one softmax (Miller 2023) is a sink of 0.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,21 +14,21 @@ from torch import Tensor
 from megatron_cp.context.delta import delta
 
 
-class Rows(NamedTuple):
-    """Attention of some queries over all of their keys."""
-
-    out: Float[Tensor, "s b h d"]
-    lse: Float[Tensor, "s b h"]
-
-
-def merged(rows: Rows, sink: Float[Tensor, "*b h"]) -> Rows:
-    """Merge the sink, in the dtype of lse, into rows that have met all keys."""
+def merged(
+    out: Float[Tensor, "s b h d"], lse: Float[Tensor, "s b h"], sink: Float[Tensor, "*b h"]
+) -> tuple[Float[Tensor, "s b h d"], Float[Tensor, "s b h"]]:
+    """Merge the sink, in the dtype of lse, into rows that have met all keys; return out and lse."""
     # a row without keys has lse -inf, and beside a sink of -inf no share to give
-    share = (rows.lse - sink).nan_to_num_(nan=-torch.inf).sigmoid_()[..., None]
-    return Rows(torch.mul(rows.out, share, out=torch.empty_like(rows.out)), torch.logaddexp(rows.lse, sink))
+    share = (lse - sink).nan_to_num_(nan=-torch.inf).sigmoid_()[..., None]
+    return torch.mul(out, share, out=torch.empty_like(out)), torch.logaddexp(lse, sink)
 
 
-def gradient(dout: Float[Tensor, "s b h d"], rows: Rows, sink: Float[Tensor, "*b h"]) -> Float[Tensor, "*b h"]:
-    """Return the part of the sink's gradient that comes from these rows; the sink is merged into them."""
-    share = (sink - rows.lse).nan_to_num_(nan=-torch.inf).exp_()
-    return -(share * delta(rows.out, dout)).sum_to_size(sink.shape)
+def gradient(
+    dout: Float[Tensor, "s b h d"],
+    out: Float[Tensor, "s b h d"],
+    lse: Float[Tensor, "s b h"],
+    sink: Float[Tensor, "*b h"],
+) -> Float[Tensor, "*b h"]:
+    """Return the part of the sink's gradient that comes from these rows, into which it is merged."""
+    share = (sink - lse).nan_to_num_(nan=-torch.inf).exp_()
+    return -(share * delta(out, dout)).sum_to_size(sink.shape)

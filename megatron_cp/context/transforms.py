@@ -57,7 +57,7 @@ class _Backward(torch.autograd.Function):
     """The derivative of the operator, which has none itself."""
 
     @staticmethod
-    def forward(dout: Tensor, ticket: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    def forward(dout: Tensor, ticket: Tensor, *given: Any) -> tuple[Tensor, ...]:
         return opaque.backward(dout, ticket, *given)
 
     @staticmethod

@@ -78,8 +78,7 @@ class FPDT:
             for j, fetched in work.fetches(i, [keys, values], []):
                 # 3. attend i to j, merged over j
                 work.attend(merge, q_i, fetched, i, j)
-            rows = sinks.Rows(*merge.result())
-            rows = rows if work.sink is None else sinks.merged(rows, work.sink)
+            rows = merge.result() if work.sink is None else sinks.merged(*merge.result(), work.sink)
             results = _put(results, rows, mine, work, transfers)
         # 4. exchange back chunk after chunk of out
         (out,) = _from_host(results[:1], q, work)
@@ -108,7 +107,7 @@ class FPDT:
                 del dk_dv_j
             dq = _put(dq, (dq_i.result(),), mine, work, transfers)
             if work.sink is not None:
-                dsink[0][..., work.heads] += sinks.gradient(dout_i, sinks.Rows(out_i, lse_i), work.sink)
+                dsink[0][..., work.heads] += sinks.gradient(dout_i, out_i, lse_i, work.sink)
         # 4. exchange back chunk after chunk of dq, dk and dv
         return *_from_host([*dq, *sums], dout, work), *dsink
 

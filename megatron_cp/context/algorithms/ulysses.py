@@ -47,7 +47,7 @@ def forward_between(
         # 2. attend this rank's heads over the whole sequence; on more axes than one, by a ring over the rest of it
         out, saved_i = ring.forward(q_i, k_i, v_i, _on_chunk(chunk, task, swap, inside))
         if task.sink is not None:
-            out, lse = sinks.merged(sinks.Rows(out, saved_i.lse), task.sink[..., chunk.shares.q[swap.fabric.rank]])
+            out, lse = sinks.merged(out, saved_i.lse, task.sink[..., chunk.shares.q[swap.fabric.rank]])
             saved_i = saved_i._replace(out=out, lse=lse)
         # 3. all-to-all of out, tokens for heads
         to_tokens.start([out], [chunk.shares.q])
@@ -75,8 +75,7 @@ def backward_between(
         ring.attend_around_backward(total_q, total_k, total_v, dout_i, saved_i, here)
         if task.sink is not None:
             heads = chunk.shares.q[swap.fabric.rank]
-            rows = sinks.Rows(saved_i.out, saved_i.lse)
-            dsink[0][..., heads] = sinks.gradient(dout_i, rows, task.sink[..., heads])
+            dsink[0][..., heads] = sinks.gradient(dout_i, saved_i.out, saved_i.lse, task.sink[..., heads])
         # 3. all-to-all of dq, dk and dv, tokens for heads
         leaving = [Sum(saved_i.k[:, :, :0]), Sum(saved_i.v[:, :, :0])]
         if chunk.leaves(swap.fabric.rank):
