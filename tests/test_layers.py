@@ -71,7 +71,7 @@ ORDER = (
 ADAPTER_ORDER = (
     "rebind.py run.py",
     "hooks.py pipeline",
-    "checkpoint dataset.py machine patches.py",
+    "checkpoint dataset.py machine patches.py tensor",
     "arguments",
     "layers",
     "process spec.py",

@@ -21,6 +21,7 @@ from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES, on_v
 from megatron_cp.pipeline.costs_file import Model
 from megatron_cp.pipeline.placement import PLACEMENTS
+from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, MEGATRONS, SCHEMES
 
 HEAD_FIRST = "head-first"
 
@@ -41,10 +42,17 @@ class Flag(NamedTuple):
     metavar: Callable[[], str]
     help: Callable[[], str]
     type: Callable[[str], Any]
+    nargs: str | None = None
 
 
-def _flag(default: Any, metavar: Callable[[], str], help: Callable[[], str], type: Callable[[str], Any] = str) -> Any:
-    return field(default=default, metadata={"flag": Flag(metavar, help, type)})
+def _flag(
+    default: Any,
+    metavar: Callable[[], str],
+    help: Callable[[], str],
+    type: Callable[[str], Any] = str,
+    nargs: str | None = None,
+) -> Any:
+    return field(default=default, metadata={"flag": Flag(metavar, help, type, nargs)})
 
 
 def _one_of(*names: str) -> str:
@@ -73,7 +81,14 @@ class _Flags:
         group = parser.add_argument_group(title=cls.title)
         for name, each in zip(cls.names(), fields(cls), strict=True):  # type: ignore[arg-type]
             flag: Flag = each.metadata["flag"]
-            group.add_argument(name, default=each.default, metavar=flag.metavar(), help=flag.help(), type=flag.type)
+            group.add_argument(
+                name,
+                default=each.default,
+                metavar=flag.metavar(),
+                help=flag.help(),
+                type=flag.type,
+                nargs=flag.nargs,
+            )
 
     @classmethod
     def of(cls, source: Any) -> Self:
@@ -204,11 +219,52 @@ class PipelineFlags(_Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorFlags(_Flags):
+    """Flags of tensor-parallel linears; without them all of it is left to Megatron."""
+
+    prefix = "tp"
+    title = "tensor-parallel linears (megatron-cp)"
+
+    comm_type: str = _flag(
+        MEGATRONS,
+        lambda: _one_of(*SCHEMES.names),
+        lambda: (
+            "How the ranks of --tensor-model-parallel-size share the linears of attention and MLPs: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in SCHEMES)
+            + "."
+        ),
+    )
+    grid: Sequence[str] | None = _flag(
+        None,
+        lambda: "RANKS",
+        lambda: (
+            "TOKENS WEIGHTS: with --tp-comm-type 2d or 2.5d, ranks over which tokens and weights are gathered, whose "
+            "product is the tensor-parallel size; by default the most square."
+        ),
+        nargs="+",
+    )
+    engine: str = _flag(
+        AUTO,
+        lambda: _one_of(AUTO, *ENGINES.names),
+        lambda: (
+            "How linears communicate around their products: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in ENGINES)
+            + f". {AUTO} is {DEFAULT_ENGINE}."
+        ),
+    )
+
+    @property
+    def ours(self) -> bool:
+        """True if the linears are not Megatron's own."""
+        return self.comm_type != MEGATRONS
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Values of Megatron's arguments for our layers and schedules, read where Megatron calls us and handed down.
 
     our_layers:          --spec names a layer spec of ours
-    attention:           None where the parser was without our flags, and a config keeps what it says itself
+    attention, tensor:   None where the parser was without our flags, and a config keeps what it says itself
     seq_length:          tokens of a sequence over all ranks, for which `--cp-comm-type auto` chooses
     rope_scaling_factor: of --rope-scaling-factor, which Megatron does not hand on to the model
     model:               what measured costs hold for; None where the run neither measures nor reads any
@@ -220,6 +276,7 @@ class Settings:
     our_layers: bool = False
     attention: AttentionFlags | None = None
     pipeline: PipelineFlags = PipelineFlags()
+    tensor: TensorFlags | None = None
     seq_length: int | None = None
     rope_scaling_factor: float | None = None
     model: Model | None = None
@@ -235,6 +292,7 @@ class Settings:
             our_layers=has_our_layers(args),
             attention=AttentionFlags.of(args) if hasattr(args, "cp_kernel") else None,
             pipeline=flags,
+            tensor=TensorFlags.of(args) if hasattr(args, "tp_comm_type") else None,
             seq_length=getattr(args, "seq_length", None),
             rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
             model=_model_of(args) if flags.costs or flags.profile_steps else None,

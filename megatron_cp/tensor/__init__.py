@@ -1,4 +1,7 @@
-"""Registry of the engines of tensor-parallel linears. Pure: an engine is imported with its first use."""
+"""Registries of tensor-parallel schemes and of the engines of their linears.
+
+Pure: an engine is imported with its first use.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +12,26 @@ from megatron_cp.registry import Registry
 if TYPE_CHECKING:
     from megatron_cp.tensor.engine import Engine
 
-__all__ = ["ENGINES", "LinearEngine"]
+__all__ = ["DEFAULT_ENGINE", "ENGINES", "MEGATRONS", "SCHEMES", "LinearEngine", "TensorScheme"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorScheme:
+    """One way to share the linears of a layer among the ranks of a tensor-parallel group.
+
+    what:  one line for tables
+    sends: elements that a rank sends forward for all linears of a layer with tokens T and weights P, in words
+    grid:  the ranks form a grid, of --tp-grid
+    depth: another axis is part of it
+    """
+
+    name: str
+    paper: str
+    what: str
+    sends: str
+    grid: bool = False
+    depth: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +85,45 @@ ENGINES = Registry(
             load=_symmetric,
             what="torch's fused products over symmetric memory",
             needs="GPUs that reach each other's memory",
+        ),
+    ],
+)
+
+MEGATRONS = "1d"
+"""The scheme of Megatron's own linears."""
+
+DEFAULT_ENGINE = "ring"
+"""The engine where none is asked for."""
+
+SCHEMES = Registry(
+    "tensor-parallel scheme",
+    [
+        TensorScheme(
+            name=MEGATRONS,
+            paper="arXiv:1909.08053, with --sequence-parallel arXiv:2205.05198",
+            what="Megatron's own linears, each weight cut over all ranks",
+            sends="4 T h (p-1)/p",
+        ),
+        TensorScheme(
+            name="flux",
+            paper="arXiv:2406.06858",
+            what="the same layout, with communication behind the products",
+            sends="4 T h (p-1)/p",
+        ),
+        TensorScheme(
+            name="2d",
+            paper="arXiv:2104.05343",
+            what="a grid of t x w ranks: tokens are gathered along one axis, weights along the other",
+            sends="4 T/w h (t-1)/t + P/t (w-1)/w, and heads for tokens around attention",
+            grid=True,
+        ),
+        TensorScheme(
+            name="2.5d",
+            paper="arXiv:2105.14500",
+            what="2d beside context or data parallelism as the depth, over which tokens are split and weights repeated",
+            sends="as 2d, with the tokens of one rank of the depth",
+            grid=True,
+            depth=True,
         ),
     ],
 )

@@ -12,6 +12,7 @@ from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table, imply_chunks
+from megatron_cp.megatron.arguments.tensor import check_tensor
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.machine.facts import Machine, this_machine
@@ -53,6 +54,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     if has_our_layers(args):
         check(args)
     check_schedule(args)
+    check_tensor(args)
     refuse_upstream_faults(args)
     with as_refusals():
         result = old(args, *rest, **kwargs)

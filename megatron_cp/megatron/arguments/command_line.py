@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_cp.megatron.machine.facts import Machine
-from megatron_cp.megatron.run import AttentionFlags, values_of
+from megatron_cp.megatron.run import AttentionFlags, TensorFlags, values_of
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
 HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
@@ -19,7 +19,9 @@ def wants_layers(argv: Sequence[str], machine: Machine) -> bool:
     spec = values_of(argv, "--spec")
     if spec:
         return spec[0].startswith("megatron_cp.")
-    if any(values_of(argv, flag) is not None for flag in (*AttentionFlags.names(), "--cp-comm-type")):
+    if any(
+        values_of(argv, flag) is not None for flag in (*AttentionFlags.names(), *TensorFlags.names(), "--cp-comm-type")
+    ):
         return True
     size = values_of(argv, "--context-parallel-size") or ["1"]
     switches = ("--sequence-parallel", "--apply-layernorm-1p")

@@ -16,7 +16,7 @@ from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
-from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, PipelineFlags, on_stripes, takes_placement
+from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, PipelineFlags, TensorFlags, on_stripes, takes_placement
 from megatron_cp.registry import suggest
 
 
@@ -74,6 +74,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our flags to Megatron's parser; usable as an `extra_args_provider`."""
     AttentionFlags.add_to(parser)
     PipelineFlags.add_to(parser)
+    TensorFlags.add_to(parser)
     return parser
 
 

@@ -83,7 +83,7 @@ def _local_submodules(config: TransformerConfig, symbols: list[str]) -> HybridSt
             f"without transformer-engine a hybrid pattern may have the layers {' '.join(LOCAL_SYMBOLS)}, "
             f"got {' '.join(foreign)}; install transformer-engine or change --hybrid-layer-pattern"
         )
-    layer = local_layer_spec(config, SpecProvider(), moe=False).submodules
+    layer = local_layer_spec(config, SpecProvider(config), moe=False).submodules
     return HybridStackSubmodules(
         attention_layer=ModuleSpec(
             module=TransformerLayer,

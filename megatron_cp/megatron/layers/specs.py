@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
 )
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -35,7 +36,8 @@ from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
-from megatron_cp.megatron.run import Settings, say, settings_of_run, uneven_masks
+from megatron_cp.megatron.run import Settings, TensorFlags, say, settings_of_run, uneven_masks
+from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear
 
 # Checkpoints name a layer's norms as TransformerEngine does, where they are part of the linears that follow.
 NORM_KEYS = {
@@ -45,7 +47,19 @@ NORM_KEYS = {
 
 
 class SpecProvider(LocalSpecProvider):
-    """Megatron's local building blocks with our core attention and our norm."""
+    """Megatron's local building blocks with our core attention, our norm and, where flags ask for them, our linears."""
+
+    def __init__(self, config: TransformerConfig | None = None) -> None:
+        self._linears = TensorFlags.of(config).ours
+
+    def column_parallel_linear(self) -> type:
+        """Return Megatron's linear, or ours over a grid of the tensor-parallel ranks."""
+        stock: type = super().column_parallel_linear()
+        return GridColumnLinear if self._linears else stock
+
+    def row_parallel_linear(self) -> type[RowParallelLinear]:
+        """Return Megatron's linear, or ours over a grid of the tensor-parallel ranks."""
+        return GridRowLinear if self._linears else super().row_parallel_linear()
 
     def core_attention(self) -> type:
         """Return context-parallel attention."""
@@ -80,7 +94,7 @@ def gpt_layer_spec(
     _warn_of_uneven_masks(vp_stage)
     if transformer.transformer_impl == "transformer_engine":
         return with_our_attention(_stock_spec(model, transformer, vp_stage))
-    return local_block_spec(transformer, SpecProvider(), vp_stage)
+    return local_block_spec(transformer, SpecProvider(transformer), vp_stage)
 
 
 def mtp_block_spec(
@@ -97,7 +111,7 @@ def mtp_block_spec(
         stock = get_gpt_decoder_layer_specs(transformer, True, transformer.normalization, transformer.qk_l2_norm)
         last = with_our_attention(stock[-1])
         return get_gpt_mtp_block_spec(transformer, last, use_transformer_engine=True, vp_stage=vp_stage)
-    provider = SpecProvider()
+    provider = SpecProvider(transformer)
     last = local_layer_specs(transformer, provider)[-1]
     return get_gpt_mtp_block_spec_for_backend(transformer, last, provider, vp_stage=vp_stage)
 
@@ -208,9 +222,10 @@ def _transformer_config(model: Any, config: TransformerConfig | None) -> Transfo
 
 
 def copy_settings(settings: Settings, config: TransformerConfig) -> None:
-    """Set on the config what the settings say to attention; it travels with every copy of the config."""
-    if settings.attention:
-        settings.attention.copy_to(config)
+    """Set on the config what the settings say to attention and linears; it travels with every copy of the config."""
+    for flags in (settings.attention, settings.tensor):
+        if flags:
+            flags.copy_to(config)
     # what `auto` chooses for; a program that parses no arguments lets it choose at the first call
     if settings.seq_length:
         config.cp_seq_length = settings.seq_length

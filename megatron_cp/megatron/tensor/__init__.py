@@ -1,0 +1,1 @@
+"""Tensor-parallel linears in the place of Megatron's own."""
