@@ -55,7 +55,11 @@ def check_tensor(args: Any) -> None:
     """Refuse a `--tp-comm-type` that this run cannot have; ValueError with the rule, the value and a way out."""
     flags = TensorFlags.of(args)
     scheme, tp = SCHEMES.get(flags.comm_type), read(args, "tensor_model_parallel_size", 1)
-    engine = engine_of(flags.engine)
+    engine, who = engine_of(flags.engine), f"--tp-comm-type {scheme.name}"
+    if flags.ours and tp < 2:
+        raise Refused(
+            f"{who} needs --tensor-model-parallel-size of at least 2, got {tp}; leave it out or use more ranks"
+        )
     size = grid_of(scheme, tp, flags.grid)
     if not flags.ours:
         if flags.engine != AUTO_ENGINE:
@@ -63,11 +67,6 @@ def check_tensor(args: Any) -> None:
                 f"--tp-engine {engine} needs --tp-comm-type {' or '.join(OURS)}, got {scheme.name}; leave it out"
             )
         return
-    who = f"--tp-comm-type {scheme.name}"
-    if tp < 2:
-        raise Refused(
-            f"{who} needs --tensor-model-parallel-size of at least 2, got {tp}; leave it out or use more ranks"
-        )
     if not read(args, "sequence_parallel", False):
         raise Refused(f"{who} gathers tokens that sequence parallelism spreads; add --sequence-parallel")
     if not has_our_layers(args):

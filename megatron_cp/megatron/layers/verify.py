@@ -1,4 +1,4 @@
-"""Check after the model is built that every layer has our attention, and print what runs."""
+"""Check after the model is built that every layer has our attention and our linears, and print what runs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -10,13 +10,17 @@ from torch import nn
 from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
+from megatron_cp.megatron.run import TensorFlags
+
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
     """Verify every attention of the model chunks and print on rank 0 what runs; a post-wrap hook for Megatron.
 
     Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
-    would see only this rank's tokens, or cut the sequence in another way.
+    would see only this rank's tokens, or cut the sequence in another way. The same holds for linears, where
+    --tp-comm-type asks for ours.
     """
     cores = core_attentions(models)
     foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
@@ -25,8 +29,9 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"some layers do not have megatron-cp's attention: {', '.join(foreign)}; "
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
+    linears = verify_linears(models)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        for line in banner(cores, device_of_run()):
+        for line in (*banner(cores, device_of_run()), *linears):
             print(f"[megatron-cp] {line}", flush=True)
     return models
 
@@ -39,6 +44,24 @@ def core_attentions(models: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if isinstance(module, Attention)
     ]
+
+
+def verify_linears(models: Iterable[nn.Module]) -> list[str]:
+    """Return a line for what the linears of attention and MLPs run, none where they are Megatron's own.
+
+    Raises RuntimeError naming those that are Megatron's where the model's config asks for ours.
+    """
+    linears = [
+        (name, module)
+        for model in models
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in LINEARS and not getattr(module, "is_expert", False)
+        if TensorFlags.of(getattr(module, "config", None)).ours
+    ]
+    foreign = [f"{name} ({type(module).__name__})" for name, module in linears if not getattr(module, "placed", None)]
+    if foreign:
+        raise CannotRun(f"some linears are Megatron's own beside --tp-comm-type: {', '.join(foreign)}; check --spec")
+    return sorted({f"linears of attention and MLPs: {module.placed.describe()}" for _, module in linears})
 
 
 def banner(cores: Sequence[tuple[str, nn.Module]], device: str) -> list[str]:
