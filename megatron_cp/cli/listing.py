@@ -14,6 +14,7 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.registry import unknown
+from megatron_cp.tensor import ENGINES, SCHEMES
 
 
 class Listed(NamedTuple):
@@ -50,6 +51,8 @@ KINDS: dict[str, Callable[[], Iterator[Listed]]] = {
     "clusters": _files("clusters"),
     "backends": lambda: (Listed(entry.name, entry.what) for entry in BACKENDS),
     "schedules": lambda: (Listed(entry.name, entry.what) for entry in SCHEDULES),
+    "schemes": lambda: (Listed(entry.name, entry.what) for entry in SCHEMES),
+    "engines": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in ENGINES),
     "kernels": lambda: (Listed(entry.name, f"{entry.summary}; needs {entry.needs}") for entry in KERNELS),
 }
 FOR = {
@@ -58,6 +61,8 @@ FOR = {
     "clusters": "--cluster, and CLUSTER of a recipe",
     "backends": "--cp-comm-type, and trace --backend",
     "schedules": "--pp-schedule, and simulate --schedule",
+    "schemes": "--tp-comm-type",
+    "engines": "--tp-engine",
     "kernels": "--cp-kernel",
 }
 
@@ -66,7 +71,7 @@ def show(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", metavar="KIND")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """List the recipes, models, clusters, backends, schedules or kernels that can be named, with one line for each."""
+    """List the recipes, models, clusters, backends, schedules, schemes, engines or kernels that can be named."""
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     found = list(KINDS[kind]())

@@ -150,7 +150,7 @@ class AttentionFlags(_Flags):
         None,
         lambda: "NAME|FILE",
         lambda: (
-            "With --cp-comm-type auto, the cluster that a backend is chosen for: "
+            "With --cp-comm-type auto or --tp-comm-type auto, the cluster that is chosen for: "
             + ", ".join(shipped_clusters())
             + ", or a YAML file; by default the one that ships for this machine's GPU."
         ),
@@ -239,7 +239,7 @@ class TensorFlags(_Flags):
         lambda: "RANKS",
         lambda: (
             "TOKENS WEIGHTS: with --tp-comm-type 2d or 2.5d, ranks over which tokens and weights are gathered, whose "
-            "product is the tensor-parallel size; by default the most square."
+            "product is the tensor-parallel size; by default the most square, and auto is the fastest on the cluster."
         ),
         nargs="+",
     )
@@ -252,6 +252,11 @@ class TensorFlags(_Flags):
             + f". {AUTO} is {DEFAULT_ENGINE}."
         ),
     )
+
+    @property
+    def chosen(self) -> bool:
+        """True if scheme or grid are still to be chosen for a cluster."""
+        return self.comm_type == AUTO or (SCHEMES.get(self.comm_type).grid and list(self.grid or ()) == [AUTO])
 
     @property
     def ours(self) -> bool:

@@ -26,6 +26,7 @@ from megatron_cp.planner.work import (
     ends,
     layer,
     mtp,
+    placed,
     recomputed,
 )
 
@@ -132,7 +133,7 @@ def estimate(
     the backend or the schedule refuses.
     """
     check(model, parallel, seq)
-    rank = RankConfig(model=model, parallel=parallel, cluster=cluster, seq=seq, record=record)
+    rank = placed(RankConfig(model=model, parallel=parallel, cluster=cluster, seq=seq, record=record))
     stages = _stages(rank)
     return _timed(rank, stages, _memory(rank, stages))
 

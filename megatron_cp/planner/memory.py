@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.work import RankConfig, context_attention, mlp_width
+from megatron_cp.planner.work import RankConfig, context_attention, linears_of, mlp_width
 
 
 class MemoryUse(NamedTuple):
@@ -118,6 +118,15 @@ def stage_parameters(
     return dense, share * experts
 
 
+def _gathered_weights(rank: RankConfig) -> float:
+    """Return the bytes of the largest weight that a grid gathers, and of its gradient; 0 where none is gathered."""
+    grid = rank.parallel.placing.size
+    if grid.weights == 1:
+        return 0.0
+    widest = max(linear.weight for linear in linears_of(rank, moe=False).linears)
+    return 2 * rank.parallel.bytes * widest / grid.tokens
+
+
 def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool, last: bool) -> MemoryUse:
     """Return the largest memory of a pipeline rank with `layers` layers.
 
@@ -131,6 +140,7 @@ def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool
         logits = losses * (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
     # gradients of the widest layer that is at work
     buffers = context_attention(rank).live + parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp
+    buffers += _gathered_weights(rank)
     if parallel.recompute == "full":
         at_work = parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
         buffers += at_work * mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))

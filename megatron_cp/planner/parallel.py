@@ -12,6 +12,10 @@ from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
+from megatron_cp.tensor import DEFAULT_ENGINE, MEGATRONS
+from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
+from megatron_cp.tensor.cost import Placing
+from megatron_cp.tensor.place import AUTO_ENGINE, engine_of, grid_of
 
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
@@ -38,6 +42,7 @@ class Parallel:
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are divided among stages
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
+    tp_scheme, tp_grid, tp_engine: as --tp-comm-type, --tp-grid and --tp-engine say; None for the scheme's own grid
     overlap_p2p: the interleaved schedule sends beside its computation; otherwise each pass waits for its messages
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
@@ -72,6 +77,9 @@ class Parallel:
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     tp_overlap: bool = False
+    tp_scheme: str = MEGATRONS
+    tp_grid: tuple[int, int] | None = None
+    tp_engine: str = DEFAULT_ENGINE
     overlap_p2p: bool = True
     fsdp: bool = False
     fp8_params: bool = False
@@ -99,7 +107,14 @@ class Parallel:
             sizes = f"{self.ep} x {self.etp}" if self.etp else f"{self.ep}"
             raise ValueError(f"expert parallel {sizes} must divide data parallel x context parallel {within}".rstrip())
         BACKENDS.get(self.backend)
+        assert self.placing.size.grid.ranks == self.tp
         SCHEDULES.get(self.schedule_name)
+
+    @property
+    def placing(self) -> Placing:
+        """How the linears of attention and MLPs are placed on the tensor-parallel ranks."""
+        asked = self.tp_grid and [str(size) for size in self.tp_grid]
+        return Placing(self.tp_scheme, grid_of(TENSOR_SCHEMES.get(self.tp_scheme), self.tp, asked), self.tp_engine)
 
     @property
     def world(self) -> int:
@@ -182,6 +197,9 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         overlap_grad_reduce="--overlap-grad-reduce" in given,
         overlap_param_gather="--overlap-param-gather" in given,
         tp_overlap="--tp-comm-overlap" in given,
+        tp_scheme=recipe.flag("--tp-comm-type", MEGATRONS),
+        tp_grid=_tensor_grid(recipe, sizes["tp"]),
+        tp_engine=engine_of(recipe.flag("--tp-engine", AUTO_ENGINE)),
         overlap_p2p="--no-overlap-p2p-communication" not in given,
         fsdp="--use-megatron-fsdp" in given,
         fp8_params="--fp8-param-gather" in given,
@@ -275,6 +293,13 @@ def _grid(recipe: Recipe) -> Grid | None:
     if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
         raise ValueError(f"--hierarchical-context-parallel-sizes takes two ints, got {' '.join(sizes)!r}")
     return Grid(int(sizes[0]), int(sizes[1]))
+
+
+def _tensor_grid(recipe: Recipe, tp: int) -> tuple[int, int] | None:
+    asked = recipe.flag("--tp-grid", "").split()
+    if asked in ([], ["auto"]):
+        return None
+    return grid_of(TENSOR_SCHEMES.get(recipe.flag("--tp-comm-type", MEGATRONS)), tp, asked)
 
 
 def _precision(recipe: Recipe) -> str:

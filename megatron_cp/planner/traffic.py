@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
-from megatron_cp.planner.work import RankConfig, context_attention
+from megatron_cp.planner.work import RankConfig, context_attention, linears_of
+from megatron_cp.tensor import MEGATRONS
 
 
 class Level(NamedTuple):
@@ -31,8 +33,8 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     """Return the traffic of a rank with `layers` layers."""
     parallel, model = rank.parallel, rank.model
     micros = parallel.micros
-    wide = rank.tokens * model.hidden * parallel.bytes
-    tensor = 10 if parallel.sp else 8
+    grid = parallel.placing.size
+    tensor, weights_axis = _of_linears(rank, layers)
     attention = context_attention(rank)
     sequences = micros * parallel.micro_batch * layers
     hops = 2 * parallel.vp if parallel.pp > 1 else 0
@@ -41,7 +43,7 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     shards = parallel.dp * parallel.cp
     routed = model.top_k * model.hidden * parallel.bytes * rank.split_tokens * layers * model.moe_layers / model.layers
     spread = {
-        "tensor": (_around(tensor * micros * layers * wide, parallel.tp), parallel.tp, 1),
+        "tensor": (micros * tensor, grid.tokens, grid.weights),
         "pipeline": (
             micros * hops * rank.split_tokens * model.hidden * parallel.bytes,
             2,
@@ -54,7 +56,26 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
+    # weights are gathered by neighbours
+    away = _share_between(rank, grid.weights, 1)
+    inside["tensor"] += micros * weights_axis * (1 - away)
+    between["tensor"] += micros * weights_axis * away
     return StepTraffic(Level(**inside), Level(**between))
+
+
+def _of_linears(rank: RankConfig, layers: float) -> tuple[float, float]:
+    """Return the bytes of a microbatch that a rank's linears send over the token axis and over the weight axis."""
+    parallel, model = rank.parallel, rank.model
+    if parallel.tp_scheme == MEGATRONS:
+        wide = rank.tokens * model.hidden * parallel.bytes
+        return _around((10 if parallel.sp else 8) * layers * wide, parallel.tp), 0.0
+    split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
+    share = model.moe_layers / model.layers
+    sums = [0.0, 0.0]
+    for moe, part in ((False, 1 - share), (True, share)):
+        for axis, elements in enumerate(linears_of(rank, moe).sent(parallel.placing.size, split=split)):
+            sums[axis] += layers * part * elements * parallel.bytes
+    return sums[0], sums[1]
 
 
 def _around(size: float, ranks: int) -> float:

@@ -2,20 +2,24 @@
 
 Assumed overlap: a sequence-parallel linear hides the collectives of its backward behind its two products, except the
 gather that undoes a reduce-scatter. With --tp-comm-overlap those of forward are hidden as well, except the first of as
-many pieces as there are ranks. All other work within a layer runs in sequence.
+many pieces as there are ranks. Linears of megatron-cp (--tp-comm-type) are priced by `megatron_cp.tensor.cost`. All
+other work within a layer runs in sequence.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import ceil, log2
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_cp.context.choose import Cost, Record
 from megatron_cp.context.trace.events import Problem
-from megatron_cp.hardware.cluster import Cluster, Collective
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.operations import Product, collective_seconds
+from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.attention import Attention, attention
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.tensor import AUTO, MEGATRONS
+from megatron_cp.tensor.cost import LayerLinears, cheapest, linear_times
 
 
 class Seconds(NamedTuple):
@@ -53,15 +57,6 @@ class PassTimes(NamedTuple):
         return PassTimes(*(a.plus(b, times) for a, b in zip(self, other, strict=True)))
 
 
-class Product(NamedTuple):
-    """(rows x inner) times (inner x columns), `times` of them at once."""
-
-    rows: float
-    inner: float
-    columns: float
-    times: float = 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class RankConfig:
     """Inputs that determine the work of a rank; `record` makes traces of context parallelism, see `attention`."""
@@ -88,24 +83,31 @@ class RankConfig:
         return "bfloat16" if self.parallel.precision == "fp8" else self.parallel.precision
 
 
+def linears_of(rank: RankConfig, moe: bool) -> LayerLinears:
+    """Return the linears of one layer that a scheme of tensor parallelism places; experts are none of them."""
+    model = rank.model
+    second = model.shared_expert_ffn if moe else model.ffn
+    width = model.query + model.key_value
+    return LayerLinears(rank.tokens, model.hidden, width, model.query, (model.matrices - 1) * second, second)
+
+
+def placed(rank: RankConfig) -> RankConfig:
+    """Return the rank with the scheme of tensor parallelism that `auto` chooses; others as they are."""
+    parallel = rank.parallel
+    if parallel.tp_scheme != AUTO:
+        return rank
+    if parallel.tp == 1 or not parallel.sp:
+        return replace(rank, parallel=replace(parallel, tp_scheme=MEGATRONS))
+    split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
+    layer = linears_of(rank, moe=rank.model.moe_layers == rank.model.layers)
+    chosen = cheapest(layer, parallel.tp, rank.cluster, rank.dtype, split=split).placing
+    grid = (chosen.size.tokens, chosen.size.weights) if chosen.scheme == "2d" else None
+    return replace(rank, parallel=replace(parallel, tp_scheme=chosen.scheme, tp_grid=grid))
+
+
 def product_seconds(rank: RankConfig, product: Product, dtype: str) -> float:
-    """Return the seconds of the product's operations, or of moving its operands where that takes longer."""
-    rows, inner, columns, times = product
-    rate = rank.cluster.gemm(dtype).rate(min(rows, inner, columns))
-    moved = rank.parallel.bytes * (rows * inner + inner * columns + rows * columns)
-    seconds = max(2 * rows * inner * columns / rate, moved / rank.cluster.touch_bytes_per_s)
-    return times * (seconds + rank.cluster.call_s)
-
-
-def collective_seconds(cluster: Cluster, kind: Collective, size: float, ranks: int, stride: int) -> float:
-    """Return the seconds of a collective over `size` bytes in all, among `ranks` ranks that are `stride` apart."""
-    if ranks == 1:
-        return 0.0
-    # an all-reduce is a reduce-scatter and an all-gather
-    rounds = 2 if kind == "reduce" else 1
-    sent = size * (ranks - 1) / ranks
-    latency = cluster.link(0, (ranks - 1) * stride).least_s * ceil(log2(ranks))
-    return rounds * (sent / cluster.group_rate(kind, ranks, stride) + latency)
+    """Return the seconds of a product in a dtype on the rank's cluster."""
+    return product.seconds(rank.cluster, dtype, rank.parallel.bytes)
 
 
 # shares of a layer's launch time in forward, input gradient and weight gradient
@@ -143,32 +145,38 @@ def _linears(rank: RankConfig, moe: bool) -> PassTimes:
 
 def _of_attention(rank: RankConfig, up: bool = False) -> Iterator[Product]:
     """Yield the products of one layer's attention; with `up` those of MLA's up-projections alone."""
-    t = rank.parallel.tp
+    t = rank.parallel.placing.size.tokens
     for weight in rank.model.attention_weights:
         inner = weight.inner / (t if weight.split == "inner" else 1)
         columns = weight.columns / (t if weight.split == "columns" else 1)
         if weight.up or not up:
             # a weight that each rank has whole sees the rank's own tokens
-            yield Product(rank.tokens if weight.split else rank.split_tokens, inner, columns)
+            yield _placed(rank, inner, columns) if weight.split else Product(rank.split_tokens, inner, columns)
+
+
+def _placed(rank: RankConfig, inner: float, columns: float) -> Product:
+    """Return a product of the tokens that a rank's linears see, in as many pieces as its engine makes."""
+    placing = rank.parallel.placing
+    return Product(rank.tokens / placing.size.weights / placing.pieces, inner, columns, placing.pieces)
 
 
 def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Product]:
     """Yield the products of one layer's MLP; with `shared` those of its shared experts alone."""
-    model, t, tokens = rank.model, rank.parallel.tp, rank.tokens
+    model, t, tokens = rank.model, rank.parallel.placing.size.tokens, rank.tokens
     first = model.matrices - 1
     if not moe:
-        yield Product(tokens, model.hidden, first * model.ffn / t)
-        yield Product(tokens, model.ffn / t, model.hidden)
+        yield _placed(rank, model.hidden, first * model.ffn / t)
+        yield _placed(rank, model.ffn / t, model.hidden)
         return
     if not shared:
         local, etp = model.experts / rank.parallel.ep, rank.parallel.expert_tp
-        each = tokens / t * etp * model.top_k / local
+        each = tokens / rank.parallel.tp * etp * model.top_k / local
         yield Product(each, model.hidden, first * model.expert_ffn / etp, local)
         yield Product(each, model.expert_ffn / etp, model.hidden, local)
         yield Product(tokens, model.hidden, model.experts)
     if model.shared_expert_ffn:
-        yield Product(tokens, model.hidden, first * model.shared_expert_ffn / t)
-        yield Product(tokens, model.shared_expert_ffn / t, model.hidden)
+        yield _placed(rank, model.hidden, first * model.shared_expert_ffn / t)
+        yield _placed(rank, model.shared_expert_ffn / t, model.hidden)
 
 
 MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
@@ -307,10 +315,15 @@ def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
         pieces = parallel.tp if parallel.tp_overlap else 1
         forward = 2 * (gather + scatter) / pieces
         backward = 2 * gather / pieces + 2 * _behind_products(rank, gather + scatter)
+    weight = 0.0
+    if parallel.tp_scheme != MEGATRONS:
+        split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
+        layer = linears_of(rank, moe)
+        _, forward, backward, weight = linear_times(layer, parallel.placing, rank.cluster, rank.dtype, split=split)
     if moe:
         exchange = _exchange(rank)
         forward, backward = forward + exchange, backward + exchange
-    return PassTimes(Seconds(collectives=forward), Seconds(collectives=backward))
+    return PassTimes(Seconds(collectives=forward), Seconds(collectives=backward), Seconds(collectives=weight))
 
 
 def _of_hidden_states(rank: RankConfig) -> tuple[float, float, float]:

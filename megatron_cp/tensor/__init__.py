@@ -12,7 +12,7 @@ from megatron_cp.registry import Registry
 if TYPE_CHECKING:
     from megatron_cp.tensor.engine import Engine
 
-__all__ = ["DEFAULT_ENGINE", "ENGINES", "MEGATRONS", "SCHEMES", "LinearEngine", "TensorScheme"]
+__all__ = ["AUTO", "DEFAULT_ENGINE", "ENGINES", "MEGATRONS", "SCHEMES", "LinearEngine", "TensorScheme"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,9 @@ ENGINES = Registry(
 MEGATRONS = "1d"
 """The scheme of Megatron's own linears."""
 
+AUTO = "auto"
+"""The scheme that is chosen for a cluster."""
+
 DEFAULT_ENGINE = "ring"
 """The engine where none is asked for."""
 
@@ -124,6 +127,12 @@ SCHEMES = Registry(
             sends="as 2d, with the tokens of one rank of the depth",
             grid=True,
             depth=True,
+        ),
+        TensorScheme(
+            name=AUTO,
+            paper="least time by the cost model, in the terms of GSPMD (arXiv:2105.04663)",
+            what="the one of 1d, flux and 2d whose linears take least on a cluster, and says why",
+            sends="as the one it takes",
         ),
     ],
 )

@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from megatron_cp.context.auto import default_cluster
 from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table, imply_chunks
-from megatron_cp.megatron.arguments.tensor import check_tensor
+from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.machine.facts import Machine, this_machine
@@ -54,6 +57,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     if has_our_layers(args):
         check(args)
     check_schedule(args)
+    settle_tensor(args, lambda: default_cluster("cuda" if machine.gpu and torch.cuda.is_available() else "cpu"))
     check_tensor(args)
     refuse_upstream_faults(args)
     with as_refusals():

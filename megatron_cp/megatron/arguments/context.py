@@ -134,10 +134,10 @@ def _check_cluster(args: Any) -> None:
     cluster = AttentionFlags.of(args).cluster
     if cluster is None:
         return
-    if AUTO_BACKEND not in comm_types(args):
+    if AUTO_BACKEND not in comm_types(args) and not TensorFlags.of(args).chosen:
         raise Refused(
-            f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, got {', '.join(comm_types(args))}; "
-            f"leave it out"
+            f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, or {AUTO_BACKEND} for --tp-comm-type or "
+            f"--tp-grid, got {', '.join(comm_types(args))}; leave it out"
         )
     load_cluster(cluster)
 

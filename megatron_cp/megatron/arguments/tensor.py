@@ -1,15 +1,19 @@
 """Checks of the flags for tensor-parallel linears, before the model is built."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_cp.errors import Refused
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
-from megatron_cp.megatron.run import TensorFlags, has_our_layers
-from megatron_cp.tensor import MEGATRONS, SCHEMES
+from megatron_cp.megatron.run import PipelineFlags, TensorFlags, has_our_layers, say
+from megatron_cp.tensor import AUTO, MEGATRONS, SCHEMES
+from megatron_cp.tensor.cost import LayerLinears, cheapest
 from megatron_cp.tensor.place import AUTO_ENGINE, GridSize, engine_of, grid_of
 from megatron_cp.tensor.tesseract import depth
 
-OURS = [entry.name for entry in SCHEMES if entry.name != MEGATRONS]
+OURS = [entry.name for entry in SCHEMES if entry.name not in (MEGATRONS, AUTO)]
 
 UNSUPPORTED = (
     Unsupported(
@@ -49,6 +53,62 @@ UNSUPPORTED = (
         "leave --cuda-graph-impl and --enable-cuda-graph out",
     ),
 )
+
+
+def settle_tensor(args: Any, default: Callable[[], Cluster]) -> None:
+    """Replace `auto` of --tp-comm-type and --tp-grid by what takes least time, and say why; it refuses nothing.
+
+    default: the cluster where --cp-cluster names none
+    """
+    flags = TensorFlags.of(args)
+    if not flags.chosen:
+        return
+    scheme, grid, why = MEGATRONS, None, _left_to_megatron(args) if flags.comm_type == AUTO else ""
+    if not why:
+        try:
+            cluster = load_cluster(args.cp_cluster) if read(args, "cp_cluster") else default()
+            chosen = cheapest(
+                layer_of(args),
+                args.tensor_model_parallel_size,
+                cluster,
+                _dtype(args),
+                split=PipelineFlags.of(args).splits,
+                bias=bool(read(args, "add_bias_linear", False)),
+                scheme=flags.comm_type,
+            )
+            scheme, why = chosen.placing.scheme, chosen.why
+            grid = [str(size) for size in chosen.placing.size] if SCHEMES.get(scheme).grid else None
+        except Refused as refused:
+            scheme, grid, why = flags.comm_type.replace(AUTO, MEGATRONS), None, str(refused)
+    args.tp_comm_type, args.tp_grid = scheme, grid
+    say(f"--tp-comm-type {scheme}{' --tp-grid ' + ' '.join(grid) if grid else ''}: {why}")
+
+
+def _left_to_megatron(args: Any) -> str:
+    """Say why only Megatron's own linears can run; empty where others can."""
+    if read(args, "tensor_model_parallel_size", 1) < 2 or not read(args, "sequence_parallel", False):
+        return "others need --tensor-model-parallel-size of at least 2 and --sequence-parallel"
+    if read(args, "transformer_impl", "local") != "local" or not has_our_layers(args):
+        return "others need --transformer-impl local and a layer spec of megatron-cp"
+    return next((f"others do not do {feature.what}" for feature in UNSUPPORTED if feature.asked(args)), "")
+
+
+def layer_of(args: Any) -> LayerLinears:
+    """Return the linears of a layer as Megatron's arguments describe it, before they are validated."""
+    hidden, heads, gated = args.hidden_size, args.num_attention_heads, bool(read(args, "swiglu", False))
+    width = read(args, "kv_channels") or hidden // heads
+    groups = args.num_query_groups if read(args, "group_query_attention", False) else heads
+    # Megatron's own default
+    ffn = read(args, "ffn_hidden_size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
+    second = ffn if not read(args, "num_experts") else read(args, "moe_shared_expert_intermediate_size") or 0
+    tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
+    return LayerLinears(
+        tokens, hidden, (heads + 2 * groups) * width, heads * width, (2 if gated else 1) * second, second
+    )
+
+
+def _dtype(args: Any) -> str:
+    return "bfloat16" if read(args, "bf16") else "float16" if read(args, "fp16") else "float32"
 
 
 def check_tensor(args: Any) -> None:

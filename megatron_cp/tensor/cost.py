@@ -1,0 +1,179 @@
+"""Seconds of a layer's linears under each scheme on a cluster, and the scheme that takes least.
+
+The same in GSPMD's terms (arXiv:2105.04663): a linear gathers tokens, weights or some of both, and the choice is one
+grid (t, w) of the p ranks. All grids are priced, so that the least is exact; nothing is propagated over a graph.
+
+Assumed overlap: engine `ring` hides its messages behind products, except those of one piece; engine `collective`
+hides nothing; Megatron's own linears hide the collectives of a backward beside its two products, except the gather
+that undoes a reduce-scatter. Weights, their gradients and the exchange around attention are never hidden.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megatron_cp.dtypes import BYTES
+from megatron_cp.grid import divisors
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.operations import Product, collective_seconds
+from megatron_cp.tensor import AUTO, DEFAULT_ENGINE, MEGATRONS
+from megatron_cp.tensor.place import GridSize
+from megatron_cp.tensor.traffic import (
+    LinearSize,
+    SentElements,
+    grid_backward,
+    grid_forward,
+    heads_exchange,
+    rest,
+)
+
+
+class LayerLinears(NamedTuple):
+    """The linears of one layer over a whole tensor-parallel group, for the tokens of a microbatch.
+
+    attention: features of queries, keys and values together
+    query:     features of queries, which the output projection takes
+    first:     outputs of the MLP's first linear, gate and values together
+    second:    inputs of its second one; 0 for a layer without a dense MLP
+    """
+
+    tokens: float
+    hidden: float
+    attention: float
+    query: float
+    first: float
+    second: float
+
+    @property
+    def linears(self) -> list[LinearSize]:
+        """Sizes of all of them."""
+        found = [
+            LinearSize(self.tokens, self.hidden, self.attention, True),
+            LinearSize(self.tokens, self.query, self.hidden, False),
+        ]
+        if not self.second:
+            return found
+        return [
+            *found,
+            LinearSize(self.tokens, self.hidden, self.first, True),
+            LinearSize(self.tokens, self.second, self.hidden, False),
+        ]
+
+    def sent(self, size: GridSize, *, split: bool) -> tuple[float, float]:
+        """Return the elements that a rank sends over the token axis and over the weight axis, in both passes."""
+        total, weights = SentElements(), 0.0
+        for linear in self.linears:
+            total = total.plus(grid_forward(linear, *size)).plus(grid_backward(linear, *size, split=split))
+            # gathered in both passes, and its gradient scattered
+            weights += 3 * linear.weight / size.tokens * rest(size.weights)
+        heads = 2 * heads_exchange(self.tokens, self.attention + self.query, *size).exchange
+        return total.total - weights, weights + heads
+
+
+class Placing(NamedTuple):
+    """A scheme, its grid and the engine of its linears."""
+
+    scheme: str
+    size: GridSize
+    engine: str = DEFAULT_ENGINE
+
+    @property
+    def pieces(self) -> int:
+        """Products that one product over the tokens of all ranks becomes."""
+        return self.size.tokens if self.scheme != MEGATRONS and self.engine == "ring" else 1
+
+    def __str__(self) -> str:
+        grid = f" on {self.size}" if self.size.weights > 1 else ""
+        return f"{self.scheme}{grid}"
+
+
+class LinearTimes(NamedTuple):
+    """Seconds of a layer's linears for one microbatch.
+
+    products: of one pass; forward, input gradients and weight gradients take equally long
+    forward, input, weight: communication that no product hides
+    """
+
+    products: float
+    forward: float
+    input: float
+    weight: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of a forward and a whole backward."""
+        return 3 * self.products + self.forward + self.input + self.weight
+
+
+def linear_times(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype: str, *, split: bool) -> LinearTimes:
+    """Return the seconds of a layer's linears; with `split` weight gradients are computed apart."""
+    (tokens, weights), stored = placing.size, BYTES[dtype]
+    pieces = placing.pieces
+    products = sum(
+        Product(*_shape(linear, placing.size, pieces), pieces).seconds(cluster, dtype, stored)
+        for linear in layer.linears
+    )
+    size = layer.tokens / weights * layer.hidden * stored
+    gather, scatter = (collective_seconds(cluster, kind, size, tokens, weights) for kind in ("gather", "scatter"))
+    pairs = len(layer.linears) // 2
+    whole = sum(linear.weight for linear in layer.linears) / tokens * stored
+    gathered, reduced = (collective_seconds(cluster, kind, whole, weights, 1) for kind in ("gather", "scatter"))
+    heads = layer.tokens / tokens * (layer.attention + layer.query) * stored / weights
+    exchanged = collective_seconds(cluster, "gather", heads, weights, 1) if weights > 1 else 0.0
+    forward = pairs * (gather + scatter)
+    if placing.scheme == MEGATRONS:
+        behind = gather + scatter if cluster.inside.busy_s_per_byte else 0.0
+        return LinearTimes(products, forward, pairs * (gather + behind), 0.0)
+    # where computing ranks move the bytes themselves, nothing is hidden
+    share = 1 if cluster.inside.busy_s_per_byte else 1 / pieces
+    # x is gathered for weight gradients, and dy once more where they come apart
+    late = pairs * gather * (2 if split else 1) * share
+    return LinearTimes(
+        products, forward * share + gathered + exchanged, forward * share + gathered + exchanged, late + reduced
+    )
+
+
+def _shape(linear: LinearSize, size: GridSize, pieces: int) -> tuple[float, float, float]:
+    rows, t = linear.tokens / size.weights / pieces, size.tokens
+    return (rows, linear.inputs, linear.outputs / t) if linear.column else (rows, linear.inputs / t, linear.outputs)
+
+
+def placings(ranks: int) -> Iterator[Placing]:
+    """Yield every scheme and grid of so many tensor-parallel ranks."""
+    yield Placing(MEGATRONS, GridSize(ranks, 1))
+    yield Placing("flux", GridSize(ranks, 1))
+    for weights in divisors(ranks)[1:]:
+        yield Placing("2d", GridSize(ranks // weights, weights))
+
+
+class Cheapest(NamedTuple):
+    """The scheme that takes least, and why in one line."""
+
+    placing: Placing
+    why: str
+
+
+def cheapest(
+    layer: LayerLinears,
+    ranks: int,
+    cluster: Cluster,
+    dtype: str,
+    *,
+    split: bool,
+    bias: bool = False,
+    scheme: str = AUTO,
+) -> Cheapest:
+    """Return the scheme and grid whose linears take least, forward and backward.
+
+    bias:   the MLP has biases, which a grid does not gather
+    scheme: the only one to consider, for its grid
+    """
+    allowed = [one for one in placings(ranks) if not bias or one.size.weights == 1]
+    if scheme != AUTO:
+        # 2.5d is 2d beside another axis
+        allowed = [one._replace(scheme=scheme) for one in allowed if one.scheme == "2d"]
+    times = {one: linear_times(layer, one, cluster, dtype, split=split).total for one in allowed}
+    ranked = sorted(times, key=lambda one: times[one])
+    first, *others = ranked
+    beside = f", {others[0]} {times[others[0]] * 1e3:.3g} ms" if others else ""
+    what = f"{times[first] * 1e3:.3g} ms for the linears of a layer and microbatch on {cluster.name}{beside}"
+    return Cheapest(first, f"{first} takes {what}")
