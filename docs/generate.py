@@ -29,6 +29,8 @@ from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.recipe import recipe
+from megatron_cp.tensor import ENGINES
+from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -92,6 +94,16 @@ def traffic(name: str) -> str:
     formula = BACKENDS.get(name).traffic
     assert formula
     return f"- Sends {formula}, per rank and forward pass.\n- Sends {formula.text(backward=True)} in the backward pass."
+
+
+def schemes() -> str:
+    head = ["--tp-comm-type", "what it does", "sends per rank, forward", "source"]
+    return table(head, ([f"`{one.name}`", one.what, one.sends, one.paper] for one in SCHEMES_OF_TENSORS))
+
+
+def engines() -> str:
+    head = ["--tp-engine", "what it does", "needs", "file"]
+    return table(head, ([f"`{one.name}`", one.what, one.needs, linked(file_of(one.load()))] for one in ENGINES))
 
 
 def schedules() -> str:
@@ -281,6 +293,8 @@ PARTS: dict[str, Callable[[], str]] = {
     for part in (
         algorithms,
         schedules,
+        schemes,
+        engines,
         schedule_costs,
         pipeline_communicators,
         recipes,

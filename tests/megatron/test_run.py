@@ -9,7 +9,7 @@ import pytest
 from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments
 from megatron_cp.megatron.machine.facts import Machine
-from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, _flag, settings_of_run
+from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, TensorFlags, _flag, settings_of_run
 
 WORDS = {
     "kernel": "reference",
@@ -34,7 +34,16 @@ def test_a_value_goes_from_the_command_line_over_the_config_to_the_layer() -> No
     assert AttentionFlags.of(config) == settings.attention
 
 
-@pytest.mark.parametrize("name", AttentionFlags.names())
+def test_flags_of_linears_go_the_same_way() -> None:
+    words = "--tp-comm-type 2d --tp-grid 2 4 --tp-engine collective".split()
+    settings, config = Settings.of(parsed(*words)), SimpleNamespace()
+    assert settings.tensor == TensorFlags(comm_type="2d", grid=["2", "4"], engine="collective")
+    settings.tensor.copy_to(config)
+    assert vars(config) == {"tp_comm_type": "2d", "tp_grid": ["2", "4"], "tp_engine": "collective"}
+    assert TensorFlags.of(config) == settings.tensor
+
+
+@pytest.mark.parametrize("name", [*AttentionFlags.names(), *TensorFlags.names()])
 def test_each_flag_asks_for_our_layers(name: str) -> None:
     assert wants_layers([name, "1"], Machine())
 

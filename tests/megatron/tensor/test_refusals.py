@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cp.megatron.arguments.tensor import check_tensor
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.megatron.arguments.tensor import check_tensor, layer_of, settle_tensor
 
 RUN = {
     "tensor_model_parallel_size": 4,
@@ -74,3 +75,67 @@ def test_what_does_not_work_is_refused_with_a_way_out(given, message):
     with pytest.raises(ValueError, match=message) as refused:
         check(**given)
     assert "\n" not in str(refused.value)
+
+
+SIZES = {
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "group_query_attention": True,
+    "num_query_groups": 8,
+    "ffn_hidden_size": 28672,
+    "swiglu": True,
+    "micro_batch_size": 1,
+    "context_parallel_size": 1,
+    "bf16": True,
+}
+
+
+def settled(capsys, **given):
+    args = SimpleNamespace(**{**RUN, **SIZES, **given})
+    settle_tensor(args, lambda: load_cluster("h100-ib"))
+    return args, capsys.readouterr().out
+
+
+def test_auto_names_what_it_takes_and_why(capsys):
+    args, said = settled(capsys, tp_comm_type="auto", seq_length=65536)
+    assert args.tp_comm_type in ("1d", "flux", "2d")
+    assert said.startswith(f"[megatron-cp] --tp-comm-type {args.tp_comm_type}")
+    assert "takes" in said
+    assert "on h100-ib" in said
+    check_tensor(args)
+
+
+def test_a_grid_is_chosen_for_a_named_scheme(capsys):
+    args, said = settled(capsys, tp_comm_type="2d", tp_grid=["auto"], seq_length=65536)
+    assert said.startswith(f"[megatron-cp] --tp-comm-type 2d --tp-grid {' '.join(args.tp_grid)}: ")
+    check_tensor(args)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"tensor_model_parallel_size": 1}, "others need --tensor-model-parallel-size of at least 2"),
+        ({"sequence_parallel": False}, "and --sequence-parallel"),
+        ({"transformer_impl": "transformer_engine"}, "others need --transformer-impl local"),
+        ({"fp8": "hybrid"}, "others do not do products in FP8"),
+        ({"cp_cluster": "this-cpu"}, "has no rates of bfloat16"),
+    ],
+)
+def test_auto_refuses_nothing(capsys, given, why):
+    args, said = settled(capsys, **{"tp_comm_type": "auto", **given})
+    assert args.tp_comm_type == "1d"
+    assert why in said
+
+
+def test_what_is_settled_stays(capsys):
+    args, said = settled(capsys, tp_comm_type="flux")
+    assert (args.tp_comm_type, said) == ("flux", "")
+
+
+def test_the_linears_of_a_layer_are_read_from_the_arguments():
+    args = SimpleNamespace(**{**RUN, **SIZES, "context_parallel_size": 2})
+    assert layer_of(args) == (32, 8192, 10240, 8192, 57344, 28672)
+    args.num_experts, args.moe_shared_expert_intermediate_size = 8, 1024
+    assert layer_of(args)[4:] == (2048, 1024)
+    args.num_experts, args.swiglu, args.ffn_hidden_size = None, False, None
+    assert layer_of(args)[4:] == (32768, 32768)

@@ -1,0 +1,60 @@
+"""Times of schemes on a cluster, the choice of the least, and the bytes of a layer."""
+
+import pytest
+
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.tensor.cost import LayerLinears, Placing, cheapest, linear_times, placings
+from megatron_cp.tensor.place import GridSize
+
+H100 = load_cluster("h100-ib")
+DTYPE = "bfloat16"
+
+
+def layer(tokens, hidden=8192, kv=1024, ffn=28672):
+    return LayerLinears(tokens, hidden, hidden + 2 * kv, hidden, 2 * ffn, ffn)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("tokens", [1024, 131072])
+def test_the_choice_takes_no_longer_than_any_other_placing(ranks, tokens):
+    chosen = cheapest(layer(tokens), ranks, H100, DTYPE, split=False)
+    times = {one: linear_times(layer(tokens), one, H100, DTYPE, split=False).total for one in placings(ranks)}
+    assert times[chosen.placing] == min(times.values())
+    assert chosen.why.startswith(f"{chosen.placing} takes ")
+    assert "on h100-ib, " in chosen.why
+
+
+def test_only_grids_of_the_scheme_are_considered_where_it_is_named():
+    for scheme in ("2d", "2.5d"):
+        chosen = cheapest(layer(4096), 8, H100, DTYPE, split=False, scheme=scheme).placing
+        assert chosen.scheme == scheme
+        assert chosen.size.weights > 1
+
+
+def test_a_bias_leaves_weights_where_they_are():
+    assert cheapest(layer(10**6), 8, H100, DTYPE, split=False, bias=True).placing.size == (8, 1)
+
+
+def test_a_grid_sends_less_for_many_tokens_and_more_for_few():
+    square, line = GridSize(2, 2), GridSize(4, 1)
+    many, few = (
+        sum(layer(n).sent(square, split=False)) / sum(layer(n).sent(line, split=False)) for n in (10**6, 10**3)
+    )
+    assert many < 0.6
+    assert few > 1.5
+
+
+def test_a_ring_hides_all_but_one_piece_and_collectives_nothing():
+    shown = {
+        engine: linear_times(layer(65536), Placing("flux", GridSize(8, 1), engine), H100, DTYPE, split=False)
+        for engine in ("ring", "collective")
+    }
+    assert shown["ring"].forward == pytest.approx(shown["collective"].forward / 8)
+    assert shown["ring"].products > shown["collective"].products
+
+
+def test_weight_gradients_apart_gather_once_more():
+    placing = Placing("flux", GridSize(8, 1), "collective")
+    together, apart = (linear_times(layer(65536), placing, H100, DTYPE, split=split) for split in (False, True))
+    assert apart[:3] == together[:3]
+    assert apart.weight == pytest.approx(2 * together.weight)
