@@ -12,6 +12,8 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.recipe import recipe as recipes
+from megatron_cp.tensor import ENGINES
+from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 
 
 def run(*words: str) -> str:
@@ -26,6 +28,8 @@ TAKEN: dict[str, Callable[[str], object]] = {
     "clusters": load_cluster,
     "backends": BACKENDS.get,
     "schedules": SCHEDULES.get,
+    "schemes": TENSOR_SCHEMES.get,
+    "engines": ENGINES.get,
     "kernels": KERNELS.get,
 }
 

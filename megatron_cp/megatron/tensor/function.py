@@ -76,7 +76,7 @@ def apply_linear(linear: Linear, x: Tensor, weight: Tensor, queue: WeightQueue |
     return result
 
 
-class HeadExchange(torch.autograd.Function):
+class GridExchange(torch.autograd.Function):
     """Exchange tokens for features over the weight axis of a grid, or features for tokens; backward is the other one.
 
     tokens: ranks of the token axis

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import TensorFlags
-from megatron_cp.megatron.tensor.function import HeadExchange, apply_linear
+from megatron_cp.megatron.tensor.function import GridExchange, apply_linear
 from megatron_cp.megatron.tensor.groups import GridEngines, engines_of
 from megatron_cp.tensor import SCHEMES
 from megatron_cp.tensor.linear import Linear
@@ -40,7 +40,7 @@ class PlacedLinear(NamedTuple):
         """Exchange x [s, b, features] between the grid's layout and attention's, where they differ."""
         if not self.exchanges:
             return x
-        result: Tensor = HeadExchange.apply(x, self.engines.weights.fabric, self.size.tokens, to_heads)
+        result: Tensor = GridExchange.apply(x, self.engines.weights.fabric, self.size.tokens, to_heads)
         return result
 
     def describe(self) -> str:
