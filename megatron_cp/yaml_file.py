@@ -1,9 +1,10 @@
 """Read YAML files; an error is one line with the file and, where it is known, the line."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 
 from megatron_cp.errors import Refused
 
@@ -14,7 +15,10 @@ def parse[T](file: Path, load: Callable[[str], T]) -> T:
     Raises Refused for a file that cannot be read or is not YAML.
     """
     try:
-        return load(file.read_text(encoding="utf-8"))
+        with warnings.catch_warnings():
+            # YAML 1.2, section 3.2.2.2: an alias stands for the last node with its anchor
+            warnings.simplefilter("ignore", ReusedAnchorWarning)
+            return load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refused(f"{shown(file)}: {error.strerror}") from None
     except MarkedYAMLError as error:
@@ -23,7 +27,8 @@ def parse[T](file: Path, load: Callable[[str], T]) -> T:
         raise Refused(f"{shown(file)}{line}: not YAML: {problem}") from None
     except RecursionError:
         raise Refused(f"{shown(file)}: nested too deeply") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    # int() takes numbers of some thousand digits
+    except (YAMLError, ValueError) as error:
         raise Refused(f"{shown(file)}: not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -263,7 +263,10 @@ def _as_scale(scale: object) -> float:
             f"softmax_scale must be a float, got {got}; "
             "multiply q by a scale that is learned or differs between heads, and give softmax_scale=1.0"
         )
-    value = float(scale)
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value) or abs(value) > LARGEST_SCALE:
         raise Refused(f"softmax_scale must be finite in float32, got {value}; leave it out for 1 / sqrt(head dim)")
     return value

@@ -1,7 +1,6 @@
 """Read the description of a cluster: keys, units and rules of a file, merged over the description that it extends."""
 
 from collections.abc import Mapping
-from math import isfinite
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,7 +21,8 @@ LINK_KEYS = (
     "peak_gb_per_s efficiency latency_us ports busy_s_per_gb busy_us_per_message pair_gb_per_s "
     "gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
 )
-
+LIMIT = 1e30
+"""Numbers of a description are smaller, so that no rate in bytes or operations per second is infinite."""
 
 ON_CPU = "this-cpu"
 
@@ -194,9 +194,10 @@ class _Section:
         if self.below and key not in self._content:
             return self.below.number(key, zero=zero)
         value = self._value(key, "a number")
-        good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        if not good or value < 0 or (value == 0 and not zero):
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not 0 <= value < LIMIT or (value == 0 and not zero):
             rule = "a number of 0 or more" if zero else "a positive number"
+            rule = f"below {LIMIT:g}" if good and value >= LIMIT else rule
             raise Refused(f"{self._at(key)}: {self._path}{key} must be {rule}, got {value!r}")
         return float(value)
 

@@ -104,6 +104,12 @@ def test_a_cluster_of_one_s_own(tmp_path):
     [
         ("  latency_us: 10\n", "", ":16: between.latency_us is missing; give a number"),
         ("  peak_gb_per_s: 10\n", "  peak_gb_per_s: -10\n", ":17: between.peak_gb_per_s must be a positive number"),
+        (
+            "  peak_gb_per_s: 10\n",
+            f"  peak_gb_per_s: {'9' * 400}\n",
+            ":17: between.peak_gb_per_s must be below 1e+30, got 9",
+        ),
+        ("  peak_gb_per_s: 10\n", f"  peak_gb_per_s: {'9' * 5000}\n", ": not YAML: "),
         ("  peak_tflops: 100\n", "  peak_tflops: many\n", ":3: compute.peak_tflops must be a positive number"),
         ("ranks_per_node: 2\n", "", ":1: ranks_per_node is missing"),
         ("ranks_per_node: 2\n", "ranks_per_node: 1.5\n", ":10: ranks_per_node must be a whole number, got 1.5"),
@@ -142,6 +148,7 @@ def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, m
         (["--backend", "auto", "--placement", "context-first"], "with backend 'auto', which does not ask"),
         (["--backend", "startrail", "--hierarchical-context-parallel-sizes", "4", "1"], "possible are 1, 2, backend"),
         (["--layout", "zigzak"], "unknown layout 'zigzak'; did you mean 'zigzag'"),
+        (["--backend", "rsa", "--seq", str(2**31)], "'rsa' holds whole rows of scores, 3.69e+19 bytes on a rank"),
         (["--dtype", "float32"], "the rates of cluster 'h100-ib' hold for bfloat16"),
     ],
 )

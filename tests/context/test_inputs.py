@@ -130,6 +130,7 @@ PLANS = [
     ({"softmax_scale": True}, "softmax_scale must be a float, got True"),
     ({"softmax_scale": float("nan")}, "softmax_scale must be finite in float32, got nan; leave it out"),
     ({"softmax_scale": -float("inf")}, "softmax_scale must be finite in float32, got -inf"),
+    ({"softmax_scale": 10**400}, "softmax_scale must be finite in float32, got inf"),
     ({"softmax_scale": 1e39}, "softmax_scale must be finite in float32, got 1e+39"),
     *(
         (

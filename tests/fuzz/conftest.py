@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import hypothesis
@@ -35,6 +35,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("megatron_cp")
 
 
+class Over(BaseException):
+    """The time of a test is over; hypothesis catches Exceptions, and replays cases that are rejected."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """End a test whose time is over as one that has passed."""
+    try:
+        return (yield)
+    except Over:
+        return True
+
+
 class Cases:
     """The cases of one test: how many were run, how many were refused, and the clock that ends it."""
 
@@ -47,7 +60,7 @@ class Cases:
     def one(self) -> Iterator[None]:
         """Run one case; a hang ends the process with the stacks of all threads."""
         if time.monotonic() - self.began > SECONDS:
-            hypothesis.reject()
+            raise Over
         self.run += 1
         faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
         try:

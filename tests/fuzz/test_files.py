@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import save
 
@@ -84,6 +84,9 @@ def test_cluster(counted: Cases, folder: Path, data: st.DataObject) -> None:
 
 
 @given(changed(COSTS))
+@example(COSTS.replace("model:", "model: &a").replace("num_layers:", "num_layers: &a"))
+@example(COSTS.replace("T_comm: 0.1", f"T_comm: {'9' * 5000}"))
+@example(COSTS.replace("T_comm: 0.1", f"T_comm: {'9' * 400}"))
 def test_costs(counted: Cases, folder: Path, text: str) -> None:
     (folder / "costs.yaml").write_bytes(text.encode(errors="surrogatepass"))
     with counted.one():

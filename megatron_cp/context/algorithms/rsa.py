@@ -13,6 +13,7 @@ Source: Li et al. 2021, arXiv:2105.13120, section 3.2; there every query sees ev
 """
 
 from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ from megatron_cp.context.layouts import Runs, cut, length
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merge import Sum, accumulator_dtype
 from megatron_cp.context.task import Block, Saved, Task
+from megatron_cp.errors import Refused
+
+MOST_BYTES = 2**63 - 1
+"""Torch counts a tensor's bytes in a signed integer of 64 bits."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
@@ -173,7 +178,13 @@ def _empty_rows(q: Tensor, groups: int, task: Task, value: float) -> Tensor:
     """Return rows b g r s S of one value."""
     local, batch, heads, _ = q.shape
     shape = (batch, groups, heads // groups, local, tokens_of(task))
-    return torch.full(shape, value, dtype=accumulator_dtype(q), device=q.device)
+    dtype = accumulator_dtype(q)
+    if (size := prod(shape) * dtype.itemsize) > MOST_BYTES:
+        raise Refused(
+            f"'rsa' holds whole rows of scores, {size:.3g} bytes on a rank, and tensors end at {MOST_BYTES:.3g}; "
+            "take more ranks, fewer tokens or backend 'ring'"
+        )
+    return torch.full(shape, value, dtype=dtype, device=q.device)
 
 
 def tokens_of(task: Task) -> int:
