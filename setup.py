@@ -65,6 +65,9 @@ setup(
         "rich>=13.9,<16",
         "typer>=0.15,<1",
         "ruamel.yaml>=0.18,<0.20",
+        # bash scripts are read by their syntax tree
+        "tree-sitter>=0.24,<1",
+        "tree-sitter-bash>=0.23.3,<1",
         "zstandard>=0.23,<1",
     ],
     extras_require={

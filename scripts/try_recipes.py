@@ -137,7 +137,7 @@ def _reason(errors: Mapping[int, str]) -> str:
 
 
 def _known() -> set[str]:
-    from megatron_cp.megatron.arguments.recipe_flags import parser
+    from megatron_cp.megatron.arguments.known_flags import parser
 
     return set(parser()._option_string_actions)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_cp.megatron.arguments.recipe_flags import parser
+from megatron_cp.megatron.arguments.known_flags import parser
 from megatron_cp.recipe import recipe
 from tests.conftest import Write
 from tests.megatron.pretraining import script_losses

@@ -16,6 +16,7 @@ from megatron_cp.cli import (
     data,
     doctor,
     estimate,
+    importing,
     inspect,
     listing,
     plan,
@@ -39,6 +40,7 @@ app = typer.Typer(
 # Megatron's flags go through unread: after RECIPE, or also between our own options
 ANYWHERE = {"ignore_unknown_options": True, "allow_extra_args": True}
 app.command("train", context_settings=train.FLAGS_AFTER_RECIPE)(train.train)
+app.command("import", context_settings=train.FLAGS_AFTER_RECIPE)(importing.import_command)
 app.command("render", context_settings=train.FLAGS_AFTER_RECIPE)(render.render)
 app.command("validate", context_settings=ANYWHERE)(validate.validate)
 app.command("submit", context_settings=train.FLAGS_AFTER_RECIPE)(submit.submit)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp import config, runlog
+from megatron_cp.cli.importing import load
 from megatron_cp.context import AUTO, DEFAULT
 from megatron_cp.planner.parallel import cluster_for
 from megatron_cp.planner.unmodelled import unmodelled
@@ -70,7 +71,7 @@ def estimate(
         return
     if name is None:
         raise ValueError("give a recipe, or --published")
-    run = recipe.load(name, Unset(config.environment()), flags or [])
+    run = load(name, Unset(config.environment()), flags or [])
     found, left_out = estimate_recipe(run, cluster), unmodelled(run)
     taken = _train(name, flags or []) if measure else None
     if as_json:

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from megatron_cp import config
+from megatron_cp.cli.importing import load
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.search import CONTEXT, SCHEDULED
 from megatron_cp.recipe import recipe
@@ -25,10 +26,16 @@ PLANNED = {"bf16": "bfloat16", "fp8": "fp8"}
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A model of configs/models, such as llama3.1-8b, or a recipe file.")],
     seq: Annotated[str, typer.Option(help="Tokens in a sequence, such as 131072 or 128K.")],
     gpus: Annotated[str, typer.Option(help="How many GPUs; the plan uses all.")],
     cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- COMMAND…]", help="The training command, or script, of the model, without --model."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model of configs/models, such as llama3.1-8b, or a recipe file.")
+    ] = None,
     tokens_per_batch: Annotated[str, typer.Option(help="Tokens of a step, such as 4M.")] = "4M",
     top: Annotated[int, typer.Option(min=1, help="How many plans to show.")] = 10,
     backends: Annotated[str, typer.Option(help="Context-parallel algorithms to weigh, with commas.")] = ",".join(
@@ -47,7 +54,11 @@ def plan(
 
     if precision not in PLANNED:
         raise unknown("precision", precision, PLANNED)
-    source = _source(model)
+    if bool(command) == bool(model):
+        raise ValueError("name the model by --model, or by the command that trains it, after --; give one of the two")
+    if command and write:
+        raise ValueError("--write extends a recipe; make one of the command first: megatron-cp import --write FILE …")
+    words = command or [_source(model or "")]
     if write and write.exists():
         raise ValueError(f"{write} exists; name another file or remove it")
     if write and not write.parent.is_dir():
@@ -55,7 +66,7 @@ def plan(
     tokens, length, ranks = count(tokens_per_batch, "--tokens-per-batch"), count(seq, "--seq"), count(gpus, "--gpus")
     if 2 * tokens < length:
         raise ValueError(f"--tokens-per-batch {tokens:,} must be at least a sequence of {length:,} tokens; raise it")
-    run = recipe.load(source, Unset(config.environment()))
+    run = load(words[0], Unset(config.environment()), words[1:])
     request = PlanRequest(
         model=model_of(run),
         seq=length,
@@ -76,7 +87,7 @@ def plan(
         if left_out := unmodelled(run):
             typer.echo(f"not in the estimate: {', '.join(left_out)}")
     if write:
-        _write(found.best, source, write)
+        _write(found.best, words[0], write)
 
 
 def _source(model: str) -> str:

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from megatron_cp import config
+from megatron_cp.cli.importing import load
 from megatron_cp.cli.train import checked
-from megatron_cp.recipe import recipe
+from megatron_cp.recipe.from_command import is_command
+from megatron_cp.recipe.recipe import overridden
 from megatron_cp.slurm.job import SlurmJob, job_of
 from megatron_cp.slurm.script import script
 
@@ -45,12 +47,26 @@ def print_script(words: Sequence[str]) -> None:
 
 
 def jobs_of(words: Sequence[str]) -> list[SlurmJob]:
-    """Return the jobs of `RECIPE… --flag VALUE…`, every flag checked against Megatron's parser."""
+    """Return the jobs of `RECIPE… --flag VALUE…` or `--flag VALUE… -- COMMAND…`, flags checked as Megatron does."""
+    flags, dashes, command = _split(words)
+    if dashes or (words and is_command(words[0])):
+        run = overridden(load(command[0], config.environment(), command[1:]), flags, job=True)
+        return [job_of(checked(run))]
     first_flag = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     names, overrides = words[:first_flag], words[first_flag:]
     if not names:
         raise ValueError(f"expected a recipe before {words[0]!r}")
-    return [job_of(checked(recipe.load(name, config.environment(), overrides, job=True))) for name in names]
+    return [job_of(checked(load(name, config.environment(), overrides, job=True))) for name in names]
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """Return the flags before `--`, whether it is there, and the command after it, by default all words."""
+    if "--" not in words:
+        return [], False, list(words)
+    at = list(words).index("--")
+    if not words[at + 1 :]:
+        raise ValueError("expected a command after --, such as torchrun … pretrain_gpt.py …")
+    return list(words[:at]), True, list(words[at + 1 :])
 
 
 def _make_log_folder(job: SlurmJob) -> None:

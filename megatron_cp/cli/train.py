@@ -14,7 +14,7 @@ import typer
 
 from megatron_cp import config, runlog
 from megatron_cp.cli import data
-from megatron_cp.recipe import recipe
+from megatron_cp.cli.importing import load
 from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words
 from megatron_cp.recipe.recipe import Recipe
 
@@ -45,7 +45,7 @@ def train(name: RecipeName, flags: Flags = None) -> None:
 
 def load_checked(name: str, flags: Sequence[str]) -> Recipe:
     """Load the recipe with these flags, and check it."""
-    return checked(recipe.load(name, config.environment(), flags))
+    return checked(load(name, config.environment(), flags))
 
 
 def checked(run: Recipe) -> Recipe:

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from megatron_cp import config
+from megatron_cp.cli.importing import load
 from megatron_cp.cli.train import Flags, RecipeName
-from megatron_cp.recipe import recipe
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.file import Unset
 
@@ -22,7 +22,7 @@ def validate(name: RecipeName, flags: Flags = None, cluster: ClusterName = None)
     No GPU is needed or used. A recipe that is refused ends with one line and exit code 1.
     """
     variables = Unset(config.environment())
-    run = recipe.load(name, variables, flags or [])
+    run = load(name, variables, flags or [])
     from megatron_cp.megatron.arguments import validate
 
     checked = validate.run_of(run, cluster)

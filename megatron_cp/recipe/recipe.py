@@ -122,6 +122,20 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
     """
     file = find(name)
     sections = _merged(file, ChainMap({RECIPE: file.stem}, cast(dict[str, str], variables)), ())
+    return _recipe(file.stem, sections, overrides, job)
+
+
+def overridden(below: Recipe, overrides: Sequence[str], job: bool = False) -> Recipe:
+    """Return a recipe with the flags of `overrides` on top; `job` as in `load`."""
+    names = ("env_vars", "model_args", "launch", "data", "slurm")
+    sections: dict[str, Section] = {
+        section: dict(getattr(below, name)) for section, name in zip(SECTIONS, names, strict=True)
+    }
+    sections[CLUSTER] = {CLUSTER: Setting((below.cluster,), below.name)} if below.cluster else {}
+    return _recipe(below.name, sections, overrides, job)
+
+
+def _recipe(name: str, sections: dict[str, Section], overrides: Sequence[str], job: bool) -> Recipe:
     for key, flag in command_line_flags(overrides).items():
         section = _section_of(key, job)
         # last on the rendered command line, where argparse lets it win over its own --no- form
@@ -135,7 +149,7 @@ def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (),
     cluster = given[CLUSTER][CLUSTER].text if given[CLUSTER] else None
     env_vars, model_args, launch, data, slurm = (given[section] for section in SECTIONS)
     return Recipe(
-        name=file.stem,
+        name=name,
         env_vars=env_vars,
         model_args=model_args,
         launch=launch,
@@ -152,6 +166,8 @@ def command_line_flags(words: Sequence[str]) -> Section:
     for word in words:
         if re.match(r"--[A-Za-z]", word):
             key, equals, value = word.partition("=")
+            # torchrun takes its own flags with underscores too
+            key = dashed if (dashed := key.replace("_", "-")) in TORCHRUN_FLAGS else key
             found[key] = file.setting([value] if equals else [], COMMAND_LINE, plain=True)
         elif not key:
             raise Refused(f"expected a --flag after the recipe, got {word!r}")

@@ -14,7 +14,8 @@ from torch.distributed.run import get_args_parser
 
 from docs.generate import commands
 from megatron_cp.cli import app
-from megatron_cp.megatron.arguments.recipe_flags import check, parser
+from megatron_cp.megatron.arguments.known_flags import parser
+from megatron_cp.megatron.arguments.recipe_flags import check
 from megatron_cp.recipe import recipe, slurm_flags
 from tests.docs.pages import ROOT, TEXT, blocks, inline_code, shell_lines
 

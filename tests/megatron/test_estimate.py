@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cp.megatron.arguments.recipe_flags import parser
+from megatron_cp.megatron.arguments.known_flags import parser
 from megatron_cp.planner.flags import ASSUMED, FREE, MODELLED, UNMODELLED
 from megatron_cp.planner.model import Latent, Transformer
 from megatron_cp.planner.parallel import parallel_of

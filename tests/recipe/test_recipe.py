@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cp.cli import data
-from megatron_cp.megatron.arguments import foreign_flags, recipe_flags
+from megatron_cp.megatron.arguments import foreign_flags, known_flags, recipe_flags
 from megatron_cp.recipe import file, recipe
 from megatron_cp.recipe.command import (
     Command,
@@ -43,7 +43,7 @@ BILLIONS = {
 
 @pytest.fixture(scope="session")
 def megatron_parser() -> argparse.ArgumentParser:
-    return recipe_flags.parser()
+    return known_flags.parser()
 
 
 def said(section: recipe.Section) -> dict[str, tuple[str, ...]]:
@@ -199,6 +199,12 @@ def test_an_unknown_recipe_gets_a_suggestion() -> None:
 def test_a_word_before_the_first_flag_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a --flag after the recipe, got 'word'"):
         recipe.command_line_flags(["word", "--lr", "1"])
+
+
+def test_torchruns_flags_may_have_underscores_as_for_torchrun() -> None:
+    run = recipe.load("quickstart", {}, ["--nproc_per_node", "4", "--rdzv_id=7", "--save", "a_b"])
+    assert said(run.launch) == {"--nproc-per-node": ("4",), "--rdzv-id": ("7",)}
+    assert run.flag("--save", "") == "a_b"
 
 
 def test_the_dialect_of_megatrons_own_tests_is_read(write: Write) -> None:
@@ -410,6 +416,7 @@ def test_every_foreign_flag_is_unknown_here_and_what_replaces_it_is_known(
             "--attention-backend takes one of flash, fused, unfused, local, auto, got 'flush'; did you mean 'flash'?",
         ),
         ("--cp-kernal", "torch", "unknown flag '--cp-kernal'; did you mean '--cp-kernel'?"),
+        ("--nproc_per_node", "2", "unknown flag '--nproc_per_node'; did you mean '--nproc-per-node'?"),
     ],
 )
 def test_a_wrong_flag_is_named_with_its_line(

@@ -383,7 +383,7 @@ def test_every_shipped_recipe_is_a_job(launcher: str) -> None:
 
 
 def test_no_flag_means_two_things() -> None:
-    from megatron_cp.megatron.arguments.recipe_flags import parser
+    from megatron_cp.megatron.arguments.known_flags import parser
 
     assert not set(parser()._option_string_actions) & {*slurm_flags.KNOWN, *slurm_flags.WRITTEN_BY_US}
     assert not {*recipe.TORCHRUN_FLAGS} & {*slurm_flags.KNOWN, *slurm_flags.WRITTEN_BY_US}

@@ -70,7 +70,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
 
 def complete(args: Any, machine: Machine) -> None:
     """Fill in what `machine` and our layers need of parsed arguments, before Megatron validates them."""
-    if args.spec is None and wants_layers(sys.argv[1:], machine):
+    if args.spec is None and wants_layers(sys.argv[1:], machine.te):
         args.spec = list(HYBRID_SPEC if getattr(args, "hybrid_layer_pattern", None) else SPEC)
     if has_our_layers(args) and args.create_attention_mask_in_dataloader:
         args.create_attention_mask_in_dataloader = False

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 
-from megatron_cp.megatron.machine.facts import Machine
 from megatron_cp.megatron.run import AttentionFlags, TensorFlags, values_of
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
 HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
 
 
-def wants_layers(argv: Sequence[str], machine: Machine) -> bool:
+def wants_layers(argv: Sequence[str], te: bool) -> bool:
     """True if our attention belongs in this run.
 
     It does when the command line names our spec, one of our flags or a --cp-comm-type, and also where stock Megatron
     cannot do what was asked without transformer-engine: context or sequence parallelism, and norms whose weight is
     stored minus one.
+
+    te: transformer-engine is installed where the run will be
     """
     spec = values_of(argv, "--spec")
     if spec:
@@ -25,4 +26,4 @@ def wants_layers(argv: Sequence[str], machine: Machine) -> bool:
         return True
     size = values_of(argv, "--context-parallel-size") or ["1"]
     switches = ("--sequence-parallel", "--apply-layernorm-1p")
-    return not machine.te and (size != ["1"] or any(values_of(argv, flag) is not None for flag in switches))
+    return not te and (size != ["1"] or any(values_of(argv, flag) is not None for flag in switches))

@@ -1,37 +1,23 @@
 """Check the flags of a recipe against Megatron's own parser and our flags."""
 
 import argparse
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
+from megatron_cp.megatron.arguments.known_flags import kept_parser
 from megatron_cp.recipe.command import flag_words, runs_through_us
-from megatron_cp.recipe.recipe import Recipe, Setting
+from megatron_cp.recipe.recipe import TORCHRUN_FLAGS, Recipe, Setting
 from megatron_cp.registry import suggest
 
 # --flag and --no-flag take no value
 BARE = 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build Megatron's parser with our flags; this imports megatron.training, which takes seconds."""
-    # torch warns at import about a missing CUDA, which does not matter for rendering a command
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.training.arguments import add_megatron_arguments
-
-        from megatron_cp.megatron.arguments.context import add_arguments
-
-        return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-
-
 def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None = None) -> None:
     """Raise ValueError, one line for each flag that Megatron does not have or whose value it would not take."""
-    found = list(problems(settings, known or parser()))
+    found = list(problems(settings, known or kept_parser()))
     if found:
         raise Refused("\n".join(found))
 
@@ -41,16 +27,16 @@ def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> N
 
     The flags themselves are checked first. Runs without our attention are left to Megatron's own checks.
     """
-    known = known or parser()
+    known = known or kept_parser()
     check(recipe.model_args, known)
     words = flag_words(recipe.model_args)
     from megatron_cp.megatron.arguments import context
     from megatron_cp.megatron.arguments.command_line import SPEC, wants_layers
-    from megatron_cp.megatron.machine.facts import this_machine
+    from megatron_cp.megatron.machine.facts import installed
     from megatron_cp.megatron.run import has_our_layers
 
     args = known.parse_args(words)
-    if args.spec is None and runs_through_us(recipe) and wants_layers(words, this_machine()):
+    if args.spec is None and runs_through_us(recipe) and wants_layers(words, installed("transformer_engine")):
         # filled in as the launcher does before its own check
         args.spec, args.create_attention_mask_in_dataloader = list(SPEC), False
     if has_our_layers(args):
@@ -62,7 +48,7 @@ def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) ->
     actions = known._option_string_actions
     for flag, setting in settings.items():
         if flag not in actions:
-            yield f"{setting.place}: unknown flag {flag!r}{instead_of(flag, actions)}"
+            yield f"{setting.place}: unknown flag {flag!r}{instead_of(flag, (*actions, *TORCHRUN_FLAGS))}"
         elif text := _problem(actions[flag], setting.values):
             yield f"{setting.place}: {flag} {text}"
 

@@ -4,8 +4,6 @@ import ctypes
 import importlib.util
 from dataclasses import dataclass
 
-from megatron_cp.megatron.machine import cpu
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -24,14 +22,16 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Look at this machine; packages are not imported to find out."""
-    return Machine(
-        gpu=not cpu.active(), te=_is_installed("transformer_engine"), nvrx=_is_installed("nvidia_resiliency_ext")
-    )
+    """Look at this machine; of the packages, only torch is imported to find out."""
+    from megatron_cp.megatron.machine import cpu
+
+    return Machine(gpu=not cpu.active(), te=installed("transformer_engine"), nvrx=installed("nvidia_resiliency_ext"))
 
 
 def device_of_run() -> str:
     """Return "cuda" or "cpu", where a model will run; while it is built it may be elsewhere."""
+    from megatron_cp.megatron.machine import cpu
+
     return "cpu" if cpu.needed() or cpu.active() else "cuda"
 
 
@@ -53,5 +53,6 @@ def major_capability() -> int | None:
     return None if failed else major.value
 
 
-def _is_installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """True if the package can be imported; it is not."""
     return importlib.util.find_spec(package) is not None

@@ -32,7 +32,7 @@ class Features(NamedTuple):
 
 def features(argv: Sequence[str], machine: Machine) -> Features:
     """Return the layers and hooks that this command line needs on `machine`."""
-    layers = wants_layers(argv, machine)
+    layers = wants_layers(argv, machine.te)
     names = []
     schedule = values_of(argv, "--pp-schedule")
     # without transformer-engine Megatron's default arguments cannot run

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_cp.megatron.arguments import checks
-from megatron_cp.megatron.arguments.recipe_flags import parser
+from megatron_cp.megatron.arguments.known_flags import parser
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.facts import Machine
 from megatron_cp.megatron.rebind import find

@@ -1,0 +1,76 @@
+"""A command or a script, where a recipe may stand."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_cp.cli import app
+from megatron_cp.recipe import recipe
+
+MODEL = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --swiglu --seq-length 8192 "
+    "--max-position-embeddings 8192 --micro-batch-size 1 --global-batch-size 8 --lr 1e-4 --train-iters 10 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 32000 --context-parallel-size 2 --cp-comm-type zigzag --bf16 "
+    "--attention-dropout 0"
+)
+COMMAND = f"torchrun --nproc-per-node 8 pretrain_gpt.py {MODEL}"
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    file = tmp_path / "train.sh"
+    file.write_text(
+        f"export NCCL_DEBUG=WARN\nFLAGS=({MODEL})\ntorchrun --nproc-per-node 8 pretrain_gpt.py ${{FLAGS[@]}}\n"
+    )
+    return str(file)
+
+
+def run(*words: str) -> tuple[str, str]:
+    done = CliRunner().invoke(app, [*words])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout, done.stderr
+
+
+def test_a_recipe_is_printed_or_written_and_its_unknown_flags_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    printed, told = run("import", f"{COMMAND} --enable-zero-bubble")
+    written, where = run("import", "--write", str(file), *COMMAND.split(), "--enable-zero-bubble")
+    assert printed.split("\n", 1)[1] == file.read_text().split("\n", 1)[1]
+    assert not written
+    assert f"wrote {file}" in where
+    assert told in where
+    assert "unknown flag '--enable-zero-bubble'; --enable-zero-bubble is a flag of the zero-bubble fork" in told
+    assert "  --enable-zero-bubble: true\n" in printed
+    assert recipe.load(str(file), {}).flag("--cp-comm-type", "") == "zigzag"
+    assert CliRunner().invoke(app, ["import", "--write", str(file), COMMAND]).exit_code == 1
+
+
+def test_commands_take_what_import_takes(script: str) -> None:
+    cluster = ("--cluster", "h100-ib")
+    for words in ((script,), ("--", *COMMAND.split())):
+        assert "valid for 8 processes on h100-ib" in run("validate", *cluster, *words)[0]
+        assert '"step_seconds"' in run("estimate", "--json", *cluster, *words)[0]
+        rendered = run("render", *words)[0]
+        assert "-m megatron_cp.launch pretrain_gpt.py" in rendered
+        assert ("NCCL_DEBUG=WARN" in rendered) is (words[0] == script)
+    for words in ((script,), COMMAND.split()):
+        batch = run("submit", "--dry-run", "--partition", "gpu", "--time", "1:00:00", "--", *words)[0]
+        assert "#SBATCH --partition=gpu\n" in batch
+        assert "--cp-comm-type zigzag" in batch
+    assert "h100-ib" in run("plan", "--seq", "8K", "--gpus", "8", "--top", "1", *cluster, "--", *COMMAND.split())[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["plan", "--seq", "8K", "--gpus", "8", "--cluster", "h100-ib"], "give one of the two"),
+        (["submit", "--partition", "gpu", "--"], "expected a command after --"),
+        (["import", "nothing.sh"], r"cannot read the script nothing\.sh: No such file|starts no training script"),
+    ],
+)
+def test_what_is_missing_is_said(words: list[str], error: str) -> None:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    with pytest.raises(ValueError, match=error):
+        raise done.exception or AssertionError(done.output)
