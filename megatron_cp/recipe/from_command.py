@@ -71,7 +71,7 @@ def imported(words: Sequence[str], environment: Mapping[str, str]) -> Imported:
     environment: that a script is read in
     Raises ValueError where there is no training command, or more than one.
     """
-    if len(words) == 1 and not Path(words[0]).is_file():
+    if len(words) == 1 and not _is_file(words[0]):
         words = _split(words[0])
     if not words:
         raise Refused("give a command such as 'torchrun … pretrain_gpt.py …', or the path of a script")
@@ -144,6 +144,14 @@ def _scalar(text: str) -> Any:
     except ValueError:
         return text
     return number if isinstance(number, (int, float)) and written.getvalue().strip() == f"- {text}" else text
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:
+        # a command is longer than a file's name can be
+        return False
 
 
 def _split(text: str) -> list[str]:

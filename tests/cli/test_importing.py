@@ -47,18 +47,23 @@ def test_a_recipe_is_printed_or_written_and_its_unknown_flags_are_named(tmp_path
 
 
 def test_commands_take_what_import_takes(script: str) -> None:
-    cluster = ("--cluster", "h100-ib")
-    for words in ((script,), ("--", *COMMAND.split())):
-        assert "valid for 8 processes on h100-ib" in run("validate", *cluster, *words)[0]
-        assert '"step_seconds"' in run("estimate", "--json", *cluster, *words)[0]
+    assert "valid for 8 processes on h100-ib" in run("validate", "--cluster", "h100-ib", script)[0]
+    for words in ([script], COMMAND.split()):
         rendered = run("render", *words)[0]
         assert "-m megatron_cp.launch pretrain_gpt.py" in rendered
         assert ("NCCL_DEBUG=WARN" in rendered) is (words[0] == script)
-    for words in ((script,), COMMAND.split()):
         batch = run("submit", "--dry-run", "--partition", "gpu", "--time", "1:00:00", "--", *words)[0]
         assert "#SBATCH --partition=gpu\n" in batch
         assert "--cp-comm-type zigzag" in batch
-    assert "h100-ib" in run("plan", "--seq", "8K", "--gpus", "8", "--top", "1", *cluster, "--", *COMMAND.split())[0]
+
+
+@pytest.mark.slow
+def test_a_command_is_estimated_and_planned(script: str) -> None:
+    cluster = ("--cluster", "h100-ib")
+    estimates = [run("estimate", "--json", *cluster, *words)[0] for words in ((script,), ("--", *COMMAND.split()))]
+    assert '"step_seconds"' in estimates[0]
+    assert estimates[0] == estimates[1]
+    assert "on 8 GPUs of h100-ib" in run("plan", "--seq", "8K", "--gpus", "8", *cluster, "--", *COMMAND.split())[0]
 
 
 @pytest.mark.parametrize(
