@@ -7,7 +7,6 @@ Importing Megatron to ask its parser takes seconds of CPU. The table lies in `$X
 import argparse
 import contextlib
 import hashlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cp import config
+from megatron_cp.megatron import rebind
 
 # tables of other Megatrons that are kept
 KEPT = 8
@@ -113,11 +113,10 @@ def _converter(reference: str | None) -> Callable[[str], Any] | None:
         return None
     if reference in _PLAIN:
         return _PLAIN[reference]
-    module, _, name = reference.partition(":")
 
     def convert(text: str) -> Any:
         # imports Megatron: only a flag with a type of Megatron's own pays for it
-        return getattr(importlib.import_module(module), name)(text)
+        return rebind.find(reference).value(text)
 
     return convert
 
