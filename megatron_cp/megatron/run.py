@@ -155,6 +155,15 @@ class AttentionFlags(_Flags):
             + ", or a YAML file; by default the one that ships for this machine's GPU."
         ),
     )
+    sink: float | None = _flag(
+        None,
+        lambda: "LOGIT",
+        lambda: (
+            "A fixed attention sink: one more logit in every softmax, which takes a share of the weights and has no "
+            "value. A learned one of each head is --softmax-type learnable, one of 0 is --softmax-type off-by-one."
+        ),
+        float,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ def test_the_rope_factor_of_the_command_line_reaches_the_model() -> None:
         ("--hidden-size 33", "Megatron requires: "),
         (f"{CONTEXT_PARALLEL} 4", "needs 4 processes, got 2"),
         ("--data-path /no/such/corpus --split 9,1,0", "/no/such/corpus"),
-        ("--softmax-type off-by-one --cp-comm-type p2p", "does not do a softmax with a sink"),
+        ("--softmax-type off-by-one --cp-sink 1", "does not do a fixed sink (cp_sink) beside that of a softmax_type"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line_on_every_rank(flags: str, text: str) -> None:

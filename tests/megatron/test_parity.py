@@ -155,3 +155,56 @@ def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
     # the second layer sees everything
     window = "--window-size 8,0 --window-attn-skip-freq 2"
     assert_equal_runs(losses(2, context(backend, 2), window), alone(window))
+
+
+# every second layer sees a window, as in gpt-oss
+SINKS = "--softmax-type learnable --window-size 8,0 --window-attn-skip-freq 2"
+
+
+def losses_and_sinks(flags):
+    """The losses of a run, and how often a sink was merged on this rank."""
+    from megatron_cp.context import sinks
+
+    calls, merged = [], sinks.merged
+    sinks.merged = lambda *rows: calls.append(1) or merged(*rows)
+    return pretrain_losses(flags), len(calls)
+
+
+def assert_sinks_train(alone, size, *flags, model=SINKS):
+    found = run_ranks(size, losses_and_sinks, tiny(*flags, model))
+    assert all(calls > 0 for _, calls in found)
+    assert_equal_runs(found[0][0], alone(model))
+
+
+@pytest.mark.parametrize(
+    ("backend", "size"),
+    slow_unless(
+        [("ulysses", 2)], [("zigzag", 4), ("ulysses", 2), ("fpdt", 2), ("usp", 4), ("all-gather", 2), ("rsa", 2)]
+    ),
+)
+def test_learned_sinks_equal_stock_attention_on_one_rank(alone, backend, size):
+    assert_sinks_train(alone, size, context(backend, size))
+
+
+@pytest.mark.parametrize("size", slow_unless([2], [2, 4]))
+@pytest.mark.parametrize(
+    "model", slow_unless(["--softmax-type off-by-one"], ["--softmax-type off-by-one", "--cp-sink 0.0"])
+)
+def test_off_by_one_equals_stock_attention_on_one_rank(alone, model, size):
+    found = run_ranks(size, losses_and_sinks, tiny(context("zigzag", size), model))
+    assert all(calls > 0 for _, calls in found)
+    assert_equal_runs(found[0][0], alone("--softmax-type off-by-one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["tensor and sequence parallel", "distributed optimizer, overlapped", "full recompute"]
+)
+def test_learned_sinks_beside_other_parallelism_equal_one_rank(alone, case):
+    size, parallel, _ = COMBINED[case]
+    assert_sinks_train(alone, size, context("zigzag", 2), parallel)
+
+
+@pytest.mark.slow
+def test_learned_sinks_in_a_schedule_of_ours_equal_one_rank(alone):
+    assert_sinks_train(alone, 4, context("zigzag", 2), "--pipeline-model-parallel-size 2 --pp-schedule zb-h1")

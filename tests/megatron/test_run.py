@@ -16,6 +16,7 @@ WORDS = {
     "stripe": 4,
     "chunks": 2,
     "cluster": "a100-ib",
+    "sink": -0.5,
 }
 
 

@@ -3,13 +3,13 @@
 Pure Python: everything here reads attributes, so that a parsed namespace and a TransformerConfig can both be asked.
 """
 
+import math
 from argparse import ArgumentParser
-from math import prod
 from typing import Any
 
 from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
-from megatron_cp.context.checks import able, check_grid
+from megatron_cp.context.checks import able, check_grid, check_sinks
 from megatron_cp.context.layouts import ZIGZAG, check_chunks, layout
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
@@ -30,9 +30,9 @@ def _mla_heads_differ(source: Any) -> bool:
 # Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
 UNSUPPORTED = (
     Unsupported(
-        "a softmax with a sink (softmax_type other than 'vanilla')",
-        lambda source: read(source, "softmax_type", "vanilla") != "vanilla",
-        "leave --softmax-type out",
+        "a fixed sink (cp_sink) beside that of a softmax_type other than 'vanilla'",
+        lambda source: read(source, "softmax_type", "vanilla") != "vanilla" and read(source, "cp_sink") is not None,
+        "leave --cp-sink or --softmax-type out",
     ),
     Unsupported(
         "clipping by the largest logit (qk_clip)",
@@ -90,6 +90,7 @@ def check(args: Any) -> None:
     _check_stripe(args)
     _check_chunks(args)
     _check_cluster(args)
+    _check_sink(args)
     _check_warmup(args)
     refuse_unsupported(args, "arguments")
     _check_call_inputs(args)
@@ -140,6 +141,16 @@ def _check_cluster(args: Any) -> None:
             f"--tp-grid, got {', '.join(comm_types(args))}; leave it out"
         )
     load_cluster(cluster)
+
+
+def _check_sink(args: Any) -> None:
+    sink = AttentionFlags.of(args).sink
+    if sink is not None and not math.isfinite(sink):
+        raise Refused(f"--cp-sink is a finite logit, got {sink}; leave it out for a softmax without a sink")
+    if sink is None and read(args, "softmax_type", "vanilla") == "vanilla":
+        return
+    for entry in map(BACKENDS.get, comm_types(args)):
+        check_sinks(entry)
 
 
 def _check_stripe(args: Any) -> None:
@@ -196,10 +207,10 @@ def _check_sizes(args: Any) -> None:
 def _check_groups(args: Any) -> None:
     cp = read(args, "context_parallel_size", 1)
     sizes = read(args, "hierarchical_context_parallel_sizes")
-    if sizes and (prod(sizes) != cp or min(sizes) < 1):
+    if sizes and (math.prod(sizes) != cp or min(sizes) < 1):
         raise Refused(
             f"--hierarchical-context-parallel-sizes must be positive and multiply to --context-parallel-size, got "
-            f"{' * '.join(map(str, sizes))} = {prod(sizes)} and {cp}; change one of the two"
+            f"{' * '.join(map(str, sizes))} = {math.prod(sizes)} and {cp}; change one of the two"
         )
     on_grid = [name for name in comm_types(args) if BACKENDS.get(name).needs_grid]
     if on_grid and cp > 1 and (not sizes or len(sizes) != 2):

@@ -4,12 +4,14 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
@@ -36,9 +38,11 @@ class CoreAttention(MegatronModule):
     With `auto` the backend is chosen here for the length `cp_seq_length`, and without it at the first call; the cluster
     is `cp_cluster` or the one that ships for this machine's GPU.
     Nothing is kept from forward to backward outside autograd, so the call can be recomputed at will.
+    `softmax_type` gives every query head a sink: "learnable" one in the parameter `softmax_offset`, which has the name,
+    the shape and the checkpoints of Megatron's own, "off-by-one" one of 0; `cp_sink` fixes one for all heads.
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
-    attention cannot do: packed sequences, dropout in training, bias, sinks, mask tensors, logit statistics,
+    attention cannot do: packed sequences, dropout in training, bias, mask tensors, logit statistics,
     values narrower than keys.
     """
 
@@ -78,6 +82,8 @@ class CoreAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "hcp"])
         self.pg_collection = pg_collection
+        self.softmax_offset = self._learnable_sinks() if config.softmax_type == "learnable" else None
+        self._fixed_sink = 0.0 if config.softmax_type == "off-by-one" else self.flags.sink
         self._causal = self._is_causal(attn_mask_type)
         self.plan = self._plan(self._causal)
         # shapes of the last call: an equal call needs no comparison, because Megatron cuts a batch for all ranks alike
@@ -100,10 +106,24 @@ class CoreAttention(MegatronModule):
         self._refuse_call(query, key, attention_mask, attention_bias, packed_seq_params)
         causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
         shapes, made = (query.shape, key.shape), self.plan if causal == self._causal else self._plan(causal)
-        out = attend(query, key, value, made, agreed=shapes == self._shapes)
+        sink = self._fixed_sink if self.softmax_offset is None else self.softmax_offset
+        out = attend(query, key, value, made, sink=sink, agreed=shapes == self._shapes)
         self._shapes = shapes
         # s b h d -> s b (h d)
         return out.flatten(2)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Return the sinks, split over tensor-parallel ranks by heads as Megatron's own attention keeps them."""
+        if self.softmax_offset is None:
+            return {}
+        own = {"softmax_offset": self.softmax_offset}
+        groups = {"tp_group": self.pg_collection.tp, "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets, **groups)
 
     def describe(self, device: str) -> str:
         """Return what runs on such a device: algorithm, kernel with its reason, sizes."""
@@ -125,6 +145,18 @@ class CoreAttention(MegatronModule):
             head_dim=self.config.kv_channels,
             deterministic=self.plan.deterministic,
         )
+
+    def _learnable_sinks(self) -> torch.nn.Parameter:
+        """Return a logit for each query head of this tensor-parallel rank."""
+        config = self.config
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        sinks = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+        if config.perform_initialization:
+            config.init_method(sinks)
+        # without these marks Megatron counts the first rank's heads only in the norm of the gradients
+        set_tensor_model_parallel_attributes(sinks, is_parallel=True, dim=0, stride=1)
+        return sinks
 
     def _plan(self, causal: bool) -> Plan:
         inner, outer = self._hierarchy()

@@ -23,8 +23,8 @@ class TECoreAttention(CoreAttention):
         """Ignore what a checkpoint of TransformerEngine's attention has here."""
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return nothing: distributed checkpoints have no key of TransformerEngine's attention either."""
-        return {}
+        """Return the sinks only: distributed checkpoints have no other key of TransformerEngine's attention either."""
+        return super().sharded_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())

@@ -39,6 +39,8 @@ def given(**changes: Any) -> Namespace:
         {"cp_comm_type": ["usp"], "hierarchical_context_parallel_sizes": [2, 2]},
         {"cp_comm_type": ["a2a+p2p"], "context_parallel_size": 1},
         {"cp_kernel": "reference"},
+        {"softmax_type": "learnable"},
+        {"cp_sink": -1.0},
         {
             "cp_comm_type": ["p2p", "usp", "ring"],
             "hierarchical_context_parallel_sizes": [2, 2],
@@ -88,7 +90,8 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"world_size": 4}, "needs 8 processes, got 4"),
         ({"seq_length": 1004}, r"divisible by 2 \* --context-parallel-size = 8, got 1004; use 1008"),
         ({"cp_comm_type": ["a2a"], "num_attention_heads": 6}, "splits the query heads .* over 4 ranks, got 3 heads"),
-        ({"softmax_type": "learnable"}, "--softmax-type"),
+        ({"softmax_type": "learnable", "cp_sink": 0.0}, "fixed sink .* leave --cp-sink or --softmax-type out"),
+        ({"cp_sink": float("nan")}, "--cp-sink is a finite logit, got nan; leave it out"),
         ({"qk_clip": True}, "--qk-clip"),
         ({"cpu_offloading_num_layers": 1}, "offload of activations .* leave --cpu-offloading-num-layers out"),
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),

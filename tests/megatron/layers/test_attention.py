@@ -115,7 +115,7 @@ def test_recomputation_gives_the_same_gradients() -> None:
 def test_shapes_are_compared_in_the_first_call_and_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def attend(q: Tensor, *others: Any, agreed: bool) -> Tensor:
+    def attend(q: Tensor, *others: Any, agreed: bool, sink: float | None) -> Tensor:
         calls.append(agreed)
         return q
 
@@ -174,6 +174,54 @@ def test_equals_stock_attention(layer_scaling: bool) -> None:
     assert run_ranks(1, _against_stock, layer_scaling) == [True]
 
 
+def _sinks_of_stock(softmax_type: str) -> list[Any]:
+    """Checkpoint entries of the stock module and of ours under tensor parallelism, after a comparison of results."""
+    torch.distributed.init_process_group("gloo")
+    with cpu_runtime():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+        model_parallel_cuda_manual_seed(1)
+        settings = config(softmax_type=softmax_type, masked_softmax_fusion=False, tensor_model_parallel_size=2)
+        groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "dp_cp"])
+        stock = DotProductAttention(settings, 1, AttnMaskType.causal, "self", pg_collection=groups)
+        ours = attention(settings, groups)
+        # from stock to ours and back
+        ours.load_state_dict(stock.state_dict())
+        stock.load_state_dict(ours.state_dict())
+        mask, half = torch.ones(S, S).triu(1).bool()[None, None], slice(0, H // 2)
+        q, k, v, dout = inputs()
+        dout = dout.unflatten(2, (H, D))[:, :, half].flatten(2)
+        found = []
+        for module, how in ((stock, mask), (ours, None)):
+            leaves = [x.detach()[:, :, :n].float().requires_grad_() for x, n in ((q, H // 2), (k, 1), (v, 1))]
+            out = module(*leaves, how)
+            found.append([out.detach(), *torch.autograd.grad(out, [*leaves, *module.parameters()], dout.float())])
+        assert_equal(*found, tolerance=2e-6)
+        assert len(found[0]) == 4 + (softmax_type == "learnable")
+        metadata = {"dp_cp_group": groups.dp_cp}
+        return [
+            {
+                key: (part.key, part.global_shape, part.global_offset, part.dtype, part.replica_id)
+                for key, part in module.sharded_state_dict("layer.", ((0, 3, 4),), metadata).items()
+            }
+            for module in (stock, ours)
+        ]
+
+
+@pytest.mark.parametrize("softmax_type", ["learnable", "off-by-one"])
+def test_sinks_and_their_checkpoints_are_those_of_stock_attention(softmax_type: str) -> None:
+    for stock, ours in run_ranks(2, _sinks_of_stock, softmax_type):
+        assert ours == stock
+        assert list(ours) == (["layer.softmax_offset"] if softmax_type == "learnable" else [])
+
+
+def test_a_fixed_sink_of_zero_is_off_by_one() -> None:
+    settings = config()
+    settings.cp_sink = 0.0
+    fixed, plain = results(attention(settings)), results(attention(config()))
+    assert_equal(fixed, results(attention(config(softmax_type="off-by-one"))), tolerance=0.0)
+    assert not torch.equal(fixed[0], plain[0])
+
+
 def _sharded(comm_type: str | None, sizes: list[int] | None, mask: AttnMaskType) -> list[Tensor]:
     torch.distributed.init_process_group("gloo")
     world = torch.distributed.get_world_size()
@@ -210,7 +258,6 @@ def test_usp_takes_megatrons_hierarchical_groups(mask: AttnMaskType) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"softmax_type": "off-by-one"}, "softmax_type"),
         ({"qk_clip": True}, "qk_clip"),
         ({"log_max_attention_logit": True}, "log_max_attention_logit"),
     ],
