@@ -120,6 +120,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_stripe": 1,
         "cp_chunks": None,
         "cp_cluster": None,
+        "cp_sink": None,
     }
     assert "zigzag=p2p" in parser.format_help()
 
