@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import secrets
-import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -49,9 +48,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 
 class Cases:
-    """The cases of one test: how many were run, how many were refused, and the clock that ends it."""
+    """The cases of one test: how many were run, how many were refused, and the clock that ends it.
 
-    def __init__(self) -> None:
+    stderr: a descriptor that pytest does not capture
+    """
+
+    def __init__(self, stderr: int) -> None:
+        self.stderr = stderr
         self.began = time.monotonic()
         self.run = 0
         self.refused = 0
@@ -62,7 +65,7 @@ class Cases:
         if time.monotonic() - self.began > SECONDS:
             raise Over
         self.run += 1
-        faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(HANG, exit=True, file=self.stderr)
         try:
             yield
         finally:
@@ -81,9 +84,12 @@ def seeded(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def counted(request: pytest.FixtureRequest) -> Iterator[Cases]:
     """Count a test's cases and print the count, with the seed of a long run."""
-    found = Cases()
+    captured = request.config.pluginmanager.getplugin("capturemanager")
+    with captured.global_and_fixture_disabled():
+        found = Cases(os.dup(2))
     yield found
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+    os.close(found.stderr)
+    with captured.global_and_fixture_disabled():
         given = f"FUZZ_SEED={seed}" if cases else "fixed seeds"
         took = time.monotonic() - found.began
         print(f"\n{request.node.name}: {found.run} cases, {found.refused} refused, {took:.0f} s, {given}")
