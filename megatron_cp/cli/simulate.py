@@ -13,9 +13,11 @@ from megatron_cp.pipeline.action import FORWARD, flat
 from megatron_cp.pipeline.bounds import lower_bound
 from megatron_cp.pipeline.build import build, check_caps, place
 from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
+from megatron_cp.pipeline.moves import has_moves
+from megatron_cp.pipeline.offload import Offload, described, offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
-from megatron_cp.pipeline.schedule import BadSchedule, parse
+from megatron_cp.pipeline.schedule import HOST, BadSchedule, parse
 from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.plots.timeline import check_suffix
@@ -36,10 +38,13 @@ class SimulationRequest:
     cap: float | None
     objective: str
     warmup: float | None
+    moves: Offload | None
+    move: float | None
 
     def costs(self, placement: Placement) -> Costs:
         """Return the same times and memory for every stage of a placement."""
-        return uniform(placement, self.times, self.memory)
+        move = self.times[0] if self.move is None else self.move
+        return uniform(placement, self.times, self.memory, move=move)
 
     def caps(self, placement: Placement) -> list[float] | None:
         """Return the memory limit of each rank, None without one."""
@@ -71,6 +76,17 @@ def simulate(
     warmup: Annotated[float | None, typer.Option(help="Warm-up multiplier of izb, 1 to 2.")] = None,
     placement: Annotated[str | None, typer.Option(help="Placement for auto: loop or v.")] = None,
     objective: Annotated[str, typer.Option(help=f"Objective of auto: {' or '.join(OBJECTIVES)}.")] = "makespan",
+    pp_offload: Annotated[
+        int | None,
+        typer.Option(help="Most chunks whose activations a rank keeps; those needed last move away and back."),
+    ] = None,
+    pp_offload_to: Annotated[
+        str | None,
+        typer.Option(help="Where --pp-offload moves them: host, or peer, which is rank p-1-r. [default: host]"),
+    ] = None,
+    move_time: Annotated[
+        float | None, typer.Option(help="Time of moving M_B one way, in the unit of --times. [default: T_F]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the step: .png, .svg, .pdf, or .json for Perfetto.")] = None,
 ) -> None:
@@ -86,6 +102,8 @@ def simulate(
         cap=cap,
         objective=objective,
         warmup=warmup,
+        moves=_moves(pp_offload, pp_offload_to, move_time),
+        move=move_time,
     )
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
@@ -121,6 +139,15 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
     return numbers
 
 
+def _moves(limit: int | None, to: str | None, move_time: float | None) -> Offload | None:
+    if limit is not None:
+        return Offload(limit, to or HOST)
+    for option, value in (("--pp-offload-to", to), ("--move-time", move_time)):
+        if value is not None:
+            raise ValueError(f"{option} {value} is about what --pp-offload N moves; give it too")
+    return None
+
+
 def _check_size(p: int, m: int, v: int) -> None:
     """Raise ValueError for a step that would take minutes to simulate."""
     if p > MOST_RANKS or p * m * v > MOST_PASSES:
@@ -148,6 +175,7 @@ def _run(
         costs=costs,
         caps=asked.caps(where),
         objective=asked.objective,
+        moves=asked.moves,
     )
     return play(schedule, costs)
 
@@ -160,6 +188,10 @@ def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
             f"{file}: microbatch {read.micros - 1} among {forwards} forwards; number the microbatches 0, 1, 2 and so on"
         )
     schedule = check(read)
+    if asked.moves:
+        if any(map(has_moves, read.table)):
+            raise ValueError(f"{file} moves activations by itself; leave --pp-offload out")
+        schedule = check(offload(schedule, asked.moves))
     costs = asked.costs(schedule.placement)
     caps = asked.caps(schedule.placement)
     if caps:
@@ -168,11 +200,13 @@ def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
 
 
 def _as_json(run: SimulatedStep) -> dict[str, object]:
+    moves = {"moved": run.moved, "moved_to": run.schedule.to} if run.moved else {}
     return {
         "makespan": run.makespan,
         "bubble": run.bubble,
         "span_bubble": run.span_bubble,
         "peak": list(run.peak),
+        **moves,
         "actions": [[str(action) for action in actions] for actions in run.schedule.table],
     }
 
@@ -189,6 +223,8 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         f"transfers    {run.transfers}\n"
         f"peak (M_B)   {' '.join(f'{peak:g}' for peak in run.peak)}"
     )
+    if asked.moves:
+        typer.echo(f"moves        {described(run.schedule, asked.moves)}")
 
 
 def _plot(run: SimulatedStep, file: Path) -> None:

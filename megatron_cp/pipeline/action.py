@@ -17,20 +17,27 @@ WEIGHT = "W"
 SEND_F, RECV_F = "SEND_F", "RECV_F"
 SEND_B, RECV_B = "SEND_B", "RECV_B"
 REDUCE = "REDUCE"
+EVICT, LOAD = "EVICT", "LOAD"
+HOLD, GIVE = "HOLD", "GIVE"
 
 COMPUTE = frozenset({FORWARD, FULL, INPUT, WEIGHT})
 BACKWARD = frozenset({FULL, INPUT})
-KINDS = (FORWARD, FULL, INPUT, WEIGHT, SEND_F, RECV_F, SEND_B, RECV_B, REDUCE)
+MOVES = frozenset({EVICT, LOAD})
+LENDERS = {EVICT: HOLD, LOAD: GIVE}
+"""The lender's action for each move of the owner."""
+KINDS = (FORWARD, FULL, INPUT, WEIGHT, SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, EVICT, LOAD, HOLD, GIVE)
 
 _FORM = re.compile(rf"(\d+)({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d*)")
 
 
 class Action(NamedTuple):
-    """One forward, backward, transfer or reduction.
+    """One forward, backward, transfer, reduction or move of activations.
 
     kind: F forward, B full backward, I input gradient (the zero-bubble papers call it B), W weight gradient;
           SEND_F and SEND_B name the stage that made the tensor, RECV_F and RECV_B the stage that uses it;
-          REDUCE starts the gradient reduction of a stage and has no microbatch
+          REDUCE starts the gradient reduction of a stage and has no microbatch;
+          EVICT moves the activations of a microbatch away and LOAD brings them back, HOLD and GIVE are the part of the
+          rank that keeps them meanwhile and name the owner's stage
     """
 
     stage: int

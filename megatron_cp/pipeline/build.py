@@ -6,11 +6,12 @@ from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.list_schedule import EPSILON
+from megatron_cp.pipeline.offload import Offload, offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
 from megatron_cp.pipeline.schedules.auto import auto
-from megatron_cp.pipeline.simulate import peak_memory
+from megatron_cp.pipeline.simulate import peaks
 from megatron_cp.registry import suggest
 
 
@@ -53,6 +54,7 @@ def build(
     costs: Costs | None = None,
     caps: Sequence[float] | None = None,
     objective: str = "makespan",
+    moves: Offload | None = None,
 ) -> Schedule:
     """Return the checked table of a schedule.
 
@@ -63,6 +65,7 @@ def build(
     costs:      times and memory of every stage; `auto` needs them, and caps mean nothing without them
     caps:       most memory of each rank, in M_B
     objective:  makespan or span, for `auto`
+    moves:      limit of chunks per rank, and where activations beyond it go; caps then hold for what is left
     Raises ValueError for an unknown name, for sizes the rule does not know, for a cap below the minimum, and, naming
     the nearest m that works, where a rule's table is incomplete or its ranks would wait for each other.
     """
@@ -80,8 +83,11 @@ def build(
     if rule.table is None:
         if costs is None:
             raise Refused(f"{rule.name} schedules from times; give it costs")
-        return check(auto(where, m, costs, caps, objective))
-    schedule = _fixed(rule, where, m, warmup, overlapped)
+        schedule = check(auto(where, m, costs, None if moves else caps, objective))
+    else:
+        schedule = _fixed(rule, where, m, warmup, overlapped)
+    if moves is not None:
+        schedule = check(offload(schedule, moves))
     if costs is not None and caps is not None:
         check_caps(schedule, costs, caps)
     return schedule
@@ -89,10 +95,10 @@ def build(
 
 def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
     """Raise ValueError where a rank of `schedule` needs more memory than its cap, both in M_B."""
-    peaks = [peak_memory(actions, costs) for actions in schedule.table]
-    worst = max(range(len(peaks)), key=lambda rank: peaks[rank] - caps[rank])
-    if peaks[worst] > caps[worst] + EPSILON:
-        minimum = f"{peaks[worst]:g} M_B of {schedule.name}, on rank {worst}"
+    most = peaks(schedule, costs)
+    worst = max(range(len(most)), key=lambda rank: most[rank] - caps[rank])
+    if most[worst] > caps[worst] + EPSILON:
+        minimum = f"{most[worst]:g} M_B of {schedule.name}, on rank {worst}"
         raise Refused(f"a cap of {caps[worst]:g} M_B is below the minimum {minimum}")
 
 

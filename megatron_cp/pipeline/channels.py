@@ -7,6 +7,8 @@ that waits would hold up a send behind it, so no rank takes part in two channels
                     communicator 1          F 1->2
                     communicator 2   B 1->0         B 3->2
                     communicator 3          B 2->1
+
+Activations that a rank lends to its peer have channels of their own: EVICT on the way there and LOAD on the way back.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_cp.comm import Transfer
-from megatron_cp.pipeline.action import FORWARD, FULL
+from megatron_cp.pipeline.action import EVICT, FORWARD, FULL, HOLD, LOAD, Action
 from megatron_cp.pipeline.placement import Placement
 
 
@@ -29,19 +31,31 @@ class PeerToPeer(Protocol):
 
 
 class PipelineChannel(NamedTuple):
-    """All activations (F) or gradients (B) that one rank sends to another; they arrive in the order sent."""
+    """All activations (F), gradients (B), or lent chunks that one rank sends to another; they arrive in the order sent.
+
+    Lent chunks leave for the peer on EVICT and come back on LOAD.
+    """
 
     kind: str
     source: int
     target: int
 
 
-def communicators(placement: Placement) -> list[list[PipelineChannel]]:
-    """Return the channels of stages on `placement`, one list for each communicator: an equal answer on all ranks."""
+def communicators(placement: Placement, lends: bool = False) -> list[list[PipelineChannel]]:
+    """Return the channels of stages on `placement`, one list for each communicator: an equal answer on all ranks.
+
+    lends: True if activations move between rank r and its peer p - 1 - r too
+    """
     hops = {(here, there) for here, there in pairwise(placement.rank_of) if here != there}
     channels = sorted(
         {PipelineChannel(FORWARD, *hop) for hop in hops} | {PipelineChannel(FULL, *hop[::-1]) for hop in hops}
     )
+    if lends:
+        pairs = [
+            (rank, placement.ranks - 1 - rank) for rank in range(placement.ranks) if 2 * rank != placement.ranks - 1
+        ]
+        channels += [PipelineChannel(EVICT, *pair) for pair in pairs]
+        channels += [PipelineChannel(LOAD, *pair) for pair in pairs]
     found: list[list[PipelineChannel]] = []
     for channel in channels:
         free = next((others for others in found if not any(_share_a_rank(channel, other) for other in others)), None)
@@ -52,18 +66,25 @@ def communicators(placement: Placement) -> list[list[PipelineChannel]]:
     return found
 
 
+def lending_channel(placement: Placement, action: Action) -> PipelineChannel:
+    """Return the channel of an EVICT or a LOAD, or of its HOLD or GIVE, all of which name the owner's stage."""
+    owner = placement.rank_of[action.stage]
+    peer = placement.ranks - 1 - owner
+    return PipelineChannel(EVICT, owner, peer) if action.kind in (EVICT, HOLD) else PipelineChannel(LOAD, peer, owner)
+
+
 def _share_a_rank(one: PipelineChannel, other: PipelineChannel) -> bool:
     return bool({one.source, one.target} & {other.source, other.target})
 
 
 class Channels:
-    """This rank's end of every channel; `peers` are in the order of `communicators(placement)`."""
+    """This rank's end of every channel; `peers` are in the order of `communicators(placement, lends)`."""
 
-    def __init__(self, placement: Placement, rank: int, peers: Sequence[PeerToPeer]) -> None:
+    def __init__(self, placement: Placement, rank: int, peers: Sequence[PeerToPeer], lends: bool = False) -> None:
         self._rank = rank
         self._peers = {
             channel: peer
-            for channels, peer in zip(communicators(placement), peers, strict=True)
+            for channels, peer in zip(communicators(placement, lends), peers, strict=True)
             for channel in channels
         }
 

@@ -20,6 +20,7 @@ class Costs:
     kept:  activations from a stage's F to its I
     held:  the part of them that stays until its W
     unit:  how much of `kept` one rank holds for one whole microbatch (M_B): peaks and caps are counted in it
+    move:  time in which `unit` of activations moves to the host or the peer, or back
     hidden: part of the shorter half of an overlap (F+B) that runs behind the longer one; 0 if both take their sum
     """
 
@@ -31,6 +32,7 @@ class Costs:
     held: tuple[float, ...]
     unit: float
     hidden: float = 0.0
+    move: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("forward", "input", "weight"):
@@ -41,6 +43,8 @@ class Costs:
                     )
         if not 0 <= self.comm <= LARGEST:
             raise Refused(f"the time of a hop cannot be negative, got {self.comm}; the largest is {LARGEST:g}")
+        if not 0 <= self.move <= LARGEST:
+            raise Refused(f"the time of a move cannot be negative, got {self.move}; the largest is {LARGEST:g}")
         if not 0 <= self.hidden <= 1:
             raise Refused(f"an overlap hides between 0 and 1 of its shorter half, got {self.hidden}")
         for kept, held in zip(self.kept, self.held, strict=True):
@@ -59,6 +63,10 @@ class Costs:
             return self.forward[action.stage]
         return self.input[action.stage] + (self.weight[action.stage] if action.kind == FULL else 0.0)
 
+    def moving(self, stage: int) -> float:
+        """Return the time of moving what a stage keeps of one microbatch."""
+        return self.move * self.kept[stage] / self.unit
+
     def work(self, placement: Placement) -> list[float]:
         """Return the compute time of one microbatch on each rank, nothing overlapped."""
         times = [sum(parts) for parts in zip(self.forward, self.input, self.weight, strict=True)]
@@ -66,12 +74,17 @@ class Costs:
 
 
 def uniform(
-    placement: Placement, times: Sequence[float], memory: Sequence[float] = (1.0, 1.0), hidden: float = 0.0
+    placement: Placement,
+    times: Sequence[float],
+    memory: Sequence[float] = (1.0, 1.0),
+    hidden: float = 0.0,
+    move: float = 0.0,
 ) -> Costs:
     """Return the costs of equal stages from those of a whole rank.
 
     times:  T_F, T_I, T_W and T_comm of all of a rank's layers for one microbatch; a chunk takes T / v, a hop T_comm
     memory: M_B kept from F to I and the part M_W of it kept until W, of all of a rank's layers
+    move:   time of moving M_B away, or back
     """
     if len(times) != 4:
         raise Refused(f"times are T_F,T_I,T_W,T_comm, four numbers; got {len(times)}")
@@ -89,4 +102,5 @@ def uniform(
         held=held,
         unit=memory[0] * v,
         hidden=hidden,
+        move=move,
     )

@@ -8,9 +8,13 @@ from functools import partial
 from megatron_cp.pipeline.action import (
     BACKWARD,
     COMPUTE,
+    EVICT,
     FORWARD,
     FULL,
     INPUT,
+    LENDERS,
+    LOAD,
+    MOVES,
     RECV_B,
     RECV_F,
     REDUCE,
@@ -24,18 +28,19 @@ from megatron_cp.pipeline.action import (
     halves,
 )
 from megatron_cp.pipeline.placement import Placement
-from megatron_cp.pipeline.schedule import BadSchedule, Schedule
+from megatron_cp.pipeline.schedule import PEER, BadSchedule, Schedule
 
 
 def check(schedule: Schedule) -> Schedule:
     """Return the schedule itself if its compute table is complete, ordered and free of deadlock.
 
     Every stage runs on its own rank; every microbatch of every stage has one F, and after it either one B or one I and
-    then one W; W's of a stage come in the order of its I's, and no B overtakes them. Raises BadSchedule.
+    then one W; W's of a stage come in the order of its I's, and no B overtakes them. Activations leave with EVICT
+    between their F and their backward, and are back with LOAD before it. Raises BadSchedule.
     """
     for rank, actions in enumerate(schedule.table):
         _check_rank(schedule, rank, actions)
-    deque(walk(schedule), maxlen=0)
+    deque(walk(without_moves(schedule)), maxlen=0)
     return schedule
 
 
@@ -43,10 +48,13 @@ def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
     forwarded: set[tuple[int, int | None]] = set()
     returned: set[tuple[int, int | None]] = set()
     pending: dict[int, deque[int | None]] = defaultdict(deque)
+    away: set[tuple[int, int | None]] = set()
     place = -1
     for place, cell in enumerate(cells):
         for action in halves(cell):
-            fault = _fault(schedule, rank, action, forwarded, returned, pending)
+            fault = _misplaced_move(action, forwarded - returned, away) or _fault(
+                schedule, rank, action, forwarded, returned, pending
+            )
             if fault:
                 raise BadSchedule(schedule, f"rank {rank}, {action}: {fault}", [(rank, place)])
     expected = {(stage, micro) for stage in schedule.placement.of_rank[rank] for micro in range(schedule.micros)}
@@ -55,6 +63,21 @@ def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
     missing += [Action(stage, WEIGHT, micro) for stage, micros in pending.items() for micro in micros]
     if missing:
         raise BadSchedule(schedule, f"rank {rank} never runs {', '.join(map(str, missing[:4]))}", [(rank, place)])
+
+
+def _misplaced_move(
+    action: Action, alive: set[tuple[int, int | None]], away: set[tuple[int, int | None]]
+) -> str | None:
+    key = (action.stage, action.micro)
+    if action.kind == EVICT:
+        fault = None if key in alive - away else "has no activations to move"
+        away.add(key)
+        return fault
+    if action.kind == LOAD:
+        fault = None if key in away else "was not moved away"
+        away.discard(key)
+        return fault
+    return "runs before the LOAD of its activations" if action.kind in BACKWARD and key in away else None
 
 
 def _fault(
@@ -67,6 +90,8 @@ def _fault(
 ) -> str | None:
     stage, kind, micro = action
     key = (stage, micro)
+    if kind in MOVES:
+        return None
     if kind not in COMPUTE or micro is None or not 0 <= micro < schedule.micros:
         return f"not a compute action of microbatches 0 to {schedule.micros - 1}"
     if stage not in schedule.placement.of_rank[rank]:
@@ -193,36 +218,42 @@ def add_transfers(schedule: Schedule) -> Schedule:
 
     Since send and receive enter their ranks' lists together while all ranks are walked at once, both sides of every
     channel agree on the order, and even blocking transfers cannot deadlock. A hand-over on the same rank has none.
+    The same holds for moves to a peer: its HOLD or GIVE is written down with the owner's EVICT or LOAD.
     """
     lists: list[list[Cell]] = [[] for _ in schedule.table]
     rest = [_behind(cells) for cells in schedule.table]
-    for rank, cell in walk(replace(schedule, table=tuple(_computes(cells) for cells in schedule.table))):
+    for rank, cell in walk(without_moves(schedule)):
         lists[rank].append(cell)
         for action in halves(cell):
             for receiver, send, receive in _transfer(schedule, rank, action):
                 lists[rank].append(send)
                 lists[receiver].append(receive)
-        lists[rank] += rest[rank].get(cell, ())
+        for action in rest[rank].get(cell, ()):
+            lists[rank].append(action)
+            if action.kind in LENDERS and schedule.to == PEER:
+                lists[schedule.placement.ranks - 1 - rank].append(action._replace(kind=LENDERS[action.kind]))
     return replace(schedule, table=tuple(map(tuple, lists)))
 
 
-def _is_compute(cell: Cell) -> bool:
+def without_moves(schedule: Schedule) -> Schedule:
+    """Return the schedule with nothing but its compute cells."""
+    return replace(schedule, table=tuple(tuple(filter(_computes, cells)) for cells in schedule.table))
+
+
+def _computes(cell: Cell) -> bool:
     return isinstance(cell, Overlap) or cell.kind in COMPUTE
 
 
-def _computes(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    return tuple(filter(_is_compute, cells))
-
-
-def _behind(cells: Iterable[Cell]) -> dict[Cell, list[Cell]]:
+def _behind(cells: Iterable[Cell]) -> dict[Cell, list[Action]]:
     """The other cells, under the compute cell that they follow."""
-    behind: dict[Cell, list[Cell]] = defaultdict(list)
+    behind: dict[Cell, list[Action]] = defaultdict(list)
     before: Cell | None = None
     for cell in cells:
-        if _is_compute(cell):
+        if isinstance(cell, Action) and not _computes(cell):
+            if before:
+                behind[before].append(cell)
+        else:
             before = cell
-        elif before:
-            behind[before].append(cell)
     return behind
 
 

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, Cell, flat, parse_cell
+from megatron_cp.pipeline.action import FORWARD, LENDERS, Cell, flat, parse_cell
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
+
+HOST, PEER = "host", "peer"
+MOVE_TARGETS = (HOST, PEER)
 
 Table = tuple[tuple[Cell, ...], ...]
 
@@ -17,12 +20,14 @@ class Schedule:
 
     micros: microbatches of one step
     table:  one tuple of cells per rank
+    to:     where EVICT moves activations: to the rank's own host, or to its peer, rank p - 1 - r
     """
 
     name: str
     placement: Placement
     micros: int
     table: Table
+    to: str = HOST
 
     def text(self) -> str:
         """Return one line per rank, cells separated by blanks; `parse` reads it back."""
@@ -46,14 +51,15 @@ def parse(text: str, name: str = "table") -> Schedule:
     table = tuple(tuple(map(parse_cell, line.split())) for line in text.splitlines() if line.strip())
     if not table:
         raise Refused(f"{name} has no action; write a line of actions for each rank, such as 0F0 0B0")
-    owners = {(action.stage, rank) for rank, cells in enumerate(table) for action in flat(cells)}
+    lent = {rank: {a for a in flat(cells) if a.kind in LENDERS.values()} for rank, cells in enumerate(table)}
+    owners = {(a.stage, rank) for rank, cells in enumerate(table) for a in flat(cells) if a not in lent[rank]}
     shared = [stage for stage, count in Counter(stage for stage, _ in owners).items() if count > 1]
     rank_of = tuple(rank for _, rank in sorted(owners))
     if shared or sorted(stage for stage, _ in owners) != list(range(len(rank_of))):
         raise Refused(f"every stage from 0 up belongs on exactly one rank; found (stage, rank) {sorted(owners)}")
     forwards = [action.micro or 0 for cells in table for action in flat(cells) if action.kind == FORWARD]
     micros = 1 + max(forwards, default=0)
-    return Schedule(name, _named(rank_of, len(table)), micros, table)
+    return Schedule(name, _named(rank_of, len(table)), micros, table, PEER if any(lent.values()) else HOST)
 
 
 def _named(rank_of: tuple[int, ...], p: int) -> Placement:

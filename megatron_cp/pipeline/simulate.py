@@ -7,8 +7,22 @@ from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
-from megatron_cp.pipeline.action import BACKWARD, FORWARD, FULL, INPUT, WEIGHT, Action, Cell, Overlap, flat, halves
+from megatron_cp.pipeline.action import (
+    BACKWARD,
+    EVICT,
+    FORWARD,
+    FULL,
+    INPUT,
+    MOVES,
+    WEIGHT,
+    Action,
+    Cell,
+    Overlap,
+    flat,
+    halves,
+)
 from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.moves import Links, has_moves, peaks_over_time
 from megatron_cp.pipeline.passes import deadlock
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
@@ -46,6 +60,11 @@ class SimulatedStep:
         placement = self.schedule.placement
         saved = sum(self.costs.saved(cell) for cells in self.schedule.table for cell in cells)
         return (self.schedule.micros * sum(self.costs.work(placement)) - saved) / placement.ranks
+
+    @cached_property
+    def moved(self) -> int:
+        """Chunks whose activations move away and back."""
+        return sum(action.kind == EVICT for cells in self.schedule.table for action in flat(cells))
 
     @property
     def bubble(self) -> float:
@@ -105,7 +124,10 @@ def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Simula
     places = [len(done) for done in play.ends]
     if any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
         raise deadlock(schedule, places)
-    peak = tuple(peak_memory(actions, costs) for actions in schedule.table)
+    if any(map(has_moves, schedule.table)):
+        peak = peaks_over_time(schedule, costs, play.starts, play.ends)
+    else:
+        peak = _peaks_in_order(schedule, costs)
     return SimulatedStep(
         schedule=schedule,
         costs=costs,
@@ -137,16 +159,24 @@ class _StepSimulation:
             for work, cells in zip(costs.work(schedule.placement), schedule.table, strict=True)
         ]
         self._saved = costs.saved
+        self._clock = [0.0] * ranks
+        self._links = [Links(schedule.to, costs) if has_moves(cells) else None for cells in schedule.table]
 
     def run(self, rank: int) -> list[int] | None:
         """Run `rank` as far as it comes; return the ranks it wakes, or None when it is too late for the bar."""
         starts, ends = self.starts[rank], self.ends[rank]
-        clock, latest = ends[-1] if ends else 0.0, self._latest[rank]
+        clock, latest, links = self._clock[rank], self._latest[rank], self._links[rank]
         woken = []
         for cell in self.table[rank][len(ends) :]:
+            if links and isinstance(cell, Action) and cell.kind in MOVES:
+                for times, time in zip((starts, ends), links.move(cell, clock), strict=True):
+                    times.append(time)
+                continue
             start = self._cell_start(cell, clock, rank)
             if start is None:
                 break
+            if links:
+                start = max(start, *map(links.ready, halves(cell)))
             latest += (took := self._took(cell))
             clock = start + took
             if clock >= latest:
@@ -156,7 +186,7 @@ class _StepSimulation:
             for action in halves(cell):
                 if action.kind != WEIGHT:
                     woken += self._hand_over(action, clock)
-        self._latest[rank] = latest
+        self._clock[rank], self._latest[rank] = clock, latest
         return woken
 
     def _took(self, cell: Cell) -> float:
@@ -187,6 +217,17 @@ class _StepSimulation:
         key = (action.stage, action.kind != FORWARD, action.micro)
         self._made[key] = clock + self._hop[key[1]][action.stage]
         return [self._asleep.pop(key)] if key in self._asleep else []
+
+
+def peaks(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
+    """Return the most memory of each rank at once, in M_B; moves keep it for as long as they take."""
+    if any(map(has_moves, schedule.table)):
+        return simulate(schedule, costs).peak
+    return _peaks_in_order(schedule, costs)
+
+
+def _peaks_in_order(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
+    return tuple(peak_memory(actions, costs) for actions in schedule.table)
 
 
 def durations(costs: Costs) -> dict[str, tuple[float, ...]]:

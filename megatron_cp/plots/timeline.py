@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_cp.pipeline.action import MOVES
 from megatron_cp.pipeline.simulate import Bar
 
 if TYPE_CHECKING:
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 
     from megatron_cp.pipeline.simulate import SimulatedStep
 
-COLOURS = {"F": "#4c78a8", "B": "#54a24b", "I": "#72b7b2", "W": "#eeca3b"}
+COLOURS = {"F": "#4c78a8", "B": "#54a24b", "I": "#72b7b2", "W": "#eeca3b", "EVICT": "#e45756", "LOAD": "#b279a2"}
 NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+NAMES |= {"EVICT": "activations leave", "LOAD": "activations come back"}
+# of a row's height, below its compute
+MOVES_HEIGHT = 0.25
 OTHER = "#bab0ac"
 PICTURES = (".png", ".svg", ".pdf")
 # beyond this many bars the labels would be unreadable and slow
@@ -68,10 +72,12 @@ def _draw(axes: "Axes", lines: Bars, height: float, offset: float) -> None:
     labelled = sum(map(len, lines)) <= MOST_LABELS
     for rank, line in enumerate(lines):
         chunks = {stage: chunk for chunk, stage in enumerate(sorted({bar.action.stage for bar in line}))}
+        low = [bar.action.kind in MOVES for bar in line]
+        middles = [rank + offset + move * height * (1 - MOVES_HEIGHT) / 2 for move in low]
         axes.barh(
-            [rank + offset] * len(line),
+            middles,
             [bar.end - bar.start for bar in line],
-            height,
+            [height * MOVES_HEIGHT if move else height for move in low],
             [bar.start for bar in line],
             color=[
                 (COLOURS.get(bar.action.kind, OTHER), 0.95 - 0.6 * chunks[bar.action.stage] / len(chunks))
@@ -80,12 +86,10 @@ def _draw(axes: "Axes", lines: Bars, height: float, offset: float) -> None:
             edgecolor="white",
             linewidth=0.4,
         )
-        for bar in line if labelled else ():
+        for bar, where in zip(line, middles, strict=True) if labelled else ():
             if bar.action.micro is not None:
                 middle = (bar.start + bar.end) / 2
-                axes.text(
-                    middle, rank + offset, str(bar.action.micro), ha="center", va="center", fontsize=5, clip_on=True
-                )
+                axes.text(middle, where, str(bar.action.micro), ha="center", va="center", fontsize=5, clip_on=True)
 
 
 def _legend(axes: "Axes", all_bars: Sequence[Bars]) -> None:
@@ -99,7 +103,10 @@ def _legend(axes: "Axes", all_bars: Sequence[Bars]) -> None:
 
 
 def write_trace(simulated: Bars, file: Path, recorded: Bars | None = None) -> Path:
-    """Write Chrome's trace event format: one process per source, one thread per rank, times taken as milliseconds."""
+    """Write Chrome's trace event format: one process per source, times taken as milliseconds.
+
+    Every rank is a thread, and its moves of activations another one.
+    """
     events = [*_events(simulated, 0, "simulated"), *(_events(recorded, 1, "recorded") if recorded else ())]
     file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     return file
@@ -109,13 +116,17 @@ def _events(lines: Bars, process: int, name: str) -> Iterator[dict[str, object]]
     yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
     for rank, line in enumerate(lines):
         yield {"ph": "M", "name": "thread_name", "pid": process, "tid": rank, "args": {"name": f"rank {rank}"}}
+        if any(bar.action.kind in MOVES for bar in line):
+            # they run beside compute, and a thread holds one event at a time
+            moves = {"name": f"rank {rank} moves"}
+            yield {"ph": "M", "name": "thread_name", "pid": process, "tid": len(lines) + rank, "args": moves}
         for action, start, end in line:
             yield {
                 "ph": "X",
                 "name": str(action),
                 "cat": NAMES.get(action.kind, action.kind),
                 "pid": process,
-                "tid": rank,
+                "tid": rank + len(lines) * (action.kind in MOVES),
                 "ts": start * 1000,
                 "dur": (end - start) * 1000,
                 "args": {"stage": action.stage, "microbatch": action.micro},

@@ -101,6 +101,30 @@ def test_trace_has_one_event_for_every_action(tmp_path):
     assert max(event["ts"] + event["dur"] for event in ran) == pytest.approx(told["makespan"] * 1000)
 
 
+def test_moves_of_activations_in_words_in_json_and_in_a_trace(tmp_path):
+    file, sizes = tmp_path / "step.json", "--schedule 1f1b -p 8 -m 24 --pp-offload"
+    told = ask(*f"{sizes} 2 --plot".split(), str(file))
+    assert "peak (M_B)   2 2 2 2 2 2 2 1" in told
+    assert "moves        154 of 192 chunks to the host and back, at most 2 stay on a rank" in told
+    names = [event.get("cat") for event in json.loads(file.read_text())["traceEvents"] if event.get("tid", 0) >= 8]
+    assert names.count("activations leave") == names.count("activations come back") == 154
+    told = json.loads(ask(*f"{sizes} 5 --pp-offload-to peer --move-time 2 --json".split()))
+    assert (told["makespan"], told["moved"], told["moved_to"]) == (105, 35, "peer")
+    assert ask(*f"{sizes} 8".split()).endswith("no rank keeps more than 8 chunks at once, so the limit gains nothing\n")
+    ask(*"--schedule 1f1b -p 4 -m 4 --pp-offload 2 --plot".split(), str(tmp_path / "step.svg"))
+    assert b"activations leave" in (tmp_path / "step.svg").read_bytes()
+    rows = json.loads(ask(*"--compare 1f1b,gis -p 4 -m 8 --pp-offload 3 --json".split()))
+    assert [max(row["peak"]) for row in rows] == [3, 2]
+
+
+def test_moves_in_a_table_of_ones_own(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("0F0 0F1 0EVICT1 0B0 0LOAD1 0B1\n1F0 1B0 1F1 1B1\n")
+    assert json.loads(ask("--table", str(file), "--json"))["moved"] == 1
+    with pytest.raises(ValueError, match="moves activations by itself; leave --pp-offload out"):
+        ask("--table", str(file), "--pp-offload", "2")
+
+
 def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
     from megatron_cp.pipeline.action import parse_action
     from megatron_cp.pipeline.simulate import Bar
@@ -144,6 +168,13 @@ def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
         ("--compare all -p 4 -m 8 --plot step.gif", "a timeline must be a .png"),
         ("--schedule 1f1b --compare all -p 4 -m 8", "give one of"),
         ("--schedule 1f1b -p 4", "-p and of microbatches -m"),
+        ("--schedule 1f1b -p 4 -m 8 --pp-offload 1", "its smallest limit is 2"),
+        ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --pp-offload-to peer", "its smallest limit is 3"),
+        ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --pp-offload-to pier", "did you mean 'peer'"),
+        ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --move-time=-1", "the time of a move cannot be negative"),
+        ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --cap 1", "below the minimum 2 M_B of 1f1b"),
+        ("--schedule 1f1b -p 4 -m 8 --pp-offload-to peer", "--pp-offload-to peer is about what --pp-offload N moves"),
+        ("--schedule 1f1b -p 4 -m 8 --move-time 2", "--move-time 2.0 is about what --pp-offload N moves"),
     ],
 )
 def test_what_cannot_be_is_refused(words, reason):

@@ -5,8 +5,13 @@ from collections.abc import Iterator
 from megatron_cp.pipeline.action import (
     BACKWARD,
     COMPUTE,
+    EVICT,
     FORWARD,
     FULL,
+    GIVE,
+    HOLD,
+    LENDERS,
+    LOAD,
     RECV_B,
     RECV_F,
     REDUCE,
@@ -16,11 +21,11 @@ from megatron_cp.pipeline.action import (
     Overlap,
     halves,
 )
-from megatron_cp.pipeline.channels import PipelineChannel, communicators
+from megatron_cp.pipeline.channels import PipelineChannel, communicators, lending_channel
 from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.receive_early import RECEIVES
-from megatron_cp.pipeline.schedule import Schedule
+from megatron_cp.pipeline.schedule import PEER, Schedule
 from megatron_cp.pipeline.simulate import durations
 from tests.nccl import Message, Operation
 from tests.pipeline.played import UNIT
@@ -28,9 +33,9 @@ from tests.pipeline.played import UNIT
 Numbers = dict[PipelineChannel, int]
 
 
-def numbers(placement: Placement) -> Numbers:
+def numbers(placement: Placement, lends: bool = False) -> Numbers:
     """The communicator of every channel, as the executor has it."""
-    return {channel: number for number, channels in enumerate(communicators(placement)) for channel in channels}
+    return {channel: number for number, channels in enumerate(communicators(placement, lends)) for channel in channels}
 
 
 def launches(
@@ -38,7 +43,7 @@ def launches(
 ) -> list[list[Operation]]:
     """The first step of every rank; times are 1 where no costs are given."""
     costs = costs or uniform(schedule.placement, UNIT)
-    number_of = number_of or numbers(schedule.placement)
+    number_of = number_of or numbers(schedule.placement, schedule.to == PEER)
     ranks = [list(meeting(number_of, rank)) if meet else [] for rank in range(len(schedule.table))]
     for rank, operations in enumerate(ranks):
         operations += _step(schedule, rank, costs, number_of, len(operations))
@@ -53,19 +58,45 @@ def meeting(number_of: Numbers, rank: int) -> Iterator[Operation]:
 
 
 def _step(schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place: int) -> Iterator[Operation]:
-    """The actions in order, the first at `place`. A backward also waits until its forward's output has been sent."""
+    """The actions in order, the first at `place`.
+
+    A backward also waits until its forward's output has been sent, and until its activations are back; a forward, and
+    whatever else makes room, until those that were moved away are gone; what a lender gives back, until it has come.
+    """
     took = durations(costs)
     received: dict[Action, int] = {}
     sent: dict[tuple[int, int | None], int] = {}
+    leaving: list[int] = []
+    back: dict[tuple[int, int | None], int] = {}
+    lent: dict[tuple[int, int | None], int] = {}
+    given: list[int] = []
     for cell in schedule.table[rank]:
         if isinstance(cell, Overlap) or cell.kind in COMPUTE:
             after = [received[brings] for action in halves(cell) if (brings := receive_of(action)) in received]
             backwards = {(action.stage, action.micro) for action in halves(cell) if action.kind in BACKWARD}
             after += [sent.pop(made) for made in backwards & sent.keys()]
+            after += [back.pop(chunk) for chunk in backwards & back.keys()]
+            if any(action.kind == FORWARD for action in halves(cell)):
+                after += leaving
+                leaving.clear()
             seconds = sum(took[action.kind][action.stage] for action in halves(cell)) - costs.saved(cell)
             yield Operation(str(cell), (), tuple(after), seconds)
-        elif cell.kind == REDUCE:
+        elif cell.kind == REDUCE or (schedule.to != PEER and cell.kind in LENDERS):
             continue
+        elif cell.kind in (EVICT, LOAD, HOLD, GIVE):
+            chunk = (cell.stage, cell.micro)
+            channel = lending_channel(schedule.placement, cell)
+            label = (channel.kind, *chunk)
+            after = (lent.pop(chunk),) if cell.kind == GIVE else ()
+            yield Operation(str(cell), (Message(number_of[channel], channel.source, channel.target, label),), after)
+            if cell.kind == EVICT:
+                leaving.append(place)
+            elif cell.kind == LOAD:
+                back[chunk] = place
+            elif cell.kind == HOLD:
+                lent[chunk] = place
+            else:
+                given.append(place)
         else:
             channel, label = _transfer(schedule.placement, cell)
             yield Operation(str(cell), (Message(number_of[channel], channel.source, channel.target, label),))
@@ -74,7 +105,7 @@ def _step(schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place
             elif cell.kind == SEND_F:
                 sent[cell.stage, cell.micro] = place
         place += 1
-    yield Operation("the end of the step", (), tuple(sent.values()))
+    yield Operation("the end of the step", (), (*sent.values(), *leaving, *given))
 
 
 def receive_of(action: Action) -> Action | None:
