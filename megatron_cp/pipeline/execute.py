@@ -8,9 +8,13 @@ from torch import Tensor
 
 from megatron_cp.comm import Transfer
 from megatron_cp.pipeline.action import (
+    EVICT,
     FORWARD,
     FULL,
+    GIVE,
+    HOLD,
     INPUT,
+    LOAD,
     RECV_B,
     RECV_F,
     REDUCE,
@@ -25,6 +29,7 @@ from megatron_cp.pipeline.channels import Channels
 from megatron_cp.pipeline.passes import add_reductions, add_transfers, merge
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.receive_early import receive_early
+from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
 
@@ -90,6 +95,7 @@ class Executor:
     """One rank's part of one step.
 
     training: True if outputs are kept for a backward
+    saved:    the rank's activations, where the table moves them
     observe:  a context around every action, to measure it; waiting for another rank is outside of it
     """
 
@@ -101,9 +107,11 @@ class Executor:
         channels: Channels,
         training: bool = True,
         observe: Observe = lambda action: nullcontext(),
+        saved: SavedActivations | None = None,
     ) -> None:
         self._rank_of, self._rank, self._last = placement.rank_of, rank, len(placement.rank_of) - 1
         self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
+        self._saved = saved
         self._given: dict[StageMicro, Tensor] = {}
         self._made: dict[StageMicro, Tensor] = {}
         self._gradients: dict[StageMicro, Tensor] = {}
@@ -120,12 +128,16 @@ class Executor:
             RECV_B: self._receive_gradient,
             REDUCE: lambda stage, _: stages.reduce(stage),
         }
+        if saved:
+            self._handlers |= {EVICT: saved.evict, LOAD: saved.load, HOLD: saved.hold, GIVE: saved.give}
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run the rank's lowered cells in order, the halves of an overlap one after the other.
 
         An error is marked with the rank and the action it came from.
         """
+        if self._saved:
+            self._saved.begin()
         for cell in cells:
             for action in halves(cell):
                 with self._marking(action):
@@ -151,6 +163,8 @@ class Executor:
     def _finish(self) -> None:
         for sent in self._sending.values():
             sent.handle.wait()
+        if self._saved:
+            self._saved.finish()
         assert not self._arriving, "a message was received and not used"
         assert not (self._training and self._made), "outputs without a backward"
 
@@ -168,7 +182,12 @@ class Executor:
 
     def _forward(self, stage: int, micro: int) -> None:
         given = self._given.pop((stage, micro), None)
-        made = self._stages.forward(stage, micro, given)
+        if self._saved:
+            with self._saved.recording(stage, micro) as chunk:
+                made = self._stages.forward(stage, micro, given)
+            chunk.stays(made)
+        else:
+            made = self._stages.forward(stage, micro, given)
         if self._training and given is not None:
             self._given[stage, micro] = given
         if stage < self._last and self._rank_of[stage + 1] == self._rank:
@@ -187,6 +206,8 @@ class Executor:
         if (FORWARD, stage, micro) in self._sending:
             # the rank that sent the gradient back has received the output
             self._output_sent(stage, micro)
+        if self._saved:
+            self._saved.use(stage, micro)
         given, made = self._given.pop((stage, micro), None), self._made.pop((stage, micro))
         gradient = self._gradients.pop((stage, micro), None)
         before = self._stages.backward(stage, micro, given, made, gradient, split)

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from megatron_cp.pipeline.action import Action
+from megatron_cp.pipeline.action import MOVES, Action, flat
 from megatron_cp.pipeline.channels import Channels, communicators
 from megatron_cp.pipeline.execute import Executor
 from megatron_cp.pipeline.placement import Placement
-from megatron_cp.pipeline.schedule import Schedule
+from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
+from megatron_cp.pipeline.schedule import PEER, Schedule
 
 WIDTH = 4
 PATIENCE = 20.0
@@ -141,26 +142,45 @@ def weight_of(stage: int) -> Tensor:
 
 
 def layer(given: Tensor, weight: Tensor) -> Tensor:
-    return torch.tanh(given @ weight)
+    # scaled, so that autograd saves more than what the stage hands on
+    return torch.tanh(given @ weight) * 1.5
 
 
 def inputs_of(micros: int) -> Tensor:
     return torch.randn(micros, 2, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
 
 
-def execute(lowered: Schedule, meet: bool = True, training: bool = True) -> list[Layers]:
-    """Run the lowered schedule on all ranks; return each rank's layers after the step."""
-    placement, exchange = lowered.placement, Exchange()
+def execute(
+    lowered: Schedule,
+    meet: bool = True,
+    training: bool = True,
+    steps: int = 1,
+    saved: list[SavedActivations] | None = None,
+) -> list[Layers]:
+    """Run the lowered schedule on all ranks; return each rank's layers after the steps.
+
+    saved: filled with every rank's activations, where the table moves some
+    """
+    placement, exchange, lends = lowered.placement, Exchange(), lowered.to == PEER
+    moves = any(action.kind in MOVES for cells in lowered.table for action in flat(cells))
+    activations: list[SavedActivations | None] = [None] * placement.ranks
     ranks = [Layers(stages, len(placement.rank_of) - 1, inputs_of(lowered.micros)) for stages in placement.of_rank]
 
     def run(rank: int) -> None:
-        peers = [Peer(exchange, number, rank) for number in range(len(communicators(placement)))]
-        channels = Channels(placement, rank, peers)
+        peers = [Peer(exchange, number, rank) for number in range(len(communicators(placement, lends)))]
+        channels = Channels(placement, rank, peers, lends)
+        if moves:
+            device = torch.device("cpu")
+            mover = PeerMover(channels, placement.ranks - 1 - rank, device) if lends else HostMover(device)
+            weights = list(ranks[rank].weights.values())
+            activations[rank] = SavedActivations(mover, device, lambda: storages_of(weights))
         try:
             if meet:
                 channels.meet(torch.zeros(1))
             with torch.set_grad_enabled(training):
-                Executor(placement, rank, ranks[rank], channels, training).run(lowered.table[rank])
+                for _ in range(steps):
+                    executor = Executor(placement, rank, ranks[rank], channels, training, saved=activations[rank])
+                    executor.run(lowered.table[rank])
         except BaseException as error:
             with exchange.changed:
                 exchange.failed = exchange.failed or error
@@ -173,6 +193,8 @@ def execute(lowered: Schedule, meet: bool = True, training: bool = True) -> list
         raise exchange.failed
     for future in futures:
         future.result()
+    if saved is not None:
+        saved += [each for each in activations if each]
     return ranks
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_cp.pipeline.execute import forward_only, lower
+from megatron_cp.pipeline.offload import Offload, offload, smallest_limit
 from megatron_cp.pipeline.placement import loop, vee
 from megatron_cp.pipeline.profile import lower_split
 from tests.pipeline.executed import execute, sequential
@@ -28,3 +29,26 @@ def test_evaluation_gives_the_losses_of_one_rank(placement):
     losses, _ = sequential(placement, 5)
     ranks = execute(forward_only(placement, 5), training=False)
     assert {micro: loss for layers in ranks for micro, loss in layers.losses.items()} == losses
+
+
+@pytest.mark.parametrize("to", ["host", "peer"])
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "gis", "zb-v"])
+def test_moved_activations_change_no_bit(name, to):
+    schedule = scheduled(name, 4, 8)
+    plan = Offload(smallest_limit(schedule, to), to)
+    moved, saved = offload(schedule, plan), []
+    expected, found = execute(lower(schedule), steps=2), execute(lower(moved), steps=2, saved=saved)
+    if name == "zb-v" and to == "peer":
+        # all ranks keep the same: there is nothing to lend
+        assert moved.table == schedule.table
+        return
+    for layers, others in zip(found, expected, strict=True):
+        assert layers.losses == others.losses
+        assert all(torch.equal(layers.gradients[stage], others.gradients[stage]) for stage in layers.gradients)
+    assert sum(each.moved for each in saved) > 0
+    for rank, each in enumerate(saved):
+        # microbatches of the first stage share their input, and the loss is saved too on the last
+        size = max(each.sizes.values())
+        assert each.peak <= plan.limit * size
+        if name == "1f1b" and to == "host" and rank < 3:
+            assert each.peak == plan.limit * size
