@@ -14,7 +14,7 @@ from megatron_cp.pipeline.bounds import lower_bound
 from megatron_cp.pipeline.build import build, check_caps, place
 from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
 from megatron_cp.pipeline.moves import has_moves
-from megatron_cp.pipeline.offload import Offload, described, offload
+from megatron_cp.pipeline.offload import Offload, described, limit_of, offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import HOST, BadSchedule, parse
@@ -24,6 +24,7 @@ from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
 
 MOST_RANKS, MOST_PASSES = 512, 200_000
+LENDERS = {rule.name for rule in SCHEDULES if rule.lends}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,11 @@ def simulate(
     placement: Annotated[str | None, typer.Option(help="Placement for auto: loop or v.")] = None,
     objective: Annotated[str, typer.Option(help=f"Objective of auto: {' or '.join(OBJECTIVES)}.")] = "makespan",
     pp_offload: Annotated[
-        int | None,
-        typer.Option(help="Most chunks whose activations a rank keeps; those needed last move away and back."),
+        str | None,
+        typer.Option(
+            help="Most chunks whose activations a rank keeps, those needed last move away and back; "
+            "auto: the most that fit under --cap."
+        ),
     ] = None,
     pp_offload_to: Annotated[
         str | None,
@@ -102,7 +106,7 @@ def simulate(
         cap=cap,
         objective=objective,
         warmup=warmup,
-        moves=_moves(pp_offload, pp_offload_to, move_time),
+        moves=_moves(pp_offload, pp_offload_to),
         move=move_time,
     )
     if objective not in OBJECTIVES:
@@ -139,12 +143,11 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _moves(limit: int | None, to: str | None, move_time: float | None) -> Offload | None:
-    if limit is not None:
-        return Offload(limit, to or HOST)
-    for option, value in (("--pp-offload-to", to), ("--move-time", move_time)):
-        if value is not None:
-            raise ValueError(f"{option} {value} is about what --pp-offload N moves; give it too")
+def _moves(text: str | None, to: str | None) -> Offload | None:
+    if text is not None:
+        return Offload(limit_of(text), to or HOST)
+    if to is not None:
+        raise ValueError(f"--pp-offload-to {to} is about what --pp-offload N moves; give it too")
     return None
 
 
@@ -223,8 +226,8 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         f"transfers    {run.transfers}\n"
         f"peak (M_B)   {' '.join(f'{peak:g}' for peak in run.peak)}"
     )
-    if asked.moves:
-        typer.echo(f"moves        {described(run.schedule, asked.moves)}")
+    if asked.moves or run.moved or run.schedule.name in LENDERS:
+        typer.echo(f"moves        {described(run.schedule)}")
 
 
 def _plot(run: SimulatedStep, file: Path) -> None:

@@ -20,7 +20,10 @@ from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES, on_v
 from megatron_cp.pipeline.costs_file import Model
+from megatron_cp.pipeline.offload import AUTO as LIMIT_FROM_MEMORY
+from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
+from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
 from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, MEGATRONS, SCHEMES
 
 HEAD_FIRST = "head-first"
@@ -215,6 +218,37 @@ class PipelineFlags(_Flags):
         ),
         float,
     )
+    offload: str | None = _flag(
+        None,
+        lambda: "CHUNKS",
+        lambda: (
+            "Keep the activations of at most so many chunks on a rank, from their forward to their backward; those "
+            f"needed last move away meanwhile. {LIMIT_FROM_MEMORY}: the most that fit under --pp-memory-limit."
+        ),
+    )
+    offload_to: str | None = _flag(
+        None,
+        lambda: _one_of(*MOVE_TARGETS),
+        lambda: (
+            "Where --pp-offload moves them: to the host's memory, which is the default, or to the peer, the rank as "
+            "far from the other end of the pipeline."
+        ),
+    )
+
+    @property
+    def moves(self) -> Offload | None:
+        """The limit of chunks and the target; ValueError for what is no limit."""
+        return None if self.offload is None else Offload(limit_of(self.offload), self.offload_to or HOST)
+
+    @property
+    def moves_activations(self) -> bool:
+        """True if activations leave a rank between forward and backward."""
+        return self.offload is not None or (self.schedule is not None and SCHEDULES.get(self.schedule).lends)
+
+    @property
+    def lends(self) -> bool:
+        """True if they go to another rank."""
+        return self.moves_activations and (self.offload is None or self.offload_to == PEER)
 
     @property
     def on_v(self) -> bool:

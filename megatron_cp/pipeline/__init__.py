@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron_cp.pipeline.action import Cell
 from megatron_cp.pipeline.schedule import Table
 from megatron_cp.pipeline.schedules import (
+    bpipe,
     breadth_first,
     controllable_memory,
     dapple,
@@ -30,6 +31,7 @@ class Rule:
     usual:        the v it takes when none is given
     split:        True if it needs the backward split into I and W
     takes_warmup: True if `table` takes a warm-up multiplier too
+    lends:        True if ranks lend activations to their peers, down to BPipe's limit
     overlaps:     True if `table` can write a forward and a backward that run at the same time as one action
     """
 
@@ -42,6 +44,7 @@ class Rule:
     usual: int = 1
     split: bool = True
     takes_warmup: bool = False
+    lends: bool = False
     overlaps: bool = False
     aliases: tuple[str, ...] = ()
 
@@ -71,6 +74,14 @@ SCHEDULES = Registry(
             what="one forward, one backward, flushed every step",
             split=False,
             aliases=("dapple-a", "pipedream-flush"),
+        ),
+        Rule(
+            name="bpipe",
+            table=bpipe.bpipe,
+            paper="ICML 2023 (BPipe)",
+            what="1F1B whose early ranks lend activations to late ones",
+            split=False,
+            lends=True,
         ),
         Rule(
             name="dapple-b",

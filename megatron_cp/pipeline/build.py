@@ -6,10 +6,10 @@ from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.list_schedule import EPSILON
-from megatron_cp.pipeline.offload import Offload, offload
+from megatron_cp.pipeline.offload import Offload, balanced, under
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
-from megatron_cp.pipeline.schedule import BadSchedule, Schedule
+from megatron_cp.pipeline.schedule import PEER, BadSchedule, Schedule
 from megatron_cp.pipeline.schedules.auto import auto
 from megatron_cp.pipeline.simulate import peaks
 from megatron_cp.registry import suggest
@@ -83,14 +83,26 @@ def build(
     if rule.table is None:
         if costs is None:
             raise Refused(f"{rule.name} schedules from times; give it costs")
-        schedule = check(auto(where, m, costs, None if moves else caps, objective))
-    else:
-        schedule = _fixed(rule, where, m, warmup, overlapped)
+        return check(auto(where, m, costs, caps, objective, moves))
+    if rule.lends:
+        moves = lent(rule, where.ranks, moves)
+    schedule = _fixed(rule, where, m, warmup, overlapped)
     if moves is not None:
-        schedule = check(offload(schedule, moves))
+        schedule = check(under(schedule, moves, costs, caps))
     if costs is not None and caps is not None:
         check_caps(schedule, costs, caps)
     return schedule
+
+
+def lent(rule: Rule, p: int, moves: Offload | None) -> Offload:
+    """Return the limit that a rule with lenders brings; raises ValueError for another one beside it."""
+    own = Offload(balanced(p), PEER)
+    if moves is not None:
+        raise Refused(
+            f"{rule.name} has a limit of its own, {own.limit} chunks with the others on the peer, got {moves.limit} on "
+            f"the {moves.to}; leave --pp-offload out, or take it with 1f1b"
+        )
+    return own
 
 
 def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:

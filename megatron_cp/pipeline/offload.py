@@ -9,23 +9,31 @@ ceil((p + 2) / 2) microbatches on every rank. For example rank 0 of 4 at a limit
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import BACKWARD, EVICT, FORWARD, LOAD, MOVES, Action, Cell, flat, halves
+from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.list_schedule import EPSILON
 from megatron_cp.pipeline.passes import walk, without_moves
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER, Schedule
+from megatron_cp.pipeline.simulate import peaks
 from megatron_cp.registry import suggest
+
+AUTO = "auto"
 
 StageMicro = tuple[int, int]
 
 
 class Offload(NamedTuple):
-    """The most chunks whose activations a rank keeps between forward and backward, and where it moves the others."""
+    """The most chunks whose activations a rank keeps between forward and backward, and where it moves the others.
 
-    limit: int
+    limit: None for the largest that fits under memory caps
+    """
+
+    limit: int | None
     to: str = HOST
 
 
@@ -34,8 +42,17 @@ def balanced(p: int) -> int:
     return (p + 3) // 2
 
 
+def limit_of(text: str) -> int | None:
+    """Return the limit that `text` says, None for `auto`; raises ValueError for anything but that and a number."""
+    if text == AUTO:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise Refused(f"--pp-offload is a number of chunks from 1 up, or {AUTO}, got {text!r}")
+    return int(text)
+
+
 def offload(schedule: Schedule, plan: Offload) -> Schedule:
-    """Return the compute table with moves under `plan`; one that stays below the limit by itself comes back unchanged.
+    """Return the compute table with moves under the limit of `plan`; one that stays below it by itself has none.
 
     Raises ValueError for a limit that the schedule cannot keep, saying the smallest, and for an unknown target.
     """
@@ -43,7 +60,8 @@ def offload(schedule: Schedule, plan: Offload) -> Schedule:
         raise Refused(
             f"activations move to {' or '.join(MOVE_TARGETS)}, got {plan.to!r}{suggest(plan.to, MOVE_TARGETS)}"
         )
-    moved = _moved(schedule, plan)
+    assert plan.limit is not None, "a limit is chosen with costs and caps"
+    moved = _moved(schedule, plan.limit, plan.to)
     if max(most_kept(moved)) > plan.limit:
         chunks = f"{plan.limit} chunk{'' if plan.limit == 1 else 's'}"
         raise Refused(
@@ -57,19 +75,63 @@ def smallest_limit(schedule: Schedule, to: str = HOST) -> int:
     """Return the fewest chunks to which moves can hold every rank, those lent to it counted with its own."""
     # a rank and its peer hold at most twice the limit together
     limit = -(-max(most_kept(schedule)) // 2) if to == PEER else 1
-    while max(most_kept(_moved(schedule, Offload(limit, to)))) > limit:
+    while max(most_kept(_moved(schedule, limit, to))) > limit:
         limit += 1
     return limit
 
 
-def described(schedule: Schedule, plan: Offload) -> str:
-    """Return in words how much a table under `plan` moves, and which rank has no peer to move it to."""
+def fitted(schedule: Schedule, costs: Costs, caps: Sequence[float], to: str = HOST) -> Schedule | None:
+    """Return the table under the largest limit with which no rank exceeds its cap, in M_B; None if there is none.
+
+    A larger limit moves less. Halving finds it, for a smaller one never keeps more.
+    """
+
+    def fits(moved: Schedule) -> bool:
+        return all(peak <= cap + EPSILON for peak, cap in zip(peaks(moved, costs), caps, strict=True))
+
+    if fits(schedule):
+        return schedule
+    low, high = smallest_limit(schedule, to), max(most_kept(schedule)) - 1
+    best = None
+    while low <= high:
+        limit = (low + high + 1) // 2
+        moved = _moved(schedule, limit, to)
+        if max(most_kept(moved)) <= limit and fits(moved):
+            best, low = moved, limit + 1
+        else:
+            high = limit - 1
+    return best
+
+
+def under(schedule: Schedule, plan: Offload, costs: Costs | None, caps: Sequence[float] | None) -> Schedule:
+    """Return the table with moves under the limit of `plan`, or under the largest that keeps to the caps, in M_B.
+
+    Raises ValueError as `offload` does, and where not even the smallest limit keeps to the caps.
+    """
+    if plan.limit is not None:
+        return offload(schedule, plan)
+    if costs is None or caps is None:
+        raise Refused(f"--pp-offload {AUTO} fits a memory limit, which is missing; give one, or a number of chunks")
+    found = fitted(schedule, costs, caps, plan.to)
+    if found is None:
+        least = smallest_limit(schedule, plan.to)
+        most = max(peaks(_moved(schedule, least, plan.to), costs))
+        raise Refused(
+            f"{schedule.name} needs {most:g} M_B even with its smallest limit of {least} chunks on a rank, "
+            f"above the cap of {min(caps):g} M_B"
+        )
+    return found
+
+
+def described(schedule: Schedule) -> str:
+    """Return in words how much a table moves, and which rank has no peer to move it to."""
     chunks, p = schedule.micros * len(schedule.placement.rank_of), schedule.placement.ranks
     moved = sum(action.kind == EVICT for cells in schedule.table for action in flat(cells))
+    most = max(most_kept(schedule))
     if not moved:
-        return f"none: no rank keeps more than {plan.limit} chunks at once, so the limit gains nothing"
-    alone = f"; rank {p // 2} in the middle has no peer and keeps its own" if plan.to == PEER and p % 2 else ""
-    return f"{moved} of {chunks} chunks to the {plan.to} and back, at most {plan.limit} stay on a rank{alone}"
+        return f"none, and nothing is gained: without them no rank keeps more than {most} chunks at once"
+    alone = f"; rank {p // 2} in the middle has no peer and keeps its own" if schedule.to == PEER and p % 2 else ""
+    return f"{moved} of {chunks} chunks to the {schedule.to} and back, at most {most} stay on a rank{alone}"
 
 
 def most_kept(schedule: Schedule) -> list[int]:
@@ -108,16 +170,16 @@ def _moves_behind(cells: Iterable[Cell]) -> dict[Cell, list[Action]]:
     return behind
 
 
-def _moved(schedule: Schedule, plan: Offload) -> Schedule:
-    if max(most_kept(schedule)) <= plan.limit:
-        return replace(schedule, to=plan.to)
+def _moved(schedule: Schedule, limit: int, to: str) -> Schedule:
+    if max(most_kept(schedule)) <= limit:
+        return replace(schedule, to=to)
     p = len(schedule.table)
     table = tuple(
         # the middle rank of an odd number has no peer
-        cells if plan.to == PEER and 2 * rank == p - 1 else tuple(_with_moves(cells, plan.limit))
+        cells if to == PEER and 2 * rank == p - 1 else tuple(_with_moves(cells, limit))
         for rank, cells in enumerate(schedule.table)
     )
-    return replace(schedule, table=table, to=plan.to)
+    return replace(schedule, table=table, to=to)
 
 
 def _with_moves(cells: tuple[Cell, ...], limit: int) -> Iterator[Cell]:

@@ -174,7 +174,7 @@ def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
         ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --move-time=-1", "the time of a move cannot be negative"),
         ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --cap 1", "below the minimum 2 M_B of 1f1b"),
         ("--schedule 1f1b -p 4 -m 8 --pp-offload-to peer", "--pp-offload-to peer is about what --pp-offload N moves"),
-        ("--schedule 1f1b -p 4 -m 8 --move-time 2", "--move-time 2.0 is about what --pp-offload N moves"),
+        ("--schedule bpipe -p 4 -m 8 --pp-offload 2", "bpipe has a limit of its own, 3 chunks"),
     ],
 )
 def test_what_cannot_be_is_refused(words, reason):

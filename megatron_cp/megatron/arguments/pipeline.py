@@ -8,8 +8,9 @@ from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import PipelineFlags, Settings
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.offload import limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
-from megatron_cp.pipeline.schedule import BadSchedule
+from megatron_cp.pipeline.schedule import MOVE_TARGETS, BadSchedule
 from megatron_cp.registry import suggest
 
 AUTO = "auto"
@@ -73,6 +74,27 @@ UNSUPPORTED = (
 )
 
 
+MOVING_UNSUPPORTED = (
+    Unsupported(
+        "low precision, whose quantized weights autograd saves beside the activations",
+        lambda args: any(read(args, name) is not None for name in ("fp8", "fp4")),
+        "leave --fp8-format and --fp4-format out",
+    ),
+    Unsupported(
+        "offloading of layers by transformer-engine, which moves the same activations",
+        lambda args: bool(read(args, "cpu_offloading", False)) or bool(read(args, "cpu_offloading_num_layers", 0)),
+        "leave --cpu-offloading-num-layers out",
+    ),
+)
+
+LENDING_UNSUPPORTED = (
+    Unsupported(
+        "experts with as many tokens as are routed to them, for a peer cannot know the sizes",
+        lambda args: bool(read(args, "num_experts")) and not read(args, "moe_pad_expert_input_to_capacity", False),
+        "pass --moe-pad-expert-input-to-capacity, or take --pp-offload with --pp-offload-to host",
+    ),
+)
+
 V_UNSUPPORTED = (
     Unsupported(
         "multi-token prediction, whose losses Megatron collects on the last rank",
@@ -131,6 +153,10 @@ def check_schedule(args: Any) -> None:
         )
     on_the_v = V_UNSUPPORTED if flags.on_v else ()
     refuse((*UNSUPPORTED, *on_the_v), args, f"--pp-schedule {name}")
+    if flags.moves_activations:
+        lending = LENDING_UNSUPPORTED if flags.lends else ()
+        mover = f"--pp-offload {flags.offload}" if flags.offload else f"--pp-schedule {name}"
+        refuse((*MOVING_UNSUPPORTED, *lending), args, mover)
 
 
 def check_costs(flags: PipelineFlags) -> None:
@@ -150,11 +176,28 @@ def check_costs(flags: PipelineFlags) -> None:
         raise Refused(f"--pp-memory-limit {limit:g} needs --pp-schedule; leave it out")
     if limit is not None and not limit > 0:
         raise Refused(f"--pp-memory-limit is a positive number of M_B, got {limit:g}")
+    _check_moves(flags)
     if name == AUTO and (file is None) == (steps is None):
         raise Refused(
             f"--pp-schedule {AUTO} schedules from times: give one of --pp-costs FILE and "
             f"--pp-profile-steps 10, got {'none' if file is None else 'both'}"
         )
+
+
+def _check_moves(flags: PipelineFlags) -> None:
+    name, limit, to = flags.schedule, flags.offload, flags.offload_to
+    if limit is None:
+        if to is not None:
+            raise Refused(f"--pp-offload-to {to} is about what --pp-offload N moves; give it too")
+        return
+    if name is None:
+        raise Refused(f"--pp-offload {limit} needs --pp-schedule; add one, or leave it out")
+    if to not in (None, *MOVE_TARGETS):
+        raise Refused(
+            f"unknown --pp-offload-to {to!r}{suggest(to or '', MOVE_TARGETS)}; known: {', '.join(MOVE_TARGETS)}"
+        )
+    if limit_of(limit) is None and flags.memory_limit is None:
+        raise Refused(f"--pp-offload {limit} fits --pp-memory-limit, got none; give it, or a number of chunks")
 
 
 def check_table(args: Any) -> None:
@@ -176,7 +219,15 @@ def check_table(args: Any) -> None:
         return
     for micros in micros_of(args):
         try:
-            build(name, placement.ranks, micros, chunks, costs=known.costs, caps=caps(settings, placement))
+            build(
+                name,
+                placement.ranks,
+                micros,
+                chunks,
+                costs=known.costs,
+                caps=caps(settings, placement),
+                moves=settings.pipeline.moves,
+            )
         except BadSchedule as bad:
             raise Refused(f"--pp-schedule {name} {bad.reason}") from bad
         except ValueError as error:

@@ -10,6 +10,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.bounds import least_memory
 from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.costs_file import CostsFile, StageCosts, of_stages, read, refuse_other_model, write
+from megatron_cp.pipeline.offload import described
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
@@ -74,16 +75,18 @@ def refuse_cap(settings: Settings, placement: Placement, costs: Costs) -> None:
         raise Refused(f"--pp-memory-limit {limit:g} is below the minimum {least:g} M_B, one microbatch at a time")
 
 
-def describe(schedule: Schedule, known: Known) -> list[str]:
-    """Return log lines with the schedule and the simulator's prediction."""
+def describe(schedule: Schedule, known: Known, moving: bool = False) -> list[str]:
+    """Return log lines with the schedule and the simulator's prediction, and where asked with what it moves."""
     placement, run = schedule.placement, simulate(schedule, known.costs)
     sizes = f"p={placement.ranks} v={placement.chunks} m={schedule.micros}"
     peak = " ".join(f"{value:.3g}" for value in run.peak)
+    rule = SCHEDULES.get(schedule.name)
+    moves = [f"activations that move: {described(schedule)}"] if run.moved or rule.lends or moving else []
     return [
-        f"pipeline schedule {schedule.name} ({SCHEDULES.get(schedule.name).paper}), {sizes}, "
-        f"placement {placement.name}",
+        f"pipeline schedule {schedule.name} ({rule.paper}), {sizes}, placement {placement.name}",
         f"predicted {known.origin}: makespan {_time(run, known)}, bubble {run.bubble:.4f}, "
         f"peak activations per rank {peak} {known.unit}",
+        *moves,
     ]
 
 

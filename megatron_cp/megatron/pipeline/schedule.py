@@ -29,6 +29,7 @@ from megatron_cp.pipeline.build import place
 from megatron_cp.pipeline.channels import Channels, communicators
 from megatron_cp.pipeline.execute import Executor, Observe
 from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
 from megatron_cp.pipeline.split_backward import WeightQueue
 
 
@@ -158,6 +159,7 @@ class Pipeline:
         self._observe = observe
         self._channels: Channels | None = None
         self._tables: Tables
+        self._saved: SavedActivations | None = None
         self._queue: WeightQueue | None = None
         self._delayed = False
 
@@ -218,7 +220,10 @@ class Pipeline:
         placement = place(self._rule, call.groups.pp.size(), len(call.model), settings.pipeline.placement)
         if self._channels is None:
             # the first step: sizes of the pipeline and the model are known only now
-            self._channels = connect(call.groups.pp, placement, settings.timeout_minutes)
+            lends = settings.pipeline.lends
+            self._channels = connect(call.groups.pp, placement, settings.timeout_minutes, lends)
+            if settings.pipeline.moves_activations:
+                self._saved = saved_activations(call, self._channels, lends)
             self._queue = bound_queue()
             profile = profile_of(call.model, settings, self._queue)
             self._tables = Tables(self._rule, placement, settings, profile)
@@ -236,7 +241,8 @@ class Pipeline:
         queue = self._queue if puts_off else None
         last = len(placement.rank_of) - 1
         stages = ModelStages(call, self._placed, placement.of_rank[rank], last, queue)
-        executor = Executor(placement, rank, stages, self._channels, call.training, observe)
+        saved = self._saved if call.training else None
+        executor = Executor(placement, rank, stages, self._channels, call.training, observe, saved)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(schedule.table[rank])
@@ -252,12 +258,23 @@ class Pipeline:
             )
 
 
-def connect(group: Any, placement: Placement, minutes: int | None) -> Channels:
-    """Make the communicators of this rank's pipeline, with this timeout; all ranks of the run connect together."""
+def connect(group: Any, placement: Placement, minutes: int | None, lends: bool = False) -> Channels:
+    """Make the communicators of this rank's pipeline, with this timeout; all ranks of the run connect together.
+
+    lends: True if activations move between ranks too
+    """
     timeout = timedelta(minutes=minutes) if minutes else None
-    channels = Channels(placement, group.rank(), wires(group, len(communicators(placement)), timeout))
+    peers = wires(group, len(communicators(placement, lends)), timeout)
+    channels = Channels(placement, group.rank(), peers, lends)
     channels.meet(torch.zeros(1, device=torch.cuda.current_device()))
     return channels
+
+
+def saved_activations(call: Call, channels: Channels, lends: bool) -> SavedActivations:
+    """Return what moves activations of this rank: to its peer in the pipeline, or to the host."""
+    device, group = call.tokens.device, call.groups.pp
+    mover = PeerMover(channels, group.size() - 1 - group.rank(), device) if lends else HostMover(device)
+    return SavedActivations(mover, device, lambda: storages_of([w for chunk in call.model for w in chunk.parameters()]))
 
 
 def most_in_flight(actions: Iterable[Action]) -> int:

@@ -49,8 +49,9 @@ class Tables:
             placement=where.name,
             costs=known.costs,
             caps=costs.caps(self._settings, where),
+            moves=self._settings.pipeline.moves,
         )
-        for line in costs.describe(schedule, known):
+        for line in costs.describe(schedule, known, moving=self._settings.pipeline.moves is not None):
             say(line)
         self._built[micros] = schedule
         return lower_split(schedule) if self._profile else lower(schedule)

@@ -9,9 +9,10 @@ The search counts actions, not seconds, so that every rank that runs it finds th
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, inf
 from typing import NamedTuple
 
@@ -20,9 +21,11 @@ from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.bounds import least_memory, lower_bound
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.list_schedule import EPSILON, Knobs, Order, grouped, list_schedule, orders_of
+from megatron_cp.pipeline.offload import Offload, under
+from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule
-from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep, peak_memory, simulate_below
+from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep, peak_memory, simulate, simulate_below
 
 WARMUPS = (1.0, 1.25, 1.5, 1.75, 2.0)
 # actions that the search may place; the shorter step it searches on has a few thousand
@@ -70,16 +73,24 @@ class SchedulingTask:
 
 
 def auto(
-    placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None = None, objective: str = "makespan"
+    placement: Placement,
+    m: int,
+    costs: Costs,
+    caps: Sequence[float] | None = None,
+    objective: str = "makespan",
+    moves: Offload | None = None,
 ) -> Schedule:
     """Return the best table found for these times and memory caps, at least as good as every rule of the placement.
 
     caps:      per rank, in M_B; no cap when not given
     objective: `makespan`, which a synchronous optimizer step waits for, or `span`, the longest of the ranks' own
+    moves:     limit of chunks beyond which activations move away, also one that is fitted to the caps
     Raises ValueError for a cap under which no step could end, saying the least.
     """
     if objective not in OBJECTIVES:
         raise Refused(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    if moves is not None:
+        return _best_moved(placement, m, costs, caps, objective, moves)
     task = SchedulingTask(placement, m, costs, tuple(caps or [inf] * placement.ranks), objective)
     least = least_memory(placement, costs)
     if min(task.caps) < least - EPSILON:
@@ -90,6 +101,36 @@ def auto(
             best = _better(task, schedule, best)
     assert best, "one microbatch at a time fits under every cap"
     return replace(best.schedule, name="auto")
+
+
+def _best_moved(
+    placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None, objective: str, moves: Offload
+) -> Schedule:
+    """Return the best of the rules' tables, and of those found with and without the caps, once activations move."""
+    found: list[SimulatedStep] = []
+    refusal: ValueError | None = None
+    for candidate in _to_move(placement, m, costs, caps, objective):
+        try:
+            run = simulate(under(candidate(), moves, costs, caps), costs)
+        except ValueError as error:
+            refusal = error
+            continue
+        if all(peak <= cap + EPSILON for peak, cap in zip(run.peak, caps or [inf] * placement.ranks, strict=True)):
+            found.append(run)
+    if not found:
+        raise refusal or Refused(f"no table keeps to {min(caps or [inf]):g} M_B with moves under this limit")
+    best = min(found, key=lambda run: run.objective(objective))
+    return replace(best.schedule, name="auto")
+
+
+def _to_move(
+    placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None, objective: str
+) -> Iterator[Callable[[], Schedule]]:
+    yield lambda: auto(placement, m, costs, None, objective)
+    if caps:
+        yield lambda: auto(placement, m, costs, caps, objective)
+    for schedule in _ruled(SchedulingTask(placement, m, costs, (inf,) * placement.ranks, objective)):
+        yield partial(check, schedule)
 
 
 @contextmanager
@@ -190,11 +231,13 @@ def _times(per_rank: float, ranks: int) -> float:
 
 
 def _rules(placement: Placement) -> list[Rule]:
-    """Return the fixed rules of this placement and number of chunks."""
+    """Return the fixed rules of this placement and number of chunks, without those that differ in moves alone."""
     return [
         rule
         for rule in SCHEDULES
-        if rule.table and PLACEMENTS[rule.placement](placement.ranks, rule.chunks or placement.chunks) == placement
+        if rule.table
+        and not rule.lends
+        and PLACEMENTS[rule.placement](placement.ranks, rule.chunks or placement.chunks) == placement
     ]
 
 
