@@ -23,10 +23,13 @@ from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.kernels import KERNELS
 from megatron_cp.megatron.hooks import HOOKS
 from megatron_cp.pipeline import SCHEDULES, Rule
+from megatron_cp.pipeline.action import MOVES, Action, Cell
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.channels import communicators
 from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.placement import Placement, loop, vee
+from megatron_cp.pipeline.offload import Offload, balanced
+from megatron_cp.pipeline.passes import without_moves
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.recipe import recipe
 from megatron_cp.tensor import ENGINES
@@ -136,13 +139,17 @@ def communicator_row(stages: str, placement: Placement) -> list[str]:
     return [stages, str(placement.ranks), str(sum(map(len, groups))), str(len(groups)), str(most)]
 
 
-def played(name: str, micros: int) -> SimulatedStep:
-    """One step of `micros` microbatches on four ranks; F, I and W of a rank's layers take three units each over v."""
+def played(name: str, micros: int, limit: int | None = None) -> SimulatedStep:
+    """One step of `micros` microbatches on four ranks; F, I and W of a rank's layers take three units each over v.
+
+    limit: of chunks on a rank; moving one to the host, or to a peer, takes as long as its forward
+    """
     rule = SCHEDULES.get(name)
     where = place(rule, RANKS)
     v = where.chunks
-    costs = uniform(where, (v, v, v, 0))
-    return simulate(build(name, RANKS, micros, costs=costs), costs)
+    costs = uniform(where, (v, v, v, 0), move=v)
+    moves = None if limit is None else Offload(limit)
+    return simulate(build(name, RANKS, micros, costs=costs, moves=moves), costs)
 
 
 def schedule_costs() -> str:
@@ -156,20 +163,74 @@ def cost_row(rule: Rule) -> list[str]:
     return [f"`{rule.name}`", str(v), f"{run.makespan / v:g}", f"{run.bubble:.1%}", f"{max(run.peak):g}"]
 
 
-def timeline(name: str, micros: int) -> str:
-    """One line per rank, one cell per unit of time."""
-    run = played(name, micros)
-    lines = [f"rank {rank}  {''.join(cells(run, rank)).rstrip()}" for rank in range(RANKS)]
+def timeline(name: str, micros: int, limit: int | None = None) -> str:
+    """One line per rank, one cell per unit of time, and one for its moves where it has some."""
+    run = played(name, micros, limit)
+    lines = []
+    for rank in range(RANKS):
+        lines.append(f"rank {rank}  {''.join(cells(run, rank)).rstrip()}")
+        if any(map(is_move, run.schedule.table[rank])):
+            lines.append(f" moves  {''.join(cells(run, rank, moves=True)).rstrip()}")
     return "\n".join(["```text", *lines, "```"])
 
 
-def cells(run: SimulatedStep, rank: int) -> list[str]:
-    """Capital letters are actions of the first chunk, small ones of the others."""
+def is_move(cell: Cell) -> bool:
+    return isinstance(cell, Action) and cell.kind in MOVES
+
+
+def offload_costs() -> str:
+    """Figures of schedules under a limit, from the simulator: F, I and W of a rank take one unit of time each."""
+    head = ["schedule", "p, m, v", "makespan, peak without", "limit", "makespan at k = 0.5, 1", "peak", "chunks moved"]
+    return table(head, (offload_row(*case) for case in OFFLOADED))
+
+
+OFFLOADED = (
+    ("1f1b", 4, 8, 1, Offload(2)),
+    ("1f1b", 8, 24, 1, Offload(2)),
+    ("1f1b", 8, 24, 1, Offload(4)),
+    ("gis", 8, 24, 2, Offload(8)),
+    ("gis", 8, 24, 2, Offload(4)),
+    ("gis", 8, 24, 2, Offload(2)),
+    ("gis", 8, 24, 4, Offload(4)),
+    ("izb", 8, 24, 2, Offload(8)),
+    ("zb-v", 8, 24, 2, Offload(8)),
+    ("bpipe", 4, 8, 1, None),
+    ("bpipe", 8, 24, 1, None),
+    ("bpipe", 16, 48, 1, None),
+)
+
+
+def offload_row(name: str, p: int, m: int, v: int, moves: Offload | None) -> list[str]:
+    where = place(SCHEDULES.get(name), p, v)
+    free = uniform(where, (1.0, 1.0, 1.0, 0.0))
+    plain = simulate(without_moves(build(name, p, m, v)), free)
+    half, whole = (
+        simulate(build(name, p, m, v, moves=moves), uniform(where, (1.0, 1.0, 1.0, 0.0), move=move))
+        for move in (0.5, 1.0)
+    )
+    chunks = m * len(where.rank_of)
+    limit = f"{moves.limit}, host" if moves else f"{balanced(p)}, peer"
+    return [
+        f"`{name}`",
+        f"{p}, {m}, {v}",
+        f"{plain.makespan:g}, {max(plain.peak):g}",
+        limit,
+        f"{half.makespan:g}, {whole.makespan:g}",
+        f"{max(whole.peak):g}",
+        f"{whole.moved} of {chunks}",
+    ]
+
+
+def cells(run: SimulatedStep, rank: int, moves: bool = False) -> list[str]:
+    """Capital letters are actions of the first chunk, small ones of the others; moves leave with - and return with +."""
     line = [" . "] * round(run.makespan)
     chunk_of = {stage: chunk for chunk, stage in enumerate(run.schedule.placement.of_rank[rank])}
     played_actions = zip(run.schedule.table[rank], run.starts[rank], run.ends[rank], strict=True)
     for action, start, end in played_actions:
-        kind = action.kind.lower() if chunk_of[action.stage] else action.kind
+        if is_move(action) != moves:
+            continue
+        kind = {"EVICT": "-", "LOAD": "+"}.get(action.kind, action.kind)
+        kind = kind.lower() if chunk_of[action.stage] else kind
         line[round(start) : round(end)] = [f"{kind}{action.micro} ", *[" = "] * (round(end) - round(start) - 1)]
     return line
 
@@ -296,6 +357,7 @@ PARTS: dict[str, Callable[[], str]] = {
         schemes,
         engines,
         schedule_costs,
+        offload_costs,
         pipeline_communicators,
         recipes,
         clusters,
@@ -314,7 +376,7 @@ def part(name: str) -> str:
     """The text of a part, such as `schedules`, `timeline zb-h1 4` or `walk q`."""
     kind, *words = name.split()
     if kind == "timeline":
-        return timeline(words[0], int(words[1]))
+        return timeline(words[0], *map(int, words[1:]))
     if kind in NAMED_PARTS:
         return NAMED_PARTS[kind](*words)
     return PARTS[kind]()

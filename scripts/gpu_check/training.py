@@ -24,6 +24,8 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.channels import Channels, communicators
 from megatron_cp.pipeline.execute import Executor, lower
+from megatron_cp.pipeline.offload import Offload
+from megatron_cp.pipeline.saved import HostMover, SavedActivations, storages_of
 from megatron_cp.pipeline.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +111,8 @@ def inputs_of(micro: int, device: str) -> Tensor:
 
 def pipeline(device: str) -> Iterator[Row]:
     """Run every schedule on two processes that share the device, and compare the gradients with those of one."""
-    names = [rule.name for rule in SCHEDULES if rule.table]
+    names = [rule.name for rule in SCHEDULES if rule.table and not rule.lends]
+    names += ["dapple-b, at most 2 chunks", "gis, at most 2 chunks"]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
         results = [context.Queue() for _ in range(2)]
@@ -134,8 +137,10 @@ def pipeline(device: str) -> Iterator[Row]:
 
 
 def schedule_of(name: str) -> Schedule:
-    """Return a schedule on two ranks as an executor runs it."""
-    return lower(build(name, 2, MICROS, SCHEDULES.get(name).chunks))
+    """Return a schedule on two ranks as an executor runs it; behind a comma stands how many chunks a rank keeps."""
+    rule, _, moves = name.partition(", ")
+    plan = Offload(2) if moves else None
+    return lower(build(rule, 2, MICROS, SCHEDULES.get(rule).chunks, moves=plan))
 
 
 def _rank(rank: int, names: list[str], device: str, store: str, results: Any) -> None:
@@ -149,12 +154,19 @@ def _rank(rank: int, names: list[str], device: str, store: str, results: Any) ->
             peers = [StagedPeer(dist.new_group([0, 1])) for _ in communicators(placement)]
             channels = Channels(placement, rank, peers)
             channels.meet(torch.zeros(1, device=device))
-            Executor(placement, rank, layers, channels).run(schedule.table[rank])
+            saved = _on_the_host(layers) if "," in name else None
+            Executor(placement, rank, layers, channels, saved=saved).run(schedule.table[rank])
+            assert saved is None or rank or saved.moved, "nothing moved to the host"
             # as lists: a tensor in a queue shares memory with a process that may be gone
             results.put({stage: gradient.cpu().tolist() for stage, gradient in layers.gradients.items()})
         dist.destroy_process_group()
     except Exception as error:
         results.put(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def _on_the_host(layers: "Layers") -> SavedActivations:
+    weights = list(layers.weights.values())
+    return SavedActivations(HostMover(weights[0].device), weights[0].device, lambda: storages_of(weights))
 
 
 def _alone(stages: int, device: str) -> dict[int, Tensor]:

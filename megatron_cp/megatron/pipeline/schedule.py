@@ -24,7 +24,7 @@ from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come,
 from megatron_cp.megatron.pipeline.v_placement import OnLoop, OnV
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, Action, flat
+from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, LENDERS, MOVES, Action, flat
 from megatron_cp.pipeline.build import place
 from megatron_cp.pipeline.channels import Channels, communicators
 from megatron_cp.pipeline.execute import Executor, Observe
@@ -220,9 +220,9 @@ class Pipeline:
         placement = place(self._rule, call.groups.pp.size(), len(call.model), settings.pipeline.placement)
         if self._channels is None:
             # the first step: sizes of the pipeline and the model are known only now
-            lends = settings.pipeline.lends
+            lends = settings.pipeline.lends or self._rule.lends
             self._channels = connect(call.groups.pp, placement, settings.timeout_minutes, lends)
-            if settings.pipeline.moves_activations:
+            if settings.pipeline.moves_activations or self._rule.lends:
                 self._saved = saved_activations(call, self._channels, lends)
             self._queue = bound_queue()
             profile = profile_of(call.model, settings, self._queue)
@@ -241,7 +241,8 @@ class Pipeline:
         queue = self._queue if puts_off else None
         last = len(placement.rank_of) - 1
         stages = ModelStages(call, self._placed, placement.of_rank[rank], last, queue)
-        saved = self._saved if call.training else None
+        moving = call.training and any(action.kind in (*MOVES, *LENDERS.values()) for action in actions)
+        saved = self._saved if moving else None
         executor = Executor(placement, rank, stages, self._channels, call.training, observe, saved)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
