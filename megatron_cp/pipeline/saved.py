@@ -58,7 +58,7 @@ class Mover(Protocol):
 
 @dataclass
 class _Chunk:
-    """What one forward saved.
+    """Storages that one forward saved.
 
     storages: by identity, all that is not a parameter's
     fixed:    those of them that stay: the stage's output, which is being sent
