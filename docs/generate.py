@@ -27,9 +27,9 @@ from megatron_cp.pipeline.action import MOVES, Action, Cell
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.channels import communicators
 from megatron_cp.pipeline.costs import uniform
-from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.offload import Offload, balanced
 from megatron_cp.pipeline.passes import without_moves
+from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.recipe import recipe
 from megatron_cp.tensor import ENGINES
@@ -222,7 +222,7 @@ def offload_row(name: str, p: int, m: int, v: int, moves: Offload | None) -> lis
 
 
 def cells(run: SimulatedStep, rank: int, moves: bool = False) -> list[str]:
-    """Capital letters are actions of the first chunk, small ones of the others; moves leave with - and return with +."""
+    """Capital letters are actions of the first chunk, small ones of the others; - is a move away, + one back."""
     line = [" . "] * round(run.makespan)
     chunk_of = {stage: chunk for chunk, stage in enumerate(run.schedule.placement.of_rank[rank])}
     played_actions = zip(run.schedule.table[rank], run.starts[rank], run.ends[rank], strict=True)

@@ -42,6 +42,9 @@ def plan(
         CONTEXT
     ),
     schedules: Annotated[str, typer.Option(help="Pipeline schedules to weigh, with commas.")] = ",".join(SCHEDULED),
+    pp_offload: Annotated[
+        bool, typer.Option("--pp-offload", help="Weigh activations on the host too, where memory is short.")
+    ] = False,
     precision: Annotated[str, typer.Option(help=f"Of the products: {' or '.join(PLANNED)}.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
@@ -75,6 +78,7 @@ def plan(
         global_batch=sequences(tokens, length, ranks),
         backends=tuple(backends.replace(",", " ").split()),
         schedules=tuple(schedules.replace(",", " ").split()),
+        offload=pp_offload,
         precision=PLANNED[precision],
     )
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -112,6 +116,7 @@ def _plain(one: "Estimate") -> dict[str, Any]:
         **{name: getattr(parallel, name) for name in names},
         "grid": list(parallel.grid.sizes) if parallel.grid else None,
         "schedule": parallel.schedule_name,
+        **({"pp_offload": parallel.moves.limit} if parallel.moves else {}),
         "step_seconds": one.seconds,
         "tokens_per_second_per_gpu": one.tokens_per_s_per_gpu,
         "mfu": one.mfu,

@@ -11,9 +11,10 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.placement import Placement
-from megatron_cp.pipeline.schedule import Schedule
-from megatron_cp.pipeline.simulate import peak_memory, simulate
+from megatron_cp.pipeline.schedule import PEER, Schedule
+from megatron_cp.pipeline.simulate import peaks, simulate
 from megatron_cp.planner.memory import MemoryUse, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
@@ -311,7 +312,7 @@ def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
         kept = [stages[0].kept]
     else:
         schedule, costs = _played(rank, stages)
-        kept = [peak_memory(actions, costs) for actions in schedule.table]
+        kept = list(peaks(schedule, costs))
     return tuple(
         rank_memory(rank, stage.layers, most, at == 0, at == last)
         for at, (stage, most) in enumerate(zip(_of_ranks(rank, stages), kept, strict=True))
@@ -322,14 +323,15 @@ def _played(rank: RankConfig, stages: Sequence[Stage]) -> tuple[Schedule, Costs]
     parallel = rank.parallel
     p, m, costs = parallel.pp, parallel.micros, _costs(rank, stages)
     few = m if m <= LONG * p else LONG * p - p + m % p
-    if SCHEDULES.get(parallel.schedule_name).table:
-        return _table(parallel.schedule_name, p, few, parallel.vp), costs
-    return build(parallel.schedule_name, p, few, parallel.vp, placement=parallel.pp_placement, costs=costs), costs
+    name, v, moves = parallel.schedule_name, parallel.vp, parallel.moves
+    if SCHEDULES.get(name).table:
+        return _table(name, p, few, v, moves), costs
+    return build(name, p, few, v, placement=parallel.pp_placement, costs=costs, moves=moves), costs
 
 
 @lru_cache(256)
-def _table(name: str, p: int, m: int, v: int) -> Schedule:
-    return build(name, p, m, v)
+def _table(name: str, p: int, m: int, v: int, moves: Offload | None) -> Schedule:
+    return build(name, p, m, v, moves=moves)
 
 
 def _placement(parallel: Parallel) -> Placement:
@@ -351,7 +353,22 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
         size - 2 * size_of_norms(rank) * (stage.layers - recomputed_layers(rank, int(stage.layers)))
         for size, stage in zip(sizes, stages, strict=True)
     )
-    return Costs(forward=forward, input=backward, weight=weight, comm=hop, kept=sizes, held=held, unit=1.0)
+    move = _move_seconds(rank)
+    return Costs(forward=forward, input=backward, weight=weight, comm=hop, kept=sizes, held=held, unit=1.0, move=move)
+
+
+def _move_seconds(rank: RankConfig) -> float:
+    """Return the seconds in which a byte of activations moves to the host, or to the peer, and 0 where none moves."""
+    parallel, cluster = rank.parallel, rank.cluster
+    lends = SCHEDULES.get(parallel.schedule_name).lends
+    if parallel.moves is None and not lends:
+        return 0.0
+    if lends or (parallel.moves and parallel.moves.to == PEER):
+        # the ranks at the ends of the pipeline lie farthest apart
+        size = 1e6
+        return cluster.link(0, parallel.world - parallel.world // parallel.pp).hop_seconds(size) / size
+    # without memory of its own a device copies within the host's
+    return 1 / (cluster.host_bytes_per_s or cluster.touch_bytes_per_s / 2)
 
 
 def size_of_norms(rank: RankConfig) -> float:

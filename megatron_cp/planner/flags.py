@@ -23,7 +23,7 @@ MODELLED = _flags(
     no-overlap-p2p-communication overlap-grad-reduce overlap-param-gather use-distributed-optimizer cp-comm-type
     seq-length vocab-size num-experts moe-layer-freq q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
-    cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine
+    cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
     """
 )
 

@@ -10,6 +10,8 @@ from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.offload import Offload, limit_of
+from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
 from megatron_cp.tensor import DEFAULT_ENGINE, MEGATRONS
@@ -39,6 +41,7 @@ class Parallel:
     layout:      layers of each stage in the model's order; empty where they are divided evenly
     pp_placement: of the stages, for schedule "auto"; None for its own
     schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
+    moves:       limit of chunks on a pipeline rank, and where activations beyond it go
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are divided among stages
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
@@ -72,6 +75,7 @@ class Parallel:
     layout: tuple[int, ...] = ()
     pp_placement: str | None = None
     schedule: str | None = None
+    moves: Offload | None = None
     objective: str = "makespan"
     balanced_ends: bool = False
     overlap_grad_reduce: bool = True
@@ -193,6 +197,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         layout=_layout(recipe, layers, sizes["pp"]),
         pp_placement=recipe.flag("--pp-placement", "") or None,
         schedule=recipe.flag("--pp-schedule", "") or None,
+        moves=_moves(recipe),
         balanced_ends="--account-for-loss-in-pipeline-split" in given,
         overlap_grad_reduce="--overlap-grad-reduce" in given,
         overlap_param_gather="--overlap-param-gather" in given,
@@ -208,6 +213,17 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         state_bytes=_state_bytes(recipe),
         precision=_precision(recipe),
     )
+
+
+def _moves(recipe: Recipe) -> Offload | None:
+    text = recipe.flag("--pp-offload", "")
+    if not text:
+        return None
+    limit = limit_of(text)
+    if limit is None:
+        place = recipe.model_args["--pp-offload"].place
+        raise Refused(f"{place}: an estimate needs the number of chunks of --pp-offload, got {text}; write a number")
+    return Offload(limit, recipe.flag("--pp-offload-to", HOST))
 
 
 def _chunks(recipe: Recipe, layers: int, pp: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ruamel.yaml import YAML
 
+from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.planner.estimate import Estimate
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.search import label
@@ -50,6 +51,10 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
         yield "--num-virtual-stages-per-pipeline-rank", parallel.vp
     if parallel.schedule:
         yield "--pp-schedule", parallel.schedule
+    if parallel.moves:
+        yield "--pp-offload", parallel.moves.limit
+        if parallel.moves.to != HOST:
+            yield "--pp-offload-to", parallel.moves.to
     if parallel.balanced_ends:
         yield "--account-for-embedding-in-pipeline-split", True
         yield "--account-for-loss-in-pipeline-split", True

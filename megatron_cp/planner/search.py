@@ -16,6 +16,7 @@ from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Transformer
@@ -38,6 +39,7 @@ class PlanRequest:
     """A model to train, the hardware, and the choices to search.
 
     global_batch: sequences of a step
+    offload:      where memory is short, activations may move to the host beside recomputation
     """
 
     model: Transformer
@@ -48,6 +50,7 @@ class PlanRequest:
     precision: str = "bfloat16"
     backends: tuple[str, ...] = CONTEXT
     schedules: tuple[str, ...] = SCHEDULED
+    offload: bool = False
 
 
 class RankSplit(NamedTuple):
@@ -122,6 +125,7 @@ def label(parallel: Parallel) -> str:
         chunks = f" v={parallel.vp}" if parallel.vp > 1 else ""
         words.append(f"PP={parallel.pp} ({parallel.schedule_name}{chunks})")
     words += [f"DP={parallel.dp}"] + ([f"EP={parallel.ep}"] if parallel.ep > 1 else [])
+    words += [f"offload {parallel.moves.limit}"] if parallel.moves else []
     words += [f"micro batch {parallel.micro_batch}"] if parallel.micro_batch > 1 else []
     return " ".join(words + (["full recompute"] if parallel.recompute == "full" else []))
 
@@ -265,26 +269,33 @@ def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
 
 
 def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:
-    """Return a lower bound of the split, with recomputation if nothing else fits; None if its memory cannot fit."""
+    """Return a lower bound of the split, with less memory if nothing else fits; None if its memory cannot fit."""
     if not _may_fit(request, parallel):
         left_out["memory"] += 1
         return None
-    for recompute in _recomputes(parallel):
-        there = replace(parallel, recompute=recompute)
+    for level in _levels(request, parallel):
         try:
-            found = estimate_where_it_fits(request.model, there, request.cluster, request.seq)
+            bounds = [estimate_where_it_fits(request.model, one, request.cluster, request.seq) for one in level]
         except ValueError:
             left_out["the schedule's rule for p, m and v"] += 1
             return None
-        if found:
-            return found
+        if fitting := [bound for bound in bounds if bound]:
+            return min(fitting, key=lambda one: one.seconds)
     left_out["memory"] += 1
     return None
 
 
-def _recomputes(parallel: Parallel) -> tuple[str, ...]:
+def _levels(request: PlanRequest, parallel: Parallel) -> list[list[Parallel]]:
+    """Return the split as it is, and then what saves memory: activations on the host, and recomputation."""
+    saving = []
+    if request.offload and parallel.pp > 1:
+        name = parallel.schedule_name
+        for limit in sorted({2, max(2, parallel.pp * parallel.vp // 2)}, reverse=True):
+            saving.append(replace(parallel, schedule=name, moves=Offload(limit)))
     # our schedules split backwards, and would keep recomputed activations from input gradient to weight gradient
-    return ("none",) if parallel.schedule else ("none", "full")
+    if not parallel.schedule:
+        saving.append(replace(parallel, recompute="full"))
+    return [[parallel], saving] if saving else [[parallel]]
 
 
 def _may_fit(request: PlanRequest, parallel: Parallel) -> bool:
@@ -302,11 +313,11 @@ def _estimate(request: PlanRequest, parallel: Parallel, record: Record) -> Estim
 
 
 def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Estimate | None:
-    """Return the split with the fastest context parallelism that fits, recomputing only if nothing else fits."""
-    levels = _recomputes(bound.parallel)
-    for recompute in levels[levels.index(bound.parallel.recompute) :]:
+    """Return the split with the fastest context parallelism that fits, saving memory only if nothing else fits."""
+    plain, *saving = _levels(request, _plain(bound.parallel))
+    for level in [plain, *saving] if bound.parallel in plain else saving:
         found = []
-        for parallel in _contexts(request, replace(bound.parallel, recompute=recompute)):
+        for parallel in (there for one in level for there in _contexts(request, one)):
             try:
                 found.append(_estimate(request, parallel, record))
             except ValueError:
@@ -316,6 +327,13 @@ def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Esti
         if fitting:
             return min(fitting, key=lambda one: one.seconds)
     return None
+
+
+def _plain(parallel: Parallel) -> Parallel:
+    """Return the split without what saves memory."""
+    if parallel.moves and parallel.schedule == megatrons_schedule(parallel.vp):
+        parallel = replace(parallel, schedule=None)
+    return replace(parallel, recompute="none", moves=None)
 
 
 def _contexts(request: PlanRequest, parallel: Parallel) -> Iterator[Parallel]:

@@ -8,6 +8,7 @@ import pytest
 from megatron_cp.context.trace.record import record
 from megatron_cp.hardware.cluster import Gemm
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
+from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.fit import fit, left_out
 from megatron_cp.planner.model import Transformer, model_of
@@ -133,6 +134,19 @@ def test_full_recomputation_trades_memory_for_a_forward_pass():
     plain, again = (of(Parallel(recompute=choice)) for choice in ("none", "full"))
     assert again.worst_memory.activations < plain.worst_memory.activations / 10
     assert 1.25 < again.seconds / plain.seconds < 1.35
+
+
+def test_activations_on_the_host_take_memory_off_the_fullest_rank_and_are_free_for_long_sequences():
+    plain = Parallel(tp=8, cp=2, pp=4, sp=True, global_batch=8, schedule="1f1b")
+    for seq, free in ((8192, False), (131072, True)):
+        kept = of(plain, seq=seq)
+        moved = of(replace(plain, moves=Offload(2)), seq=seq)
+        assert moved.memory[0].activations == pytest.approx(kept.memory[0].activations / 2)
+        assert moved.seconds >= kept.seconds
+        assert (moved.seconds <= kept.seconds * 1.001) == free
+    lent = of(replace(plain, schedule="bpipe"), seq=131072)
+    assert lent.memory[0].activations == pytest.approx(kept.memory[0].activations * 3 / 4)
+    assert lent.memory[3].activations > kept.memory[3].activations
 
 
 def test_more_microbatches_shrink_the_share_of_the_pipeline():

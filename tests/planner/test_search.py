@@ -76,6 +76,20 @@ def test_the_recipe_of_a_plan_is_the_plan(tmp_path: Path) -> None:
         assert (read.cluster, read.required("--seq-length")) == (CLUSTER, 32768)
 
 
+@pytest.mark.slow
+def test_activations_on_the_host_are_weighed_where_asked(tmp_path: Path) -> None:
+    model = model_of(recipe.load("models/llama3.1-70b", Unset({})))
+    long = PlanRequest(model=model, seq=2**20, gpus=256, cluster=load_cluster(CLUSTER), global_batch=4)
+    best, other = search(replace(long, offload=True), record, 1).best, search(long, record, 1).best
+    assert other.parallel.recompute == "full"
+    assert best.parallel.moves
+    assert best.parallel.recompute == "none"
+    assert best.seconds < 0.9 * other.seconds
+    file = tmp_path / "planned.yaml"
+    file.write_text(as_recipe(best, "models/llama3.1-70b"))
+    assert parallel_of(recipe.load(str(file), {"DATA_PATH": "corpus"}), 256) == best.parallel
+
+
 MIXTURE = """
 MODEL_ARGS:
   --num-layers: 8
