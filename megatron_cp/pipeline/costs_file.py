@@ -61,6 +61,7 @@ class CostsFile(BaseModel):
 
     T_F, T_I, T_W: forward, input gradient and weight gradient, in milliseconds
     T_comm:        one hop between neighbouring ranks, in milliseconds
+    T_move:        moving M_B of the fullest rank away, or back, in milliseconds
     M_B, M_W:      activations from F to I, and the part of them kept until W, in MiB; M_W is M_B when left out
     """
 
@@ -71,6 +72,7 @@ class CostsFile(BaseModel):
     T_I: PerStage
     T_W: PerStage
     T_comm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    T_move: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     M_B: PerStage
     M_W: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=2)] | None = None
 
@@ -93,17 +95,22 @@ class CostsFile(BaseModel):
             kept=tuple(self.M_B),
             held=tuple(held),
             unit=unit,
+            move=self.T_move or 0.0,
         )
 
 
-def of_stages(model: Model, stages: Sequence[StageCosts], hop: float) -> CostsFile:
-    """Return the costs from the measured stages and the seconds of a hop."""
+def of_stages(
+    model: Model, stages: Sequence[StageCosts], hop: float, move: float = 0.0, placement: Placement | None = None
+) -> CostsFile:
+    """Return the costs from the measured stages and the seconds of a hop, and of moving a byte under a placement."""
+    fullest = max(sum(stages[stage].kept for stage in mine) for mine in placement.of_rank) if placement else 0.0
     return CostsFile(
         model=model,
         T_F=[stage.forward * 1e3 for stage in stages],
         T_I=[stage.input * 1e3 for stage in stages],
         T_W=[stage.weight * 1e3 for stage in stages],
         T_comm=hop * 1e3,
+        T_move=move * fullest * 1e3 if move else None,
         M_B=[stage.kept / MIB for stage in stages],
         M_W=[stage.held / MIB for stage in stages],
     )

@@ -43,12 +43,19 @@ class Profile:
     clock:      of the device that computes
     parameters: addresses of storages that autograd saves but that are no activations
     held:       bytes that wait for the W of a stage and microbatch, None where a module keeps its own
+    recorded:   bytes of a stage's activations where something else notes what autograd saves
     """
 
     def __init__(
-        self, steps: int, clock: Clock, parameters: Callable[[], set[int]], held: Callable[[int, int], int | None]
+        self,
+        steps: int,
+        clock: Clock,
+        parameters: Callable[[], set[int]],
+        held: Callable[[int, int], int | None],
+        recorded: Callable[[int], int] = lambda stage: 0,
     ) -> None:
         self._steps, self._clock, self._parameters, self._held_bytes = steps, clock, parameters, held
+        self._recorded = recorded
         self._times: list[dict[tuple[int, str], list[tuple[Any, Any]]]] = []
         self._kept: dict[int, int] = {}
         self._held: dict[int, int | None] = {}
@@ -72,7 +79,8 @@ class Profile:
             # the hooks cost time: once is enough, all microbatches keep the same
             with saved_bytes(self._parameters()) as found:
                 yield
-            self._kept[stage] = sum(found.values())
+            # hooks inside these, of what moves activations, see the tensors instead
+            self._kept[stage] = sum(found.values()) or self._recorded(stage)
             return
         begun = self._clock.mark()
         yield
@@ -135,11 +143,11 @@ def _round_trip(channels: Channels, rank: int, lower: int, tensor: Tensor) -> fl
 
 
 def agree(
-    fabric: Fabric, device: torch.device, mine: dict[int, StageCosts], stages: int, hop: float
-) -> tuple[Sequence[StageCosts], float]:
-    """Return the largest costs of every stage, and of a hop, over all ranks: one collective."""
+    fabric: Fabric, device: torch.device, mine: dict[int, StageCosts], stages: int, hop: float, move: float = 0.0
+) -> tuple[Sequence[StageCosts], float, float]:
+    """Return the largest costs of every stage, of a hop, and of moving a byte, over all ranks: one collective."""
     none = StageCosts(0, 0, 0, 0, 0)
     values = [value for stage in range(stages) for value in mine.get(stage, none)]
-    *agreed, hop = largest(fabric, device, *values, hop)
+    *agreed, hop, move = largest(fabric, device, *values, hop, move)
     width = len(none)
-    return [StageCosts(*agreed[stage * width : (stage + 1) * width]) for stage in range(stages)], hop
+    return [StageCosts(*agreed[stage * width : (stage + 1) * width]) for stage in range(stages)], hop, move

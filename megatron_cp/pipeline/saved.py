@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,9 +21,13 @@ from megatron_cp.comm import Transfer
 from megatron_cp.errors import CannotRun
 from megatron_cp.pipeline.action import EVICT, LOAD
 from megatron_cp.pipeline.channels import Channels
+from megatron_cp.pipeline.clock import Clock
 
 StageMicro = tuple[int, int]
 Event = torch.cuda.Event | None
+# large enough that a link reaches its rate
+MEASURED_BYTES = 2**25
+ROUNDS = 3
 
 
 class Mover(Protocol):
@@ -53,6 +59,10 @@ class Mover(Protocol):
 
     def finish(self) -> None:
         """End the step, in which all that moved away has come back."""
+        ...
+
+    def seconds(self, size: int) -> float:
+        """Measure moving so many bytes one way; all ranks of the pipeline call it together, between steps."""
         ...
 
 
@@ -188,6 +198,10 @@ class SavedActivations:
         self._users.subtract(chunk.storages.keys())
         self._change(-chunk.size)
 
+    def seconds_per_byte(self) -> float:
+        """Measure how long a byte moves; all ranks of the pipeline call it together, between steps."""
+        return median(self._mover.seconds(MEASURED_BYTES) for _ in range(ROUNDS)) / MEASURED_BYTES
+
     def finish(self) -> None:
         """End the step."""
         self._settle()
@@ -302,6 +316,18 @@ class HostMover:
         assert not self._away, "activations are still on the host"
         assert not self._coming, "activations came back and were not used"
 
+    def seconds(self, size: int) -> float:
+        source = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        buffer = self._buffer(size)
+        clock = Clock(self._device)
+        clock.settle()
+        began = clock.mark()
+        buffer.memory.copy_(source, non_blocking=True)
+        ended = clock.mark()
+        clock.settle()
+        self._free[size].append(buffer)
+        return clock.seconds(began, ended)
+
 
 class _Sent(NamedTuple):
     handles: list[Transfer]
@@ -319,8 +345,9 @@ class PeerMover:
     The sizes of a stage's storages are agreed on once: its first chunk that moves sends them ahead.
     """
 
-    def __init__(self, channels: Channels, peer: int, device: torch.device) -> None:
-        self._channels, self._peer, self._device = channels, peer, device
+    def __init__(self, channels: Channels, rank: int, ranks: int, device: torch.device) -> None:
+        self._channels, self._peer, self._device = channels, ranks - 1 - rank, device
+        self._first, self._alone = rank < self._peer, rank == self._peer
         self._sizes: dict[int, list[int]] = {}
         self._leaving: list[_Sent] = []
         self._away: dict[StageMicro, tuple[Sequence[UntypedStorage], list[int]]] = {}
@@ -406,3 +433,20 @@ class PeerMover:
         assert not self._away, "activations are still with the peer"
         assert not self._held, "activations of the peer were not given back"
         assert not self._coming, "activations came back and were not used"
+
+    def seconds(self, size: int) -> float:
+        if self._alone:
+            return 0.0
+        tensor = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        clock = Clock(self._device)
+        clock.settle()
+        began = perf_counter()
+        # there and back, on the channels of the rank that comes first
+        if self._first:
+            self._channels.send(self._peer, EVICT, tensor).wait()
+            self._channels.receive(self._peer, LOAD, tensor).wait()
+        else:
+            self._channels.receive(self._peer, EVICT, tensor).wait()
+            self._channels.send(self._peer, LOAD, tensor).wait()
+        clock.settle()
+        return (perf_counter() - began) / 2

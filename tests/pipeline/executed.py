@@ -171,7 +171,7 @@ def execute(
         channels = Channels(placement, rank, peers, lends)
         if moves:
             device = torch.device("cpu")
-            mover = PeerMover(channels, placement.ranks - 1 - rank, device) if lends else HostMover(device)
+            mover = PeerMover(channels, rank, placement.ranks, device) if lends else HostMover(device)
             weights = list(ranks[rank].weights.values())
             activations[rank] = SavedActivations(mover, device, lambda: storages_of(weights))
         try:

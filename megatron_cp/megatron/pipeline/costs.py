@@ -47,10 +47,15 @@ def given(settings: Settings, placement: Placement) -> Known | None:
         raise Refused(f"--pp-costs {name}: {error}") from None
 
 
-def measured(settings: Settings, placement: Placement, stages: Sequence[StageCosts], hop: float, steps: int) -> Known:
-    """Return the costs that the first steps showed; rank 0 of the run writes them beside its checkpoints."""
+def measured(
+    settings: Settings, placement: Placement, stages: Sequence[StageCosts], hop: float, move: float, steps: int
+) -> Known:
+    """Return the costs that the first steps showed; rank 0 of the run writes them beside its checkpoints.
+
+    hop, move: seconds of a hop, and of moving a byte of activations, 0 where none moves
+    """
     assert settings.model, "settings with a profile know their model"
-    file = of_stages(settings.model, stages, hop)
+    file = of_stages(settings.model, stages, hop, move, placement)
     if settings.rank == 0 and settings.save:
         write(Path(settings.save) / FILE_NAME, file, steps)
     return _known(file, placement, f"from {steps} measured steps")
@@ -93,7 +98,9 @@ def describe(schedule: Schedule, known: Known, moving: bool = False) -> list[str
 def figures(known: Known) -> str:
     """Return a log line with the times of every stage."""
     costs = known.costs
-    times = (("T_F", costs.forward), ("T_I", costs.input), ("T_W", costs.weight), ("T_comm", (costs.comm,)))
+    times = [("T_F", costs.forward), ("T_I", costs.input), ("T_W", costs.weight), ("T_comm", (costs.comm,))]
+    if costs.move:
+        times.append(("T_move", (costs.move,)))
     text = "; ".join(f"{name} {' '.join(f'{value:.4g}' for value in values)}" for name, values in times)
     return f"per stage, in {known.time}: {text}"
 

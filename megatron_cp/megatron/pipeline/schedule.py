@@ -225,13 +225,13 @@ class Pipeline:
             if settings.pipeline.moves_activations or self._rule.lends:
                 self._saved = saved_activations(call, self._channels, lends)
             self._queue = bound_queue()
-            profile = profile_of(call.model, settings, self._queue)
+            profile = profile_of(call.model, settings, self._queue, self._saved)
             self._tables = Tables(self._rule, placement, settings, profile)
             self._delayed = watch(call.model, self._queue)
         rank, observe = call.groups.pp.rank(), self._observe
         if call.training:
             # a new table after the last measured step; all ranks come to the same one
-            self._tables.learn(self._channels, rank, call.buffer)
+            self._tables.learn(self._channels, rank, call.buffer, self._saved)
             observe = self._tables.observing(observe)
         schedule = self._tables.lowered(call.micros, call.training)
         actions = tuple(flat(schedule.table[rank]))
@@ -274,7 +274,7 @@ def connect(group: Any, placement: Placement, minutes: int | None, lends: bool =
 def saved_activations(call: Call, channels: Channels, lends: bool) -> SavedActivations:
     """Return what moves activations of this rank: to its peer in the pipeline, or to the host."""
     device, group = call.tokens.device, call.groups.pp
-    mover = PeerMover(channels, group.size() - 1 - group.rank(), device) if lends else HostMover(device)
+    mover = PeerMover(channels, group.rank(), group.size(), device) if lends else HostMover(device)
     return SavedActivations(mover, device, lambda: storages_of([w for chunk in call.model for w in chunk.parameters()]))
 
 

@@ -18,6 +18,7 @@ from megatron_cp.pipeline.clock import Clock
 from megatron_cp.pipeline.execute import Observe, forward_only, lower
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.profile import Profile, agree, hop_seconds, lower_split
+from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.split_backward import WeightQueue
 
@@ -70,7 +71,9 @@ class Tables:
 
         return observe
 
-    def learn(self, channels: Channels, rank: int, buffer: Callable[[], Tensor]) -> None:
+    def learn(
+        self, channels: Channels, rank: int, buffer: Callable[[], Tensor], saved: SavedActivations | None = None
+    ) -> None:
         """Switch to the measured costs after the last measured step; all ranks call it before every training step.
 
         All ranks take the largest measurement of each cost, and so they build the same new table.
@@ -83,8 +86,9 @@ class Tables:
         hop = hop_seconds(channels, rank, placement.ranks, buffer)
         everyone = torch.distributed.group.WORLD
         assert everyone, "Megatron has made the groups"
-        stages, hop = agree(GroupFabric(everyone), buffer().device, mine, len(placement.rank_of), hop)
-        self._known = costs.measured(self._settings, placement, stages, hop, steps)
+        move = saved.seconds_per_byte() if saved else 0.0
+        stages, hop, move = agree(GroupFabric(everyone), buffer().device, mine, len(placement.rank_of), hop, move)
+        self._known = costs.measured(self._settings, placement, stages, hop, move, steps)
         self._profile = None
         say(costs.figures(self._known))
         self._make_again()
@@ -97,8 +101,14 @@ class Tables:
             say(costs.changes(schedule, self._built[micros], self._known))
 
 
-def profile_of(model: list[Any], settings: Settings, queue: WeightQueue | None) -> Profile | None:
-    """Return the profile of the run's first steps, where its settings ask for one; W's wait in `queue`."""
+def profile_of(
+    model: list[Any], settings: Settings, queue: WeightQueue | None, saved: SavedActivations | None = None
+) -> Profile | None:
+    """Return the profile of the run's first steps, where its settings ask for one.
+
+    queue: of W's that wait
+    saved: what moves activations, if something does
+    """
     steps = settings.pipeline.profile_steps
     if not steps:
         return None
@@ -109,4 +119,5 @@ def profile_of(model: list[Any], settings: Settings, queue: WeightQueue | None) 
         return {weight.untyped_storage().data_ptr() for chunk in model for weight in chunk.parameters()}
 
     clock = Clock(next(model[0].parameters()).device)
-    return Profile(steps, clock, parameters, lambda stage, micro: queue.held((stage, micro)))
+    recorded = (lambda stage: saved.sizes[stage]) if saved else (lambda stage: 0)
+    return Profile(steps, clock, parameters, lambda stage, micro: queue.held((stage, micro)), recorded)

@@ -104,7 +104,7 @@ def test_stages_are_measured_by_their_slowest_rank():
         times = StageCosts(1.0 + fabric.rank, 2.0, 3.0, 40.0, 20.0 - fabric.rank)
         return agree(fabric, torch.device("cpu"), {fabric.rank % 2: times}, 2, 0.5 * fabric.rank)
 
-    expected = ([StageCosts(3.0, 2.0, 3.0, 40.0, 20.0), StageCosts(4.0, 2.0, 3.0, 40.0, 19.0)], 1.5)
+    expected = ([StageCosts(3.0, 2.0, 3.0, 40.0, 20.0), StageCosts(4.0, 2.0, 3.0, 40.0, 19.0)], 1.5, 0.0)
     assert in_process(4, body) == [expected] * 4
 
 

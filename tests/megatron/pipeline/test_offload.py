@@ -6,6 +6,7 @@ import torch
 from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.costs import uniform
+from megatron_cp.pipeline.costs_file import read
 from megatron_cp.pipeline.moves import has_moves
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.saved import SavedActivations
@@ -162,6 +163,24 @@ def test_a_chunk_lent_by_a_schedule_with_several_per_rank(without):
     found = run(4, *flags, "--pp-offload 9 --pp-offload-to peer")
     assert_bit_equal(found, without(4, *flags))
     assert sum(left for _, left, _ in found[2]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["host", "peer"])
+def test_limit_beside_measured_steps(without, to, tmp_path):
+    steps = "--train-iters 4"
+    found = run(
+        4,
+        FOUR,
+        steps,
+        f"--pp-schedule auto --pp-profile-steps 2 --pp-offload 3 --pp-offload-to {to}",
+        f"--save {tmp_path} --save-interval 99",
+    )
+    assert_bit_equal(found, without(4, FOUR, steps))
+    assert sum(left for _, left, _ in found[2]) > 0
+    measured = read(tmp_path / "pipeline-costs.yaml")
+    assert measured.T_move > 0
+    assert all(size > 0.1 for size in measured.M_B)
 
 
 @pytest.mark.slow
