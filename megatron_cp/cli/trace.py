@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.checks import able, check_placement
+from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Pass, Problem, Trace
 from megatron_cp.context.trace.simulate import Seconds, SimulatedPass, simulate
@@ -38,6 +40,14 @@ SequenceChunks = Annotated[
     int | None,
     typer.Option(
         min=1, help="Pieces over time, with the rest in host memory; by default only fpdt has any, as many as it needs."
+    ),
+]
+DocumentLengths = Annotated[
+    str | None,
+    typer.Option(
+        "--documents",
+        metavar="LENGTHS|PREFIX",
+        help="Documents of a packed sequence: tokens of each, as 100,20,8, or the first of a .bin/.idx pair.",
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of the tensors; must be the one that the cluster's rates hold for.")]
@@ -80,6 +90,7 @@ def trace(
         bool,
         typer.Option("--windows", help="The kernel takes windows: a band along the diagonal is one call, as on a GPU."),
     ] = False,
+    documents: DocumentLengths = None,
     dtype: Dtype = None,
     measure: Measure = False,
     plot: Plots = None,
@@ -111,6 +122,7 @@ def trace(
         stripe=stripe,
         device=hardware.device,
         windows=windows,
+        documents=None if documents is None else _documents(documents, seq),
     )
     problem, chosen = _settled(problem, hardware)
     costed = _costed(problem, hardware, measure)
@@ -144,7 +156,21 @@ def _settled(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, st
     from megatron_cp.context.auto import decide
 
     choice = decide(problem, hardware)
-    return choice.problem, {AUTO: choice.why}
+    return replace(choice.problem, documents=problem.documents), {AUTO: choice.why}
+
+
+def _documents(given: str, seq: int) -> Documents:
+    """Return documents of these lengths, or those at the start of a corpus; the last one is cut at `seq` tokens."""
+    parts = given.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        return documents([0, *accumulate(map(int, parts))])
+    from megatron_cp.corpus.index import check_prefix, document_lengths
+
+    held = check_prefix(given)
+    if held.tokens < seq:
+        raise ValueError(f"{given}.bin holds {held.tokens} tokens, less than --seq {seq}; take a shorter sequence")
+    ends = accumulate(document_lengths(given, held), initial=0)
+    return documents([*(end for end in ends if end < seq), seq])
 
 
 def _passes(recorded: Trace) -> dict[str, Pass]:
@@ -202,10 +228,11 @@ def _as_json(costed: Costed) -> dict[str, Any]:
     recorded, proof = costed.trace, costed.proof
     head = {"covered": proof.covered, "problem": proof.problem, "proved_pairs": proof.pairs}
     passes = {name: _pass_as_json(run, costed.runs[name], costed.cluster) for name, run in _passes(recorded).items()}
-    grid = recorded.problem.grid
+    grid, packed = recorded.problem.grid, recorded.problem.documents
     asked = {
         **asdict(recorded.problem),
         "grid": grid and list(grid.sizes),
+        "documents": packed and [len(each.q) for each in packed.sets],
         "cluster": costed.cluster.name,
         "relayout": recorded.relayout,
     }

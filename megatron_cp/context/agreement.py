@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_cp.comm import values_of_all
 from megatron_cp.context import cache_sizes
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.plan import Plan
 from megatron_cp.errors import Refused
 
@@ -38,8 +39,8 @@ def wants_gradients(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
-def agree(plan: Plan, *tensors: object, gradients: bool) -> None:
-    """Compare shapes and dtypes of these tensors [s b * d], queries first, and the plan with those of all other ranks.
+def agree(plan: Plan, *tensors: object, packed: Documents | None = None, gradients: bool) -> None:
+    """Compare shapes and dtypes of these tensors [s b * d], queries first, plan and documents with all other ranks.
 
     One all-gather of 8 bytes per rank, which `Fabric.sent` does not count; on a GPU the host waits for it. Nothing is
     remembered from call to call, because a rank whose own call is as before cannot tell that another's changed.
@@ -53,7 +54,7 @@ def agree(plan: Plan, *tensors: object, gradients: bool) -> None:
         tuple(tuple(x.shape) if isinstance(x, Tensor) else () for x in tensors),
         tuple(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in tensors),
         gradients,
-        plan.terms,
+        plan.terms if packed is None else (*plan.terms, packed.term),
     )
     if len(set(values_of_all(plan.cp, device, [_word(mine)]))) == 1:
         return

@@ -1,15 +1,18 @@
 """Attention over a sequence sharded on ranks, through any backend."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from megatron_cp.context import opaque, transforms
 from megatron_cp.context.agreement import wants_gradients
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.function import run
 from megatron_cp.context.inputs import as_sink
 from megatron_cp.context.plan import Plan, Sizes, plan
-from megatron_cp.context.prepare import prepare
+from megatron_cp.context.prepare import documents_of, prepare
 
 __all__ = ["Plan", "Sizes", "attend", "plan"]
 
@@ -21,6 +24,7 @@ def attend(
     plan: Plan,
     *,
     sink: Float[Tensor, "*b h"] | float | None = None,
+    documents: Documents | Tensor | Sequence[int] | None = None,
     agreed: bool = False,
 ) -> Float[Tensor, "s b h d"]:
     """Attend this rank's queries to the whole sequence, differentiably; all ranks of the plan call it together.
@@ -32,6 +36,10 @@ def attend(
     value: 0 is the off-by-one softmax, a tensor [h], or [b h] for sinks of each sequence, may be learned. Its gradient
     is this rank's part: the ranks of the plan share the sink, whose gradient is the sum of their parts.
 
+    `documents` are those of a packed sequence, which see their own tokens only: `Documents`, made once for all layers
+    of a microbatch, or their ends as flash-attn's cu_seqlens, from 0 to S, in a list or on the CPU or the device of q,
+    where every call waits to read them. All rows of the batch have the same ones.
+
     Every call first compares shapes, dtypes and plans of all ranks, in one all-gather of 8 bytes per rank. With
     `agreed` the caller guarantees that they are equal: a GPU, whose host would wait for the comparison, sends the
     algorithm's messages only. Megatron cuts every batch for its ranks by one rule, so that its layers ask for the
@@ -40,10 +48,11 @@ def attend(
     Raises ValueError on every rank when these differ between ranks, and when tensors do not fit each other or the
     algorithm; nothing but the comparison is sent before.
     """
-    logits = as_sink(sink, q)
+    logits, packed = as_sink(sink, q), documents_of(documents, q)
     if torch.compiler.is_compiling():
-        return opaque.attend(q, k, v, logits, plan, agreed)
+        return opaque.attend(q, k, v, logits, plan, packed, agreed)
     if torch._C._are_functorch_transforms_active():
-        return transforms.attend(q, k, v, logits, plan, agreed)
+        return transforms.attend(q, k, v, logits, plan, packed, agreed)
     gradients = wants_gradients(q, k, v, logits)
-    return run(q, k, v, prepare(q, k, v, plan, agreed=agreed, gradients=gradients, sink=logits), logits)
+    settled = prepare(q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits)
+    return run(q, k, v, settled, logits, packed)

@@ -45,10 +45,13 @@ def settle(plan: Plan, sizes: Sizes) -> Plan:
 
 
 def decide(problem: Problem, cluster: Cluster) -> BackendChoice:
-    """Return the fastest choice for the problem, weighed once in a process; the problem's own backend is ignored."""
+    """Return the fastest choice for the problem, weighed once in a process; the problem's own backend is ignored.
+
+    So are its documents, which change with each microbatch: the choice is the one for a whole sequence.
+    """
     # ranks that are threads would all weigh it at the same time
     with _one_at_a_time:
-        return _decide(replace(problem, backend=AUTO), cluster)
+        return _decide(replace(problem, backend=AUTO, documents=None), cluster)
 
 
 def default_cluster(device: str) -> Cluster:

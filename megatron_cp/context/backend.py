@@ -5,21 +5,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_cp.context.loop import Loop
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.traffic import TrafficFormula
 from megatron_cp.grid import Grid
 
 PLACEMENTS = {"head-first": "inner", "context-first": "outer"}
 """The axis of the grid that exchanges heads, by the value of --cp-placement."""
 
-MaskKind = Literal["full", "causal", "window"]
+MaskKind = Literal["full", "causal", "window", "packed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """Needs and abilities of an algorithm.
 
-    masks:     masks that it can do
+    masks:     masks that it can do; "packed" are those of documents
     grid:      the two axes of --hierarchical-context-parallel-sizes are "needed", "optional" (without them the loop
                chooses) or "none"
     teams:     the inner axis is a team, whose size squared must divide the ranks
@@ -33,7 +33,7 @@ class Capabilities:
     planned:   considered by `megatron-cp plan` where no backend is named
     """
 
-    masks: frozenset[MaskKind] = frozenset({"full", "causal", "window"})
+    masks: frozenset[MaskKind] = frozenset({"full", "causal", "window", "packed"})
     grid: Literal["none", "optional", "needed"] = "none"
     teams: bool = False
     placement: bool = False
@@ -85,7 +85,7 @@ class Backend:
             return grid.size(axis) if grid else 1
         return ranks if self.capabilities.heads == "all" else 1
 
-    def weighs(self, mask: Mask, *, windows: bool = False) -> bool:
+    def weighs(self, mask: AnyMask, *, windows: bool = False) -> bool:
         """True if backend `auto` considers it under this mask, with a kernel that takes windows or not."""
         weighed = self.capabilities.weighed
         return weighed == "always" or (weighed == "without window" and (windows or not mask.window))

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from megatron_cp.context import AUTO, BACKENDS, DEFAULT
 from megatron_cp.context.backend import PLACEMENTS, Backend, MaskKind
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.documents import Documents
+from megatron_cp.context.masks import AnyMask, Pieces
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, team_sizes
 
@@ -14,7 +15,7 @@ def able(to: Callable[[Backend], bool], show: Callable[[str], str] = repr) -> st
     return " or ".join(show(entry.name) for entry in BACKENDS if to(entry))
 
 
-def check_mask(entry: Backend, mask: Mask) -> None:
+def check_mask(entry: Backend, mask: AnyMask) -> None:
     """Raise Refused for a mask that the algorithm cannot do."""
     kind = kind_of(mask)
     if kind not in entry.capabilities.masks:
@@ -24,8 +25,19 @@ def check_mask(entry: Backend, mask: Mask) -> None:
         )
 
 
-def kind_of(mask: Mask) -> MaskKind:
+def check_documents(packed: Documents, tokens: int, ranks: int) -> None:
+    """Raise Refused for documents of another sequence than the one that the ranks hold."""
+    if packed.tokens != tokens:
+        raise Refused(
+            f"documents must end where the sequence does, at S = {tokens} on {ranks} ranks, got cu_seqlens that "
+            f"end at {packed.tokens}; " + ("pads are one more document" if packed.tokens < tokens else "cut the last")
+        )
+
+
+def kind_of(mask: AnyMask) -> MaskKind:
     """Return which kind of mask this is."""
+    if isinstance(mask, Pieces):
+        return "packed"
     if mask.window:
         return "window"
     return "causal" if mask.causal else "full"

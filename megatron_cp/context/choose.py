@@ -14,6 +14,7 @@ from math import inf
 from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.context.masks import Mask
 from megatron_cp.context.trace.events import Compute, Problem, Step, Touch, Trace
 from megatron_cp.context.trace.simulate import SimulatedPass, call_seconds, simulate
 from megatron_cp.errors import Refused
@@ -227,11 +228,11 @@ def _shrunk(cluster: Cluster, sample: Problem, whole: Problem) -> Cluster:
 
 def _reach(problem: Problem) -> int:
     """Return how many ranks the time grows with: all, or as many as hold what a window shows."""
-    left, right = problem.mask
-    if left is None or right is None:
+    mask = problem.mask
+    if not isinstance(mask, Mask) or mask.left is None or mask.right is None:
         return problem.ranks
     tokens = problem.seq // problem.ranks
-    return min(problem.ranks, max(SAMPLES[-1], -(-(left + right) // tokens) + 1))
+    return min(problem.ranks, max(SAMPLES[-1], -(-(mask.left + mask.right) // tokens) + 1))
 
 
 def _time_and_peak(trace: Trace, cluster: Cluster) -> tuple[float, ...]:

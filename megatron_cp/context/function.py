@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_cp.context import layouts, sinks
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.partials import accumulator_dtype
@@ -38,15 +39,17 @@ class AttentionCall(NamedTuple):
     merges_sink: bool
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, sink: Tensor | None = None) -> Tensor:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, sink: Tensor | None = None, packed: Documents | None = None
+) -> Tensor:
     """Attend by a plan whose backend is chosen; the caller guarantees that all ranks hold tensors of one shape."""
-    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan))
+    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan, packed))
 
 
-def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> AttentionCall:
+def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | None = None) -> AttentionCall:
     """Return the call of a settled plan for such tensors; raises ValueError when they do not fit."""
     layout = layouts.layout(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
-    task = task_for(q, k, v, plan)
+    task = task_for(q, k, v, plan, packed)
     factor, scale = _positive(task.scale)
     inside = plan.chunks is not None or plan.backend.capabilities.sinks == "inside"
     return AttentionCall(plan.loop, replace(task, scale=scale), layout, factor, inside)

@@ -1,6 +1,10 @@
 """Masks: the keys that a query sees, as positions."""
 
-from typing import NamedTuple
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 from megatron_cp.errors import Refused
 
@@ -48,6 +52,74 @@ def _triangle(side: int) -> int:
 
 FULL = Mask()
 CAUSAL = Mask(right=0)
+
+
+class Piece(NamedTuple):
+    """Queries at the positions `q` see those keys at the positions `kv` that lie in the band."""
+
+    q: range
+    kv: range
+    band: Mask
+
+    @property
+    def causal(self) -> bool:
+        """True if no query sees a later key."""
+        return (self.band.right is not None and self.band.right <= 0) or self.kv.stop - 1 <= self.q.start
+
+    def moved(self, queries: int, keys: int) -> "Piece":
+        """Return this piece where positions of queries and of keys are counted from that much further on."""
+        q, kv = (range(stretch.start - by, stretch.stop - by) for stretch, by in ((self.q, queries), (self.kv, keys)))
+        return Piece(q, kv, self.band.shifted(queries - keys))
+
+
+class Pieces:
+    """A mask with pieces: a query sees the keys of all pieces that it is in; no two pieces have a pair in common.
+
+    It is equal to itself only, so that its hash costs nothing, and keeps what `remembered` functions return for it:
+    all layers of a microbatch share these results, and they go when the microbatch does.
+    """
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        kept = (piece for piece in pieces if piece.q and piece.kv)
+        self.all = tuple(sorted(kept, key=lambda piece: (piece.q.start, piece.kv.start)))
+        self.results: dict[tuple[Any, ...], Any] = {}
+
+    @cached_property
+    def causal(self) -> bool:
+        """True if no query sees a later key."""
+        return all(piece.causal for piece in self.all)
+
+    @cached_property
+    def window(self) -> bool:
+        """True if some query sees only a bounded stretch of its piece."""
+        return any(piece.band.window for piece in self.all)
+
+    @cached_property
+    def mirrored(self) -> "Pieces":
+        """This mask from the side of the keys."""
+        return Pieces(Piece(kv, q, band.mirrored) for q, kv, band in self.all)
+
+    def moved(self, queries: int, keys: int) -> "Pieces":
+        """Return this mask where positions of queries and of keys are counted from that much further on."""
+        key = (Pieces.moved, queries, keys)
+        if key not in self.results:
+            self.results[key] = Pieces(piece.moved(queries, keys) for piece in self.all)
+        return cast("Pieces", self.results[key])
+
+    def of(self, run: range) -> Iterator[tuple[int, Piece]]:
+        """Yield the pieces, with their numbers, of which some query lies between the ends of the run."""
+        starts, reach = self._bounds
+        for index in range(bisect_right(reach, run[0]), bisect_left(starts, run[-1] + 1)):
+            if self.all[index].q.stop > run[0]:
+                yield index, self.all[index]
+
+    @cached_property
+    def _bounds(self) -> tuple[list[int], list[int]]:
+        """Return where the queries of each piece start, and how far those of it and all before it reach."""
+        return [piece.q.start for piece in self.all], list(accumulate((piece.q.stop for piece in self.all), max))
+
+
+AnyMask = Mask | Pieces
 
 
 def mask(causal: bool, window: tuple[int | None, int | None] | None = None) -> Mask:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from megatron_cp.context import documents
 from megatron_cp.context.agreement import wants_gradients
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.function import AttentionCall, backward_pass, call_for, forward_pass
 from megatron_cp.context.plan import Plan, numbered
 from megatron_cp.context.prepare import prepare
@@ -35,21 +37,30 @@ _numbers = count(1)
 _kept: WeakValueDictionary[int, _SavedState] = WeakValueDictionary()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, agreed: bool) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, packed: Documents | None, agreed: bool
+) -> Tensor:
     """Attend as one operator."""
-    out, _ = forward(q, k, v, sink, plan.number, agreed, wants_gradients(q, k, v, sink))
+    out, _ = forward(q, k, v, sink, plan.number, number_of(packed), agreed, wants_gradients(q, k, v, sink))
     return out
+
+
+def number_of(packed: Documents | None) -> int:
+    return 0 if packed is None else packed.number
 
 
 @torch.library.custom_op(
     "megatron_cp::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? sink, SymInt plan, bool agreed, bool gradients) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sink, SymInt plan, SymInt packed, bool agreed, bool gradients)"
+    " -> (Tensor, Tensor)",
 )
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, agreed: bool, gradients: bool
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, packed: int, agreed: bool, gradients: bool
 ) -> tuple[Tensor, Tensor]:
-    call = call_for(q, k, v, prepare(q, k, v, numbered(plan), agreed=agreed, gradients=gradients, sink=sink))
+    held = documents.numbered(packed)
+    settled = prepare(q, k, v, numbered(plan), held, agreed=agreed, gradients=gradients, sink=sink)
+    call = call_for(q, k, v, settled, held)
     out, saved = forward_pass(q, k, v, call, sink)
     out = out.contiguous()
     leaves, saved_as = tree_flatten(saved)
@@ -70,7 +81,7 @@ def _own(leaf: Tensor, given: tuple[Tensor, ...]) -> Tensor | int:
 
 @forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, agreed: bool, gradients: bool
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, packed: int, agreed: bool, gradients: bool
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(1, dtype=torch.int64, device="cpu")
 
@@ -112,7 +123,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     dq, dk, dv, dsink = backward(dout, *ctx.saved_tensors)
-    return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None
+    return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None, None
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

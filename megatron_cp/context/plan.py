@@ -14,6 +14,7 @@ from megatron_cp.comm import Fabric, SingleFabric
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes, layouts
 from megatron_cp.context.algorithms.fpdt import FPDT
 from megatron_cp.context.checks import able, check_can_chunk, check_grid, check_heads, check_mask, check_placement
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.inputs import check_inputs
 from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG
 from megatron_cp.context.loop import Loop
@@ -187,8 +188,8 @@ def plan(
     )
 
 
-def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
-    """Return the arguments of a settled plan's loop for such tensors; raises ValueError when they do not fit."""
+def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | None = None) -> Task:
+    """Return the arguments of a settled plan's loop for tensors and documents; raises ValueError if they do not fit."""
     check_inputs(q, k, v)
     grid, axis = (plan.axes.grid, plan.axes.heads) if plan.axes else (None, "")
     check_heads(plan.backend, q.shape[2], plan.cp.size, grid, axis)
@@ -198,7 +199,7 @@ def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Task:
     return Task(
         fabric=plan.cp,
         layout=layout,
-        mask=plan.mask,
+        mask=plan.mask if packed is None else packed.mask(plan.mask),
         scale=scale,
         kernel=plan.kernel_for(q)[0],
         heads=heads,

@@ -1,23 +1,42 @@
 """Preparation of a call before its first message: agreement of all ranks, and the choice of backend `auto`."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from megatron_cp.context.agreement import agree
 from megatron_cp.context.auto import settle
-from megatron_cp.context.checks import check_sinks
+from megatron_cp.context.checks import check_documents, check_mask, check_sinks
+from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.inputs import check_inputs, check_sink
 from megatron_cp.context.plan import Plan, Sizes
+from megatron_cp.errors import Refused
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, agreed: bool, gradients: bool, sink: object = None) -> Plan:
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    packed: Documents | None = None,
+    *,
+    agreed: bool,
+    gradients: bool,
+    sink: object = None,
+) -> Plan:
     """Return the settled plan for such tensors; raises ValueError on every rank when they do not fit together.
 
+    packed:    the documents of the sequence
     agreed:    the caller guarantees that ranks are equal; a GPU's host does not wait for the comparison
     gradients: a backward pass may follow
     """
     if not agreed or _device_type(q) == "cpu":
-        agree(plan, q, k, v, *([] if sink is None else [sink]), gradients=gradients)
+        agree(plan, q, k, v, *([] if sink is None else [sink]), packed=packed, gradients=gradients)
     check_inputs(q, k, v)
+    if packed is not None:
+        check_documents(packed, q.shape[0] * plan.cp.size, plan.cp.size)
+        check_mask(plan.backend, packed.mask(plan.mask))
     if sink is not None:
         check_sink(sink, q)
     dtype = str(q.dtype).removeprefix("torch.")
@@ -26,6 +45,18 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, agreed: bool, gradie
     if sink is not None:
         check_sinks(settled.backend)
     return settled
+
+
+def documents_of(given: Documents | Tensor | Sequence[int] | None, q: object) -> Documents | None:
+    """Return the documents that a call was given; raises ValueError for ends that are none, or on another device."""
+    if given is None or isinstance(given, Documents):
+        return given
+    if isinstance(given, Tensor) and isinstance(q, Tensor) and given.device not in (torch.device("cpu"), q.device):
+        raise Refused(
+            f"cu_seqlens must be on the CPU or the device of q, {q.device}, got {given.device}; "
+            "read them once for all layers: documents(cu_seqlens)"
+        )
+    return documents(given)
 
 
 def _device_type(q: object) -> str:

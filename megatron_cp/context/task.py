@@ -1,7 +1,6 @@
 """The arguments of a loop, and the tensors that it keeps for the backward pass."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -9,8 +8,9 @@ from torch import Tensor
 from megatron_cp.comm import Fabric
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, Runs, cut, length
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.tile_kernel import tile_backward, tile_forward
 from megatron_cp.context.tiles import Tile, tiles
 from megatron_cp.grid import Grid
@@ -83,7 +83,7 @@ class Task:
 
     fabric: Fabric
     layout: Layout
-    mask: Mask
+    mask: AnyMask
     scale: float
     kernel: Kernel
     heads: tuple[int, int]
@@ -135,9 +135,9 @@ class Task:
         )
 
 
-@lru_cache(cache_sizes.PAIRS)
+@remembered(cache_sizes.PAIRS)
 def _held(
-    q_runs: Runs, rows: slice, first_query: int, kv_runs: Runs, first_key: int, mask: Mask, windows: bool
+    q_runs: Runs, rows: slice, first_query: int, kv_runs: Runs, first_key: int, mask: AnyMask, windows: bool
 ) -> tuple[Tile, ...]:
     """Return the tiles of these rows with the keys, as tokens of tensors that start at the first query and key."""
     before = rows.start - first_query

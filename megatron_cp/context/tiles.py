@@ -10,16 +10,20 @@ be a flat band, which kernels are slower at.
 
 A kernel that takes windows computes a whole band along the diagonal at once: neighbouring steps whose staircases are
 the two edges of a band are one tile, however narrow the band.
+
+A mask with pieces is one band in each of them: the runs are clipped to a piece, whose local tokens are a stretch too.
 """
 
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Literal, NamedTuple
 
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Runs, length, located
-from megatron_cp.context.masks import CAUSAL, FULL, Mask
+from megatron_cp.context.masks import CAUSAL, FULL, AnyMask, Mask, Piece, Pieces
+from megatron_cp.context.remembered import remembered
 from megatron_cp.errors import Refused
 
 Shape = Literal["full", "lower", "upper"] | Mask
@@ -70,24 +74,32 @@ class StaircaseStep(NamedTuple):
         return self._replace(start=self.start + queries, low=low, high=high)
 
 
-@lru_cache(cache_sizes.PAIRS)
-def tiles(q_runs: Runs, kv_runs: Runs, mask: Mask, *, windows: bool = False) -> tuple[Tile, ...]:
+@remembered(cache_sizes.PAIRS)
+def tiles(q_runs: Runs, kv_runs: Runs, mask: AnyMask, *, windows: bool = False) -> tuple[Tile, ...]:
     """Tiles that cover every unmasked pair of `q_runs` with `kv_runs` exactly once.
 
     windows: the kernel takes windows; a mask without one is cut alike for all kernels
     """
-    steps = _steps(q_runs, kv_runs, mask)
-    if windows and mask.window:
-        return tuple(_band(part) for joined in _bands(steps) for part in _no_wider_than_long(joined))
-    groups = groupby(steps, key=lambda step: (step.low, step.low_slope))
-    return tuple(tile for _, same in groups for tile in _halve(list(same)))
+    if isinstance(mask, Mask):
+        return tuple(_band_tiles(q_runs, kv_runs, mask, windows))
+    return tuple(
+        Tile(_moved(tile.q, clip.rows), _moved(tile.kv, clip.cols), tile.shape)
+        for clip in clips(q_runs, kv_runs, mask)
+        for tile in _band_tiles(clip.queries, clip.keys, clip.piece.band, windows)
+    )
 
 
-@lru_cache(cache_sizes.PAIRS)
-def seen(q_runs: Runs, kv_runs: Runs, mask: Mask) -> slice:
+@remembered(cache_sizes.PAIRS)
+def seen(q_runs: Runs, kv_runs: Runs, mask: AnyMask) -> slice:
     """Return the stretch of keys that any of the queries sees; no other key need be sent to them."""
-    steps = _steps(q_runs, kv_runs, mask)
-    return hull(tuple(slice(step.low, step.last_high) for step in steps))
+    if isinstance(mask, Mask):
+        return _seen_in_band(q_runs, kv_runs, mask)
+    return hull(
+        tuple(
+            _moved(_seen_in_band(clip.queries, clip.keys, clip.piece.band), clip.cols)
+            for clip in clips(q_runs, kv_runs, mask)
+        )
+    )
 
 
 def hull(stretches: tuple[slice, ...]) -> slice:
@@ -96,6 +108,73 @@ def hull(stretches: tuple[slice, ...]) -> slice:
     if not stretches:
         return slice(0, 0)
     return slice(min(stretch.start for stretch in stretches), max(stretch.stop for stretch in stretches))
+
+
+class Clip(NamedTuple):
+    """The queries and keys inside a piece, and the number of local tokens before them."""
+
+    piece: Piece
+    rows: int
+    queries: Runs
+    cols: int
+    keys: Runs
+
+    @property
+    def local(self) -> tuple[slice, slice]:
+        """The local queries and keys."""
+        return slice(self.rows, self.rows + length(self.queries)), slice(self.cols, self.cols + length(self.keys))
+
+
+def clips(q_runs: Runs, kv_runs: Runs, mask: Pieces) -> Iterator[Clip]:
+    """Yield each piece in which there are queries and keys, with these."""
+    found: dict[int, list[tuple[range, int]]] = defaultdict(list)
+    for run, local in located(q_runs):
+        for index, piece in mask.of(run):
+            skipped, inside = _clipped(run, piece.q)
+            if inside:
+                found[index].append((inside, local.start + skipped))
+    starts, before = [run[0] for run in kv_runs], list(accumulate(map(len, kv_runs), initial=0))
+    for index in sorted(found):
+        piece, keys, cols = mask.all[index], list[range](), 0
+        # from the last run that starts before the piece, on to the first that starts behind it
+        first = max(0, bisect_right(starts, piece.kv.start) - 1)
+        for number in range(first, bisect_left(starts, piece.kv.stop)):
+            skipped, inside = _clipped(kv_runs[number], piece.kv)
+            if inside:
+                cols = cols if keys else before[number] + skipped
+                keys.append(inside)
+        if keys:
+            yield Clip(piece, found[index][0][1], tuple(run for run, _ in found[index]), cols, tuple(keys))
+
+
+def _clipped(run: range, stretch: range) -> tuple[int, range]:
+    """Return how many positions of the run lie before the stretch, and those inside it."""
+    if stretch.start <= run.start and run.stop <= stretch.stop:
+        return 0, run
+    skipped = max(0, -(-(stretch.start - run.start) // run.step))
+    return skipped, run[skipped : max(skipped, -(-(stretch.stop - run.start) // run.step))]
+
+
+def _moved(stretch: slice, by: int) -> slice:
+    return slice(stretch.start + by, stretch.stop + by)
+
+
+def _band_tiles(q_runs: Runs, kv_runs: Runs, band: Mask, windows: bool) -> Iterator[Tile]:
+    steps = _steps(q_runs, kv_runs, band)
+    if windows and band.window:
+        yield from (_band(part) for joined in _bands(steps) for part in _no_wider_than_long(joined))
+    else:
+        groups = groupby(steps, key=lambda step: (step.low, step.low_slope))
+        yield from (tile for _, same in groups for tile in _halve(list(same)))
+
+
+def _seen_in_band(q_runs: Runs, kv_runs: Runs, band: Mask) -> slice:
+    # stretches of neighbouring positions, without a window: the last query sees most
+    if len(q_runs) == len(kv_runs) == 1 and band.left is None and q_runs[0].step == kv_runs[0].step == 1:
+        (queries,), (keys,) = q_runs, kv_runs
+        high = len(keys) if band.right is None else queries[-1] + band.right + 1 - keys.start
+        return slice(0, min(max(high, 0), len(keys)))
+    return hull(tuple(slice(step.low, step.last_high) for step in _steps(q_runs, kv_runs, band)))
 
 
 def _bands(steps: list[StaircaseStep]) -> list[list[StaircaseStep]]:

@@ -7,15 +7,19 @@ from torch import Tensor
 
 from megatron_cp.context import opaque
 from megatron_cp.context.agreement import wants_gradients
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.function import refuse_derivative
 from megatron_cp.context.plan import Plan
 
 type Dims = tuple[int | None, ...]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, agreed: bool) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, packed: Documents | None, agreed: bool
+) -> Tensor:
     """Attend under transforms."""
-    out, _ = _Forward.apply(q, k, v, sink, plan.number, agreed, wants_gradients(q, k, v, sink))
+    numbers = plan.number, opaque.number_of(packed)
+    out, _ = _Forward.apply(q, k, v, sink, *numbers, agreed, wants_gradients(q, k, v, sink))
     return out
 
 
@@ -24,9 +28,9 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, agreed: bool, gradients: bool
+        q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, packed: int, agreed: bool, gradients: bool
     ) -> tuple[Tensor, Tensor]:
-        return opaque.forward(q, k, v, sink, plan, agreed, gradients)
+        return opaque.forward(q, k, v, sink, plan, packed, agreed, gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -37,7 +41,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         dq, dk, dv, dsink = _Backward.apply(dout, *ctx.saved_tensors)
-        return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None
+        return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:

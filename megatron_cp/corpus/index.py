@@ -61,6 +61,15 @@ def first_document(prefix: str, statistics: Statistics, limit: int) -> NDArray[A
     return np.fromfile(f"{prefix}.bin", statistics.dtype, count=min(length, limit))
 
 
+def document_lengths(prefix: str, statistics: Statistics) -> list[int]:
+    """Return the tokens of each document."""
+    with open(f"{prefix}.idx", "rb") as file:
+        raw = np.frombuffer(file.read(), np.uint8)
+    lengths, _, begins = _sections(raw[HEADER.size :], statistics.sequences, statistics.documents + 1)
+    ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[begins]
+    return [int(length) for length in np.diff(ends)]
+
+
 def _paths(prefix: str) -> tuple[Path, Path]:
     paths = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     missing = [path for path in paths if not path.is_file()]

@@ -15,6 +15,8 @@ class Problem(NamedTuple):
     dout: Tensor
     causal: bool
     window: tuple[int | None, int | None] | None = None
+    packed: Tensor | None = None
+    """The pairs that packed documents leave, [S S], in place of causal and window."""
 
 
 def problem(
@@ -31,12 +33,18 @@ def dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     group = q.shape[2] // k.shape[2]
     keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("sbhd,tbhd->bhst", q, keys) * q.shape[-1] ** -0.5
-    out = torch.einsum("bhst,tbhd->sbhd", scores.masked_fill(hidden(problem), -torch.inf).softmax(-1), values)
+    masked = hidden(problem)
+    # a query without a key has no result
+    blind = masked.all(-1, keepdim=True)
+    weights = scores.masked_fill(masked & ~blind, -torch.inf).softmax(-1).masked_fill(blind, 0)
+    out = torch.einsum("bhst,tbhd->sbhd", weights, values)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), problem.dout.double())
 
 
 def hidden(problem: Problem) -> Tensor:
     """The pairs that the mask hides, [S S]."""
+    if problem.packed is not None:
+        return ~problem.packed
     tokens = problem.q.shape[0]
     left, right = problem.window or (None, None)
     distance = torch.arange(tokens)[None] - torch.arange(tokens)[:, None]

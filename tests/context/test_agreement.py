@@ -112,7 +112,7 @@ def test_probabilities_and_bias_compare_shapes_too():
 @pytest.mark.parametrize(("agreed", "device"), [(False, "cpu"), (True, "cpu"), (False, "meta"), (True, "meta")])
 def test_a_guarantee_spares_the_comparison_where_the_host_would_wait_for_a_device(monkeypatch, agreed, device):
     compared = []
-    monkeypatch.setattr(preparing, "agree", lambda plan, *tensors, gradients: compared.append(len(tensors)))
+    monkeypatch.setattr(preparing, "agree", lambda plan, *tensors, **_: compared.append(len(tensors)))
     x = zeros().to(device)
     preparing.prepare(x, x, x, plan("zigzag"), agreed=agreed, gradients=False)
     assert compared == ([] if agreed and device != "cpu" else [3])

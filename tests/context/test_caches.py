@@ -4,18 +4,25 @@ import functools
 import gc
 import importlib
 import pkgutil
+import random
 import tracemalloc
+import weakref
+from pathlib import Path
 
 import pytest
+import torch
 
 import megatron_cp.context
 import megatron_cp.kernels
 from megatron_cp.comm import in_process
 from megatron_cp.context import ALGORITHMS, BACKENDS
+from megatron_cp.context.attend import attend, plan
+from megatron_cp.context.documents import documents
 from megatron_cp.context.layouts import gathered, layout, moves
 from megatron_cp.context.masks import CAUSAL
 from megatron_cp.context.tiles import seen, tiles
 from megatron_cp.grid import Grid
+from tests.cases import slow_unless
 from tests.context.dense import problem
 from tests.context.test_backends import assert_equals_dense, sharded
 
@@ -81,8 +88,8 @@ def test_memory_does_not_grow_with_layouts_that_are_used_once():
 def test_tiles_of_layouts_that_are_used_once_are_forgotten():
     kept = seen.cache_parameters()["maxsize"]
     for number in range(kept + BATCHES):
-        for plan in (seen, tiles):
-            plan((range(number, number + 2),), (range(number, number + 2),), CAUSAL)
+        for each in (seen, tiles):
+            each((range(number, number + 2),), (range(number, number + 2),), CAUSAL)
     assert seen.cache_info().currsize == tiles.cache_info().currsize == kept
 
 
@@ -98,3 +105,49 @@ def test_layouts_of_one_token_a_rank_share_what_is_cached(backend, order):
     for outside in order:
         body = functools.partial(sharded, task=task, backend=backend, grid=grid, outside=outside)
         assert_equals_dense(in_process(3, body), task)
+
+
+WARM, TOKENS = 100, 32
+
+
+def batches(fabric, backend, count):
+    """Attend `count` batches of documents that differ; the cache entries and resident pages after WARM and all."""
+    axes = {"inner": fabric.subset([fabric.rank]), "outer": fabric} if BACKENDS.get(backend).needs_grid else {}
+    made, found, numbers = plan(backend, cp=fabric, kernel="reference", **axes), [], random.Random(0)
+    q, k, v = (torch.ones(TOKENS, 1, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
+    for number in range(1, count + 1):
+        packed = documents([0, *sorted(numbers.sample(range(1, 2 * TOKENS), 5)), 2 * TOKENS])
+        # two layers
+        attend(attend(q, k, v, made, documents=packed), k, v, made, documents=packed).sum().backward()
+        if number in (WARM, count):
+            gc.collect()
+            held = sum(each.cache_info().currsize for each in caches())
+            found.append((held, int(Path("/proc/self/statm").read_text().split()[1])))
+    return found
+
+
+@pytest.mark.parametrize("backend", slow_unless(["all-gather"], ALGORITHMS))
+def test_documents_add_nothing_to_any_cache(backend):
+    for (before, _), (after, _) in in_process(2, lambda fabric: batches(fabric, backend, WARM + 30)):
+        assert before == after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zigzag", "usp", "distflash"])
+def test_memory_does_not_grow_over_a_thousand_batches_of_documents(backend):
+    for (entries, pages), (more_entries, more_pages) in in_process(2, lambda fabric: batches(fabric, backend, 1000)):
+        assert entries == more_entries
+        assert more_pages <= 1.01 * pages
+
+
+def test_results_of_documents_go_with_them():
+    packed = documents([0, 5, 64])
+    kept = packed.mask(CAUSAL)
+    tiles((range(32),), (range(32),), kept)
+    assert len(kept.results) == 1
+    tiles((range(32),), (range(32),), kept)
+    tiles((range(32),), (range(32),), kept, windows=True)
+    assert len(kept.results) == 2
+    gone = weakref.ref(kept)
+    del packed, kept
+    assert gone() is None

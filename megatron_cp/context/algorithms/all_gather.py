@@ -8,7 +8,6 @@ Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2. Traffic, memory: `BACK
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,9 @@ from megatron_cp.comm import Handle
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.heads import pieces
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.returns import Incoming, Outgoing, Returns
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
@@ -109,8 +109,8 @@ def _view_of(task: Task) -> View:
     return view_of(task.layout, task.mask, task.fabric.rank)
 
 
-@lru_cache(cache_sizes.GROUPS)
-def view_of(layout: Layout, mask: Mask, me: int) -> View:
+@remembered(cache_sizes.GROUPS)
+def view_of(layout: Layout, mask: AnyMask, me: int) -> View:
     """Return the view of rank `me`."""
     whole, places = gathered(layout)
     reach = [seen(runs, whole, mask) for runs in layout]

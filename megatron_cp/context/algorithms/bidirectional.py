@@ -10,7 +10,6 @@ arXiv:2412.20501, there for queries and results.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,8 +18,9 @@ from megatron_cp.context import cache_sizes
 from megatron_cp.context.algorithms.ring import GradientReturns, directed
 from megatron_cp.context.circulate import Route, circulate_blocks
 from megatron_cp.context.layouts import Layout, cut, length
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
 
@@ -61,8 +61,8 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
     return dq.result(), dk, dv
 
 
-@lru_cache(cache_sizes.LAYOUTS)
-def up_and_down(layout: Layout, mask: Mask) -> tuple[Route, Route]:
+@remembered(cache_sizes.LAYOUTS)
+def up_and_down(layout: Layout, mask: AnyMask) -> tuple[Route, Route]:
     """Return the routes of the early and of the late halves, over the positions of these halves."""
     early, late = (tuple(cut(runs, half) for runs in layout) for half in _split(length(layout[0])))
     up, down = (

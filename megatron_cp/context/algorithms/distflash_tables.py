@@ -17,12 +17,12 @@ Source: Li et al. 2023, arXiv:2310.03294, section 3.2; the shared rows and the m
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, cut, length
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.tiles import hull, seen
 
 
@@ -103,8 +103,8 @@ def around(rank: int, step: int, ranks: int) -> Pair:
     return rank, rank - step + ranks
 
 
-@lru_cache(cache_sizes.LAYOUTS)
-def tables(layout: Layout, mask: Mask) -> dict[str, HelpTable]:
+@remembered(cache_sizes.LAYOUTS)
+def tables(layout: Layout, mask: AnyMask) -> dict[str, HelpTable]:
     """Return tables that compute every unmasked pair of a contiguous layout exactly once, by the kind of help."""
     ranks = len(layout)
     if not mask.causal:
@@ -114,7 +114,7 @@ def tables(layout: Layout, mask: Mask) -> dict[str, HelpTable]:
     return {help.__name__: _table(_steps(layout, mask, steps, help, shared)) for help in (near, mirrored)}
 
 
-def _steps(layout: Layout, mask: Mask, count: int, help: Help, shared: int | None = None) -> list[list[HelpJob]]:
+def _steps(layout: Layout, mask: AnyMask, count: int, help: Help, shared: int | None = None) -> list[list[HelpJob]]:
     """List the jobs of each step by worker, without steps in which all are idle; rows are shared in step `shared`."""
     ranks = len(layout)
     steps = []
@@ -132,7 +132,7 @@ def _steps(layout: Layout, mask: Mask, count: int, help: Help, shared: int | Non
     return [jobs for jobs in steps if not all(job.idle for job in jobs)]
 
 
-def _job(worker: int, queries: int, keys: int, rows: slice, layout: Layout, mask: Mask) -> HelpJob:
+def _job(worker: int, queries: int, keys: int, rows: slice, layout: Layout, mask: AnyMask) -> HelpJob:
     """Return the job without the rows that see none of the keys and without the keys that none of the rows see."""
     mine, theirs = cut(layout[queries], rows), layout[keys]
     # a window hides more than the causal mask, of which the steps know

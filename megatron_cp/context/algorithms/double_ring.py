@@ -10,16 +10,15 @@ Source: Gu et al. 2024 (LoongTrain), arXiv:2406.18485. There dK and dV circulate
 the ranks of a window send them to the one that brought the block into the window, and it sends their sum to the owner.
 """
 
-from functools import lru_cache
-
 from torch import Tensor
 
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.algorithms.ring import GradientReturns, circulating, directed, shorter
 from megatron_cp.context.circulate import Route
 from megatron_cp.context.layouts import Layout
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import hull, seen
 from megatron_cp.grid import Grid
@@ -81,14 +80,14 @@ def _inside(task: Task, source: int) -> Route:
     return inside(windows[task.axes.outer.rank], windows[source], task.mask)
 
 
-@lru_cache(cache_sizes.PAIRS)
-def inside(queries: Layout, keys: Layout, mask: Mask) -> Route:
+@remembered(cache_sizes.PAIRS)
+def inside(queries: Layout, keys: Layout, mask: AnyMask) -> Route:
     """Return the route on the inner ring: ranks with these queries pass on blocks with these keys."""
     return shorter(keys, tuple(tuple(seen(mine, block, mask) for mine in queries) for block in keys))
 
 
-@lru_cache(cache_sizes.LAYOUTS)
-def between(layout: Layout, grid: Grid, mask: Mask) -> tuple[Route, ...]:
+@remembered(cache_sizes.LAYOUTS)
+def between(layout: Layout, grid: Grid, mask: AnyMask) -> tuple[Route, ...]:
     """Return the routes on the outer rings, one per rank of a window; all turn one way, so windows stay together."""
     windows = _windows(layout, grid)
     columns = tuple(zip(*windows, strict=True))

@@ -14,7 +14,7 @@
 Chunk c is the c-th of u equal stretches of every piece of a rank's tokens (zigzag has two pieces, other layouts one),
 so all ranks have equal shares of it. Segment i is the i-th of u equal stretches of every piece that a rank has between
 the exchanges. All segments are segment 0 at different distances: pair (i, j) is attention over the positions of
-segment 0 under a shifted mask, and is left out if no rank sees anything.
+segment 0 under a shifted mask, of pieces that are moved on either side, and is left out if no rank sees anything.
 
 In the paper, and by default here, the algorithm is Ulysses: a rank has its heads of the whole sequence between the
 exchanges, and with any u it sends as much as Ulysses, (p-1)/p (2Uq + 2U) forward and as much backward. USP has a ring
@@ -44,8 +44,9 @@ from megatron_cp.context.heads import HeadExchange, HeadShares
 from megatron_cp.context.host_store import HostStore, HostTransfers, Stretches, visits
 from megatron_cp.context.layouts import Layout, Runs, length
 from megatron_cp.context.loop import Accumulating, HeadParallel, Loop
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask, Pieces
 from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.task import Saved, Task
 from megatron_cp.context.tiles import tiles
 
@@ -158,13 +159,17 @@ class ChunkedWork(NamedTuple):
     heads: slice
     sink: Tensor | None
 
-    def mask(self, i: int, j: int) -> Mask:
+    def mask(self, i: int, j: int) -> AnyMask:
         """Return the mask of queries of segment i over keys of segment j, both as positions of segment 0."""
-        return self.inside.mask.shifted((i - j) * self.shift)
+        mask = self.inside.mask
+        if isinstance(mask, Pieces):
+            return mask.moved(i * self.shift, j * self.shift)
+        return mask.shifted((i - j) * self.shift)
 
     def seen(self, i: int) -> list[int]:
-        """Return the segments of which a query of segment i sees a key, on any rank."""
-        return [j for j in range(len(self.segments)) if _sees(self.inside.layout, self.mask(i, j))]
+        """Return the segments of which a query of segment i sees a key, on any rank, and segment i itself."""
+        # of documents whose keys lie elsewhere a segment may see none; every segment needs its results and sums
+        return [j for j in range(len(self.segments)) if j == i or _sees(self.inside.layout, self.mask(i, j))]
 
     def fetches(self, i: int, stores: list[HostStore], partial: list[HostStore]) -> Iterator[tuple[int, list[Tensor]]]:
         """Yield each segment that queries of segment i see, fetched from the stores; the next one is on its way."""
@@ -289,8 +294,8 @@ def _places(part: Runs, whole: Runs) -> tuple[tuple[slice, slice], ...]:
     )
 
 
-@lru_cache(cache_sizes.PAIRS)
-def _sees(layout: Layout, mask: Mask) -> bool:
+@remembered(cache_sizes.PAIRS)
+def _sees(layout: Layout, mask: AnyMask) -> bool:
     return any(tiles(queries, keys, mask) for queries in layout for keys in layout)
 
 

@@ -6,7 +6,6 @@ placement of Megatron-LM and of Zhu's ring-flash-attention. Traffic, memory: `BA
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import accumulate
 
 from torch import Tensor
@@ -15,8 +14,9 @@ from megatron_cp.comm import Peers
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.circulate import Route, SlicesByRank, circulate_blocks
 from megatron_cp.context.layouts import Layout
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.returns import Outgoing, Returns, incoming_exact
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import hull, seen
@@ -69,8 +69,8 @@ def attend_around_backward(dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved
     returns.finish()
 
 
-@lru_cache(cache_sizes.LAYOUTS)
-def route(layout: Layout, mask: Mask) -> Route:
+@remembered(cache_sizes.LAYOUTS)
+def route(layout: Layout, mask: AnyMask) -> Route:
     """Choose the direction in which fewer tokens travel; a hop carries what any rank from there on still sees."""
     return shorter(layout, tuple(tuple(seen(queries, keys, mask) for queries in layout) for keys in layout))
 

@@ -5,7 +5,6 @@ is up to the caller. Source: Liu et al. 2024, arXiv:2407.00611; the backward pas
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,8 +13,9 @@ from megatron_cp.comm import Done, Handle
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.delta import delta, stand_in
 from megatron_cp.context.layouts import Layout, Runs
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.returns import Incoming, Outgoing, QueryShard, Returns, empty_like, exchange, incoming_exact
 from megatron_cp.context.task import Block, Queries, Saved, Task
 from megatron_cp.context.tiles import hull, seen
@@ -32,18 +32,18 @@ class Tiling(NamedTuple):
         """The number of the last hop, counted from 1."""
         return len(self.hops[0])
 
-    def used(self, owner: int, worker: int, layout: Layout, mask: Mask) -> slice:
+    def used(self, owner: int, worker: int, layout: Layout, mask: AnyMask) -> slice:
         """Return the stretch of the owner's queries that sees any of the keys that arrive at the worker."""
         column = tuple(layout[rank] for ranks in self.hops[worker] for rank in ranks)
         return stretch(column, layout[owner], mask.mirrored)
 
-    def wanted(self, owner: int, worker: int, layout: Layout, mask: Mask) -> slice:
+    def wanted(self, owner: int, worker: int, layout: Layout, mask: AnyMask) -> slice:
         """Return the stretch of the owner's keys that any of the queries at the worker sees."""
         return stretch(tuple(layout[rank] for rank in self.rows[worker]), layout[owner], mask)
 
 
-@lru_cache(cache_sizes.PAIRS)
-def stretch(queries: Layout, keys: Runs, mask: Mask) -> slice:
+@remembered(cache_sizes.PAIRS)
+def stretch(queries: Layout, keys: Runs, mask: AnyMask) -> slice:
     """Return the stretch of the keys that any of these ranks' queries sees."""
     return hull(tuple(seen(mine, keys, mask) for mine in queries))
 

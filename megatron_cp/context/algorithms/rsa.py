@@ -22,9 +22,10 @@ from torch import Tensor
 from megatron_cp.context.algorithms.ring import GradientReturns, route
 from megatron_cp.context.circulate import Shard, circulate
 from megatron_cp.context.layouts import Runs, cut, length
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask, Mask
 from megatron_cp.context.merge import Sum, accumulator_dtype
 from megatron_cp.context.task import Block, Saved, Task
+from megatron_cp.context.tiles import clips
 from megatron_cp.errors import Refused
 
 MOST_BYTES = 2**63 - 1
@@ -112,8 +113,9 @@ class _Piece(NamedTuple):
         return slice(start, start + len(self.x))
 
     @property
-    def positions(self) -> Tensor:
-        return _positions(cut(self.runs, slice(self.first, self.first + len(self.x))), self.x)
+    def held(self) -> Runs:
+        """The tokens' positions."""
+        return cut(self.runs, slice(self.first, self.first + len(self.x)))
 
     @property
     def block(self) -> Block:
@@ -143,23 +145,34 @@ def score_rows(q: Tensor, k: Tensor, bias: Tensor | None, task: Task) -> Tensor:
 
 def _piece_of_scores(q: Tensor, piece: _Piece, bias: Tensor | None, task: Task) -> Tensor:
     """Return the scores of queries s b g r d with a piece's keys, b g r s t."""
-    scores, positions = torch.einsum("sbgrd,tbgd->bgrst", q, _wide(piece.x)) * task.scale, piece.positions
+    scores = torch.einsum("sbgrd,tbgd->bgrst", q, _wide(piece.x)) * task.scale
     if bias is not None:
         batch, groups, group, local = scores.shape[:4]
         whole = bias.expand(batch, groups * group, local, tokens_of(task))
-        scores = scores + whole[..., positions].unflatten(1, (groups, group))
-    return scores.masked_fill(_hidden(_positions(task.mine, q), positions, task.mask), -torch.inf)
+        scores = scores + whole[..., _positions(piece.held, q)].unflatten(1, (groups, group))
+    return scores.masked_fill(_hidden(task.mine, piece.held, task.mask, q), -torch.inf)
 
 
-def _hidden(queries: Tensor, keys: Tensor, mask: Mask) -> Tensor:
+def _hidden(q_runs: Runs, kv_runs: Runs, mask: AnyMask, like: Tensor) -> Tensor:
     """Return the pairs that the mask hides, s t."""
-    distance = keys[None] - queries[:, None]
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if mask.left is not None:
-        hidden |= distance < -mask.left
-    if mask.right is not None:
-        hidden |= distance > mask.right
+    queries, keys = _positions(q_runs, like), _positions(kv_runs, like)
+    if isinstance(mask, Mask):
+        return _outside(queries, keys, mask)
+    hidden = torch.ones(len(queries), len(keys), dtype=torch.bool, device=like.device)
+    for clip in clips(q_runs, kv_runs, mask):
+        rows, cols = clip.local
+        hidden[rows, cols] &= _outside(queries[rows], keys[cols], clip.piece.band)
     return hidden
+
+
+def _outside(queries: Tensor, keys: Tensor, band: Mask) -> Tensor:
+    distance = keys[None] - queries[:, None]
+    outside = torch.zeros_like(distance, dtype=torch.bool)
+    if band.left is not None:
+        outside |= distance < -band.left
+    if band.right is not None:
+        outside |= distance > band.right
+    return outside
 
 
 def probabilities(scores: Tensor, lse: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ Source: Liu et al. 2024 (WallFacer, later named StarTrail), arXiv:2407.00611; re
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 from torch import Tensor
 
@@ -38,8 +37,9 @@ from megatron_cp.context.algorithms.double_ring import between
 from megatron_cp.context.algorithms.ring import circulating
 from megatron_cp.context.algorithms.rows_and_columns import Tiling
 from megatron_cp.context.layouts import Layout
-from megatron_cp.context.masks import Mask
+from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import widening
+from megatron_cp.context.remembered import remembered
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.grid import Grid
 
@@ -68,8 +68,8 @@ def _column(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block
         yield [block._replace(owner=members[block.owner])]
 
 
-@lru_cache(cache_sizes.LAYOUTS)
-def cells(layout: Layout, grid: Grid, mask: Mask) -> Tiling:
+@remembered(cache_sizes.LAYOUTS)
+def cells(layout: Layout, grid: Grid, mask: AnyMask) -> Tiling:
     """Return each rank's tile: queries of its inner axis; keys of its outer axis, in the direction of its ring."""
     ranks, ways = range(len(layout)), between(layout, grid, mask)
     turns = [ways[rank % grid.inner].turn * grid.inner for rank in ranks]
@@ -83,8 +83,8 @@ def _grid(like: Tensor, task: Task) -> Grid:
     return task.axes.grid if task.axes else least(task.layout, task.mask, *task.heads, widening(like))
 
 
-@lru_cache(cache_sizes.LAYOUTS)
-def least(layout: Layout, mask: Mask, heads: int, kv_heads: int, wide: int) -> Grid:
+@remembered(cache_sizes.LAYOUTS)
+def least(layout: Layout, mask: AnyMask, heads: int, kv_heads: int, wide: int) -> Grid:
     """Return the grid on which both passes send the fewest elements over all ranks, row statistics left out.
 
     A sum's element is as large as `wide` of the inputs'.
@@ -94,7 +94,7 @@ def least(layout: Layout, mask: Mask, heads: int, kv_heads: int, wide: int) -> G
     return min(grids, key=lambda grid: _elements(grid, layout, mask, heads, kv_heads, wide))
 
 
-def _elements(grid: Grid, layout: Layout, mask: Mask, heads: int, kv_heads: int, wide: int) -> int:
+def _elements(grid: Grid, layout: Layout, mask: AnyMask, heads: int, kv_heads: int, wide: int) -> int:
     """Count the elements sent per batch entry and element of the head dim."""
     tiles, ring = cells(layout, grid, mask), sum(way.volume for way in between(layout, grid, mask))
     ranks = range(len(layout))

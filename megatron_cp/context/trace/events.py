@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.layouts import ZIGZAG
-from megatron_cp.context.masks import CAUSAL, FULL, Mask, mask
+from megatron_cp.context.masks import CAUSAL, FULL, AnyMask, Mask, mask
 from megatron_cp.grid import Grid
 
 
@@ -24,6 +25,7 @@ class Problem:
     stripe: tokens in a block of layout "striped"
     device: "cuda" or "cpu": how partial results are merged, and how many wait for it
     windows: the kernel takes windows, so that a band along the diagonal is one call
+    documents: those of a packed sequence
     """
 
     backend: str
@@ -42,10 +44,12 @@ class Problem:
     stripe: int = 1
     device: str = "cpu"
     windows: bool = False
+    documents: Documents | None = None
 
     @property
-    def mask(self) -> Mask:
-        return mask(self.causal, self.window)
+    def mask(self) -> AnyMask:
+        band = mask(self.causal, self.window)
+        return band if self.documents is None else self.documents.mask(band)
 
 
 class Compute(NamedTuple):

@@ -35,7 +35,7 @@ def probe(problem: Problem, visible: np.ndarray) -> str:
     def body(fabric: LocalFabric) -> list[Tensor]:
         mine = torch.tensor(indices(problem.layout, problem.seq, problem.ranks, fabric.rank, problem.stripe))
         q, k, v = (x[mine].requires_grad_() for x in tokens[:3])
-        out = attend(q, k, v, plan_on(problem, fabric, "reference"))
+        out = attend(q, k, v, plan_on(problem, fabric, "reference"), documents=problem.documents)
         found = (out.detach(), *torch.autograd.grad(out, (q, k, v), tokens.dout[mine]))
         return [found_x - whole[mine] for found_x, whole in zip(found, expected, strict=True)]
 
@@ -65,7 +65,7 @@ def _tokens(problem: Problem) -> Tokens:
 def _expected(tokens: Tokens, visible: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, dq, dk, dv written out: all scores are 0, so that the weights are visible / visible.sum."""
     q, k, v, dout = tokens
-    weights, scale, groups = visible / visible.sum(1, keepdim=True), q.shape[-1] ** -0.5, k.shape[2]
+    weights, scale, groups = visible / visible.sum(1, keepdim=True).clamp(min=1), q.shape[-1] ** -0.5, k.shape[2]
     wide_k, wide_v = (x.repeat_interleave(group, 2) for x in (k, v))
     out = torch.einsum("st,tbhd->sbhd", weights, wide_v)
     dweights = torch.einsum("sbhd,tbhd->bhst", dout, wide_v)

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_cp.comm import LocalFabric, MessageError, in_process
 from megatron_cp.context.attend import attend
 from megatron_cp.context.layouts import indices
+from megatron_cp.context.masks import AnyMask, Pieces
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.probe import probe
 from megatron_cp.context.trace.record import plan_on
@@ -71,14 +72,15 @@ def _run(problem: Problem, book: "Book") -> str:
 
 
 def small(problem: Problem, tokens_per_rank: int = 0) -> Problem:
-    """Shorten the sequence, window and stripes of a problem, to as many tokens per rank as 64 ranks allow."""
+    """Shorten sequence, window, stripes and documents of a problem, to as many tokens per rank as 64 ranks allow."""
     tokens = tokens_per_rank or (12 if problem.ranks <= 16 else 2) * (problem.chunks or 1)
     seq = tokens * problem.ranks
     if problem.seq <= seq:
         return problem
     left, right = (limit and max(1, round(limit * seq / problem.seq)) for limit in problem.window or (None, None))
     stripe = 1 if problem.stripe == 1 else 2 * (problem.chunks or 1)
-    return replace(problem, seq=seq, window=(left, right), stripe=stripe)
+    documents = problem.documents and problem.documents.shortened(seq)
+    return replace(problem, seq=seq, window=(left, right), stripe=stripe, documents=documents)
 
 
 class Counts:
@@ -111,14 +113,25 @@ class Book:
     """The pairs that must be computed, and those that were."""
 
     def __init__(self, problem: Problem) -> None:
-        positions = np.arange(problem.seq)
-        distance = positions[None] - positions[:, None]
-        left, right = (problem.seq if limit is None else limit for limit in problem.mask)
-        self.visible = (distance >= -left) & (distance <= right)
+        self.visible = visible(problem.mask, problem.seq)
         self.group = problem.heads // problem.kv_heads
         self.asked = False
         self.forward = Counts("forward", self.visible, problem.heads)
         self.backward = Counts("backward", self.visible, problem.heads)
+
+
+def visible(mask: AnyMask, tokens: int) -> np.ndarray:
+    """Return the pairs that a mask leaves, [queries keys]."""
+    if isinstance(mask, Pieces):
+        whole = np.zeros((tokens, tokens), dtype=bool)
+        for q, kv, band in mask.all:
+            queries, keys = slice(q.start, q.stop), slice(kv.start, kv.stop)
+            whole[queries, keys] |= visible(band, tokens)[queries, keys]
+        return whole
+    positions = np.arange(tokens)
+    distance = positions[None] - positions[:, None]
+    left, right = (tokens if limit is None else limit for limit in mask)
+    return (distance >= -left) & (distance <= right)
 
 
 def _rank(problem: Problem, book: Book, fabric: LocalFabric) -> None:
@@ -128,8 +141,11 @@ def _rank(problem: Problem, book: Book, fabric: LocalFabric) -> None:
         _tokens(name, mine, heads).requires_grad_()
         for name, heads in (("q", problem.heads), ("k", problem.kv_heads), ("v", problem.kv_heads))
     )
-    out = attend(q, k, v, plan_on(problem, fabric, ProvingKernel(book, problem.windows)))
-    _expect("out", out.detach(), _tokens("out", mine, problem.heads), mine)
+    plan = plan_on(problem, fabric, ProvingKernel(book, problem.windows))
+    out = attend(q, k, v, plan, documents=problem.documents)
+    # a query without a key has no result
+    sees = torch.from_numpy(book.visible[mine].any(1))[:, None, None, None]
+    _expect("out", out.detach(), _tokens("out", mine, problem.heads) * sees, mine)
     grads = torch.autograd.grad(out, (q, k, v), _tokens("dout", mine, problem.heads))
     for name, found, expected in zip(("dq", "dk", "dv"), grads, _gradients(problem, book, mine), strict=True):
         _expect(name, found, expected, mine)

@@ -21,6 +21,7 @@ from megatron_cp.comm.fabric import (
     size_in_bytes,
 )
 from megatron_cp.context import AUTO, BACKENDS
+from megatron_cp.context.checks import check_documents
 from megatron_cp.context.function import run as attend
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import Mask
@@ -86,6 +87,8 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
 
 def _passes(problem: Problem, merging: Merging | None = None) -> tuple[Pass, Pass]:
     # refused before a share of the sequence is taken
+    if problem.documents is not None:
+        check_documents(problem.documents, problem.seq, problem.ranks)
     layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
     forward, backward = zip(*(record_rank(problem, rank, merging) for rank in range(problem.ranks)), strict=True)
     rows = () if any(isinstance(event, Compute) for event, _ in forward[0]) else _rows(problem)
@@ -134,7 +137,7 @@ def _record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[S
     with Recorder(q, k, v, dout) as recorder:
         fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank)
         made = plan_on(problem, fabric, RecordingKernel(recorder, problem.windows))
-        out = attend(q, k, v, made)
+        out = attend(q, k, v, made, packed=problem.documents)
         forward = recorder.take()
         out.backward(dout)
         return forward, recorder.take()

@@ -30,15 +30,22 @@ TOKENS = 256
 def stretching(record: Record) -> Record:
     """`record` that runs each loop once, at TOKENS per rank, and multiplies tokens; the traces are the same.
 
-    Problems with a window, in chunks or with odd lengths are recorded as they are, and so are those on a GPU whose
-    partial results are too large to wait for each other.
+    Problems with a window or documents, in chunks or with odd lengths are recorded as they are, and so are those on a
+    GPU whose partial results are too large to wait for each other.
     """
     recorded = lru_cache(cache_sizes.TRACES)(record)
 
     @lru_cache(cache_sizes.TRACES)
     def stretched(problem: Problem) -> Trace:
         times, odd = divmod(problem.seq, TOKENS * problem.ranks)
-        if odd or times < 2 or problem.mask.window or problem.chunks is not None or _merges_early(problem):
+        if (
+            odd
+            or times < 2
+            or problem.mask.window
+            or problem.documents
+            or problem.chunks is not None
+            or _merges_early(problem)
+        ):
             return recorded(problem)
         return longer(recorded(replace(problem, seq=TOKENS * problem.ranks)), times)
 

@@ -12,8 +12,8 @@ def wants_layers(argv: Sequence[str], te: bool) -> bool:
     """True if our attention belongs in this run.
 
     It does when the command line names our spec, one of our flags or a --cp-comm-type, and also where stock Megatron
-    cannot do what was asked without transformer-engine: context or sequence parallelism, and norms whose weight is
-    stored minus one.
+    cannot do what was asked without transformer-engine: context or sequence parallelism, packed documents, and norms
+    whose weight is stored minus one.
 
     te: transformer-engine is installed where the run will be
     """
@@ -25,5 +25,5 @@ def wants_layers(argv: Sequence[str], te: bool) -> bool:
     ):
         return True
     size = values_of(argv, "--context-parallel-size") or ["1"]
-    switches = ("--sequence-parallel", "--apply-layernorm-1p")
+    switches = ("--sequence-parallel", "--dataloader-inter-document-masking", "--apply-layernorm-1p")
     return not te and (size != ["1"] or any(values_of(argv, flag) is not None for flag in switches))

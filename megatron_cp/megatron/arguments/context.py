@@ -238,6 +238,16 @@ def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
             )
 
 
+def _check_packed(args: Any) -> None:
+    """Refuse several samples of packed documents between pipeline stages, which exchange them in another shape."""
+    samples, stages = read(args, "micro_batch_size", 1) or 1, read(args, "pipeline_model_parallel_size", 1) or 1
+    if samples > 1 and stages > 1:
+        raise Refused(
+            f"--dataloader-inter-document-masking makes one sequence of a microbatch, for which the pipeline's buffers "
+            f"have no room, got --micro-batch-size {samples} on {stages} stages; pass --micro-batch-size 1"
+        )
+
+
 def _check_warmup(args: Any) -> None:
     """Check what Megatron asserts without a message, and only after the model is built."""
     for unit in ("iters", "samples"):
@@ -263,6 +273,8 @@ def _check_call_inputs(args: Any) -> None:
                 f"megatron-cp's attention does not do packed documents, which --{name.replace('_', '-')} asks for; "
                 f"leave it out"
             )
+    if read(args, "dataloader_inter_document_masking", False):
+        _check_packed(args)
     if read(args, "create_attention_mask_in_dataloader", False):
         raise Refused(
             "megatron-cp's attention needs no mask tensor, and a full one takes memory with the square of the "

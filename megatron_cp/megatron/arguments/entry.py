@@ -10,7 +10,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.unsupported import read
 
 UNREAD = (
-    *("dataloader_inter_document_masking", "sft", "hybrid_context_parallel", "fim_data", "rl_use_sequence_packing"),
+    *("sft", "hybrid_context_parallel", "fim_data", "rl_use_sequence_packing"),
     *("perform_rl_step", "export_kd_teacher_load"),
 )
 

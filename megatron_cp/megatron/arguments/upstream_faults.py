@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.unsupported import read
+from megatron_cp.megatron.run import has_our_layers
 
 
 class Fault(NamedTuple):
@@ -38,10 +39,12 @@ FAULTS = (
     ),
     Fault(
         lambda args: (
-            bool(read(args, "dataloader_inter_document_masking", False)) and read(args, "context_parallel_size", 1) > 1
+            bool(read(args, "dataloader_inter_document_masking", False))
+            and read(args, "context_parallel_size", 1) > 1
+            and not has_our_layers(args)
         ),
         "--dataloader-inter-document-masking with --context-parallel-size {context_parallel_size} gives tokens the "
-        "positions of others; leave one of the two out",
+        "positions of others in stock layers; leave one of the two out, or name a layer spec of megatron-cp",
     ),
 )
 

@@ -19,11 +19,13 @@ from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
+from megatron_cp.context.documents import Documents
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import Kernel, choose
 from megatron_cp.megatron.arguments.context import refuse_unsupported
+from megatron_cp.megatron.layers.packed import PackedStream
 from megatron_cp.megatron.machine.facts import device_of_run
 from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, on_stripes, takes_placement
 
@@ -42,8 +44,8 @@ class CoreAttention(MegatronModule):
     the shape and the checkpoints of Megatron's own, "off-by-one" one of 0; `cp_sink` fixes one for all heads.
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
-    attention cannot do: packed sequences, dropout in training, bias, mask tensors, logit statistics,
-    values narrower than keys.
+    attention cannot do: packed sequences other than one stream, dropout in training, bias, mask tensors, logit
+    statistics, values narrower than keys.
     """
 
     def __init__(
@@ -101,13 +103,28 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend: query s b h d, key and value s b g d with h a multiple of g, returns s b (h d).
 
-        All ranks of the context-parallel group communicate. `s` is this rank's share of the sequence.
+        With the documents of a packed stream they are t h d and t g d, and t (h d) is returned. All ranks of the
+        context-parallel group communicate. `s` is this rank's share of the sequence.
         """
         self._refuse_call(query, key, attention_mask, attention_bias, packed_seq_params)
+        if isinstance(packed_seq_params, PackedStream):
+            # t h d -> s b h d, of one sequence
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            return self._attend(query, key, value, attn_mask_type, packed_seq_params.documents).squeeze(1)
+        return self._attend(query, key, value, attn_mask_type, None)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask_type: AttnMaskType | Tensor | int | None,
+        documents: Documents | None,
+    ) -> Tensor:
         causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
         shapes, made = (query.shape, key.shape), self.plan if causal == self._causal else self._plan(causal)
         sink = self._fixed_sink if self.softmax_offset is None else self.softmax_offset
-        out = attend(query, key, value, made, sink=sink, agreed=shapes == self._shapes)
+        out = attend(query, key, value, made, sink=sink, documents=documents, agreed=shapes == self._shapes)
         self._shapes = shapes
         # s b h d -> s b (h d)
         return out.flatten(2)
@@ -211,8 +228,11 @@ class CoreAttention(MegatronModule):
         return CAUSAL[kind]
 
     def _refuse_call(self, query: Tensor, key: Tensor, mask: Any, bias: Any, packed: Any) -> None:
-        if packed is not None:
-            self._refuse("packed sequences (packed_seq_params)", "use unpacked samples")
+        if packed is not None and not isinstance(packed, PackedStream):
+            self._refuse(
+                f"packed sequences of format {packed.qkv_format} outside of a GPTModel or HybridModel",
+                "use megatron_cp.context.documents, or unpacked samples",
+            )
         if bias is not None:
             self._refuse("an additive bias (attention_bias)", "use rotary or learned positions")
         if mask is not None:

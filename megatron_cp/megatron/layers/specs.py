@@ -34,6 +34,7 @@ from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
+from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.run import Settings, TensorFlags, say, settings_of_run, uneven_masks
@@ -90,7 +91,7 @@ def gpt_layer_spec(
     _apply_settings(settings_of_run(), model, transformer)
     refuse_implementation(transformer)
     _refuse_stock_mtp(model, transformer)
-    _attach_verification(model)
+    _attach_hooks(model)
     _warn_of_uneven_masks(vp_stage)
     if transformer.transformer_impl == "transformer_engine":
         return with_our_attention(_stock_spec(model, transformer, vp_stage))
@@ -286,16 +287,17 @@ def _mtp_is_ours() -> bool:
     return is_on(HOOKS.get("mtp-layers"))
 
 
-def _attach_verification(model: Any) -> None:
+def _attach_hooks(model: Any) -> None:
     # Megatron-Bridge keeps its list to itself and has a method for it
     hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
-    # the spec is asked for once per virtual pipeline stage
-    if verify_models in hooks:
-        return
-    if hasattr(model, "register_post_wrap_hook"):
-        model.register_post_wrap_hook(verify_models)
-    elif isinstance(hooks, list):
-        hooks.append(verify_models)
+    for hook in (verify_models, hand_on_documents):
+        # the spec is asked for once per virtual pipeline stage
+        if hook in hooks:
+            continue
+        if hasattr(model, "register_post_wrap_hook"):
+            model.register_post_wrap_hook(hook)
+        elif isinstance(hooks, list):
+            hooks.append(hook)
 
 
 def _stock_spec(model: Any, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:

@@ -14,9 +14,14 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -31,7 +36,7 @@ from megatron_cp.megatron.run import say
 
 # times the largest loss so far; as in Megatron's own script
 SPIKY_LOSS_FACTOR = 10
-# what a batch of whole sequences, not packed, does not have
+# what a batch of whole sequences, which is not packed, does not have
 PACKED_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 
 
@@ -61,6 +66,7 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        inter_document_masking=args.dataloader_inter_document_masking,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
@@ -88,18 +94,25 @@ def _has_mtp(vp_stage: int | None) -> bool:
 def _reads_data(vp_stage: int | None = None) -> bool:
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return False
+    # every stage's attention needs the ends of documents
+    if get_args().dataloader_inter_document_masking:
+        return True
     return bool(is_first_or_last_pipeline_stage(vp_stage)) or _has_mtp(vp_stage)
 
 
 def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None = None) -> dict[str, Any]:
-    """Return this rank's part of the next microbatch, broadcast over TP and cut over CP; None for unneeded entries."""
+    """Return this rank's part of the next microbatch, broadcast over TP and cut over CP; None for unneeded entries.
+
+    Packed documents of several samples are one sequence.
+    """
     args = get_args()
+    packed = args.dataloader_inter_document_masking
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     mtp = _has_mtp(vp_stage)
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", *PACKED_KEYS)
     whole: dict[str, Any] = dict.fromkeys(keys)
-    if not (first or last or mtp):
+    if not (first or last or mtp or packed):
         return whole
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     if tp_rank == 0:
@@ -107,7 +120,7 @@ def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int
         whole |= {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
     on_this_rank = get_batch_on_this_tp_rank(
         whole,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -122,7 +135,10 @@ def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int
         is_pipeline_last_stage=last,
     )
     cut: dict[str, Any] = get_batch_on_this_cp_rank(
-        on_this_rank, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+        flatten_batch_for_packed_sequences(on_this_rank),
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+        use_per_sequence_balancing=True,
     )
     return cut
 
@@ -168,8 +184,19 @@ def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> t
         part["attention_mask"],
         labels=part["labels"],
         loss_mask=part["loss_mask"],
+        packed_seq_params=packed_parameters(part),
     )
     return output, functools.partial(loss, part["loss_mask"])
+
+
+def packed_parameters(part: dict[str, Any]) -> PackedSeqParams | None:
+    """Return the parameters of a batch of packed documents, None for one of whole sequences."""
+    if part["cu_seqlens"] is None:
+        return None
+    ends, longest = part["cu_seqlens"][0], int(part["max_seqlen"][0])
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def _unwrapped(model: Any) -> Any:

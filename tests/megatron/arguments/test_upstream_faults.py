@@ -31,6 +31,7 @@ HFSDP = f"{HSDP} {OVERLAPS} --outer-dp-sharding-strategy optim"
         (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 0.0}, ""),
         (INSTANCES | {"num_distributed_optimizer_instances": 1, "overlap_grad_reduce": False}, ""),
         (DOCUMENTS | {"context_parallel_size": 1}, ""),
+        (DOCUMENTS | {"context_parallel_size": 2, "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"]}, ""),
         ({}, ""),
     ],
 )
@@ -54,7 +55,7 @@ def test_the_packages_own_entry_ignores_no_kind_of_data(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--dataloader-inter-document-masking", "megatron_cp.pretrain_gpt reads whole sequences of text and ignores"),
+        ("--sft", "megatron_cp.pretrain_gpt reads whole sequences of text and ignores"),
         (HSDP, "reduces no gradients between the instances without --overlap-grad-reduce"),
     ],
 )

@@ -1,0 +1,184 @@
+"""Packed documents through the real pretrain(): the same losses and gradient norms however the stream is cut."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_cp.context import BACKENDS
+from megatron_cp.context.masks import CAUSAL
+from megatron_cp.megatron.arguments.command_line import wants_layers
+from megatron_cp.megatron.layers.packed import PackedStream, hand_on_documents, stream_of
+from tests.cases import slow_unless
+from tests.megatron.pretraining import pretrain_losses, tiny
+from tests.megatron.test_parity import assert_equal_runs
+from tests.ranks import RankError, run_ranks
+
+PACKED = "--dataloader-inter-document-masking"
+
+
+def counted(flags: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """The losses of a run, and how many of its attention calls had more than one document."""
+    from megatron_cp.megatron.layers import attention
+
+    calls, old = [], attention.attend
+
+    def attend(*args: Any, documents: Any = None, **kwargs: Any) -> torch.Tensor:
+        calls.append(documents is not None and len(documents.mask(CAUSAL).all) > 1)
+        return old(*args, documents=documents, **kwargs)
+
+    attention.attend = attend
+    try:
+        return pretrain_losses(flags), sum(calls)
+    finally:
+        attention.attend = old
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The flags of a corpus of short documents."""
+    prefix, numbers = str(tmp_path_factory.mktemp("packed") / "corpus"), random.Random(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for _ in range(400):
+        tokens = np.array([numbers.randrange(126) for _ in range(numbers.randrange(2, 52))])
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    builder.data_file.close()
+    return f"--data-path {prefix} --split 100,0,0 --seq-length 64 --max-position-embeddings 64"
+
+
+def packed_run(data: str, *flags: str) -> list[str]:
+    return tiny(data, *flags, without="--mock-data")
+
+
+def losses(ranks: int, data: str, *flags: str) -> list[dict[str, Any]]:
+    results = run_ranks(ranks, counted, packed_run(data, PACKED, *flags))
+    assert all(packed for _, packed in results), "attention saw one document"
+    return results[0][0]
+
+
+@pytest.fixture(scope="module")
+def alone(data: str) -> Any:
+    """Runs on one rank, by their flags, each made once."""
+    runs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+
+    def run(*flags: str) -> list[dict[str, Any]]:
+        if flags not in runs:
+            runs[flags] = losses(1, data, *flags)
+        return runs[flags]
+
+    return run
+
+
+def test_documents_change_the_losses(alone: Any, data: str) -> None:
+    whole = run_ranks(1, pretrain_losses, packed_run(data))[0]
+    assert abs(alone()[0]["loss"] - whole[0]["loss"]) > 1e-3
+
+
+GRID = "--hierarchical-context-parallel-sizes 2 1"
+ONE = "--micro-batch-size 1"
+THREE = f"{ONE} --num-layers 3"
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+# flags of the run, those of the run on one rank that it equals, ranks
+CASES = {
+    "zigzag": ("--context-parallel-size 2", "", 2),
+    "pipeline, zb-h1, distributed optimizer": (
+        f"--context-parallel-size 2 --pipeline-model-parallel-size 2 {ONE} --pp-schedule zb-h1 "
+        "--use-distributed-optimizer",
+        "",
+        4,
+    ),
+    "four ranks": ("--context-parallel-size 4", "", 4),
+    "middle stage": (f"--pipeline-model-parallel-size 3 {THREE}", THREE, 3),
+    "interleaved": (
+        "--context-parallel-size 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+        f"--num-layers 4 {ONE}",
+        f"--num-layers 4 {ONE}",
+        4,
+    ),
+    "tensor and sequence parallel": (
+        "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+        "",
+        4,
+    ),
+    "recomputed": (f"--context-parallel-size 2 {RECOMPUTED}", "", 2),
+    **{
+        name: (
+            f"--context-parallel-size 2 --cp-comm-type {name} {GRID if BACKENDS.get(name).needs_grid else ''}",
+            "",
+            2,
+        )
+        for name in BACKENDS.names
+        if name != "zigzag"
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "name", slow_unless(["zigzag", "pipeline, zb-h1, distributed optimizer"], CASES), ids=lambda name: name
+)
+def test_packed_documents_train_alike_on_all_ranks(alone: Any, data: str, name: str) -> None:
+    flags, reference, ranks = CASES[name]
+    assert_equal_runs(losses(ranks, data, flags), alone(*([reference] if reference else [])))
+
+
+def refusal(flags: str, ranks: int = 1) -> str:
+    with pytest.raises(RankError) as refused:
+        run_ranks(ranks, pretrain_losses, tiny(PACKED, flags))
+    (line,) = {message.splitlines()[0].partition("rank ")[2][3:] for message in refused.value.errors.values()}
+    return line
+
+
+def test_several_samples_between_pipeline_stages_are_refused() -> None:
+    text = refusal("--pipeline-model-parallel-size 2", ranks=2)
+    assert "got --micro-batch-size 2 on 2 stages; pass --micro-batch-size 1" in text
+
+
+def test_packed_documents_need_our_layers_without_transformer_engine() -> None:
+    assert wants_layers(["--dataloader-inter-document-masking"], te=False)
+    assert not wants_layers(["--dataloader-inter-document-masking"], te=True)
+
+
+ENDS = torch.tensor([0, 5, 5, 12, 16, 16], dtype=torch.int32)
+
+
+def test_a_stream_is_one_document_with_the_ends_beside_it() -> None:
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS, max_seqlen_q=7, max_seqlen_kv=7)
+    stream = stream_of(packed)
+    assert stream.cu_seqlens_q.tolist() == stream.cu_seqlens_kv.tolist() == [0, 16]
+    assert stream.max_seqlen_q == stream.max_seqlen_kv == 16
+    assert [(piece.q.start, piece.q.stop) for piece in stream.documents.mask(CAUSAL).all] == [(0, 5), (5, 12), (12, 16)]
+
+
+def test_documents_that_are_cut_one_by_one_are_refused() -> None:
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS, cu_seqlens_q_padded=ENDS)
+    with pytest.raises(ValueError, match="takes documents of one stream, got padded documents"):
+        stream_of(packed)
+
+
+class Noting(torch.nn.Module):
+    """A model that keeps the parameters that it is called with."""
+
+    def forward(self, x: torch.Tensor, packed_seq_params: Any = None) -> torch.Tensor:
+        self.found = packed_seq_params
+        return x
+
+
+def test_a_model_hands_on_the_stream_of_each_microbatch_once() -> None:
+    model = Noting()
+    wrapped = torch.nn.Module()
+    wrapped.module = model
+    assert hand_on_documents([wrapped]) == hand_on_documents([wrapped])
+    assert len(model._forward_pre_hooks) == 1
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS)
+    model(torch.zeros(1), packed_seq_params=packed)
+    stream = model.found
+    assert isinstance(stream, PackedStream)
+    model(torch.zeros(1), packed_seq_params=stream)
+    assert model.found is stream
+    model(torch.zeros(1))
+    assert model.found is None
