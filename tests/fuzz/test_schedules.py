@@ -13,6 +13,7 @@ from megatron_cp.pipeline.bounds import lower_bound
 from megatron_cp.pipeline.build import build, place
 from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.execute import forward_only, lower
+from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.simulate import simulate
 from tests.fuzz.commands import assert_said_by_us
@@ -38,9 +39,13 @@ HOSTILE_SECONDS = st.sampled_from([0.0, 1.0, 1e-9, 1e308, -1.0, math.nan, math.i
     times=st.integers(0, 9).flatmap(lambda draw: st.tuples(*[SECONDS if draw else HOSTILE_SECONDS] * 4)),
     memory=st.tuples(st.floats(0.1, 10), st.floats(0, 1)),
     cap=mostly(None, st.floats(0, 30)),
+    moves=mostly(
+        None, st.builds(Offload, mostly(2, st.integers(-1, 9) | st.none()), st.sampled_from(["host", "peer"]))
+    ),
 )
-@example("1f1b", 2, 1, None, None, None, False, (1.0, 1.0, 1.0, 0.0), (1.0, 1.0), None)
-@example("gpipe", 2, 6, None, None, None, False, (1.0, 1.0, 1e308, 0.0), (1.0, 0.0), None)
+@example("1f1b", 2, 1, None, None, None, False, (1.0, 1.0, 1.0, 0.0), (1.0, 1.0), None, None)
+@example("gpipe", 2, 6, None, None, None, False, (1.0, 1.0, 1e308, 0.0), (1.0, 0.0), None, None)
+@example("gis", 4, 6, None, None, None, False, (1.0, 1.0, 1.0, 0.0), (1.0, 0.5), None, Offload(2))
 def test_schedule_is_right_or_refused(
     counted: Cases,
     name: str,
@@ -53,15 +58,16 @@ def test_schedule_is_right_or_refused(
     times: tuple[float, ...],
     memory: tuple[float, ...],
     cap: float | None,
+    moves: Offload | None,
 ) -> None:
     with counted.one():
         try:
             if name == "auto":
                 costs = uniform(place(SCHEDULES.get(name), p, v, placement), times, memory)
                 caps = None if cap is None else [cap] * p
-                made = build(name, p, m, v, placement=placement, costs=costs, caps=caps)
+                made = build(name, p, m, v, placement=placement, costs=costs, caps=caps, moves=moves)
             else:
-                made = build(name, p, m, v, warmup=warmup, overlapped=overlapped, placement=placement)
+                made = build(name, p, m, v, warmup=warmup, overlapped=overlapped, placement=placement, moves=moves)
                 costs = uniform(made.placement, times, memory)
         except Refused as refusal:
             counted.refused += 1

@@ -218,6 +218,22 @@ REFUSED = {
     "graphs": (f"{TWO} --pp-schedule zb-h1 --cuda-graph-impl full_iteration", "does not do CUDA graphs"),
     "graphs by an older name": (f"{TWO} --pp-schedule zb-h1 --enable-cuda-graph", "does not do CUDA graphs"),
     "experts": (f"{TWO} --pp-schedule zb-h1 --overlap-moe-expert-parallel-comm", "overlap of expert-parallel"),
+    "limit without a schedule": (f"{TWO} --pp-offload 2", "--pp-offload 2 needs --pp-schedule"),
+    "limit too small": (f"{TWO} --pp-schedule dapple-b --pp-offload 1", "its smallest limit is 2"),
+    "no limit": (f"{TWO} --pp-schedule dapple-b --pp-offload two", "a number of chunks from 1 up, or auto, got 'two'"),
+    "limit for no memory": (f"{TWO} --pp-schedule dapple-b --pp-offload auto", "fits --pp-memory-limit, got none"),
+    "memory below the limit": (
+        f"{TWO} --pp-schedule dapple-b --pp-offload 2 --pp-memory-limit 1",
+        "a cap of 1 M_B is below the minimum 2 M_B",
+    ),
+    "target": (f"{TWO} --pp-schedule dapple-b --pp-offload 2 --pp-offload-to pier", "did you mean 'peer'"),
+    "target alone": (f"{TWO} --pp-schedule dapple-b --pp-offload-to peer", "is about what --pp-offload N moves"),
+    "limit beside bpipe's": (f"{TWO} --pp-schedule bpipe --pp-offload 2", "bpipe has a limit of its own, 2 chunks"),
+    "lent experts": (f"{TWO} --pp-schedule bpipe --num-experts 4", "a peer cannot know the sizes"),
+    "layers offloaded twice": (
+        f"{TWO} --pp-schedule 1f1b --pp-offload 2 --cpu-offloading-num-layers 1",
+        "--pp-offload 2 does not do offloading of layers by transformer-engine",
+    ),
     "delayed": (f"{TWO} --pp-schedule zb-h1 --defer-embedding-wgrad-compute", "own delay of weight gradients"),
 }
 
