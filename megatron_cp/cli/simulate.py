@@ -13,7 +13,6 @@ from megatron_cp.pipeline.action import FORWARD, flat
 from megatron_cp.pipeline.bounds import lower_bound
 from megatron_cp.pipeline.build import build, check_caps, place
 from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
-from megatron_cp.pipeline.moves import has_moves
 from megatron_cp.pipeline.offload import Offload, described, limit_of, offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
@@ -192,7 +191,7 @@ def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
         )
     schedule = check(read)
     if asked.moves:
-        if any(map(has_moves, read.table)):
+        if read.to is not None:
             raise ValueError(f"{file} moves activations by itself; leave --pp-offload out")
         schedule = check(offload(schedule, asked.moves))
     costs = asked.costs(schedule.placement)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from math import inf
 from typing import NamedTuple
 
-from megatron_cp.pipeline.action import BACKWARD, EVICT, FORWARD, INPUT, LOAD, MOVES, WEIGHT, Action, Cell, halves
+from megatron_cp.pipeline.action import BACKWARD, EVICT, FORWARD, INPUT, LOAD, MOVES, WEIGHT, Action, halves
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.schedule import PEER, Schedule
 
@@ -19,7 +19,7 @@ class Links:
     its activations.
     """
 
-    def __init__(self, to: str, costs: Costs) -> None:
+    def __init__(self, to: str | None, costs: Costs) -> None:
         self._costs = costs
         self._both_ways = to == PEER
         self._free = {EVICT: 0.0, LOAD: 0.0}
@@ -87,8 +87,3 @@ def _highest(changes: Sequence[_Change]) -> float:
         alive += size
         most = max(most, alive)
     return most
-
-
-def has_moves(cells: Sequence[Cell]) -> bool:
-    """True if activations move away from, or to, the rank of this list."""
-    return any(isinstance(cell, Action) and cell.kind in MOVES for cell in cells)

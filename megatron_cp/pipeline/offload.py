@@ -172,7 +172,7 @@ def _moves_behind(cells: Iterable[Cell]) -> dict[Cell, list[Action]]:
 
 def _moved(schedule: Schedule, limit: int, to: str) -> Schedule:
     if max(most_kept(schedule)) <= limit:
-        return replace(schedule, to=to)
+        return schedule
     p = len(schedule.table)
     table = tuple(
         # the middle rank of an odd number has no peer

@@ -237,7 +237,7 @@ def add_transfers(schedule: Schedule) -> Schedule:
 
 def without_moves(schedule: Schedule) -> Schedule:
     """Return the schedule with nothing but its compute cells."""
-    return replace(schedule, table=tuple(tuple(filter(_computes, cells)) for cells in schedule.table))
+    return replace(schedule, table=tuple(tuple(filter(_computes, cells)) for cells in schedule.table), to=None)
 
 
 def _computes(cell: Cell) -> bool:

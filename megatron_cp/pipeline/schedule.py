@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, LENDERS, Cell, flat, parse_cell
+from megatron_cp.pipeline.action import FORWARD, LENDERS, MOVES, Cell, flat, parse_cell
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 
 HOST, PEER = "host", "peer"
@@ -20,14 +20,14 @@ class Schedule:
 
     micros: microbatches of one step
     table:  one tuple of cells per rank
-    to:     where EVICT moves activations: to the rank's own host, or to its peer, rank p - 1 - r
+    to:     where EVICT moves activations: to the rank's own host, or to its peer, rank p - 1 - r; None if nothing moves
     """
 
     name: str
     placement: Placement
     micros: int
     table: Table
-    to: str = HOST
+    to: str | None = None
 
     def text(self) -> str:
         """Return one line per rank, cells separated by blanks; `parse` reads it back."""
@@ -59,7 +59,9 @@ def parse(text: str, name: str = "table") -> Schedule:
         raise Refused(f"every stage from 0 up belongs on exactly one rank; found (stage, rank) {sorted(owners)}")
     forwards = [action.micro or 0 for cells in table for action in flat(cells) if action.kind == FORWARD]
     micros = 1 + max(forwards, default=0)
-    return Schedule(name, _named(rank_of, len(table)), micros, table, PEER if any(lent.values()) else HOST)
+    moving = any(action.kind in MOVES for cells in table for action in flat(cells))
+    to = PEER if any(lent.values()) else HOST if moving else None
+    return Schedule(name, _named(rank_of, len(table)), micros, table, to)
 
 
 def _named(rank_of: tuple[int, ...], p: int) -> Placement:

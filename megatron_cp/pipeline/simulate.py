@@ -22,7 +22,7 @@ from megatron_cp.pipeline.action import (
     halves,
 )
 from megatron_cp.pipeline.costs import Costs
-from megatron_cp.pipeline.moves import Links, has_moves, peaks_over_time
+from megatron_cp.pipeline.moves import Links, peaks_over_time
 from megatron_cp.pipeline.passes import deadlock
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
@@ -124,7 +124,7 @@ def simulate_below(schedule: Schedule, costs: Costs, bar: float = inf) -> Simula
     places = [len(done) for done in play.ends]
     if any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
         raise deadlock(schedule, places)
-    if any(map(has_moves, schedule.table)):
+    if schedule.to is not None:
         peak = peaks_over_time(schedule, costs, play.starts, play.ends)
     else:
         peak = _peaks_in_order(schedule, costs)
@@ -160,7 +160,7 @@ class _StepSimulation:
         ]
         self._saved = costs.saved
         self._clock = [0.0] * ranks
-        self._links = [Links(schedule.to, costs) if has_moves(cells) else None for cells in schedule.table]
+        self._links = [Links(schedule.to, costs) if schedule.to is not None else None for _ in range(ranks)]
 
     def run(self, rank: int) -> list[int] | None:
         """Run `rank` as far as it comes; return the ranks it wakes, or None when it is too late for the bar."""
@@ -221,7 +221,7 @@ class _StepSimulation:
 
 def peaks(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
     """Return the most memory of each rank at once, in M_B; moves keep it for as long as they take."""
-    if any(map(has_moves, schedule.table)):
+    if schedule.to is not None:
         return simulate(schedule, costs).peak
     return _peaks_in_order(schedule, costs)
 

@@ -150,7 +150,7 @@ def test_rank_in_the_middle_keeps_its_own() -> None:
     plan = Offload(4, "peer")
     moved = offload(scheduled("1f1b", 5, 8), plan)
     assert not any(action.kind in MOVES for action in flat(moved.table[2]))
-    assert described(moved, plan) == (
+    assert described(moved) == (
         "4 of 40 chunks to the peer and back, at most 4 stay on a rank; "
         "rank 2 in the middle has no peer and keeps its own"
     )

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from megatron_cp.megatron.rebind import replace, restore
+from megatron_cp.pipeline.action import MOVES
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.costs_file import read
-from megatron_cp.pipeline.moves import has_moves
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.simulate import simulate
 from tests.cases import slow_unless
 from tests.megatron import pretraining
 from tests.megatron.pretraining import tiny
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_with_log
 
 MODEL = "--num-layers 8 --micro-batch-size 2 --global-batch-size 12 --train-iters 2"
 MICROS = 6
@@ -80,7 +80,7 @@ def assert_memory(saved, name, p, plan, v):
     for rank, (peak, left, sizes) in enumerate(saved):
         if not sizes:
             # nothing is recorded where nothing moves
-            assert not has_moves(schedule.table[rank])
+            assert not any(action.kind in MOVES for action in schedule.table[rank])
             continue
         own = [sizes[stage] for stage in schedule.placement.of_rank[rank]]
         if rank < p - 1 and len(set(own)) == 1:
@@ -163,6 +163,14 @@ def test_a_chunk_lent_by_a_schedule_with_several_per_rank(without):
     found = run(4, *flags, "--pp-offload 9 --pp-offload-to peer")
     assert_bit_equal(found, without(4, *flags))
     assert sum(left for _, left, _ in found[2]) > 0
+
+
+@pytest.mark.slow
+def test_bpipe_on_two_ranks_runs_and_says_that_it_gains_nothing(without):
+    ranks, text = run_ranks_with_log(2, trained, tiny(MODEL, TWO, "--pp-schedule bpipe"))
+    assert "nothing is gained: without them no rank keeps more than 2 chunks at once" in text
+    log = next(log for log, *_ in ranks if log[0]["loss"] is not None)
+    assert_bit_equal((log, [parameters for _, parameters, _ in ranks]), without(2, TWO))
 
 
 @pytest.mark.slow
