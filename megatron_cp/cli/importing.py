@@ -47,13 +47,13 @@ def import_command(
     typer.echo(f"wrote {write}; check it with: megatron-cp validate {shlex.quote(str(write))} --cluster NAME", err=True)
 
 
-def load(name: str, variables: Mapping[str, str], flags: Sequence[str] = (), job: bool = False) -> Recipe:
+def load(name: str, variables: Mapping[str, str], flags: Sequence[str] = ()) -> Recipe:
     """Return the recipe called `name` with `flags` on top, or the one of the command or script that they are.
 
     What the recipe of a command does not have is told on stderr.
     """
     if not is_command(name):
-        return recipe.load(name, variables, flags, job)
+        return recipe.load(name, variables, flags)
     made = imported([name, *flags], config.environment())
     for line in made.told:
         typer.echo(f"megatron-cp: {line}", err=True)

@@ -10,6 +10,7 @@ import typer
 from megatron_cp import config
 from megatron_cp.cli.importing import load
 from megatron_cp.cli.train import checked
+from megatron_cp.recipe import recipe
 from megatron_cp.recipe.from_command import is_command
 from megatron_cp.recipe.recipe import overridden
 from megatron_cp.slurm.job import SlurmJob, job_of
@@ -36,6 +37,7 @@ def submit(
         return
     jobs = jobs_of(words)
     text = script(jobs)
+    _tell(jobs)
     _make_log_folder(jobs[0])
     for _ in range(jobs[0].chain):
         _sbatch(text)
@@ -43,20 +45,28 @@ def submit(
 
 def print_script(words: Sequence[str]) -> None:
     """Print the script of `RECIPE… --flag VALUE…`, ignoring --slurm and --dry-run among its flags."""
-    print(script(jobs_of([word for word in words if word not in ("--slurm", "--dry-run")])), end="")
+    jobs = jobs_of([word for word in words if word not in ("--slurm", "--dry-run")])
+    print(script(jobs), end="")
+    _tell(jobs)
+
+
+def _tell(jobs: Sequence[SlurmJob]) -> None:
+    for text in dict.fromkeys(text for job in jobs for text in job.missing):
+        typer.echo(f"megatron-cp: the job asks for {text}", err=True)
 
 
 def jobs_of(words: Sequence[str]) -> list[SlurmJob]:
     """Return the jobs of `RECIPE… --flag VALUE…` or `--flag VALUE… -- COMMAND…`, flags checked as Megatron does."""
     flags, dashes, command = _split(words)
+    site = config.site_file()
     if dashes or (words and is_command(words[0])):
-        run = overridden(load(command[0], config.environment(), command[1:]), flags, job=True)
+        run = overridden(load(command[0], config.environment(), command[1:]), flags, job=True, site=site)
         return [job_of(checked(run))]
     first_flag = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     names, overrides = words[:first_flag], words[first_flag:]
     if not names:
         raise ValueError(f"expected a recipe before {words[0]!r}")
-    return [job_of(checked(load(name, config.environment(), overrides, job=True))) for name in names]
+    return [job_of(checked(recipe.load(name, config.environment(), overrides, job=True, site=site))) for name in names]
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], bool, list[str]]:

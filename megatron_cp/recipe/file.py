@@ -17,6 +17,8 @@ SECTIONS = ("ENV_VARS", "MODEL_ARGS", "LAUNCH", "DATA", "SLURM")
 # where true and false mean a flag, not a text
 FLAG_SECTIONS = SECTIONS[1:]
 CLUSTER = "CLUSTER"
+# lines of bash at the start of a job
+SETUP = "SETUP"
 # read by Megatron's test harness; without effect on the training command
 HARNESS_SECTIONS = (
     *("TEST_TYPE", "METRICS", "MODE", "LAUNCHER", "THROUGHPUT_TEST_PARAMS", "SKIP_PYTEST"),
@@ -71,8 +73,10 @@ def read(file: Path, variables: Mapping[str, str]) -> RecipeFile:
             own[name] = dict(_settings(node, name, file, variables, harness))
         elif name == CLUSTER:
             own[name] = {name: _one_text(node, key, file, variables)}
+        elif name == SETUP:
+            own[name] = {name: _entries(node, key, file, variables)}
         elif name not in HARNESS_SECTIONS:
-            known = ("extends", CLUSTER, *SECTIONS)
+            known = ("extends", CLUSTER, SETUP, *SECTIONS)
             raise unknown("section", name, known, _place(file, key))
     return RecipeFile(parents, own)
 

@@ -1,13 +1,14 @@
 """Load recipes: one YAML file is one training run, rendered to literal Megatron flags.
 
 The dialect is the one of Megatron-LM's functional tests, `ENV_VARS:` and `MODEL_ARGS:` whose keys are literal flags,
-and six additions:
+and seven additions:
 
 - `extends:` one file or a list of files, relative to this file or to configs/; later ones win, this file wins over all;
 - `${NAME}` and `${NAME:-default}` from the environment, anywhere in a value; `${RECIPE}` is the recipe's name;
 - `LAUNCH:` torchrun's own flags, and `entry`: a module to run, or an upstream script that is run through our launcher;
 - `DATA:` the flags of `megatron-cp data build` for the corpus that is built before training when it is missing;
 - `SLURM:` flags of sbatch, of srun for containers, and of `megatron-cp submit`;
+- `SETUP:` lines of bash at the start of a SLURM job, such as `module load cuda`;
 - `CLUSTER:` the machines that the run is made for: the name of a file in configs/clusters/, or a file.
 
 A value is one text, a list (several values), `true` (a bare flag) or `false` (removes an inherited flag). Values stay
@@ -18,13 +19,15 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
+from megatron_cp import config
 from megatron_cp.config import configs_folder
 from megatron_cp.errors import Refused
 from megatron_cp.recipe import file, slurm_flags
-from megatron_cp.recipe.file import CLUSTER, SECTIONS, Section, Setting, read
+from megatron_cp.recipe.file import CLUSTER, SECTIONS, SETUP, Section, Setting, read
 from megatron_cp.registry import suggest, unknown
 from megatron_cp.yaml_file import shown
 
@@ -57,6 +60,9 @@ class Recipe:
     data: Section
     slurm: Section = field(default_factory=dict)
     cluster: str | None = None
+    setup: tuple[str, ...] = ()
+    # flags of SLURM that were taken back by `false`
+    without: frozenset[str] = frozenset()
 
     @property
     def save(self) -> Path | None:
@@ -113,30 +119,53 @@ def find(name: str, beside: Path | None = None) -> Path:
     raise Refused(f"no recipe {name!r}{suggest(name, [*known, *short])}; give a file or one of: {', '.join(known)}")
 
 
-def load(name: str, variables: Mapping[str, str], overrides: Sequence[str] = (), job: bool = False) -> Recipe:
+def load(
+    name: str,
+    variables: Mapping[str, str],
+    overrides: Sequence[str] = (),
+    job: bool = False,
+    site: Path | None = None,
+) -> Recipe:
     """Return the recipe called `name`, merged over the files that it extends, with the flags of `overrides` on top.
 
     variables: values of `${NAME}`
     job:       the overrides may contain flags of SLURM
+    site:      a file with ENV_VARS, SLURM and SETUP, over which everything else wins
     Raises ValueError with file and line of an error in a recipe.
     """
     file = find(name)
-    sections = _merged(file, ChainMap({RECIPE: file.stem}, cast(dict[str, str], variables)), ())
+    known = ChainMap({RECIPE: file.stem}, cast(dict[str, str], variables))
+    sections = _of_site(site, known)
+    _lay_over(sections, _merged(file, known, ()))
     return _recipe(file.stem, sections, overrides, job)
 
 
-def overridden(below: Recipe, overrides: Sequence[str], job: bool = False) -> Recipe:
-    """Return a recipe with the flags of `overrides` on top; `job` as in `load`."""
+def overridden(below: Recipe, overrides: Sequence[str], job: bool = False, site: Path | None = None) -> Recipe:
+    """Return a recipe with the flags of `overrides` on top; `job` and `site` as in `load`."""
     names = ("env_vars", "model_args", "launch", "data", "slurm")
-    sections: dict[str, Section] = {
-        section: dict(getattr(below, name)) for section, name in zip(SECTIONS, names, strict=True)
-    }
-    sections[CLUSTER] = {CLUSTER: Setting((below.cluster,), below.name)} if below.cluster else {}
+    sections = _of_site(site, config.environment())
+    _lay_over(sections, {section: getattr(below, name) for section, name in zip(SECTIONS, names, strict=True)})
+    if below.cluster:
+        sections[CLUSTER] = {CLUSTER: Setting((below.cluster,), below.name)}
     return _recipe(below.name, sections, overrides, job)
 
 
+def _of_site(site: Path | None, variables: Mapping[str, str]) -> dict[str, Section]:
+    sections: dict[str, Section] = {section: {} for section in (*SECTIONS, CLUSTER, SETUP)}
+    if site is None:
+        return sections
+    if not site.is_file():
+        raise Refused(f"MEGATRON_CP_SITE: no file {site}; correct it, or unset the variable")
+    parents, own = read(site, variables)
+    for section in own.keys() - {"ENV_VARS", "SLURM", SETUP}:
+        raise Refused(f"{shown(site)}: a site's file has ENV_VARS, SLURM and SETUP, got {section}; put it in a recipe")
+    if parents.values:
+        raise Refused(f"{parents.place}: a site's file extends no other; copy what it needs")
+    return sections | own
+
+
 def _recipe(name: str, sections: dict[str, Section], overrides: Sequence[str], job: bool) -> Recipe:
-    for key, flag in command_line_flags(overrides).items():
+    for key, flag in command_line_flags(overrides, job).items():
         section = _section_of(key, job)
         # last on the rendered command line, where argparse lets it win over its own --no- form
         sections[section].pop(key, None)
@@ -156,14 +185,19 @@ def _recipe(name: str, sections: dict[str, Section], overrides: Sequence[str], j
         data=data,
         slurm=slurm,
         cluster=cluster,
+        setup=given[SETUP][SETUP].values if given[SETUP] else (),
+        without=frozenset(sections["SLURM"].keys() - slurm.keys()),
     )
 
 
-def command_line_flags(words: Sequence[str]) -> Section:
-    """Return flags of a command line as settings; `--flag=false` removes an inherited one."""
+def command_line_flags(words: Sequence[str], job: bool = False) -> Section:
+    """Return flags of a command line as settings; `--flag=false` removes an inherited one.
+
+    job: sbatch's short forms, such as `-p gpu`, are taken too
+    """
     found: Section = {}
     key = ""
-    for word in words:
+    for word in chain.from_iterable(map(slurm_flags.long_form, words)) if job else words:
         if re.match(r"--[A-Za-z]", word):
             key, equals, value = word.partition("=")
             # torchrun takes its own flags with underscores too
@@ -184,9 +218,9 @@ def _section_of(key: str, job: bool) -> str:
 
 def _merged(file: Path, variables: Mapping[str, str], open_files: tuple[Path, ...]) -> dict[str, Section]:
     if file.resolve() in open_files:
-        chain = " -> ".join(path.name for path in (*open_files, file))
-        raise Refused(f"{shown(file)}: extends itself: {chain}; remove one of these extends")
-    merged: dict[str, Section] = {section: {} for section in (*SECTIONS, CLUSTER)}
+        circle = " -> ".join(path.name for path in (*open_files, file))
+        raise Refused(f"{shown(file)}: extends itself: {circle}; remove one of these extends")
+    merged: dict[str, Section] = {section: {} for section in (*SECTIONS, CLUSTER, SETUP)}
     parents, own = read(file, variables)
     if parents.problem:
         raise Refused(f"{parents.place}: {parents.problem}")

@@ -37,18 +37,37 @@ OURS = tuple(
     f"--{name}"
     for name in "launcher python wrapper requeues grace signal chain node-gpus node-free-gb no-preflight".split()
 )
-KNOWN = (*SBATCH, *SRUN, *OURS)
+# sbatch's flags for sizes that follow from LAUNCH; they are taken where they agree
+SIZES = ("--nodes", "--ntasks", "--ntasks-per-node")
+# sbatch's short forms
+SHORT = {
+    "-A": "--account",
+    "-C": "--constraint",
+    "-G": "--gpus",
+    "-J": "--job-name",
+    "-N": "--nodes",
+    "-c": "--cpus-per-task",
+    "-d": "--dependency",
+    "-e": "--error",
+    "-n": "--ntasks",
+    "-o": "--output",
+    "-p": "--partition",
+    "-q": "--qos",
+    "-t": "--time",
+    "-w": "--nodelist",
+    "-x": "--exclude",
+}
 # sbatch's flags that we write ourselves, and what to use instead
 WRITTEN_BY_US = {
-    "--nodes": "the number of nodes is --nnodes of LAUNCH",
-    "--ntasks": "the number of processes is --nnodes times --nproc-per-node of LAUNCH",
-    "--ntasks-per-node": "the number of processes of a node is --nproc-per-node of LAUNCH",
     "--requeue": "use --requeues N",
     "--no-requeue": "use --requeues 0",
     "--open-mode": "logs are appended to, so that a requeued job keeps its record",
     "--array": "name several recipes: each becomes a task of an array",
     "--wrap": "the script is ours",
 }
+
+
+KNOWN = (*SBATCH, *SRUN, *OURS, *SIZES)
 
 
 def check(places: Mapping[str, str]) -> None:
@@ -71,9 +90,15 @@ def _looks_like(flag: str, known: Iterable[str]) -> bool:
     return bool(difflib.get_close_matches(flag, list(known), n=1, cutoff=0.8))
 
 
+def long_form(word: str) -> list[str]:
+    """Return the long flag of a short one such as `-p`, with the value that stands in the same word, as in `-N4`."""
+    flag = SHORT.get(word[:2])
+    return [flag, *([word[2:]] if word[2:] else [])] if flag else [word]
+
+
 def is_sbatchs(flag: str) -> bool:
     """True for a flag of a `SLURM:` block that goes into a line `#SBATCH`: sbatch's own, or a plugin's."""
-    return flag not in SRUN and flag not in OURS
+    return flag not in SRUN and flag not in OURS and flag not in SIZES
 
 
 def is_slurms(flag: str) -> bool:

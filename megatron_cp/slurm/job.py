@@ -20,6 +20,10 @@ GRACE_SECONDS = 300
 SECONDS_TO_REQUEUE = 30
 SIGNAL = "TERM"
 FREE_GB = 1
+# flags of sbatch that ask for a resource
+GPUS = ("--gpus-per-node", "--gpus", "--gres", "--gpus-per-task")
+CPUS = ("--cpus-per-task", "--cpus-per-gpu", "--exclusive", "--mincpus")
+MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
 # a recipe's settings for finding other nodes are for starting by hand; in a job they follow from SLURM
 FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
 
@@ -42,6 +46,8 @@ class SlurmJob:
     chain:    number of jobs, each of which runs after the one before
     gpus, free_gb: GPUs that a node must have, and free GB in the folder that it saves to
     header:   flags for `#SBATCH` lines
+    setup:    lines of bash at the start
+    missing:  what the job asks SLURM for in no way, with the flag to use
     corpus, corpus_index: words that build the corpus, and the file that shows that it exists
     """
 
@@ -59,6 +65,8 @@ class SlurmJob:
     free_gb: int
     preflight: bool
     header: tuple[str, ...]
+    setup: tuple[str, ...]
+    missing: tuple[str, ...]
     corpus: tuple[str, ...]
     corpus_index: str
 
@@ -71,6 +79,8 @@ def job_of(recipe: Recipe) -> SlurmJob:
     gpus = _number(recipe, "--node-gpus", _gpus_asked(recipe) or _gpus_used(recipe, ranks))
     if 0 < gpus < ranks:
         raise ValueError(f"{ranks} ranks on a node with {gpus} GPUs; lower --nproc-per-node or ask for more GPUs")
+    _check_sizes(recipe, nodes, ranks)
+    derived = tuple(_derived(recipe, ranks))
     wrapper = _wrapper(recipe)
     python = recipe.slurm["--python"].text if "--python" in recipe.slurm else _python(recipe, wrapper)
     return SlurmJob(
@@ -87,7 +97,9 @@ def job_of(recipe: Recipe) -> SlurmJob:
         gpus=gpus,
         free_gb=_number(recipe, "--node-free-gb", FREE_GB),
         preflight="--no-preflight" not in recipe.slurm,
-        header=tuple(_asked(recipe)),
+        header=(*derived, *_asked(recipe)),
+        setup=recipe.setup,
+        missing=tuple(_missing(recipe, derived)),
         corpus=("-m", "megatron_cp", *corpus_words(recipe)) if recipe.builds_corpus else (),
         corpus_index=f"{recipe.data['--output'].text}.idx" if recipe.builds_corpus else "",
     )
@@ -213,6 +225,48 @@ def _gpus_asked(recipe: Recipe) -> int:
         if match:
             return int(match[1])
     return 0
+
+
+def _check_sizes(recipe: Recipe, nodes: int, ranks: int) -> None:
+    """Check that sizes given to SLURM agree with LAUNCH, from which the job's are made."""
+    fitting = {"--nodes": {nodes}, "--ntasks": {nodes, nodes * ranks}, "--ntasks-per-node": {1, ranks}}
+    for flag, right in fitting.items():
+        setting = recipe.slurm.get(flag)
+        if setting is not None and setting.text not in {str(size) for size in right}:
+            raise ValueError(
+                f"{setting.place}: {flag} {setting.text} is another size than --nnodes {nodes} with --nproc-per-node "
+                f"{ranks}; leave it out, or change --nnodes and --nproc-per-node"
+            )
+
+
+def _derived(recipe: Recipe, ranks: int) -> Iterator[str]:
+    """Yield what a node must give to the ranks, where the recipe's cluster tells it and the job does not ask for it.
+
+    Ranks on all GPUs of a node get the node: its CPUs and memory too.
+    """
+    if not _gpus_used(recipe, ranks) or recipe.cluster is None:
+        return
+    if not _asks(recipe, GPUS):
+        yield f"--gpus-per-node={ranks}"
+    if load_cluster(recipe.cluster).ranks_per_node == ranks:
+        if not _asks(recipe, CPUS):
+            yield "--exclusive"
+        if not _asks(recipe, MEMORY):
+            yield "--mem=0"
+
+
+def _asks(recipe: Recipe, flags: tuple[str, ...]) -> bool:
+    return any(flag in recipe.slurm or flag in recipe.without for flag in flags)
+
+
+def _missing(recipe: Recipe, derived: tuple[str, ...]) -> Iterator[str]:
+    """Yield what SLURM would decide by its own defaults: often one CPU for a node's task, and its share of memory."""
+    for subject, flags, remedy in (
+        ("CPUs", CPUS, "--cpus-per-task N or --exclusive"),
+        ("memory", MEMORY, "--mem 0 for all of a node, or --mem SIZE"),
+    ):
+        if not _asks(recipe, flags) and not any(line.partition("=")[0] in flags for line in derived):
+            yield f"{subject} by SLURM's default, which may be one task's share; give {remedy}"
 
 
 def _gpus_used(recipe: Recipe, ranks: int) -> int:

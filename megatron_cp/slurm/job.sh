@@ -11,6 +11,8 @@ if [ "${SLURM_JOB_NUM_NODES:-0}" != "$nodes" ]; then
     stop "the recipe runs on $nodes nodes and this job has ${SLURM_JOB_NUM_NODES:-none}; submit it with --nodes $nodes"
 fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+say "job $SLURM_JOB_ID trains $recipe on ${#hosts[@]} nodes: ${hosts[*]}"
+say "submitted with $about; started $(date '+%F %T %Z')"
 # NodeAddr is how SLURM itself reaches the node; its name need not resolve
 facts=$(scontrol --oneliner show node "${hosts[0]}")
 [[ $facts =~ [[:space:]]NodeAddr=([^[:space:]]+) ]] || stop "scontrol does not tell the address of ${hosts[0]}"

@@ -4,9 +4,11 @@ Every node examines itself and writes a report into the job's folder, which show
 writable. One process then reads all reports and names the nodes that fail, differ, or sent no report.
 """
 
+import contextlib
 import importlib.util
 import ipaddress
 import json
+import os
 import shutil
 import socket
 import sys
@@ -20,7 +22,7 @@ from typing import NamedTuple
 import psutil
 
 from megatron_cp import config
-from megatron_cp.findings import Finding, guarded, installed
+from megatron_cp.findings import Finding, Status, guarded, installed
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
@@ -28,6 +30,11 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_GIB = 1
 # a GPU with a smaller share of free memory is used by another job
 FREE_OF_GPU = 0.9
+# a rank computes in one thread and reads data in another
+CPUS_PER_GPU = 2
+# libraries, pinned buffers and data of a rank
+GIB_PER_GPU = 8
+CGROUPS = Path("/sys/fs/cgroup")
 # nodes start their check within seconds of each other
 SECONDS_APART = 120
 # seconds for which NFS may show an old folder to another node
@@ -65,13 +72,24 @@ def examine(wanted: Wanted) -> NodeReport:
     """Examine this node; every failure becomes a finding."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         lambda: _gpus(wanted.gpus),
+        lambda: _cpus(wanted.gpus),
+        lambda: _memory(wanted.gpus),
         lambda: _shared_memory(wanted.gpus),
         lambda: _disk(wanted),
         lambda: _address(wanted.master_addr),
         _own_address,
         _grace,
     )
-    subjects = ("GPUs", "shared memory", "disk", "address of the first node", "own address", "torchrun")
+    subjects = (
+        "GPUs",
+        "CPUs",
+        "memory",
+        "shared memory",
+        "disk",
+        "address of the first node",
+        "own address",
+        "torchrun",
+    )
     findings = [finding for subject, look in zip(subjects, looks, strict=True) for finding in guarded(subject, look)]
     return NodeReport(name(), time.time(), psutil.virtual_memory().total, _facts(wanted.gpus), findings)
 
@@ -100,6 +118,46 @@ def _gpus(wanted: int) -> Iterator[Finding]:
             f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
             "" if fine else "end the processes that an earlier job left on it",
         )
+
+
+def _cpus(gpus: int) -> Iterator[Finding]:
+    """Count the CPUs that this job's step may use: SLURM may have bound it to one."""
+    count = len(os.sched_getaffinity(0))
+    status: Status = "ok" if count >= CPUS_PER_GPU * gpus else "optional" if count >= gpus else "broken"
+    remedy = "a rank computes and loads data at the same time: ask for --cpus-per-task N or --exclusive"
+    yield Finding("CPUs", status, f"{count} may be used by {gpus} ranks", "" if status == "ok" else remedy)
+
+
+def _memory(gpus: int) -> Iterator[Finding]:
+    """Compare the limit of the step's control group with the node's memory."""
+    total, limit = psutil.virtual_memory().total, memory_limit(Path("/proc/self/cgroup"), CGROUPS)
+    granted = min(total, limit or total)
+    status: Status = "ok" if granted >= total / 2 or not gpus else "optional"
+    if granted < GIB_PER_GPU * GIB * gpus:
+        status = "broken"
+    remedy = "a rank needs host memory for its libraries, pinned buffers and data: ask for --mem 0 or --mem SIZE"
+    found = f"{granted / GIB:.1f} of {total / GIB:.1f} GiB may be used"
+    yield Finding("memory", status, found, "" if status == "ok" else remedy)
+
+
+def memory_limit(of_process: Path, mounted: Path) -> int | None:
+    """Return the smallest limit, in bytes, of a process's control groups and those above them; None without one.
+
+    of_process: file such as /proc/self/cgroup
+    mounted:    folder such as /sys/fs/cgroup, of version 2, or of version 1 with a folder for each controller
+    """
+    found: list[int] = []
+    for line in of_process.read_text().splitlines() if of_process.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = mounted / "memory" if controllers else mounted
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int((root / folder / name).read_text()))
+    return min(found, default=None)
 
 
 def _shared_memory(gpus: int) -> Iterator[Finding]:

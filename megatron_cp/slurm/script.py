@@ -6,9 +6,13 @@ that is equal for every recipe is `job.sh`, which follows the arrays.
 
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_cp import __version__
+from megatron_cp.findings import installed
 from megatron_cp.recipe.command import entry_words, flag_words
 from megatron_cp.recipe.recipe import Setting
 from megatron_cp.recipe.slurm_flags import SRUN
@@ -27,7 +31,21 @@ def script(jobs: Sequence[SlurmJob]) -> str:
     first = jobs[0]
     _check_together(jobs)
     settings = _settings(first) if len(jobs) == 1 else _cases(jobs)
-    return "\n".join(("#!/usr/bin/env bash", *_header(jobs), "", "set -euo pipefail", settings, BODY.read_text()))
+    setup = ("", "# lines of SETUP", *first.setup) if first.setup else ()
+    lines = ("#!/usr/bin/env bash", *_header(jobs), *setup, "", "set -euo pipefail", f"about={_quoted(_about())}")
+    return "\n".join((*lines, settings, BODY.read_text()))
+
+
+def _about() -> str:
+    """Return the versions, and the commit of the folder, from which the job is submitted, for its log."""
+    packages = ("torch", "megatron-core", "transformer-engine")
+    found = [f"{package} {number}" for package in packages if (number := installed(package))]
+    git = shutil.which("git")
+    commit = ""
+    if git:
+        asked = [git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return ", ".join([f"megatron-cp {__version__}", *found, *([f"commit {commit}"] if commit else [])])
 
 
 def _check_together(jobs: Sequence[SlurmJob]) -> None:
@@ -45,7 +63,7 @@ def _check_together(jobs: Sequence[SlurmJob]) -> None:
 
 def _shape(job: SlurmJob) -> tuple[object, ...]:
     sizes = (job.nodes, job.ranks_per_node, job.launcher, job.signal, job.grace, job.chain)
-    return (*sizes, bool(job.requeues), *job.header)
+    return (*sizes, bool(job.requeues), *job.header, *job.setup)
 
 
 def _header(jobs: Sequence[SlurmJob]) -> Iterator[str]:
@@ -78,6 +96,7 @@ def _settings(job: SlurmJob) -> str:
     """Return the variables and arrays of one recipe that `job.sh` reads."""
     recipe = job.recipe
     values = {
+        "recipe": recipe.name,
         "nodes": str(job.nodes),
         "ranks_per_node": str(job.ranks_per_node),
         "launcher": job.launcher,
@@ -148,4 +167,5 @@ def _array(name: str, words: Sequence[str]) -> str:
 def _quoted(word: str) -> str:
     if "\0" in word:
         raise ValueError(f"a value with a zero byte cannot be passed to a program: {word!r}")
-    return shlex.quote(word)
+    # a comma in an array looks like a separator that it is not
+    return f"'{word}'" if re.fullmatch(r"[\w@%+=:,./-]*,[\w@%+=:,./-]*", word, re.ASCII) else shlex.quote(word)

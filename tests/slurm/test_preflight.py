@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -136,3 +137,48 @@ def test_missing_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (finding,) = preflight._gpus(8)
     assert (finding.status, finding.found) == ("broken", "0 of 8 usable")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "expected"), [(16, 8, "ok"), (8, 8, "optional"), (1, 8, "broken"), (1, 0, "ok")]
+)
+def test_the_cpus_of_the_step_are_counted(monkeypatch: pytest.MonkeyPatch, cpus: int, gpus: int, expected: str) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cpus)))
+    (found,) = preflight._cpus(gpus)
+    assert found.status == expected
+    assert bool(found.remedy) is (expected != "ok")
+
+
+@pytest.mark.parametrize(
+    ("limit", "gpus", "expected"),
+    [(None, 8, "ok"), (400, 8, "ok"), (100, 8, "optional"), (60, 8, "broken"), (1, 0, "ok")],
+)
+def test_the_memory_that_the_step_may_use_is_compared_with_the_nodes(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None, gpus: int, expected: str
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=500 * GIB))
+    monkeypatch.setattr(preflight, "memory_limit", lambda *folders: limit and limit * GIB)
+    (found,) = preflight._memory(gpus)
+    assert found.status == expected
+    assert f"{limit or 500}.0 of 500.0 GiB" in found.found
+
+
+@pytest.mark.parametrize(
+    ("process", "files", "expected"),
+    [
+        ("0::/slurm/job_7/step_0\n", {"slurm/job_7/memory.max": "5000", "slurm/job_7/step_0/memory.max": "max"}, 5000),
+        ("0::/a/b\n", {"a/memory.max": "7", "a/b/memory.max": "9"}, 7),
+        ("3:cpu:/x\n4:memory,hugetlb:/slurm/job_7\n", {"memory/slurm/job_7/memory.limit_in_bytes": "64"}, 64),
+        ("0::/\n", {}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_limit_of_a_control_group_is_the_smallest_above_it(
+    tmp_path: Path, process: str, files: dict[str, str], expected: int | None
+) -> None:
+    for name, text in files.items():
+        file = tmp_path / "mounted" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    (tmp_path / "cgroup").write_text(process)
+    assert preflight.memory_limit(tmp_path / "cgroup", tmp_path / "mounted") == expected

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from megatron_cp import __version__, config
 from megatron_cp.cli import app
 from megatron_cp.recipe import recipe, slurm_flags
 from megatron_cp.slurm.job import job_of
 from megatron_cp.slurm.script import BODY, script
+from megatron_cp.slurm.script import _about as about
 from tests.conftest import Write
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -101,8 +103,9 @@ echo "${STATE:-RUNNING}"
 
 
 @pytest.fixture
-def write(write: Write) -> Write:
+def write(write: Write, monkeypatch: pytest.MonkeyPatch) -> Write:
     write(BASE, "base.yaml")
+    monkeypatch.setattr("megatron_cp.slurm.script._about", lambda: "megatron-cp 0.1.0, commit 0123456789ab")
     return write
 
 
@@ -238,6 +241,123 @@ def test_nodes_of_gpus_are_checked_for_those_that_ranks_use() -> None:
     assert job_of(recipe.load("quickstart", {}, job=True)).gpus == 0
 
 
+SIZES = "-N 4 --ntasks 32 --ntasks-per-node 8"
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (
+            "-p big -A proj -q high -t 2:00:00 -J mine -o log -c12",
+            "partition=big account=proj qos=high time=2:00:00 job-name=mine output=log cpus-per-task=12",
+        ),
+        (SIZES, "nodes=4 ntasks-per-node=1"),
+        (f"{SIZES} --launcher srun --max-restarts=false", "nodes=4 ntasks-per-node=8"),
+    ],
+    ids=["short", "sizes", "sizes-srun"],
+)
+def test_sbatchs_words_are_taken(write: Write, words: str, lines: str) -> None:
+    header = [line[10:] for line in rendered("base.yaml", overrides=words).splitlines() if line.startswith("#SBATCH ")]
+    assert set(lines.split()) <= set(header)
+    assert len({line.partition("=")[0] for line in header}) == len(header)
+    assert not any(line.startswith("ntasks=") for line in header)
+
+
+DERIVED = {"gpus-per-node=8", "exclusive", "mem=0"}
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "missing"),
+    [
+        ("", DERIVED, []),
+        ("--gres gpu:8", DERIVED - {"gpus-per-node=8"} | {"gres=gpu:8"}, []),
+        ("--gpus-per-node=false", DERIVED - {"gpus-per-node=8"}, []),
+        ("-c 96 --mem 100G", {"gpus-per-node=8", "cpus-per-task=96", "mem=100G"}, []),
+        ("--nproc-per-node 4 --context-parallel-size 1", {"gpus-per-node=4"}, ["CPUs", "memory"]),
+    ],
+)
+def test_what_a_node_gives_follows_from_the_cluster_or_is_said_to_be_missing(
+    words: str, asked: set[str], missing: list[str]
+) -> None:
+    job = job_of(recipe.load("llama3.1-8b-8k-h100x8", {"DATA_PATH": "corpus"}, words.split(), job=True))
+    assert set(job.header) == {f"--{line}" for line in asked}
+    assert [text.split()[0] for text in job.missing] == missing
+    assert job_of(recipe.load("quickstart", {}, job=True)).header == ()
+
+
+def test_the_file_of_a_site_is_weaker_than_a_recipe_and_stronger_than_nothing(write: Write) -> None:
+    write(
+        "ENV_VARS:\n  NCCL_IB_HCA: mlx5\n  OMP_NUM_THREADS: 9\n"
+        "SLURM:\n  --account: proj\n  --partition: slow\n  --time: 1:00:00\n"
+        "SETUP:\n- module load cuda/12.8\n- source /site/env.sh 'a b'\n",
+        "site.yaml",
+    )
+    write("extends: base\nSETUP: ulimit -l unlimited\n", "own.yaml")
+    site = Path("site.yaml")
+    text = script([job_of(recipe.load("base.yaml", {}, ["-t", "3:00:00"], job=True, site=site))])
+    for line in ("account=proj", "partition=gpu", "time=3:00:00"):
+        assert f"#SBATCH --{line}\n" in text
+    assert "    NCCL_IB_HCA=mlx5\n    OMP_NUM_THREADS=1\n" in text
+    assert "\n# lines of SETUP\nmodule load cuda/12.8\nsource /site/env.sh 'a b'\n\nset -euo pipefail\n" in text
+    own = script([job_of(recipe.load("own.yaml", {}, job=True, site=site))])
+    assert "\n# lines of SETUP\nulimit -l unlimited\n\nset" in own
+    assert recipe.load("base.yaml", {}, job=True).env_vars.keys() == {"OMP_NUM_THREADS"}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (None, "MEGATRON_CP_SITE: no file site.yaml; correct it, or unset the variable"),
+        ("MODEL_ARGS:\n  --lr: 1\n", "site.yaml: a site's file has ENV_VARS, SLURM and SETUP, got MODEL_ARGS"),
+        ("extends: base\n", "site.yaml:1: a site's file extends no other"),
+        ("SLURM:\n  --partion: x\n", "site.yaml:2: unknown SLURM flag '--partion'"),
+    ],
+)
+def test_a_wrong_file_of_a_site_is_refused(write: Write, text: str | None, error: str) -> None:
+    if text is not None:
+        write(text, "site.yaml")
+    with pytest.raises(ValueError, match=re.escape(error)):
+        recipe.load("base.yaml", {}, job=True, site=Path("site.yaml"))
+
+
+def test_where_the_file_of_a_site_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGATRON_CP_SITE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert config.site_file() is None
+    file = tmp_path / "megatron-cp" / "site.yaml"
+    file.parent.mkdir()
+    file.touch()
+    assert config.site_file() == file
+    monkeypatch.setenv("MEGATRON_CP_SITE", "elsewhere.yaml")
+    assert config.site_file() == Path("elsewhere.yaml")
+
+
+def test_the_log_begins_with_what_runs_where(write: Write, stubs: dict[str, str]) -> None:
+    write("extends: base\nMODEL_ARGS:\n  --save: runs\nSLURM:\n  --python: python\n")
+    first, second = run(rendered("run.yaml"), stubs).stdout.splitlines()[:2]
+    assert first == "[megatron-cp] job 40007 trains run on 4 nodes: n3 n4 n5 n6"
+    assert second.startswith("[megatron-cp] submitted with megatron-cp 0.1.0, commit 0123456789ab; started 2")
+
+
+def test_versions_and_commit_are_told() -> None:
+    assert re.fullmatch(
+        rf"megatron-cp {__version__}, torch \S+, megatron-core 0\.19\S*(, transformer-engine \S+)?"
+        r"(, commit [0-9a-f]+(-dirty)?)?",
+        about(),
+    )
+
+
+def test_scripts_are_clean_for_shellcheck(write: Write) -> None:
+    write(CONTAINER)
+    write(APPTAINER, "apptainer.yaml")
+    write("extends: base\nMODEL_ARGS:\n  --split: 99,1,0\n  --save: /shared/second\n", "second.yaml")
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    for index, names in enumerate((["base.yaml", "second.yaml"], ["apptainer.yaml"], ["run.yaml"])):
+        Path(f"{index}.sbatch").write_text(rendered(*names))
+    done = subprocess.run([shellcheck, *Path().glob("?.sbatch")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_training_does_not_start_when_a_node_fails(write: Write, stubs: dict[str, str]) -> None:
     write("extends: base\nMODEL_ARGS:\n  --save: runs\nSLURM:\n  --python: python\n")
     Path("bin/python").write_text('#!/bin/sh\necho "$*" >>started\ncase "$*" in *--reports*) exit 1 ;; esac\n')
@@ -260,7 +380,10 @@ def test_the_array_runs_the_recipe_of_its_task(write: Write, stubs: dict[str, st
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ("--nodes 2", "command line: --nodes is not for the SLURM block: the number of nodes is --nnodes of LAUNCH"),
+        ("--nodes 2", "command line: --nodes 2 is another size than --nnodes 4 with --nproc-per-node 8; leave it out"),
+        ("-N2", "command line: --nodes 2 is another size than --nnodes 4 with --nproc-per-node 8"),
+        ("-n 16", "command line: --ntasks 16 is another size than --nnodes 4 with --nproc-per-node 8"),
+        ("--ntasks-per-node 4", "--ntasks-per-node 4 is another size than --nnodes 4 with --nproc-per-node 8"),
         ("--signal B:USR2@600", "--signal takes TERM@SECONDS or USR2@SECONDS of more than 30"),
         ("--signal USR1@600", "got 'USR1@600'; write USR2@600, or give --grace SECONDS instead"),
         ("--signal USR2@30", "of more than 30, which the ranks save and exit on, got 'USR2@30'"),
