@@ -12,19 +12,26 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
+from megatron_cp.cli.trace_linears import AskedLinears, layer_of, trace_linears
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.checks import able, check_placement
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Pass, Problem, Trace
 from megatron_cp.context.trace.simulate import Seconds, SimulatedPass, simulate
+from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
+from megatron_cp.tensor import SCHEMES
+from megatron_cp.tensor.place import AUTO_ENGINE
 
 if TYPE_CHECKING:
     from megatron_cp.context.trace.proof import Proof
 
+
+# engines that run over any fabric
+COUNTED = ("collective", "ring")
 
 Window = Annotated[
     int | None, typer.Option(min=0, help="Keys that a query sees before itself; without --causal also after.")
@@ -69,9 +76,23 @@ class Costed(NamedTuple):
 
 
 def trace(
-    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS.names)}.")],
     ranks: ContextRanks,
     seq: WholeSequence,
+    backend: Annotated[str | None, typer.Option(help=f"One of {', '.join(BACKENDS.names)}.")] = None,
+    tp_comm_type: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a backend, the linears of one layer on tensor-parallel ranks: one of "
+            f"{', '.join(SCHEMES.names)}."
+        ),
+    ] = None,
+    tp_grid: Annotated[
+        str | None, typer.Option(help="'TOKENS WEIGHTS' or auto, with --tp-comm-type; by default the most square.")
+    ] = None,
+    tp_engine: Annotated[str, typer.Option(help=f"With --tp-comm-type, auto, {' or '.join(COUNTED)}.")] = AUTO_ENGINE,
+    ffn: Annotated[
+        int | None, typer.Option(min=1, help="With --tp-comm-type, width of the gated MLP; by default 4 hidden sizes.")
+    ] = None,
     heads: Heads = 32,
     kv_heads: KvHeads = None,
     head_dim: HeadDim = 128,
@@ -98,11 +119,22 @@ def trace(
 ) -> None:
     """Prove an algorithm's own loop at a short length, then print its work, traffic, memory and time.
 
+    With --tp-comm-type it is the linears of one layer, on --ranks tensor-parallel ranks for --seq tokens.
+
     Pairs are unmasked pairs of a query and a key; peak counts bytes beyond local q, k, v and dout.
     """
     # input is checked before anything that takes time
     hardware = load_cluster(cluster)
     _check_plots(plot or [])
+    if (backend is None) == (tp_comm_type is None):
+        raise Refused(
+            f"trace takes one of --backend and --tp-comm-type, got {'neither' if backend is None else 'both'}"
+        )
+    if tp_comm_type is not None:
+        layer = layer_of(seq, heads, kv_heads or heads, head_dim, ffn)
+        trace_linears(AskedLinears(layer, ranks, tp_comm_type, tp_grid, tp_engine), hardware, plot or [], as_json)
+        return
+    assert backend is not None
     if placement in PLACEMENTS:
         check_placement(BACKENDS.get(backend), placement)
     problem = Problem(

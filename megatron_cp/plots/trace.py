@@ -22,8 +22,11 @@ MOST_FIGURES = 12
 MOST_TICKS = 16
 
 
-def draw(trace: Trace, runs: Mapping[str, SimulatedPass], file: Path) -> Path:
-    """Draw both passes next to each other as PNG, SVG or PDF: timeline, live memory and traffic matrix."""
+def draw(trace: Trace, runs: Mapping[str, SimulatedPass], file: Path, title: str = "") -> Path:
+    """Draw both passes next to each other as PNG, SVG or PDF: timeline, live memory and traffic matrix.
+
+    title: of the picture; by default the attention's
+    """
     # not pyplot, which would choose a window system and keep the figure
     from matplotlib.figure import Figure
 
@@ -32,7 +35,7 @@ def draw(trace: Trace, runs: Mapping[str, SimulatedPass], file: Path) -> Path:
     figure = Figure(figsize=(15, height + 7.5), layout="constrained")
     heads = f"{problem.heads} query heads, {problem.kv_heads} KV heads"
     mask = f"{'causal' if problem.causal else 'full'}{', in a window' if problem.window else ''}"
-    figure.suptitle(f"{problem.backend}, {ranks} ranks, S = {problem.seq}, {heads}, {mask}")
+    figure.suptitle(title or f"{problem.backend}, {ranks} ranks, S = {problem.seq}, {heads}, {mask}")
     grid = figure.add_gridspec(3, 2, height_ratios=[height, 2.5, 4.5])
     for column, (name, run) in enumerate({"forward": trace.forward, "backward": trace.backward}.items()):
         _timeline(figure.add_subplot(grid[0, column]), name, runs[name])

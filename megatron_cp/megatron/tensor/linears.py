@@ -14,8 +14,9 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import TensorFlags
 from megatron_cp.megatron.tensor.function import GridExchange, apply_linear
-from megatron_cp.megatron.tensor.groups import GridEngines, engines_of
+from megatron_cp.megatron.tensor.groups import engines_of
 from megatron_cp.tensor import SCHEMES
+from megatron_cp.tensor.axes import GridEngines
 from megatron_cp.tensor.linear import Linear
 from megatron_cp.tensor.place import GridSize, engine_of, grid_of
 from megatron_cp.tensor.summa_2d import column_linear, row_linear
