@@ -31,9 +31,12 @@ from megatron_cp.pipeline.offload import Offload, balanced
 from megatron_cp.pipeline.passes import without_moves
 from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
+from megatron_cp.planner.model import model_of
 from megatron_cp.recipe import recipe
 from megatron_cp.tensor import ENGINES
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
+from megatron_cp.tensor.cost import LayerLinears
+from megatron_cp.tensor.place import GridSize
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -107,6 +110,35 @@ def schemes() -> str:
 def engines() -> str:
     head = ["--tp-engine", "what it does", "needs", "file"]
     return table(head, ([f"`{one.name}`", one.what, one.needs, linked(file_of(one.load()))] for one in ENGINES))
+
+
+def tensor_traffic() -> str:
+    """Bytes of one layer under each way of using eight ranks, the least of a row in bold."""
+    head = ["model, tokens", "1d, TP 8", "2d, 4 x 2", "3d, 2 x 2 x 2", "2.5d, 2 x 2 x CP 2", "1d, TP 4 x CP 2"]
+    body = (tensor_row(name, seq) for name in ("8b", "70b", "405b") for seq in (2**13, 2**17, 2**20))
+    return table([*head, "layer's weights, 1/8 and 1/4"], body)
+
+
+def tensor_row(name: str, seq: int) -> list[str]:
+    ranks = {"8b": 64, "70b": 256, "405b": 2048}[name]
+    model = model_of(recipe.load(f"llama3.1-{name}-128k-h100x{ranks}", {"DATA_PATH": "corpus"}))
+    layer = LayerLinears(
+        seq, model.hidden, model.query + model.key_value, model.query, (model.matrices - 1) * model.ffn, model.ffn
+    )
+    half = layer._replace(tokens=seq / 2)
+    # zigzag's K and V of a rank of tensor parallelism 4, and their gradients: 3/4 of 2 U forward, 4 U backward
+    context = 5.5 * seq / 2 * model.key_value / 2 / 4
+    sent = [
+        sum(layer.sent(GridSize(8, 1), split=False)),
+        sum(layer.sent(GridSize(4, 2), split=False)),
+        layer.sent_on_cube(2, split=False),
+        sum(half.sent(GridSize(2, 2), split=False)) + context,
+        sum(half.sent(GridSize(4, 1), split=False)) + context,
+    ]
+    cells = [f"{2 * one / 1e6:,.0f} MB" for one in sent]
+    cells[sent.index(min(sent))] = f"**{cells[sent.index(min(sent))]}**"
+    weights = 2 * sum(one.weight for one in layer.linears) / 1e6
+    return [f"{name.upper()}, {seq // 1024}K", *cells, f"{weights / 8:,.0f} and {weights / 4:,.0f} MB"]
 
 
 def schedules() -> str:
@@ -355,6 +387,7 @@ PARTS: dict[str, Callable[[], str]] = {
         algorithms,
         schedules,
         schemes,
+        tensor_traffic,
         engines,
         schedule_costs,
         offload_costs,

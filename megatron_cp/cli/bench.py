@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_cp.cli.bench_host import host
 from megatron_cp.cli.bench_kernels import kernels
+from megatron_cp.cli.bench_linears import linears
 from megatron_cp.cli.bench_links import links
 from megatron_cp.cli.bench_pipeline import pipeline
 from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(host)
 app.command()(kernels)
+app.command()(linears)
 app.command()(links)
 app.command()(pipeline)
 

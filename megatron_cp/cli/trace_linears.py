@@ -14,7 +14,7 @@ from megatron_cp.context.trace.events import Pass, Problem, Trace
 from megatron_cp.context.trace.simulate import SimulatedPass, simulate
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
-from megatron_cp.tensor import AUTO, MEGATRONS, SCHEMES
+from megatron_cp.tensor import AUTO, CUBE, MEGATRONS, SCHEMES
 from megatron_cp.tensor.cost import LayerLinears, Placing, cheapest
 from megatron_cp.tensor.place import engine_of, grid_of
 
@@ -64,8 +64,12 @@ def trace_linears(asked: AskedLinears, cluster: Cluster, files: Sequence[Path], 
 
 def _placing(asked: AskedLinears, cluster: Cluster) -> tuple[Placing, str]:
     scheme, grid = SCHEMES.get(asked.scheme), asked.grid.split() if asked.grid else None
+    if scheme.name == CUBE:
+        raise Refused(f"trace has the linears of all layers on a grid, got --tp-comm-type {CUBE}; estimate prices it")
     if scheme.name == AUTO or grid == [AUTO]:
         found = cheapest(asked.layer, asked.ranks, cluster, cluster.dtype, split=False, scheme=scheme.name)
+        if found.placing.scheme == CUBE:
+            raise Refused(f"{found.why}; trace has the linears of a grid alone, pass --tp-comm-type 2d")
         return found.placing, found.why
     engine = "collective" if scheme.name == MEGATRONS else engine_of(asked.engine)
     return Placing(scheme.name, grid_of(scheme, asked.ranks, grid), engine), ""

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.work import RankConfig, context_attention, linears_of
-from megatron_cp.tensor import MEGATRONS
+from megatron_cp.tensor import CUBE, MEGATRONS
+from megatron_cp.tensor.place import cube_side
 
 
 class Level(NamedTuple):
@@ -75,6 +76,10 @@ def _of_linears(rank: RankConfig, layers: float) -> tuple[float, float]:
     for moe, part in ((False, 1 - share), (True, share)):
         for axis, elements in enumerate(linears_of(rank, moe).sent(parallel.placing.size, split=split)):
             sums[axis] += layers * part * elements * parallel.bytes
+    if parallel.tp_scheme == CUBE:
+        return layers * parallel.bytes * linears_of(rank, moe=False).sent_on_cube(
+            cube_side(parallel.tp), split=split
+        ), 0.0
     return sums[0], sums[1]
 
 

@@ -18,7 +18,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.attention import Attention, attention
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.tensor import AUTO, MEGATRONS
+from megatron_cp.tensor import AUTO, CUBE, MEGATRONS
 from megatron_cp.tensor.cost import LayerLinears, cheapest, linear_times
 
 
@@ -157,6 +157,8 @@ def _of_attention(rank: RankConfig, up: bool = False) -> Iterator[Product]:
 def _placed(rank: RankConfig, inner: float, columns: float) -> Product:
     """Return a product of the tokens that a rank's linears see, in as many pieces as its engine makes."""
     placing = rank.parallel.placing
+    if placing.scheme == CUBE:
+        return Product(rank.tokens, inner, columns)
     return Product(rank.tokens / placing.size.weights / placing.pieces, inner, columns, placing.pieces)
 
 

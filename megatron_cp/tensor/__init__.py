@@ -12,7 +12,7 @@ from megatron_cp.registry import Registry
 if TYPE_CHECKING:
     from megatron_cp.tensor.engine import Engine
 
-__all__ = ["AUTO", "DEFAULT_ENGINE", "ENGINES", "MEGATRONS", "SCHEMES", "LinearEngine", "TensorScheme"]
+__all__ = ["AUTO", "CUBE", "DEFAULT_ENGINE", "ENGINES", "MEGATRONS", "SCHEMES", "LinearEngine", "TensorScheme"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,9 @@ MEGATRONS = "1d"
 AUTO = "auto"
 """The scheme that is chosen for a cluster."""
 
+CUBE = "3d"
+"""The scheme whose MLPs lie on a cube of ranks."""
+
 DEFAULT_ENGINE = "ring"
 """The engine where none is asked for."""
 
@@ -129,9 +132,15 @@ SCHEMES = Registry(
             depth=True,
         ),
         TensorScheme(
+            name=CUBE,
+            paper="arXiv:2105.14450",
+            what="MLPs on a cube of l x l x l ranks: inputs, weights and outputs each cut over all; attention as flux",
+            sends="in each linear of an MLP (T k + T n + k n)/l^2 (l-1)/l, and an exchange on each side of it",
+        ),
+        TensorScheme(
             name=AUTO,
             paper="least time by the cost model, in the terms of GSPMD (arXiv:2105.04663)",
-            what="the one of 1d, flux and 2d whose linears take least on a cluster, and says why",
+            what="the one of 1d, flux, 2d and 3d whose linears take least on a cluster, and says why",
             sends="as the one it takes",
         ),
     ],

@@ -15,11 +15,14 @@ from megatron_cp.dtypes import BYTES
 from megatron_cp.grid import divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.operations import Product, collective_seconds
-from megatron_cp.tensor import AUTO, DEFAULT_ENGINE, MEGATRONS
-from megatron_cp.tensor.place import GridSize
+from megatron_cp.tensor import AUTO, CUBE, DEFAULT_ENGINE, MEGATRONS
+from megatron_cp.tensor.place import CUBES, GridSize, cube_side
 from megatron_cp.tensor.traffic import (
     LinearSize,
     SentElements,
+    cube_backward,
+    cube_exchange,
+    cube_forward,
     grid_backward,
     grid_forward,
     heads_exchange,
@@ -58,6 +61,11 @@ class LayerLinears(NamedTuple):
             LinearSize(self.tokens, self.second, self.hidden, False),
         ]
 
+    @property
+    def of_attention(self) -> "LayerLinears":
+        """The layer without its MLP."""
+        return self._replace(first=0.0, second=0.0)
+
     def sent(self, size: GridSize, *, split: bool) -> tuple[float, float]:
         """Return the elements that a rank sends over the token axis and over the weight axis, in both passes."""
         total, weights = SentElements(), 0.0
@@ -67,6 +75,15 @@ class LayerLinears(NamedTuple):
             weights += 3 * linear.weight / size.tokens * rest(size.weights)
         heads = 2 * heads_exchange(self.tokens, self.attention + self.query, *size).exchange
         return total.total - weights, weights + heads
+
+    def sent_on_cube(self, side: int, *, split: bool) -> float:
+        """Return the elements that a rank sends in both passes with its MLP on a cube and attention as flux."""
+        total = sum(self.of_attention.sent(GridSize(side**3, 1), split=split))
+        for linear in self.linears[2:]:
+            total += cube_forward(linear, side).total + cube_backward(linear, side, split=split).total
+            # tokens for features on one side of each linear, in both passes
+            total += 2 * cube_exchange(self.tokens, self.hidden, side).total
+        return total
 
 
 class Placing(NamedTuple):
@@ -106,6 +123,8 @@ class LinearTimes(NamedTuple):
 
 def linear_times(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype: str, *, split: bool) -> LinearTimes:
     """Return the seconds of a layer's linears; with `split` weight gradients are computed apart."""
+    if placing.scheme == CUBE:
+        return _on_cube(layer, placing, cluster, dtype, split=split)
     (tokens, weights), stored = placing.size, BYTES[dtype]
     pieces = placing.pieces
     products = sum(
@@ -132,6 +151,31 @@ def linear_times(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype:
     )
 
 
+def _on_cube(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype: str, *, split: bool) -> LinearTimes:
+    """Return the times of attention as flux and of the MLP on a cube, whose communication nothing hides."""
+    one = placing._replace(scheme="flux")
+    times = linear_times(layer.of_attention, one, cluster, dtype, split=split)
+    side, stored = cube_side(placing.size.tokens), BYTES[dtype]
+    for size in layer.linears[2:]:
+        # rank (i, j, k) is i l^2 + j l + k; the second linear has j and k exchanged
+        strides = (side, 1) if size.column else (1, side)
+        sizes = size.tokens * size.inputs, size.tokens * size.outputs, size.weight
+        x, y, weight = (
+            collective_seconds(cluster, "gather", elements / side**2 * stored, side, stride)
+            for elements, stride in zip(sizes, (*strides, side**2), strict=True)
+        )
+        product = Product(size.tokens / side, size.inputs / side, size.outputs / side)
+        heads = layer.tokens * layer.hidden / side**3 * stored
+        exchange = collective_seconds(cluster, "gather", heads, side, 1)
+        times = LinearTimes(
+            times.products + product.seconds(cluster, dtype, stored),
+            times.forward + x + weight + y + exchange,
+            times.input + x + weight + y + exchange,
+            times.weight + x + weight + (y if split else 0.0),
+        )
+    return times
+
+
 def _shape(linear: LinearSize, size: GridSize, pieces: int) -> tuple[float, float, float]:
     rows, t = linear.tokens / size.weights / pieces, size.tokens
     return (rows, linear.inputs, linear.outputs / t) if linear.column else (rows, linear.inputs / t, linear.outputs)
@@ -143,6 +187,8 @@ def placings(ranks: int) -> Iterator[Placing]:
     yield Placing("flux", GridSize(ranks, 1))
     for weights in divisors(ranks)[1:]:
         yield Placing("2d", GridSize(ranks // weights, weights))
+    if ranks in CUBES:
+        yield Placing(CUBE, GridSize(ranks, 1))
 
 
 class Cheapest(NamedTuple):
@@ -167,7 +213,7 @@ def cheapest(
     bias:   the MLP has biases, which a grid does not gather
     scheme: the only one to consider, for its grid
     """
-    allowed = [one for one in placings(ranks) if not bias or one.size.weights == 1]
+    allowed = [one for one in placings(ranks) if not bias or (one.size.weights == 1 and one.scheme != CUBE)]
     if scheme != AUTO:
         # 2.5d is 2d beside another axis
         allowed = [one._replace(scheme=scheme) for one in allowed if one.scheme == "2d"]

@@ -9,6 +9,9 @@ from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, SCHEMES, TensorScheme
 
 AUTO_ENGINE = "auto"
 
+CUBES = (8, 27, 64)
+"""Ranks of a tensor-parallel group that make a cube."""
+
 
 class GridSize(NamedTuple):
     """Ranks over which tokens and weights are gathered."""
@@ -53,6 +56,15 @@ def grid_of(scheme: TensorScheme, ranks: int, asked: Sequence[str] | None) -> Gr
             f"{' '.join(asked)}; possible are {possible}"
         )
     return GridSize(int(asked[0]), int(asked[1]))
+
+
+def cube_side(ranks: int) -> int:
+    """Return the side of a cube of so many ranks; raises ValueError where they make none."""
+    if ranks not in CUBES:
+        raise Refused(
+            f"--tp-comm-type 3d needs a --tensor-model-parallel-size of 8, 27 or 64, got {ranks}; use one of them"
+        )
+    return round(ranks ** (1 / 3))
 
 
 def engine_of(asked: str) -> str:

@@ -162,6 +162,9 @@ def _global_expert(config: Any) -> Any:
 
 
 def _part(name: str, parameter: torch.nn.Parameter, config: Any) -> torch.Tensor:
+    if cube := getattr(parameter, "cube_cut", None):
+        rows, columns = parameter.shape
+        return cube.part_of(_drawn(name, [rows * cube.rows, columns * cube.columns]))
     size, rank = _tensor_parallel(name, parameter)
     shape = list(parameter.shape)
     if size > 1:

@@ -53,6 +53,15 @@ def test_a_ring_hides_all_but_one_piece_and_collectives_nothing():
     assert shown["ring"].products > shown["collective"].products
 
 
+def test_a_cube_sends_what_its_linears_and_exchanges_do():
+    """The counts of a run of 8 ranks on 2 x 2 x 2, per layer and microbatch: the MLP's, and attention's as flux."""
+    small = LayerLinears(64, 64, 192, 64, 192, 96)
+    mlp = small.sent_on_cube(2, split=False) - sum(small.of_attention.sent(GridSize(8, 1), split=False))
+    assert mlp == 9216 + 5632 + 4 * 64 * 64 / 8 / 2
+    times = linear_times(layer(65536), Placing("3d", GridSize(8, 1)), H100, DTYPE, split=False)
+    assert min(times) > 0
+
+
 def test_weight_gradients_apart_gather_once_more():
     placing = Placing("flux", GridSize(8, 1), "collective")
     together, apart = (linear_times(layer(65536), placing, H100, DTYPE, split=split) for split in (False, True))

@@ -8,9 +8,9 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.run import PipelineFlags, TensorFlags, has_our_layers, say
-from megatron_cp.tensor import AUTO, MEGATRONS, SCHEMES
+from megatron_cp.tensor import AUTO, CUBE, MEGATRONS, SCHEMES
 from megatron_cp.tensor.cost import LayerLinears, cheapest
-from megatron_cp.tensor.place import AUTO_ENGINE, GridSize, engine_of, grid_of
+from megatron_cp.tensor.place import AUTO_ENGINE, GridSize, cube_side, engine_of, grid_of
 from megatron_cp.tensor.tesseract import depth
 
 OURS = [entry.name for entry in SCHEMES if entry.name not in (MEGATRONS, AUTO)]
@@ -142,6 +142,8 @@ def check_tensor(args: Any) -> None:
         raise Refused(
             "--tp-engine symmetric needs GPUs that reach each other's memory, and this run has none; use ring"
         )
+    if scheme.name == CUBE:
+        cube_side(tp)
     if scheme.depth:
         depth(read(args, "context_parallel_size", 1), _data_parallel(args, tp))
 
@@ -153,11 +155,8 @@ def _check_sizes(args: Any, who: str, tp: int, size: GridSize) -> None:
             f"{who} spreads --seq-length over {tp} x {cp} ranks of tensor and context parallelism, got {length}; use "
             f"{-(-length // (tp * cp)) * tp * cp}"
         )
-    if size.weights > 1 and read(args, "add_bias_linear", False):
-        raise Refused(
-            f"{who} gathers weights over {size.weights} ranks, but no bias of an MLP; pass --disable-bias-linear, or "
-            f"flux"
-        )
+    if (size.weights > 1 or who.endswith(CUBE)) and read(args, "add_bias_linear", False):
+        raise Refused(f"{who} gathers weights of an MLP, but no bias; pass --disable-bias-linear, or use flux")
 
 
 def _data_parallel(args: Any, tp: int) -> int:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
@@ -19,6 +20,7 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
@@ -38,7 +40,9 @@ from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.run import Settings, TensorFlags, say, settings_of_run, uneven_masks
+from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
 from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear
+from megatron_cp.tensor import CUBE
 
 # Checkpoints name a layer's norms as TransformerEngine does, where they are part of the linears that follow.
 NORM_KEYS = {
@@ -143,14 +147,22 @@ def local_layer_spec(config: TransformerConfig, provider: BackendSpecProvider, m
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(
-                backend=provider,
-                num_experts=config.num_moe_experts if moe else None,
-                moe_grouped_gemm=config.moe_grouped_gemm and moe,
-            ),
+            mlp=_mlp(config, provider, moe),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=norm_keys(*NORM_KEYS),
         ),
+    )
+
+
+def _mlp(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) -> Any:
+    """Return the spec of an MLP, dense or with experts; a dense one may be on a cube of ranks."""
+    if not moe and TensorFlags.of(config).comm_type == CUBE and config.tensor_model_parallel_size > 1:
+        linears = MLPSubmodules(linear_fc1=CubeParallelLinear, linear_fc2=CubeParallelLinear)
+        return partial(CubeMLP.as_mlp_submodule, submodules=linears)
+    return get_mlp_module_spec_for_backend(
+        backend=provider,
+        num_experts=config.num_moe_experts if moe else None,
+        moe_grouped_gemm=config.moe_grouped_gemm and moe,
     )
 
 

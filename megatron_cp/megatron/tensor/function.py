@@ -1,5 +1,6 @@
-"""Autograd functions of the linears and of the exchange around attention; activations are [s, b, features]."""
+"""Autograd functions of the linears and of exchanges between their layouts; activations are [s, b, features]."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -7,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import Fabric
 from megatron_cp.pipeline.split_backward import WeightQueue, accumulate
 from megatron_cp.tensor.linear import Linear
-from megatron_cp.tensor.summa_2d import heads_for_tokens, tokens_for_heads
 
 
 @dataclass(frozen=True)
@@ -76,24 +75,19 @@ def apply_linear(linear: Linear, x: Tensor, weight: Tensor, queue: WeightQueue |
     return result
 
 
-class GridExchange(torch.autograd.Function):
-    """Exchange tokens for features over the weight axis of a grid, or features for tokens; backward is the other one.
-
-    tokens: ranks of the token axis
-    """
+class Exchange(torch.autograd.Function):
+    """Exchange tokens for features between ranks by `there`, and gradients by `back`, its inverse."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Fabric, tokens: int, to_heads: bool) -> Tensor:
-        ctx.axes = weights, tokens, to_heads
-        return _exchanged(x, weights, tokens, to_heads)
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return _exchanged(x, there)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        weights, tokens, to_heads = ctx.axes
-        return _exchanged(gradient, weights, tokens, not to_heads), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _exchanged(gradient, ctx.back), None, None
 
 
-def _exchanged(x: Tensor, weights: Fabric, tokens: int, to_heads: bool) -> Tensor:
-    exchange = heads_for_tokens if to_heads else tokens_for_heads
+def _exchanged(x: Tensor, exchange: Callable[[Tensor], Tensor]) -> Tensor:
     # (s b) n -> s b n
-    return exchange(x.flatten(0, 1), tokens, weights).unflatten(0, (-1, x.shape[1]))
+    return exchange(x.flatten(0, 1)).unflatten(0, (-1, x.shape[1]))

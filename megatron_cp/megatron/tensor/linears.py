@@ -5,6 +5,7 @@ shard r of a weight, as always. The linears of experts, and those with another n
 stay Megatron's own.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -13,13 +14,13 @@ from torch import Tensor
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import TensorFlags
-from megatron_cp.megatron.tensor.function import GridExchange, apply_linear
+from megatron_cp.megatron.tensor.function import Exchange, apply_linear
 from megatron_cp.megatron.tensor.groups import engines_of
 from megatron_cp.tensor import SCHEMES
 from megatron_cp.tensor.axes import GridEngines
 from megatron_cp.tensor.linear import Linear
 from megatron_cp.tensor.place import GridSize, engine_of, grid_of
-from megatron_cp.tensor.summa_2d import column_linear, row_linear
+from megatron_cp.tensor.summa_2d import column_linear, heads_for_tokens, row_linear, tokens_for_heads
 
 COLUMNS, ROWS = ("qkv", "fc1"), ("proj", "fc2")
 ATTENTION = ("qkv", "proj")
@@ -41,7 +42,9 @@ class PlacedLinear(NamedTuple):
         """Exchange x [s, b, features] between the grid's layout and attention's, where they differ."""
         if not self.exchanges:
             return x
-        result: Tensor = GridExchange.apply(x, self.engines.weights.fabric, self.size.tokens, to_heads)
+        tokens, weights = self.size.tokens, self.engines.weights.fabric
+        ways = [partial(way, tokens=tokens, weights=weights) for way in (heads_for_tokens, tokens_for_heads)]
+        result: Tensor = Exchange.apply(x, *(ways if to_heads else ways[::-1]))
         return result
 
     def describe(self) -> str:

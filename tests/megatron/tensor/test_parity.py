@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_cp.tensor.cost import LayerLinears
 from megatron_cp.tensor.traffic import LinearSize, SentElements, grid_backward, grid_forward, heads_exchange
 from tests.cases import slow_unless
 from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names, tiny
@@ -48,7 +49,8 @@ def trained_with_linears(flags):
         if name.rpartition(".")[2] in OURS and not module.is_expert
     ]
     placed = [placed for module in linears if (placed := getattr(module, "placed", None))]
-    fabrics = {id(engine.fabric): engine.fabric for each in placed for engine in each.engines}
+    engines = [engine for each in placed for engine in getattr(each, "engines", each)]
+    fabrics = {id(engine.fabric): engine.fabric for engine in engines}
     return Run(log, {type(module).__name__ for module in linears}, sum(fabric.sent for fabric in fabrics.values()))
 
 
@@ -116,6 +118,29 @@ def test_a_scheme_equals_one_rank_and_sends_what_its_formula_says(alone, case):
     assert_equal_runs(found, alone())
     # 4 iterations of 2 microbatches in 2 layers, of which a rank has all
     assert found.sent == 16 * layer_bytes(*grid)
+
+
+@pytest.mark.slow
+def test_a_cube_equals_one_rank_sends_what_its_formula_says_and_its_checkpoint_moves(alone, tmp_path):
+    groups = "--num-query-groups 8"
+    reshardable = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --lr-decay-iters 6"
+    expected = alone(groups, "--train-iters 6 --lr-decay-iters 6")
+    saving = f"--train-iters 3 --save {tmp_path} --save-interval 3"
+    first = run(8, tensor(8, "3d"), groups, reshardable, saving)
+    assert first.linears == {"GridColumnLinear", "GridRowLinear", "CubeParallelLinear"}
+    layer = LayerLinears(SEQUENCE * BATCH, HIDDEN, 3 * QUERY, QUERY, 2 * FFN, FFN)
+    # 3 iterations of 2 microbatches in 2 layers
+    assert first.sent == 12 * 4 * layer.sent_on_cube(2, split=False)
+    second = run(
+        2,
+        tensor(2, "1d"),
+        groups,
+        reshardable,
+        f"--train-iters 6 --load {tmp_path} --use-checkpoint-opt-param-scheduler",
+    )
+    for step, other in zip([*first.log, *second.log], expected, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
 
 
 COMBINED = {
@@ -193,7 +218,9 @@ def test_a_checkpoint_moves_between_layouts(alone, tmp_path, saved, loaded):
     )
     for size in (sizes[loaded], 1):
         parallel = tensor(size, loaded) if size > 1 else ""
-        second = run(size, parallel, reshardable, f"--train-iters 6 --load {tmp_path}")
+        second = run(
+            size, parallel, reshardable, f"--train-iters 6 --load {tmp_path} --use-checkpoint-opt-param-scheduler"
+        )
         for step, other in zip([*first.log, *second.log], expected, strict=True):
             assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
             assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
