@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_cp.bench.comparison import WrongResultError
 from megatron_cp.bench.processes import on_ranks
-from megatron_cp.comm import GroupFabric, largest
+from megatron_cp.comm import Fabric, largest
 from megatron_cp.tensor.axes import engines_over
 from megatron_cp.tensor.linear import Linear
 from megatron_cp.tensor.place import GridSize
@@ -47,12 +47,13 @@ class EngineTimes(NamedTuple):
 
 def measure_linears(ranks: int, size: GridSize, engines: Sequence[str], bench: LinearBench) -> list[EngineTimes]:
     """Return the times of each engine over the same grid; raises RuntimeError where their results differ."""
-    return on_ranks(ranks, _measure, size, tuple(engines), bench)[0]
+    return on_ranks(ranks, measure, size, tuple(engines), bench)[0]
 
 
-def _measure(
-    fabric: GroupFabric, device: torch.device, size: GridSize, engines: Sequence[str], bench: LinearBench
+def measure(
+    fabric: Fabric, device: torch.device, size: GridSize, engines: Sequence[str], bench: LinearBench
 ) -> list[EngineTimes]:
+    """Return the times on one rank, equal on all; raises WrongResultError where results differ."""
     layers = {name: _Layer(fabric, device, size, name, bench) for name in engines}
     first = next(iter(layers.values())).run()
     for name, layer in layers.items():
@@ -75,9 +76,7 @@ def _measure(
 class _Layer:
     """The four linears of a layer with their tensors on one rank."""
 
-    def __init__(
-        self, fabric: GroupFabric, device: torch.device, size: GridSize, engine: str, bench: LinearBench
-    ) -> None:
+    def __init__(self, fabric: Fabric, device: torch.device, size: GridSize, engine: str, bench: LinearBench) -> None:
         p, made = fabric.size, engines_over(fabric, size, engine)
         local, seen = bench.tokens // p, bench.tokens // size.weights
         generator = torch.Generator().manual_seed(fabric.rank)
