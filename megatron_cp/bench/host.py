@@ -1,7 +1,7 @@
 """Host time of a backend: what Python and torch take to start a layer's kernels and messages, with none of them run.
 
 One rank runs its own loop with a fabric that sends nothing and a kernel that computes nothing, on tensors so short that
-operations on them take no time either. Each kernel call and each message is counted.
+operations on them take no time either. Each kernel call, each message and each launch that merges is counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from megatron_cp.comm import Done, Handle, Message, axes_of
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.function import run
 from megatron_cp.context.merge import accumulator_dtype
+from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging
 from megatron_cp.context.plan import Plan, plan
 from megatron_cp.grid import most_square
 from megatron_cp.hardware.cluster import Cluster
@@ -25,10 +26,14 @@ WARM_UP, ROUNDS = 3, 15
 
 
 class Count:
-    """Kernel calls and messages so far."""
+    """Kernel calls, messages and launches that merge partial results so far."""
 
     def __init__(self) -> None:
-        self.calls = self.messages = 0
+        self.calls = self.messages = self.merges = 0
+
+    def merge(self) -> None:
+        """Count a launch."""
+        self.merges += 1
 
 
 class SilentFabric:
@@ -77,11 +82,16 @@ class SilentKernel:
 
 
 class HostPass(NamedTuple):
-    """A pass of one layer and microbatch on one rank: milliseconds of its thread, messages sent, kernel calls."""
+    """A pass of one layer and microbatch on one rank.
+
+    ms:     of its thread
+    merges: launches that merge partial results; where torch merges them, its operations are part of the time
+    """
 
     ms: float
     messages: int
     calls: int
+    merges: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +121,27 @@ def kernel_time(cluster: Cluster, seq: int, heads: int, head_dim: int, ranks: in
     return KernelTime(2e3 * products / cluster.flops_forward, 5e3 * products / cluster.flops_backward)
 
 
-def host_time(backend: str, ranks: int, heads: int, kv_heads: int, *, causal: bool) -> HostTime:
+def merging_on(cluster: Cluster, seq: int, head_dim: int, ranks: int) -> Merging:
+    """Return how partial results are merged on the cluster's device: as many wait as of a sequence of this length."""
+    if cluster.device != "cuda":
+        return BY_TORCH
+    return SEVERAL._replace(waiting=SEVERAL.waiting * TOKENS_PER_RANK * HEAD_DIM * ranks // (seq * head_dim))
+
+
+def host_time(
+    backend: str, ranks: int, heads: int, kv_heads: int, *, causal: bool, merging: Merging = SEVERAL
+) -> HostTime:
     """Time the loop of a rank in the middle; the thread's own time, the least of some rounds after a warm-up."""
-    count, entry = Count(), BACKENDS.get(backend)
+    count = Count()
+    assumed = ASSUMED.set(merging._replace(stand_in=count.merge))
+    try:
+        return _host_time(backend, ranks, heads, kv_heads, causal, count)
+    finally:
+        ASSUMED.reset(assumed)
+
+
+def _host_time(backend: str, ranks: int, heads: int, kv_heads: int, causal: bool, count: Count) -> HostTime:
+    entry = BACKENDS.get(backend)
     fabric = SilentFabric(count, ranks // 2, ranks)
     grid = most_square(ranks) if entry.needs_grid else None
     inner, outer = axes_of(grid, fabric) if grid else (None, None)
@@ -147,7 +175,7 @@ def _passes(made: Plan, count: Count, q: Tensor, k: Tensor, v: Tensor, dout: Ten
 
 
 def _timed(count: Count, body: Callable[..., Any], *arguments: Any) -> tuple[Any, HostPass]:
-    count.calls = count.messages = 0
+    count.calls = count.messages = count.merges = 0
     start = thread_time()
     result = body(*arguments)
-    return result, HostPass((thread_time() - start) * 1e3, count.messages, count.calls)
+    return result, HostPass((thread_time() - start) * 1e3, count.messages, count.calls, count.merges)

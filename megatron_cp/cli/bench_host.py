@@ -15,7 +15,7 @@ from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 if TYPE_CHECKING:
     from megatron_cp.bench.host import HostPass, HostTime
 
-COLUMNS = ("backend", "ranks", "fwd ms", "messages", "calls", "bwd ms", "messages", "calls")
+COLUMNS = ("backend", "ranks", "fwd ms", "messages", "calls", "merges", "bwd ms", "messages", "calls", "merges")
 
 
 def host(
@@ -38,14 +38,15 @@ def host(
     """Time what Python and torch do in a layer's attention, with a fabric and a kernel that do nothing.
 
     One rank runs on this machine's CPU, whatever the number of ranks; sending a message costs the process group's own
-    time on top.
+    time on top. Partial results are merged as on the cluster's device, with a kernel that does nothing either.
     """
-    from megatron_cp.bench.host import host_time, kernel_time
+    from megatron_cp.bench.host import host_time, kernel_time, merging_on
 
     names = [BACKENDS.get(name).name for name in backend] if backend else ALGORITHMS
     found, described = [], load_cluster(cluster)
     for count in ranks or (8, 32):
-        found += [host_time(name, count, heads, kv_heads or heads, causal=causal) for name in names]
+        how = merging_on(described, seq, head_dim, count)
+        found += [host_time(name, count, heads, kv_heads or heads, causal=causal, merging=how) for name in names]
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in found], indent=2))
         return
@@ -71,4 +72,4 @@ def _show(title: str, rows: "list[HostTime]") -> None:
 
 
 def _cells(one: "HostPass | None") -> list[str]:
-    return [f"{one.ms:.2f}", str(one.messages), str(one.calls)] if one else ["-", "-", "-"]
+    return [f"{one.ms:.2f}", *map(str, one[1:])] if one else ["-"] * 4

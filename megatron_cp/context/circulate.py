@@ -43,8 +43,10 @@ class Shard(NamedTuple):
 
     def part(self, tokens: slice) -> list[Tensor]:
         """Return these of the owner's tokens."""
-        here = slice(max(0, tokens.start - self.first), max(0, tokens.stop - self.first))
-        return [tensor[here] for tensor in self.tensors]
+        start, stop = max(0, tokens.start - self.first), max(0, tokens.stop - self.first)
+        if start == 0 and all(stop == tensor.shape[0] for tensor in self.tensors):
+            return list(self.tensors)
+        return [tensor[start:stop] for tensor in self.tensors]
 
 
 def circulate(shards: Sequence[Shard], routes: Sequence[Route], fabric: Peers) -> Iterator[Sequence[Shard]]:
@@ -63,8 +65,8 @@ def circulate(shards: Sequence[Shard], routes: Sequence[Route], fabric: Peers) -
             due = route.carried[owner][hop]
             leaving = shard.part(route.carried[shard.owner][hop])
             arriving = empty_like(leaving, due.stop - due.start)
-            sends += [(tensor.contiguous(), ahead) for tensor in leaving if len(tensor)]
-            recvs += [(buffer, behind) for buffer in arriving if len(buffer)]
+            sends += [(tensor.contiguous(), ahead) for tensor in leaving if tensor.shape[0]]
+            recvs += [(buffer, behind) for buffer in arriving if buffer.shape[0]]
             following.append(Shard(owner, due.start, arriving))
         transfer = fabric.exchange(sends, recvs)
         yield shards

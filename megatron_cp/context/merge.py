@@ -28,14 +28,17 @@ class _Total:
     def __init__(self, like: Tensor, total: tuple[Tensor, ...] | None = None) -> None:
         self._like, self._total = like, total
         self._waiting: list[Partial] = []
+        self._rows, self._waiting_bytes = like.shape[0], 0
         self._merging = merging_for(like)
         waiting = self._merging.waiting
         self._most_waiting = waiting and max(waiting, self.SPARE * size_in_bytes(like))
 
     def _put(self, rows: slice, *tensors: Tensor) -> None:
-        start, stop, _ = rows.indices(len(self._like))
-        self._waiting.append(Partial(slice(start, stop), tensors))
-        if not self._alone() and sum(part.bytes for part in self._waiting) > self._most_waiting:
+        start, stop, _ = rows.indices(self._rows)
+        part = Partial(slice(start, stop), tensors)
+        self._waiting.append(part)
+        self._waiting_bytes += part.bytes
+        if self._waiting_bytes > self._most_waiting and not self._alone():
             self._merge()
 
     def _alone(self) -> tuple[Tensor, ...]:
@@ -44,10 +47,15 @@ class _Total:
         return self._waiting[0].tensors if alone else ()
 
     def _is_whole(self, part: Partial) -> bool:
-        return part.rows == slice(0, len(self._like))
+        return part.rows == slice(0, self._rows)
+
+    def _at(self, part: Partial, total: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the rows of the accumulator that a part is added to."""
+        return total if self._is_whole(part) else tuple(x[part.rows] for x in total)
 
     def _merge(self) -> tuple[Tensor, ...]:
         """Add up what waits, and return the accumulator."""
+        self._waiting_bytes = 0
         if alone := self._alone():
             self._total, self._waiting = _wide(alone), []
         while self._waiting:
@@ -66,12 +74,12 @@ class _Total:
         if self._total is None:
             parts, self._waiting = self._waiting[:MOST_PARTS], self._waiting[MOST_PARTS:]
             self._total = self._empty(accumulator_dtype(self._like))
-            fuse(parts, self._total)
+            fuse(parts, self._total, stand_in=self._merging.stand_in)
         else:
             parts, self._waiting = self._waiting[: MOST_PARTS - 1], self._waiting[MOST_PARTS - 1 :]
             rows = hull(parts)
             here = tuple(x[rows] for x in self._total)
-            fuse([Partial(rows, here), *parts], here, rows.start)
+            fuse([Partial(rows, here), *parts], here, rows.start, stand_in=self._merging.stand_in)
 
     def _rounded(self) -> tuple[Tensor, ...]:
         """Return the sum with its first tensor in the dtype of the result; the last launch rounds."""
@@ -79,9 +87,9 @@ class _Total:
             while len(self._waiting) > MOST_PARTS - (self._total is not None):
                 self._fuse()
             if self._waiting:
-                before = [] if self._total is None else [Partial(slice(0, len(self._like)), self._total)]
+                before = [] if self._total is None else [Partial(slice(0, self._rows), self._total)]
                 result = self._empty(self._like.dtype)
-                fuse([*before, *self._waiting], result)
+                fuse([*before, *self._waiting], result, stand_in=self._merging.stand_in)
                 return result
         first, *rest = self._alone() or self._merge()
         return first.to(self._like.dtype), *rest
@@ -135,12 +143,11 @@ class SoftmaxMerge(_Total):
         return self._like.new_empty(self._like.shape, dtype=dtype), lse
 
     def _add_by_torch(self, total: tuple[Tensor, ...], part: Partial) -> None:
-        rows, (out, lse), (sums, log_sums) = part.rows, part.tensors, total
-        previous = log_sums[rows]
+        (out, lse), (sums, log_sums) = part.tensors, self._at(part, total)
         # -inf minus -inf is nan: rows that no key has met on either side are 0 on both, and any share of them is
-        share = (lse - previous).nan_to_num_(nan=0.0).sigmoid_()
-        sums[rows].lerp_(out.to(sums.dtype), share[..., None])
-        log_sums[rows] = torch.logaddexp(previous, lse)
+        share = (lse - log_sums).nan_to_num_(nan=0.0).sigmoid_()
+        sums.lerp_(out.to(sums.dtype), share.unsqueeze(-1))
+        torch.logaddexp(log_sums, lse, out=log_sums)
 
 
 class Sum(_Total):
@@ -173,7 +180,7 @@ class Sum(_Total):
         return (self._like.new_empty(self._like.shape, dtype=dtype),)
 
     def _add_by_torch(self, total: tuple[Tensor, ...], part: Partial) -> None:
-        total[0][part.rows].add_(part.tensors[0])
+        self._at(part, total)[0].add_(part.tensors[0])
 
 
 def _wide(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

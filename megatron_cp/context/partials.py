@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging
+from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging, StandIn
 
 MOST_PARTS = 8
 """Parts of one launch."""
@@ -16,7 +16,7 @@ MOST_PARTS = 8
 
 def accumulator_dtype(tensor: Tensor) -> torch.dtype:
     """Return float64 for float64, float32 for everything else."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def merging_for(like: Tensor) -> Merging:
@@ -48,12 +48,17 @@ def hull(parts: Sequence[Partial]) -> slice:
     return slice(min(part.rows.start for part in parts), max(part.rows.stop for part in parts))
 
 
-def fuse(parts: Sequence[Partial], result: tuple[Tensor, ...], first: int = 0) -> None:
+def fuse(
+    parts: Sequence[Partial], result: tuple[Tensor, ...], first: int = 0, *, stand_in: StandIn | None = None
+) -> None:
     """Write the sum of at most MOST_PARTS parts to `result`, whose first row is row `first`, in one kernel.
 
     Rows without a part get 0 and lse -inf. The result may be one of the parts.
     """
     if not result[0].numel():
+        return
+    if stand_in is not None:
+        stand_in()
         return
     if result[0].device.type == "meta":
         note_kernel([x for part in parts for x in part.tensors], list(result))

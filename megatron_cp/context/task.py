@@ -1,6 +1,7 @@
 """The arguments of a loop, and the tensors that it keeps for the backward pass."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,8 +42,8 @@ class Block(NamedTuple):
 
     def part(self, tokens: slice) -> list[Tensor]:
         """Return k and v of these of the owner's tokens."""
-        here = slice(tokens.start - self.first, tokens.stop - self.first)
-        return [self.k[here], self.v[here]] if tokens.start < tokens.stop else [self.k[:0], self.v[:0]]
+        here = slice(tokens.start - self.first, tokens.stop - self.first) if tokens.start < tokens.stop else slice(0, 0)
+        return [_at(here, self.k), _at(here, self.v)]
 
 
 class Queries(NamedTuple):
@@ -100,7 +101,7 @@ class Task:
         """Return this attention over other ranks, positions and heads."""
         return replace(self, fabric=fabric, layout=layout, kernel=kernel)
 
-    @property
+    @cached_property
     def my_queries(self) -> Queries:
         """All queries of this rank."""
         return Queries(self.fabric.rank, slice(0, length(self.mine)))
@@ -108,8 +109,8 @@ class Task:
     def attend(self, merge: SoftmaxMerge, q: Tensor, block: Block, queries: Queries | None = None) -> None:
         """Merge attention of `queries`, by default all of this rank's, over a block of keys."""
         for rows, cols, shape in self.tiles(block, queries or self.my_queries):
-            k, v = block.k[cols], block.v[cols]
-            merge.add(rows, *tile_forward(self.kernel, q[rows], k, v, scale=self.scale, shape=shape))
+            inputs = _at(rows, q), _at(cols, block.k), _at(cols, block.v)
+            merge.add(rows, *tile_forward(self.kernel, *inputs, scale=self.scale, shape=shape))
 
     def attend_backward(
         self, dq: Sum, dk: Sum, dv: Sum, dout: Tensor, saved: Saved, block: Block, queries: Queries | None = None
@@ -117,7 +118,8 @@ class Task:
         """Add the part of `queries`, by default all of this rank's, of the gradients of q and of a block of keys."""
         q, out, lse = saved.q, saved.out, saved.lse
         for rows, cols, shape in self.tiles(block, queries or self.my_queries):
-            inputs = (dout[rows], q[rows], block.k[cols], block.v[cols], out[rows], lse[rows])
+            k, v = _at(cols, block.k), _at(cols, block.v)
+            inputs = (_at(rows, dout), _at(rows, q), k, v, _at(rows, out), _at(rows, lse))
             parts = tile_backward(self.kernel, *inputs, scale=self.scale, shape=shape)
             for total, where, part in zip((dq, dk, dv), (rows, cols, cols), parts, strict=True):
                 total.add(where, part)
@@ -133,6 +135,11 @@ class Task:
             self.mask,
             takes_windows(self.kernel),
         )
+
+
+def _at(tokens: slice, x: Tensor) -> Tensor:
+    """Return these tokens of x: itself where they are all, since slicing takes torch a while."""
+    return x if (tokens.start, tokens.stop) == (0, x.shape[0]) else x[tokens]
 
 
 @remembered(cache_sizes.PAIRS)
