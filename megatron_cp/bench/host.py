@@ -37,10 +37,11 @@ class Count:
 
 
 class SilentFabric:
-    """A rank whose messages are counted and not sent: buffers keep what they held."""
+    """A rank whose messages are counted and not sent: buffers keep what they held; a started collective is one."""
 
-    def __init__(self, count: Count, rank: int, size: int) -> None:
+    def __init__(self, count: Count, rank: int, size: int, per_node: int) -> None:
         self.rank, self.size, self.sent, self._count = rank, size, 0, count
+        self.nodes = tuple(other // per_node for other in range(size))
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
         self._count.messages += len(sends)
@@ -58,8 +59,18 @@ class SilentFabric:
         self._count.messages += self.size - 1
         return rows.new_zeros((sum(recvs), *rows.shape[1:]))
 
+    def start_all_gather(self, gathered: Tensor, local: Tensor) -> Handle:
+        return self._start()
+
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Handle:
+        return self._start()
+
     def subset(self, ranks: Sequence[int]) -> "SilentFabric":
-        return SilentFabric(self._count, list(ranks).index(self.rank), len(ranks))
+        return SilentFabric(self._count, list(ranks).index(self.rank), len(ranks), len(ranks))
+
+    def _start(self) -> Handle:
+        self._count.messages += 1
+        return Done()
 
 
 class SilentKernel:
@@ -129,20 +140,30 @@ def merging_on(cluster: Cluster, seq: int, head_dim: int, ranks: int) -> Merging
 
 
 def host_time(
-    backend: str, ranks: int, heads: int, kv_heads: int, *, causal: bool, merging: Merging = SEVERAL
+    backend: str,
+    ranks: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    causal: bool,
+    merging: Merging = SEVERAL,
+    per_node: int | None = None,
 ) -> HostTime:
-    """Time the loop of a rank in the middle; the thread's own time, the least of some rounds after a warm-up."""
+    """Time the loop of a rank in the middle; the thread's own time, the least of some rounds after a warm-up.
+
+    per_node: ranks of a node; None for all on one
+    """
     count = Count()
     assumed = ASSUMED.set(merging._replace(stand_in=count.merge))
     try:
-        return _host_time(backend, ranks, heads, kv_heads, causal, count)
+        fabric = SilentFabric(count, ranks // 2, ranks, per_node or ranks)
+        return _host_time(backend, fabric, heads, kv_heads, causal, count)
     finally:
         ASSUMED.reset(assumed)
 
 
-def _host_time(backend: str, ranks: int, heads: int, kv_heads: int, causal: bool, count: Count) -> HostTime:
-    entry = BACKENDS.get(backend)
-    fabric = SilentFabric(count, ranks // 2, ranks)
+def _host_time(backend: str, fabric: SilentFabric, heads: int, kv_heads: int, causal: bool, count: Count) -> HostTime:
+    entry, ranks = BACKENDS.get(backend), fabric.size
     grid = most_square(ranks) if entry.needs_grid else None
     inner, outer = axes_of(grid, fabric) if grid else (None, None)
     shape = (TOKENS_PER_RANK, 1)

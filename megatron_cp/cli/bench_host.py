@@ -45,8 +45,9 @@ def host(
     names = [BACKENDS.get(name).name for name in backend] if backend else ALGORITHMS
     found, described = [], load_cluster(cluster)
     for count in ranks or (8, 32):
-        how = merging_on(described, seq, head_dim, count)
-        found += [host_time(name, count, heads, kv_heads or heads, causal=causal, merging=how) for name in names]
+        sizes = (count, heads, kv_heads or heads)
+        merging, per_node = merging_on(described, seq, head_dim, count), described.ranks_per_node
+        found += [host_time(name, *sizes, causal=causal, merging=merging, per_node=per_node) for name in names]
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in found], indent=2))
         return

@@ -15,6 +15,7 @@ from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHead
 from megatron_cp.cli.trace_linears import AskedLinears, layer_of, trace_linears
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.checks import able, check_placement
+from megatron_cp.context.choose import on_nodes
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Pass, Problem, Trace
@@ -157,6 +158,7 @@ def trace(
         documents=None if documents is None else _documents(documents, seq),
     )
     problem, chosen = _settled(problem, hardware)
+    problem = on_nodes(problem, hardware.ranks_per_node)
     costed = _costed(problem, hardware, measure)
     for file in plot or []:
         _draw(costed, file)

@@ -12,6 +12,7 @@ from megatron_cp.comm.distributed import (
 from megatron_cp.comm.fabric import (
     Done,
     Fabric,
+    Gathering,
     Handle,
     Members,
     Message,
@@ -28,6 +29,7 @@ from megatron_cp.comm.in_process import LocalFabric, in_process
 __all__ = [
     "Done",
     "Fabric",
+    "Gathering",
     "GroupFabric",
     "Handle",
     "LocalFabric",

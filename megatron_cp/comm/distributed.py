@@ -4,13 +4,15 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cp.comm.fabric import Done, Message, Transfer, check_counts, check_parts, size_in_bytes
+from megatron_cp import config
+from megatron_cp.comm.fabric import Done, Message, Transfer, check_counts, check_gathered, check_parts, size_in_bytes
 from megatron_cp.errors import CannotRun, Refused
 
 # torch 2.14 renamed two collectives and warns of the old names
@@ -49,20 +51,36 @@ class GroupFabric:
         operations += [self._operation(dist.irecv, message) for message in recvs]
         return _Works(dist.batch_isend_irecv(operations), sends) if operations else Done()
 
+    @cached_property
+    def nodes(self) -> tuple[int, ...]:
+        """The node of each rank, by torchrun's LOCAL_WORLD_SIZE; one node where nothing has set it."""
+        per_node = int(config.variable("LOCAL_WORLD_SIZE") or dist.get_world_size())
+        return tuple(rank // per_node for rank in dist.get_process_group_ranks(self.group))
+
     def all_gather(self, local: Tensor) -> Tensor:
+        gathered = local.new_empty((self.size, *local.shape))
+        self.start_all_gather(gathered, local.contiguous()).wait()
+        return gathered
+
+    def start_all_gather(self, gathered: Tensor, local: Tensor) -> Transfer:
+        check_gathered(self, gathered, local)
         self.sent += (self.size - 1) * size_in_bytes(local)
         # gloo wants the flat concatenated shape
-        gathered = local.new_empty((self.size * local.shape[0], *local.shape[1:]))
-        _all_gather(gathered, local.contiguous(), group=self.group)
-        return gathered.view(self.size, *local.shape)
+        work = _all_gather(gathered.flatten(0, 1), local, group=self.group, async_op=True)
+        return _Works([work], [(local, self.rank)])
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         check_parts(self, whole)
         part = whole.new_empty(whole.shape[1:])
+        self.start_reduce_scatter(part, whole.contiguous()).wait()
+        return part
+
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Transfer:
+        check_gathered(self, whole, part)
         self.sent += (self.size - 1) * size_in_bytes(part)
         # flat, because gloo wants one dim of p equal parts
-        _reduce_scatter(part.view(-1), whole.contiguous().view(-1), group=self.group)
-        return part
+        work = _reduce_scatter(part.view(-1), whole.view(-1), group=self.group, async_op=True)
+        return _Works([work], [(whole, self.rank)])
 
     def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
         check_counts(self, rows, sends, recvs)

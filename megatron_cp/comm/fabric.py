@@ -75,6 +75,25 @@ class Fabric(Peers, Protocol):
         ...
 
 
+@runtime_checkable
+class Gathering(Fabric, Protocol):
+    """A fabric whose all-gather and reduce-scatter run beside what is computed, and that knows its ranks' nodes.
+
+    nodes: the node of each rank
+    """
+
+    @property
+    def nodes(self) -> tuple[int, ...]: ...
+
+    def start_all_gather(self, gathered: Tensor, local: Tensor) -> Handle:
+        """Start to fill `gathered` [p ...] with `local` [...] of all ranks; both are contiguous."""
+        ...
+
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Handle:
+        """Start to add `whole` [p ...] over all ranks and to fill `part` [...] with this rank's part of the sum."""
+        ...
+
+
 class Done:
     """A transfer with nothing left to wait for."""
 
@@ -193,6 +212,19 @@ def check_parts(peers: Peers, whole: Tensor) -> None:
     if whole.ndim < 1 or len(whole) != peers.size:
         raise MessageError(
             f"rank {peers.rank}: a reduce-scatter takes one part per rank, {peers.size}, got {form(whole)}"
+        )
+
+
+def check_gathered(peers: Peers, whole: Tensor, part: Tensor) -> None:
+    """Raise MessageError unless both are contiguous, and `whole` has room for one `part` of each rank."""
+    if whole.shape != (peers.size, *part.shape) or form(whole[0]) != form(part):
+        raise MessageError(
+            f"rank {peers.rank}: a collective of {peers.size} ranks takes one part of each, got {form(whole)} "
+            f"for parts of {form(part)}"
+        )
+    if not (whole.is_contiguous() and part.is_contiguous()):
+        raise MessageError(
+            f"rank {peers.rank}: tensors of a collective must be contiguous, got strides {whole.stride()}"
         )
 
 

@@ -21,6 +21,7 @@ from megatron_cp.comm.fabric import (
     all_gather_by_exchange,
     all_to_all_by_exchange,
     check_batch,
+    check_gathered,
     check_pair,
     check_parts,
     size_in_bytes,
@@ -91,8 +92,8 @@ class Mailbox:
 class LocalFabric:
     """One of the ranks of `in_process`."""
 
-    def __init__(self, mailbox: Mailbox, members: tuple[int, ...], me: int) -> None:
-        self._mailbox, self._members = mailbox, members
+    def __init__(self, mailbox: Mailbox, members: tuple[int, ...], me: int, per_node: int | None = None) -> None:
+        self._mailbox, self._members, self._per_node = mailbox, members, per_node
         self.rank, self.size, self.sent = members.index(me), len(members), 0
 
     def __deepcopy__(self, _: object) -> "LocalFabric":
@@ -107,23 +108,43 @@ class LocalFabric:
         due = [(buffer, self._mailbox.expect(RankPair(self._members, peer, self.rank))) for buffer, peer in recvs]
         return _Receives(self, self._mailbox, due)
 
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        return tuple(member // self._per_node if self._per_node else 0 for member in self._members)
+
     def all_gather(self, local: Tensor) -> Tensor:
         return all_gather_by_exchange(self, local)
 
+    def start_all_gather(self, gathered: Tensor, local: Tensor) -> Transfer:
+        check_gathered(self, gathered, local)
+        gathered[self.rank] = local
+        others = self._others(local)
+        return self.exchange([(local, peer) for peer in others], [(gathered[peer], peer) for peer in others])
+
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         check_parts(self, whole)
-        parts = torch.empty_like(whole, memory_format=torch.contiguous_format)
+        part = whole.new_empty(whole.shape[1:])
+        self.start_reduce_scatter(part, whole.contiguous()).wait()
+        return part
+
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Transfer:
+        check_gathered(self, whole, part)
+        parts = torch.empty_like(whole)
         parts[self.rank] = whole[self.rank]
-        others = [peer for peer in range(self.size) if peer != self.rank and whole.numel()]
-        sends = [(whole[peer].contiguous(), peer) for peer in others]
-        self.exchange(sends, [(parts[peer], peer) for peer in others]).wait()
-        return parts.sum(0, dtype=whole.dtype)
+        others = self._others(part)
+        arriving = self.exchange([(whole[peer], peer) for peer in others], [(parts[peer], peer) for peer in others])
+        return _SumOfParts(arriving, parts, part)
 
     def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
         return all_to_all_by_exchange(self, rows, sends, recvs)
 
     def subset(self, ranks: Sequence[int]) -> "LocalFabric":
-        return LocalFabric(self._mailbox, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
+        members = tuple(self._members[rank] for rank in ranks)
+        return LocalFabric(self._mailbox, members, self._members[self.rank], self._per_node)
+
+    def _others(self, message: Tensor) -> list[int]:
+        """Return the ranks that a message to all goes to; an empty one goes to none."""
+        return [peer for peer in range(self.size) if peer != self.rank and message.numel()]
 
 
 class _Receives:
@@ -143,9 +164,24 @@ class _Receives:
         return not self._due
 
 
-def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
+class _SumOfParts:
+    """A reduce-scatter: the parts that arrive, and the tensor that takes their sum."""
+
+    def __init__(self, arriving: Transfer, parts: Tensor, total: Tensor) -> None:
+        self._arriving, self._parts, self._total = arriving, parts, total
+
+    def wait(self) -> None:
+        self._arriving.wait()
+        self._total.copy_(self._parts.sum(0, dtype=self._parts.dtype))
+
+    def done(self) -> bool:
+        return self._arriving.done()
+
+
+def in_process[T](size: int, body: Callable[[LocalFabric], T], per_node: int | None = None) -> list[T]:
     """Run `body` on each of `size` ranks, threads of this process that run one at a time, and return its results.
 
+    per_node: ranks that the fabric calls one node; None for all
     The first rank to raise wakes the others, and its error is raised here; MessageError if a message was never
     received. On CUDA the body must call a backend's forward and backward itself: autograd runs all backward calls of a
     device on one thread, where ranks that wait for each other would deadlock.
@@ -155,7 +191,7 @@ def in_process[T](size: int, body: Callable[[LocalFabric], T]) -> list[T]:
     def rank_body(rank: int) -> T:
         with mailbox.running:
             try:
-                return body(LocalFabric(mailbox, tuple(range(size)), rank))
+                return body(LocalFabric(mailbox, tuple(range(size)), rank, per_node))
             except BaseException as error:
                 mailbox.fail(error)
                 raise

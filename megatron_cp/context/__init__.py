@@ -148,9 +148,11 @@ BACKENDS = Registry(
             load=_all_gather,
             paper="arXiv:2407.21783, 3.3.2",
             what="every rank gathers K and V, group by group of KV heads",
-            traffic=TrafficFormula(full="2(p-1)U", causal="3/4 of it", backward="2(p-1)(U + Ug)"),
+            traffic=TrafficFormula(
+                full="2(p-1)U", causal="3/4 of it", backward="2(p-1)(U + Ug)", where="all of it by a collective"
+            ),
             aliases=("all_gather", "allgather"),
-            capabilities=Capabilities(planned=True),
+            capabilities=Capabilities(planned=True, by_nodes=True),
         ),
         Backend(
             name="ulysses",

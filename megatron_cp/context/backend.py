@@ -31,6 +31,7 @@ class Capabilities:
                itself, whose backward pass then returns the sink's gradient last; "none": the loop keeps another tuple
     weighed:   considered by backend `auto`: "always", "without window" (but for kernels that take windows) or "never"
     planned:   considered by `megatron-cp plan` where no backend is named
+    by_nodes:  what it sends depends on the nodes of the ranks, on which all must agree
     """
 
     masks: frozenset[MaskKind] = frozenset({"full", "causal", "window", "packed"})
@@ -43,6 +44,7 @@ class Capabilities:
     sinks: Literal["after", "inside", "none"] = "after"
     weighed: Literal["always", "without window", "never"] = "always"
     planned: bool = False
+    by_nodes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,7 +155,8 @@ def _bounds(problem: Problem, cluster: Cluster, last_rank: LastRank) -> list[tup
     bounds, refusals = [], []
     for candidate in candidates(problem):
         try:
-            bounds.append((_least(last_rank(candidate), cluster), candidate))
+            steps = last_rank(on_nodes(candidate, cluster.ranks_per_node))
+            bounds.append((_least(steps, cluster), candidate))
         except ValueError as refusal:
             refusals.append(refusal)
     if not bounds:
@@ -196,11 +197,24 @@ Measure = Callable[[Trace, Cluster], Sequence[float]]
 def continued(problem: Problem, cluster: Cluster, record: Record, measure: Measure) -> list[float]:
     """Return the measures of the problem's trace; on many ranks, extrapolated from two smaller problems' traces."""
     if problem.ranks <= EXACT:
-        return list(measure(record(problem), cluster))
+        return list(measure(record(on_nodes(problem, cluster.ranks_per_node)), cluster))
     small, large = samples(problem)
-    first, second = (measure(record(sample), _shrunk(cluster, sample, problem)) for sample in (small, large))
+    first, second = (_of_sample(sample, problem, cluster, record, measure) for sample in (small, large))
     share = (_reach(problem) - small.ranks) / (large.ranks - small.ranks)
     return [max(0.0, a + share * (b - a)) for a, b in zip(first, second, strict=True)]
+
+
+def _of_sample(sample: Problem, whole: Problem, cluster: Cluster, record: Record, measure: Measure) -> Sequence[float]:
+    shrunk = _shrunk(cluster, sample, whole)
+    # on nodes of one rank a loop sends messages where it runs a collective on larger ones
+    per_node = max(min(2, cluster.ranks_per_node), shrunk.ranks_per_node)
+    return measure(record(on_nodes(sample, per_node)), shrunk)
+
+
+def on_nodes(problem: Problem, ranks_per_node: int) -> Problem:
+    """Return the problem on nodes of so many ranks, if its backend sends by them."""
+    matters = BACKENDS.get(problem.backend).capabilities.by_nodes and ranks_per_node < problem.ranks
+    return replace(problem, ranks_per_node=ranks_per_node if matters else None)
 
 
 def samples(problem: Problem) -> tuple[Problem, Problem]:

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from megatron_cp.comm import Fabric, SingleFabric
+from megatron_cp.comm import Fabric, Gathering, SingleFabric
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes, layouts
 from megatron_cp.context.algorithms.fpdt import FPDT
 from megatron_cp.context.checks import able, check_can_chunk, check_grid, check_heads, check_mask, check_placement
@@ -90,6 +90,7 @@ class Plan:
     def terms(self) -> tuple[object, ...]:
         """The part of the plan that is the same on every rank."""
         grid = (self.axes.grid, self.axes.heads) if self.axes else None
+        nodes = self.cp.nodes if self.backend.capabilities.by_nodes and isinstance(self.cp, Gathering) else ()
         return (
             self.backend.name,
             self.mask,
@@ -99,6 +100,7 @@ class Plan:
             f"chunks={self.chunks}",
             f"grid={grid}",
             f"cluster={self.cluster and self.cluster.name}",
+            *([f"nodes={len({*nodes})} with {nodes.count(nodes[0])} ranks on the first"] if nodes else []),
         )
 
     @property

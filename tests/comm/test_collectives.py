@@ -41,12 +41,27 @@ def all_gather(fabric, kind, dtype, device="cpu"):
     return fabric.all_gather(filled(0 if kind == EMPTY else 2, 3, value=fabric.rank, dtype=dtype, device=device))
 
 
+def started_all_gather(fabric, kind, dtype, device="cpu"):
+    local = filled(0 if kind == EMPTY else 2, 3, value=fabric.rank, dtype=dtype, device=device)
+    gathered = local.new_empty((fabric.size, *local.shape))
+    fabric.start_all_gather(gathered, local).wait()
+    return gathered
+
+
+def started_reduce_scatter(fabric, kind, dtype, device="cpu"):
+    rows = 0 if kind == EMPTY else 2
+    whole = [filled(rows, 3, value=(fabric.rank + 1) * peer, dtype=dtype, device=device) for peer in range(fabric.size)]
+    part = torch.empty_like(whole[0])
+    fabric.start_reduce_scatter(part, torch.stack(whole)).wait()
+    return part
+
+
 def expected(name, size, rank, kind, dtype):
     if name is all_to_all:
         parts = [filled(rows(kind, src, rank), 3, value=10 * src + rank, dtype=dtype) for src in range(size)]
         return torch.cat(parts)
     part = 0 if kind == EMPTY else 2
-    if name is reduce_scatter:
+    if name in (reduce_scatter, started_reduce_scatter):
         return filled(part, 3, value=rank * size * (size + 1) / 2, dtype=dtype)
     return torch.stack([filled(part, 3, value=src, dtype=dtype) for src in range(size)])
 
@@ -60,7 +75,7 @@ def expected_bytes(name, size, rank, kind, dtype):
     return count * 3 * dtype.itemsize
 
 
-COLLECTIVES = [all_gather, reduce_scatter, all_to_all]
+COLLECTIVES = [all_gather, reduce_scatter, all_to_all, started_all_gather, started_reduce_scatter]
 CASES = [
     (collective, kind, dtype)
     for collective in COLLECTIVES
@@ -151,6 +166,27 @@ def test_counts_that_do_not_fit_are_refused(sends, recvs, message):
 def test_parts_that_are_not_one_per_rank_are_refused():
     with pytest.raises(MessageError, match="one part per rank, 2, got"):
         in_process(2, lambda fabric: fabric.reduce_scatter(torch.ones(3, 1)))
+
+
+FAULTS = {
+    "dtype": lambda x: x.to(torch.float64),
+    "shape": lambda x: x.new_empty((*x.shape[:-1], 4)),
+    "stride": lambda x: x.new_empty((*x.shape, 2))[..., 0],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("start", ["start_all_gather", "start_reduce_scatter"])
+def test_a_collective_whose_tensors_do_not_fit_is_refused_by_threads_and_recordings(start, which, fault):
+    def body(fabric, device="cpu"):
+        tensors = [torch.ones(2, 2, 3, device=device), torch.ones(2, 3, device=device)]
+        tensors[which] = FAULTS[fault](tensors[which])
+        getattr(fabric, start)(*(tensors if start == "start_all_gather" else tensors[::-1])).wait()
+
+    for run in (lambda: in_process(2, body), lambda: recorded(2, lambda fabric: body(fabric, "meta"))):
+        with pytest.raises(MessageError, match=r"takes one part of each|must be contiguous"):
+            run()
 
 
 @pytest.mark.parametrize(("sizes", "names"), [((3, 2), ("inner", "outer")), ((2, 3, 2), ("row", "column", "depth"))])

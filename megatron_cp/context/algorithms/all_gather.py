@@ -1,22 +1,23 @@
 """All-gather of keys and values, as in Llama 3: every rank has K and V of all tokens that its queries see at once.
 
 It gathers one group of KV heads after the other: the next group is on its way while the current one is computed, and
-in the backward pass the gradients of the one before are on their way to their owners. A rank receives only the tokens
-from the first to the last one that it sees, which is why this is an exchange: a collective would bring it all of them.
+in the backward pass the gradients of the one before are on their way to their owners. A collective brings every rank
+all tokens, and each of them once to a node, whose ranks share its links. Messages bring a rank only the tokens from the
+first to the last one that it sees. `by_collective` says which one it is.
 
 Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2. Traffic, memory: `BACKENDS` in `megatron_cp.context`.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import Handle
+from megatron_cp.comm import Done, Fabric, Gathering, Handle
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.heads import pieces
-from megatron_cp.context.layouts import Layout, Place, Runs, gathered
+from megatron_cp.context.layouts import Layout, Place, Runs, gathered, length
 from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
 from megatron_cp.context.remembered import remembered
@@ -35,7 +36,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     """
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
     # 1. gather one group of KV heads, the next one is in flight during the body
-    for heads, block in _gathered_groups(q, k, v, _view_of(task), task):
+    for heads, block in _gathered_groups(q, k, v, _transport(task), task):
         # 2. attend the query heads of the group to all keys that they see
         merge = SoftmaxMerge(q[:, :, heads.q])
         task.attend(merge, q[:, :, heads.q], block)
@@ -47,10 +48,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv; K and V are gathered again, parts of dK and dV travel in float32."""
-    dq, returns, view = torch.empty_like(saved.q), Returns(task.fabric), _view_of(task)
-    totals: list[Sum] = []
+    dq, transport = torch.empty_like(saved.q), _transport(task)
     # 1. gather one group of KV heads, as in the forward pass
-    for heads, block in _gathered_groups(saved.q, saved.k, saved.v, view, task):
+    for heads, block in _gathered_groups(saved.q, saved.k, saved.v, transport, task):
         # 2. differentiate the query heads of the group
         q, out, lse, dout_i = (x[:, :, heads.q] for x in (saved.q, saved.out, saved.lse, dout))
         # s b (k v) d, so that dK and dV of a stretch are one message
@@ -61,13 +61,32 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
         # what has not been added yet is added to `grads`
         total_k.exact(), total_v.exact()
         # 3. return the gradients of the gathered keys and values to their owners
-        mine = _zeros(len(saved.k), saved.k, heads)
-        totals.append(Sum(mine, mine))
-        returns.start(*_to_owners(grads, totals[-1], view, task))
+        transport.send_back(grads)
         del block, grads, total_k, total_v
-    returns.finish()
-    dk, dv = zip(*(total.result().chunk(2, dim=2) for total in totals), strict=True)
+    dk, dv = zip(*(total.chunk(2, dim=2) for total in transport.sums()), strict=True)
     return dq, torch.cat(dk, 2).to(dq.dtype), torch.cat(dv, 2).to(dq.dtype)
+
+
+@remembered(cache_sizes.LAYOUTS)
+def by_collective(layout: Layout, mask: AnyMask, nodes: tuple[int, ...]) -> bool:
+    """True if a collective brings at most as many tokens as messages do over the links that fewest ranks share.
+
+    Those are the links between nodes, if the ranks are on several: a collective brings a node each token of other nodes
+    once, messages as often as it has ranks that see the token. On one node a rank receives all tokens or those it sees.
+    """
+    tokens = [length(runs) for runs in layout]
+    if len({*tokens}) > 1:
+        # a collective takes as much from every rank
+        return False
+    whole, places = gathered(layout)
+    # where the links end that count: at nodes, or at ranks
+    ends = nodes if len({*nodes}) > 1 else tuple(range(len(layout)))
+    once = sum(tokens[owner] for end in {*ends} for owner in range(len(layout)) if ends[owner] != end)
+    by_messages = 0
+    for end, runs in zip(ends, layout, strict=True):
+        parts = [_overlap(place, seen(runs, whole, mask)) for place in places if ends[place.rank] != end]
+        by_messages += sum(part.local.stop - part.local.start for part in parts if part)
+    return once <= by_messages
 
 
 class HeadGroup(NamedTuple):
@@ -105,10 +124,6 @@ class View(NamedTuple):
     stretches: tuple[slice, ...]
 
 
-def _view_of(task: Task) -> View:
-    return view_of(task.layout, task.mask, task.fabric.rank)
-
-
 @remembered(cache_sizes.GROUPS)
 def view_of(layout: Layout, mask: AnyMask, me: int) -> View:
     """Return the view of rank `me`."""
@@ -135,48 +150,139 @@ def _overlap(place: Place, reach: slice) -> Place | None:
     return Place(place.rank, slice(first + shift, last + shift), slice(first, last))
 
 
-def _gathered_groups(q: Tensor, k: Tensor, v: Tensor, view: View, task: Task) -> Iterator[tuple[HeadGroup, Block]]:
+@runtime_checkable
+class Transport(Protocol):
+    """How K and V of all ranks come to this one, and how their gradients go back: its tokens stand in sequence order.
+
+    runs:  positions of the whole sequence
+    first: the first of its tokens that come
+    """
+
+    runs: Runs
+    first: int
+
+    def gather(self, mine: Tensor) -> Callable[[], Tensor]:
+        """Start to gather `mine` [s ...] of the ranks; the function that is returned waits for the result."""
+        ...
+
+    def send_back(self, grads: Tensor) -> None:
+        """Start to return float32 gradients of what was gathered, once those before have arrived."""
+        ...
+
+    def sums(self) -> list[Tensor]:
+        """Wait, and return the sums [s ...] of what all ranks returned, one for each call of `send_back`."""
+        ...
+
+
+def _transport(task: Task) -> Transport:
+    """Return the one that sends less."""
+    fabric = task.fabric
+    if isinstance(fabric, Gathering) and by_collective(task.layout, task.mask, fabric.nodes):
+        return Collective(task.layout, fabric)
+    return Messages(task.layout, task.mask, fabric)
+
+
+class Messages:
+    """Each rank gets what it sees from its owner, and sends the gradients of that straight there."""
+
+    def __init__(self, layout: Layout, mask: AnyMask, fabric: Fabric) -> None:
+        self._view, self._fabric, self._tokens = view_of(layout, mask, fabric.rank), fabric, length(layout[fabric.rank])
+        self.runs, self.first = self._view.runs, self._view.reach.start
+        self._returns = Returns(fabric)
+        self._totals: list[Sum] = []
+
+    def gather(self, mine: Tensor) -> Callable[[], Tensor]:
+        view, me = self._view, self._fabric.rank
+        buffer = mine.new_empty((view.reach.stop - view.reach.start, *mine.shape[1:]))
+        arriving = list(zip(view.parts, buffer.split(view.sizes), strict=True))
+        for (rank, local), here in arriving:
+            if rank == me:
+                here.copy_(mine[local])
+        # most ranks see the same stretch
+        leaving = {local: mine[local] for local in view.stretches}
+        sends = [(leaving[local], rank) for rank, local in view.sends]
+        transfer = self._fabric.exchange(sends, [(here, rank) for (rank, _), here in arriving if rank != me])
+
+        def arrived() -> Tensor:
+            transfer.wait()
+            return buffer
+
+        return arrived
+
+    def send_back(self, grads: Tensor) -> None:
+        view, me = self._view, self._fabric.rank
+        mine = grads.new_zeros((self._tokens, *grads.shape[1:]))
+        total = Sum(mine, mine)
+        self._totals.append(total)
+        outgoing = []
+        for (rank, local), part in zip(view.parts, grads.split(view.sizes), strict=True):
+            if rank == me:
+                total.add(local, part)
+            else:
+                outgoing.append(Outgoing(rank, [part]))
+        sizes = [local.stop - local.start for _, local in view.sends]
+        buffers = grads.new_empty((sum(sizes), *grads.shape[1:])).split(sizes) if sizes else ()
+        arriving = zip(view.sends, buffers, strict=True)
+        self._returns.start(
+            outgoing, [Incoming(rank, local, [buffer], total.add) for (rank, local), buffer in arriving]
+        )
+
+    def sums(self) -> list[Tensor]:
+        self._returns.finish()
+        return [total.result() for total in self._totals]
+
+
+class Collective:
+    """An all-gather brings every rank all tokens, a reduce-scatter in the accumulator's dtype adds up the gradients."""
+
+    def __init__(self, layout: Layout, fabric: Gathering) -> None:
+        self.runs, self._places = gathered(layout)
+        self.first, self._fabric = 0, fabric
+        self._sums: list[Tensor] = []
+        self._transfer: Handle = Done()
+
+    def gather(self, mine: Tensor) -> Callable[[], Tensor]:
+        by_rank = mine.new_empty((self._fabric.size, *mine.shape))
+        transfer = self._fabric.start_all_gather(by_rank, mine)
+
+        def arrived() -> Tensor:
+            transfer.wait()
+            return torch.cat([by_rank[place.rank][place.local] for place in self._places])
+
+        return arrived
+
+    def send_back(self, grads: Tensor) -> None:
+        self._transfer.wait()
+        local = [
+            grads[place.whole] for place in sorted(self._places, key=lambda place: (place.rank, place.local.start))
+        ]
+        by_rank = torch.cat(local).unflatten(0, (self._fabric.size, len(grads) // self._fabric.size))
+        self._sums.append(torch.empty_like(by_rank[0]))
+        self._transfer = self._fabric.start_reduce_scatter(self._sums[-1], by_rank)
+
+    def sums(self) -> list[Tensor]:
+        self._transfer.wait()
+        return self._sums
+
+
+def _gathered_groups(
+    q: Tensor, k: Tensor, v: Tensor, transport: Transport, task: Task
+) -> Iterator[tuple[HeadGroup, Block]]:
     """Yield each group with the K and V that this rank's queries see; the next one is in flight during the body."""
+
+    def start(heads: HeadGroup) -> Callable[[], Tensor]:
+        # s b (k v) d, so that K and V of a stretch are one message
+        return transport.gather(torch.cat([k[:, :, heads.kv], v[:, :, heads.kv]], 2))
+
     parts = groups(q.shape[2], k.shape[2])
-    arriving = _gather(k, v, parts[0], view, task)
+    waiting = [start(parts[0])]
     for part, after in zip(parts, [*parts[1:], None], strict=True):
-        block, transfer = arriving
-        transfer.wait()
+        # no reference stays to what a collective has filled
+        k_here, v_here = waiting.pop()().chunk(2, dim=2)
         if after is not None:
-            arriving = _gather(k, v, after, view, task)
-        yield part, block
-
-
-def _gather(k: Tensor, v: Tensor, heads: HeadGroup, view: View, task: Task) -> tuple[Block, Handle]:
-    """Start to gather K and V of these heads for all tokens that this rank sees, in sequence order."""
-    me = task.fabric.rank
-    # s b (k v) d, so that K and V of a stretch are one message
-    mine = torch.cat([k[:, :, heads.kv], v[:, :, heads.kv]], 2)
-    buffer = mine.new_empty((view.reach.stop - view.reach.start, *mine.shape[1:]))
-    arriving = list(zip(view.parts, buffer.split(view.sizes), strict=True))
-    for (rank, local), here in arriving:
-        if rank == me:
-            here.copy_(mine[local])
-    # most ranks see the same stretch
-    leaving = {local: mine[local] for local in view.stretches}
-    sends = [(leaving[local], rank) for rank, local in view.sends]
-    transfer = task.fabric.exchange(sends, [(here, rank) for (rank, _), here in arriving if rank != me])
-    k, v = buffer.chunk(2, dim=2)
-    return Block(me, view.reach.start, k, v, view.runs), transfer
-
-
-def _to_owners(grads: Tensor, mine: Sum, view: View, task: Task) -> tuple[list[Outgoing], list[Incoming]]:
-    """Return each owner its part of the gradients, and add this rank's own part at once."""
-    outgoing = []
-    for (rank, local), part in zip(view.parts, grads.split(view.sizes), strict=True):
-        if rank == task.fabric.rank:
-            mine.add(local, part)
-        else:
-            outgoing.append(Outgoing(rank, [part]))
-    sizes = [local.stop - local.start for _, local in view.sends]
-    buffers = grads.new_empty((sum(sizes), *grads.shape[1:])).split(sizes) if sizes else ()
-    arriving = zip(view.sends, buffers, strict=True)
-    return outgoing, [Incoming(rank, local, [buffer], mine.add) for (rank, local), buffer in arriving]
+            waiting.append(start(after))
+        yield part, Block(task.fabric.rank, transport.first, k_here, v_here, transport.runs)
+        del k_here, v_here
 
 
 def _zeros(tokens: int, like: Tensor, heads: HeadGroup) -> Tensor:

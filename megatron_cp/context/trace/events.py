@@ -26,6 +26,7 @@ class Problem:
     device: "cuda" or "cpu": how partial results are merged, and how many wait for it
     windows: the kernel takes windows, so that a band along the diagonal is one call
     documents: those of a packed sequence
+    ranks_per_node: ranks of a node; None for all of them on one
     """
 
     backend: str
@@ -45,6 +46,7 @@ class Problem:
     device: str = "cpu"
     windows: bool = False
     documents: Documents | None = None
+    ranks_per_node: int | None = None
 
     @property
     def mask(self) -> AnyMask:
@@ -108,12 +110,16 @@ class Message(NamedTuple):
 
 
 class Post(NamedTuple):
-    """A batch of messages, handed to the fabric of the ranks in `group`."""
+    """A batch of messages, handed to the fabric of the ranks in `group`.
+
+    collective: name of the collective whose messages these are, which all ranks of the group start together
+    """
 
     batch: int
     group: tuple[int, ...]
     sends: tuple[Message, ...]
     recvs: tuple[Message, ...]
+    collective: str = ""
 
 
 class Wait(NamedTuple):

@@ -39,7 +39,7 @@ def probe(problem: Problem, visible: np.ndarray) -> str:
         found = (out.detach(), *torch.autograd.grad(out, (q, k, v), tokens.dout[mine]))
         return [found_x - whole[mine] for found_x, whole in zip(found, expected, strict=True)]
 
-    for rank, differences in enumerate(in_process(problem.ranks, body)):
+    for rank, differences in enumerate(in_process(problem.ranks, body, problem.ranks_per_node)):
         mine = indices(problem.layout, problem.seq, problem.ranks, rank, problem.stripe)
         for name, difference in zip(("out", "dq", "dk", "dv"), differences, strict=True):
             # not <= : NaN is wrong too

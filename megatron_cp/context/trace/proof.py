@@ -61,7 +61,7 @@ def prove(problem: Problem) -> Proof:
 def _run(problem: Problem, book: "Book") -> str:
     """Describe the first error of the run; empty if there is none."""
     try:
-        in_process(problem.ranks, lambda fabric: _rank(problem, book, fabric))
+        in_process(problem.ranks, lambda fabric: _rank(problem, book, fabric), problem.ranks_per_node)
         for counts in (book.forward, book.backward):
             counts.check()
     except MessageError:

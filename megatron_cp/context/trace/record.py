@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_iter
 
 from megatron_cp.comm import Done, Fabric, Handle, MessageError, axes_of
 from megatron_cp.comm.fabric import (
-    all_gather_by_exchange,
     all_to_all_by_exchange,
     check_batch,
+    check_gathered,
     check_parts,
     form,
     row_form,
@@ -45,6 +45,7 @@ from megatron_cp.context.trace.events import (
     match,
 )
 from megatron_cp.context.trace.live import LiveBytes
+from megatron_cp.context.trace.rings import neighbours, shared
 from megatron_cp.errors import Refused
 from megatron_cp.kernels import Kernel, Window
 
@@ -135,7 +136,7 @@ def _record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[S
     for tensor in (q, k, v):
         tensor.requires_grad_()
     with Recorder(q, k, v, dout) as recorder:
-        fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank)
+        fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank, problem.ranks_per_node)
         made = plan_on(problem, fabric, RecordingKernel(recorder, problem.windows))
         out = attend(q, k, v, made, packed=problem.documents)
         forward = recorder.take()
@@ -196,11 +197,16 @@ class Recorder(LiveBytes):
         self._append(event)
 
     def post(
-        self, group: tuple[int, ...], sends: Sequence[Message], recvs: Sequence[Message], buffers: Sequence[object]
+        self,
+        group: tuple[int, ...],
+        sends: Sequence[Message],
+        recvs: Sequence[Message],
+        buffers: Sequence[object],
+        collective: str = "",
     ) -> Handle:
         """Note a batch of messages; the handle notes the wait, and holds on to the buffers until then."""
         batch, self._batches = self._batches, self._batches + 1
-        self.note(Post(batch, group, tuple(sends), tuple(recvs)))
+        self.note(Post(batch, group, tuple(sends), tuple(recvs), collective))
         return _Pending(self, batch, buffers)
 
     def take(self) -> tuple[Step, ...]:
@@ -241,8 +247,8 @@ def _form(value: Any) -> Any:
 class RecordingFabric:
     """A rank of `members` whose messages are noted instead of sent."""
 
-    def __init__(self, recorder: Recorder, members: tuple[int, ...], me: int) -> None:
-        self._recorder, self._members = recorder, members
+    def __init__(self, recorder: Recorder, members: tuple[int, ...], me: int, per_node: int | None = None) -> None:
+        self._recorder, self._members, self._per_node = recorder, members, per_node
         self.rank, self.size, self.sent = members.index(me), len(members), 0
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Handle:
@@ -253,22 +259,49 @@ class RecordingFabric:
         self.sent += sum(size_in_bytes(tensor) for tensor, _ in sends)
         return self._recorder.post(self._members, self._messages(sends), self._messages(recvs), [*sends, *recvs])
 
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        return tuple(member // self._per_node if self._per_node else 0 for member in self._members)
+
     def all_gather(self, local: Tensor) -> Tensor:
-        return all_gather_by_exchange(self, local)
+        gathered = local.new_empty((self.size, *local.shape))
+        self.start_all_gather(gathered, local.contiguous()).wait()
+        return gathered
+
+    def start_all_gather(self, gathered: Tensor, local: Tensor) -> Handle:
+        return self._collective("all-gather", gathered, local)
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         check_parts(self, whole)
         # added up on the way, so that one buffer takes all parts
-        part, whole = whole.new_empty(whole.shape[1:]), whole.contiguous()
-        others = [peer for peer in range(self.size) if peer != self.rank and part.numel()]
-        self.exchange([(whole[peer], peer) for peer in others], [(part, peer) for peer in others]).wait()
+        part = whole.new_empty(whole.shape[1:])
+        self.start_reduce_scatter(part, whole.contiguous()).wait()
         return part
+
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Handle:
+        return self._collective("reduce-scatter", whole, part)
+
+    def _collective(self, name: str, whole: Tensor, part: Tensor) -> Handle:
+        """Note the messages of a collective that goes around rings of the ranks, each with its share of every part."""
+        check_gathered(self, whole, part)
+        self._recorder.check_device([whole, part])
+        size, what = (self.size - 1) * size_in_bytes(part), f"{name} of {form(part)}"
+        if not size:
+            return Done()
+        self.sent += size
+        ahead, behind = neighbours(self.nodes, self.rank)
+        sends, recvs = (
+            [Message(self._members[peer], share, what) for peer, share in shared(size, peers).items()]
+            for peers in (ahead, behind)
+        )
+        return self._recorder.post(self._members, sends, recvs, [whole, part], name)
 
     def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
         return all_to_all_by_exchange(self, rows, sends, recvs)
 
     def subset(self, ranks: Sequence[int]) -> "RecordingFabric":
-        return RecordingFabric(self._recorder, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
+        members = tuple(self._members[rank] for rank in ranks)
+        return RecordingFabric(self._recorder, members, self._members[self.rank], self._per_node)
 
     def _messages(self, transfers: Sequence[tuple[Tensor, int]]) -> list[Message]:
         return [Message(self._members[peer], size_in_bytes(tensor), row_form(tensor)) for tensor, peer in transfers]

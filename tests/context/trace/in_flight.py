@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron_cp.comm import Done, Handle
-from megatron_cp.comm.fabric import all_gather_by_exchange, all_to_all_by_exchange, check_batch
+from megatron_cp.comm.fabric import all_gather_by_exchange, all_to_all_by_exchange, check_batch, check_gathered
 from megatron_cp.context.merge import accumulator_dtype
 
 # they reserve memory and leave its content
@@ -75,8 +75,8 @@ def bytes_of(tensor: Tensor) -> tuple[int, int]:
 class WatchedFabric:
     """A rank of `members` that sends nothing and remembers which memory is in flight."""
 
-    def __init__(self, watch: Watch, members: tuple[int, ...], me: int) -> None:
-        self._watch, self._members = watch, members
+    def __init__(self, watch: Watch, members: tuple[int, ...], me: int, per_node: int | None = None) -> None:
+        self._watch, self._members, self._per_node = watch, members, per_node
         self.rank, self.size, self.sent, self._batches = members.index(me), len(members), 0, 0
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Handle:
@@ -97,6 +97,24 @@ class WatchedFabric:
     def all_gather(self, local: Tensor) -> Tensor:
         return all_gather_by_exchange(self, local)
 
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        return tuple(member // self._per_node if self._per_node else 0 for member in self._members)
+
+    def start_all_gather(self, gathered: Tensor, local: Tensor) -> Handle:
+        check_gathered(self, gathered, local)
+        return self._collective(local, gathered)
+
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Handle:
+        check_gathered(self, whole, part)
+        return self._collective(whole, part)
+
+    def _collective(self, read: Tensor, written: Tensor) -> Handle:
+        self._batches += 1
+        self._watch.touch(read, False, "collective")
+        self._watch.touch(written, True, "collective")
+        return _InFlight(self._watch, [*self._spans([(read, 0)], False), *self._spans([(written, 0)], True)])
+
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         self._watch.touch(whole, False, "reduce_scatter")
         return whole.new_empty(whole.shape[1:])
@@ -105,7 +123,8 @@ class WatchedFabric:
         return all_to_all_by_exchange(self, rows, sends, recvs)
 
     def subset(self, ranks: Sequence[int]) -> "WatchedFabric":
-        return WatchedFabric(self._watch, tuple(self._members[rank] for rank in ranks), self._members[self.rank])
+        members = tuple(self._members[rank] for rank in ranks)
+        return WatchedFabric(self._watch, members, self._members[self.rank], self._per_node)
 
 
 class _InFlight:

@@ -27,7 +27,11 @@ def watched(problem: Problem, rank: int) -> Watch:
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with Watch() as watch:
-        plan = plan_on(problem, WatchedFabric(watch, tuple(range(problem.ranks)), rank), WatchedKernel(watch))
+        plan = plan_on(
+            problem,
+            WatchedFabric(watch, tuple(range(problem.ranks)), rank, problem.ranks_per_node),
+            WatchedKernel(watch),
+        )
         run(*leaves, plan).backward(dout)
     return watch
 
@@ -47,6 +51,25 @@ def test_no_loop_uses_what_is_in_flight_or_waits_for_the_device(backend, mask, c
             operations += watch.operations
     refused = chunks and not BACKENDS.get(backend).capabilities.chunks
     assert operations or refused
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_collective_is_used_while_it_is_in_flight(causal):
+    for rank in range(4):
+        watch = watched(Problem("all-gather", 4, 96, 12, 4, 2, causal, ranks_per_node=2), rank)
+        assert not watch.found
+        assert not any(watch.in_flight.values()), "a collective was never waited for"
+
+
+def test_a_use_of_what_a_collective_fills_is_found():
+    with Watch() as watch:
+        fabric, local, gathered = WatchedFabric(watch, (0, 1), 0), torch.ones(4), torch.zeros(2, 4)
+        handle = fabric.start_all_gather(gathered, local)
+        gathered.sum()
+        local.add_(1)
+        handle.wait()
+        gathered.sum()
+    assert watch.found == ["sum reads a receive of batch 1 in flight", "add_ writes a send of batch 1 in flight"]
 
 
 def test_a_write_to_what_is_sent_is_found(monkeypatch):
