@@ -22,6 +22,12 @@ for name in "$@"; do
         echo "$name: skipped, .venv has the same versions ($torch)"
         continue
     fi
+    limits=$("$python" -m pip config list | grep '[.]constraint=' || true)
+    try=("$python" -m pip install --dry-run --quiet --no-deps --ignore-installed "$torch")
+    if [ -n "$limits" ] && ! "${try[@]}" >/dev/null 2>&1; then
+        echo "$name: skipped, pip's own settings rule out $torch: $limits"
+        continue
+    fi
     made=$(mktemp -d)
     if [ "$(df --output=avail --block-size=1G "$made" | tail -n 1)" -lt 10 ]; then
         echo "$name: skipped, $made has less than 10 GB of room; set TMPDIR to a folder that has"

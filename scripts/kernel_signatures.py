@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TARGET = Path(__file__).resolve().parents[1] / "tests/kernels/signatures.json"
-TORCH = ("2.8.0", "2.11.0", "2.14.1")
+TORCH = ("2.8.0", "2.11.0", "2.14.1", "2.15.0")
 OPS = re.compile(r"- func: ((_flash_attention_(?:for|back)ward|_scaled_dot_product_(?:flash|cudnn)_attention\w*)\(.*)")
 
 
