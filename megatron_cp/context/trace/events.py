@@ -112,7 +112,7 @@ class Message(NamedTuple):
 class Post(NamedTuple):
     """A batch of messages, handed to the fabric of the ranks in `group`.
 
-    collective: name of the collective whose messages these are, which all ranks of the group start together
+    collective: "gather" or "scatter" for the messages of a collective, which all ranks of the group start together
     """
 
     batch: int

@@ -269,7 +269,7 @@ class RecordingFabric:
         return gathered
 
     def start_all_gather(self, gathered: Tensor, local: Tensor) -> Handle:
-        return self._collective("all-gather", gathered, local)
+        return self._collective("gather", gathered, local)
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         check_parts(self, whole)
@@ -279,7 +279,7 @@ class RecordingFabric:
         return part
 
     def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Handle:
-        return self._collective("reduce-scatter", whole, part)
+        return self._collective("scatter", whole, part)
 
     def _collective(self, name: str, whole: Tensor, part: Tensor) -> Handle:
         """Note the messages of a collective that goes around rings of the ranks, each with its share of every part."""

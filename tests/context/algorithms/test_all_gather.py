@@ -116,7 +116,7 @@ def test_every_pair_is_computed_once_on_several_nodes(ranks, per_node, causal):
     assert all(bool(post.collective) == expected for post in posts)
     if expected:
         # two groups of one KV head each
-        assert [post.collective for post in posts] == ["all-gather"] * 2
+        assert [post.collective for post in posts] == ["gather"] * 2
         assert run.sent == [2 * (ranks - 1) * 12 * 2 * 64 * 2] * ranks
 
 
