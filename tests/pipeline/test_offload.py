@@ -13,6 +13,7 @@ from megatron_cp.pipeline.passes import check, without_moves
 from megatron_cp.pipeline.profile import lower_split
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule, parse
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
+from tests.cases import slow_unless
 from tests.nccl import ALL_RULES, Rules, play
 from tests.pipeline.launches import launches
 from tests.pipeline.played import FIXED, UNIT, scheduled
@@ -116,7 +117,7 @@ def assert_runs_under_nccl(moved: Schedule) -> None:
             play(operations, rules)
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", slow_unless(["1f1b", "gis", "zb-v"], FIXED))
 def test_no_rank_exceeds_its_limit_at_any_time(name: str) -> None:
     schedule = scheduled(name, 4, 10)
     for to in ("host", "peer"):
@@ -133,7 +134,7 @@ def test_no_rank_exceeds_its_limit_at_any_size(name: str, p: int) -> None:
     schedule = scheduled(name, p, 2 * p)
     for to in ("host", "peer"):
         moved = assert_laws(schedule, smallest_limit(schedule, to), to)
-        if p <= 6 or (to == "peer" and name == "1f1b"):
+        if p in (2, 3, 5) or (to == "peer" and name == "1f1b" and p <= 8):
             assert_runs_under_nccl(moved)
 
 

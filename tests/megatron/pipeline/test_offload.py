@@ -95,7 +95,6 @@ HOST = {
     "1f1b": (4, "", 2, 1, ()),
     "1f1b with recomputation": (4, "", 2, 1, (RECOMPUTE,)),
     "dapple-b": (2, "", 2, 1, ()),
-    "zb-h1": (4, "", 2, 1, ()),
     "gis": (4, CHUNKS, 4, 2, ()),
     "gis on two ranks with everything": (
         2,
@@ -104,7 +103,6 @@ HOST = {
         2,
         ("--context-parallel-size 2 --cp-comm-type zigzag --use-distributed-optimizer --bf16",),
     ),
-    "gis with recomputation": (2, CHUNKS, 2, 2, (RECOMPUTE,)),
     "zb-v": (2, "", 3, 2, ()),
     "interleaved with tensor parallelism": (
         2,
