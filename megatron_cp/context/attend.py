@@ -20,13 +20,13 @@ __all__ = ["Plan", "Sizes", "attend", "plan"]
 def attend(
     q: Float[Tensor, "s b h d"],
     k: Float[Tensor, "s b g d"],
-    v: Float[Tensor, "s b g d"],
+    v: Float[Tensor, "s b g dv"],
     plan: Plan,
     *,
     sink: Float[Tensor, "*b h"] | float | None = None,
     documents: Documents | Tensor | Sequence[int] | None = None,
     agreed: bool = False,
-) -> Float[Tensor, "s b h d"]:
+) -> Float[Tensor, "s b h dv"]:
     """Attend this rank's queries to the whole sequence, differentiably; all ranks of the plan call it together.
 
     Computes in the dtype of q, k and v, under autocast too; has first derivatives only. Under torch.compile and

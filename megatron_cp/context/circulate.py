@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megatron_cp.comm import Message, Peers
 from megatron_cp.context.layouts import Layout
+from megatron_cp.context.packing import heads_of, packed, unpacked
 from megatron_cp.context.returns import empty_like
 from megatron_cp.context.task import Block
 
@@ -82,17 +82,18 @@ def circulate_blocks(blocks: Sequence[Block], routes: Sequence[Route], fabric: P
     if fabric.size == 1:
         yield blocks
         return
+    heads = heads_of(blocks[0].k, blocks[0].v)
     # this frame keeps no reference to what the first hop sends
-    for shards in circulate([_fused(block) for block in blocks], routes, fabric):
-        yield [_block(shard, route.layout) for shard, route in zip(shards, routes, strict=True)]
+    for shards in circulate(_fused(blocks), routes, fabric):
+        yield [_block(shard, route.layout, heads) for shard, route in zip(shards, routes, strict=True)]
         del shards
 
 
-def _fused(block: Block) -> Shard:
+def _fused(blocks: Sequence[Block]) -> list[Shard]:
     # s b g d, s b g d -> s b (k v) d
-    return Shard(block.owner, block.first, [torch.cat([block.k, block.v], 2)])
+    return [Shard(block.owner, block.first, [packed(block.k, block.v)]) for block in blocks]
 
 
-def _block(shard: Shard, layout: Layout) -> Block:
-    k, v = shard.tensors[0].chunk(2, dim=2)
+def _block(shard: Shard, layout: Layout, heads: Sequence[tuple[int, int]]) -> Block:
+    k, v = unpacked(shard.tensors[0], heads)
     return Block(shard.owner, shard.first, k, v, layout[shard.owner])

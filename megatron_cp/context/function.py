@@ -28,6 +28,7 @@ class AttentionCall(NamedTuple):
     """One attention between two re-layouts.
 
     layout: positions that the caller's tokens have
+    head_dim: of queries and keys
     factor: of the queries, so that the scale of the task is a positive float32, as fused kernels want it
     merges_sink: the loop merges a sink itself
     """
@@ -35,6 +36,7 @@ class AttentionCall(NamedTuple):
     loop: Loop[Any]
     task: Task
     layout: Layout
+    head_dim: int
     factor: float
     merges_sink: bool
 
@@ -52,7 +54,7 @@ def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | No
     task = task_for(q, k, v, plan, packed)
     factor, scale = _positive(task.scale)
     inside = plan.chunks is not None or plan.backend.capabilities.sinks == "inside"
-    return AttentionCall(plan.loop, replace(task, scale=scale), layout, factor, inside)
+    return AttentionCall(plan.loop, replace(task, scale=scale), layout, q.shape[3], factor, inside)
 
 
 def forward_pass(
@@ -60,7 +62,7 @@ def forward_pass(
 ) -> tuple[Tensor, Any]:
     """Return out and what the loop keeps for the backward pass; computes in the dtype of the inputs."""
     if not q.shape[1]:
-        return torch.empty_like(q), ()
+        return q.new_empty((*q.shape[:3], v.shape[3])), ()
     with without_autocast(q.device):
         q, k, v = relayout(
             [_last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric
@@ -76,9 +78,10 @@ def forward_pass(
 def backward_pass(dout: Tensor, saved: Any, call: AttentionCall, sink: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return dq, dk and dv, and with a sink its gradient, of which every rank has a part."""
     if not dout.shape[1]:
-        empty = dout.new_empty(*dout.shape[:2], call.task.heads[1], dout.shape[3])
+        (heads, kv_heads), dim = call.task.heads, call.head_dim
         dsink = [] if sink is None else [torch.zeros_like(sink)]
-        return torch.empty_like(dout), empty, torch.empty_like(empty), *dsink
+        shapes = (heads, dim), (kv_heads, dim), (kv_heads, dout.shape[3])
+        return *(dout.new_empty((*dout.shape[:2], *shape)) for shape in shapes), *dsink
     with without_autocast(dout.device):
         task = _with_sink(call.task, sink, dout)
         if isinstance(task.kernel, PreparesBackward):

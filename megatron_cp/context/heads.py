@@ -13,6 +13,7 @@ from megatron_cp.comm import Done, Fabric, Handle, Message
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered
 from megatron_cp.context.merge import Sum
+from megatron_cp.context.packing import packed, unpacked, with_dim
 from megatron_cp.kernels import Kernel, takes_windows
 
 CHUNKS = 2
@@ -108,12 +109,12 @@ class ArrivingHeads:
 
     transfer: Handle
     buffer: Tensor
-    sizes: tuple[int, ...]
+    heads: Sequence[tuple[int, int]]
 
     def wait(self) -> list[Tensor]:
         """Return the tensors, in sequence order, views of one buffer."""
         self.transfer.wait()
-        return list(self.buffer.split(self.sizes, dim=2))
+        return unpacked(self.buffer, self.heads)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class HeadExchange:
         """Send every rank its heads of this rank's tokens."""
         fabric, me = self.fabric, self.fabric.rank
         shares = [
-            torch.cat([x[:, :, share[rank]] for x, share in zip(tensors, per_rank, strict=True)], 2)
+            packed(*(x[:, :, share[rank]] for x, share in zip(tensors, per_rank, strict=True)))
             for rank in range(fabric.size)
         ]
         tokens = sum(place.whole.stop - place.whole.start for place in self.places)
@@ -175,8 +176,8 @@ class HeadExchange:
                 sends += [(shares[peer][local], peer) for peer in range(fabric.size) if peer != me]
             else:
                 recvs.append((buffer[where], rank))
-        sizes = tuple(share[me].stop - share[me].start for share in per_rank)
-        return ArrivingHeads(fabric.exchange(sends, recvs), buffer, sizes)
+        heads = [(share[me].stop - share[me].start, x.shape[3]) for x, share in zip(tensors, per_rank, strict=True)]
+        return ArrivingHeads(fabric.exchange(sends, recvs), buffer, heads)
 
     def to_tokens(self, tensors: Sequence[Tensor], per_rank: Sequence[Sequence[slice]]) -> list[Tensor]:
         """Turn my heads of all tokens into all heads of my tokens; heads on several ranks are added in float32."""
@@ -209,15 +210,20 @@ class HeadReturns:
     def start(self, tensors: Sequence[Tensor], parts: Sequence[Sequence[slice]]) -> None:
         """Send these heads, `parts` of the ranks' heads, after the previous batch has been put in place.
 
-        Tensors of one dtype travel in one message; the results have the dtype of the first one.
+        Tensors of one dtype and head dim travel in one message; the results have the dtype of the first one.
         """
         self.finish()
         if not self._results:
             tokens = sum(place.local.stop - place.local.start for place in self._swap.my_places)
-            self._results = [_result_for(tensors[0][:tokens], shares) for shares in self._per_rank]
+            like = tensors[0][:tokens]
+            self._results = [
+                _result_for(with_dim(like, x.shape[3]), shares)
+                for x, shares in zip(tensors, self._per_rank, strict=True)
+            ]
         items = zip(self._results, tensors, parts, strict=True)
         self._in_flight = [
-            _fused(list(group), self._swap) for _, group in groupby(items, key=lambda item: item[1].dtype)
+            _fused(list(group), self._swap)
+            for _, group in groupby(items, key=lambda item: (item[1].dtype, item[1].shape[3]))
         ]
         messages = [fused.messages(self._swap) for fused in self._in_flight]
         sends, recvs = ([message for batch in side for message in batch] for side in zip(*messages, strict=True))

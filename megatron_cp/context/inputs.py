@@ -13,14 +13,14 @@ DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in BYTES)
 
 
 def check_inputs(q: object, k: object, v: object) -> None:
-    """Raise Refused unless q [s b h d], k and v [s b g d] are tensors that can be attended."""
+    """Raise Refused unless q [s b h d], k [s b g d] and v [s b g dv] are tensors that can be attended."""
     for name, x in zip("qkv", (q, k, v), strict=True):
         _check_alone(name, x)
     assert isinstance(q, Tensor), "checked above"
     assert isinstance(k, Tensor), "checked above"
     assert isinstance(v, Tensor), "checked above"
-    if k.shape != v.shape:
-        raise Refused(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise Refused(f"k and v must agree in tokens, batch and heads, got {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise Refused(f"q and k must agree in tokens, batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.shape[2] % k.shape[2]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_cp.comm.fabric import size_in_bytes
+from megatron_cp.context.packing import with_dim
 from megatron_cp.context.partials import MOST_PARTS, Partial, accumulator_dtype, fuse, hull, merging_for
 
 __all__ = ["SoftmaxMerge", "Sum", "accumulator_dtype", "widening"]
@@ -119,10 +120,11 @@ class SoftmaxMerge(_Total):
     # a float32 copy of a bfloat16 part
     SPARE = 2
 
-    def __init__(self, q: Float[Tensor, "s b h d"]) -> None:
-        super().__init__(q)
+    def __init__(self, q: Float[Tensor, "s b h d"], value_dim: int | None = None) -> None:
+        # values may be narrower or wider than queries and keys
+        super().__init__(q if value_dim is None else with_dim(q, value_dim))
 
-    def add(self, rows: slice, out: Float[Tensor, "r b h d"], lse: Float[Tensor, "r b h"]) -> None:
+    def add(self, rows: slice, out: Float[Tensor, "r b h dv"], lse: Float[Tensor, "r b h"]) -> None:
         """Merge attention of the queries in `rows` over some more keys; the merge keeps the tensors."""
         self._put(rows, out, lse)
 
@@ -131,7 +133,7 @@ class SoftmaxMerge(_Total):
         shape = (rows.stop - rows.start, *self._like.shape[1:])
         return [self._like.new_empty(shape), self._like.new_empty(shape[:3], dtype=accumulator_dtype(self._like))]
 
-    def result(self) -> tuple[Float[Tensor, "s b h d"], Float[Tensor, "s b h"]]:
+    def result(self) -> tuple[Float[Tensor, "s b h dv"], Float[Tensor, "s b h"]]:
         """out in the dtype of the queries, lse in the accumulator's."""
         out, lse = self._rounded()
         return out, lse

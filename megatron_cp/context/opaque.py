@@ -83,7 +83,7 @@ def _own(leaf: Tensor, given: tuple[Tensor, ...]) -> Tensor | int:
 def _(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, packed: int, agreed: bool, gradients: bool
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(1, dtype=torch.int64, device="cpu")
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(

@@ -110,9 +110,9 @@ class Plan:
         loop = self.backend.load()
         return loop if self.chunks is None or isinstance(loop, FPDT) else FPDT(loop)
 
-    def kernel_for(self, q: Tensor) -> tuple[Kernel, str]:
-        """Return the kernel for such queries, and the reason for it."""
-        return self.kernel_of(q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1])
+    def kernel_for(self, q: Tensor, v: Tensor) -> tuple[Kernel, str]:
+        """Return the kernel for such queries and values, and the reason for it."""
+        return self.kernel_of(q.device.type, str(q.dtype).removeprefix("torch."), max(q.shape[-1], v.shape[-1]))
 
     def kernel_of(self, device: str, dtype: str, head_dim: int) -> tuple[Kernel, str]:
         """Return the kernel for tensors on such a device, and the reason for it."""
@@ -203,7 +203,7 @@ def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | No
         layout=layout,
         mask=plan.mask if packed is None else packed.mask(plan.mask),
         scale=scale,
-        kernel=plan.kernel_for(q)[0],
+        kernel=plan.kernel_for(q, v)[0],
         heads=heads,
         axes=plan.axes,
         chunks=plan.chunks,

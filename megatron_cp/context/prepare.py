@@ -40,7 +40,7 @@ def prepare(
     if sink is not None:
         check_sink(sink, q)
     dtype = str(q.dtype).removeprefix("torch.")
-    sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], q.shape[3], dtype, q.device.type)
+    sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], max(q.shape[3], v.shape[3]), dtype, q.device.type)
     settled = settle(plan, sizes)
     if sink is not None:
         check_sinks(settled.backend)

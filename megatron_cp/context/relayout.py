@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_cp.comm import Fabric
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, moves
+from megatron_cp.context.packing import heads_of, packed, unpacked
 
 
 class Parcel(NamedTuple):
@@ -36,7 +37,7 @@ def relayout(tensors: Sequence[Tensor], before: Layout, after: Layout, fabric: F
     """Move the tokens of tensors [s b * d] from layout `before` to layout `after`; sends (p-1)/p of them."""
     if before == after:
         return list(tensors)
-    fused = torch.cat(list(tensors), 2) if len(tensors) > 1 else tensors[0]
+    fused = packed(*tensors) if len(tensors) > 1 else tensors[0]
     result, parcels = (
         torch.empty_like(fused, memory_format=torch.contiguous_format),
         _parcels(before, after, fabric.rank),
@@ -50,7 +51,7 @@ def relayout(tensors: Sequence[Tensor], before: Layout, after: Layout, fabric: F
     for buffer, parcel in zip(buffers, parcels.recvs, strict=True):
         for there, part in zip(parcel.stretches, buffer.split(parcel.sizes), strict=True):
             result[there] = part
-    return list(result.split([tensor.shape[2] for tensor in tensors], dim=2))
+    return unpacked(result, heads_of(*tensors))
 
 
 @lru_cache(cache_sizes.GROUPS)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """One attention: inputs [S b h d] and [S b g d], the gradient of the output, and the mask."""
+    """One attention: inputs [S b h d], [S b g d] and [S b g dv], the gradient of the output, and the mask."""
 
     q: Tensor
     k: Tensor
@@ -20,10 +20,19 @@ class Problem(NamedTuple):
 
 
 def problem(
-    tokens: int, heads: int, kv_heads: int, *, causal: bool, dim: int = 8, batch: int = 2, seed: int = 0
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    causal: bool,
+    dim: int = 8,
+    batch: int = 2,
+    seed: int = 0,
+    value_dim: int | None = None,
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(tokens, batch, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+    dims = (dim, dim, value_dim or dim, value_dim or dim)
+    shapes = [(tokens, batch, n, d) for n, d in zip((heads, kv_heads, kv_heads, heads), dims, strict=True)]
     return Problem(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes), causal)
 
 

@@ -37,7 +37,7 @@ def sharded(fabric, task, backend, kernel):
         layout=runs,
         mask=made.mask,
         scale=task.q.shape[3] ** -0.5,
-        kernel=made.kernel_for(task.q)[0],
+        kernel=made.kernel_for(task.q, task.v)[0],
         heads=heads,
         axes=made.axes,
     )
@@ -77,7 +77,7 @@ def test_backend_equals_dense(device, backend, ranks, groups, causal):
 def test_bf16_is_as_exact_as_the_unsharded_kernel(device, backend, ranks):
     task = on(problem(384 * ranks, 12, 4, causal=True, dim=64), device, torch.bfloat16)
     exact = unsharded(ReferenceKernel(), on(task, device, torch.float64))
-    alone = unsharded(plan(backend="all-gather").kernel_for(task.q)[0], task)
+    alone = unsharded(plan(backend="all-gather").kernel_for(task.q, task.v)[0], task)
     found = whole(in_process(ranks, lambda fabric: sharded(fabric, task, backend, "auto")))
     for what, ours, single, true in zip(("out", "dq", "dk", "dv"), found, alone, exact, strict=True):
         # Frobenius: the largest element of a bfloat16 error is a matter of luck

@@ -20,6 +20,7 @@ from megatron_cp.context.heads import pieces
 from megatron_cp.context.layouts import Layout, Place, Runs, gathered, length
 from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
+from megatron_cp.context.packing import heads_of, packed, unpacked, with_dim
 from megatron_cp.context.remembered import remembered
 from megatron_cp.context.returns import Incoming, Outgoing, Returns
 from megatron_cp.context.task import Block, Saved, Task
@@ -34,11 +35,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 
     At most 2 / GROUPS of the gathered sequence's 2 p s b g d elements are alive meanwhile, all with one KV head.
     """
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
+    out, lse = q.new_empty(with_dim(q, v.shape[3]).shape), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
     # 1. gather one group of KV heads, the next one is in flight during the body
     for heads, block in _gathered_groups(q, k, v, _transport(task), task):
         # 2. attend the query heads of the group to all keys that they see
-        merge = SoftmaxMerge(q[:, :, heads.q])
+        merge = SoftmaxMerge(q[:, :, heads.q], v.shape[3])
         task.attend(merge, q[:, :, heads.q], block)
         out[:, :, heads.q], lse[:, :, heads.q] = merge.result()
         # a reference would keep a third group alive beside the next two
@@ -49,13 +50,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
 def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate: dout [s b h d] -> dq, dk, dv; K and V are gathered again, parts of dK and dV travel in float32."""
     dq, transport = torch.empty_like(saved.q), _transport(task)
+    shapes: list[list[tuple[int, int]]] = []
     # 1. gather one group of KV heads, as in the forward pass
     for heads, block in _gathered_groups(saved.q, saved.k, saved.v, transport, task):
         # 2. differentiate the query heads of the group
         q, out, lse, dout_i = (x[:, :, heads.q] for x in (saved.q, saved.out, saved.lse, dout))
         # s b (k v) d, so that dK and dV of a stretch are one message
-        grads = _zeros(len(block.k), saved.k, heads)
-        total_q, total_k, total_v = Sum(q), *map(Sum, (block.k, block.v), grads.chunk(2, dim=2))
+        grads = _zeros(block)
+        shapes.append(heads_of(block.k, block.v))
+        total_q, total_k, total_v = Sum(q), *map(Sum, (block.k, block.v), unpacked(grads, shapes[-1]))
         task.attend_backward(total_q, total_k, total_v, dout_i, Saved(q, block.k, block.v, out, lse), block)
         dq[:, :, heads.q] = total_q.result()
         # what has not been added yet is added to `grads`
@@ -63,7 +66,7 @@ def backward(dout: Tensor, saved: Saved, task: Task) -> tuple[Tensor, Tensor, Te
         # 3. return the gradients of the gathered keys and values to their owners
         transport.send_back(grads)
         del block, grads, total_k, total_v
-    dk, dv = zip(*(total.chunk(2, dim=2) for total in transport.sums()), strict=True)
+    dk, dv = zip(*map(unpacked, transport.sums(), shapes), strict=True)
     return dq, torch.cat(dk, 2).to(dq.dtype), torch.cat(dv, 2).to(dq.dtype)
 
 
@@ -272,20 +275,20 @@ def _gathered_groups(
 
     def start(heads: HeadGroup) -> Callable[[], Tensor]:
         # s b (k v) d, so that K and V of a stretch are one message
-        return transport.gather(torch.cat([k[:, :, heads.kv], v[:, :, heads.kv]], 2))
+        return transport.gather(packed(k[:, :, heads.kv], v[:, :, heads.kv]))
 
     parts = groups(q.shape[2], k.shape[2])
     waiting = [start(parts[0])]
     for part, after in zip(parts, [*parts[1:], None], strict=True):
         # no reference stays to what a collective has filled
-        k_here, v_here = waiting.pop()().chunk(2, dim=2)
+        k_here, v_here = unpacked(waiting.pop()(), heads_of(k[:, :, part.kv], v[:, :, part.kv]))
         if after is not None:
             waiting.append(start(after))
         yield part, Block(task.fabric.rank, transport.first, k_here, v_here, transport.runs)
         del k_here, v_here
 
 
-def _zeros(tokens: int, like: Tensor, heads: HeadGroup) -> Tensor:
-    """Return zeros for the sums of dK and dV of these heads, s b (k v) d."""
-    shape = (tokens, like.shape[1], 2 * (heads.kv.stop - heads.kv.start), like.shape[3])
-    return torch.zeros(shape, dtype=accumulator_dtype(like), device=like.device)
+def _zeros(block: Block) -> Tensor:
+    """Return zeros for the sums of dK and dV of a block, s b (k v) d."""
+    shape = packed(block.k[:0], block.v[:0]).shape[1:]
+    return torch.zeros((len(block.k), *shape), dtype=accumulator_dtype(block.k), device=block.k.device)

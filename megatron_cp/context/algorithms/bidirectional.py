@@ -27,7 +27,7 @@ from megatron_cp.context.tiles import seen
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
     """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; two blocks are alive at a time."""
-    merge, ways = SoftmaxMerge(q), up_and_down(task.layout, task.mask)
+    merge, ways = SoftmaxMerge(q, v.shape[3]), up_and_down(task.layout, task.mask)
     # 1. pass the early half on to the next rank and the late half to the one before, receive the next two meanwhile
     for blocks in circulate_blocks(_halves(k, v, ways, task), ways, task.fabric):
         # 2. attend to both halves at hand

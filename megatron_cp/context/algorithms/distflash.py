@@ -45,14 +45,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     Helpers send results in the queries' dtype with float32 row statistics; the owner merges them in float32.
     """
     me, returns = task.fabric.rank, Returns(task.fabric)
-    merges = {me: SoftmaxMerge(q)}
+    merges = {me: SoftmaxMerge(q, v.shape[3])}
     # 1. choose the kind of help that moves fewer bytes
     table = _cheapest(task, [q, *merges[me].room(slice(0, 1))], [k, v])
     # 2. lend and borrow the queries and keys of the next step during this one
     for work in _steps_at_rank(table, [q], [k, v], task):
         # 3. attend own queries, or as a helper those of a late rank
         (q_here,) = work.tensors
-        task.attend(merges.setdefault(work.job.queries, SoftmaxMerge(q_here)), q_here, work.block, work.queries)
+        merge = merges.setdefault(work.job.queries, SoftmaxMerge(q_here, v.shape[3]))
+        task.attend(merge, q_here, work.block, work.queries)
         # 4. helpers return results to the owners of the queries, which merge them
         done = work.step.done
         returns.start(_outgoing(done, me, lambda owner: merges.pop(owner).result()), _incoming(done, me, merges[me]))

@@ -28,7 +28,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     """Attend: q [s b h d], k and v [s b g d] of this rank -> out [s b h d]; four blocks of others are alive."""
     assert task.axes
     inner, outer = task.axes.inner, task.axes.outer
-    merge = SoftmaxMerge(q)
+    merge = SoftmaxMerge(q, v.shape[3])
     # 1. outer ring: pass the block on to the next window, and receive another window's during the whole inner ring
     for brought in circulating(Block(outer.rank, 0, k, v, task.mine), _between(task), outer):
         # 2. inner ring: the blocks of that window go around inside this one

@@ -75,7 +75,7 @@ class FPDT:
         for i, mine in enumerate(work.segments):
             # 2. fetch the queries of segment i, and the keys and values of each segment j one ahead
             q_i = queries.get(mine).wait()
-            merge = SoftmaxMerge(q_i)
+            merge = SoftmaxMerge(q_i, v.shape[3])
             for j, fetched in work.fetches(i, [keys, values], []):
                 # 3. attend i to j, merged over j
                 work.attend(merge, q_i, fetched, i, j)
@@ -313,7 +313,9 @@ def _to_host(tensors: tuple[Tensor, ...], work: ChunkedWork, transfers: HostTran
 def _from_host(stores: list[HostStore], like: Tensor, work: ChunkedWork) -> list[Tensor]:
     """Exchange (out) or (dq, dk, dv) of what was attended here back to the tokens' ranks."""
     heads = [work.inside.heads[0], *(work.inside.heads[1] for _ in stores[1:])]
-    results = [like.new_empty((*like.shape[:2], n, like.shape[3])) for n in heads]
+    results = [
+        like.new_empty((*like.shape[:2], n, store.memory.shape[3])) for n, store in zip(heads, stores, strict=True)
+    ]
     for chunk in work.chunks:
         arriving = [store.get(tuple(there for there, _ in chunk.places)) for store in stores]
         first, *sums = (arrival.wait() for arrival in arriving)

@@ -28,7 +28,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     Per rank at most 2 (p - 1) s b g d elements are sent; tokens of a block that no rank further on sees stay behind,
     and the ring turns in the direction in which that saves more. Two blocks are alive at a time.
     """
-    merge = SoftmaxMerge(q)
+    merge = SoftmaxMerge(q, v.shape[3])
     attend_around(merge, q, k, v, task)
     out, lse = merge.result()
     return out, Saved(q, k, v, out, lse)

@@ -52,10 +52,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Iterator[list[Block]], tiling: Tiling, task: Task
 ) -> tuple[Tensor, Saved]:
     """Attend: q [s b h d], k and v [s b g d] of this rank, and the blocks of each hop -> out [s b h d]."""
-    merge, returns = SoftmaxMerge(q), Returns(task.fabric)
+    merge, returns = SoftmaxMerge(q, v.shape[3]), Returns(task.fabric)
     # 1. gather the queries of the row
     row = [
-        (shard, arrival, merge if shard.own else SoftmaxMerge(shard.tensors[0]))
+        (shard, arrival, merge if shard.own else SoftmaxMerge(shard.tensors[0], v.shape[3]))
         for shard, arrival in _gather([q], tiling, task)
     ]
     # 2. the keys of the column arrive hop by hop

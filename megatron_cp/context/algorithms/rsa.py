@@ -24,6 +24,7 @@ from megatron_cp.context.circulate import Shard, circulate
 from megatron_cp.context.layouts import Runs, cut, length
 from megatron_cp.context.masks import AnyMask, Mask
 from megatron_cp.context.merge import Sum, accumulator_dtype
+from megatron_cp.context.packing import with_dim
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import clips
 from megatron_cp.errors import Refused
@@ -51,7 +52,7 @@ def forward_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, task
     lse = scores.logsumexp(-1)
     weights = whole_rows(scores, lse)
     # 3. ring of V: the weighted sum of values
-    total = Sum(q)
+    total = Sum(with_dim(q, v.shape[3]))
     for piece in _circulating(v, task):
         # b g r s t, t b g d -> s b (g r) d
         part = torch.einsum("bgrst,tbgd->sbgrd", weights[..., piece.columns], _wide(piece.x))
@@ -79,11 +80,12 @@ def backward_with_bias(
     for piece in _circulating(saved.v, task):
         rows[..., piece.columns] = torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(piece.x))
     dq, dk, dv = Sum(saved.q), Sum(saved.k), Sum(saved.v)
-    mine = Block(task.fabric.rank, 0, saved.k, saved.k, task.mine)
+    mine = Block(task.fabric.rank, 0, saved.k, saved.v, task.mine)
     returns = GradientReturns(mine, dk, dv, route(task.layout, task.mask), task.fabric)
     # 2. ring of K
     for piece in _circulating(saved.k, task):
-        dk_here, dv_here = returns.sums(piece.block)
+        block = piece.block(saved.v.shape[3])
+        dk_here, dv_here = returns.sums(block)
         # 3. make P again, and dS from it
         weights = probabilities(_piece_of_scores(q, piece, bias, task), lse)
         dscores = weights * (rows[..., piece.columns] - delta[..., None])
@@ -92,7 +94,7 @@ def backward_with_bias(
         dk_here.add(slice(None), torch.einsum("bgrst,sbgrd->tbgd", dscores, q) * task.scale)
         dv_here.add(slice(None), torch.einsum("bgrst,sbgrd->tbgd", weights, dout_))
         # 5. return that part to the owner of the piece
-        returns.start(piece.block, dk_here, dv_here)
+        returns.start(block, dk_here, dv_here)
         rows[..., piece.columns] = dscores
     returns.finish()
     return dq.result(), dk.result(), dv.result(), None if bias is None else _bias_gradient(rows, bias, task)
@@ -117,10 +119,9 @@ class _Piece(NamedTuple):
         """The tokens' positions."""
         return cut(self.runs, slice(self.first, self.first + len(self.x)))
 
-    @property
-    def block(self) -> Block:
-        """These tokens as a block, for the gradients of K and V."""
-        return Block(self.owner, self.first, self.x, self.x, self.runs)
+    def block(self, value_dim: int) -> Block:
+        """Return these keys as a block, for the gradients of K and V; its values have a shape only."""
+        return Block(self.owner, self.first, self.x, with_dim(self.x, value_dim), self.runs)
 
 
 def _circulating(x: Tensor, task: Task) -> Iterator[_Piece]:

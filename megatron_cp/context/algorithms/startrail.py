@@ -26,6 +26,7 @@ from megatron_cp.context import cache_sizes
 from megatron_cp.context.algorithms import rows_and_columns
 from megatron_cp.context.algorithms.rows_and_columns import Tiling
 from megatron_cp.context.merge import widening
+from megatron_cp.context.packing import heads_of, packed, unpacked
 from megatron_cp.context.returns import empty_like, exchange
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.grid import Grid, team_sizes
@@ -66,9 +67,10 @@ def _rings(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]
         return (ring * places + place % places) * grid.inner + member
 
     mirror, ahead, behind = at(member, place, ring), at(ring, place + 1, member), at(ring, place - 1, member)
+    heads = heads_of(k, v)
     # 1. gather the keys and values of the team
     # s b (k v) d, so that K and V of a rank are one message
-    held = _gathered(torch.cat([k, v], 2), grid.members("inner", fabric.rank), fabric)
+    held = _gathered(packed(k, v), grid.members("inner", fabric.rank), fabric)
     # 2. swap them for those of the team at the same place of ring `member`
     if mirror != fabric.rank:
         held, transfer = _passed(held, mirror, mirror, fabric)
@@ -77,10 +79,10 @@ def _rings(k: Tensor, v: Tensor, grid: Grid, task: Task) -> Iterator[list[Block]
     *hops, last = teams(grid).hops[fabric.rank]
     for owners in hops:
         arriving, transfer = _passed(held, ahead, behind, fabric)
-        yield _blocks(owners, held, task)
+        yield _blocks(owners, held, heads, task)
         transfer.wait()
         held = arriving
-    yield _blocks(last, held, task)
+    yield _blocks(last, held, heads, task)
 
 
 def _gathered(mine: Tensor, team: Sequence[int], fabric: Fabric) -> list[Tensor]:
@@ -96,8 +98,8 @@ def _passed(leaving: list[Tensor], dst: int, src: int, fabric: Fabric) -> tuple[
     return arriving, exchange(fabric, leaving, dst, arriving, src)
 
 
-def _blocks(owners: Sequence[int], held: list[Tensor], task: Task) -> list[Block]:
-    pairs = ((owner, both.chunk(2, dim=2)) for owner, both in zip(owners, held, strict=True))
+def _blocks(owners: Sequence[int], held: list[Tensor], heads: Sequence[tuple[int, int]], task: Task) -> list[Block]:
+    pairs = ((owner, unpacked(both, heads)) for owner, both in zip(owners, held, strict=True))
     return [Block(owner, 0, k, v, task.layout[owner]) for owner, (k, v) in pairs]
 
 

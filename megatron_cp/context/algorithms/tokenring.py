@@ -27,12 +27,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]
     Queries that no rank further on needs stay behind. The owner merges partial results in float32; they travel in the
     queries' dtype with float32 row statistics, while the next queries are computed.
     """
-    merge, mine, returns = SoftmaxMerge(q), Block(task.fabric.rank, 0, k, v), Returns(task.fabric)
+    merge, mine, returns = SoftmaxMerge(q, v.shape[3]), Block(task.fabric.rank, 0, k, v), Returns(task.fabric)
     # 1. pass the queries on, and receive the next ones during the body
     for shard in _circulating([q], task):
         # 2. attend the queries at hand to this rank's keys
         (q_here,) = shard.tensors
-        partial = merge if shard.own else SoftmaxMerge(q_here)
+        partial = merge if shard.own else SoftmaxMerge(q_here, v.shape[3])
         task.attend(partial, q_here, mine, shard.queries)
         # 3. return the partial result to the owner of the queries, which merges it
         if not shard.own:

@@ -335,7 +335,8 @@ class RecordingKernel:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, window: Window | None = None
     ) -> tuple[Tensor, Tensor]:
         self._note(q, k, causal, window, backward=False)
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
+        out = torch.empty_like(q) if q.shape[3] == v.shape[3] else q.new_empty((*q.shape[:3], v.shape[3]))
+        return out, q.new_empty(q.shape[:3], dtype=accumulator_dtype(q))
 
     def backward(
         self,
