@@ -208,3 +208,54 @@ def test_learned_sinks_beside_other_parallelism_equal_one_rank(alone, case):
 @pytest.mark.slow
 def test_learned_sinks_in_a_schedule_of_ours_equal_one_rank(alone):
     assert_sinks_train(alone, 4, context("zigzag", 2), "--pipeline-model-parallel-size 2 --pp-schedule zb-h1")
+
+
+# keys of 8 + 4, values of 8
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
+    "--v-head-dim 8 --rope-type rope"
+)
+
+
+def losses_and_value_dims(flags):
+    """The losses of a run, and the head dims of keys and values that our attention was given on this rank."""
+    from megatron_cp.megatron.layers import attention
+
+    dims, attend = set(), attention.attend
+
+    def noted(q, k, v, *rest, **options):
+        dims.add((k.shape[3], v.shape[3]))
+        return attend(q, k, v, *rest, **options)
+
+    attention.attend = noted
+    return pretrain_losses(flags), dims
+
+
+def latent_losses(size, *flags):
+    words = tiny(*flags, LATENT, without="--group-query-attention")
+    # a head of its own for every query head
+    at = words.index("--num-query-groups")
+    found = run_ranks(size, losses_and_value_dims, words[:at] + words[at + 2 :])
+    assert [dims for _, dims in found] == [{(12, 8)}] * size
+    return found[0][0]
+
+
+@pytest.fixture(scope="module")
+def latent_alone():
+    return latent_losses(1, "--cp-comm-type p2p")
+
+
+@pytest.mark.parametrize(
+    ("backend", "size"), slow_unless([("zigzag", 2)], [("zigzag", 2), ("ulysses", 4), ("all-gather", 4), ("fpdt", 2)])
+)
+def test_multi_latent_attention_equals_one_rank(latent_alone, backend, size):
+    assert_equal_runs(latent_losses(size, context(backend, size)), latent_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["tensor and sequence parallel", "distributed optimizer, overlapped", "full recompute"]
+)
+def test_multi_latent_attention_beside_other_parallelism_equals_one_rank(latent_alone, case):
+    size, parallel, _ = COMBINED[case]
+    assert_equal_runs(latent_losses(size, context("zigzag", 2), parallel), latent_alone)

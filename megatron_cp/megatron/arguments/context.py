@@ -19,14 +19,6 @@ from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, PipelineFlags, TensorFlags, on_stripes, takes_placement
 from megatron_cp.registry import suggest
 
-
-def _mla_heads_differ(source: Any) -> bool:
-    if not read(source, "multi_latent_attention", False):
-        return False
-    query_key = read(source, "qk_head_dim", 0) + read(source, "qk_pos_emb_head_dim", 0)
-    return bool(query_key != read(source, "v_head_dim", 0))
-
-
 # Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
 UNSUPPORTED = (
     Unsupported(
@@ -56,11 +48,6 @@ UNSUPPORTED = (
         "transformer-engine's offload of activations (cpu_offloading), which fails on views such as our outputs",
         lambda source: bool(read(source, "cpu_offloading", False) or read(source, "cpu_offloading_num_layers", 0)),
         "leave --cpu-offloading-num-layers out, --recompute-granularity saves memory too",
-    ),
-    Unsupported(
-        "multi-latent attention whose v_head_dim is not qk_head_dim + qk_pos_emb_head_dim",
-        _mla_heads_differ,
-        "leave --multi-latent-attention out or use stock attention",
     ),
 )
 

@@ -45,7 +45,7 @@ class CoreAttention(MegatronModule):
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
     attention cannot do: packed sequences other than one stream, dropout in training, bias, mask tensors, logit
-    statistics, values narrower than keys.
+    statistics.
     """
 
     def __init__(
@@ -68,15 +68,13 @@ class CoreAttention(MegatronModule):
         self.attention_type = attention_type
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         refuse_unsupported(config, f"layer {self.layer_number}")
-        if k_channels != v_channels:
-            self._refuse(
-                f"values narrower than keys (k_channels {k_channels}, v_channels {v_channels})", "make them equal"
-            )
         if num_splits is not None:
             self._refuse(f"num_splits {num_splits}", "leave it out")
         # Query-key layer scaling divides before and multiplies after a half-precision product: the kernels here keep
         # scores in fp32, so that the scale as a whole is this one.
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        # the values of multi-latent attention are narrower than its keys
+        self._widest_head = max(k_channels or config.kv_channels, v_channels or config.kv_channels)
         self.cp_comm_type = cp_comm_type or DEFAULT
         self.flags = AttentionFlags.of(config)
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
@@ -101,7 +99,7 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend: query s b h d, key and value s b g d with h a multiple of g, returns s b (h d).
+        """Attend: query s b h d, key s b g d, value s b g dv with h a multiple of g, returns s b (h dv).
 
         With the documents of a packed stream they are t h d and t g d, and t (h d) is returned. All ranks of the
         context-parallel group communicate. `s` is this rank's share of the sequence.
@@ -159,7 +157,7 @@ class CoreAttention(MegatronModule):
             self.flags.kernel,
             device=device,
             dtype=str(self.config.params_dtype).removeprefix("torch."),
-            head_dim=self.config.kv_channels,
+            head_dim=self._widest_head,
             deterministic=self.plan.deterministic,
         )
 
@@ -211,7 +209,7 @@ class CoreAttention(MegatronModule):
         config, tensor = self.config, self.config.tensor_model_parallel_size
         heads, groups = config.num_attention_heads // tensor, max(1, (config.num_query_groups or 1) // tensor)
         dtype = str(config.params_dtype).removeprefix("torch.")
-        return Sizes(seq, heads, groups, config.kv_channels, dtype, device_of_run())
+        return Sizes(seq, heads, groups, self._widest_head, dtype, device_of_run())
 
     def _hierarchy(self) -> tuple[Fabric | None, Fabric | None]:
         groups = self.pg_collection.hcp

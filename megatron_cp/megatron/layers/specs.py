@@ -21,6 +21,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
@@ -129,27 +130,55 @@ def mtp_layers(old: Callable[..., Any], settings: Settings, *args: Any, **kwargs
 def local_layer_spec(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) -> ModuleSpec:
     """Return the spec of one decoder layer, dense or with experts, of the provider's parts."""
     norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm")
-    qk_norm = L2Norm if config.qk_l2_norm else norm if config.qk_layernorm else IdentityOp
+    # the norm of multi-latent attention is a module of its own in every checkpoint
+    fused_norms = ["pre_mlp_layernorm."] if config.multi_latent_attention else NORM_KEYS
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=provider.column_parallel_linear(),
-                    core_attention=provider.core_attention(),
-                    linear_proj=provider.row_parallel_linear(),
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            self_attention=(_latent_attention if config.multi_latent_attention else _attention)(config, provider),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=_mlp(config, provider, moe),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=norm_keys(*NORM_KEYS),
+            sharded_state_dict_keys_map=norm_keys(*fused_norms),
+        ),
+    )
+
+
+def _attention(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
+    norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    qk_norm = L2Norm if config.qk_l2_norm else norm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=provider.column_parallel_linear(),
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _latent_attention(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
+    """Return the spec of multi-latent attention, DeepSeek-AI 2024, arXiv:2405.04434, section 2.1."""
+    latent_norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm") if config.qk_layernorm else IdentityOp
+    column = provider.column_parallel_linear()
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=latent_norm,
+            kv_layernorm=latent_norm,
         ),
     )
 
@@ -283,8 +312,12 @@ def _warn_of_uneven_masks(vp_stage: int | None) -> None:
 
 
 def _refuse_on_local(config: TransformerConfig) -> None:
+    if config.multi_latent_attention and TensorFlags.of(config).ours:
+        raise Refused(
+            "linears on a grid of the tensor-parallel ranks do not serve multi-latent attention; leave --tp-comm-type "
+            "and --tp-grid or --multi-latent-attention out"
+        )
     for name in (
-        "multi_latent_attention",
         "experimental_attention_variant",
         "use_kitchen",
         "heterogeneous_block_specs",

@@ -100,10 +100,6 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"sft": True}, "--sft"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
-        (
-            {"multi_latent_attention": True, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128},
-            "multi-latent attention whose v_head_dim",
-        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:

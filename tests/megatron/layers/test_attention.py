@@ -270,7 +270,6 @@ def test_constructor_refuses_by_name(changes: dict[str, Any], words: str) -> Non
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"k_channels": 24, "v_channels": 16}, "k_channels 24, v_channels 16"),
         ({"attn_mask_type": AttnMaskType.padding}, "mask type 'padding'"),
         ({"attn_mask_type": AttnMaskType.arbitrary}, "mask type 'arbitrary'"),
         ({"num_splits": 2}, "num_splits 2"),

@@ -131,7 +131,6 @@ def test_stock_spec_is_edited_in_its_attention_only() -> None:
     [
         ({"transformer_impl": "transformer_engine"}, RuntimeError, "transformer-engine, which is not installed"),
         ({"transformer_impl": "inference_optimized"}, ValueError, "local or transformer_engine, got 'inference"),
-        ({"multi_latent_attention": True}, ValueError, "does not do multi_latent_attention"),
         ({"experimental_attention_variant": "dsa"}, ValueError, "does not do experimental_attention_variant"),
         ({"use_kitchen": True}, ValueError, "does not do use_kitchen"),
     ],
