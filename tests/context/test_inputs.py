@@ -39,7 +39,7 @@ UNFIT = {
     "float8": (lambda: [x().to(torch.float8_e4m3fn)] * 3, "q must be of dtype float64 or float32"),
     "two dtypes": (lambda: [x(), x(dtype=torch.float64), x()], "q, k and v must have one dtype, got torch.float32, "),
     "two devices": (lambda: [x(), x(), x(device="meta")], "q, k and v must be on one device, got cpu, cpu and meta"),
-    "k unlike v": (lambda: [x(), x(), x(TOKENS, 1, 2, 8)], "k and v must have one shape, got (24, 1, 4, 8) and "),
+    "k unlike v": (lambda: [x(), x(), x(TOKENS, 1, 2, 8)], "k and v must agree in tokens, batch and heads, got (24, "),
     "q unlike k": (lambda: [x(), *[x(TOKENS, 2, HEADS, 8)] * 2], "q and k must agree in tokens, batch and head dim"),
     "three KV heads": (lambda: [x(), *[x(TOKENS, 1, 3, 8)] * 2], "query heads must be a multiple of KV heads, got 4"),
 }
