@@ -312,10 +312,12 @@ def _warn_of_uneven_masks(vp_stage: int | None) -> None:
 
 
 def _refuse_on_local(config: TransformerConfig) -> None:
-    if config.multi_latent_attention and TensorFlags.of(config).ours:
+    if config.multi_latent_attention and config.tensor_model_parallel_size > 1:
+        # the backward pass of Megatron's gather keeps what the rank's own heads add to the shared rotary keys
         raise Refused(
-            "linears on a grid of the tensor-parallel ranks do not serve multi-latent attention; leave --tp-comm-type "
-            "and --tp-grid or --multi-latent-attention out"
+            f"multi-latent attention between local linears loses other ranks' part of a gradient under tensor "
+            f"parallelism, got --tensor-model-parallel-size {config.tensor_model_parallel_size}; use 1, or "
+            f"--transformer-impl transformer_engine"
         )
     for name in (
         "experimental_attention_variant",

@@ -131,6 +131,11 @@ def test_stock_spec_is_edited_in_its_attention_only() -> None:
     [
         ({"transformer_impl": "transformer_engine"}, RuntimeError, "transformer-engine, which is not installed"),
         ({"transformer_impl": "inference_optimized"}, ValueError, "local or transformer_engine, got 'inference"),
+        (
+            {"multi_latent_attention": True, "tensor_model_parallel_size": 2},
+            ValueError,
+            "loses other ranks' part of a gradient .* got --tensor-model-parallel-size 2; use 1",
+        ),
         ({"experimental_attention_variant": "dsa"}, ValueError, "does not do experimental_attention_variant"),
         ({"use_kitchen": True}, ValueError, "does not do use_kitchen"),
     ],
