@@ -231,7 +231,7 @@ BACKENDS = Registry(
             paper="arXiv:2105.13120",
             what="ring of K, then of V, over whole rows of scores; takes a bias, shows probabilities",
             traffic=TrafficFormula(full="2(p-1)U", causal="3/4 of it", backward="2(p-1)(U + Ug)"),
-            capabilities=Capabilities(bias=True, weighed="never"),
+            capabilities=Capabilities(bias=True, softcap=False, weighed="never"),
         ),
         Backend(
             name="wallfacer",

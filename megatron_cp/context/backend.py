@@ -27,6 +27,7 @@ class Capabilities:
     heads:     ranks that share a rank's query heads and need one each: "none", "all" or those of the heads' "axis"
     chunks:    can be cut into chunks over time: it takes any mask over any positions
     bias:      takes a dense bias and returns probabilities
+    softcap:   computes scores by a kernel, which may cap them
     sinks:     a sink is merged "after" the loop, into out and lse of the `Saved` that it keeps, or "inside" by the loop
                itself, whose backward pass then returns the sink's gradient last; "none": the loop keeps another tuple
     weighed:   considered by backend `auto`: "always", "without window" (but for kernels that take windows) or "never"
@@ -41,6 +42,7 @@ class Capabilities:
     heads: Literal["none", "all", "axis"] = "none"
     chunks: bool = True
     bias: bool = False
+    softcap: bool = True
     sinks: Literal["after", "inside", "none"] = "after"
     weighed: Literal["always", "without window", "never"] = "always"
     planned: bool = False

@@ -76,6 +76,15 @@ def check_sinks(entry: Backend) -> None:
         )
 
 
+def check_softcap(entry: Backend) -> None:
+    """Raise Refused for an algorithm that computes scores without a kernel."""
+    if not entry.capabilities.softcap:
+        raise Refused(
+            f"backend {entry.name!r} does not cap scores; use backend "
+            f"{able(lambda other: other.capabilities.softcap)} or leave softcap out"
+        )
+
+
 def check_can_chunk(entry: Backend) -> None:
     """Raise Refused for an algorithm that cannot be cut into chunks over time."""
     if not entry.capabilities.chunks:

@@ -13,7 +13,15 @@ from torch import Tensor
 from megatron_cp.comm import Fabric, Gathering, SingleFabric
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes, layouts
 from megatron_cp.context.algorithms.fpdt import FPDT
-from megatron_cp.context.checks import able, check_can_chunk, check_grid, check_heads, check_mask, check_placement
+from megatron_cp.context.checks import (
+    able,
+    check_can_chunk,
+    check_grid,
+    check_heads,
+    check_mask,
+    check_placement,
+    check_softcap,
+)
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.inputs import check_inputs
 from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG
@@ -25,7 +33,7 @@ from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO as AUTO_KERNEL
-from megatron_cp.kernels import KERNELS, Kernel, choose
+from megatron_cp.kernels import KERNELS, Kernel, check_caps, choose, with_cap
 from megatron_cp.registry import unknown
 
 LARGEST_SCALE = 3.4e38
@@ -56,6 +64,7 @@ class Plan:
 
     cluster: the cluster for which `auto` chooses; None is looked up by the device
     why:     the reasons of `auto`, in one line
+    softcap: where the kernel caps scores
     number:  of this plan among all of the process, for graphs that hold no objects
     """
 
@@ -71,6 +80,7 @@ class Plan:
     cluster: Cluster | None = None
     why: str = ""
     stripe: int = 1
+    softcap: float | None = None
     number: int = field(init=False, repr=False, compare=False, default_factory=lambda: next(_numbers))
 
     def __post_init__(self) -> None:
@@ -98,6 +108,7 @@ class Plan:
             f"layout={self.layout}",
             f"stripe={self.stripe}",
             f"chunks={self.chunks}",
+            f"softcap={self.softcap}",
             f"grid={grid}",
             f"cluster={self.cluster and self.cluster.name}",
             *([f"nodes={len({*nodes})} with {nodes.count(nodes[0])} ranks on the first"] if nodes else []),
@@ -117,8 +128,8 @@ class Plan:
     def kernel_of(self, device: str, dtype: str, head_dim: int) -> tuple[Kernel, str]:
         """Return the kernel for tensors on such a device, and the reason for it."""
         if not isinstance(self.kernel, str):
-            return self.kernel, f"{self.kernel.name!r} was handed in"
-        return _kernel(self.kernel, device, dtype, head_dim, self.deterministic)
+            return with_cap(self.kernel, self.softcap), f"{self.kernel.name!r} was handed in"
+        return _kernel(self.kernel, device, dtype, head_dim, self.deterministic, self.softcap)
 
     @property
     def sent(self) -> int:
@@ -143,6 +154,7 @@ def plan(
     chunks: int | None = None,
     cluster: str | Cluster | None = None,
     stripe: int = 1,
+    softcap: float | None = None,
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
@@ -154,6 +166,7 @@ def plan(
     chunks:        number of chunks over time into which the work is cut, with tokens in host memory (FPDT)
     cluster:       the cluster for which backend "auto" chooses: a name, a file or a description; None: by the device
     stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
+    softcap:       softcap tanh(score / softcap) takes the place of each scaled score; None leaves scores as they are
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
     cp = SingleFabric() if cp is None else cp
@@ -173,6 +186,10 @@ def plan(
         raise Refused(f"chunks is the number of pieces, 1 or more, got {chunks}; leave it out for a whole run")
     if chunks is not None:
         check_can_chunk(entry)
+    if softcap is not None:
+        softcap = _as_softcap(softcap)
+        check_softcap(entry)
+        check_caps(kernel)
     seen = mask(causal, window)
     check_mask(entry, seen)
     return Plan(
@@ -187,6 +204,7 @@ def plan(
         chunks=chunks,
         cluster=load_cluster(cluster) if isinstance(cluster, str) else cluster,
         stripe=stripe,
+        softcap=softcap,
     )
 
 
@@ -211,8 +229,10 @@ def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | No
 
 
 @lru_cache(cache_sizes.LAYOUTS)
-def _kernel(name: str, device: str, dtype: str, head_dim: int, deterministic: bool) -> tuple[Kernel, str]:
-    return choose(name, device=device, dtype=dtype, head_dim=head_dim, deterministic=deterministic)
+def _kernel(
+    name: str, device: str, dtype: str, head_dim: int, deterministic: bool, softcap: float | None
+) -> tuple[Kernel, str]:
+    return choose(name, device=device, dtype=dtype, head_dim=head_dim, deterministic=deterministic, softcap=softcap)
 
 
 def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None, placement: str) -> Axes:
@@ -273,6 +293,12 @@ def _as_scale(scale: object) -> float:
     if not math.isfinite(value) or abs(value) > LARGEST_SCALE:
         raise Refused(f"softmax_scale must be finite in float32, got {value}; leave it out for 1 / sqrt(head dim)")
     return value
+
+
+def _as_softcap(softcap: object) -> float:
+    if not isinstance(softcap, Real) or isinstance(softcap, bool) or not 0 < float(softcap) <= LARGEST_SCALE:
+        raise Refused(f"softcap must be a positive finite number, got {softcap!r}; leave it out for scores as they are")
+    return float(softcap)
 
 
 def _check_types(*, causal: object, deterministic: object, kernel: object, chunks: object, stripe: object) -> None:

@@ -5,21 +5,25 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from megatron_cp.errors import CannotRun, Refused
-from megatron_cp.kernels.protocol import Kernel, Window, takes_windows
+from megatron_cp.kernels.protocol import CapsScores, Kernel, Window, takes_windows
 from megatron_cp.registry import Registry
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "KernelEntry", "Window", "choose", "takes_windows"]
+__all__ = ["AUTO", "KERNELS", "Kernel", "KernelEntry", "Window", "check_caps", "choose", "takes_windows", "with_cap"]
 
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """A kernel entry. The module that `load` imports defines create(), refusal() and missing()."""
+    """A kernel entry. The module that `load` imports defines create(), refusal() and missing().
+
+    caps: its kernel can cap scores
+    """
 
     name: str
     aliases: tuple[str, ...]
     load: Callable[[], ModuleType]
     needs: str
     summary: str
+    caps: bool = False
 
 
 def _torch_sdpa() -> ModuleType:
@@ -75,6 +79,7 @@ KERNELS: Registry[KernelEntry] = Registry(
             _flash_attn,
             "CUDA and the flash-attn package 2.6 to 2.8",
             "the flash-attn package's FlashAttention-2",
+            caps=True,
         ),
         KernelEntry(
             "flash-3",
@@ -103,6 +108,7 @@ KERNELS: Registry[KernelEntry] = Registry(
             _reference,
             "torch; memory grows with the square of the tile",
             "dense attention written out: any device, any floating dtype, the oracle of the tests",
+            caps=True,
         ),
     ],
 )
@@ -110,27 +116,57 @@ KERNELS: Registry[KernelEntry] = Registry(
 AUTO = "auto"
 
 
-def choose(name: str, *, device: str, dtype: str, head_dim: int, deterministic: bool = False) -> tuple[Kernel, str]:
+def choose(
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    head_dim: int,
+    deterministic: bool = False,
+    softcap: float | None = None,
+) -> tuple[Kernel, str]:
     """Return the kernel called `name` (or the first able one for `auto`) and one sentence that says why it is this one.
 
     device is `cpu` or `cuda` (an index may follow), dtype a torch dtype's name without `torch.`, head_dim the larger
     of the key's and the value's. With `deterministic` the gradients of two equal calls are equal bit for bit.
+    With `softcap` the kernel caps scores there.
     Raises ValueError for an unknown name or one that cannot run this, RuntimeError when its package is missing.
     """
     device, dtype = device.split(":")[0], dtype.removeprefix("torch.")
     if name != AUTO:
-        return _named(KERNELS.get(name), device, dtype, head_dim, deterministic)
+        kernel, reason = _named(KERNELS.get(name), device, dtype, head_dim, deterministic)
+        return with_cap(kernel, softcap), reason
     refusals: list[str] = []
     order, basis = _order(device)
     for entry in order:
+        if softcap is not None and not entry.caps:
+            refusals.append(f"{entry.name!r} does not cap scores")
+            continue
         module = entry.load()
         why_not = module.refusal(device=device, dtype=dtype, head_dim=head_dim) or module.missing(device=device)
         if why_not is None:
-            return module.create(device=device, deterministic=deterministic), _reason(
-                entry, device, dtype, head_dim, [*refusals, *basis]
-            )
+            kernel = with_cap(module.create(device=device, deterministic=deterministic), softcap)
+            return kernel, _reason(entry, device, dtype, head_dim, [*refusals, *basis])
         refusals.append(f"{entry.name!r} {why_not}")
     raise AssertionError("the last kernel of the registry runs everything")
+
+
+def with_cap(kernel: Kernel, softcap: float | None) -> Kernel:
+    """Return the kernel with scores capped at `softcap`; raises ValueError for one that does not cap them."""
+    if softcap is None:
+        return kernel
+    check_caps(kernel)
+    assert isinstance(kernel, CapsScores), "checked above"
+    return kernel.capped(softcap)
+
+
+def check_caps(kernel: str | Kernel) -> None:
+    """Raise ValueError for a kernel, or the name of one, that does not cap scores."""
+    named = kernel if isinstance(kernel, str) else kernel.name
+    if isinstance(kernel, CapsScores) or named == AUTO or (isinstance(kernel, str) and KERNELS.get(kernel).caps):
+        return
+    names = ", ".join(entry.name for entry in KERNELS if entry.caps)
+    raise Refused(f"kernel {named!r} does not cap scores; use 'auto' or one of: {names}, or leave softcap out")
 
 
 def _order(device: str) -> tuple[list[KernelEntry], list[str]]:

@@ -65,7 +65,19 @@ def missing(*, device: str) -> str | None:
 def create(*, device: str, deterministic: bool) -> FusedKernel:
     """Raises RuntimeError when the package is there but does not load (built for another torch or CUDA)."""
     interface: Interface = loaded(lambda: import_module("flash_attn.flash_attn_interface"), PACKAGE)
-    return FusedKernel("flash", Only(flash_op(interface, deterministic=deterministic)))
+    return FlashKernel(interface, deterministic=deterministic)
+
+
+class FlashKernel(FusedKernel):
+    """The package's kernel, which caps scores where it is asked to; a softcap of 0 is none."""
+
+    def __init__(self, interface: Interface, *, deterministic: bool, softcap: float = 0.0) -> None:
+        super().__init__("flash", Only(flash_op(interface, deterministic=deterministic, softcap=softcap)))
+        self._interface, self._deterministic = interface, deterministic
+
+    def capped(self, softcap: float) -> "FlashKernel":
+        """Return the kernel that caps scores."""
+        return FlashKernel(self._interface, deterministic=self._deterministic, softcap=softcap)
 
 
 def loaded(load: Callable[[], Any], package: Package) -> Any:
@@ -78,7 +90,7 @@ def loaded(load: Callable[[], Any], package: Package) -> Any:
         ) from error
 
 
-def flash_op(interface: Interface, *, deterministic: bool) -> Op:
+def flash_op(interface: Interface, *, deterministic: bool, softcap: float = 0.0) -> Op:
     """Return the package's op, with the calling convention that this release has."""
     forms = [FORWARD[split] for split in (False, True)]
     split = check_parameters(PACKAGE.name, interface._flash_attn_forward, *forms) == FORWARD[True]
@@ -95,7 +107,7 @@ def flash_op(interface: Interface, *, deterministic: bool) -> Op:
         q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: Window | None = None
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        results = run_forward(q, k, v, 0.0, scale, causal, *limits(window), 0.0, None, False)
+        results = run_forward(q, k, v, 0.0, scale, causal, *limits(window), softcap, None, False)
         return results[0].transpose(1, 2), results[lse_index]
 
     def backward(
@@ -112,7 +124,7 @@ def flash_op(interface: Interface, *, deterministic: bool) -> Op:
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         dq, dk, dv = buffers(q, k, v)
         # the kernel reads lse through a bare pointer, as b h s
-        lse, how = lse.contiguous(), (0.0, scale, causal, *limits(window), 0.0, None, deterministic, None)
+        lse, how = lse.contiguous(), (0.0, scale, causal, *limits(window), softcap, None, deterministic, None)
         run_backward(dout, q, k, v, out, lse, dq, dk, dv, *how)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 

@@ -58,6 +58,15 @@ class PreparesBackward(Protocol):
         ...
 
 
+@runtime_checkable
+class CapsScores(Protocol):
+    """A kernel that can cap scores: softcap tanh(score / softcap) takes the place of each scaled score, also in lse."""
+
+    def capped(self, softcap: float) -> Kernel:
+        """Return the kernel that caps scores at `softcap`, a positive number."""
+        ...
+
+
 class WindowKernel(Kernel, Protocol):
     """A kernel that computes a band along the diagonal in one call; where `windows` is False it is any other kernel."""
 

@@ -25,6 +25,13 @@ class ReferenceKernel:
     name = "reference"
     windows = True
 
+    def __init__(self, softcap: float | None = None) -> None:
+        self._softcap = softcap
+
+    def capped(self, softcap: float) -> "ReferenceKernel":
+        """Return the kernel that caps scores (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+        return ReferenceKernel(softcap)
+
     def forward(
         self,
         q: Float[Tensor, "s b h d"],
@@ -37,7 +44,7 @@ class ReferenceKernel:
     ) -> tuple[Float[Tensor, "s b h dv"], Float[Tensor, "s b h"]]:
         """out and lse; O(s * t) memory."""
         check_call(q, k, v, causal, window)
-        scores = _scores(q, k, scale, (None, 0) if causal else window)
+        scores = _scores(q, k, scale, (None, 0) if causal else window, self._softcap)
         lse, weights = scores.logsumexp(-1), scores.softmax(-1)
         # b g r s t, t b g d -> s b (g r) d
         out = torch.einsum("bgrst,tbgd->sbgrd", weights, _wide(v)).flatten(2, 3)
@@ -61,9 +68,13 @@ class ReferenceKernel:
         check_backward(dout, q, v, out, lse)
         groups = k.shape[2]
         dout_, q_, out_ = (_grouped(x, groups) for x in (dout, q, out))
-        weights = _weights(_scores(q, k, scale, (None, 0) if causal else window), _rows(lse, groups))
+        scores = _scores(q, k, scale, (None, 0) if causal else window, self._softcap)
+        weights = _weights(scores, _rows(lse, groups))
         delta = (out_ * dout_).sum(-1).permute(1, 2, 3, 0)
         dscores = weights * (torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(v)) - delta[..., None]) * scale
+        if self._softcap is not None:
+            # the slope of tanh; hidden scores are -inf and have weight 0
+            dscores *= 1 - (scores.clamp(min=-self._softcap) / self._softcap).square()
         dq = torch.einsum("bgrst,tbgd->sbgrd", dscores, _wide(k)).flatten(2, 3)
         dk = torch.einsum("bgrst,sbgrd->tbgd", dscores, q_)
         dv = torch.einsum("bgrst,sbgrd->tbgd", weights, dout_)
@@ -84,8 +95,10 @@ def _rows(lse: Tensor, groups: int) -> Tensor:
     return lse.unflatten(2, (groups, -1)).permute(1, 2, 3, 0)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, window: Window | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, window: Window | None, softcap: float | None) -> Tensor:
     scores = torch.einsum("sbgrd,tbgd->bgrst", _grouped(q, k.shape[2]), _wide(k)) * scale
+    if softcap is not None:
+        scores = (scores / softcap).tanh_() * softcap
     if window is None:
         return scores
     queries, keys = scores.shape[-2:]

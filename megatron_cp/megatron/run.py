@@ -158,6 +158,16 @@ class AttentionFlags(_Flags):
             + ", or a YAML file; by default the one that ships for this machine's GPU."
         ),
     )
+    softcap: float | None = _flag(
+        None,
+        lambda: "SCORE",
+        lambda: (
+            "Cap attention scores: SCORE * tanh(score / SCORE) takes the place of each. By --cp-kernel "
+            + ", ".join(entry.name for entry in KERNELS if entry.caps)
+            + "."
+        ),
+        float,
+    )
     sink: float | None = _flag(
         None,
         lambda: "LOGIT",

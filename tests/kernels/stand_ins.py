@@ -39,18 +39,18 @@ def window_of(left, right):
     return None if limits == (None, None) else limits
 
 
-def forward(q, k, v, scale, causal, window=None):
+def forward(q, k, v, scale, causal, window=None, softcap=None):
     """out [b s h d] and lse [b h s] of tensors [b s h d]."""
     q, k, v = sbhd(q, k, v)
-    out, lse = ReferenceKernel().forward(q, k, v, scale=scale, causal=causal, window=window)
+    out, lse = ReferenceKernel(softcap).forward(q, k, v, scale=scale, causal=causal, window=window)
     return sbhd(out)[0].contiguous(), lse.permute(1, 2, 0).contiguous()
 
 
-def backward(dout, q, k, v, out, lse, scale, causal, window=None):
+def backward(dout, q, k, v, out, lse, scale, causal, window=None, softcap=None):
     """dq, dk, dv [b s h d]; lse must be dense, since kernels read it through a bare pointer."""
     assert lse.is_contiguous()
     tensors = sbhd(dout, q, k, v, out)
-    grads = ReferenceKernel().backward(*tensors, lse.permute(2, 0, 1), scale=scale, causal=causal, window=window)
+    grads = ReferenceKernel(softcap).backward(*tensors, lse.permute(2, 0, 1), scale=scale, causal=causal, window=window)
     return sbhd(*grads)
 
 
@@ -73,8 +73,8 @@ def flash_attn(release):
     def how(given):
         limits = (given["window_size_left"], given["window_size_right"]) if split else given["window_size"]
         assert given["alibi_slopes"] is None
-        assert given["dropout_p"] == given["softcap"] == 0
-        return given["softmax_scale"], given["causal"], window_of(*limits)
+        assert given["dropout_p"] == 0
+        return given["softmax_scale"], given["causal"], window_of(*limits), given["softcap"] or None
 
     def run_forward(given):
         assert not given["return_softmax"]

@@ -17,6 +17,7 @@ WORDS = {
     "chunks": 2,
     "cluster": "a100-ib",
     "sink": -0.5,
+    "softcap": 30.0,
 }
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
-from megatron_cp.context.checks import able, check_grid, check_sinks
+from megatron_cp.context.checks import able, check_grid, check_sinks, check_softcap
 from megatron_cp.context.layouts import ZIGZAG, check_chunks, layout
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.kernels import AUTO, KERNELS
+from megatron_cp.kernels import AUTO, KERNELS, check_caps
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, PipelineFlags, TensorFlags, on_stripes, takes_placement
 from megatron_cp.registry import suggest
@@ -77,6 +77,7 @@ def check(args: Any) -> None:
     _check_stripe(args)
     _check_chunks(args)
     _check_cluster(args)
+    _check_softcap(args)
     _check_sink(args)
     _check_warmup(args)
     refuse_unsupported(args, "arguments")
@@ -128,6 +129,17 @@ def _check_cluster(args: Any) -> None:
             f"--tp-grid, got {', '.join(comm_types(args))}; leave it out"
         )
     load_cluster(cluster)
+
+
+def _check_softcap(args: Any) -> None:
+    flags = AttentionFlags.of(args)
+    if flags.softcap is None:
+        return
+    if not 0 < flags.softcap < math.inf:
+        raise Refused(f"--cp-softcap is a positive finite score, got {flags.softcap}; leave it out for none")
+    check_caps(flags.kernel)
+    for entry in map(BACKENDS.get, comm_types(args)):
+        check_softcap(entry)
 
 
 def _check_sink(args: Any) -> None:

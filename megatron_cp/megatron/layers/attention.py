@@ -159,6 +159,7 @@ class CoreAttention(MegatronModule):
             dtype=str(self.config.params_dtype).removeprefix("torch."),
             head_dim=self._widest_head,
             deterministic=self.plan.deterministic,
+            softcap=self.flags.softcap,
         )
 
     def _learnable_sinks(self) -> torch.nn.Parameter:
@@ -189,6 +190,7 @@ class CoreAttention(MegatronModule):
             deterministic=self.config.deterministic_mode,
             stripe=self.flags.stripe if on_stripes(BACKENDS.get(self.cp_comm_type)) else 1,
             cluster=self._cluster(),
+            softcap=self.flags.softcap,
         )
         seq = getattr(self.config, "cp_seq_length", None)
         return made if seq is None else settle(made, self._sizes(seq))

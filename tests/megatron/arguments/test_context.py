@@ -41,6 +41,7 @@ def given(**changes: Any) -> Namespace:
         {"cp_kernel": "reference"},
         {"softmax_type": "learnable"},
         {"cp_sink": -1.0},
+        {"cp_softcap": 30.0},
         {
             "cp_comm_type": ["p2p", "usp", "ring"],
             "hierarchical_context_parallel_sizes": [2, 2],
@@ -91,6 +92,12 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"seq_length": 1004}, r"divisible by 2 \* --context-parallel-size = 8, got 1004; use 1008"),
         ({"cp_comm_type": ["a2a"], "num_attention_heads": 6}, "splits the query heads .* over 4 ranks, got 3 heads"),
         ({"softmax_type": "learnable", "cp_sink": 0.0}, "fixed sink .* leave --cp-sink or --softmax-type out"),
+        ({"cp_softcap": 0.0}, "--cp-softcap is a positive finite score, got 0.0; leave it out"),
+        (
+            {"cp_softcap": 30.0, "cp_kernel": "torch"},
+            "kernel 'torch' does not cap scores; use 'auto' or one of: flash, ",
+        ),
+        ({"cp_softcap": 30.0, "cp_comm_type": ["rsa"]}, "backend 'rsa' does not cap scores; use backend 'zigzag' or "),
         ({"cp_sink": float("nan")}, "--cp-sink is a finite logit, got nan; leave it out"),
         ({"qk_clip": True}, "--qk-clip"),
         ({"cpu_offloading_num_layers": 1}, "offload of activations .* leave --cpu-offloading-num-layers out"),
@@ -119,6 +126,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_chunks": None,
         "cp_cluster": None,
         "cp_sink": None,
+        "cp_softcap": None,
     }
     assert "zigzag=p2p" in parser.format_help()
 
