@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from megatron_cp import config
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -141,6 +142,11 @@ def check_tensor(args: Any) -> None:
     if engine == "symmetric" and read(args, "distributed_backend", "nccl") != "nccl":
         raise Refused(
             "--tp-engine symmetric needs GPUs that reach each other's memory, and this run has none; use ring"
+        )
+    if engine == "symmetric" and config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise Refused(
+            "--tp-engine symmetric copies on a second stream, got CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron "
+            "requires of GPUs before Blackwell; use ring, or unset it on a later GPU"
         )
     if scheme.name == CUBE:
         cube_side(tp)

@@ -78,6 +78,14 @@ def test_what_does_not_work_is_refused_with_a_way_out(given, message):
     assert "\n" not in str(refused.value)
 
 
+def test_one_connection_is_refused_for_the_symmetric_engine(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(ValueError, match="got CUDA_DEVICE_MAX_CONNECTIONS=1"):
+        check(tp_engine="symmetric", distributed_backend="nccl")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    check(tp_engine="symmetric", distributed_backend="nccl")
+
+
 SIZES = {
     "hidden_size": 8192,
     "num_attention_heads": 64,
