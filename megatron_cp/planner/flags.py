@@ -39,7 +39,7 @@ UNMODELLED = _flags(
     defer-embedding-wgrad-compute wgrad-deferral-limit overlap-p2p-communication-warmup-flush
     microbatch-group-size-per-virtual-pipeline-stage mtp-standalone cpu-offloading-num-layers
     cpu-offloading-retain-pinned-cpu-buffers mtp-use-repeated-layer mtp-detach-heads mtp-hybrid-override-pattern
-    attention-backend flash-attention-version softmax-type fp32-residual-connection qk-layernorm qk-l2-norm
+    attention-backend flash-attention-version fp32-residual-connection qk-layernorm qk-l2-norm
     qk-clip attention-output-gate experimental-attention-variant dsa-indexer-n-heads dsa-indexer-head-dim
     dsa-indexer-topk dsa-indexer-topk-freq dsa-indexer-skip-topk-offset dsa-indexer-use-sparse-loss
     dsa-kernel-backend linear-conv-kernel-dim linear-key-head-dim linear-value-head-dim linear-num-key-heads
@@ -99,7 +99,7 @@ FREE = _flags(
     no-initialization use-cpu-initialization tp-comm-bootstrap-backend mtp-loss-scaling-factor
     hidden-dropout attention-dropout apply-residual-connection-post-layernorm norm-epsilon apply-layernorm-1p
     disable-bias-linear add-qkv-bias glu-linear-offset activation-func-clamp-value rotary-interleaved
-    normalization qk-clip-alpha qk-clip-threshold calculate-per-token-loss dsa-indexer-loss-coeff
+    normalization softmax-type qk-clip-alpha qk-clip-threshold calculate-per-token-loss dsa-indexer-loss-coeff
     dsa-indexer-rope-interleaved no-dsa-indexer-rotate-activation disable-dsa-indexer-rotate-activation
     no-dsa-indexer-scoring-relu disable-dsa-indexer-scoring-relu dsa-indexer-k-norm-epsilon
     dsa-indexer-k-norm-fp32 init-method-std embedding-init-method-std init-model-with-meta-device use-mup
