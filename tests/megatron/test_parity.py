@@ -257,3 +257,10 @@ def test_multi_latent_attention_equals_one_rank(latent_alone, backend, size):
 def test_multi_latent_attention_beside_other_parallelism_equals_one_rank(latent_alone, case):
     size, parallel, _ = COMBINED[case]
     assert_equal_runs(latent_losses(size, context("zigzag", 2), parallel), latent_alone)
+
+
+@pytest.mark.slow
+def test_capped_scores_equal_one_rank(alone):
+    capped = alone("--cp-softcap 0.05")
+    assert capped[0]["loss"] != pytest.approx(alone()[0]["loss"], rel=1e-3)
+    assert_equal_runs(losses(2, context("ulysses", 2), "--cp-softcap 0.05"), capped)
