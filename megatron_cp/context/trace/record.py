@@ -285,7 +285,7 @@ class RecordingFabric:
         """Note the messages of a collective that goes around rings of the ranks, each with its share of every part."""
         check_gathered(self, whole, part)
         self._recorder.check_device([whole, part])
-        size, what = (self.size - 1) * size_in_bytes(part), f"{name} of {form(part)}"
+        size, what = (self.size - 1) * size_in_bytes(part), f"{row_form(part)} in a {name}"
         if not size:
             return Done()
         self.sent += size
