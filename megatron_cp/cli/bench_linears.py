@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.tensor import COLLECTIVE, RING
 from megatron_cp.tensor.place import GridSize
 
 
@@ -29,7 +30,7 @@ def linears(
             f"{seq}, {hidden} and {width}; change one of them"
         )
     bench = LinearBench(seq, hidden, width, rounds)
-    found = measure_linears(ranks, GridSize(ranks // weights, weights), ("collective", "ring"), bench)
+    found = measure_linears(ranks, GridSize(ranks // weights, weights), (COLLECTIVE, RING), bench)
     if as_json:
         typer.echo(json.dumps([{**each._asdict(), "median": each.median} for each in found], indent=2))
         return

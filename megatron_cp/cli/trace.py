@@ -24,7 +24,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
-from megatron_cp.tensor import SCHEMES
+from megatron_cp.tensor import COLLECTIVE, RING, SCHEMES
 from megatron_cp.tensor.place import AUTO_ENGINE
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # engines that run over any fabric
-COUNTED = ("collective", "ring")
+COUNTED = (COLLECTIVE, RING)
 
 Window = Annotated[
     int | None, typer.Option(min=0, help="Keys that a query sees before itself; without --causal also after.")

@@ -12,7 +12,18 @@ from megatron_cp.registry import Registry
 if TYPE_CHECKING:
     from megatron_cp.tensor.engine import Engine
 
-__all__ = ["AUTO", "CUBE", "DEFAULT_ENGINE", "ENGINES", "MEGATRONS", "SCHEMES", "LinearEngine", "TensorScheme"]
+__all__ = [
+    "AUTO",
+    "COLLECTIVE",
+    "CUBE",
+    "DEFAULT_ENGINE",
+    "ENGINES",
+    "MEGATRONS",
+    "RING",
+    "SCHEMES",
+    "LinearEngine",
+    "TensorScheme",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +78,22 @@ def _symmetric() -> "type[Engine]":
     return SymmetricEngine
 
 
+COLLECTIVE = "collective"
+"""The engine of plain collectives."""
+
+RING = "ring"
+"""The engine of messages beside products."""
+
 ENGINES = Registry(
     "tensor-parallel engine",
     [
         LinearEngine(
-            name="collective",
+            name=COLLECTIVE,
             load=_collective,
             what="an all-gather before the product, a reduce-scatter after it",
         ),
         LinearEngine(
-            name="ring",
+            name=RING,
             load=_ring,
             what="a product for each rank's tokens, beside the message of the next one; partial results added in fp32",
         ),
@@ -98,7 +115,7 @@ AUTO = "auto"
 CUBE = "3d"
 """The scheme whose MLPs lie on a cube of ranks."""
 
-DEFAULT_ENGINE = "ring"
+DEFAULT_ENGINE = RING
 """The engine where none is asked for."""
 
 SCHEMES = Registry(

@@ -15,7 +15,7 @@ from megatron_cp.dtypes import BYTES
 from megatron_cp.grid import divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.operations import Product, collective_seconds
-from megatron_cp.tensor import AUTO, CUBE, DEFAULT_ENGINE, MEGATRONS
+from megatron_cp.tensor import AUTO, CUBE, DEFAULT_ENGINE, MEGATRONS, RING
 from megatron_cp.tensor.place import CUBES, GridSize, cube_side
 from megatron_cp.tensor.traffic import (
     LinearSize,
@@ -96,7 +96,7 @@ class Placing(NamedTuple):
     @property
     def pieces(self) -> int:
         """Products that one product over the tokens of all ranks becomes."""
-        return self.size.tokens if self.scheme != MEGATRONS and self.engine == "ring" else 1
+        return self.size.tokens if self.scheme != MEGATRONS and self.engine == RING else 1
 
     def __str__(self) -> str:
         grid = f" on {self.size}" if self.size.weights > 1 else ""

@@ -14,9 +14,14 @@ from megatron_cp.context.masks import CAUSAL, FULL, Mask
 from megatron_cp.grid import Grid
 from tests.imports import FILES, name_of, tree
 
-# the entries, the algorithms themselves, and the layouts, two of which are called as the algorithm that needs them
-# the last is a table of what to use in place of other projects' flags
-NAMING = ("context/__init__.py", "context/algorithms/", "context/layouts.py", "megatron/arguments/foreign_flags.py")
+NAMING = (
+    # the entries, the algorithms themselves, and the layouts, two of which are called as the algorithm that needs them
+    *("context/__init__.py", "context/algorithms/", "context/layouts.py"),
+    # an engine of tensor parallelism is called ring too
+    *("tensor/__init__.py", "tensor/ring.py"),
+    # a table of what to use in place of other projects' flags
+    "megatron/arguments/foreign_flags.py",
+)
 NAMES = "|".join(sorted(map(re.escape, ALGORITHMS), key=len, reverse=True))
 # 'name' in quotes, or after a word that asks for a backend
 IN_TEXT = re.compile(rf"['`]({NAMES})['`]|(?:backend|--cp-comm-type|or use) ({NAMES})\b")
