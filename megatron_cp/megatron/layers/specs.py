@@ -319,6 +319,12 @@ def _refuse_on_local(config: TransformerConfig) -> None:
             f"parallelism, got --tensor-model-parallel-size {config.tensor_model_parallel_size}; use 1, or "
             f"--transformer-impl transformer_engine"
         )
+    if config.multi_latent_attention and config.qk_layernorm and config.q_lora_rank is None:
+        raise Refused(
+            "the local spec of megatron-cp has no norm of queries without --q-lora-rank, which --qk-layernorm asks for "
+            "with --multi-latent-attention; leave --qk-layernorm out, give --q-lora-rank, or use --transformer-impl "
+            "transformer_engine"
+        )
     for name in (
         "experimental_attention_variant",
         "use_kitchen",

@@ -136,6 +136,11 @@ def test_stock_spec_is_edited_in_its_attention_only() -> None:
             ValueError,
             "loses other ranks' part of a gradient .* got --tensor-model-parallel-size 2; use 1",
         ),
+        (
+            {"multi_latent_attention": True, "qk_layernorm": True, "q_lora_rank": None},
+            ValueError,
+            "no norm of queries without --q-lora-rank, which --qk-layernorm asks for",
+        ),
         ({"experimental_attention_variant": "dsa"}, ValueError, "does not do experimental_attention_variant"),
         ({"use_kitchen": True}, ValueError, "does not do use_kitchen"),
     ],
