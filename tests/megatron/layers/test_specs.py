@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_cp.megatron.layers import specs
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
+from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.spec import gpt_layer_spec
 from tests.megatron.spec_run import grad_norms, losses, train
@@ -63,12 +64,12 @@ def _conventions() -> None:
         gpt_layer_spec(object(), local, None),
     ):
         assert_ours(asked, 4)
-    # asked twice, as for two virtual stages, and still verified once
-    assert model.post_wrap_hooks == [verify_models]
+    # asked twice, as for two virtual stages, and still hooked once
+    assert model.post_wrap_hooks == [verify_models, hand_on_documents]
     provider = BridgeProvider(num_layers=4, hidden_size=32, num_attention_heads=4, transformer_impl="local")
     for _ in range(2):
         assert_ours(gpt_layer_spec(provider, vp_stage=None), 4)
-    assert provider._post_wrap_hooks == [verify_models]
+    assert provider._post_wrap_hooks == [verify_models, hand_on_documents]
 
 
 def test_every_calling_convention_gives_our_layers() -> None:
