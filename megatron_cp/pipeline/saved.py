@@ -380,9 +380,10 @@ class PeerMover:
     def _hear(self) -> list[int]:
         count = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._channels.receive(self._peer, EVICT, count).wait()
-        if not count.item():
+        number = int(count.item())
+        if not number:
             return []
-        sizes = torch.zeros(int(count.item()), dtype=torch.int64, device=self._device)
+        sizes = torch.zeros(number, dtype=torch.int64, device=self._device)
         self._channels.receive(self._peer, EVICT, sizes).wait()
         return [int(size) for size in sizes.tolist()]
 

@@ -22,7 +22,6 @@ from megatron_cp.context.layouts import gathered, layout, moves
 from megatron_cp.context.masks import CAUSAL
 from megatron_cp.context.tiles import seen, tiles
 from megatron_cp.grid import Grid
-from tests.cases import slow_unless
 from tests.context.dense import problem
 from tests.context.test_backends import assert_equals_dense, sharded
 
@@ -126,7 +125,8 @@ def batches(fabric, backend, count):
     return found
 
 
-@pytest.mark.parametrize("backend", slow_unless(["all-gather"], ALGORITHMS))
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ALGORITHMS)
 def test_documents_add_nothing_to_any_cache(backend):
     for (before, _), (after, _) in in_process(2, lambda fabric: batches(fabric, backend, WARM + 30)):
         assert before == after

@@ -46,6 +46,7 @@ def test_every_plan_fits_and_uses_all_gpus() -> None:
         assert 16 % (parallel.dp * parallel.micro_batch) == 0
 
 
+@pytest.mark.slow
 def test_plans_are_ranked_and_the_same_again() -> None:
     seconds = [one.seconds for one in plans().options]
     assert seconds == sorted(seconds)

@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("kind", "ranks", "topology"),
     [
-        ("plain", 1, ""),
+        pytest.param("plain", 1, "", marks=pytest.mark.slow),
         pytest.param("plain", 4, "--cp-comm-type p2p --context-parallel-size 4", marks=pytest.mark.slow),
         ("plain", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
         pytest.param("distributed", 2, CP2, marks=pytest.mark.slow),
@@ -47,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.param("reshardable", 1, "", marks=pytest.mark.slow),
         ("reshardable", 4, "--cp-comm-type p2p --context-parallel-size 4"),
         pytest.param("reshardable", 2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow),
-        ("reshardable", 2, "--pipeline-model-parallel-size 2"),
+        pytest.param("reshardable", 2, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
         ("bf16", 2, CP2),
     ],
 )

@@ -115,7 +115,7 @@ def test_recomputation_gives_the_same_gradients() -> None:
 def test_shapes_are_compared_in_the_first_call_and_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def attend(q: Tensor, *others: Any, agreed: bool, sink: float | None) -> Tensor:
+    def attend(q: Tensor, *others: Any, agreed: bool, **more: Any) -> Tensor:
         calls.append(agreed)
         return q
 
@@ -287,7 +287,10 @@ def test_constructor_arguments_are_refused_by_name(changes: dict[str, Any], word
     [
         ({"attention_mask": torch.zeros(1, 1, S, S)}, "mask tensor"),
         ({"attention_bias": torch.zeros(1, H, S, S)}, "attention_bias"),
-        ({"packed_seq_params": SimpleNamespace(qkv_format="thd")}, "packed_seq_params"),
+        (
+            {"packed_seq_params": SimpleNamespace(qkv_format="thd")},
+            "packed sequences of format thd outside of a",
+        ),
         ({"attn_mask_type": AttnMaskType.padding_causal}, "padding_causal"),
     ],
 )

@@ -101,7 +101,7 @@ COMBINED = {
 CHOSEN = ["tied embeddings", "tensor and sequence parallel", "context parallel", "distributed optimizer"]
 
 
-@pytest.mark.parametrize("case", slow_unless([*CHOSEN, "expert parallel"], COMBINED))
+@pytest.mark.parametrize("case", slow_unless(CHOSEN, COMBINED))
 def test_combined_with_other_features_trains_as_megatrons_own(megatrons_own, case):
     world_size, (schedule, chunks), flags = COMBINED[case]
     assert_bit_equal(
