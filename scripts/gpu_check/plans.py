@@ -129,7 +129,7 @@ def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, 
         backend, RANKS, shape.seq, shape.heads, shape.groups, shape.dim, dtype=str(dtype).removeprefix("torch.")
     )
     chosen = plan_on(problem, SilentFabric(rank, RANKS), "auto")
-    kernel = TimedKernel(chosen.kernel_for(q)[0], Clock(torch.device(device)))
+    kernel = TimedKernel(chosen.kernel_for(q, v)[0], Clock(torch.device(device)))
     made = plan_on(problem, SilentFabric(rank, RANKS), kernel)
     task, loop = task_for(q, k, v, made), made.loop
     # the first call loads kernels and may choose among them

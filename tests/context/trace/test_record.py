@@ -87,9 +87,20 @@ class NoKernel:
 def over_gloo(problems, kernel):
     """Bytes sent and peak live bytes of this rank in each pass of each problem."""
     import torch.distributed as dist
+    from torch.utils._python_dispatch import _disable_current_modes
 
-    from megatron_cp.comm import GroupFabric
+    from megatron_cp.comm import GroupFabric, distributed
 
+    def uncounted(call):
+        # gloo adds up a copy of what a reduce-scatter is given: a buffer of the library
+        def called(*args, **kwargs):
+            with _disable_current_modes():
+                return call(*args, **kwargs)
+
+        return called
+
+    distributed._reduce_scatter = uncounted(distributed._reduce_scatter)
+    distributed._Works.wait = uncounted(distributed._Works.wait)
     dist.init_process_group("gloo")
     found = []
     for problem in problems:
