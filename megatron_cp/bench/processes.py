@@ -44,6 +44,10 @@ def _rank(rank: int, ranks: int, port: int, folder: str, body: Callable[..., Any
         except (ValueError, WrongResultError) as error:
             answer = error
         _answer(folder, rank).write_bytes(pickle.dumps(answer))
+    # a thread of gloo that has not ended yet aborts the process now and then while its libraries are unloaded
+    if mp.parent_process() is not None:
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @contextmanager
