@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from megatron_cp.errors import Refused
 from megatron_cp.recipe import shell, slurm_flags
 from megatron_cp.recipe.file import Section, Setting
-from megatron_cp.recipe.recipe import ENTRY, TORCHRUN_FLAGS, Recipe, command_line_flags
+from megatron_cp.recipe.recipe import COMMAND_LINE, ENTRY, TORCHRUN_FLAGS, Recipe, command_line_flags
 
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".sub", ".job")
 # variables that change how a step runs, and no name, path or secret of the user's
@@ -100,9 +100,9 @@ def imported(words: Sequence[str], environment: Mapping[str, str]) -> Imported:
     refused += [f"not taken: {flag} has an empty value here" for flag in empty]
     recipe = Recipe(
         name=name,
-        env_vars={key: Setting((value,), "command line") for key, value in taken.items()},
+        env_vars={key: Setting((value,), COMMAND_LINE) for key, value in taken.items()},
         model_args={flag: setting for flag, setting in flags.items() if flag not in empty},
-        launch={**start.launch, "entry": Setting((start.entry,), "command line")},
+        launch={**start.launch, "entry": Setting((start.entry,), COMMAND_LINE)},
         data={},
     )
     return Imported(recipe, [*start.told, *refused, *_not_run(left_out)])
@@ -259,7 +259,7 @@ def _start(words: Sequence[str]) -> _Start | None:
                 f"not taken: {flag} has no value here; set the variable that it comes from, or add it to LAUNCH"
             )
         elif flag in TORCHRUN_FLAGS:
-            launch[flag] = Setting(tuple(values), "command line")
+            launch[flag] = Setting(tuple(values), COMMAND_LINE)
         else:
             told.append(f"not taken: torchrun's {shlex.join([flag, *values])}")
     return _with_entry(launch, rest, told)

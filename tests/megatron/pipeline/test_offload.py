@@ -1,5 +1,7 @@
 """Activations that move during real pretraining: the same bits, and no more memory than the simulator says."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -53,14 +55,7 @@ def run(world_size, *flags):
 @pytest.fixture(scope="module")
 def without():
     """Runs of the same schedules without moves, each made once."""
-    runs = {}
-
-    def once(world_size, *flags):
-        if (world_size, flags) not in runs:
-            runs[world_size, flags] = run(world_size, *flags)
-        return runs[world_size, flags]
-
-    return once
+    return cache(run)
 
 
 def assert_bit_equal(found, expected):

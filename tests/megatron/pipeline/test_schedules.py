@@ -1,6 +1,7 @@
 """Through the real pretrain() every schedule trains as Megatron's own: same losses, same parameters, bit for bit."""
 
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -35,14 +36,7 @@ def run(world_size, *flags):
 @pytest.fixture(scope="module")
 def megatrons_own():
     """Runs of Megatron's own drivers, by their flags, each made once."""
-    runs = {}
-
-    def once(world_size, *flags):
-        if (world_size, flags) not in runs:
-            runs[world_size, flags] = run(world_size, *flags)
-        return runs[world_size, flags]
-
-    return once
+    return cache(run)
 
 
 def assert_bit_equal(found, expected):

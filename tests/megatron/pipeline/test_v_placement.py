@@ -3,6 +3,7 @@
 import re
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,14 +47,7 @@ def run(world_size, *flags):
 @pytest.fixture(scope="module")
 def on_loop():
     """Runs of Megatron's own drivers, by their flags, each made once."""
-    runs = {}
-
-    def once(world_size, *flags):
-        if (world_size, flags) not in runs:
-            runs[world_size, flags] = run(world_size, *flags)
-        return runs[world_size, flags]
-
-    return once
+    return cache(run)
 
 
 def assert_bit_equal(found, expected):
