@@ -1,6 +1,6 @@
 """Kernels and merges against the reference, and their speed at the shapes that a rank's tiles have."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -120,7 +120,21 @@ def rates(device: str) -> Iterator[Row]:
                     continue
                 figures = {"forward ms": taken[0] * 1e3, "backward ms": taken[1] * 1e3}
                 rate = {"forward TFLOP/s": flops / taken[0], "backward TFLOP/s": 2.5 * flops / taken[1]}
-                yield Row(f"{name}, {tile}", figures | rate)
+                held = workspace(device, partial(backward, *forward(), **how))
+                yield Row(f"{name}, {tile}", figures | rate | held)
+
+
+def workspace(device: str, call: Callable[[], Sequence[Tensor]]) -> dict[str, float]:
+    """Return the memory that a call takes beside its inputs and results; a GPU's allocator counts it."""
+    if device != "cuda":
+        return {}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = call()
+    torch.cuda.synchronize()
+    made = sum(x.untyped_storage().nbytes() for x in results)
+    return {"backward's workspace MiB": (torch.cuda.max_memory_allocated() - before - made) / 2**20}
 
 
 def merges(device: str) -> Iterator[Row]:

@@ -9,7 +9,9 @@ import torch
 from gpu_check.steps import LeftOut
 from gpu_check.table import Row
 
-PACKAGES = "megatron-core transformer-engine flash-attn triton jaxtyping ruamel.yaml beartype numpy".split()
+PACKAGES = (
+    "megatron-core transformer-engine flash-attn flash-attn-4 triton jaxtyping ruamel.yaml beartype numpy".split()
+)
 
 
 def title(device: str) -> str:

@@ -68,6 +68,18 @@ def pipeline(device: str) -> Iterable[Row]:
     return training.pipeline(device)
 
 
+def offload(device: str) -> Iterable[Row]:
+    from gpu_check import moves
+
+    return moves.offload(device)
+
+
+def model(device: str) -> Iterable[Row]:
+    from gpu_check import training
+
+    return training.model(device)
+
+
 def quickstart(device: str) -> Iterable[Row]:
     from gpu_check import training
 
@@ -81,19 +93,21 @@ def transformer_engine(device: str) -> Iterable[Row]:
 
 
 ONE, MANY = (("CUDA_DEVICE_MAX_CONNECTIONS", count) for count in ("1", "8"))
-# what decides most comes first; seconds are limits, of which a GPU needs a part
+# what decides most comes first; seconds are limits, of which a GPU needs a part; flash-attn 4 compiles at first calls
 STEPS = (
     Step("versions", versions, 20),
-    Step("kernels", against_reference, 40),
+    Step("kernels", against_reference, 120),
     Step("queue, one", queue, 15, (ONE,)),
     Step("queue, eight", queue, 15, (MANY,)),
     Step("rank plans", rank_plans, 120),
     Step("merges", merges, 30),
-    Step("rates", rates, 60),
+    Step("rates", rates, 90),
     Step("backends", in_threads, 60),
     Step("chunks", chunks, 20),
     Step("pipeline", pipeline, 30),
+    Step("offload", offload, 40),
     Step("quickstart", quickstart, 150),
+    Step("model", model, 90),
     Step("TE", transformer_engine, 60),
     Step("communicators", communicators, 20),
 )

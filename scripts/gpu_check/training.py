@@ -204,6 +204,69 @@ def _needs(*packages: str) -> None:
             raise LeftOut(f"needs the package {package}")
 
 
+MODEL = """
+extends: [models/llama3.2-1b, training/gpus]
+CLUSTER: dgx-h100-ib
+LAUNCH:
+  --nproc-per-node: 1
+MODEL_ARGS:
+  --mock-data: true
+  --split: 1,0,0
+  --seq-length: 8192
+  --micro-batch-size: 1
+  --global-batch-size: 4
+  --train-iters: 8
+  --lr: 3e-4
+  --lr-warmup-iters: 1
+  --lr-decay-style: constant
+  --eval-interval: 1000
+  --eval-iters: 0
+  --log-interval: 1
+  --log-memory-interval: 4
+  --transformer-impl: local
+  --cp-comm-type: p2p
+"""
+
+
+def model(device: str) -> Iterator[Row]:
+    """Train Llama 3.2 1B at 8,192 tokens with Megatron's own layers, and put time and memory beside the estimate."""
+    _needs("megatron")
+    if device != "cuda":
+        raise LeftOut("needs a CUDA GPU: a model of a billion parameters")
+    for case, recompute in (("activations kept", ()), ("full recompute", RECOMPUTED)):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = Path(folder, "model.yaml")
+            recipe.write_text(MODEL)
+            ran = _megatron_cp("train", str(recipe), *recompute, folder=folder)
+            told = ran.stdout + ran.stderr
+            if ran.returncode:
+                yield Row(case, {"": _last_line(told, ran.returncode)}, "failed")
+                continue
+            answer = json.loads(_megatron_cp("estimate", str(recipe), *recompute, "--json", folder=folder).stdout)
+        times = sorted(_times(told)[2:])
+        figures = {"ms per step": median(times), "estimated ms": answer["step_seconds"] * 1e3}
+        yield Row(f"Llama 3.2 1B, 8K tokens, {case}", figures | _memory(told, answer["memory_bytes"]))
+
+
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+
+
+def _times(told: str) -> list[float]:
+    return [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", told)]
+
+
+def _memory(told: str, estimated: dict[str, float]) -> dict[str, float]:
+    """The most memory that tensors of a GPU took, beside the estimate."""
+    allocated = re.findall(r"max allocated: ([\d.]+)", told)
+    whole = sum(size for kind, size in estimated.items() if kind != "reserved") / 2**20
+    return {"GPU MiB": float(allocated[-1]), "estimated MiB": whole}
+
+
+def _last_line(told: str, code: int) -> str:
+    lines = [line for line in told.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else f"exit code {code}"
+
+
 def _trained(device: str, case: str, *flags: str) -> Row:
     steps = 50 if device == "cuda" else 4
     one_rank = ["--nproc-per-node", "1", "--context-parallel-size", "1"] if torch.cuda.device_count() == 1 else []
@@ -213,17 +276,13 @@ def _trained(device: str, case: str, *flags: str) -> Row:
         ran = _megatron_cp("train", "quickstart", *flags, *words, folder=folder)
         told = ran.stdout + ran.stderr
         if ran.returncode:
-            lines = [line for line in told.splitlines() if line.strip()]
-            return Row(case, {"": lines[-1][:200] if lines else f"exit code {ran.returncode}"}, "failed")
+            return Row(case, {"": _last_line(told, ran.returncode)}, "failed")
         estimate = _megatron_cp("estimate", "quickstart", *flags, "--json", folder=folder).stdout
     losses = [float(value) for value in re.findall(r"lm loss: ([\d.E+-]+)", told)]
-    times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", told)]
-    figures: dict[str, Any] = {"first loss": losses[0], "last loss": losses[-1], "ms per step": median(times)}
+    figures: dict[str, Any] = {"first loss": losses[0], "last loss": losses[-1], "ms per step": median(_times(told))}
     memory = json.loads(estimate)["memory_bytes"]
     if device == "cuda":
-        allocated = re.findall(r"max allocated: ([\d.]+)", told)
-        figures |= {"GPU MiB": float(allocated[-1])}
-        figures |= {"estimated MiB": sum(size for kind, size in memory.items() if kind != "reserved") / 2**20}
+        figures |= _memory(told, memory)
     else:
         resident = re.findall(r'"peak_rss_bytes": (\d+)', told)
         figures |= {"process MiB": int(resident[-1]) / 2**20, "estimated MiB": sum(memory.values()) / 2**20}
