@@ -2,8 +2,31 @@
 
 from typing import NamedTuple
 
-BLOCK = (128, 128, 32)
-"""Rows and columns of a tile, and inner elements of one step."""
+
+class StreamTiling(NamedTuple):
+    """How the kernel is compiled.
+
+    block: rows and columns of a tile, and inner elements of one step
+    warps, stages: of a program, and of its loads ahead of products
+    group: rows of tiles that are computed column by column
+    """
+
+    block: tuple[int, int, int]
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+
+
+HALF = StreamTiling((128, 256, 64), warps=8)
+"""For two-byte elements: 144 KiB of loads ahead of the tensor cores, of the 227 of an H100's processor."""
+
+SINGLE = StreamTiling((128, 128, 32), warps=8)
+"""For float32, whose products are exact ones on the cores for float32."""
+
+
+def tiling_of(element: int) -> StreamTiling:
+    """Return how the kernel is compiled for elements of so many bytes."""
+    return HALF if element == 2 else SINGLE
 
 
 class StreamPlan(NamedTuple):
@@ -65,3 +88,34 @@ def wave_efficiency(m: int, n: int, block: tuple[int, int, int], programs: int) 
     """Return the same share for one tile per program and wave: t / (g ceil(t / g)), of t tiles on g programs."""
     tiles = -(-m // block[0]) * -(-n // block[1])
     return tiles / (programs * -(-tiles // programs))
+
+
+FULL_WAVES = 0.8
+"""Speed of the kernel's full waves over that of torch's product, assumed until a GPU says otherwise."""
+
+FIX_UP = 40
+"""Steps as long as parts take to be written, read and added, assumed: on an H100 34 MB at 3 TB/s and a launch."""
+
+
+class Prediction(NamedTuple):
+    """Share of the processors' time in which they compute: by whole tiles in waves, and by Stream-K.
+
+    waves: of whole tiles, the last one counted by the tiles that it has
+    """
+
+    waves: float
+    by_tiles: float
+    by_stream: float
+
+    @property
+    def pays(self) -> bool:
+        """True if Stream-K takes less time, its fix-up and slower products counted."""
+        return self.by_tiles < FULL_WAVES * self.by_stream
+
+
+def predict(m: int, n: int, k: int, tiling: StreamTiling, processors: int) -> Prediction:
+    """Predict the product of [m, k] and [k, n] on so many processors, whichever tiles torch's own product has."""
+    plan = cut(m, n, k, tiling.block, processors)
+    fix_up = FIX_UP if plan.shared else 0
+    by_stream = plan.efficiency * plan.busiest / (plan.busiest + fix_up)
+    return Prediction(plan.tiles / processors, wave_efficiency(m, n, tiling.block, processors), by_stream)

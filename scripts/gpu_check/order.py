@@ -44,6 +44,12 @@ def rates(device: str) -> Iterable[Row]:
     return kernels.rates(device)
 
 
+def stream_k(device: str) -> Iterable[Row]:
+    from gpu_check import products
+
+    return products.stream_k(device)
+
+
 def rank_plans(device: str) -> Iterable[Row]:
     from gpu_check import plans
 
@@ -102,6 +108,7 @@ STEPS = (
     Step("rank plans", rank_plans, 120),
     Step("merges", merges, 30),
     Step("rates", rates, 90),
+    Step("stream-k", stream_k, 60),
     Step("backends", in_threads, 60),
     Step("chunks", chunks, 20),
     Step("pipeline", pipeline, 30),

@@ -7,8 +7,9 @@ import sys
 import torch
 
 from megatron_cp.kernels.stream_k import matmul
+from megatron_cp.kernels.stream_k_plan import StreamTiling
 
-BLOCK = (16, 16, 16)
+TILING = StreamTiling((16, 16, 16), group=2)
 
 
 def error(shape: tuple[int, int, int], programs: int, transposed: bool, dtype: torch.dtype) -> float:
@@ -16,7 +17,7 @@ def error(shape: tuple[int, int, int], programs: int, transposed: bool, dtype: t
     made = torch.Generator().manual_seed(m * n * k)
     a = torch.randn(m, k, generator=made).to(dtype)
     b = torch.randn(n, k, generator=made).t() if transposed else torch.randn(k, n, generator=made)
-    found, expected = matmul(a, b.to(dtype), programs, BLOCK), a.double() @ b.to(dtype).double()
+    found, expected = matmul(a, b.to(dtype), programs, TILING), a.double() @ b.to(dtype).double()
     assert found.dtype == dtype
     return float((found.double() - expected).abs().max() / expected.abs().max())
 

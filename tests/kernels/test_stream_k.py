@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_cp.kernels.stream_k_plan import cut, wave_efficiency
+from megatron_cp.kernels.stream_k_plan import FIX_UP, HALF, cut, predict, wave_efficiency
 from tests.cases import slow_unless
 
 BLOCK = (16, 16, 16)
@@ -71,3 +71,14 @@ def test_a_last_wave_that_is_nearly_empty_is_where_it_pays():
     m, n, k, programs = 133 * 16, 16, 1024, 132
     assert wave_efficiency(m, n, BLOCK, programs) < 0.51
     assert cut(m, n, k, BLOCK, programs).efficiency > 0.98
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1024, 1024, 32768), (2304, 2304, 8192), (4096, 4096, 8192)])
+def test_the_prediction_is_that_of_counted_steps(m, n, k):
+    plan = cut(m, n, k, HALF.block, 132)
+    found, steps = predict(m, n, k, HALF, 132), steps_of(plan)[0]
+    work = plan.tiles * plan.inner
+    assert found.by_stream == pytest.approx(work / (132 * (max(steps) + FIX_UP)))
+    assert found.by_tiles == pytest.approx(work / (132 * plan.inner * len(range(0, plan.tiles, 132))))
+    # 32 tiles on 132 processors, and 162: less than 0.65 of the processors' time; 512 fill their waves
+    assert found.pays == (m < 4096)
