@@ -33,7 +33,7 @@ from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.planner.model import model_of
 from megatron_cp.recipe import recipe
-from megatron_cp.tensor import ENGINES
+from megatron_cp.tensor import ENGINES, GEMMS
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
 from megatron_cp.tensor.cost import LayerLinears
 from megatron_cp.tensor.place import GridSize
@@ -110,6 +110,11 @@ def schemes() -> str:
 def engines() -> str:
     head = ["--tp-engine", "what it does", "needs", "file"]
     return table(head, ([f"`{one.name}`", one.what, one.needs, linked(file_of(one.load()))] for one in ENGINES))
+
+
+def products() -> str:
+    head = ["--tp-gemm", "what it does", "needs"]
+    return table(head, ([f"`{one.name}`", one.what, one.needs] for one in GEMMS))
 
 
 def tensor_traffic() -> str:
@@ -389,6 +394,7 @@ PARTS: dict[str, Callable[[], str]] = {
         schemes,
         tensor_traffic,
         engines,
+        products,
         schedule_costs,
         offload_costs,
         pipeline_communicators,

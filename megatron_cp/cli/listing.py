@@ -14,7 +14,7 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.registry import unknown
-from megatron_cp.tensor import ENGINES, SCHEMES
+from megatron_cp.tensor import ENGINES, GEMMS, SCHEMES
 
 
 class Listed(NamedTuple):
@@ -53,6 +53,7 @@ KINDS: dict[str, Callable[[], Iterator[Listed]]] = {
     "schedules": lambda: (Listed(entry.name, entry.what) for entry in SCHEDULES),
     "schemes": lambda: (Listed(entry.name, entry.what) for entry in SCHEMES),
     "engines": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in ENGINES),
+    "products": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in GEMMS),
     "kernels": lambda: (Listed(entry.name, f"{entry.summary}; needs {entry.needs}") for entry in KERNELS),
 }
 FOR = {
@@ -63,6 +64,7 @@ FOR = {
     "schedules": "--pp-schedule, and simulate --schedule",
     "schemes": "--tp-comm-type",
     "engines": "--tp-engine",
+    "products": "--tp-gemm",
     "kernels": "--cp-kernel",
 }
 
@@ -71,7 +73,7 @@ def show(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", metavar="KIND")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """List the recipes, models, clusters, backends, schedules, schemes, engines or kernels that can be named."""
+    """List the recipes, models, clusters, backends, schedules, schemes, engines, products or kernels by name."""
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     found = list(KINDS[kind]())

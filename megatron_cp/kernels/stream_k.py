@@ -38,7 +38,7 @@ def _accumulate(
     in_a, in_b = (row < m)[:, None], (column < n)[None, :]
     left_at = a + row[:, None].to(tl.int64) * a_row + inner[None, :].to(tl.int64) * a_column
     right_at = b + inner[:, None].to(tl.int64) * b_row + column[None, :].to(tl.int64) * b_column
-    total = tl.zeros((M, N), tl.float32)
+    total = tl.full((M, N), 0.0, tl.float32)
     for step in range(first, last):
         if EVEN:
             left = tl.load(left_at, mask=in_a, other=0.0)
@@ -79,7 +79,7 @@ def _product_kernel(
     # 2. an even share of the rest: the end of a tile, whole ones, the beginning of another; each into its own part
     start = program * share
     end = tl.minimum(start + share, (tiles - whole) * inner)
-    for tile in range(start // inner, tl.cdiv(end, inner)):
+    for tile in range(start // inner, (end + inner - 1) // inner):
         row_tile, column_tile = _corner(whole + tile, rows, columns, GROUP)
         first = tl.maximum(start - tile * inner, 0)
         last = tl.minimum(end - tile * inner, inner)
@@ -99,8 +99,8 @@ def _fix_up_kernel(
     shared, slice_of = tl.program_id(0), tl.program_id(1)
     start, end = shared * inner, (shared + 1) * inner
     within = slice_of * SLICE + tl.arange(0, SLICE)
-    total = tl.zeros((SLICE, N), tl.float32)
-    for program in range(start // share, tl.cdiv(end, share)):
+    total = tl.full((SLICE, N), 0.0, tl.float32)
+    for program in range(start // share, (end + share - 1) // share):
         # the first tile that the program has steps of is its part 0
         part = shared - program * share // inner
         place = (program * most + part).to(tl.int64) * (M * N)

@@ -24,7 +24,7 @@ from megatron_cp.pipeline.offload import AUTO as LIMIT_FROM_MEMORY
 from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
-from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, MEGATRONS, SCHEMES
+from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, GEMMS, MEGATRONS, SCHEMES, TORCH
 
 HEAD_FIRST = "head-first"
 
@@ -303,6 +303,13 @@ class TensorFlags(_Flags):
             "How linears communicate around their products: "
             + "; ".join(f"{entry.name}: {entry.what}" for entry in ENGINES)
             + f". {AUTO} is {DEFAULT_ENGINE}."
+        ),
+    )
+    gemm: str = _flag(
+        TORCH,
+        lambda: _one_of(*GEMMS.names),
+        lambda: (
+            "How linears compute their products: " + "; ".join(f"{entry.name}: {entry.what}" for entry in GEMMS) + "."
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Registries of tensor-parallel schemes and of the engines of their linears.
+"""Registries of tensor-parallel schemes, of the engines of their linears and of the products that these compute.
 
 Pure: an engine is imported with its first use.
 """
@@ -11,6 +11,7 @@ from megatron_cp.registry import Registry
 
 if TYPE_CHECKING:
     from megatron_cp.tensor.engine import Engine
+    from megatron_cp.tensor.gemm import Multiply
 
 __all__ = [
     "AUTO",
@@ -18,10 +19,14 @@ __all__ = [
     "CUBE",
     "DEFAULT_ENGINE",
     "ENGINES",
+    "GEMMS",
     "MEGATRONS",
     "RING",
     "SCHEMES",
+    "SYMMETRIC",
+    "TORCH",
     "LinearEngine",
+    "MatrixProduct",
     "TensorScheme",
 ]
 
@@ -84,6 +89,9 @@ COLLECTIVE = "collective"
 RING = "ring"
 """The engine of messages beside products."""
 
+SYMMETRIC = "symmetric"
+"""The engine of torch's fused operations."""
+
 ENGINES = Registry(
     "tensor-parallel engine",
     [
@@ -98,10 +106,68 @@ ENGINES = Registry(
             what="a product for each rank's tokens, beside the message of the next one; partial results added in fp32",
         ),
         LinearEngine(
-            name="symmetric",
+            name=SYMMETRIC,
             load=_symmetric,
             what="torch's fused products over symmetric memory",
             needs="GPUs that reach each other's memory",
+        ),
+    ],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixProduct:
+    """One way to compute the products of an engine.
+
+    load: makes it; imports what it needs
+    what: one line for tables
+    """
+
+    name: str
+    load: "Callable[[], Multiply]"
+    what: str
+    needs: str = "nothing"
+    aliases: tuple[str, ...] = ()
+
+
+def _torch() -> "Multiply":
+    from megatron_cp.tensor.gemm import torch_product
+
+    return torch_product
+
+
+def _stream_k() -> "Multiply":
+    from megatron_cp.tensor.gemm import StreamProduct
+
+    return StreamProduct(predicted=False)
+
+
+def _predicted() -> "Multiply":
+    import torch
+
+    from megatron_cp.tensor.gemm import StreamProduct, torch_product, unable
+
+    return torch_product if unable(gpu=torch.cuda.is_available()) else StreamProduct(predicted=True)
+
+
+TORCH = "torch"
+"""The products of torch."""
+
+GEMMS = Registry(
+    "tensor-parallel product",
+    [
+        MatrixProduct(name=TORCH, load=_torch, what="torch's own products, on GPUs those of cuBLAS"),
+        MatrixProduct(
+            name="stream-k",
+            load=_stream_k,
+            what="a Triton kernel that deals out the last tiles evenly (Osama et al., PPoPP 2023)",
+            needs="Triton and a CUDA GPU",
+        ),
+        MatrixProduct(
+            name="auto",
+            load=_predicted,
+            what="stream-k for each shape that it is predicted to take less time for, torch for the others",
+            needs="nothing: without Triton and a CUDA GPU it is torch",
         ),
     ],
 )

@@ -20,7 +20,7 @@ class CollectiveEngine(Engine):
         yield Arrival(slice(0, len(whole)), whole)
 
     def matmul_rs(self, whole: Tensor, matrix: Tensor) -> Tensor:
-        return self.reduce_scatter((whole @ matrix).unflatten(0, (self.fabric.size, -1)))
+        return self.reduce_scatter(self.product(whole, matrix).unflatten(0, (self.fabric.size, -1)))
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
         return self.fabric.reduce_scatter(parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cp.comm import Fabric
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
-from megatron_cp.tensor import ENGINES
+from megatron_cp.tensor import ENGINES, GEMMS, TORCH
 from megatron_cp.tensor.engine import Engine
 from megatron_cp.tensor.exchange import features_to_tokens, tokens_to_features
 from megatron_cp.tensor.place import cube_side
@@ -103,11 +103,12 @@ class CubeEngines(NamedTuple):
         return f"MLPs 3d, {side} x {side} x {side}, attention 1d, engine {self.i.name}, TP={side**3}"
 
 
-def cube_engines(fabric: Fabric, engine: str) -> CubeEngines:
+def cube_engines(fabric: Fabric, engine: str, gemm: str = TORCH) -> CubeEngines:
     """Return the engines along the three axes of a fabric's ranks; all of them call it together."""
     side = cube_side(fabric.size)
     grid, made = Grid(side, side, side, names=("k", "j", "i")), ENGINES.get(engine).load()
-    return CubeEngines(*(made(fabric.subset(grid.members(axis, fabric.rank))) for axis in "ijk"))
+    product = GEMMS.get(gemm).load()
+    return CubeEngines(*(made(fabric.subset(grid.members(axis, fabric.rank)), product) for axis in "ijk"))
 
 
 def features_over(x: Tensor, axis: Fabric) -> Tensor:

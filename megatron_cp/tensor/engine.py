@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.comm import Fabric
+from megatron_cp.tensor.gemm import Multiply, torch_product
 
 
 class Arrival(NamedTuple):
@@ -23,12 +24,15 @@ class Arrival(NamedTuple):
 
 
 class Engine(ABC):
-    """Products over the ranks of one fabric, of which each has equally many tokens."""
+    """Products over the ranks of one fabric, of which each has equally many tokens.
+
+    product: computes those of this rank
+    """
 
     name: str
 
-    def __init__(self, fabric: Fabric) -> None:
-        self.fabric = fabric
+    def __init__(self, fabric: Fabric, product: Multiply = torch_product) -> None:
+        self.fabric, self.product = fabric, product
 
     @abstractmethod
     def arrivals(self, local: Tensor) -> Iterator[Arrival]:
@@ -50,7 +54,7 @@ class Engine(ABC):
         """Gather local [s, k] and multiply it by matrix [k, n]: [p s, n]."""
         product = local.new_empty(self.fabric.size * len(local), matrix.shape[1])
         for rows, tensor in self.arrivals(local):
-            torch.mm(tensor, matrix, out=product[rows])
+            self.product(tensor, matrix, product[rows])
         return product
 
     def wgrad(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ class Engine(ABC):
         total: Tensor | None = None
         x_arrives = len(x) <= len(dy)
         for rows, tensor in self.arrivals(x if x_arrives else dy):
-            total = add(total, dy[rows].t() @ tensor if x_arrives else tensor.t() @ x[rows])
+            total = add(total, self.product(*((dy[rows].t(), tensor) if x_arrives else (tensor.t(), x[rows]))))
         assert total is not None
         return total.to(dy.dtype)
 
@@ -67,8 +71,8 @@ class Engine(ABC):
         product = dy.new_empty(self.fabric.size * len(dy), matrix.shape[1])
         total: Tensor | None = None
         for rows, tensor in self.arrivals(dy):
-            torch.mm(tensor, matrix, out=product[rows])
-            total = add(total, tensor.t() @ x[rows])
+            self.product(tensor, matrix, product[rows])
+            total = add(total, self.product(tensor.t(), x[rows]))
         assert total is not None
         return product, total.to(dy.dtype)
 

@@ -37,7 +37,7 @@ class RingEngine(Engine):
 
     def matmul_rs(self, whole: Tensor, matrix: Tensor) -> Tensor:
         parts = whole.unflatten(0, (self.fabric.size, -1))
-        return self._add_at_owners(lambda owner: parts[owner] @ matrix)
+        return self._add_at_owners(lambda owner: self.product(parts[owner], matrix))
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
         return self._add_at_owners(lambda owner: parts[owner].contiguous())

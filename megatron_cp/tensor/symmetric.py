@@ -16,6 +16,7 @@ from megatron_cp.comm import Fabric, GroupFabric
 from megatron_cp.comm.fabric import size_in_bytes
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.tensor.collective import CollectiveEngine
+from megatron_cp.tensor.gemm import Multiply, torch_product
 
 NAMES = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter")
 
@@ -47,8 +48,10 @@ class SymmetricEngine(CollectiveEngine):
 
     name = "symmetric"
 
-    def __init__(self, fabric: Fabric, operations: FusedOperations | None = None) -> None:
-        super().__init__(fabric)
+    def __init__(
+        self, fabric: Fabric, product: Multiply = torch_product, operations: FusedOperations | None = None
+    ) -> None:
+        super().__init__(fabric, product)
         if not isinstance(fabric, GroupFabric):
             raise Refused(f"engine symmetric runs over a process group, got a {type(fabric).__name__}; use engine ring")
         self._operations = operations or fused_operations()
@@ -65,7 +68,7 @@ class SymmetricEngine(CollectiveEngine):
     def ag_matmul_and_wgrad(self, dy: Tensor, matrix: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         gathered, product = self._gathered(dy, matrix, keep=True)
         assert gathered is not None
-        return product, gathered.t() @ x
+        return product, self.product(gathered.t(), x)
 
     def _gathered(self, local: Tensor, matrix: Tensor, *, keep: bool) -> tuple[Tensor | None, Tensor]:
         self._count(size_in_bytes(local))

@@ -12,7 +12,7 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.recipe import recipe as recipes
-from megatron_cp.tensor import ENGINES
+from megatron_cp.tensor import ENGINES, GEMMS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 
 
@@ -30,6 +30,7 @@ TAKEN: dict[str, Callable[[str], object]] = {
     "schedules": SCHEDULES.get,
     "schemes": TENSOR_SCHEMES.get,
     "engines": ENGINES.get,
+    "products": GEMMS.get,
     "kernels": KERNELS.get,
 }
 

@@ -36,11 +36,16 @@ def test_a_value_goes_from_the_command_line_over_the_config_to_the_layer() -> No
 
 
 def test_flags_of_linears_go_the_same_way() -> None:
-    words = "--tp-comm-type 2d --tp-grid 2 4 --tp-engine collective".split()
+    words = "--tp-comm-type 2d --tp-grid 2 4 --tp-engine collective --tp-gemm stream-k".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
-    assert settings.tensor == TensorFlags(comm_type="2d", grid=["2", "4"], engine="collective")
+    assert settings.tensor == TensorFlags(comm_type="2d", grid=["2", "4"], engine="collective", gemm="stream-k")
     settings.tensor.copy_to(config)
-    assert vars(config) == {"tp_comm_type": "2d", "tp_grid": ["2", "4"], "tp_engine": "collective"}
+    assert vars(config) == {
+        "tp_comm_type": "2d",
+        "tp_grid": ["2", "4"],
+        "tp_engine": "collective",
+        "tp_gemm": "stream-k",
+    }
     assert TensorFlags.of(config) == settings.tensor
 
 

@@ -75,7 +75,7 @@ def over_gloo(sizes):
     makers = {
         "collective": ENGINES.get("collective").load(),
         "ring": ENGINES.get("ring").load(),
-        "symmetric": lambda fabric: SymmetricEngine(fabric, fused),
+        "symmetric": lambda fabric: SymmetricEngine(fabric, operations=fused),
     }
     found = {}
     for name, make in makers.items():

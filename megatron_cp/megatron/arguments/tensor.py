@@ -9,8 +9,9 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.run import PipelineFlags, TensorFlags, has_our_layers, say
-from megatron_cp.tensor import AUTO, CUBE, MEGATRONS, SCHEMES
+from megatron_cp.tensor import AUTO, CUBE, GEMMS, MEGATRONS, SCHEMES, SYMMETRIC, TORCH
 from megatron_cp.tensor.cost import LayerLinears, cheapest
+from megatron_cp.tensor.gemm import unable
 from megatron_cp.tensor.place import AUTO_ENGINE, GridSize, cube_side, engine_of, grid_of
 from megatron_cp.tensor.tesseract import depth
 
@@ -57,13 +58,20 @@ UNSUPPORTED = (
 
 
 def settle_tensor(args: Any, default: Callable[[], Cluster]) -> None:
-    """Replace `auto` of --tp-comm-type and --tp-grid by what takes least time, and say why; it refuses nothing.
+    """Replace `auto` of --tp-comm-type, --tp-grid and --tp-gemm by what can run or takes least, and say why.
+
+    It refuses nothing.
 
     default: the cluster where --cp-cluster names none
     """
     flags = TensorFlags.of(args)
-    if not flags.chosen:
-        return
+    if flags.chosen:
+        _settle_scheme(args, flags, default)
+    if TensorFlags.of(args).gemm == AUTO:
+        _settle_products(args)
+
+
+def _settle_scheme(args: Any, flags: TensorFlags, default: Callable[[], Cluster]) -> None:
     scheme, grid, why = MEGATRONS, None, _left_to_megatron(args) if flags.comm_type == AUTO else ""
     if not why:
         try:
@@ -83,6 +91,27 @@ def settle_tensor(args: Any, default: Callable[[], Cluster]) -> None:
             scheme, grid, why = flags.comm_type.replace(AUTO, MEGATRONS), None, str(refused)
     args.tp_comm_type, args.tp_grid = scheme, grid
     say(f"--tp-comm-type {scheme}{' --tp-grid ' + ' '.join(grid) if grid else ''}: {why}")
+    if flags.comm_type == AUTO and scheme == MEGATRONS:
+        # of the linears that were not taken
+        args.tp_engine, args.tp_gemm = AUTO_ENGINE, TORCH
+
+
+def _settle_products(args: Any) -> None:
+    flags = TensorFlags.of(args)
+    if not flags.ours:
+        why = f"the linears of --tp-comm-type {MEGATRONS} are Megatron's own"
+    elif engine_of(flags.engine) == SYMMETRIC:
+        why = f"the products of --tp-engine {SYMMETRIC} are torch's own"
+    elif lacking := unable(gpu=_on_gpus(args)):
+        why = f"stream-k {lacking}"
+    else:
+        return
+    args.tp_gemm = TORCH
+    say(f"--tp-gemm {TORCH}: {why}")
+
+
+def _on_gpus(args: Any) -> bool:
+    return bool(read(args, "distributed_backend", "nccl") == "nccl")
 
 
 def _left_to_megatron(args: Any) -> str:
@@ -117,6 +146,7 @@ def check_tensor(args: Any) -> None:
     flags = TensorFlags.of(args)
     scheme, tp = SCHEMES.get(flags.comm_type), read(args, "tensor_model_parallel_size", 1)
     engine, who = engine_of(flags.engine), f"--tp-comm-type {scheme.name}"
+    gemm = GEMMS.get(flags.gemm).name
     if flags.ours and tp < 2:
         raise Refused(
             f"{who} needs --tensor-model-parallel-size of at least 2, got {tp}; leave it out or use more ranks"
@@ -127,6 +157,8 @@ def check_tensor(args: Any) -> None:
             raise Refused(
                 f"--tp-engine {engine} needs --tp-comm-type {' or '.join(OURS)}, got {scheme.name}; leave it out"
             )
+        if gemm != TORCH:
+            raise Refused(f"--tp-gemm {gemm} needs --tp-comm-type {' or '.join(OURS)}, got {scheme.name}; leave it out")
         return
     if not read(args, "sequence_parallel", False):
         raise Refused(f"{who} gathers tokens that sequence parallelism spreads; add --sequence-parallel")
@@ -139,11 +171,17 @@ def check_tensor(args: Any) -> None:
         raise Refused(f"{who} replaces Megatron's local linears, got --transformer-impl {given}; pass local")
     refuse(UNSUPPORTED, args, who)
     _check_sizes(args, who, tp, size)
-    if engine == "symmetric" and read(args, "distributed_backend", "nccl") != "nccl":
+    if gemm != TORCH and engine == SYMMETRIC:
+        raise Refused(
+            f"--tp-engine {SYMMETRIC} has the products of torch, got --tp-gemm {gemm}; use ring, or leave --tp-gemm out"
+        )
+    if gemm != TORCH and (lacking := unable(gpu=_on_gpus(args))):
+        raise Refused(f"--tp-gemm {gemm} {lacking}; use {TORCH}")
+    if engine == SYMMETRIC and not _on_gpus(args):
         raise Refused(
             "--tp-engine symmetric needs GPUs that reach each other's memory, and this run has none; use ring"
         )
-    if engine == "symmetric" and config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+    if engine == SYMMETRIC and config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         raise Refused(
             "--tp-engine symmetric copies on a second stream, got CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron "
             "requires of GPUs before Blackwell; use ring, or unset it on a later GPU"

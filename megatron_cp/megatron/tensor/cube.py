@@ -26,14 +26,15 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import TensorFlags
 from megatron_cp.megatron.tensor.function import Exchange, apply_linear
+from megatron_cp.tensor import GEMMS
 from megatron_cp.tensor.cube_3d import CubeEngines, cube_engines, features_over, tokens_over
 from megatron_cp.tensor.place import engine_of
 
 
 @lru_cache(8)
-def cube_of(group: ProcessGroup, engine: str) -> CubeEngines:
+def cube_of(group: ProcessGroup, engine: str, gemm: str) -> CubeEngines:
     """Return the engines along the three axes of a tensor-parallel group; its ranks make them together."""
-    return cube_engines(GroupFabric(group), engine)
+    return cube_engines(GroupFabric(group), engine, gemm)
 
 
 class CubeParallelLinear(nn.Module):
@@ -57,7 +58,8 @@ class CubeParallelLinear(nn.Module):
             raise Refused("--tp-comm-type 3d places MLPs without bias under sequence parallelism, and no experts")
         self.config, self.tp_group, self.is_expert = config, tp_group, is_expert
         self.first = tp_comm_buffer_name == "fc1"
-        self.placed = cube_of(tp_group, engine_of(TensorFlags.of(config).engine))
+        flags = TensorFlags.of(config)
+        self.placed = cube_of(tp_group, engine_of(flags.engine), GEMMS.get(flags.gemm).name)
         blocks = 2 if self.first and config.gated_linear_unit else 1
         self.linear = self.placed.linear(first=self.first, blocks=blocks)
         self.cut = self.placed.cut(first=self.first, blocks=blocks)

@@ -11,6 +11,6 @@ from megatron_cp.tensor.place import GridSize
 
 # a model has one tensor-parallel group and one grid
 @lru_cache(8)
-def engines_of(group: ProcessGroup, size: GridSize, engine: str) -> GridEngines:
+def engines_of(group: ProcessGroup, size: GridSize, engine: str, gemm: str) -> GridEngines:
     """Return the engines over a group's grid; the ranks of the group make them together, at their first linear."""
-    return engines_over(GroupFabric(group), size, engine)
+    return engines_over(GroupFabric(group), size, engine, gemm)

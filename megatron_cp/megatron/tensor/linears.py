@@ -16,7 +16,7 @@ from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import TensorFlags
 from megatron_cp.megatron.tensor.function import Exchange, apply_linear
 from megatron_cp.megatron.tensor.groups import engines_of
-from megatron_cp.tensor import SCHEMES
+from megatron_cp.tensor import GEMMS, SCHEMES, TORCH
 from megatron_cp.tensor.axes import GridEngines
 from megatron_cp.tensor.linear import Linear
 from megatron_cp.tensor.place import GridSize, engine_of, grid_of
@@ -36,6 +36,7 @@ class PlacedLinear(NamedTuple):
     engines: GridEngines
     size: GridSize
     scheme: str
+    gemm: str
     exchanges: bool
 
     def exchange(self, x: Tensor, *, to_heads: bool) -> Tensor:
@@ -51,7 +52,8 @@ class PlacedLinear(NamedTuple):
         """Return what runs: scheme, grid, engine and size."""
         name = self.engines.tokens.name if self.size.tokens > 1 else self.engines.weights.name
         grid = f", tokens x weights = {self.size}" if SCHEMES.get(self.scheme).grid else ""
-        return f"{self.scheme}{grid}, engine {name}, TP={self.size.grid.ranks}"
+        products = f", products {self.gemm}" if self.gemm != TORCH else ""
+        return f"{self.scheme}{grid}, engine {name}{products}, TP={self.size.grid.ranks}"
 
 
 def _placed(module: Any, name: str | None, *, column: bool) -> PlacedLinear | None:
@@ -62,12 +64,13 @@ def _placed(module: Any, name: str | None, *, column: bool) -> PlacedLinear | No
     if not module.config.sequence_parallel:
         raise Refused(f"--tp-comm-type {flags.comm_type} gathers tokens of sequence parallelism; set sequence_parallel")
     size = grid_of(SCHEMES.get(flags.comm_type), module.tp_group.size(), flags.grid)
-    engines = engines_of(module.tp_group, size, engine_of(flags.engine))
+    engines = engines_of(module.tp_group, size, engine_of(flags.engine), GEMMS.get(flags.gemm).name)
     if column:
         linear = column_linear(*engines, 2 if name == "fc1" and module.config.gated_linear_unit else 1)
     else:
         linear = row_linear(*engines)
-    return PlacedLinear(linear, engines, size, flags.comm_type, name in ATTENTION and size.weights > 1)
+    exchanges = name in ATTENTION and size.weights > 1
+    return PlacedLinear(linear, engines, size, flags.comm_type, flags.gemm, exchanges)
 
 
 class GridColumnLinear(ColumnParallelLinear):

@@ -18,11 +18,15 @@ OURS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 class Run(NamedTuple):
-    """Losses and norms of a run, the names of the classes of its linears, and the bytes that they sent on this rank."""
+    """Losses and norms of a run, the names of the classes of its linears, and the bytes that they sent on this rank.
+
+    stream_k: products that its kernel computed
+    """
 
     log: list
     linears: set[str]
     sent: int
+    stream_k: int = 0
 
 
 def trained_with_linears(flags):
@@ -51,7 +55,13 @@ def trained_with_linears(flags):
     placed = [placed for module in linears if (placed := getattr(module, "placed", None))]
     engines = [engine for each in placed for engine in getattr(each, "engines", each)]
     fabrics = {id(engine.fabric): engine.fabric for engine in engines}
-    return Run(log, {type(module).__name__ for module in linears}, sum(fabric.sent for fabric in fabrics.values()))
+    products = {id(engine.product): engine.product for engine in engines}
+    return Run(
+        log,
+        {type(module).__name__ for module in linears},
+        sum(fabric.sent for fabric in fabrics.values()),
+        sum(getattr(product, "calls", 0) for product in products.values()),
+    )
 
 
 def run(world_size, *flags):
@@ -197,6 +207,24 @@ def test_bf16_trains_as_one_rank_does(alone, scheme):
     assert found.linears == {"GridColumnLinear", "GridRowLinear"}
     for step, other in zip(found.log, expected, strict=True):
         assert step["loss"] == pytest.approx(other["loss"], rel=BF16_LOSS)
+
+
+@pytest.mark.slow
+def test_products_of_stream_k_under_the_interpreter_equal_one_rank(alone):
+    pytest.importorskip("triton", reason="Stream-K is written in Triton, which comes with torch for CUDA")
+    words = "--num-layers 1 --train-iters 2"
+    flags = tiny(MODEL, tensor(2, "flux --tp-gemm stream-k"), words)
+    found = run_ranks(2, interpreted, flags)[0]
+    assert_equal_runs(found, alone(words))
+    # forward, input and weight gradient of four linears in two pieces, of 2 microbatches in 2 iterations
+    assert found.stream_k == 3 * 4 * 2 * 2 * 2
+
+
+def interpreted(flags):
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    return trained_with_linears(flags)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What --tp-comm-type, --tp-grid and --tp-engine cannot do is refused in one line before anything is built."""
+"""What --tp-comm-type, --tp-grid, --tp-engine and --tp-gemm cannot do is refused in one line."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import pytest
 
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.tensor import check_tensor, layer_of, settle_tensor
+from megatron_cp.tensor import gemm
 
 RUN = {
     "tensor_model_parallel_size": 4,
@@ -56,6 +57,12 @@ def test_what_works_is_taken(given):
             {"tp_comm_type": "1d", "tp_engine": "ring"},
             "--tp-engine ring needs .* flux or 2d or 2.5d or 3d, got 1d",
         ),
+        ({"tp_gemm": "streamk"}, "unknown tensor-parallel product 'streamk'; did you mean 'stream-k'"),
+        ({"tp_comm_type": "1d", "tp_gemm": "stream-k"}, "--tp-gemm stream-k needs .* or 3d, got 1d; leave it out"),
+        (
+            {"tp_engine": "symmetric", "tp_gemm": "stream-k"},
+            "symmetric has the products of torch, got --tp-gemm stream-k; use ring, or leave --tp-gemm out",
+        ),
         ({"sequence_parallel": False}, "add --sequence-parallel"),
         ({"spec": None}, "needs a layer spec of megatron-cp, got --spec none; pass --spec megatron_cp.megatron.spec"),
         ({"transformer_impl": "transformer_engine"}, "got --transformer-impl transformer_engine; pass local"),
@@ -84,6 +91,19 @@ def test_one_connection_is_refused_for_the_symmetric_engine(monkeypatch):
         check(tp_engine="symmetric", distributed_backend="nccl")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     check(tp_engine="symmetric", distributed_backend="nccl")
+
+
+@pytest.mark.parametrize(("backend", "interpret"), [("gloo", "1"), ("nccl", "0")])
+def test_stream_k_needs_a_gpu_or_the_interpreter(monkeypatch, backend, interpret):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(gemm, "find_spec", lambda name: True)
+    check(tp_gemm="stream-k", distributed_backend=backend)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"--tp-gemm stream-k needs a CUDA GPU, or .*; use torch"):
+        check(tp_gemm="stream-k")
+    monkeypatch.setattr(gemm, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--tp-gemm stream-k needs the package triton; use torch"):
+        check(tp_gemm="stream-k", distributed_backend="nccl")
 
 
 SIZES = {
@@ -134,6 +154,26 @@ def test_auto_refuses_nothing(capsys, given, why):
     args, said = settled(capsys, **{"tp_comm_type": "auto", **given})
     assert args.tp_comm_type == "1d"
     assert why in said
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, "stream-k needs a CUDA GPU"),
+        ({"tp_comm_type": "1d"}, "the linears of --tp-comm-type 1d are Megatron's own"),
+        ({"tp_engine": "symmetric"}, "the products of --tp-engine symmetric are torch's own"),
+        ({"tp_comm_type": "auto", "tp_engine": "ring", "sequence_parallel": False}, ""),
+    ],
+)
+def test_products_are_torchs_where_stream_k_cannot_run(capsys, monkeypatch, given, why):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gemm, "find_spec", lambda name: True)
+    args, said = settled(capsys, tp_gemm="auto", **given)
+    assert args.tp_gemm == "torch"
+    assert f"[megatron-cp] --tp-gemm torch: {why}" in said or not why
+    assert len(said.splitlines()) == 1
+    if "tp_engine" not in given or not why:
+        check_tensor(args)
 
 
 def test_what_is_settled_stays(capsys):
