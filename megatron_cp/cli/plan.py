@@ -16,6 +16,7 @@ from megatron_cp.planner.search import CONTEXT, SCHEDULED
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 from megatron_cp.registry import suggest, unknown
+from megatron_cp.tensor import AUTO, MEGATRONS, SCHEMES
 from megatron_cp.units import count
 
 if TYPE_CHECKING:
@@ -42,6 +43,13 @@ def plan(
         CONTEXT
     ),
     schedules: Annotated[str, typer.Option(help="Pipeline schedules to weigh, with commas.")] = ",".join(SCHEDULED),
+    tp_schemes: Annotated[
+        str,
+        typer.Option(
+            help=f"Schemes of tensor parallelism to weigh, with commas, or {AUTO} for all; others than {MEGATRONS} "
+            "need --transformer-impl local, which the plan's recipe says."
+        ),
+    ] = MEGATRONS,
     pp_offload: Annotated[
         bool, typer.Option("--pp-offload", help="Weigh activations on the host too, where memory is short.")
     ] = False,
@@ -79,6 +87,7 @@ def plan(
         backends=tuple(backends.replace(",", " ").split()),
         schedules=tuple(schedules.replace(",", " ").split()),
         offload=pp_offload,
+        tensor=_tensor_schemes(tp_schemes),
         precision=PLANNED[precision],
     )
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -92,6 +101,13 @@ def plan(
             typer.echo(f"not in the estimate: {', '.join(left_out)}")
     if write:
         _write(found.best, words[0], write)
+
+
+def _tensor_schemes(text: str) -> tuple[str, ...]:
+    names = [SCHEMES.get(name).name for name in text.replace(",", " ").split()]
+    known = [name for name in SCHEMES.names if name != AUTO]
+    # Megatron's own is what remains where others do not pay
+    return tuple(known if AUTO in names else dict.fromkeys([MEGATRONS, *names]))
 
 
 def _source(model: str) -> str:
@@ -117,6 +133,8 @@ def _plain(one: "Estimate") -> dict[str, Any]:
         "grid": list(parallel.grid.sizes) if parallel.grid else None,
         "schedule": parallel.schedule_name,
         **({"pp_offload": parallel.moves.limit} if parallel.moves else {}),
+        **({"tp_comm_type": parallel.tp_scheme} if parallel.tp_scheme != MEGATRONS else {}),
+        **({"tp_grid": list(parallel.tp_grid)} if parallel.tp_grid else {}),
         "step_seconds": one.seconds,
         "tokens_per_second_per_gpu": one.tokens_per_s_per_gpu,
         "mfu": one.mfu,
@@ -142,6 +160,8 @@ def _show(found: "Plans") -> None:
         table.add_row(label(one.parallel), *figures, f"{one.worst_memory.total / 1e9:.1f}")
     console.print(table)
     console.print(found.why)
+    if found.tensor_why:
+        console.print(found.tensor_why)
     rules = ", ".join(f"{name} ({number})" for name, number in found.left_out.most_common())
     console.print(f"{found.examined} splits weighed; left out by rules: {rules or 'none'}")
 

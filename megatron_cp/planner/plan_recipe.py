@@ -9,6 +9,7 @@ from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.planner.estimate import Estimate
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.search import label
+from megatron_cp.tensor import MEGATRONS
 
 # a step of the shipped recipes for long sequences; planned runs start from it
 LEARNING_RATE = {"--lr": 3e-5, "--min-lr": 3e-6}
@@ -41,6 +42,11 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
     yield "--tensor-model-parallel-size", parallel.tp
     if parallel.sp:
         yield "--sequence-parallel", True
+    if parallel.tp_scheme != MEGATRONS:
+        yield "--tp-comm-type", parallel.tp_scheme
+        yield "--transformer-impl", "local"
+    if parallel.tp_grid:
+        yield "--tp-grid", list(parallel.tp_grid)
     yield "--context-parallel-size", parallel.cp
     if parallel.cp > 1:
         yield "--cp-comm-type", parallel.backend

@@ -15,12 +15,15 @@ from megatron_cp.context.choose import Record
 from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
-from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline import SCHEDULES as PIPELINES
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel, megatrons_schedule
+from megatron_cp.planner.work import RankConfig, linears_of
+from megatron_cp.tensor import MEGATRONS, SCHEMES
+from megatron_cp.tensor.cost import Cheapest, cheapest
 
 CONTEXT = tuple(entry.name for entry in BACKENDS if entry.capabilities.planned)
 """Default backends of a search, one for each kind of traffic."""
@@ -40,6 +43,7 @@ class PlanRequest:
 
     global_batch: sequences of a step
     offload:      where memory is short, activations may move to the host beside recomputation
+    tensor:       schemes of tensor parallelism; others than Megatron's own need its local linears
     """
 
     model: Transformer
@@ -51,6 +55,7 @@ class PlanRequest:
     backends: tuple[str, ...] = CONTEXT
     schedules: tuple[str, ...] = SCHEDULED
     offload: bool = False
+    tensor: tuple[str, ...] = (MEGATRONS,)
 
 
 class RankSplit(NamedTuple):
@@ -79,6 +84,19 @@ class Plans:
     @property
     def best(self) -> Estimate:
         return self.options[0]
+
+    @property
+    def tensor_why(self) -> str:
+        """One line on the tensor-parallel scheme of the best plan; empty where there was no choice."""
+        chosen = _least(self.request, _plain(self.best.parallel))
+        if chosen is None:
+            return ""
+        kept = (
+            ""
+            if chosen.placing.scheme == MEGATRONS or self.best.parallel.tp_scheme != MEGATRONS
+            else (f"; its weights leave no memory, so {MEGATRONS} stays")
+        )
+        return f"of tensor-parallel schemes {chosen.why}{kept}"
 
     @property
     def why(self) -> str:
@@ -117,7 +135,9 @@ def sequences(tokens: int, seq: int, gpus: int) -> int:
 
 def label(parallel: Parallel) -> str:
     """Return a short text that names a split."""
-    words = [f"TP={parallel.tp}"]
+    scheme = "" if parallel.tp_scheme == MEGATRONS else f" ({parallel.tp_scheme}"
+    of_grid = f" {parallel.tp_grid[0]}x{parallel.tp_grid[1]}" if parallel.tp_grid else ""
+    words = [f"TP={parallel.tp}" + (f"{scheme}{of_grid})" if scheme else "")]
     if parallel.cp > 1:
         grid = f" {parallel.grid.inner}x{parallel.grid.outer}" if parallel.grid else ""
         words.append(f"CP={parallel.cp} ({parallel.backend}{grid})")
@@ -263,7 +283,7 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
 def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
     if pp == 1:
         return [None]
-    rules = map(SCHEDULES.get, request.schedules)
+    rules = map(PIPELINES.get, request.schedules)
     fitting = [rule.name for rule in rules if rule.chunks == vp or (rule.chunks is None and vp > 1)]
     return [None if name == megatrons_schedule(vp) else name for name in fitting]
 
@@ -287,6 +307,42 @@ def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> 
 
 def _levels(request: PlanRequest, parallel: Parallel) -> list[list[Parallel]]:
     """Return the split as it is, and then what saves memory: activations on the host, and recomputation."""
+    plain, saving = _schemes(request, parallel), []
+    for one in plain:
+        saving += _saving(request, one)
+    return [plain, saving] if saving else [plain]
+
+
+def _schemes(request: PlanRequest, parallel: Parallel) -> list[Parallel]:
+    """Return the split with the tensor-parallel scheme whose linears take least, and as it is if that takes memory."""
+    chosen = _least(request, parallel)
+    if chosen is None or chosen.placing.scheme == MEGATRONS:
+        return [parallel]
+    name, size = chosen.placing.scheme, chosen.placing.size
+    if not SCHEMES.get(name).grid:
+        return [replace(parallel, tp_scheme=name)]
+    # the grid beside another axis of tokens is 2.5d
+    deep = [entry.name for entry in SCHEMES if entry.depth and entry.name in request.tensor]
+    name = deep[0] if deep and parallel.cp * parallel.dp > 1 else name
+    return [replace(parallel, tp_scheme=name, tp_grid=(size.tokens, size.weights)), parallel]
+
+
+def _least(request: PlanRequest, parallel: Parallel) -> Cheapest | None:
+    """Return the scheme of those asked for whose linears take least; None where Megatron's own alone can run."""
+    # a grid is 2d, and 2.5d where context or data parallelism is its depth
+    deep = any(SCHEMES.get(name).depth for name in request.tensor) and parallel.cp * parallel.dp > 1
+    among = {name for name in request.tensor if not SCHEMES.get(name).depth} | ({"2d"} if deep else set())
+    if parallel.tp == 1 or among <= {MEGATRONS} or request.model.latent or request.precision == "fp8":
+        return None
+    rank = RankConfig(model=request.model, parallel=parallel, cluster=request.cluster, seq=request.seq)
+    if rank.tokens % parallel.tp:
+        return None
+    moe = request.model.moe_layers == request.model.layers
+    split = parallel.schedule is not None and PIPELINES.get(parallel.schedule).split
+    return cheapest(linears_of(rank, moe), parallel.tp, request.cluster, rank.dtype, split=split, among=among)
+
+
+def _saving(request: PlanRequest, parallel: Parallel) -> list[Parallel]:
     saving = []
     if request.offload and parallel.pp > 1:
         name = parallel.schedule_name
@@ -295,7 +351,7 @@ def _levels(request: PlanRequest, parallel: Parallel) -> list[list[Parallel]]:
     # our schedules split backwards, and would keep recomputed activations from input gradient to weight gradient
     if not parallel.schedule:
         saving.append(replace(parallel, recompute="full"))
-    return [[parallel], saving] if saving else [[parallel]]
+    return saving
 
 
 def _may_fit(request: PlanRequest, parallel: Parallel) -> bool:
@@ -330,10 +386,10 @@ def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Esti
 
 
 def _plain(parallel: Parallel) -> Parallel:
-    """Return the split without what saves memory."""
+    """Return the split without what saves memory, and with Megatron's own linears."""
     if parallel.moves and parallel.schedule == megatrons_schedule(parallel.vp):
         parallel = replace(parallel, schedule=None)
-    return replace(parallel, recompute="none", moves=None)
+    return replace(parallel, recompute="none", moves=None, tp_scheme=MEGATRONS, tp_grid=None)
 
 
 def _contexts(request: PlanRequest, parallel: Parallel) -> Iterator[Parallel]:

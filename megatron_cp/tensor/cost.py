@@ -8,7 +8,7 @@ hides nothing; Megatron's own linears hide the collectives of a backward beside 
 that undoes a reduce-scatter. Weights, their gradients and the exchange around attention are never hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from megatron_cp.dtypes import BYTES
@@ -191,6 +191,14 @@ def placings(ranks: int) -> Iterator[Placing]:
         yield Placing(CUBE, GridSize(ranks, 1))
 
 
+def _divides(layer: LayerLinears, placing: Placing) -> bool:
+    """True if a cube can cut the weights of the layer's MLP along both of their axes."""
+    if placing.scheme != CUBE:
+        return True
+    parts = cube_side(placing.size.tokens) ** 2
+    return layer.second > 0 and layer.hidden % parts == 0 and layer.second % parts == 0
+
+
 class Cheapest(NamedTuple):
     """The scheme that takes least, and why in one line."""
 
@@ -207,13 +215,16 @@ def cheapest(
     split: bool,
     bias: bool = False,
     scheme: str = AUTO,
+    among: Collection[str] = (),
 ) -> Cheapest:
     """Return the scheme and grid whose linears take least, forward and backward.
 
     bias:   the MLP has biases, which a grid does not gather
     scheme: the only one to consider, for its grid
+    among:  schemes to consider where none is named, by default all
     """
     allowed = [one for one in placings(ranks) if not bias or (one.size.weights == 1 and one.scheme != CUBE)]
+    allowed = [one for one in allowed if _divides(layer, one) and (not among or one.scheme in among)]
     if scheme != AUTO:
         # 2.5d is 2d beside another axis
         allowed = [one._replace(scheme=scheme) for one in allowed if one.scheme == "2d"]

@@ -1,4 +1,6 @@
-"""What the estimate makes of --tp-comm-type, --tp-grid and --tp-engine."""
+"""What the estimate makes of --tp-comm-type, --tp-grid and --tp-engine, and the schemes that a plan weighs."""
+
+from dataclasses import replace
 
 import pytest
 
@@ -7,7 +9,12 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import parallel_of
+from megatron_cp.planner.plan_recipe import as_recipe
+from megatron_cp.planner.search import PlanRequest, label, search
 from megatron_cp.recipe import recipe
+from megatron_cp.recipe.file import Unset
+from megatron_cp.tensor.cost import LayerLinears, cheapest
+from tests.cases import slow_unless
 
 
 def estimated(*words, name="llama3.1-8b-8k-h100x8"):
@@ -53,3 +60,50 @@ def test_auto_is_no_slower_than_any_scheme(stock):
     assert chosen.parallel.tp_scheme in ("1d", "flux", "2d")
     assert chosen.seconds <= stock.seconds
     assert chosen.seconds <= estimated(*TP, "--tp-comm-type", "2d").seconds
+
+
+@pytest.mark.parametrize("scheme", ["1d", "flux", "2d", "2.5d", "3d", "auto"])
+def test_every_scheme_has_an_estimate(scheme):
+    found = estimated("--tensor-model-parallel-size", "8", "--sequence-parallel", "--tp-comm-type", scheme)
+    assert found.seconds > 0
+    assert found.parallel.tp_scheme == scheme or scheme == "auto"
+
+
+REQUEST = PlanRequest(
+    model=model_of(recipe.load("models/llama3.1-70b", Unset({}))),
+    seq=2**17,
+    gpus=64,
+    cluster=load_cluster("h100-ib"),
+    global_batch=8,
+    backends=("zigzag",),
+    schedules=("1f1b",),
+)
+
+
+@pytest.mark.parametrize("asked", slow_unless(["1d flux"], ["1d flux", "1d 2.5d"]))
+def test_a_plan_weighs_the_schemes_that_are_asked_for(tmp_path, asked):
+    asked = tuple(asked.split())
+    alone, found = search(REQUEST, record, 3), search(replace(REQUEST, tensor=asked), record, 3)
+    assert {one.parallel.tp_scheme for one in found.options} <= set(asked)
+    assert found.best.seconds <= alone.best.seconds
+    assert (found.examined, alone.tensor_why) == (alone.examined, "")
+    assert found.tensor_why.startswith("of tensor-parallel schemes ")
+    if "flux" in asked:
+        assert label(found.best.parallel).startswith("TP=8 (flux) ")
+    for one in found.options:
+        file = tmp_path / "planned.yaml"
+        file.write_text(as_recipe(one, "models/llama3.1-70b"))
+        read = recipe.load(str(file), {"DATA_PATH": "corpus"})
+        assert parallel_of(read, 80) == one.parallel
+        assert (one.parallel.tp_scheme == "1d") == (read.flag("--transformer-impl", "") == "")
+
+
+def test_a_cube_is_weighed_where_weights_divide_alone():
+    wide, cluster = LayerLinears(2**17, 4096, 6144, 4096, 28672, 14336), load_cluster("h100-ib")
+
+    def weighed(layer):
+        return cheapest(layer, 8, cluster, "bfloat16", split=False, among=("1d", "3d")).why
+
+    assert ", 3d " in weighed(wide)
+    for other in (wide._replace(first=2 * 14330, second=14330), wide._replace(first=0, second=0)):
+        assert "3d" not in weighed(other)
