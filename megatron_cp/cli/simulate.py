@@ -19,10 +19,12 @@ from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import HOST, BadSchedule, parse
 from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
+from megatron_cp.pipeline.slices import SliceShare, flash_shares, flash_times, fractions, shares
 from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
 
 MOST_RANKS, MOST_PASSES = 512, 200_000
+BY_COST, BY_LENGTH = "cost", "length"
 LENDERS = {rule.name for rule in SCHEDULES if rule.lends}
 
 
@@ -40,11 +42,23 @@ class SimulationRequest:
     warmup: float | None
     moves: Offload | None
     move: float | None
+    slices: int
+    slices_by: str
+    attention: float
 
-    def costs(self, placement: Placement) -> Costs:
-        """Return the same times and memory for every stage of a placement."""
+    def costs(self, placement: Placement, split: bool = False) -> Costs:
+        """Return the same times and memory for every stage of a placement; `split`: of backwards in I and W."""
         move = self.times[0] if self.move is None else self.move
-        return uniform(placement, self.times, self.memory, move=move)
+        return uniform(placement, self.times, self.memory, move=move, slices=self.shares(split))
+
+    def shares(self, split: bool) -> tuple[SliceShare, ...]:
+        """Return the parts of a sequence's costs that its slices have."""
+        if self.slices < 2:
+            return ()
+        attention = flash_shares(self.attention, self.times)
+        if self.slices_by == BY_LENGTH:
+            return shares([1 / self.slices] * self.slices, attention)
+        return shares(fractions(self.slices, attention, self.times, split), attention)
 
     def caps(self, placement: Placement) -> list[float] | None:
         """Return the memory limit of each rank, None without one."""
@@ -53,7 +67,7 @@ class SimulationRequest:
     def bound(self, run: SimulatedStep) -> float:
         """Return a lower bound of the makespan."""
         placement = run.schedule.placement
-        return lower_bound(placement, run.schedule.micros, run.costs, self.caps(placement))
+        return lower_bound(placement, run.schedule.sequences, run.costs, self.caps(placement))
 
 
 def simulate(
@@ -66,9 +80,12 @@ def simulate(
         Path | None, typer.Option(help="File with your own schedule: per rank a line of 2F0 2I0 2W0 …")
     ] = None,
     times: Annotated[
-        str,
-        typer.Option(help="T_F,T_I,T_W of a rank's layers for one microbatch, and T_comm of one hop; any one unit."),
-    ] = "1,1,1,0",
+        str | None,
+        typer.Option(
+            help="T_F,T_I,T_W of a rank's layers for one microbatch, and T_comm of one hop; any one unit. "
+            "[default: 1,1,1,0; with --attention A: 1,1+1.5A,1-A,0]"
+        ),
+    ] = None,
     memory: Annotated[
         str, typer.Option(help="M_B,M_W of a microbatch: kept from F to I, and the part of it kept until W.")
     ] = "1,1",
@@ -90,6 +107,13 @@ def simulate(
     move_time: Annotated[
         float | None, typer.Option(help="Time of moving M_B one way, in the unit of --times. [default: T_F]")
     ] = None,
+    slices: Annotated[
+        int, typer.Option(help="Parts of every sequence that go through the pipeline one after the other.")
+    ] = 1,
+    slices_by: Annotated[str, typer.Option(help="Slices of equal cost or of equal length: cost or length.")] = BY_COST,
+    attention: Annotated[
+        float, typer.Option(help="With --slices, the part of T_F that is causal attention of a whole sequence.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the step: .png, .svg, .pdf, or .json for Perfetto.")] = None,
 ) -> None:
@@ -100,14 +124,18 @@ def simulate(
         p=p,
         m=m,
         v=v,
-        times=_numbers("times", times),
+        times=_numbers("times", times) if times else _usual_times(attention),
         memory=_numbers("memory", memory),
         cap=cap,
         objective=objective,
         warmup=warmup,
         moves=_moves(pp_offload, pp_offload_to),
         move=move_time,
+        slices=slices,
+        slices_by=slices_by,
+        attention=attention,
     )
+    _check_slices(asked, table)
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
     if cap is not None and not cap > 0:
@@ -142,6 +170,22 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
     return numbers
 
 
+def _usual_times(attention: float) -> tuple[float, ...]:
+    return (*flash_times(attention), 0.0) if 0 < attention <= 1 else (1.0, 1.0, 1.0, 0.0)
+
+
+def _check_slices(asked: SimulationRequest, table: Path | None) -> None:
+    if asked.slices < 1:
+        raise ValueError(f"--slices is a number from 1 up, got {asked.slices}")
+    if asked.slices_by not in (BY_COST, BY_LENGTH):
+        raise unknown("--slices-by", asked.slices_by, (BY_COST, BY_LENGTH))
+    if asked.slices == 1 and (asked.attention or asked.slices_by != BY_COST):
+        given = f"--attention {asked.attention:g}" if asked.attention else f"--slices-by {asked.slices_by}"
+        raise ValueError(f"{given} is about slices; give --slices too")
+    if asked.slices > 1 and table:
+        raise ValueError("a --table has its own microbatches; leave out --slices")
+
+
 def _moves(text: str | None, to: str | None) -> Offload | None:
     if text is not None:
         return Offload(limit_of(text), to or HOST)
@@ -164,9 +208,10 @@ def _run(
 ) -> SimulatedStep:
     if asked.p is None or asked.m is None:
         raise ValueError("give the number of ranks -p and of microbatches -m")
-    _check_size(asked.p, max(1, asked.m), max(1, asked.v or 1))
-    where = place(SCHEDULES.get(name), asked.p, asked.v, placement)
-    costs = asked.costs(where)
+    _check_size(asked.p, max(1, asked.m) * asked.slices, max(1, asked.v or 1))
+    rule = SCHEDULES.get(name)
+    where = place(rule, asked.p, asked.v, placement)
+    costs = asked.costs(where, rule.split)
     schedule = build(
         name,
         asked.p,
@@ -178,6 +223,7 @@ def _run(
         caps=asked.caps(where),
         objective=asked.objective,
         moves=asked.moves,
+        slices=asked.slices,
     )
     return play(schedule, costs)
 
@@ -203,21 +249,24 @@ def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
 
 def _as_json(run: SimulatedStep) -> dict[str, object]:
     moves = {"moved": run.moved, "moved_to": run.schedule.to} if run.moved else {}
+    parts = {"slices": [share.kept for share in run.costs.slices]} if run.costs.slices else {}
     return {
         "makespan": run.makespan,
         "bubble": run.bubble,
         "span_bubble": run.span_bubble,
         "peak": list(run.peak),
         **moves,
+        **parts,
         "actions": [[str(action) for action in actions] for actions in run.schedule.table],
     }
 
 
 def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
     placement, bound = run.schedule.placement, asked.bound(run)
+    sliced = f", slices = {run.schedule.slices}" if run.schedule.slices > 1 else ""
     typer.echo(
-        f"{run.schedule.name}: p = {placement.ranks}, m = {run.schedule.micros}, v = {placement.chunks}, "
-        f"placement {placement.name}\n"
+        f"{run.schedule.name}: p = {placement.ranks}, m = {run.schedule.sequences}, v = {placement.chunks}, "
+        f"placement {placement.name}{sliced}\n"
         f"makespan     {run.makespan:.4f}\n"
         f"bubble       {run.bubble:.4f}   idle share of the makespan\n"
         f"span bubble  {run.span_bubble:.4f}   of the longest rank's span\n"
@@ -225,6 +274,8 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         f"transfers    {run.transfers}\n"
         f"peak (M_B)   {' '.join(f'{peak:g}' for peak in run.peak)}"
     )
+    if run.costs.slices:
+        typer.echo(f"slices       {' '.join(f'{share.kept:.3f}' for share in run.costs.slices)}   of a sequence")
     if asked.moves or run.moved or run.schedule.name in LENDERS:
         typer.echo(f"moves        {described(run.schedule)}")
 

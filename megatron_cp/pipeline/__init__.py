@@ -32,6 +32,7 @@ class Rule:
     split:        True if it needs the backward split into I and W
     takes_warmup: True if `table` takes a warm-up multiplier too
     lends:        True if ranks lend activations to their peers, down to BPipe's limit
+    takes_slices: True if `table` takes slices of each sequence too, which then run like microbatches
     overlaps:     True if `table` can write a forward and a backward that run at the same time as one action
     """
 
@@ -44,16 +45,21 @@ class Rule:
     usual: int = 1
     split: bool = True
     takes_warmup: bool = False
+    takes_slices: bool = False
     lends: bool = False
     overlaps: bool = False
     aliases: tuple[str, ...] = ()
 
-    def make(self, p: int, m: int, v: int, warmup: float | None = None, overlapped: bool = False) -> Table:
+    def make(
+        self, p: int, m: int, v: int, warmup: float | None = None, overlapped: bool = False, slices: int = 1
+    ) -> Table:
         """Return the rule's table, not checked."""
         assert self.table, f"{self.name} has no table of its own"
         options: dict[str, float] = {} if warmup is None else {"warmup": warmup}
         if overlapped:
             options["overlapped"] = True
+        if slices > 1:
+            options["slices"] = slices
         return tuple(map(tuple, self.table(p, m, v, **options)))
 
 
@@ -66,6 +72,7 @@ SCHEDULES = Registry(
             paper="arXiv:1811.06965",
             what="all forwards, then all backwards",
             split=False,
+            takes_slices=True,
         ),
         Rule(
             name="1f1b",
@@ -73,6 +80,7 @@ SCHEDULES = Registry(
             paper="arXiv:2006.09503",
             what="one forward, one backward, flushed every step",
             split=False,
+            takes_slices=True,
             aliases=("dapple-a", "pipedream-flush"),
         ),
         Rule(
@@ -89,6 +97,7 @@ SCHEDULES = Registry(
             paper="arXiv:2007.01045",
             what="1F1B with about twice the warm-up",
             split=False,
+            takes_slices=True,
         ),
         Rule(
             name="interleaved",
@@ -98,6 +107,7 @@ SCHEDULES = Registry(
             chunks=None,
             usual=2,
             split=False,
+            takes_slices=True,
             aliases=("1f1b-i",),
         ),
         Rule(
@@ -115,12 +125,14 @@ SCHEDULES = Registry(
             table=zero_bubble.h1,
             paper="arXiv:2401.10241, 2.2",
             what="1F1B's memory, W fills the drain",
+            takes_slices=True,
         ),
         Rule(
             name="zb-h2",
             table=zero_bubble.h2,
             paper="arXiv:2401.10241, 2.2",
             what="spans without idle for twice the memory",
+            takes_slices=True,
         ),
         Rule(
             name="izb",
@@ -130,6 +142,7 @@ SCHEDULES = Registry(
             chunks=None,
             usual=2,
             takes_warmup=True,
+            takes_slices=True,
             aliases=("interleaved-zero-bubble",),
         ),
         Rule(
@@ -139,6 +152,7 @@ SCHEDULES = Registry(
             what="interleaved, split, memory of 1F1B",
             chunks=None,
             usual=2,
+            takes_slices=True,
         ),
         Rule(
             name="gis-h",

@@ -22,6 +22,7 @@ def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float
     than the share `costs.hidden` of its forwards or backwards.
     """
     arrivals = _first_arrivals(placement, costs)
+    # the last stage has all slices of a sequence before the first of them comes back
     returns = _first_returns(placement, costs, arrivals[-1] + costs.forward[-1])
     bounds = []
     for rank, (stages, work) in enumerate(zip(placement.of_rank, costs.work(placement), strict=True)):
@@ -38,14 +39,16 @@ def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float
 def _first_arrivals(placement: Placement, costs: Costs) -> list[float]:
     """Return when each stage can start its first forward."""
     forward_hops, _ = hops(placement, costs)
-    steps = [time + hop for time, hop in zip(costs.forward, forward_hops, strict=True)]
+    part = costs.slices[0].forward if costs.slices else 1.0
+    steps = [time * part + hop for time, hop in zip(costs.forward, forward_hops, strict=True)]
     return list(accumulate(steps[:-1], initial=0.0))
 
 
 def _first_returns(placement: Placement, costs: Costs, end: float) -> list[float]:
     """Return when each stage can start its first input gradient; the last stage's first forward is over at `end`."""
     _, backward_hops = hops(placement, costs)
-    steps = [time + hop for time, hop in zip(costs.input, backward_hops, strict=True)]
+    part = costs.slices[-1].input if costs.slices else 1.0
+    steps = [time * part + hop for time, hop in zip(costs.input, backward_hops, strict=True)]
     return list(accumulate(steps[:0:-1], initial=end))[::-1]
 
 

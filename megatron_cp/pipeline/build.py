@@ -55,6 +55,7 @@ def build(
     caps: Sequence[float] | None = None,
     objective: str = "makespan",
     moves: Offload | None = None,
+    slices: int = 1,
 ) -> Schedule:
     """Return the checked table of a schedule.
 
@@ -66,6 +67,7 @@ def build(
     caps:       most memory of each rank, in M_B
     objective:  makespan or span, for `auto`
     moves:      limit of chunks per rank, and where activations beyond it go; caps then hold for what is left
+    slices:     parts of every sequence that run like microbatches, each backward after those of later parts
     Raises ValueError for an unknown name, for sizes the rule does not know, for a cap below the minimum, and, naming
     the nearest m that works, where a rule's table is incomplete or its ranks would wait for each other.
     """
@@ -80,18 +82,28 @@ def build(
     if overlapped and not rule.overlaps:
         known = ", ".join(other.name for other in SCHEDULES if other.overlaps)
         raise Refused(f"{rule.name} overlaps no forward with a backward; take {known}")
+    check_slices(rule, slices)
     if rule.table is None:
         if costs is None:
             raise Refused(f"{rule.name} schedules from times; give it costs")
         return check(auto(where, m, costs, caps, objective, moves))
     if rule.lends:
         moves = lent(rule, where.ranks, moves)
-    schedule = _fixed(rule, where, m, warmup, overlapped)
+    schedule = _fixed(rule, where, m, warmup, overlapped, slices)
     if moves is not None:
         schedule = check(under(schedule, moves, costs, caps))
     if costs is not None and caps is not None:
         check_caps(schedule, costs, caps)
     return schedule
+
+
+def check_slices(rule: Rule, slices: int) -> None:
+    """Raise ValueError for a number of slices that is none, or a rule whose order knows no slices."""
+    if slices < 1:
+        raise Refused(f"a sequence is cut into 1 slice or more, got {slices}")
+    if slices > 1 and not rule.takes_slices:
+        known = ", ".join(other.name for other in SCHEDULES if other.takes_slices)
+        raise Refused(f"{rule.name} has no order for {slices} slices of a sequence; take one of {known}")
 
 
 def lent(rule: Rule, p: int, moves: Offload | None) -> Offload:
@@ -114,18 +126,22 @@ def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
         raise Refused(f"a cap of {caps[worst]:g} M_B is below the minimum {minimum}")
 
 
-def _fixed(rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool) -> Schedule:
+def _fixed(
+    rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool, slices: int = 1
+) -> Schedule:
     try:
-        return _table(rule, placement, m, warmup, overlapped)
+        return _table(rule, placement, m, warmup, overlapped, slices)
     except BadSchedule as bad:
         sizes = f"p = {placement.ranks}, m = {m}, v = {placement.chunks}"
         reason = f"has no valid table for {sizes}{_way_out(rule, placement, m, warmup)}; {bad.reason}"
         raise BadSchedule(bad.schedule, reason, bad.failing) from None
 
 
-def _table(rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool = False) -> Schedule:
-    table = rule.make(placement.ranks, m, placement.chunks, warmup, overlapped)
-    return check(Schedule(rule.name, placement, m, table))
+def _table(
+    rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool = False, slices: int = 1
+) -> Schedule:
+    table = rule.make(placement.ranks, m, placement.chunks, warmup, overlapped, slices)
+    return check(Schedule(rule.name, placement, m * slices, table, slices=slices))
 
 
 def _way_out(rule: Rule, placement: Placement, m: int, warmup: float | None) -> str:

@@ -4,22 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, FULL, Action, Cell, Overlap, halves
+from megatron_cp.pipeline.action import FORWARD, INPUT, WEIGHT, Action, Cell, Overlap, halves
 from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.slices import SliceShare
 
+WHOLE = SliceShare(1.0, 1.0, 1.0, 1.0)
 LARGEST = 1e15
 """Largest time or memory of a microbatch: sums over a step stay exact enough to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Times in any one unit and memory in any one unit, both per stage and for one microbatch.
+    """Times in any one unit and memory in any one unit, both per stage and for one whole microbatch.
 
     forward, input, weight: F, I and W of each stage; a full backward B takes input + weight
     comm:  delay of one hop between different ranks; sender and receiver stay free meanwhile
     kept:  activations from a stage's F to its I
     held:  the part of them that stays until its W
     unit:  how much of `kept` one rank holds for one whole microbatch (M_B): peaks and caps are counted in it
+    slices: parts of a microbatch that run like microbatches of their own, each with its part of everything but `comm`
     move:  time in which `unit` of activations moves to the host or the peer, or back
     hidden: part of the shorter half of an overlap (F+B) that runs behind the longer one; 0 if both take their sum
     """
@@ -33,6 +36,7 @@ class Costs:
     unit: float
     hidden: float = 0.0
     move: float = 0.0
+    slices: tuple[SliceShare, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("forward", "input", "weight"):
@@ -54,18 +58,28 @@ class Costs:
                     f"the largest is {LARGEST:g}"
                 )
 
+    def time(self, action: Action) -> float:
+        """Return the time of a compute action."""
+        stage, kind, micro = action
+        part = self.slices[(micro or 0) % len(self.slices)] if self.slices else WHOLE
+        if kind == FORWARD:
+            return self.forward[stage] * part.forward
+        whole = 0.0 if kind == WEIGHT else self.input[stage] * part.input
+        return whole if kind == INPUT else whole + self.weight[stage] * part.weight
+
+    def kept_by(self, action: Action) -> tuple[float, float]:
+        """Return `kept` and `held` of the stage and the slice of an action."""
+        stage, _, micro = action
+        part = self.slices[(micro or 0) % len(self.slices)].kept if self.slices else 1.0
+        return self.kept[stage] * part, self.held[stage] * part
+
     def saved(self, cell: Cell) -> float:
         """Return the time that a cell saves over its halves one after the other."""
-        return self.hidden * min(map(self._time, halves(cell))) if isinstance(cell, Overlap) else 0.0
+        return self.hidden * min(map(self.time, halves(cell))) if isinstance(cell, Overlap) else 0.0
 
-    def _time(self, action: Action) -> float:
-        if action.kind == FORWARD:
-            return self.forward[action.stage]
-        return self.input[action.stage] + (self.weight[action.stage] if action.kind == FULL else 0.0)
-
-    def moving(self, stage: int) -> float:
-        """Return the time of moving what a stage keeps of one microbatch."""
-        return self.move * self.kept[stage] / self.unit
+    def moving(self, action: Action) -> float:
+        """Return the time of moving what the stage of an action keeps of its microbatch or slice."""
+        return self.move * self.kept_by(action)[0] / self.unit
 
     def work(self, placement: Placement) -> list[float]:
         """Return the compute time of one microbatch on each rank, nothing overlapped."""
@@ -79,12 +93,14 @@ def uniform(
     memory: Sequence[float] = (1.0, 1.0),
     hidden: float = 0.0,
     move: float = 0.0,
+    slices: tuple[SliceShare, ...] = (),
 ) -> Costs:
     """Return the costs of equal stages from those of a whole rank.
 
     times:  T_F, T_I, T_W and T_comm of all of a rank's layers for one microbatch; a chunk takes T / v, a hop T_comm
     memory: M_B kept from F to I and the part M_W of it kept until W, of all of a rank's layers
     move:   time of moving M_B away, or back
+    slices: parts of a microbatch that run one after the other
     """
     if len(times) != 4:
         raise Refused(f"times are T_F,T_I,T_W,T_comm, four numbers; got {len(times)}")
@@ -103,4 +119,5 @@ def uniform(
         unit=memory[0] * v,
         hidden=hidden,
         move=move,
+        slices=slices,
     )

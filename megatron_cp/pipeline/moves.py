@@ -30,7 +30,7 @@ class Links:
         """Return the start and the end of a move whose rank has come to it at `clock`."""
         chunk = (action.stage, action.micro)
         start = max(clock, self._free[action.kind], self._ended.get(chunk, 0.0))
-        end = start + self._costs.moving(action.stage)
+        end = start + self._costs.moving(action)
         for kind in (action.kind,) if self._both_ways else MOVES:
             self._free[kind] = end
         self._ended[chunk] = end
@@ -62,7 +62,7 @@ def peaks_over_time(
         for cell, start, end in zip(cells, starts[rank], ends[rank], strict=True):
             for action in halves(cell):
                 if action.kind in MOVES:
-                    size = costs.kept[action.stage]
+                    size, _ = costs.kept_by(action)
                     away = action.kind == EVICT
                     changes[rank].append(_Change(end, -size) if away else _Change(start, size))
                     peer.append(_Change(start, size) if away else _Change(end, -size))
@@ -72,7 +72,7 @@ def peaks_over_time(
 
 
 def _of_compute(action: Action, costs: Costs, start: float, end: float) -> Iterator[_Change]:
-    kept, held = costs.kept[action.stage], costs.held[action.stage]
+    kept, held = costs.kept_by(action)
     if action.kind == FORWARD:
         yield _Change(start, kept)
     elif action.kind == WEIGHT:

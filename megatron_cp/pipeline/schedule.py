@@ -18,9 +18,10 @@ Table = tuple[tuple[Cell, ...], ...]
 class Schedule:
     """The actions of every rank, in order.
 
-    micros: microbatches of one step
+    micros: microbatches of one step; a slice of a sequence counts as one
     table:  one tuple of cells per rank
     to:     where EVICT moves activations: to the rank's own host, or to its peer, rank p - 1 - r; None if nothing moves
+    slices: of each sequence: slice i of sequence j is microbatch j * slices + i
     """
 
     name: str
@@ -28,6 +29,12 @@ class Schedule:
     micros: int
     table: Table
     to: str | None = None
+    slices: int = 1
+
+    @property
+    def sequences(self) -> int:
+        """Whole microbatches of one step."""
+        return self.micros // self.slices
 
     def text(self) -> str:
         """Return one line per rank, cells separated by blanks; `parse` reads it back."""

@@ -59,7 +59,7 @@ class SimulatedStep:
         """Compute time of a whole step, averaged over ranks: m times T_F + T_I + T_W when stages are equal."""
         placement = self.schedule.placement
         saved = sum(self.costs.saved(cell) for cells in self.schedule.table for cell in cells)
-        return (self.schedule.micros * sum(self.costs.work(placement)) - saved) / placement.ranks
+        return (self.schedule.sequences * sum(self.costs.work(placement)) - saved) / placement.ranks
 
     @cached_property
     def moved(self) -> int:
@@ -97,7 +97,7 @@ class SimulatedStep:
     def _bars(self, cell: Cell, start: float, end: float) -> list["Bar"]:
         if isinstance(cell, Action):
             return [Bar(cell, start, end)]
-        forward, backward = (durations(self.costs)[action.kind][action.stage] for action in halves(cell))
+        forward, backward = map(self.costs.time, halves(cell))
         middle = start + (end - start) * forward / (forward + backward)
         return [Bar(cell.forward, start, middle), Bar(cell.backward, middle, end)]
 
@@ -107,6 +107,7 @@ def simulate(schedule: Schedule, costs: Costs) -> SimulatedStep:
 
     Raises BadSchedule, naming every rank's waiting action, when the ranks end up waiting for each other.
     """
+    assert len(costs.slices) in (0, schedule.slices), "costs are of other slices than the table"
     run = simulate_below(schedule, costs)
     assert run
     return run
@@ -149,13 +150,13 @@ class _StepSimulation:
         self.starts: list[list[float]] = [[] for _ in range(ranks)]
         self.ends: list[list[float]] = [[] for _ in range(ranks)]
         self._last = len(schedule.placement.rank_of) - 1
-        self._duration = durations(costs)
+        self._duration, self._time = durations(costs), costs.time if costs.slices else None
         self._hop = hops(schedule.placement, costs)
         self._made: dict[tuple[int, bool, int | None], float] = {}
         self._asleep: dict[tuple[int, bool, int | None], int] = {}
         # how late a rank may be, before it runs anything, for its work still to end below the bar
         self._latest = [
-            bar - schedule.micros * work + sum(map(costs.saved, cells))
+            bar - schedule.sequences * work + sum(map(costs.saved, cells))
             for work, cells in zip(costs.work(schedule.placement), schedule.table, strict=True)
         ]
         self._saved = costs.saved
@@ -191,7 +192,7 @@ class _StepSimulation:
 
     def _took(self, cell: Cell) -> float:
         if isinstance(cell, Action):
-            return self._duration[cell.kind][cell.stage]
+            return self._time(cell) if self._time else self._duration[cell.kind][cell.stage]
         return self._took(cell.forward) + self._took(cell.backward) - self._saved(cell)
 
     def _cell_start(self, cell: Cell, clock: float, rank: int) -> float | None:
@@ -249,14 +250,15 @@ def peak_memory(cells: Sequence[Cell], costs: Costs) -> float:
     An overlap adds what its forward keeps before it frees anything.
     """
     alive = peak = 0.0
-    for stage, kind, _ in flat(cells):
-        if kind == FORWARD:
-            alive += costs.kept[stage]
+    for action in flat(cells):
+        kept, held = costs.kept_by(action)
+        if action.kind == FORWARD:
+            alive += kept
             peak = max(peak, alive)
-        elif kind in BACKWARD:
-            alive -= costs.kept[stage] - (costs.held[stage] if kind == INPUT else 0.0)
-        elif kind == WEIGHT:
-            alive -= costs.held[stage]
+        elif action.kind in BACKWARD:
+            alive -= kept - (held if action.kind == INPUT else 0.0)
+        elif action.kind == WEIGHT:
+            alive -= held
     return peak / costs.unit
 
 

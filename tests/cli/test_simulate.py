@@ -189,3 +189,32 @@ def test_the_simulator_needs_no_torch():
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'megatron', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_slices_of_a_sequence():
+    told = json.loads(ask(*"--schedule zb-h1 -p 8 -m 24 --slices 8 --json".split()))
+    assert told["makespan"] == pytest.approx(72.875)
+    assert told["peak"] == [1.875] * 8
+    assert told["slices"] == pytest.approx([1 / 8] * 8)
+    told = ask(*"--schedule 1f1b -p 8 -m 24 --slices 4 --attention 0.5".split())
+    assert "v = 1, placement loop, slices = 4" in told
+    assert "slices       0.376 0.250 0.201 0.173   of a sequence" in told
+    assert "bubble       0.0832" in told
+    told = ask(*"--schedule 1f1b -p 8 -m 24 --slices 4 --attention 0.5 --slices-by length".split())
+    assert "slices       0.250 0.250 0.250 0.250" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--slices 0", "--slices is a number from 1 up, got 0"),
+        ("--attention 0.5", "--attention 0.5 is about slices; give --slices too"),
+        ("--slices-by length", "--slices-by length is about slices; give --slices too"),
+        ("--slices 2 --slices-by weight", "unknown --slices-by 'weight'"),
+        ("--slices 2 --attention 1.5", "lies between 0 and 1, got 1.5"),
+        ("--slices 2 --attention 0.5 --times 1,1,1,0", "more than T_I = 1; give T_I of at least that"),
+    ],
+)
+def test_slices_that_cannot_be(words, reason):
+    with pytest.raises(ValueError, match=reason):
+        ask(*f"--schedule 1f1b -p 4 -m 6 {words}".split())

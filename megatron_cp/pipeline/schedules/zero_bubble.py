@@ -15,17 +15,30 @@ from megatron_cp.pipeline.placement import vee
 from megatron_cp.pipeline.schedules.order import alternate, delay_weights, in_order
 
 
-def h1(p: int, m: int, v: int = 1) -> list[list[Action]]:
-    """1F1B's warm-up; on rank r a W trails r input gradients. Idle (p - 1)(T_F + T_I - T_W) for T_W <= T_I, peak p."""
+def h1(p: int, m: int, v: int = 1, slices: int = 1) -> list[list[Action]]:
+    """1F1B's warm-up; on rank r a W trails r input gradients. Idle (p - 1)(T_F + T_I - T_W) for T_W <= T_I, peak p.
+
+    In k slices of equal costs both shrink: idle by k, and the peak is 1 + (p - 1) / k on every rank.
+    """
     return [
-        list(delay_weights(alternate(*in_order(rank, m, split=True), warmup=p - 1 - rank), rank)) for rank in range(p)
+        list(
+            delay_weights(
+                alternate(*in_order(rank, m, split=True, slices=slices), warmup=p - 1 - rank + slices - 1), rank
+            )
+        )
+        for rank in range(p)
     ]
 
 
-def h2(p: int, m: int, v: int = 1) -> list[list[Action]]:
+def h2(p: int, m: int, v: int = 1, slices: int = 1) -> list[list[Action]]:
     """Twice the warm-up and twice the delay. Every rank's span is without idle for equal times; peak 2p - 1."""
     return [
-        list(delay_weights(alternate(*in_order(rank, m, split=True), warmup=2 * (p - 1 - rank)), 2 * rank))
+        list(
+            delay_weights(
+                alternate(*in_order(rank, m, split=True, slices=slices), warmup=2 * (p - 1 - rank) + slices - 1),
+                2 * rank,
+            )
+        )
         for rank in range(p)
     ]
 
