@@ -31,11 +31,12 @@ from megatron_cp.pipeline.offload import Offload, balanced
 from megatron_cp.pipeline.passes import without_moves
 from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
+from megatron_cp.planner.linear_trace import record_linears
 from megatron_cp.planner.model import model_of
 from megatron_cp.recipe import recipe
-from megatron_cp.tensor import ENGINES, GEMMS
+from megatron_cp.tensor import COLLECTIVE, ENGINES, GEMMS, MEGATRONS
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
-from megatron_cp.tensor.cost import LayerLinears
+from megatron_cp.tensor.cost import LayerLinears, Placing
 from megatron_cp.tensor.place import GridSize
 
 DOCS = Path(__file__).parent
@@ -124,15 +125,47 @@ def tensor_traffic() -> str:
     return table([*head, "layer's weights, 1/8 and 1/4"], body)
 
 
-def tensor_row(name: str, seq: int) -> list[str]:
+def tensor_memory() -> str:
+    """Memory of one layer's linears under each way of using eight ranks, the least of a row in bold."""
+    head = ["model, tokens", "1d, TP 8", "flux, TP 8", "2d, 4 x 2", "3d, 2 x 2 x 2", "2.5d, 2 x 2 x CP 2"]
+    body = (memory_row(name, seq) for name in ("8b", "70b", "405b") for seq in (2**13, 2**17, 2**20))
+    return table([*head, "1d, TP 4 x CP 2"], body)
+
+
+def memory_row(name: str, seq: int) -> list[str]:
+    layer = llama_layer(name, seq)
+    half = layer._replace(tokens=seq / 2)
+    traced = [
+        (layer, Placing(MEGATRONS, GridSize(8, 1), COLLECTIVE)),
+        (layer, Placing("flux", GridSize(8, 1))),
+        (layer, Placing("2d", GridSize(4, 2))),
+        (half, Placing("2.5d", GridSize(2, 2))),
+        (half, Placing(MEGATRONS, GridSize(4, 1), COLLECTIVE)),
+    ]
+    at_work = [
+        max(peak for run in record_linears(each, placing, "bfloat16") for peak in run.peak) for each, placing in traced
+    ]
+    at_work.insert(3, 2 * round(layer.at_work_on_cube(2)))
+    # weights in bf16 and gradients in float32
+    kept = [6 * sum(one.weight for one in layer.linears) / ranks for ranks in (8, 8, 8, 8, 4, 4)]
+    both = [each + most for each, most in zip(kept, at_work, strict=True)]
+    cells = [f"{each / 1e6:,.0f} + {most / 1e6:,.0f} MB" for each, most in zip(kept, at_work, strict=True)]
+    cells[both.index(min(both))] = f"**{cells[both.index(min(both))]}**"
+    return [f"{name.upper()}, {seq // 1024}K", *cells]
+
+
+def llama_layer(name: str, seq: int) -> LayerLinears:
     ranks = {"8b": 64, "70b": 256, "405b": 2048}[name]
     model = model_of(recipe.load(f"llama3.1-{name}-128k-h100x{ranks}", {"DATA_PATH": "corpus"}))
-    layer = LayerLinears(
-        seq, model.hidden, model.query + model.key_value, model.query, (model.matrices - 1) * model.ffn, model.ffn
-    )
+    width = model.query + model.key_value
+    return LayerLinears(seq, model.hidden, width, model.query, (model.matrices - 1) * model.ffn, model.ffn)
+
+
+def tensor_row(name: str, seq: int) -> list[str]:
+    layer = llama_layer(name, seq)
     half = layer._replace(tokens=seq / 2)
     # zigzag's K and V of a rank of tensor parallelism 4, and their gradients: 3/4 of 2 U forward, 4 U backward
-    context = 5.5 * seq / 2 * model.key_value / 2 / 4
+    context = 5.5 * seq / 2 * (layer.attention - layer.query) / 2 / 4
     sent = [
         sum(layer.sent(GridSize(8, 1), split=False)),
         sum(layer.sent(GridSize(4, 2), split=False)),
@@ -393,6 +426,7 @@ PARTS: dict[str, Callable[[], str]] = {
         schedules,
         schemes,
         tensor_traffic,
+        tensor_memory,
         engines,
         products,
         schedule_costs,

@@ -85,6 +85,19 @@ class LayerLinears(NamedTuple):
             total += 2 * cube_exchange(self.tokens, self.hidden, side).total
         return total
 
+    def at_work_on_cube(self, side: int) -> float:
+        """Return the most elements that one linear of an MLP on a cube gathers and makes at once."""
+        most = 0.0
+        for size in self.linears[2:]:
+            x, y, weight = (
+                elements / side**2 for elements in (size.tokens * size.inputs, size.tokens * size.outputs, size.weight)
+            )
+            # 1. forward: x and the weight gathered, y before and after it is added up
+            # 2. backward: dy and the weight gathered, dx before and after, the weight's gradient before and after
+            forward, backward = x + weight + y * (1 + 1 / side), y + weight + x * (1 + 1 / side) + weight
+            most = max(most, forward, backward)
+        return most
+
 
 class Placing(NamedTuple):
     """A scheme, its grid and the engine of its linears."""

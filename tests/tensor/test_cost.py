@@ -67,3 +67,10 @@ def test_weight_gradients_apart_gather_once_more():
     together, apart = (linear_times(layer(65536), placing, H100, DTYPE, split=split) for split in (False, True))
     assert apart[:3] == together[:3]
     assert apart.weight == pytest.approx(2 * together.weight)
+
+
+def test_memory_of_a_cube_is_what_its_largest_linear_gathers_and_makes():
+    layer = LayerLinears(tokens=16, hidden=8, attention=24, query=8, first=64, second=32)
+    # forward of the first: x 32, W 128, y 256 and half of it again; forward of the second: 128 + 64 + 32 + 16
+    # backward of the first: dy 256, W 128, dx 32 and half of it, W's gradient 128; of the second: 32 + 64 + 192 + 64
+    assert layer.at_work_on_cube(2) == max(32 + 128 + 384, 240, 256 + 128 + 48 + 128, 352)
