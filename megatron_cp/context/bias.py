@@ -4,6 +4,7 @@ Source: Li et al. 2021, arXiv:2105.13120, section 3.2 (Ring Self-Attention).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from megatron_cp.context.agreement import agree, wants_gradients
 from megatron_cp.context.algorithms import rsa
 from megatron_cp.context.checks import able, check_documents
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.function import differentiable_once, without_autocast
 from megatron_cp.context.inputs import check_inputs
@@ -92,7 +94,8 @@ def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None, 
     check_inputs(q, k, v)
     if packed is not None:
         check_documents(packed, q.shape[0] * plan.cp.size, plan.cp.size)
-    task = task_for(q, k, v, plan, packed)
+    # a bias has its rows where the tokens are
+    task = task_for(q, k, v, replace(plan, document_layout=STREAM), packed)
     whole = (q.shape[1], q.shape[2], q.shape[0], rsa.tokens_of(task))
     if bias is not None and (bias.ndim != 4 or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True))):
         raise Refused(f"bias must be b h s S = {whole}, or 1 where it is broadcast, got {tuple(bias.shape)}")

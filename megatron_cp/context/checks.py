@@ -5,6 +5,7 @@ from collections.abc import Callable
 from megatron_cp.context import AUTO, BACKENDS, DEFAULT
 from megatron_cp.context.backend import PLACEMENTS, Backend, MaskKind
 from megatron_cp.context.documents import Documents
+from megatron_cp.context.layouts import length
 from megatron_cp.context.masks import AnyMask, Pieces
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, team_sizes
@@ -32,6 +33,27 @@ def check_documents(packed: Documents, tokens: int, ranks: int) -> None:
             f"documents must end where the sequence does, at S = {tokens} on {ranks} ranks, got cu_seqlens that "
             f"end at {packed.tokens}; " + ("pads are one more document" if packed.tokens < tokens else "cut the last")
         )
+    held = None if packed.layout is None else [length(runs) for runs in packed.layout]
+    if held is not None and held != [tokens // ranks] * ranks:
+        raise Refused(
+            f"the layout that documents are cut by must give each of {ranks} ranks {tokens // ranks} tokens, got "
+            f"{len(held)} ranks with {min(held)} to {max(held)}; plan it for these ranks: documents.planned"
+        )
+
+
+def check_document_layout(entry: Backend, name: str, chunks: int | None) -> None:
+    """Raise Refused for an algorithm that works on positions of its own, not on those of a document layout."""
+    if not takes_document_layout(entry) or chunks is not None:
+        what = "cut into chunks " if chunks is not None else ""
+        raise Refused(
+            f"backend {entry.name!r} {what}works on a layout of its own, got document layout {name!r}; use backend "
+            f"{able(takes_document_layout)} without chunks, or leave it out"
+        )
+
+
+def takes_document_layout(entry: Backend) -> bool:
+    """True if the algorithm works on the positions that the ranks' tokens have, whatever they are."""
+    return entry.layout is None and entry.capabilities.any_positions
 
 
 def kind_of(mask: AnyMask) -> MaskKind:

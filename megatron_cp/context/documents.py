@@ -10,6 +10,8 @@ from itertools import count, pairwise
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+from megatron_cp.context.document_layouts import planned
+from megatron_cp.context.layouts import Layout, PlannedLayout
 from megatron_cp.context.masks import CAUSAL, FULL, Mask, Piece, Pieces
 from megatron_cp.errors import Refused
 
@@ -33,10 +35,13 @@ class Documents:
 
     sets:   which tokens see each other
     tokens: of the whole sequence
+    layout: positions of the tokens that each rank holds, where the batch was cut by its documents; None where by the
+            layout of the plan
     """
 
-    def __init__(self, sets: Sequence[TokenSet], tokens: int) -> None:
+    def __init__(self, sets: Sequence[TokenSet], tokens: int, layout: Layout | None = None) -> None:
         self.sets, self.tokens, self.number = tuple(sets), tokens, next(_numbers)
+        self.layout = layout if layout is None else PlannedLayout(layout)
         self._masks: dict[Mask, Pieces] = {}
         _made[self.number] = self
 
@@ -51,7 +56,20 @@ class Documents:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # the number is of this process
-        return Documents, (self.sets, self.tokens)
+        return Documents, (self.sets, self.tokens, self.layout)
+
+    def cut_by(self, layout: Layout) -> "Documents":
+        """Return these documents in a batch whose ranks hold the tokens at these positions."""
+        return Documents(self.sets, self.tokens, layout)
+
+    def planned(self, name: str, ranks: int, band: Mask = CAUSAL) -> PlannedLayout:
+        """Return the positions of each rank's tokens in a layout for documents: stream, document or blocks.
+
+        band: mask whose pairs are the work of the ranks
+        Raises ValueError for an unknown name and when the ranks cannot have equally many tokens.
+        """
+        own = any(each.band is not None for each in self.sets)
+        return planned(name, self.mask(FULL if own else band), self.tokens, ranks)
 
     def mask(self, band: Mask) -> Pieces:
         """Return the mask of these documents under a plan's band, the same object in every layer.
@@ -68,7 +86,7 @@ class Documents:
         return self._masks[band]
 
     def shortened(self, tokens: int) -> "Documents":
-        """Return these documents on a sequence of so many tokens."""
+        """Return these documents on a sequence of so many tokens, which the layout of the plan cuts."""
 
         def at(position: int) -> int:
             return position * tokens // self.tokens
@@ -87,7 +105,7 @@ class Documents:
     @cached_property
     def term(self) -> str:
         """Describe the documents in a line that is the same on all ranks that have the same ones."""
-        digest = blake2b(repr(self.sets).encode(), digest_size=8).hexdigest()
+        digest = blake2b(repr((self.sets, self.layout)).encode(), digest_size=8).hexdigest()
         return f"{len(self.sets)} sets of {self.tokens} tokens in documents ({digest})"
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megatron_cp.context import layouts, sinks
+from megatron_cp.context import sinks
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.partials import accumulator_dtype
-from megatron_cp.context.plan import Plan, task_for
+from megatron_cp.context.plan import Plan, layouts_for, task_for
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Task
 from megatron_cp.errors import Refused
@@ -50,7 +50,7 @@ def run(
 
 def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | None = None) -> AttentionCall:
     """Return the call of a settled plan for such tensors; raises ValueError when they do not fit."""
-    layout = layouts.layout(plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
+    layout, _ = layouts_for(plan, q.shape[0] * plan.cp.size, packed)
     task = task_for(q, k, v, plan, packed)
     factor, scale = _positive(task.scale)
     inside = plan.chunks is not None or plan.backend.capabilities.sinks == "inside"

@@ -4,12 +4,14 @@ A run is a Python `range` of positions; a rank's runs are listed in the order of
 of runs per rank. Ring, zigzag and striped attention differ in nothing else.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_cp.context import cache_sizes
+from megatron_cp.context.remembered import Keeper, remembered
 from megatron_cp.errors import Refused
 from megatron_cp.registry import unknown
 
@@ -17,6 +19,29 @@ ZIGZAG, CONTIGUOUS, STRIPED = "zigzag", "contiguous", "striped"
 
 Runs = tuple[range, ...]
 Layout = tuple[Runs, ...]
+
+
+class PlannedLayout(Layout, Keeper):
+    """A layout for the documents of one microbatch.
+
+    It keeps its hash, and what `remembered` functions return for it: all layers share these results, and they go when
+    the microbatch does.
+    """
+
+    def __new__(cls, layout: Layout) -> "PlannedLayout":
+        made = super().__new__(cls, layout)
+        made.results = {}
+        return made
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlannedLayout, (tuple(self),)
 
 
 def contiguous(tokens: int, ranks: int) -> Layout:
@@ -96,7 +121,7 @@ class Place(NamedTuple):
     whole: slice
 
 
-@lru_cache(cache_sizes.GROUPS)
+@remembered(cache_sizes.GROUPS)
 def gathered(members: Layout) -> tuple[Runs, tuple[Place, ...]]:
     """Return the runs of several ranks together, in sequence order, and the place of each member's stretches in them.
 
@@ -156,17 +181,36 @@ class Move(NamedTuple):
     dst_tokens: slice
 
 
-@lru_cache(cache_sizes.LAYOUTS)
+@remembered(cache_sizes.LAYOUTS)
 def moves(before: Layout, after: Layout) -> tuple[Move, ...]:
-    """List the moves that turn one layout into another, those within a rank included."""
-    return tuple(
-        Move(src, dst, _within(common, from_run, from_local), _within(common, to_run, to_local))
-        for src, from_runs in enumerate(before)
-        for dst, to_runs in enumerate(after)
-        for from_run, from_local in located(from_runs)
-        for to_run, to_local in located(to_runs)
-        if (common := _intersection(from_run, to_run))
+    """List the moves that turn one layout into another, those within a rank included, by their ranks."""
+    targets = sorted(
+        ((run, local, dst) for dst, runs in enumerate(after) for run, local in located(runs)),
+        key=lambda target: target[0].start,
     )
+    starts = [run.start for run, _, _ in targets]
+    # runs that start up to here end before this position
+    ends = list(accumulate((run[-1] + 1 for run, _, _ in targets), max))
+    found = [
+        Move(src, dst, _within(shared, from_run, from_local), _within(shared, to_run, to_local))
+        for src, from_runs in enumerate(before)
+        for from_run, from_local in located(from_runs)
+        for to_run, to_local, dst in targets[bisect_right(ends, from_run[0]) : bisect_right(starts, from_run[-1])]
+        if (shared := _intersection(from_run, to_run))
+    ]
+    return tuple(sorted(found, key=lambda move: (move.src, move.dst, move.src_tokens.start)))
+
+
+def common(one: Sequence[slice], other: Sequence[slice]) -> Iterator[tuple[int, slice]]:
+    """Yield what two sorted lists of stretches have in common, each with its number in the second list."""
+    first = 0
+    for stretch in one:
+        while first < len(other) and other[first].stop <= stretch.start:
+            first += 1
+        for number in range(first, len(other)):
+            if other[number].start >= stretch.stop:
+                break
+            yield number, slice(max(stretch.start, other[number].start), min(stretch.stop, other[number].stop))
 
 
 def _intersection(a: range, b: range) -> range:

@@ -4,8 +4,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
+from megatron_cp.context.remembered import Keeper
 from megatron_cp.errors import Refused
 
 
@@ -72,7 +73,7 @@ class Piece(NamedTuple):
         return Piece(q, kv, self.band.shifted(queries - keys))
 
 
-class Pieces:
+class Pieces(Keeper):
     """A mask with pieces: a query sees the keys of all pieces that it is in; no two pieces have a pair in common.
 
     It is equal to itself only, so that its hash costs nothing, and keeps what `remembered` functions return for it:
@@ -82,7 +83,7 @@ class Pieces:
     def __init__(self, pieces: Iterable[Piece]) -> None:
         kept = (piece for piece in pieces if piece.q and piece.kv)
         self.all = tuple(sorted(kept, key=lambda piece: (piece.q.start, piece.kv.start)))
-        self.results: dict[tuple[Any, ...], Any] = {}
+        self.results = {}
 
     @cached_property
     def causal(self) -> bool:

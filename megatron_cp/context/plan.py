@@ -16,15 +16,17 @@ from megatron_cp.context.algorithms.fpdt import FPDT
 from megatron_cp.context.checks import (
     able,
     check_can_chunk,
+    check_document_layout,
     check_grid,
     check_heads,
     check_mask,
     check_placement,
     check_softcap,
 )
+from megatron_cp.context.document_layouts import DOCUMENT_LAYOUTS, STREAM
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.inputs import check_inputs
-from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG
+from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG, Layout
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.context.task import Axes, Task
@@ -65,6 +67,7 @@ class Plan:
     cluster: the cluster for which `auto` chooses; None is looked up by the device
     why:     the reasons of `auto`, in one line
     softcap: where the kernel caps scores
+    document_layout: which positions the loop works on for packed documents
     number:  of this plan among all of the process, for graphs that hold no objects
     """
 
@@ -81,6 +84,7 @@ class Plan:
     why: str = ""
     stripe: int = 1
     softcap: float | None = None
+    document_layout: str = STREAM
     number: int = field(init=False, repr=False, compare=False, default_factory=lambda: next(_numbers))
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ class Plan:
             f"stripe={self.stripe}",
             f"chunks={self.chunks}",
             f"softcap={self.softcap}",
+            f"document_layout={self.document_layout}",
             f"grid={grid}",
             f"cluster={self.cluster and self.cluster.name}",
             *([f"nodes={len({*nodes})} with {nodes.count(nodes[0])} ranks on the first"] if nodes else []),
@@ -155,6 +160,7 @@ def plan(
     cluster: str | Cluster | None = None,
     stripe: int = 1,
     softcap: float | None = None,
+    document_layout: str = STREAM,
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
@@ -167,6 +173,8 @@ def plan(
     cluster:       the cluster for which backend "auto" chooses: a name, a file or a description; None: by the device
     stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
     softcap:       softcap tanh(score / softcap) takes the place of each scaled score; None leaves scores as they are
+    document_layout: for packed documents, the tokens of each rank inside attention: "stream" as `layout` says,
+                   "document" zigzag over each document or "blocks" of equal work; tokens move there and back
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
     cp = SingleFabric() if cp is None else cp
@@ -190,6 +198,10 @@ def plan(
         softcap = _as_softcap(softcap)
         check_softcap(entry)
         check_caps(kernel)
+    if document_layout not in DOCUMENT_LAYOUTS:
+        raise unknown("document layout", document_layout, DOCUMENT_LAYOUTS)
+    if document_layout != STREAM:
+        check_document_layout(entry, document_layout, chunks)
     seen = mask(causal, window)
     check_mask(entry, seen)
     return Plan(
@@ -205,7 +217,26 @@ def plan(
         cluster=load_cluster(cluster) if isinstance(cluster, str) else cluster,
         stripe=stripe,
         softcap=softcap,
+        document_layout=document_layout,
     )
+
+
+def layouts_for(plan: Plan, tokens: int, packed: Documents | None = None) -> tuple[Layout, Layout]:
+    """Return the positions of the tokens that the ranks of a settled plan hold, and of those that its loop works on."""
+
+    def named(name: str) -> Layout:
+        return layouts.layout(name, tokens, plan.cp.size, plan.stripe)
+
+    cut = None if packed is None else packed.layout
+    held = named(plan.layout) if cut is None else cut
+    if plan.backend.layout is not None:
+        return held, named(plan.backend.layout)
+    # chunks over time are cut from equal pieces
+    if cut is not None and (plan.chunks is not None or not plan.backend.capabilities.any_positions):
+        return held, named(plan.layout)
+    if cut is not None or packed is None or plan.document_layout == STREAM:
+        return held, held
+    return held, packed.planned(plan.document_layout, plan.cp.size, plan.mask)
 
 
 def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | None = None) -> Task:
@@ -213,7 +244,7 @@ def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | No
     check_inputs(q, k, v)
     grid, axis = (plan.axes.grid, plan.axes.heads) if plan.axes else (None, "")
     check_heads(plan.backend, q.shape[2], plan.cp.size, grid, axis)
-    layout = layouts.layout(plan.backend.layout or plan.layout, q.shape[0] * plan.cp.size, plan.cp.size, plan.stripe)
+    _, layout = layouts_for(plan, q.shape[0] * plan.cp.size, packed)
     scale = q.shape[-1] ** -0.5 if plan.softmax_scale is None else plan.softmax_scale
     heads = (q.shape[2], k.shape[2])
     return Task(

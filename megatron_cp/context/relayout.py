@@ -1,7 +1,6 @@
 """Exchange of tokens between two layouts: one message from each rank to each other, with all tensors in it."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from megatron_cp.comm import Fabric
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.layouts import Layout, moves
 from megatron_cp.context.packing import heads_of, packed, unpacked
+from megatron_cp.context.remembered import remembered
 
 
 class Parcel(NamedTuple):
@@ -54,7 +54,7 @@ def relayout(tensors: Sequence[Tensor], before: Layout, after: Layout, fabric: F
     return unpacked(result, heads_of(*tensors))
 
 
-@lru_cache(cache_sizes.GROUPS)
+@remembered(cache_sizes.GROUPS)
 def _parcels(before: Layout, after: Layout, me: int) -> Parcels:
     """Return the tokens of rank `me` that change their place."""
     sends, recvs, stay = [], [], []

@@ -102,6 +102,27 @@ def seen(q_runs: Runs, kv_runs: Runs, mask: AnyMask) -> slice:
     )
 
 
+@remembered(cache_sizes.PAIRS)
+def wanted(q_runs: Runs, kv_runs: Runs, mask: AnyMask) -> tuple[slice, ...]:
+    """Return the stretches of keys that some of the queries see, in their order; `seen` is the one that holds them."""
+    if isinstance(mask, Mask):
+        stretch = seen(q_runs, kv_runs, mask)
+        return (stretch,) if stretch.start < stretch.stop else ()
+    found = sorted(
+        (stretch.start + clip.cols, stretch.stop + clip.cols)
+        for clip in clips(q_runs, kv_runs, mask)
+        for run in clip.queries
+        if (stretch := _seen_in_band((run,), clip.keys, clip.piece.band)).start < stretch.stop
+    )
+    joined: list[slice] = []
+    for start, stop in found:
+        if joined and start <= joined[-1].stop:
+            joined[-1] = slice(joined[-1].start, max(stop, joined[-1].stop))
+        else:
+            joined.append(slice(start, stop))
+    return tuple(joined)
+
+
 def hull(stretches: tuple[slice, ...]) -> slice:
     """Return the shortest stretch that holds all non-empty ones."""
     stretches = tuple(stretch for stretch in stretches if stretch.start < stretch.stop)

@@ -2,13 +2,14 @@
 
 It gathers one group of KV heads after the other: the next group is on its way while the current one is computed, and
 in the backward pass the gradients of the one before are on their way to their owners. A collective brings every rank
-all tokens, and each of them once to a node, whose ranks share its links. Messages bring a rank only the tokens from the
-first to the last one that it sees. `by_collective` says which one it is.
+all tokens, and each of them once to a node, whose ranks share its links. Messages bring a rank only the tokens that it
+sees: those from the first to the last, or of packed documents the stretches of them. `by_collective` says which it is.
 
 Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2. Traffic, memory: `BACKENDS` in `megatron_cp.context`.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,17 +18,20 @@ from torch import Tensor
 from megatron_cp.comm import Done, Fabric, Gathering, Handle
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.heads import pieces
-from megatron_cp.context.layouts import Layout, Place, Runs, gathered, length
+from megatron_cp.context.layouts import Layout, Place, Runs, common, cut, gathered, join, length
 from megatron_cp.context.masks import AnyMask
 from megatron_cp.context.merge import SoftmaxMerge, Sum, accumulator_dtype
 from megatron_cp.context.packing import heads_of, packed, unpacked, with_dim
 from megatron_cp.context.remembered import remembered
 from megatron_cp.context.returns import Incoming, Outgoing, Returns
 from megatron_cp.context.task import Block, Saved, Task
-from megatron_cp.context.tiles import seen
+from megatron_cp.context.tiles import wanted
 
 GROUPS = 4
 """Groups of KV heads, where there are so many; two are alive at a time."""
+
+MESSAGES = 2
+"""Most parts of a rank's tokens that are a message each, as many as zigzag has."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, task: Task) -> tuple[Tensor, Saved]:
@@ -87,8 +91,8 @@ def by_collective(layout: Layout, mask: AnyMask, nodes: tuple[int, ...]) -> bool
     once = sum(tokens[owner] for end in {*ends} for owner in range(len(layout)) if ends[owner] != end)
     by_messages = 0
     for end, runs in zip(ends, layout, strict=True):
-        parts = [_overlap(place, seen(runs, whole, mask)) for place in places if ends[place.rank] != end]
-        by_messages += sum(part.local.stop - part.local.start for part in parts if part)
+        others = [place for place in places if ends[place.rank] != end]
+        by_messages += sum(part.stop - part.start for _, part in _parts(wanted(runs, whole, mask), others))
     return once <= by_messages
 
 
@@ -109,48 +113,58 @@ def groups(heads: int, kv_heads: int) -> list[HeadGroup]:
 
 
 class View(NamedTuple):
-    """The stretch of the gathered sequence that a rank's queries see, and the messages that bring it.
+    """The stretches of the gathered sequence that a rank's queries see, and the messages that bring them.
 
-    runs:  positions of the whole sequence
-    reach: the stretch of it that the rank holds
-    sizes: lengths of the parts that the stretch is put together from, each of one rank's tokens
+    runs:  positions of the whole sequence, or of the stretches if they are several
+    first: the first of these that comes
+    sizes: lengths of the parts that the stretches are put together from, each of one rank's tokens
     parts: whose tokens these are, and which of its local tokens
     sends: ranks that see this rank's tokens, and which of them, in the order of the receivers' parts
     stretches: these tokens, each stretch once
+    by_peer: each peer gets one message, which is put together and taken apart; else each part is a message
     """
 
     runs: Runs
-    reach: slice
+    first: int
     sizes: tuple[int, ...]
     parts: tuple[tuple[int, slice], ...]
     sends: tuple[tuple[int, slice], ...]
     stretches: tuple[slice, ...]
+    by_peer: bool
 
 
 @remembered(cache_sizes.GROUPS)
 def view_of(layout: Layout, mask: AnyMask, me: int) -> View:
     """Return the view of rank `me`."""
     whole, places = gathered(layout)
-    reach = [seen(runs, whole, mask) for runs in layout]
-    parts = [(part.rank, part.local) for place in places if (part := _overlap(place, reach[me]))]
+    reach = [wanted(runs, whole, mask) for runs in layout]
+    parts = list(_parts(reach[me], places))
     mine = [place for place in places if place.rank == me]
-    sends = [
-        (rank, part.local)
-        for rank in range(len(layout))
-        for place in mine
-        if rank != me and (part := _overlap(place, reach[rank]))
-    ]
+    sends = [(rank, part) for rank in range(len(layout)) if rank != me for _, part in _parts(reach[rank], mine)]
     sizes = tuple(local.stop - local.start for _, local in parts)
-    return View(whole, reach[me], sizes, tuple(parts), tuple(sends), tuple({local for _, local in sends}))
+    runs, first = whole, reach[me][0].start if reach[me] else 0
+    if len(reach[me]) > 1:
+        runs, first = join([run for stretch in reach[me] for run in cut(whole, stretch)]), 0
+    stretches = tuple({local for _, local in sends})
+    return View(runs, first, sizes, tuple(parts), tuple(sends), stretches, _in_many_parts(layout, reach, places))
 
 
-def _overlap(place: Place, reach: slice) -> Place | None:
-    """Return the part of a rank's stretch that lies in this stretch of the whole, if there is one."""
-    first, last = max(place.whole.start, reach.start), min(place.whole.stop, reach.stop)
-    if first >= last:
-        return None
-    shift = place.local.start - place.whole.start
-    return Place(place.rank, slice(first + shift, last + shift), slice(first, last))
+def _in_many_parts(layout: Layout, reach: Sequence[Sequence[slice]], places: Sequence[Place]) -> bool:
+    """True if some rank sees another's tokens in more parts than are a message each; the same on all ranks."""
+    if max(map(len, layout)) <= MESSAGES and max(map(len, reach)) <= 1:
+        return False
+    for me, stretches in enumerate(reach):
+        counts = Counter(rank for rank, _ in _parts(stretches, places) if rank != me)
+        if max(counts.values(), default=0) > MESSAGES:
+            return True
+    return False
+
+
+def _parts(stretches: Sequence[slice], places: Sequence[Place]) -> Iterator[tuple[int, slice]]:
+    """Yield the ranks, and which of their local tokens, that stretches of the whole are put together from."""
+    for number, part in common(stretches, [place.whole for place in places]):
+        rank, local, whole = places[number]
+        yield rank, slice(part.start - whole.start + local.start, part.stop - whole.start + local.start)
 
 
 @runtime_checkable
@@ -190,24 +204,45 @@ class Messages:
 
     def __init__(self, layout: Layout, mask: AnyMask, fabric: Fabric) -> None:
         self._view, self._fabric, self._tokens = view_of(layout, mask, fabric.rank), fabric, length(layout[fabric.rank])
-        self.runs, self.first = self._view.runs, self._view.reach.start
+        self.runs, self.first = self._view.runs, self._view.first
         self._returns = Returns(fabric)
         self._totals: list[Sum] = []
 
     def gather(self, mine: Tensor) -> Callable[[], Tensor]:
         view, me = self._view, self._fabric.rank
-        buffer = mine.new_empty((view.reach.stop - view.reach.start, *mine.shape[1:]))
+        buffer = mine.new_empty((sum(view.sizes), *mine.shape[1:]))
         arriving = list(zip(view.parts, buffer.split(view.sizes), strict=True))
         for (rank, local), here in arriving:
             if rank == me:
                 here.copy_(mine[local])
+        others = [(rank, here) for (rank, _), here in arriving if rank != me]
+        if view.by_peer:
+            return self._gather_by_peer(mine, buffer, others)
         # most ranks see the same stretch
         leaving = {local: mine[local] for local in view.stretches}
         sends = [(leaving[local], rank) for rank, local in view.sends]
-        transfer = self._fabric.exchange(sends, [(here, rank) for (rank, _), here in arriving if rank != me])
+        transfer = self._fabric.exchange(sends, [(here, rank) for rank, here in others])
 
         def arrived() -> Tensor:
             transfer.wait()
+            return buffer
+
+        return arrived
+
+    def _gather_by_peer(
+        self, mine: Tensor, buffer: Tensor, others: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], Tensor]:
+        sends = [(torch.cat([mine[local] for local in parts]), peer) for peer, parts in _by_rank(self._view.sends)]
+        places = _by_rank(others)
+        messages = [mine.new_empty((sum(map(len, parts)), *mine.shape[1:])) for _, parts in places]
+        transfer = self._fabric.exchange(sends, [(box, peer) for box, (peer, _) in zip(messages, places, strict=True)])
+
+        def arrived() -> Tensor:
+            transfer.wait()
+            for message, (_, parts) in zip(messages, places, strict=True):
+                for part, arrived in zip(parts, message.split([*map(len, parts)]), strict=True):
+                    part.copy_(arrived)
+            messages.clear()
             return buffer
 
         return arrived
@@ -217,22 +252,47 @@ class Messages:
         mine = grads.new_zeros((self._tokens, *grads.shape[1:]))
         total = Sum(mine, mine)
         self._totals.append(total)
-        outgoing = []
+        leaving: list[tuple[int, Tensor]] = []
         for (rank, local), part in zip(view.parts, grads.split(view.sizes), strict=True):
             if rank == me:
                 total.add(local, part)
             else:
-                outgoing.append(Outgoing(rank, [part]))
+                leaving.append((rank, part))
+        if view.by_peer:
+            outgoing = [Outgoing(peer, [torch.cat(parts)]) for peer, parts in _by_rank(leaving)]
+            expected = [_apart(peer, parts, grads, total) for peer, parts in _by_rank(view.sends)]
+            self._returns.start(outgoing, expected)
+            return
         sizes = [local.stop - local.start for _, local in view.sends]
         buffers = grads.new_empty((sum(sizes), *grads.shape[1:])).split(sizes) if sizes else ()
         arriving = zip(view.sends, buffers, strict=True)
         self._returns.start(
-            outgoing, [Incoming(rank, local, [buffer], total.add) for (rank, local), buffer in arriving]
+            [Outgoing(rank, [part]) for rank, part in leaving],
+            [Incoming(rank, local, [buffer], total.add) for (rank, local), buffer in arriving],
         )
 
     def sums(self) -> list[Tensor]:
         self._returns.finish()
         return [total.result() for total in self._totals]
+
+
+def _by_rank[T](parts: Iterable[tuple[int, T]]) -> list[tuple[int, list[T]]]:
+    """Return the ranks in their order, each with its parts."""
+    found: dict[int, list[T]] = defaultdict(list)
+    for rank, part in parts:
+        found[rank].append(part)
+    return sorted(found.items())
+
+
+def _apart(peer: int, parts: Sequence[slice], like: Tensor, total: Sum) -> Incoming:
+    """Expect one message of a peer with its part of the gradients of these of this rank's tokens."""
+    sizes = [part.stop - part.start for part in parts]
+
+    def add(_: slice, message: Tensor) -> None:
+        for part, arrived in zip(parts, message.split(sizes), strict=True):
+            total.add(part, arrived)
+
+    return Incoming(peer, slice(0, sum(sizes)), [like.new_empty((sum(sizes), *like.shape[1:]))], add)
 
 
 class Collective:

@@ -6,10 +6,12 @@ The records are pure Python, so that they are matched, simulated and drawn witho
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.documents import Documents
-from megatron_cp.context.layouts import ZIGZAG
+from megatron_cp.context.layouts import ZIGZAG, Layout, layout
 from megatron_cp.context.masks import CAUSAL, FULL, AnyMask, Mask, mask
 from megatron_cp.grid import Grid
 
@@ -26,6 +28,8 @@ class Problem:
     device: "cuda" or "cpu": how partial results are merged, and how many wait for it
     windows: the kernel takes windows, so that a band along the diagonal is one call
     documents: those of a packed sequence
+    document_layout: for these, the positions that the loop works on
+    cut: the ranks' tokens have these positions already; else they move there and back inside attention
     ranks_per_node: ranks of a node; None for all of them on one
     """
 
@@ -46,12 +50,31 @@ class Problem:
     device: str = "cpu"
     windows: bool = False
     documents: Documents | None = None
+    document_layout: str = STREAM
+    cut: bool = False
     ranks_per_node: int | None = None
 
     @property
     def mask(self) -> AnyMask:
-        band = mask(self.causal, self.window)
-        return band if self.documents is None else self.documents.mask(band)
+        return self._band if self.packed is None else self.packed.mask(self._band)
+
+    @property
+    def _band(self) -> Mask:
+        return mask(self.causal, self.window)
+
+    @cached_property
+    def packed(self) -> Documents | None:
+        """The documents, with the layout that the batch is cut by."""
+        if self.documents is None or not self.cut:
+            return self.documents
+        return self.documents.cut_by(self.documents.planned(self.document_layout, self.ranks, self._band))
+
+    @property
+    def held(self) -> Layout:
+        """Positions of each rank's tokens outside attention; raises ValueError where they cannot have these."""
+        if self.packed is not None and self.packed.layout is not None:
+            return self.packed.layout
+        return layout(self.layout, self.seq, self.ranks, self.stripe)
 
 
 class Compute(NamedTuple):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_cp.comm import LocalFabric, MessageError, in_process
 from megatron_cp.context.attend import attend
-from megatron_cp.context.layouts import indices
 from megatron_cp.context.masks import AnyMask, Pieces
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.probe import probe
@@ -136,13 +135,13 @@ def visible(mask: AnyMask, tokens: int) -> np.ndarray:
 
 def _rank(problem: Problem, book: Book, fabric: LocalFabric) -> None:
     """Run both passes of one rank and check its results."""
-    mine = indices(problem.layout, problem.seq, problem.ranks, fabric.rank, problem.stripe)
+    mine = [position for run in problem.held[fabric.rank] for position in run]
     q, k, v = (
         _tokens(name, mine, heads).requires_grad_()
         for name, heads in (("q", problem.heads), ("k", problem.kv_heads), ("v", problem.kv_heads))
     )
     plan = plan_on(problem, fabric, ProvingKernel(book, problem.windows))
-    out = attend(q, k, v, plan, documents=problem.documents)
+    out = attend(q, k, v, plan, documents=problem.packed)
     # a query without a key has no result
     sees = torch.from_numpy(book.visible[mine].any(1))[:, None, None, None]
     _expect("out", out.detach(), _tokens("out", mine, problem.heads) * sees, mine)

@@ -22,8 +22,8 @@ from megatron_cp.comm.fabric import (
 )
 from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.checks import check_documents
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.function import run as attend
-from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging
 from megatron_cp.context.partials import accumulator_dtype
@@ -83,6 +83,7 @@ def plan_on(problem: Problem, fabric: Fabric, kernel: str | Kernel) -> Plan:
         layout=problem.layout,
         chunks=problem.chunks,
         stripe=problem.stripe,
+        document_layout=STREAM if problem.cut else problem.document_layout,
     )
 
 
@@ -90,7 +91,7 @@ def _passes(problem: Problem, merging: Merging | None = None) -> tuple[Pass, Pas
     # refused before a share of the sequence is taken
     if problem.documents is not None:
         check_documents(problem.documents, problem.seq, problem.ranks)
-    layout(problem.layout, problem.seq, problem.ranks, problem.stripe)
+    assert len(problem.held) == problem.ranks
     forward, backward = zip(*(record_rank(problem, rank, merging) for rank in range(problem.ranks)), strict=True)
     rows = () if any(isinstance(event, Compute) for event, _ in forward[0]) else _rows(problem)
     return Pass(forward, problem.head_dim, rows), Pass(backward, problem.head_dim, rows)
@@ -98,20 +99,26 @@ def _passes(problem: Problem, merging: Merging | None = None) -> tuple[Pass, Pas
 
 def _rows(problem: Problem) -> tuple[int, ...]:
     """Return the work of each rank's own queries with the whole sequence."""
-    layouts = BACKENDS.get(problem.backend).layout or problem.layout
     whole = (range(problem.seq),)
     return tuple(
         sum(tile.pairs for run in runs for tile in tiles((run,), whole, problem.mask)) * problem.heads
-        for runs in layout(layouts, problem.seq, problem.ranks, problem.stripe)
+        for runs in _in_place(problem).held
     )
+
+
+def _in_place(problem: Problem) -> Problem:
+    """Return the problem whose ranks' tokens lie as the loop wants them."""
+    wanted = BACKENDS.get(problem.backend).layout
+    if wanted is not None:
+        return replace(problem, layout=wanted, cut=False)
+    return problem if problem.document_layout == STREAM else replace(problem, cut=True)
 
 
 def _relayout(problem: Problem, *passes: Pass) -> list[int]:
     """Return the extra bytes that every rank sends because its tokens do not lie as the loop wants them."""
-    wanted = BACKENDS.get(problem.backend).layout
-    if wanted in (None, problem.layout):
+    if _in_place(problem) == problem:
         return [0] * problem.ranks
-    native = _passes(replace(problem, layout=wanted))
+    native = _passes(_in_place(problem))
     ours, theirs = ([sum(sent) for sent in zip(*(run.sent for run in both), strict=True)] for both in (passes, native))
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
@@ -138,7 +145,7 @@ def _record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[S
     with Recorder(q, k, v, dout) as recorder:
         fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank, problem.ranks_per_node)
         made = plan_on(problem, fabric, RecordingKernel(recorder, problem.windows))
-        out = attend(q, k, v, made, packed=problem.documents)
+        out = attend(q, k, v, made, packed=problem.packed)
         forward = recorder.take()
         out.backward(dout)
         return forward, recorder.take()
