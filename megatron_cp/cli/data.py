@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_cp.cli.data_balance import balance
+
 if TYPE_CHECKING:
     from megatron_cp.corpus.encode import Batch
     from megatron_cp.corpus.tokenizers import Tokenizer
     from megatron_cp.megatron.dataset import Written
 
 app = typer.Typer(no_args_is_help=True, help="Build and inspect corpora in Megatron's .bin/.idx format.")
+
+app.command()(balance)
 
 SHOWN_BAD = 5
 SHOWN_TEXT_BYTES = 400

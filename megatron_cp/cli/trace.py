@@ -16,6 +16,7 @@ from megatron_cp.cli.trace_linears import AskedLinears, layer_of, trace_linears
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.checks import able, check_placement
 from megatron_cp.context.choose import on_nodes
+from megatron_cp.context.document_layouts import DOCUMENT_LAYOUTS, STREAM
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Pass, Problem, Trace
@@ -24,6 +25,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
+from megatron_cp.registry import unknown
 from megatron_cp.tensor import COLLECTIVE, RING, SCHEMES
 from megatron_cp.tensor.place import AUTO_ENGINE
 
@@ -57,6 +59,17 @@ DocumentLengths = Annotated[
         metavar="LENGTHS|PREFIX",
         help="Documents of a packed sequence: tokens of each, as 100,20,8, or the first of a .bin/.idx pair.",
     ),
+]
+DocumentLayout = Annotated[
+    str,
+    typer.Option(
+        help=f"With --documents, the ranks' tokens inside attention: {', '.join(DOCUMENT_LAYOUTS)}; "
+        "stream leaves them where --layout has them."
+    ),
+]
+Cut = Annotated[
+    bool,
+    typer.Option("--cut", help="The batch is cut by --document-layout; else tokens move there and back in attention."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of the tensors; must be the one that the cluster's rates hold for.")]
 Measure = Annotated[
@@ -113,6 +126,8 @@ def trace(
         typer.Option("--windows", help="The kernel takes windows: a band along the diagonal is one call, as on a GPU."),
     ] = False,
     documents: DocumentLengths = None,
+    document_layout: DocumentLayout = STREAM,
+    cut: Cut = False,
     dtype: Dtype = None,
     measure: Measure = False,
     plot: Plots = None,
@@ -156,7 +171,10 @@ def trace(
         device=hardware.device,
         windows=windows,
         documents=None if documents is None else _documents(documents, seq),
+        document_layout=document_layout,
+        cut=cut,
     )
+    _check_document_layout(problem)
     problem, chosen = _settled(problem, hardware)
     problem = on_nodes(problem, hardware.ranks_per_node)
     costed = _costed(problem, hardware, measure)
@@ -190,7 +208,16 @@ def _settled(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, st
     from megatron_cp.context.auto import decide
 
     choice = decide(problem, hardware)
-    return replace(choice.problem, documents=problem.documents), {AUTO: choice.why}
+    packed = {name: getattr(problem, name) for name in ("documents", "document_layout", "cut")}
+    return replace(choice.problem, **packed), {AUTO: choice.why}
+
+
+def _check_document_layout(problem: Problem) -> None:
+    if problem.document_layout not in DOCUMENT_LAYOUTS:
+        raise unknown("document layout", problem.document_layout, DOCUMENT_LAYOUTS)
+    if problem.documents is None and (problem.cut or problem.document_layout != STREAM):
+        given = "--cut" if problem.cut else f"--document-layout {problem.document_layout}"
+        raise ValueError(f"{given} needs --documents, got none; name a corpus or the tokens of each document")
 
 
 def _documents(given: str, seq: int) -> Documents:

@@ -14,6 +14,7 @@ import torch
 
 from megatron_cp.context import AUTO, BACKENDS, DEFAULT, PLACEMENTS, cache_sizes
 from megatron_cp.context.choose import BackendChoice, choose
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.plan import Plan, Sizes
@@ -51,7 +52,7 @@ def decide(problem: Problem, cluster: Cluster) -> BackendChoice:
     """
     # ranks that are threads would all weigh it at the same time
     with _one_at_a_time:
-        return _decide(replace(problem, backend=AUTO, documents=None), cluster)
+        return _decide(replace(problem, backend=AUTO, documents=None, document_layout=STREAM, cut=False), cluster)
 
 
 def default_cluster(device: str) -> Cluster:

@@ -176,7 +176,7 @@ def _exchanged(owned: list[list[int]], work: Sequence[int]) -> list[list[int]]:
 
 
 class Load(NamedTuple):
-    """What a layout gives one rank.
+    """Work and traffic of one rank under a layout.
 
     pairs:    unmasked pairs of its queries
     received: tokens of other ranks whose keys its queries see

@@ -1,3 +1,4 @@
+import json
 import shlex
 import subprocess
 import sys
@@ -131,3 +132,37 @@ def test_sizes(text: str, size: int | None) -> None:
             parse_size(text)
     else:
         assert parse_size(text) == size
+
+
+def test_balance_compares_layouts_of_documents_of_a_corpus(tmp_path: Path) -> None:
+    texts = ["a" * 700, *("b" * 30 for _ in range(40))]
+    _built("--input", jsonl(tmp_path / "a.jsonl", texts), "--output", tmp_path / "out")
+    result = _run("balance", "--seq", 1024, "--ranks", "4,8", "--documents", tmp_path / "out", "--json")
+    rows = {(row["ranks"], row["layout"]): row for row in json.loads(result.stdout)}
+    assert set(rows) == {(ranks, name) for ranks in (4, 8) for name in ("stream", "document", "blocks")}
+    assert rows[4, "blocks"]["work"] < 1.1 < 1.5 < rows[4, "stream"]["work"]
+    assert rows[4, "document"]["received"] > rows[4, "blocks"]["received"]
+
+
+def test_balance_reads_lengths_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "lengths.txt").write_text("100\n20\n8\n" * 40)
+    shown = _run("balance", "--seq", 512, "--ranks", "2", "--documents", tmp_path / "lengths.txt", "--streams", 3)
+    assert "3 streams of 512 tokens, 12 documents each" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "8;9"], "--ranks takes whole numbers of 1 or more, as 8,32,64, got '8;9'"),
+        (["--ranks", "2", "--seq", "4096"], "the documents hold less than --seq 4096 tokens"),
+        (["--ranks", "3"], "needs S divisible by"),
+        (["--ranks", "2", "--documents", "{folder}/words.txt"], "must hold the tokens of each document, got three"),
+        (["--ranks", "2", "--documents", "{folder}/nothing"], "not found; build it with"),
+    ],
+)
+def test_balance_refuses_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "lengths.txt").write_text("100 20 8 " * 8)
+    (tmp_path / "words.txt").write_text("100 three")
+    given = [word.format(folder=tmp_path) for word in arguments]
+    result = _run("balance", "--seq", 512, "--documents", tmp_path / "lengths.txt", *given)
+    assert message in str(result.exception)

@@ -149,6 +149,8 @@ def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, m
         (["--backend", "startrail", "--hierarchical-context-parallel-sizes", "4", "1"], "possible are 1, 2, backend"),
         (["--layout", "zigzak"], "unknown layout 'zigzak'; did you mean 'zigzag'"),
         (["--backend", "rsa", "--seq", str(2**31)], "'rsa' holds whole rows of scores, 3.69e+19 bytes on a rank"),
+        (["--cut"], "--cut needs --documents, got none"),
+        (["--document-layout", "block"], "unknown document layout 'block'; did you mean 'blocks'"),
         (["--dtype", "float32"], "the rates of cluster 'h100-ib' hold for bfloat16"),
     ],
 )
@@ -176,3 +178,30 @@ def test_longer_stripes_are_fewer_tiles_of_the_same_pairs():
     assert blocks["covered"]
     assert sum(blocks["forward"]["work"]) == sum(single["forward"]["work"])
     assert blocks["forward"]["work"] != single["forward"]["work"]
+
+
+LAID = (
+    "--backend",
+    "all-gather",
+    "--ranks",
+    "2",
+    "--seq",
+    "512",
+    "--heads",
+    "2",
+    "--documents",
+    "30,300,182",
+    "--causal",
+)
+
+
+def test_a_layout_of_documents_is_proved_with_its_moves_or_without():
+    moved, cut, stream = (
+        json.loads(run(*LAID, "--json", *words).stdout)
+        for words in (("--document-layout", "blocks"), ("--document-layout", "blocks", "--cut"), ())
+    )
+    assert moved["covered"]
+    assert cut["covered"]
+    assert min(moved["relayout"]) > max(cut["relayout"]) == 0
+    assert max(cut["forward"]["work"]) < max(stream["forward"]["work"])
+    assert sum(cut["forward"]["work"]) == sum(stream["forward"]["work"])

@@ -242,7 +242,7 @@ def refused(made, backend="zigzag", **choices):
 @pytest.mark.parametrize(
     ("made", "choices", "message"),
     [
-        (lambda: None, {"document_layout": "block"}, "unknown document layout 'block', did you mean 'blocks'"),
+        (lambda: None, {"document_layout": "block"}, "unknown document layout 'block'; did you mean 'blocks'"),
         (
             lambda: None,
             {"document_layout": BLOCKS, "backend": "ring"},
