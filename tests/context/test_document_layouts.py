@@ -80,10 +80,10 @@ def laid(fabric, task, made, backend, name, cut):
 
 
 LAWS = [
-    *((ranks, kind, BLOCKS) for ranks in (3, 8) for kind in KINDS),
-    *((ranks, "causal", BLOCKS) for ranks in (2, 4, 5, 6, 7)),
-    *((ranks, "causal", DOCUMENT) for ranks in range(2, 9)),
-    *((4, "prefix", name) for name in (STREAM, DOCUMENT)),
+    *((3, kind, BLOCKS) for kind in KINDS),
+    *((ranks, "causal", BLOCKS) for ranks in (2, 4, 5, 6, 7, 8)),
+    *((ranks, "causal", DOCUMENT) for ranks in (3, 8)),
+    (4, "prefix", STREAM),
 ]
 
 
@@ -108,8 +108,13 @@ ANYWHERE = [name for name in ALGORITHMS if BACKENDS.get(name).layout is None and
         [("all-gather", 3, "causal", BLOCKS), ("zigzag", 2, "window", DOCUMENT)],
         [
             *((backend, 4, "causal", BLOCKS) for backend in ANYWHERE),
-            *(("all-gather", ranks, kind, name) for ranks in (3, 5, 8) for kind in KINDS for name in PLANNED),
+            *(
+                ("all-gather", ranks, kind, name)
+                for ranks, kind in ((3, "prefix"), (5, "other keys"), (8, "causal"))
+                for name in PLANNED
+            ),
             ("zigzag", 2, "window", DOCUMENT),
+            ("all-gather", 3, "causal", BLOCKS),
         ],
     ),
 )
