@@ -19,6 +19,8 @@ from megatron_cp.errors import Refused
 from megatron_cp.registry import unknown
 
 STREAM, DOCUMENT, BLOCKS = "stream", "document", "blocks"
+AUTO = "auto"
+"""For each microbatch the faster of `stream` and `blocks`: see `document_choice`."""
 
 BLOCKS_PER_RANK = 8
 """Most blocks of a rank: fewer leave ranks unequal, more make it receive more keys and call more kernels."""
@@ -73,6 +75,9 @@ DOCUMENT_LAYOUTS: dict[str, Callable[[Pieces, int, int], Layout]] = {
     DOCUMENT: per_document,
     BLOCKS: balanced_blocks,
 }
+
+
+NAMES = (AUTO, *DOCUMENT_LAYOUTS)
 
 
 @remembered(cache_sizes.LAYOUTS)

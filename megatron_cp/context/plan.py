@@ -23,7 +23,9 @@ from megatron_cp.context.checks import (
     check_placement,
     check_softcap,
 )
-from megatron_cp.context.document_layouts import DOCUMENT_LAYOUTS, STREAM
+from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
+from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUT_NAMES
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.inputs import check_inputs
 from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG, Layout
@@ -174,7 +176,8 @@ def plan(
     stripe:        tokens in a block of layout "striped", the backend's or the tokens' own
     softcap:       softcap tanh(score / softcap) takes the place of each scaled score; None leaves scores as they are
     document_layout: for packed documents, the tokens of each rank inside attention: "stream" as `layout` says,
-                   "document" zigzag over each document or "blocks" of equal work; tokens move there and back
+                   "document" zigzag over each document, "blocks" of equal work, "auto" stream or blocks, whichever
+                   is faster by prediction; tokens move there and back
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
     cp = SingleFabric() if cp is None else cp
@@ -198,9 +201,9 @@ def plan(
         softcap = _as_softcap(softcap)
         check_softcap(entry)
         check_caps(kernel)
-    if document_layout not in DOCUMENT_LAYOUTS:
-        raise unknown("document layout", document_layout, DOCUMENT_LAYOUTS)
-    if document_layout != STREAM:
+    if document_layout not in DOCUMENT_LAYOUT_NAMES:
+        raise unknown("document layout", document_layout, DOCUMENT_LAYOUT_NAMES)
+    if document_layout not in (STREAM, AUTO_LAYOUT):
         check_document_layout(entry, document_layout, chunks)
     seen = mask(causal, window)
     check_mask(entry, seen)

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_cp.context.agreement import agree
 from megatron_cp.context.auto import settle
 from megatron_cp.context.checks import check_documents, check_mask, check_sinks
+from megatron_cp.context.document_choice import settle_layout
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.inputs import check_inputs, check_sink
 from megatron_cp.context.plan import Plan, Sizes
@@ -41,7 +42,7 @@ def prepare(
         check_sink(sink, q)
     dtype = str(q.dtype).removeprefix("torch.")
     sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], max(q.shape[3], v.shape[3]), dtype, q.device.type)
-    settled = settle(plan, sizes)
+    settled = settle_layout(settle(plan, sizes), sizes, packed)
     if sink is not None:
         check_sinks(settled.backend)
     return settled

@@ -14,7 +14,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 from megatron_cp import config
 from megatron_cp.context import BACKENDS, Backend
 from megatron_cp.context import PLACEMENTS as AXES_OF_HEADS
-from megatron_cp.context.checks import able
+from megatron_cp.context.checks import able, takes_document_layout
+from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUTS
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
@@ -176,6 +178,16 @@ class AttentionFlags(_Flags):
             "value. A learned one of each head is --softmax-type learnable, one of 0 is --softmax-type off-by-one."
         ),
         float,
+    )
+    document_layout: str = _flag(
+        STREAM,
+        lambda: _one_of(*DOCUMENT_LAYOUTS),
+        lambda: (
+            "With --dataloader-inter-document-masking, the tokens of each context-parallel rank: stream as Megatron "
+            "cuts them, document zigzag over each document, blocks of equal work, auto for each microbatch stream or "
+            "blocks, whichever is faster by prediction. Takes --cp-comm-type "
+            f"{', '.join(entry.name for entry in BACKENDS if takes_document_layout(entry))}; all-gather sends least."
+        ),
     )
 
 

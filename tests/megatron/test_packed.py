@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_cp.context import BACKENDS
+from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL
 from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.layers.packed import PackedStream, hand_on_documents, stream_of
@@ -53,6 +54,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def packed_run(data: str, *flags: str) -> list[str]:
     return tiny(data, *flags, without="--mock-data")
+
+
+def laid(flags: list[str]) -> tuple[list[dict[str, Any]], set[tuple[bool, str]]]:
+    """The losses of a run, and of its attention calls: whether the batch was cut by documents, the plan's layout."""
+    from megatron_cp.megatron.layers import attention
+
+    calls, old = set(), attention.attend
+
+    def attend(q: Any, k: Any, v: Any, plan: Any, *, documents: Any, **kwargs: Any) -> torch.Tensor:
+        calls.add(
+            (
+                documents.layout is not None and documents.layout != layout("zigzag", 64, plan.cp.size),
+                plan.document_layout,
+            )
+        )
+        return old(q, k, v, plan, documents=documents, **kwargs)
+
+    attention.attend = attend
+    try:
+        return pretrain_losses(flags), calls
+    finally:
+        attention.attend = old
 
 
 def losses(ranks: int, data: str, *flags: str) -> list[dict[str, Any]]:
@@ -124,6 +147,65 @@ CASES = {
 def test_packed_documents_train_alike_on_all_ranks(alone: Any, data: str, name: str) -> None:
     flags, reference, ranks = CASES[name]
     assert_equal_runs(losses(ranks, data, flags), alone(*([reference] if reference else [])))
+
+
+GATHERED = "--context-parallel-size 2 --cp-comm-type all-gather"
+# flags, flags of the run on one rank, ranks, the batch is cut by its documents
+LAID = {
+    "blocks": (f"{GATHERED} --cp-document-layout blocks", "", 2, True),
+    "blocks, four ranks": (
+        "--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout blocks",
+        "",
+        4,
+        True,
+    ),
+    "blocks, pipeline": (
+        f"{GATHERED} --cp-document-layout blocks --pipeline-model-parallel-size 2 {ONE} --pp-schedule zb-h1 "
+        "--use-distributed-optimizer",
+        "",
+        4,
+        True,
+    ),
+    "blocks, middle stage": (
+        f"{GATHERED} --cp-document-layout blocks --pipeline-model-parallel-size 3 {THREE}",
+        THREE,
+        6,
+        True,
+    ),
+    "blocks, tensor and sequence parallel": (
+        f"{GATHERED} --cp-document-layout blocks --tensor-model-parallel-size 2 --sequence-parallel",
+        "",
+        4,
+        True,
+    ),
+    "blocks, recomputed": (f"{GATHERED} --cp-document-layout blocks {RECOMPUTED}", "", 2, True),
+    "blocks, learned positions": (
+        f"{GATHERED} --cp-document-layout blocks --position-embedding-type learned_absolute",
+        "--position-embedding-type learned_absolute",
+        2,
+        True,
+    ),
+    "blocks of a ring": ("--context-parallel-size 4 --cp-document-layout blocks", "", 4, True),
+    "blocks, usp": (
+        "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2 "
+        "--cp-document-layout blocks",
+        "",
+        4,
+        True,
+    ),
+    "document": ("--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout document", "", 4, True),
+    "auto": (f"{GATHERED} --cp-document-layout auto", "", 2, None),
+}
+
+
+@pytest.mark.parametrize("name", slow_unless(["blocks", "blocks, pipeline"], LAID), ids=lambda name: name)
+def test_batches_cut_by_their_documents_train_as_on_one_rank(alone: Any, data: str, name: str) -> None:
+    flags, reference, ranks, cut = LAID[name]
+    results = run_ranks(ranks, laid, packed_run(data, PACKED, flags))
+    assert all(calls for _, calls in results), "no layer of ours attended"
+    assert cut is None or all(held == cut for _, calls in results for held, _ in calls)
+    found = [run for run, _ in results if run]
+    assert_equal_runs(found[0], alone(*([reference] if reference else [])))
 
 
 def refusal(flags: str, ranks: int = 1) -> str:

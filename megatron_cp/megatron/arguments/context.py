@@ -9,7 +9,10 @@ from typing import Any
 
 from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
-from megatron_cp.context.checks import able, check_grid, check_sinks, check_softcap
+from megatron_cp.context.checks import able, check_grid, check_sinks, check_softcap, takes_document_layout
+from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
+from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUTS
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import ZIGZAG, check_chunks, layout
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
@@ -79,6 +82,7 @@ def check(args: Any) -> None:
     _check_cluster(args)
     _check_softcap(args)
     _check_sink(args)
+    _check_document_layout(args)
     _check_warmup(args)
     refuse_unsupported(args, "arguments")
     _check_call_inputs(args)
@@ -123,10 +127,11 @@ def _check_cluster(args: Any) -> None:
     cluster = AttentionFlags.of(args).cluster
     if cluster is None:
         return
-    if AUTO_BACKEND not in comm_types(args) and not TensorFlags.of(args).chosen:
+    chooses = AUTO_BACKEND in comm_types(args) or AttentionFlags.of(args).document_layout == AUTO_LAYOUT
+    if not chooses and not TensorFlags.of(args).chosen:
         raise Refused(
-            f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, or {AUTO_BACKEND} for --tp-comm-type or "
-            f"--tp-grid, got {', '.join(comm_types(args))}; leave it out"
+            f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, or {AUTO_BACKEND} for --tp-comm-type, "
+            f"--tp-grid or --cp-document-layout, got {', '.join(comm_types(args))}; leave it out"
         )
     load_cluster(cluster)
 
@@ -150,6 +155,29 @@ def _check_sink(args: Any) -> None:
         return
     for entry in map(BACKENDS.get, comm_types(args)):
         check_sinks(entry)
+
+
+def _check_document_layout(args: Any) -> None:
+    name = AttentionFlags.of(args).document_layout
+    if name not in DOCUMENT_LAYOUTS:
+        raise Refused(
+            f"unknown --cp-document-layout {name!r}{suggest(name, DOCUMENT_LAYOUTS)}; known: "
+            f"{', '.join(DOCUMENT_LAYOUTS)}"
+        )
+    if name == STREAM:
+        return
+    if not read(args, "dataloader_inter_document_masking", False):
+        raise Refused(
+            f"--cp-document-layout {name} lays out packed documents, got none; pass --dataloader-inter-document-masking"
+        )
+    for entry in map(BACKENDS.get, comm_types(args)):
+        if not takes_document_layout(entry):
+            raise Refused(
+                f"--cp-document-layout {name} needs an algorithm without a layout of its own, got --cp-comm-type "
+                f"{entry.name}; use {able(takes_document_layout, str)}"
+            )
+    if AttentionFlags.of(args).chunks is not None:
+        raise Refused(f"--cp-document-layout {name} cannot be cut into --cp-chunks; leave one of the two out")
 
 
 def _check_stripe(args: Any) -> None:

@@ -19,6 +19,7 @@ from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
+from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.documents import Documents
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
@@ -191,6 +192,7 @@ class CoreAttention(MegatronModule):
             stripe=self.flags.stripe if on_stripes(BACKENDS.get(self.cp_comm_type)) else 1,
             cluster=self._cluster(),
             softcap=self.flags.softcap,
+            document_layout=self.flags.document_layout,
         )
         seq = getattr(self.config, "cp_seq_length", None)
         return made if seq is None else settle(made, self._sizes(seq))
@@ -201,7 +203,8 @@ class CoreAttention(MegatronModule):
 
     def _cluster(self) -> Cluster | None:
         """Return the cluster that `auto` weighs, of one rank in every tensor-parallel group."""
-        if BACKENDS.get(self.cp_comm_type).name != AUTO_BACKEND or self.config.context_parallel_size == 1:
+        chooses = BACKENDS.get(self.cp_comm_type).name == AUTO_BACKEND or self.flags.document_layout == AUTO_LAYOUT
+        if not chooses or self.config.context_parallel_size == 1:
             return None
         name = self.flags.cluster
         cluster = load_cluster(name) if name else default_cluster(device_of_run())

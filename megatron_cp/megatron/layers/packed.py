@@ -3,7 +3,8 @@
 Megatron cuts the tokens of `--dataloader-inter-document-masking` for the ranks of a context-parallel group as one
 stream, but rotates them, and rolls those of multi-token prediction, as if each document had been cut. A hook on the
 model hands on one document of the whole stream, so that all of it follows the cut, with the real ends beside it for
-attention. Rotary positions count from the start of the stream then, which changes no score but in rounding.
+attention. Rotary positions count from the start of the stream then, which changes no score but in rounding. A batch
+that our own data path cuts by its documents brings the order of these positions, too.
 """
 
 from collections.abc import Iterable
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_cp.context.documents import Documents, documents
+from megatron_cp.context.layouts import Layout, Runs, zigzag
 from megatron_cp.errors import Refused
 
 _MARK = "_megatron_cp_documents"
@@ -22,17 +24,42 @@ _MARK = "_megatron_cp_documents"
 
 @dataclass
 class PackedStream(PackedSeqParams):
-    """Parameters of one document as long as the stream, with the documents that the stream is made of."""
+    """Parameters of one document as long as the stream, with the documents that the stream is made of.
+
+    rows: for a batch cut by its documents, the position of each row of Megatron's cut of the stream over all ranks
+    """
 
     documents: Documents | None = None
+    rows: Tensor | None = None
 
 
 def hand_on_documents[Model: nn.Module](models: list[Model]) -> list[Model]:
     """Give every layer of the model chunks the documents of its microbatch; a post-wrap hook for Megatron."""
     for model in _unwrapped(models):
         if not hasattr(model, _MARK):
-            setattr(model, _MARK, model.register_forward_pre_hook(_with_stream, with_kwargs=True))
+            hooks = _Hooks()
+            setattr(model, _MARK, model.register_forward_pre_hook(hooks.hand_on, with_kwargs=True))
+            if isinstance(rotary := getattr(model, "rotary_pos_emb", None), nn.Module):
+                rotary.register_forward_hook(hooks.in_rows)
     return models
+
+
+class _Hooks:
+    """Hooks of one model chunk; the rotary positions of a microbatch are made while the chunk runs, for all layers."""
+
+    def __init__(self) -> None:
+        self._rows: Tensor | None = None
+
+    def hand_on(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        packed = kwargs.get("packed_seq_params")
+        self._rows = packed.rows if isinstance(packed, PackedStream) else None
+        if packed is None or isinstance(packed, PackedStream):
+            return None
+        return args, {**kwargs, "packed_seq_params": stream_of(packed)}
+
+    def in_rows(self, module: nn.Module, args: tuple[Any, ...], angles: Tensor) -> Tensor:
+        """Order the rotary angles so that the rows which Megatron's cut takes are those of the rank's tokens."""
+        return angles if self._rows is None else angles[self._rows]
 
 
 def stream_of(packed: PackedSeqParams) -> PackedStream:
@@ -47,8 +74,25 @@ def stream_of(packed: PackedSeqParams) -> PackedStream:
         )
     of_queries = packed.cu_seqlens_q
     of_keys = None if packed.cu_seqlens_kv is of_queries else packed.cu_seqlens_kv
-    made = documents(of_queries, of_keys)
-    whole = torch.tensor([0, made.tokens], dtype=torch.int32).to(of_queries.device, non_blocking=True)
+    return _stream(documents(of_queries, of_keys), of_queries.device)
+
+
+def cut_stream(made: Documents, layout: Layout, device: torch.device) -> PackedStream:
+    """Return the stream of a batch whose ranks hold the tokens at the positions of a layout."""
+    taken = zigzag(made.tokens, len(layout))
+    rows = torch.empty(made.tokens, dtype=torch.int64)
+    for theirs, ours in zip(taken, layout, strict=True):
+        rows[positions(theirs)] = positions(ours)
+    return _stream(made.cut_by(layout), device, rows.to(device, non_blocking=True))
+
+
+def positions(runs: Runs) -> Tensor:
+    """Return the positions of a rank's tokens."""
+    return torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
+
+
+def _stream(made: Documents, device: torch.device, rows: Tensor | None = None) -> PackedStream:
+    whole = torch.tensor([0, made.tokens], dtype=torch.int32).to(device, non_blocking=True)
     return PackedStream(
         qkv_format="thd",
         cu_seqlens_q=whole,
@@ -56,14 +100,8 @@ def stream_of(packed: PackedSeqParams) -> PackedStream:
         max_seqlen_q=made.tokens,
         max_seqlen_kv=made.tokens,
         documents=made,
+        rows=rows,
     )
-
-
-def _with_stream(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    packed = kwargs.get("packed_seq_params")
-    if packed is None or isinstance(packed, PackedStream):
-        return None
-    return args, {**kwargs, "packed_seq_params": stream_of(packed)}
 
 
 def _unwrapped(models: Iterable[nn.Module]) -> Iterable[nn.Module]:

@@ -7,7 +7,7 @@ validate, make the model's config, and hand a dataset provider and a forward ste
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -30,6 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_cp.comm import GroupFabric
 from megatron_cp.megatron.arguments.entry import refuse_unread
+from megatron_cp.megatron.layers.batches import cut_by_documents, cuts_by_documents
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.launch import launched
 from megatron_cp.megatron.run import say
@@ -134,8 +135,11 @@ def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
+    one_stream = flatten_batch_for_packed_sequences(on_this_rank)
+    if cuts_by_documents(args):
+        return cut_by_documents(one_stream, args)
     cut: dict[str, Any] = get_batch_on_this_cp_rank(
-        flatten_batch_for_packed_sequences(on_this_rank),
+        one_stream,
         is_hybrid_cp=False,
         cp_group=parallel_state.get_context_parallel_group(),
         use_per_sequence_balancing=True,
@@ -191,6 +195,8 @@ def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> t
 
 def packed_parameters(part: dict[str, Any]) -> PackedSeqParams | None:
     """Return the parameters of a batch of packed documents, None for one of whole sequences."""
+    if "stream" in part:
+        return cast("PackedSeqParams", part["stream"])
     if part["cu_seqlens"] is None:
         return None
     ends, longest = part["cu_seqlens"][0], int(part["max_seqlen"][0])
