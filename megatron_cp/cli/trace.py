@@ -16,7 +16,8 @@ from megatron_cp.cli.trace_linears import AskedLinears, layer_of, trace_linears
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
 from megatron_cp.context.checks import able, check_placement
 from megatron_cp.context.choose import on_nodes
-from megatron_cp.context.document_layouts import DOCUMENT_LAYOUTS, STREAM
+from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
+from megatron_cp.context.document_layouts import NAMES, STREAM
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import ZIGZAG
 from megatron_cp.context.trace.events import Pass, Problem, Trace
@@ -63,7 +64,7 @@ DocumentLengths = Annotated[
 DocumentLayout = Annotated[
     str,
     typer.Option(
-        help=f"With --documents, the ranks' tokens inside attention: {', '.join(DOCUMENT_LAYOUTS)}; "
+        help=f"With --documents, the ranks' tokens inside attention: {', '.join(NAMES)}; "
         "stream leaves them where --layout has them."
     ),
 ]
@@ -202,7 +203,19 @@ def _costed(problem: Problem, hardware: Cluster, measure: bool) -> Costed:
 
 
 def _settled(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, str]]:
-    """Return the problem with the backend that `auto` chooses, and its reason; other problems as they are."""
+    """Return the problem with the backend and document layout that `auto` chooses, and its reasons."""
+    problem, chosen = _settled_backend(problem, hardware)
+    if problem.documents is None or problem.document_layout != AUTO_LAYOUT:
+        return problem, chosen
+    from megatron_cp.context.document_choice import choose_layout
+    from megatron_cp.context.plan import Sizes
+
+    sizes = Sizes(problem.seq, problem.heads, problem.kv_heads, problem.head_dim, problem.dtype, problem.device)
+    name = choose_layout(problem.documents.mask(problem.band), problem.ranks, sizes, hardware, moved=not problem.cut)
+    return replace(problem, document_layout=name), {**chosen, "document layout": f"{name} is faster by prediction"}
+
+
+def _settled_backend(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, str]]:
     if problem.backend != AUTO:
         return problem, {}
     from megatron_cp.context.auto import decide
@@ -213,8 +226,8 @@ def _settled(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, st
 
 
 def _check_document_layout(problem: Problem) -> None:
-    if problem.document_layout not in DOCUMENT_LAYOUTS:
-        raise unknown("document layout", problem.document_layout, DOCUMENT_LAYOUTS)
+    if problem.document_layout not in NAMES:
+        raise unknown("document layout", problem.document_layout, NAMES)
     if problem.documents is None and (problem.cut or problem.document_layout != STREAM):
         given = "--cut" if problem.cut else f"--document-layout {problem.document_layout}"
         raise ValueError(f"{given} needs --documents, got none; name a corpus or the tokens of each document")

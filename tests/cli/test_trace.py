@@ -205,3 +205,8 @@ def test_a_layout_of_documents_is_proved_with_its_moves_or_without():
     assert min(moved["relayout"]) > max(cut["relayout"]) == 0
     assert max(cut["forward"]["work"]) < max(stream["forward"]["work"])
     assert sum(cut["forward"]["work"]) == sum(stream["forward"]["work"])
+
+
+def test_the_layout_that_is_faster_by_prediction_is_named():
+    result = run(*LAID, "--document-layout", "auto", "--cut")
+    assert "document layout: stream is faster by prediction" in result.stdout

@@ -9,11 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cp.comm import in_process
+from megatron_cp.comm import SingleFabric, in_process
 from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.context.algorithms.all_gather import by_collective, view_of
-from megatron_cp.context.attend import attend, plan
-from megatron_cp.context.document_layouts import BLOCKS, DOCUMENT, DOCUMENT_LAYOUTS, STREAM, loads, pairs, stretches
+from megatron_cp.context.attend import Sizes, attend, plan
+from megatron_cp.context.document_choice import choose_layout, seconds, settle_layout
+from megatron_cp.context.document_layouts import (
+    AUTO,
+    BLOCKS,
+    DOCUMENT,
+    DOCUMENT_LAYOUTS,
+    STREAM,
+    loads,
+    pairs,
+    planned,
+    stretches,
+)
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import gathered, layout
 from megatron_cp.context.masks import CAUSAL, FULL
@@ -23,6 +34,7 @@ from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.proof import prove, small
 from megatron_cp.context.trace.record import record
 from megatron_cp.corpus.mixes import long_tail, streams
+from megatron_cp.hardware.cluster_file import load_cluster
 from tests.cases import slow_unless
 from tests.context.test_backends import assert_equals_dense
 from tests.context.test_documents import KINDS, TOKENS, case, grid_of, packed_problem
@@ -209,6 +221,55 @@ def test_a_trace_says_the_bytes_that_bring_tokens_into_place():
     asked = Problem("all-gather", 2, TOKENS * 2, 2, 1, documents=made.packed, document_layout=BLOCKS)
     assert min(record(asked).relayout) > 0
     assert record(small(asked)).problem.document_layout == BLOCKS
+
+
+SIZES = Sizes(STREAMS, 32, 8, 128, "bfloat16", "cuda")
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_auto_takes_blocks_for_a_long_tail_and_the_stream_for_short_documents(moved):
+    cluster = load_cluster("dgx-h100-ib")
+    tails = [documents(cu).mask(CAUSAL) for cu in mixed_streams(STREAMS, 6)]
+    assert {choose_layout(mask, 8, SIZES, cluster, moved=moved) for mask in tails} == {BLOCKS}
+    short = documents([*range(0, STREAMS + 1, 512)]).mask(CAUSAL)
+    assert choose_layout(short, 8, SIZES, cluster, moved=moved) == STREAM
+    # between nodes, where links are slower than the work that blocks save
+    assert choose_layout(tails[0], 64, SIZES, cluster, moved=moved) == STREAM
+
+
+def test_auto_is_the_faster_by_prediction_and_moves_cost():
+    cluster, mask = load_cluster("dgx-h100-ib"), documents(mixed_streams(STREAMS, 6)[0]).mask(CAUSAL)
+    found = loads(planned(BLOCKS, mask, STREAMS, 8), mask)
+    there = seconds(found, SIZES, cluster, moved=False)
+    assert 0 < there < seconds(found, SIZES, cluster, moved=True)
+    assert there < seconds(loads(planned(STREAM, mask, STREAMS, 8), mask), SIZES, cluster, moved=False)
+
+
+def test_auto_attends_as_dense():
+    made, task = packed_problem("causal", 4)
+    parts = in_process(4, lambda fabric: laid(fabric, task, made, "all-gather", AUTO, False))
+    assert_equals_dense(parts, task)
+
+
+def test_auto_keeps_the_choice_with_the_microbatch():
+    packed = documents([0, 40, 48])
+    made = plan("all-gather", cp=Two(), document_layout=AUTO, cluster="h100-ib")
+    sizes = Sizes(48, 8, 2, 16, "float64", "cpu")
+    first = settle_layout(made, sizes, packed)
+    assert first.document_layout in (STREAM, BLOCKS)
+    assert settle_layout(made, sizes, packed) is first
+    assert settle_layout(made, sizes, None).document_layout == STREAM
+    # each rank attends some heads to all tokens
+    shared = plan("ulysses", cp=Two(), document_layout=AUTO, cluster="h100-ib")
+    assert settle_layout(shared, sizes, packed).document_layout == STREAM
+
+
+class Two(SingleFabric):
+    """One of two ranks, which sends nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 2
 
 
 def test_the_table_of_a_rank_is_made_in_milliseconds():

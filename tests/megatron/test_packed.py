@@ -10,13 +10,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_cp.context import BACKENDS
+from megatron_cp.context.documents import documents
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL
 from megatron_cp.megatron.arguments.command_line import wants_layers
-from megatron_cp.megatron.layers.packed import PackedStream, hand_on_documents, stream_of
+from megatron_cp.megatron.layers.packed import PackedStream, cut_stream, hand_on_documents, positions, stream_of
 from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
-from tests.megatron.test_parity import assert_equal_runs
+from tests.megatron.test_parity import LATENT, assert_equal_runs
 from tests.ranks import RankError, run_ranks
 
 PACKED = "--dataloader-inter-document-masking"
@@ -53,7 +54,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def packed_run(data: str, *flags: str) -> list[str]:
-    return tiny(data, *flags, without="--mock-data")
+    latent = any("--multi-latent-attention" in flag for flag in flags)
+    return tiny(data, *flags, without="--mock-data --group-query-attention" if latent else "--mock-data")
 
 
 def laid(flags: list[str]) -> tuple[list[dict[str, Any]], set[tuple[bool, str]]]:
@@ -195,6 +197,15 @@ LAID = {
     ),
     "document": ("--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout document", "", 4, True),
     "auto": (f"{GATHERED} --cp-document-layout auto", "", 2, None),
+    # tokens move inside attention
+    "blocks, latent attention": (f"{GATHERED} --cp-document-layout blocks {LATENT}", LATENT, 2, False),
+    "blocks, tokens ahead": (
+        f"{GATHERED} --cp-document-layout blocks --mtp-num-layers 1 --calculate-per-token-loss",
+        "--mtp-num-layers 1 --calculate-per-token-loss",
+        2,
+        False,
+    ),
+    "auto, latent attention": (f"{GATHERED} --cp-document-layout auto {LATENT}", LATENT, 2, False),
 }
 
 
@@ -203,7 +214,8 @@ def test_batches_cut_by_their_documents_train_as_on_one_rank(alone: Any, data: s
     flags, reference, ranks, cut = LAID[name]
     results = run_ranks(ranks, laid, packed_run(data, PACKED, flags))
     assert all(calls for _, calls in results), "no layer of ours attended"
-    assert cut is None or all(held == cut for _, calls in results for held, _ in calls)
+    assert cut is None or {held for _, calls in results for held, _ in calls} == {cut}
+    assert {name for _, calls in results for _, name in calls} <= {"blocks", "document", "auto"}
     found = [run for run, _ in results if run]
     assert_equal_runs(found[0], alone(*([reference] if reference else [])))
 
@@ -240,6 +252,22 @@ def test_documents_that_are_cut_one_by_one_are_refused() -> None:
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS, cu_seqlens_q_padded=ENDS)
     with pytest.raises(ValueError, match="takes documents of one stream, got padded documents"):
         stream_of(packed)
+
+
+def test_a_batch_cut_by_its_documents_brings_its_positions() -> None:
+    made = documents([0, 5, 12, 16])
+    held = made.planned("blocks", 2)
+    stream = cut_stream(made, held, torch.device("cpu"))
+    for taken, mine in zip(layout("zigzag", 16, 2), held, strict=True):
+        assert stream.rows[positions(taken)].tolist() == positions(mine).tolist()
+    model = Noting()
+    model.rotary_pos_emb = torch.nn.Identity()
+    hand_on_documents([model])
+    model(torch.zeros(1), packed_seq_params=stream)
+    angles = torch.arange(16.0)
+    assert model.rotary_pos_emb(angles).tolist() == stream.rows.tolist()
+    model(torch.zeros(1))
+    assert model.rotary_pos_emb(angles) is angles
 
 
 class Noting(torch.nn.Module):

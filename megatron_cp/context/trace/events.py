@@ -56,10 +56,10 @@ class Problem:
 
     @property
     def mask(self) -> AnyMask:
-        return self._band if self.packed is None else self.packed.mask(self._band)
+        return self.band if self.packed is None else self.packed.mask(self.band)
 
     @property
-    def _band(self) -> Mask:
+    def band(self) -> Mask:
         return mask(self.causal, self.window)
 
     @cached_property
@@ -67,7 +67,7 @@ class Problem:
         """The documents, with the layout that the batch is cut by."""
         if self.documents is None or not self.cut:
             return self.documents
-        return self.documents.cut_by(self.documents.planned(self.document_layout, self.ranks, self._band))
+        return self.documents.cut_by(self.documents.planned(self.document_layout, self.ranks, self.band))
 
     @property
     def held(self) -> Layout:

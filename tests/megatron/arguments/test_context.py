@@ -99,6 +99,16 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ),
         ({"cp_softcap": 30.0, "cp_comm_type": ["rsa"]}, "backend 'rsa' does not cap scores; use backend 'zigzag' or "),
         ({"cp_sink": float("nan")}, "--cp-sink is a finite logit, got nan; leave it out"),
+        ({"cp_document_layout": "block"}, "unknown --cp-document-layout 'block'; did you mean 'blocks'"),
+        ({"cp_document_layout": "blocks"}, "lays out packed documents, got none; pass --dataloader-inter-document"),
+        (
+            {"cp_document_layout": "blocks", "dataloader_inter_document_masking": True, "cp_comm_type": ["ring"]},
+            "needs an algorithm without a layout of its own, got --cp-comm-type ring; use zigzag or ",
+        ),
+        (
+            {"cp_document_layout": "auto", "dataloader_inter_document_masking": True, "cp_chunks": 2},
+            "cannot be cut into --cp-chunks; leave one of the two out",
+        ),
         ({"qk_clip": True}, "--qk-clip"),
         ({"cpu_offloading_num_layers": 1}, "offload of activations .* leave --cpu-offloading-num-layers out"),
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
