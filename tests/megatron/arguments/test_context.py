@@ -137,6 +137,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_cluster": None,
         "cp_sink": None,
         "cp_softcap": None,
+        "cp_document_layout": "stream",
     }
     assert "zigzag=p2p" in parser.format_help()
 
