@@ -17,7 +17,7 @@ from rich.table import Table
 from megatron_cp import config, runlog
 from megatron_cp.cli.importing import load
 from megatron_cp.context import AUTO, DEFAULT
-from megatron_cp.planner.parallel import cluster_for
+from megatron_cp.planner.parallel import cluster_for, warnings
 from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
@@ -55,6 +55,9 @@ def estimate(
         bool,
         typer.Option(help="With --published: each run by rates fitted without it, and runs that no rate was set to."),
     ] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Another recipe, whose estimate stands beside this one.")
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option(help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate."),
@@ -73,16 +76,43 @@ def estimate(
         raise ValueError("give a recipe, or --published")
     run = load(name, Unset(config.environment()), flags or [])
     found, left_out = estimate_recipe(run, cluster), unmodelled(run)
+    other = estimate_recipe(recipe.load(against, Unset(config.environment())), cluster) if against else None
     taken = _train(name, flags or []) if measure else None
     if as_json:
-        measured = {} if taken is None else {"measured": taken._asdict()}
-        typer.echo(json.dumps({**_as_json(found), "not_in_the_estimate": left_out, **measured}, indent=2))
+        more: dict[str, object] = {} if taken is None else {"measured": taken._asdict()}
+        more |= {} if other is None else {"against": _as_json(other)}
+        typer.echo(json.dumps({**_as_json(found), "not_in_the_estimate": left_out, **more}, indent=2))
         return
     _show(found)
+    if other is not None:
+        _show_beside(found, other)
     if left_out:
         typer.echo(f"not in the estimate: {', '.join(left_out)}")
     if taken is not None:
         _compare(found, taken)
+
+
+def _show_beside(found: "Estimate", other: "Estimate") -> None:
+    """Print both estimates in one table, with the change from the other one to this one."""
+    from megatron_cp.planner.estimate import IN_WORDS
+    from megatron_cp.planner.search import label
+
+    for title, one in (("this", found), ("against", other)):
+        typer.echo(
+            f"{title}: {one.model.name} on {one.parallel.world} ranks of {one.cluster.name}: {label(one.parallel)}"
+        )
+    table = _table("beside each other", ("", "this", "against", "change"))
+    rows = {
+        "s per step": [one.seconds for one in (found, other)],
+        "tokens/s per rank": [one.tokens_per_s_per_gpu for one in (found, other)],
+        "MFU, %": [100 * one.mfu for one in (found, other)],
+        "GB of the fullest rank": [one.worst_memory.total / 1e9 for one in (found, other)],
+        **{f"{what}, s": [getattr(one.parts, part) for one in (found, other)] for part, what in IN_WORDS.items()},
+    }
+    for title, (here, there) in rows.items():
+        table.add_row(title, _figure(here), _figure(there), f"{here / there - 1:+.1%}" if there else "")
+    # wide enough that no row of the table is broken
+    Console(width=max(100, Console().width), highlight=False).print(table)
 
 
 class Taken(NamedTuple):
@@ -158,6 +188,7 @@ def _as_json(found: "Estimate") -> dict[str, object]:
         "parts_seconds": found.parts._asdict(),
         "memory_bytes": found.worst_memory._asdict(),
         "fits": found.fits,
+        "warnings": warnings(found.parallel, found.cluster),
         "traffic_bytes": {level: getattr(found.traffic, level)._asdict() for level in ("inside", "between")},
     }
 
@@ -180,6 +211,8 @@ def _show(found: "Estimate") -> None:
     for part, seconds in found.parts._asdict().items():
         time.add_row(IN_WORDS[part], f"{seconds:.4g}", f"{seconds / found.seconds:.1%}")
     console.print(time, _memory(found), _traffic(found))
+    for warning in warnings(found.parallel, found.cluster):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     if not found.fits:
         console.print(f"does not fit: a rank has {(found.cluster.memory_bytes or 0) / 1e9:,.0f} GB", highlight=False)
 

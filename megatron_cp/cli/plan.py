@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from megatron_cp import config
 from megatron_cp.cli.importing import load
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.planner.search import CONTEXT, SCHEDULED
+from megatron_cp.planner.search import CONTEXT, HEADROOM, SCHEDULED, FixedSizes
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 from megatron_cp.registry import suggest, unknown
@@ -53,6 +53,21 @@ def plan(
     pp_offload: Annotated[
         bool, typer.Option("--pp-offload", help="Weigh activations on the host too, where memory is short.")
     ] = False,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", "--tensor-model-parallel-size", min=1, help="Fix TP; a size not given is searched."),
+    ] = None,
+    cp: Annotated[int | None, typer.Option("--cp", "--context-parallel-size", min=1, help="Fix CP.")] = None,
+    pp: Annotated[int | None, typer.Option("--pp", "--pipeline-model-parallel-size", min=1, help="Fix PP.")] = None,
+    dp: Annotated[int | None, typer.Option("--dp", min=1, help="Fix DP.")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", "--expert-model-parallel-size", min=1, help="Fix EP.")] = None,
+    vp: Annotated[
+        int | None, typer.Option("--vp", "--num-virtual-stages-per-pipeline-rank", min=1, help="Fix chunks of a rank.")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option("--micro-batch-size", min=1, help="Fix it.")] = None,
+    headroom: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of a GPU's memory to leave free, the estimate's own error.")
+    ] = HEADROOM,
     precision: Annotated[str, typer.Option(help=f"Of the products: {' or '.join(PLANNED)}.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
@@ -89,6 +104,8 @@ def plan(
         offload=pp_offload,
         tensor=_tensor_schemes(tp_schemes),
         precision=PLANNED[precision],
+        fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
+        headroom=headroom,
     )
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("weighing splits", total=1.0)
@@ -162,6 +179,15 @@ def _show(found: "Plans") -> None:
     console.print(found.why)
     if found.tensor_why:
         console.print(found.tensor_why)
+    if smaller := found.smaller:
+        took, most = (one.worst_memory.total / 1e9 for one in (smaller, found.best))
+        console.print(
+            f"{label(smaller.parallel)} takes {took:.1f} GB instead of {most:.1f} GB and "
+            f"{smaller.seconds / found.best.seconds - 1:.1%} longer: take it where memory may be short"
+        )
+    if request.headroom and request.cluster.memory_bytes:
+        free = request.headroom * request.cluster.memory_bytes / 1e9
+        console.print(f"every plan leaves {free:.1f} of {request.cluster.memory_bytes / 1e9:.0f} GB free (--headroom)")
     rules = ", ".join(f"{name} ({number})" for name, number in found.left_out.most_common())
     console.print(f"{found.examined} splits weighed; left out by rules: {rules or 'none'}")
 

@@ -114,7 +114,11 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """True if the step fits the fullest rank's memory, or if the cluster does not state a memory size."""
-        return _held(self.cluster, self.memory)
+        return self.leaves(0.0)
+
+    def leaves(self, headroom: float) -> bool:
+        """Return True if the fullest rank leaves this share of its memory free, or if no memory size is stated."""
+        return _held(self.cluster, self.memory, headroom)
 
     @property
     def bound_by(self) -> str:
@@ -163,20 +167,23 @@ def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse,
     )
 
 
-def estimate_where_it_fits(model: Transformer, parallel: Parallel, cluster: Cluster, seq: int) -> Estimate | None:
+def estimate_where_it_fits(
+    model: Transformer, parallel: Parallel, cluster: Cluster, seq: int, headroom: float = 0.0
+) -> Estimate | None:
     """Estimate without traces; None where memory does not suffice, which is found without the slow simulation.
 
+    headroom: share of a rank's memory that stays free
     Raises ValueError as `estimate` does.
     """
     check(model, parallel, seq)
     rank = RankConfig(model=model, parallel=parallel, cluster=cluster, seq=seq)
     stages = _stages(rank)
     memory = _memory(rank, stages)
-    return _timed(rank, stages, memory) if _held(cluster, memory) else None
+    return _timed(rank, stages, memory) if _held(cluster, memory, headroom) else None
 
 
-def _held(cluster: Cluster, memory: Sequence[MemoryUse]) -> bool:
-    return cluster.memory_bytes is None or max(one.total for one in memory) <= cluster.memory_bytes
+def _held(cluster: Cluster, memory: Sequence[MemoryUse], headroom: float) -> bool:
+    return cluster.memory_bytes is None or max(one.total for one in memory) <= (1 - headroom) * cluster.memory_bytes
 
 
 class Stage(NamedTuple):

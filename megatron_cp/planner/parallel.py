@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from megatron_cp.context import BACKENDS, DEFAULT
+from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
@@ -333,3 +333,25 @@ def cluster_for(recipe: Recipe, name: str | None) -> Cluster:
         known = ", ".join(shipped_clusters())
         raise ValueError(f"recipe {recipe.name} names no CLUSTER; add one, or pass --cluster with one of: {known}")
     return load_cluster(chosen)
+
+
+def warnings(parallel: Parallel, cluster: Cluster) -> list[str]:
+    """Return a line for each choice that is allowed but rarely meant on this cluster."""
+    grid, entry = parallel.grid, BACKENDS.get(parallel.backend)
+    if grid is None or not entry.capabilities.placement:
+        return []
+    axis = PLACEMENTS[parallel.placement]
+    # neighbours are the ranks of tensor parallelism, then those of the inner axis
+    spanned = parallel.tp * max(grid.members(axis, 0)) + parallel.tp
+    if spanned <= cluster.ranks_per_node:
+        return []
+    room = cluster.ranks_per_node // parallel.tp
+    way_out = (
+        f"take --hierarchical-context-parallel-sizes {room} {parallel.cp // room} with --cp-placement head-first"
+        if room > 1 and parallel.cp % room == 0
+        else "lower --tensor-model-parallel-size, or take --cp-comm-type zigzag"
+    )
+    return [
+        f"the {axis} axis of {entry.name} exchanges heads between nodes: it spans {spanned} ranks of TP {parallel.tp} "
+        f"and CP {grid.inner} x {grid.outer}, a node has {cluster.ranks_per_node}; {way_out}"
+    ]

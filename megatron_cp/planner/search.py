@@ -8,11 +8,13 @@ loops, until a bound is worse than all plans to show.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.choose import Record
 from megatron_cp.context.trace.stretch import stretching
+from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES as PIPELINES
@@ -36,6 +38,36 @@ MICRO_BATCHES = (1, 2, 4, 8)
 MOST_TOKENS = 65536
 """Largest microbatch of a rank in tokens: products reach their rate with fewer, and activations keep growing."""
 
+HEADROOM = 0.05
+"""Default share of a GPU's memory that a plan leaves free: the largest error of the memory estimate."""
+
+AS_FAST = 0.01
+MUCH_SMALLER = 0.85
+"""A plan that takes at most 1 % longer with at most 85 % of the best plan's memory is named beside it."""
+
+
+class FixedSizes(NamedTuple):
+    """Parallel sizes that a search does not vary; None is free."""
+
+    tp: int | None = None
+    cp: int | None = None
+    pp: int | None = None
+    dp: int | None = None
+    ep: int | None = None
+    vp: int | None = None
+    micro_batch: int | None = None
+
+    @property
+    def given(self) -> dict[str, int]:
+        return {name: size for name, size in self._asdict().items() if size is not None}
+
+    def allow(self, **sizes: int) -> bool:
+        """Return True if none of these sizes differs from a fixed one."""
+        return all(self.given.get(name, size) == size for name, size in sizes.items())
+
+
+ANY_SIZES = FixedSizes()
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
@@ -44,6 +76,8 @@ class PlanRequest:
     global_batch: sequences of a step
     offload:      where memory is short, activations may move to the host beside recomputation
     tensor:       schemes of tensor parallelism; others than Megatron's own need its local linears
+    fixed:        sizes that are given
+    headroom:     share of a GPU's memory that stays free
     """
 
     model: Transformer
@@ -56,6 +90,8 @@ class PlanRequest:
     schedules: tuple[str, ...] = SCHEDULED
     offload: bool = False
     tensor: tuple[str, ...] = (MEGATRONS,)
+    fixed: FixedSizes = ANY_SIZES
+    headroom: float = HEADROOM
 
 
 class RankSplit(NamedTuple):
@@ -97,6 +133,14 @@ class Plans:
             else (f"; its weights leave no memory, so {MEGATRONS} stays")
         )
         return f"of tensor-parallel schemes {chosen.why}{kept}"
+
+    @property
+    def smaller(self) -> Estimate | None:
+        """The plan of least memory that is as fast as the best one but much smaller; None if there is none."""
+        most = MUCH_SMALLER * self.best.worst_memory.total
+        near = [one for one in self.options if one.seconds <= (1 + AS_FAST) * self.best.seconds]
+        least = min(near, key=lambda one: one.worst_memory.total)
+        return least if least.worst_memory.total <= most else None
 
     @property
     def why(self) -> str:
@@ -162,6 +206,7 @@ def search(request: PlanRequest, record: Record, top: int = 10, progress: Progre
     dtype, and when no split fits, with the smallest number of GPUs on which one does.
     """
     _check(request)
+    _check_fixed(request)
     left_out: Counter[str] = Counter()
     record = stretching(record)
     bounds = _bounds(request, left_out, lambda share: progress(share / 2))
@@ -202,6 +247,21 @@ def _check(request: PlanRequest) -> None:
         )
 
 
+def _check_fixed(request: PlanRequest) -> None:
+    fixed, gpus = request.fixed, request.gpus
+    if not 0 <= request.headroom < 1:
+        raise Refused(f"headroom is a share of a GPU's memory, from 0 to less than 1, got {request.headroom}")
+    ranks = {name: size for name, size in fixed.given.items() if name in ("tp", "cp", "pp", "dp")}
+    whole = prod(ranks.values())
+    said = " x ".join(f"{name.upper()} {size}" for name, size in ranks.items())
+    if gpus % whole or (len(ranks) == 4 and gpus != whole):
+        raise Refused(
+            f"{said} = {whole} ranks {'do not divide' if gpus % whole else 'are not'} {gpus} GPUs; change one"
+        )
+    if fixed.vp and fixed.vp > 1 and fixed.pp == 1:
+        raise Refused(f"{fixed.vp} virtual stages need a pipeline, got PP 1; leave one of the two out")
+
+
 def _sizes(parallel: Parallel) -> RankSplit:
     return RankSplit(parallel.tp, parallel.cp, parallel.pp, parallel.dp, parallel.ep)
 
@@ -219,12 +279,17 @@ def _bounds(request: PlanRequest, left_out: Counter[str], progress: Progress) ->
 
 
 def rank_splits(request: PlanRequest, left_out: Counter[str]) -> Iterator[RankSplit]:
-    """Yield all parallel sizes that Megatron's rules of divisibility allow."""
-    for tp in _powers(request.gpus):
+    """Yield all parallel sizes that Megatron's rules of divisibility and the fixed sizes allow."""
+    fixed = request.fixed
+    for tp in [fixed.tp] if fixed.tp else _powers(request.gpus):
+        if request.gpus % tp:
+            continue
         if reason := _tensor_rule(request, tp):
             left_out[reason] += 1
             continue
-        for cp in _powers(request.gpus // tp):
+        for cp in [fixed.cp] if fixed.cp else _powers(request.gpus // tp):
+            if request.gpus % (tp * cp):
+                continue
             if cp > 1 and request.seq % (2 * cp):
                 left_out["sequence divisible by twice CP"] += 1
                 continue
@@ -243,27 +308,30 @@ def _tensor_rule(request: PlanRequest, tp: int) -> str:
 def _rest_of_splits(request: PlanRequest, tp: int, cp: int, left_out: Counter[str]) -> Iterator[RankSplit]:
     model = request.model
     for pp in divisors(request.gpus // (tp * cp)):
+        dp, chunks = request.gpus // (tp * cp * pp), request.fixed.vp or 1
+        if not request.fixed.allow(pp=pp, dp=dp) or (pp == 1 and chunks > 1):
+            continue
         if pp > model.layers or (model.layers % pp and (model.layers + 2) % pp):
             left_out["layers divisible by PP"] += 1
             continue
-        dp = request.gpus // (tp * cp * pp)
         if request.global_batch % dp:
             left_out["batch divisible by DP"] += 1
             continue
         for ep in divisors(model.experts) if model.experts else [1]:
-            if dp * cp % ep == 0:
+            if dp * cp % ep == 0 and request.fixed.allow(ep=ep):
                 yield RankSplit(tp, cp, pp, dp, ep)
 
 
 def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
     """Yield the splits with these parallel sizes, except the choices of recomputation and of context parallelism."""
-    layers = request.model.layers
-    for micro in MICRO_BATCHES:
+    layers, fixed = request.model.layers, request.fixed
+    for micro in [fixed.micro_batch] if fixed.micro_batch else MICRO_BATCHES:
         if request.global_batch % (sizes.dp * micro):
             continue
-        if micro > 1 and micro * request.seq // sizes.cp > MOST_TOKENS:
+        if micro > 1 and not fixed.micro_batch and micro * request.seq // sizes.cp > MOST_TOKENS:
             continue
-        for vp in CHUNKS if sizes.pp > 1 else (1,):
+        chunks = (fixed.vp,) if fixed.vp else CHUNKS
+        for vp in chunks if sizes.pp > 1 else (1,):
             stages = sizes.pp * vp
             if layers % stages and (layers + 2) % stages:
                 continue
@@ -295,7 +363,10 @@ def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> 
         return None
     for level in _levels(request, parallel):
         try:
-            bounds = [estimate_where_it_fits(request.model, one, request.cluster, request.seq) for one in level]
+            bounds = [
+                estimate_where_it_fits(request.model, one, request.cluster, request.seq, request.headroom)
+                for one in level
+            ]
         except ValueError:
             left_out["the schedule's rule for p, m and v"] += 1
             return None
@@ -361,7 +432,7 @@ def _may_fit(request: PlanRequest, parallel: Parallel) -> bool:
     layers = request.model.layers / parallel.pp
     dense, experts = stage_parameters(request.model, parallel, layers, False, False)
     state = sum(parameter_bytes(parallel, dense, experts))
-    return state + request.cluster.reserved_bytes < request.cluster.memory_bytes
+    return state + request.cluster.reserved_bytes < (1 - request.headroom) * request.cluster.memory_bytes
 
 
 def _estimate(request: PlanRequest, parallel: Parallel, record: Record) -> Estimate:
@@ -379,7 +450,7 @@ def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Esti
             except ValueError:
                 # a backend that refuses these heads or sizes
                 continue
-        fitting = [one for one in found if one.fits]
+        fitting = [one for one in found if one.leaves(request.headroom)]
         if fitting:
             return min(fitting, key=lambda one: one.seconds)
     return None
@@ -409,9 +480,11 @@ def _contexts(request: PlanRequest, parallel: Parallel) -> Iterator[Parallel]:
 
 def _nothing_fits(request: PlanRequest, left_out: Counter[str], record: Record) -> str:
     rules = ", ".join(f"{name} ({count})" for name, count in left_out.most_common())
+    fixed = request.fixed.given
+    sizes = f" with {', '.join(f'{name.replace("_", " ")} {size}' for name, size in fixed.items())}" if fixed else ""
     line = (
-        f"no split of {request.model.name} with {request.seq:,} tokens and batches of {request.global_batch} "
-        f"sequences fits on {request.gpus} GPUs of {request.cluster.name}; left out by: {rules}"
+        f"no split{sizes} of {request.model.name} with {request.seq:,} tokens and batches of {request.global_batch} "
+        f"sequences fits on {request.gpus} GPUs of {request.cluster.name}; left out by: {rules or 'none'}"
     )
     enough = smallest(request, record)
     if enough is None:

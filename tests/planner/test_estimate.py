@@ -1,18 +1,22 @@
 """The estimator: Megatron's own counts, laws of what a step takes, and published runs."""
 
+import json
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_cp.cli import app
 from megatron_cp.context.trace.record import record
+from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Gemm
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.fit import fit, left_out
 from megatron_cp.planner.model import Transformer, model_of
-from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.parallel import Parallel, parallel_of, warnings
 from megatron_cp.planner.published import published, summary
 from megatron_cp.planner.work import PassTimes, RankConfig, ends, layer
 from megatron_cp.recipe import recipe
@@ -212,3 +216,28 @@ def test_an_extended_cluster_differs_only_where_it_says():
     whole, node = load_cluster("dgx-h100-ib"), load_cluster("dgx-h100")
     assert node.between is None
     assert replace(node, name=whole.name, between=whole.between) == whole
+
+
+def test_heads_that_are_exchanged_between_nodes_are_warned_about():
+    nodes = load_cluster("a100-ib")
+    grid = Parallel(tp=8, cp=8, backend="usp", grid=Grid(2, 4))
+    (said,) = warnings(grid, nodes)
+    assert "inner axis of usp exchanges heads between nodes: it spans 16 ranks" in said
+    assert "a node has 8; lower --tensor-model-parallel-size" in said
+    (said,) = warnings(replace(grid, tp=2, grid=Grid(8, 1)), nodes)
+    assert "take --hierarchical-context-parallel-sizes 4 2 with --cp-placement head-first" in said
+    assert warnings(replace(grid, tp=2, grid=Grid(4, 2)), nodes) == []
+    assert len(warnings(replace(grid, tp=2, grid=Grid(4, 2), placement="context-first"), nodes)) == 1
+    assert warnings(replace(grid, backend="zigzag", grid=None), nodes) == []
+
+
+def test_two_recipes_stand_beside_each_other():
+    words = "estimate llama3.1-8b-8k-a100x8 --against llama3.1-8b-8k-h100x8".split()
+    told = CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert "this: llama3.1-8b-8k-a100x8 on 8 ranks" in told
+    assert "against: llama3.1-8b-8k-h100x8 on 8 ranks" in told
+    row = next(line for line in told.splitlines() if line.strip("│ ").startswith("s per step"))
+    here, there = (
+        json.loads(CliRunner().invoke(app, ["estimate", name, "--json"]).stdout)["step_seconds"] for name in words[1::2]
+    )
+    assert f"{here / there - 1:+.1%}" in row
