@@ -102,17 +102,20 @@ class PreparedRows:
 
 
 class FusedKernel:
-    """A kernel that never holds the score matrix; `picker` chooses its op call by call."""
+    """A kernel that never holds the score matrix; `picker` chooses its op call by call.
 
-    def __init__(self, name: str, picker: Picker, rows: PreparedRows | None = None) -> None:
+    multiple: heads are padded to a multiple of it on CUDA
+    """
+
+    def __init__(self, name: str, picker: Picker, rows: PreparedRows | None = None, *, multiple: int = 8) -> None:
         self.name = name
         self.picker = picker
         self.windows = picker.windows
-        self._rows = rows
+        self._rows, self._multiple = rows, multiple
 
     def for_backward(self) -> "FusedKernel":
         """Return this kernel for the backward pass of one attention, whose lse stays as it is."""
-        return FusedKernel(self.name, self.picker, PreparedRows())
+        return FusedKernel(self.name, self.picker, PreparedRows(), multiple=self._multiple)
 
     def forward(
         self,
@@ -126,7 +129,7 @@ class FusedKernel:
     ) -> tuple[Float[Tensor, "s b h dv"], Float[Tensor, "s b h"]]:
         """out and lse as views of what the op wrote; a value head dim unlike the key's is padded with zeros."""
         check_call(q, k, v, causal, window)
-        q_, k_, v_ = _op_inputs(_op_width(q, v), q, k, v)
+        q_, k_, v_ = _op_inputs(self._width(q, v), q, k, v)
         how = (scale, causal) if window is None else (scale, causal, window)
 
         def call(op: Op) -> tuple[Tensor, ...]:
@@ -152,7 +155,7 @@ class FusedKernel:
         """dq, dk, dv; rows with lse -inf (no key in the whole sequence) give no gradient."""
         check_call(q, k, v, causal, window)
         check_backward(dout, q, v, out, lse)
-        dout_, q_, k_, v_, out_ = _op_inputs(_op_width(q, v), dout, q, k, v, out.to(q.dtype))
+        dout_, q_, k_, v_, out_ = _op_inputs(self._width(q, v), dout, q, k, v, out.to(q.dtype))
         how = (scale, causal) if window is None else (scale, causal, window)
         lse_ = (self._rows or PreparedRows()).prepare(lse)
 
@@ -162,6 +165,11 @@ class FusedKernel:
         dq, dk, dv = call(self.picker.pick(_shape("backward", q, k, causal, window), q.device, call))
         return _from_op(dq, q.shape[3]), _from_op(dk, q.shape[3]), _from_op(dv, v.shape[3])
 
+    def _width(self, q: Tensor, v: Tensor) -> int:
+        # the ops want equal head dims, the CUDA ones multiples of 8 or more
+        widest = max(q.shape[3], v.shape[3])
+        return -(-widest // self._multiple) * self._multiple if q.is_cuda else widest
+
     def report(self) -> list[str]:
         """One line for every shape whose op was chosen by measuring: the op and why it is that one."""
         return self.picker.report()
@@ -170,12 +178,6 @@ class FusedKernel:
 def _shape(direction: str, q: Tensor, k: Tensor, causal: bool, window: Window | None) -> Shape:
     queries, batch, heads, head_dim = q.shape
     return Shape(direction, q.dtype, queries, k.shape[0], batch, heads, k.shape[2], head_dim, causal, window)
-
-
-def _op_width(q: Tensor, v: Tensor) -> int:
-    # the ops want equal head dims, the CUDA ones multiples of 8
-    widest = max(q.shape[3], v.shape[3])
-    return -(-widest // 8) * 8 if q.is_cuda else widest
 
 
 def _op_inputs(width: int, *tensors: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cp.dtypes import BYTES
+from megatron_cp.errors import CannotRun
 from megatron_cp.kernels.aten import CUDA_FLASH, cpu_flash, cudnn, other_schema, reproducible
 from megatron_cp.kernels.fused import FusedKernel, Op, Shape
 from megatron_cp.kernels.measured import measured
@@ -19,6 +20,7 @@ CUDA_WIDEST_HEAD = 256
 TIMED_CALLS = 3
 # two bfloat16 kernels differ by a few roundings of the largest element; a wrong one by its own size
 AGREEMENT = 0.03
+KNOWN = "faster on GPUs of this generation"
 
 
 def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
@@ -64,6 +66,7 @@ class OpChoice(NamedTuple):
 class TorchOps:
     """Picks CPU flash on the CPU and on CUDA the faster op of each shape, timed once, forward and backward apart.
 
+    Where one op was measured to be faster on this generation of GPUs, it takes that for every shape that the op runs.
     It takes flash unmeasured while a CUDA graph is captured, for windows, which cuDNN's op does not take, and always
     when `deterministic`. Where ranks are joined, the first one that measures a shape decides for all: `agree` gets the
     shape and the name of the op that won here, and returns the name that counts.
@@ -75,8 +78,9 @@ class TorchOps:
         self._flash = reproducible(CUDA_FLASH) if deterministic else CUDA_FLASH
         self.candidates = [self._flash] if deterministic else [self._flash, cudnn()]
         entry = measured(device)
-        if entry is not None and entry.op and not deterministic:
-            self.candidates = [op for op in self.candidates if op.name == entry.op]
+        self._known = entry.op if entry is not None else ""
+        # the one that is known to be faster comes first
+        self.candidates.sort(key=lambda op: op.name != self._known)
         self.windows = device == "cuda"
 
     def pick(self, shape: Shape, device: torch.device, call: Callable[[Op], tuple[Tensor, ...]]) -> Op:
@@ -89,7 +93,10 @@ class TorchOps:
         if shape not in self.choices:
             if torch.cuda.is_current_stream_capturing():
                 return self.candidates[0]
-            self.choices[shape] = self._agreed(shape, fastest(self.candidates, call, cuda_milliseconds))
+            if self._known:
+                self.choices[shape] = first_that_runs(self.candidates, call)
+            else:
+                self.choices[shape] = self._agreed(shape, fastest(self.candidates, call, cuda_milliseconds))
         return self.choices[shape].op
 
     def _agreed(self, shape: Shape, mine: OpChoice) -> OpChoice:
@@ -101,6 +108,21 @@ class TorchOps:
 
     def report(self) -> list[str]:
         return [f"{shape}: {choice.reason}" for shape, choice in self.choices.items()]
+
+
+def first_that_runs(ops: list[Op], call: Callable[[Op], tuple[Tensor, ...]]) -> OpChoice:
+    """Return the first of the ops that does not refuse the call; raises RuntimeError where all do."""
+    refused: list[str] = []
+    for op in ops:
+        try:
+            call(op)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            refused.append(f"{op.name} refused: {str(error).splitlines()[0]}")
+        else:
+            return OpChoice(op, "; ".join([op.name, *refused]) if refused else f"{op.name}, {KNOWN}")
+    raise CannotRun("; ".join(refused))
 
 
 def fastest(

@@ -127,6 +127,18 @@ def _gathered_weights(rank: RankConfig) -> float:
     return 2 * rank.parallel.bytes * widest / grid.tokens
 
 
+def _attention_workspace(rank: RankConfig) -> float:
+    """Return the bytes that a fused kernel's backward takes beside its inputs and results on a GPU.
+
+    dQ in float32, and with grouped heads dK and dV of every query head: so measured on an H100 (docs/gpu_h100.md).
+    """
+    if not rank.parallel.flash or rank.cluster.device != "cuda":
+        return 0.0
+    model, parallel = rank.model, rank.parallel
+    grouped = 2 * parallel.bytes if model.kv_heads < model.heads else 0
+    return (4 + grouped) * model.heads / parallel.tp * model.head_dim * rank.tokens
+
+
 def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool, last: bool) -> MemoryUse:
     """Return the largest memory of a pipeline rank with `layers` layers.
 
@@ -140,7 +152,7 @@ def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool
         logits = losses * (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
     # gradients of the widest layer that is at work
     buffers = context_attention(rank).live + parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp
-    buffers += _gathered_weights(rank)
+    buffers += _attention_workspace(rank) + _gathered_weights(rank)
     if parallel.recompute == "full":
         at_work = parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
         buffers += at_work * mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))

@@ -253,6 +253,8 @@ def problem_of(rank: RankConfig, windowed: bool = False) -> Problem:
         placement=parallel.placement,
         device=rank.cluster.device if parallel.fused_merge else "cpu",
         window=model.window if windowed else None,
+        # every CUDA kernel that `auto` takes does
+        windows=windowed and rank.cluster.device == "cuda",
     )
 
 

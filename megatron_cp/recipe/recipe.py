@@ -205,6 +205,9 @@ def command_line_flags(words: Sequence[str], job: bool = False) -> Section:
             found[key] = file.setting([value] if equals else [], COMMAND_LINE, plain=True)
         elif not key:
             raise Refused(f"expected a --flag after the recipe, got {word!r}")
+        elif word in ("true", "false") and not found[key].values:
+            # as a recipe says it: `--bf16 true`
+            found[key] = file.setting([word], COMMAND_LINE, plain=True)
         else:
             found[key] = Setting((*found[key].values, word), COMMAND_LINE)
     return found

@@ -1,5 +1,6 @@
 """Context parallelism of eight ranks on one device: one rank after another alone, and all of them as threads."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.record import plan_on, record_rank
 from megatron_cp.grid import most_square
 from megatron_cp.kernels import Kernel
+from megatron_cp.kernels.fused import FusedKernel
 from megatron_cp.kernels.reference import ReferenceKernel
 from megatron_cp.pipeline.clock import Clock
 
@@ -33,6 +35,9 @@ class SilentFabric:
         self.rank, self.size, self.sent = rank, size, 0
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Handle:
+        # a message writes its buffer; what lay there before may be no number, of which kernels make different ones
+        for buffer, _ in recvs:
+            buffer.zero_()
         return Done()
 
     def all_gather(self, local: Tensor) -> Tensor:
@@ -118,7 +123,14 @@ def rank_plans(device: str) -> Iterator[Row]:
                 yield Row(f"{backend}, {shape.seq // 1024}K tokens, {heads}, {direction}, slowest of {where}", slowest)
 
 
-def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, float]]:
+def _ops(kernel: Kernel, direction: str) -> str:
+    """The ops that a kernel chose so far for the shapes of one pass, and for how many of them."""
+    lines = kernel.report() if isinstance(kernel, FusedKernel) else []
+    chosen = Counter(line.partition(": ")[2].partition(" ")[0].strip(",;") for line in lines if direction in line)
+    return " ".join(f"{op} {count}" for op, count in sorted(chosen.items())) or kernel.name
+
+
+def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, Any]]:
     """The figures of one rank's forward and backward."""
     tokens, dtype = shape.seq // RANKS, dtype_on(device)
     generator = torch.Generator(device).manual_seed(rank)
@@ -126,7 +138,14 @@ def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, 
     sizes = ((tokens, 1, count, shape.dim) for count in heads)
     q, k, v, dout = (torch.randn(size, generator=generator, device=device, dtype=dtype) for size in sizes)
     problem = Problem(
-        backend, RANKS, shape.seq, shape.heads, shape.groups, shape.dim, dtype=str(dtype).removeprefix("torch.")
+        backend,
+        RANKS,
+        shape.seq,
+        shape.heads,
+        shape.groups,
+        shape.dim,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
     )
     chosen = plan_on(problem, SilentFabric(rank, RANKS), "auto")
     kernel = TimedKernel(chosen.kernel_for(q, v)[0], Clock(torch.device(device)))
@@ -140,9 +159,9 @@ def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, 
     given = {x.untyped_storage().data_ptr() for x in (q, k, v, dout)}
     kept = [x for x in tree_leaves(saved) if x.untyped_storage().data_ptr() not in given]
     predicted[1] -= sum(x.numel() * x.element_size() for x in kept)
-    found = []
+    found: list[dict[str, Any]] = []
     calls = (partial(loop.forward, q, k, v, task), partial(loop.backward, dout, saved, task))
-    for call, live in zip(calls, predicted, strict=True):
+    for direction, call, live in zip(("forward", "backward"), calls, predicted, strict=True):
 
         def once(call: Callable[[], object] = call) -> None:
             kernel.begin()
@@ -156,6 +175,7 @@ def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, 
                 "ms in kernels": in_kernels * 1e3,
                 "host ms": figures.host * 1e3,
                 "kernel calls": count,
+                "ops": _ops(chosen.kernel_for(q, v)[0], direction),
                 "operations": figures.operations,
                 "peak MiB": figures.peak / MIB,
                 "predicted MiB": live / MIB,

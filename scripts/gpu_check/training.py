@@ -183,9 +183,9 @@ def _alone(stages: int, device: str) -> dict[int, Tensor]:
 
 
 def quickstart(device: str) -> Iterator[Row]:
-    """Train the quickstart recipe, and put the estimate of its memory beside what it took."""
+    """Train the quickstart recipe, on a GPU in bfloat16, and put the estimate of its memory beside what it took."""
     _needs("megatron")
-    yield _trained(device, "quickstart")
+    yield _trained(device, "quickstart", *(["--bf16"] if device == "cuda" else []))
 
 
 def transformer_engine(device: str) -> Iterator[Row]:
@@ -193,7 +193,7 @@ def transformer_engine(device: str) -> Iterator[Row]:
     _needs("megatron", "transformer_engine")
     if device != "cuda":
         raise LeftOut("needs a CUDA GPU: TransformerEngine's kernels")
-    layers = ["--transformer-impl", "transformer_engine", "--bf16", "true"]
+    layers = ["--transformer-impl", "transformer_engine", "--bf16"]
     yield _trained(device, "TransformerEngine's layers, bfloat16", *layers)
     yield _trained(device, "TransformerEngine's layers, FP8", *layers, "--fp8-format", "hybrid")
 

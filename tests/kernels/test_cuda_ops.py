@@ -145,14 +145,35 @@ def test_a_window_goes_to_flash_unmeasured(cuda_picker):
     assert not choose("torch", device="cpu", dtype="bfloat16", head_dim=64)[0].windows
 
 
+def refusing(*names):
+    """A call of ops of which those with these names refuse."""
+
+    def call(op):
+        if op.name in names:
+            raise RuntimeError(f"{op.name} has no such kernel\nand more")
+        return (torch.ones(2),)
+
+    return call
+
+
 def test_a_measured_gpu_leaves_no_race(monkeypatch):
     entry = Measured((9, 0), ("torch",), "cuDNN", "an H100")
     monkeypatch.setattr("megatron_cp.kernels.torch_sdpa.measured", lambda device: entry)
-    kernel, _ = choose("torch", device="cuda", dtype="bfloat16", head_dim=64)
-    assert [op.name for op in kernel.picker.candidates] == ["cuDNN"]
-    assert kernel.picker.pick(SHAPES[0]._replace(window=(3, 0)), torch.device("cuda"), None).name == "flash"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    device = torch.device("cuda")
+    picker = choose("torch", device="cuda", dtype="bfloat16", head_dim=64)[0].picker
+    # cuda_milliseconds would fail: there is no GPU
+    assert picker.pick(SHAPES[0], device, refusing()).name == "cuDNN"
+    assert picker.pick(SHAPES[1], device, refusing("cuDNN")).name == "flash"
+    assert picker.pick(SHAPES[0]._replace(window=(3, 0)), device, None).name == "flash"
+    assert [line.partition(": ")[2] for line in picker.report()] == [
+        "cuDNN, faster on GPUs of this generation",
+        "flash; cuDNN refused: cuDNN has no such kernel",
+    ]
+    with pytest.raises(RuntimeError, match="cuDNN refused: cuDNN has no such kernel; flash refused"):
+        picker.pick(SHAPES[0]._replace(batch=2), device, refusing("cuDNN", "flash"))
     exact, _ = choose("torch", device="cuda", dtype="bfloat16", head_dim=64, deterministic=True)
-    assert [op.name for op in exact.picker.candidates] == ["flash"]
+    assert exact.picker.pick(SHAPES[0], device, refusing()).name == "flash"
 
 
 def test_the_first_rank_with_a_shape_decides_for_all(monkeypatch, tmp_path):

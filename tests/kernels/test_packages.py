@@ -1,11 +1,13 @@
 """Kernels of packages: called as each recorded release wants, equal to dense attention, refused where unknown."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_cp.comm import in_process
 from megatron_cp.errors import CannotRun
-from megatron_cp.kernels import KERNELS, aten, choose, packages
+from megatron_cp.kernels import KERNELS, aten, choose, flash_attn_4, packages
 from megatron_cp.kernels.aten import CUDA_FLASH, cudnn
 from megatron_cp.kernels.flash_attn import flash_op
 from megatron_cp.kernels.flash_attn_3 import flash_3_op
@@ -257,6 +259,19 @@ def test_an_older_gpu_is_one_line_with_a_way_out(has, gpu, kernel, capability, m
     assert "\n" not in str(refused.value)
 
 
-def test_auto_says_that_a_gpu_was_never_measured(gpu):
+def test_auto_says_whether_a_gpu_was_measured(gpu):
+    gpu(8, 0)
+    assert "no kernels were measured on compute capability 8.0, in the registry's order" in choose("auto", **HALF)[1]
     gpu(9, 0)
-    assert "no kernels were measured on compute capability 9.0, in the registry's order" in choose("auto", **HALF)[1]
+    assert (
+        "'torch' for bfloat16 with head dim 64 on cuda: in the order measured on an H100" in choose("auto", **HALF)[1]
+    )
+
+
+def test_flash_4_gets_head_dims_of_which_its_gradients_are_right(monkeypatch):
+    stand_in = stand_ins.flash_attn_4("4.0.0b36")
+    monkeypatch.setattr(flash_attn_4, "loaded", lambda load, package: stand_in)
+    kernel = flash_attn_4.create(device="cuda", deterministic=False)
+    for one in (kernel, kernel.for_backward()):
+        widths = [one._width(*[SimpleNamespace(shape=(8, 1, 2, dim), is_cuda=True)] * 2) for dim in (64, 72, 100, 128)]
+        assert widths == [64, 96, 128, 128]
