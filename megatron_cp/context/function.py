@@ -64,9 +64,7 @@ def forward_pass(
     if not q.shape[1]:
         return q.new_empty((*q.shape[:3], v.shape[3])), ()
     with without_autocast(q.device):
-        q, k, v = relayout(
-            [_last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric
-        )
+        q, k, v = relayout([last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric)
         task = _with_sink(call.task, sink, q)
         out, saved = call.loop.forward(q if call.factor == 1 else q * call.factor, k, v, task)
         if task.sink is not None and not call.merges_sink:
@@ -86,7 +84,7 @@ def backward_pass(dout: Tensor, saved: Any, call: AttentionCall, sink: Tensor | 
         task = _with_sink(call.task, sink, dout)
         if isinstance(task.kernel, PreparesBackward):
             task = task.on(task.fabric, task.layout, task.kernel.for_backward())
-        (dout,) = relayout([_last_dim_contiguous(dout)], call.layout, task.layout, task.fabric)
+        (dout,) = relayout([last_dim_contiguous(dout)], call.layout, task.layout, task.fabric)
         dq, dk, dv, *dsink = call.loop.backward(dout, saved, task)
         if task.sink is not None and not call.merges_sink:
             dsink = [sinks.gradient(dout, saved.out, saved.lse, task.sink)]
@@ -164,7 +162,7 @@ def _positive(scale: float) -> tuple[float, float]:
     return (1.0, scale) if scale > 0 else (-1.0, -scale)
 
 
-def _last_dim_contiguous(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
     # a dim of size 1 may have any stride, which `contiguous` leaves as it is
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 

@@ -1,0 +1,208 @@
+"""Attention of one slice of a sequence, over the keys of the slices before it and its own, through any backend.
+
+Slices go through a model one after the other, and their backward passes run in the reverse order. The keys of earlier
+slices are whole blocks without a mask, which a ring of the ranks passes around as they were cut; this slice's own keys
+go through the backend's loop. A backend that exchanges heads for tokens does so first, and keeps what has arrived.
+
+    forward of slice 2     out, lse = merge(blocks of slice 0, blocks of slice 1, own loop)      keep K, V
+    backward of slice 2    dK, dV of slices 0 and 1 are added up where they are kept; its own, with what later slices
+                           have added, go on to the layers before
+
+Source: Seq1F1B, arXiv:2406.03488; TeraPipe, arXiv:2102.07988.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cp.context.agreement import wants_gradients
+from megatron_cp.context.algorithms import ring
+from megatron_cp.context.function import (
+    AttentionCall,
+    call_for,
+    differentiable_once,
+    last_dim_contiguous,
+    without_autocast,
+)
+from megatron_cp.context.heads import HeadExchange
+from megatron_cp.context.layouts import Layout
+from megatron_cp.context.loop import HeadParallel
+from megatron_cp.context.merge import SoftmaxMerge, Sum
+from megatron_cp.context.plan import Plan
+from megatron_cp.context.prepare import prepare
+from megatron_cp.context.relayout import relayout
+from megatron_cp.context.task import Block, Saved, Task
+from megatron_cp.context.tiles import seen
+from megatron_cp.errors import Refused
+from megatron_cp.kernels.protocol import PreparesBackward
+
+
+@dataclass
+class KeptSlice:
+    """Keys and values of one slice, in the layout in which its loop ran, and the gradients that later slices add."""
+
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    dk: Sum
+    dv: Sum
+
+
+@dataclass
+class KeptKeys:
+    """Keys and values of the slices of one sequence in one layer, those of this rank.
+
+    tokens: where each slice starts and ends in the sequence, over all ranks
+    """
+
+    tokens: tuple[range, ...]
+    slices: dict[int, KeptSlice] = field(default_factory=dict)
+
+
+def attend_slice(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, kept: KeptKeys, number: int, agreed: bool = False
+) -> Tensor:
+    """Attend queries of slice `number` to the keys of all slices up to it: q [s b h d], k, v [s b g d] -> [s b h dv].
+
+    All ranks of the plan call it together, for slice after slice; `kept` belongs to one sequence and layer. A second
+    forward of a slice, of a recomputation, gives the same result. Backward passes run from the last slice to the first.
+    Raises ValueError for a plan that cuts work over time itself, for a mask that is not causal, and as `attend` does.
+    """
+    tokens = kept.tokens[number]
+    if q.shape[0] * plan.cp.size != len(tokens):
+        raise Refused(f"slice {number} has {len(tokens)} tokens over all ranks, got {q.shape[0]} on {plan.cp.size}")
+    check_slices(plan)
+    settled = prepare(q, k, v, plan, agreed=agreed, gradients=wants_gradients(q, k, v))
+    # `auto` may have chosen it
+    check_slices(settled)
+    return _AttendSlice.apply(q, k, v, call_for(q, k, v, settled), kept, number)
+
+
+def check_slices(plan: Plan) -> None:
+    """Raise ValueError for a plan that cannot take slices of a sequence."""
+    if plan.chunks is not None or plan.backend.name == "fpdt":
+        raise Refused(
+            f"backend {plan.backend.name!r} with chunks cuts a sequence over time itself and takes no slices; "
+            "take ulysses, or leave the slices out"
+        )
+    if plan.mask.right != 0:
+        raise Refused("slices need a causal mask: keys of later slices are not there yet; leave the slices out")
+
+
+class _AttendSlice(torch.autograd.Function):
+    """The attention of one slice, between two re-layouts and, where heads are exchanged, two exchanges."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, kept: KeptKeys, number: int) -> Tensor:
+        with without_autocast(q.device):
+            q, k, v = relayout(
+                [last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric
+            )
+            q = q if call.factor == 1 else q * call.factor
+            swap, task = _between_exchanges(call)
+            if swap:
+                q, k, v = swap.to_heads(q, k, v)
+            out, saved = _forward(q, k, v, call, task, kept, number)
+            ctx.save_for_backward(saved.q, saved.out, saved.lse)
+            ctx.call, ctx.kept, ctx.number = call, kept, number
+            if swap:
+                (out,) = swap.to_tokens([out], [swap.shares.q])
+            (out,) = relayout([out], call.task.layout, call.layout, call.task.fabric)
+            # what is saved must not change with the result
+            return out.clone() if out.untyped_storage()._cdata == saved.out.untyped_storage()._cdata else out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        call, (q, out, lse) = ctx.call, ctx.saved_tensors
+        with without_autocast(dout.device):
+            (dout,) = relayout([last_dim_contiguous(dout)], call.layout, call.task.layout, call.task.fabric)
+            swap, task = _between_exchanges(call)
+            dtype = dout.dtype
+            if swap:
+                (dout,) = swap.to_heads(dout)
+            dq, dk, dv = _backward(dout, q, out, lse, call, task, ctx.kept, ctx.number)
+            grads = [dq.result(), dk.result(), dv.result()]
+            if swap:
+                shares = [swap.shares.q, swap.shares.kv, swap.shares.kv]
+                grads = swap.to_tokens([grads[0], *(swap.partial(total.exact(), dtype) for total in (dk, dv))], shares)
+            grads[0] = grads[0] if call.factor == 1 else grads[0] * call.factor
+            grads = [grad.to(dtype) for grad in grads]
+            return *relayout(grads, call.task.layout, call.layout, call.task.fabric), None, None, None
+
+
+def _between_exchanges(call: AttentionCall) -> tuple[HeadExchange | None, Task]:
+    if isinstance(call.loop, HeadParallel):
+        return call.loop.split(call.task)
+    return None, call.task
+
+
+def _placed(task: Task, tokens: range) -> Task:
+    """Return the task with the positions that the slice has in the whole sequence."""
+    shifted = tuple(
+        tuple(range(run.start + tokens.start, run.stop + tokens.start, run.step) for run in runs)
+        for runs in task.layout
+    )
+    return replace(task, layout=shifted)
+
+
+def _route(task: Task, keys: Layout) -> Any:
+    return ring.shorter(
+        keys, tuple(tuple(seen(queries, of_owner, task.mask) for queries in task.layout) for of_owner in keys)
+    )
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, task: Task, kept: KeptKeys, number: int
+) -> tuple[Tensor, Saved]:
+    placed, me = _placed(task, kept.tokens[number]), task.fabric.rank
+    merge = SoftmaxMerge(q, v.shape[3])
+    # 1. whole blocks of earlier slices, around the ring
+    for earlier in range(number):
+        keys = kept.slices[earlier]
+        way = _route(placed, keys.layout)
+        for block in ring.circulating(Block(me, 0, keys.k, keys.v, keys.layout[me]), way, task.fabric):
+            placed.attend(merge, q, block)
+            del block
+    # 2. this slice's own keys, by the backend's loop
+    if task is call.task:
+        _, saved = call.loop.forward(q, k, v, task)
+        merge.add(slice(0, q.shape[0]), saved.out, saved.lse)
+    else:
+        ring.attend_around(merge, q, k, v, task)
+    out, lse = merge.result()
+    if number not in kept.slices:
+        # views of a layer's larger output would keep all of it
+        k, v = k.clone(), v.clone()
+        kept.slices[number] = KeptSlice(k, v, placed.layout, Sum(k), Sum(v))
+    return out, Saved(q, k, v, out, lse)
+
+
+def _backward(
+    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, call: AttentionCall, task: Task, kept: KeptKeys, number: int
+) -> tuple[Sum, Sum, Sum]:
+    own = kept.slices.pop(number)
+    if isinstance(task.kernel, PreparesBackward):
+        task = task.on(task.fabric, task.layout, task.kernel.for_backward())
+    placed, me = _placed(task, kept.tokens[number]), task.fabric.rank
+    saved, dq = Saved(q, own.k, own.v, out, lse), Sum(q)
+    # 1. whole blocks of earlier slices: their gradients wait with them
+    for earlier in range(number):
+        keys = kept.slices[earlier]
+        way, mine = _route(placed, keys.layout), Block(me, 0, keys.k, keys.v, keys.layout[me])
+        returns = ring.GradientReturns(mine, keys.dk, keys.dv, way, task.fabric)
+        for block in ring.circulating(mine, way, task.fabric):
+            dk_block, dv_block = returns.sums(block)
+            placed.attend_backward(dq, dk_block, dv_block, dout, saved, block)
+            returns.start(block, dk_block, dv_block)
+        returns.finish()
+    # 2. its own keys, to whose gradients later slices have added theirs
+    if isinstance(call.loop, HeadParallel):
+        ring.attend_around_backward(dq, own.dk, own.dv, dout, saved, task)
+    else:
+        parts = call.loop.backward(dout, saved, task)
+        for total, part in zip((dq, own.dk, own.dv), parts, strict=True):
+            total.add(slice(0, part.shape[0]), part)
+    return dq, own.dk, own.dv
