@@ -26,16 +26,9 @@ def in_slices(fabric, task, backend, lengths, again=False, **choices):
     """out, dq, dk, dv of this rank's tokens, and where they stand; `again`: each forward runs twice."""
     grid = grid_for(backend, fabric.size)
     axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
-    how = plan(
-        backend,
-        cp=fabric,
-        causal=task.causal,
-        window=task.window,
-        **axes,
-        kernel="reference",
-        layout="zigzag" if fabric.size > 1 else "contiguous",
-        **choices,
-    )
+    layout = "zigzag" if fabric.size > 1 else "contiguous"
+    choices |= {"causal": task.causal, "window": task.window, "layout": layout, "kernel": "reference"}
+    how = plan(backend, cp=fabric, **axes, **choices)
     kept = KeptKeys(stretches(lengths))
     places, leaves, outs = [], [], []
     for number, tokens in enumerate(kept.tokens):
