@@ -31,7 +31,7 @@ from megatron_cp.pipeline.offload import Offload, balanced
 from megatron_cp.pipeline.passes import without_moves
 from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
-from megatron_cp.planner.linear_trace import record_linears
+from megatron_cp.planner.linear_trace import peak_bytes
 from megatron_cp.planner.model import model_of
 from megatron_cp.recipe import recipe
 from megatron_cp.tensor import COLLECTIVE, ENGINES, GEMMS, MEGATRONS
@@ -142,9 +142,7 @@ def memory_row(name: str, seq: int) -> list[str]:
         (half, Placing("2.5d", GridSize(2, 2))),
         (half, Placing(MEGATRONS, GridSize(4, 1), COLLECTIVE)),
     ]
-    at_work = [
-        max(peak for run in record_linears(each, placing, "bfloat16") for peak in run.peak) for each, placing in traced
-    ]
+    at_work = [peak_bytes(each, placing, "bfloat16") for each, placing in traced]
     at_work.insert(3, 2 * round(layer.at_work_on_cube(2)))
     # weights in bf16 and gradients in float32
     kept = [6 * sum(one.weight for one in layer.linears) / ranks for ranks in (8, 8, 8, 8, 4, 4)]

@@ -52,6 +52,11 @@ def record_linears(layer: LayerLinears, placing: Placing, dtype: str) -> LinearT
     return trace
 
 
+def peak_bytes(layer: LayerLinears, placing: Placing, dtype: str) -> int:
+    """Return the most bytes that one linear gathers and makes at once on the first rank of a placing."""
+    return max(Pass((steps,), 0).peak[0] for steps in _record_rank(layer, placing, getattr(torch, dtype), 0))
+
+
 def _record_rank(
     layer: LayerLinears, placing: Placing, dtype: torch.dtype, rank: int
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
