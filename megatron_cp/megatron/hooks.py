@@ -180,6 +180,14 @@ HOOKS = Registry(
             settings=True,
         ),
         Hook(
+            name="connections",
+            targets=("megatron.training.arguments:get_device_arch_version",),
+            by="megatron_cp.megatron.machine.environment:without_one_connection",
+            parameters=(),
+            reason="before Blackwell one CUDA connection is demanded, which --tp-engine symmetric cannot copy beside",
+            retired_by="a check of CUDA_DEVICE_MAX_CONNECTIONS that asks which linears rely on it",
+        ),
+        Hook(
             name="overwrite",
             targets=("megatron.core.dist_checkpointing:save",),
             by="megatron_cp.megatron.checkpoint.failed_save:save_without_old_index",

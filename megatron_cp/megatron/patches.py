@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_cp.megatron.hooks import HOOKS, Hook
 from megatron_cp.megatron.rebind import find
 
-REPAIRS = ("optimizer-", "overwrite")
-"""Prefixes of the names of hooks that repair saving and resuming, which only the launcher applies, for each run."""
+REPAIRS = ("optimizer-", "overwrite", "connections")
+"""Prefixes of the names of hooks that only the launcher applies, for the runs that need them."""
 
 
 def series() -> list[tuple[str, str]]:

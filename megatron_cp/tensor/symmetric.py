@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
 
+from megatron_cp import config
 from megatron_cp.comm import Fabric, GroupFabric
 from megatron_cp.comm.fabric import size_in_bytes
 from megatron_cp.errors import CannotRun, Refused
@@ -43,6 +45,26 @@ def fused_operations() -> FusedOperations:
     return FusedOperations(*(getattr(torch.ops.symm_mem, name) for name in NAMES))
 
 
+def refuse_far_ranks(group: ProcessGroup) -> None:
+    """Refuse a group some of whose ranks cannot reach each other's memory: on several nodes, or without peer access."""
+    per_node = int(config.variable("LOCAL_WORLD_SIZE", "0")) or torch.cuda.device_count()
+    ranks = get_process_group_ranks(group)
+    nodes = {rank // per_node for rank in ranks} if per_node else set()
+    if len(nodes) != 1:
+        raise Refused(
+            f"engine symmetric runs between GPUs of one node, got the ranks {ranks} on {len(nodes)} nodes of "
+            f"{per_node} GPUs; use engine ring"
+        )
+    mine = torch.cuda.current_device()
+    for rank in ranks:
+        other = rank % per_node
+        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
+            raise Refused(
+                f"engine symmetric needs GPUs that reach each other's memory over NVLink, got {mine} and {other}, "
+                f"which do not; use engine ring"
+            )
+
+
 class SymmetricEngine(CollectiveEngine):
     """Fused products over one process group; other sums and gathers as in engine `collective`."""
 
@@ -54,6 +76,8 @@ class SymmetricEngine(CollectiveEngine):
         super().__init__(fabric, product)
         if not isinstance(fabric, GroupFabric):
             raise Refused(f"engine symmetric runs over a process group, got a {type(fabric).__name__}; use engine ring")
+        if operations is None:
+            refuse_far_ranks(fabric.group)
         self._operations = operations or fused_operations()
         self._group: str = fabric.group.group_name
 

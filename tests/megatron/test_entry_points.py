@@ -167,6 +167,9 @@ def test_help_tells_our_flags_beside_megatrons(command: str) -> None:
     [
         (f"{CONTEXT_PARALLEL} 2", None, "1"),
         ("--tensor-model-parallel-size 2", "8", "8"),
+        ("--tensor-model-parallel-size 2 --tp-engine symmetric", None, ""),
+        ("--tensor-model-parallel-size 2 --tp-engine symmetric", "1", "1"),
+        ("--tensor-model-parallel-size 2 --tp-engine ring", None, "1"),
         ("--tensor-model-parallel-size 1", None, ""),
         ("--tensor-model-parallel-size 2 --use-torch-fsdp2", None, ""),
         (f"{CONTEXT_PARALLEL} 2 --overlap-moe-expert-parallel-comm", None, ""),

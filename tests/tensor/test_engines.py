@@ -113,3 +113,23 @@ def test_a_torch_without_the_operations_is_named(monkeypatch):
     monkeypatch.setattr(symmetric, "NAMES", ("no_such_operation",))
     with pytest.raises(CannotRun, match=r"needs torch\.ops\.symm_mem\.no_such_operation"):
         symmetric.fused_operations()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reach", "message"),
+    [
+        ([0, 8], True, r"GPUs of one node, got the ranks \[0, 8\] on 2 nodes of 8 GPUs; use engine ring"),
+        ([0, 1], False, "over NVLink, got 0 and 1, which do not; use engine ring"),
+        ([8, 9], True, ""),
+    ],
+)
+def test_ranks_that_cannot_reach_each_others_memory_are_named(monkeypatch, ranks, reach, message):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(symmetric, "get_process_group_ranks", lambda group: ranks)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reach)
+    if not message:
+        symmetric.refuse_far_ranks(None)
+        return
+    with pytest.raises(Refused, match=message):
+        symmetric.refuse_far_ranks(None)

@@ -1,13 +1,14 @@
 """Set environment variables of a rank that torchrun would have set and that Megatron insists on."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from megatron_cp import config
 from megatron_cp.megatron.machine.facts import major_capability
 from megatron_cp.megatron.run import say, values_of
+from megatron_cp.tensor import SYMMETRIC
 
 # srun starts the processes itself: what torchrun would have set, and SLURM's name for it
 FROM_SLURM = {
@@ -48,19 +49,30 @@ def environment_for_gpus(argv: Sequence[str]) -> None:
     """Set CUDA_DEVICE_MAX_CONNECTIONS=1 where Megatron insists on it and the user has not said otherwise.
 
     It insists before Blackwell, with tensor or context parallelism, unless FSDP or the overlap of the experts' messages
-    is asked for, which want more connections. Must come before CUDA is initialised: the driver reads it once.
+    is asked for, which want more connections, as --tp-engine symmetric does. Must come before CUDA is initialised: the
+    driver reads it once.
     """
     flags = ("--tensor-model-parallel-size", "--context-parallel-size")
     sizes = [values_of(argv, flag) or ["1"] for flag in flags]
     if not torch.cuda.device_count():
         return
-    wants_more = any(flag in argv for flag in (*FSDP, "--overlap-moe-expert-parallel-comm"))
+    wants_more = any(flag in argv for flag in (*FSDP, "--overlap-moe-expert-parallel-comm")) or copies_beside(argv)
     if any(size != ["1"] for size in sizes) and not wants_more and (major_capability() or 0) < BLACKWELL:
         filled = config.set_missing({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
         if filled:
             say("CUDA_DEVICE_MAX_CONNECTIONS=1, which tensor and context parallelism need")
     if values_of(argv, "--pp-schedule") is not None and (missing := advised_for_receives()):
         say(f"--pp-schedule posts receives early: set {' and '.join(missing)} (docs/gpu.md)")
+
+
+def copies_beside(argv: Sequence[str]) -> bool:
+    """True if linears copy on a second stream beside their products, which one connection would hold up."""
+    return values_of(argv, "--tp-engine") == [SYMMETRIC]
+
+
+def without_one_connection(old: Callable[[], int]) -> int:
+    """Return the device's architecture to Megatron's checks, Blackwell's for earlier ones: they then demand nothing."""
+    return max(old(), BLACKWELL)
 
 
 def advised_for_receives() -> list[str]:

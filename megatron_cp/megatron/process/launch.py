@@ -16,7 +16,7 @@ from megatron_cp.megatron import hooks
 from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.checkpoint import failed_save
 from megatron_cp.megatron.machine import cpu
-from megatron_cp.megatron.machine.environment import environment_for_gpus, environment_from_slurm
+from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus, environment_from_slurm
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
 from megatron_cp.megatron.run import say, uneven_masks, values_of
@@ -45,6 +45,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += ["delayed-weights"] if machine.te else []
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names += ["mtp-layers", "mtp-loss"]
+    if copies_beside(argv):
+        names.append("connections")
     if hooks.dataset_helpers_need_no_make():
         names.append("dataset-helpers")
     if values_of(argv, "--save") is not None:

@@ -6,6 +6,9 @@ import pytest
 
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.tensor import check_tensor, layer_of, settle_tensor
+from megatron_cp.megatron.machine.environment import without_one_connection
+from megatron_cp.megatron.machine.facts import this_machine
+from megatron_cp.megatron.process import launch
 from megatron_cp.tensor import gemm
 
 RUN = {
@@ -104,6 +107,14 @@ def test_stream_k_needs_a_gpu_or_the_interpreter(monkeypatch, backend, interpret
     monkeypatch.setattr(gemm, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--tp-gemm stream-k needs the package triton; use torch"):
         check(tp_gemm="stream-k", distributed_backend="nccl")
+
+
+@pytest.mark.parametrize(("engine", "hooked"), [("symmetric", True), ("ring", False)])
+def test_megatrons_demand_for_one_connection_is_lifted_for_the_symmetric_engine_alone(engine, hooked):
+    words = f"--tensor-model-parallel-size 2 --tp-comm-type flux --tp-engine {engine}".split()
+    assert ("connections" in launch.features(words, this_machine()).hooks) == hooked
+    # Hopper passes for Blackwell, which demands nothing, and later ones stay what they are
+    assert [without_one_connection(lambda found=found: found) for found in (9, 12)] == [10, 12]
 
 
 SIZES = {
