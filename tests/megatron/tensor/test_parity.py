@@ -201,6 +201,16 @@ def test_combined_with_other_features_equals_one_rank(alone, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["", "--sequence-parallel --recompute-granularity selective"])
+def test_megatrons_own_linears_equal_one_rank(alone, parallel):
+    found, expected = run(2, f"--tensor-model-parallel-size 2 --tp-comm-type 1d {parallel}"), alone()
+    assert (found.linears, found.sent) == ({"ColumnParallelLinear", "RowParallelLinear"}, 0)
+    for step, other in zip(found.log, expected, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["flux", "2d"])
 def test_bf16_trains_as_one_rank_does(alone, scheme):
     found, expected = run(4, tensor(4, scheme), "--bf16"), alone("--bf16")
