@@ -3,9 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from megatron_cp import attend
+from megatron_cp import attend, plan
 from megatron_cp.comm import GroupFabric, axes_of
-from megatron_cp.context.attend import plan
 from megatron_cp.grid import Grid
 
 

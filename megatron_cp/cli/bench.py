@@ -15,7 +15,7 @@ from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.cli.bench_linears import linears
 from megatron_cp.cli.bench_links import links
 from megatron_cp.cli.bench_pipeline import pipeline
-from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads
+from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads, tokens
 from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.registry import unknown
@@ -37,11 +37,19 @@ app.command()(pipeline)
 @app.command("context")
 def context(
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backend, or all, which is the default; may be repeated.")
+        list[str] | None,
+        typer.Option("--backend", "--cp-comm-type", help="Backend, or all, which is the default; may be repeated."),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes of this machine.")] = 2,
     seq: Annotated[
-        list[int] | None, typer.Option(help="Tokens of the whole sequence; may be repeated. By default 4096 and 16384.")
+        list[int] | None,
+        typer.Option(
+            "--seq",
+            "--seq-length",
+            parser=tokens,
+            metavar="COUNT",
+            help="Tokens of the whole sequence, such as 16K; may be repeated. By default 4096 and 16384.",
+        ),
     ] = None,
     heads: Heads = 8,
     kv_heads: KvHeads = None,
@@ -49,7 +57,9 @@ def context(
     batch: Batch = 1,
     causal: Causal = True,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    kernel: Annotated[str, typer.Option(help=f"One of {', '.join((AUTO, *KERNELS.names))}.")] = "auto",
+    kernel: Annotated[
+        str, typer.Option("--kernel", "--cp-kernel", help=f"One of {', '.join((AUTO, *KERNELS.names))}.")
+    ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every candidate is timed once.")] = 7,
     native: Annotated[
         bool, typer.Option(help="Give each backend tokens in its own layout, instead of in Megatron's zigzag.")

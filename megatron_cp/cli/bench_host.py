@@ -20,7 +20,8 @@ COLUMNS = ("backend", "ranks", "fwd ms", "messages", "calls", "merges", "bwd ms"
 
 def host(
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backend; may be repeated. By default all but auto.")
+        list[str] | None,
+        typer.Option("--backend", "--cp-comm-type", help="Backend; may be repeated. By default all but auto."),
     ] = None,
     ranks: Annotated[
         list[int] | None, typer.Option(min=1, help="Context-parallel ranks; may be repeated. By default 8 and 32.")

@@ -48,7 +48,8 @@ def show(
     causal: Causal = True,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(BYTES)}.")] = "float32",
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backend; may be repeated. By default all that call kernels.")
+        list[str] | None,
+        typer.Option("--backend", "--cp-comm-type", help="Backend; may be repeated. By default all that call kernels."),
     ] = None,
     against: Annotated[str, typer.Option(help="The backend that the others are compared with.")] = BASELINE,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,

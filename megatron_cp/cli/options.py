@@ -4,10 +4,31 @@ from typing import Annotated
 
 import typer
 
-Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
-KvHeads = Annotated[int | None, typer.Option(min=1, help="KV heads; by default as many as query heads.")]
-HeadDim = Annotated[int, typer.Option(min=1, help="Dim of one head.")]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
+from megatron_cp.units import count
+
+
+def tokens(text: str | int) -> int:
+    """Return the count that `text` means, such as 128K, for an option of tokens; a default is a number already."""
+    if isinstance(text, int):
+        return text
+    try:
+        return count(text, "a number of tokens")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Heads = Annotated[int, typer.Option("--heads", "--num-attention-heads", min=1, help="Query heads.")]
+KvHeads = Annotated[
+    int | None,
+    typer.Option("--kv-heads", "--num-query-groups", min=1, help="KV heads; by default as many as query heads."),
+]
+HeadDim = Annotated[int, typer.Option("--head-dim", "--kv-channels", min=1, help="Dim of one head.")]
+Batch = Annotated[int, typer.Option("--batch", "--micro-batch-size", min=1, help="Sequences.")]
 Causal = Annotated[bool, typer.Option(help="Causal mask, or none.")]
-ContextRanks = Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")]
-WholeSequence = Annotated[int, typer.Option(min=1, help="Tokens of the whole sequence.")]
+ContextRanks = Annotated[int, typer.Option("--ranks", "--context-parallel-size", min=1, help="Context-parallel ranks.")]
+WholeSequence = Annotated[
+    int,
+    typer.Option(
+        "--seq", "--seq-length", parser=tokens, metavar="COUNT", help="Tokens of the whole sequence, such as 128K."
+    ),
+]

@@ -71,10 +71,19 @@ class SimulationRequest:
 
 
 def simulate(
-    p: Annotated[int | None, typer.Option("-p", help="Pipeline ranks.")] = None,
+    p: Annotated[int | None, typer.Option("-p", "--pipeline-model-parallel-size", help="Pipeline ranks.")] = None,
     m: Annotated[int | None, typer.Option("-m", help="Microbatches of a step.")] = None,
-    v: Annotated[int | None, typer.Option("-v", help="Chunks per rank; by default what the schedule implies.")] = None,
-    schedule: Annotated[str | None, typer.Option(help=f"One of {', '.join(SCHEDULES.names)}.")] = None,
+    v: Annotated[
+        int | None,
+        typer.Option(
+            "-v",
+            "--num-virtual-stages-per-pipeline-rank",
+            help="Chunks per rank; by default what the schedule implies.",
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", "--pp-schedule", help=f"One of {', '.join(SCHEDULES.names)}.")
+    ] = None,
     compare: Annotated[str | None, typer.Option(help="Schedules side by side: names with commas, or all.")] = None,
     table: Annotated[
         Path | None, typer.Option(help="File with your own schedule: per rank a line of 2F0 2I0 2W0 …")
@@ -89,9 +98,13 @@ def simulate(
     memory: Annotated[
         str, typer.Option(help="M_B,M_W of a microbatch: kept from F to I, and the part of it kept until W.")
     ] = "1,1",
-    cap: Annotated[float | None, typer.Option(help="Most memory of a rank, in M_B.")] = None,
+    cap: Annotated[
+        float | None, typer.Option("--cap", "--pp-memory-limit", help="Most memory of a rank, in M_B.")
+    ] = None,
     warmup: Annotated[float | None, typer.Option(help="Warm-up multiplier of izb, 1 to 2.")] = None,
-    placement: Annotated[str | None, typer.Option(help="Placement for auto: loop or v.")] = None,
+    placement: Annotated[
+        str | None, typer.Option("--placement", "--pp-placement", help="Placement for auto: loop or v.")
+    ] = None,
     objective: Annotated[str, typer.Option(help=f"Objective of auto: {' or '.join(OBJECTIVES)}.")] = "makespan",
     pp_offload: Annotated[
         str | None,

@@ -50,7 +50,10 @@ Layout = Annotated[
 SequenceChunks = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Pieces over time, with the rest in host memory; by default only fpdt has any, as many as it needs."
+        "--chunks",
+        "--cp-chunks",
+        min=1,
+        help="Pieces over time, with the rest in host memory; by default only fpdt has any, as many as it needs.",
     ),
 ]
 DocumentLengths = Annotated[
@@ -93,7 +96,9 @@ class Costed(NamedTuple):
 def trace(
     ranks: ContextRanks,
     seq: WholeSequence,
-    backend: Annotated[str | None, typer.Option(help=f"One of {', '.join(BACKENDS.names)}.")] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", "--cp-comm-type", help=f"One of {', '.join(BACKENDS.names)}.")
+    ] = None,
     tp_comm_type: Annotated[
         str | None,
         typer.Option(
@@ -117,11 +122,17 @@ def trace(
     hierarchical_context_parallel_sizes: GridSizes = None,
     placement: Annotated[
         str,
-        typer.Option(help=f"{' or '.join(PLACEMENTS)}, for {able(lambda entry: entry.capabilities.placement, str)}."),
+        typer.Option(
+            "--placement",
+            "--cp-placement",
+            help=f"{' or '.join(PLACEMENTS)}, for {able(lambda entry: entry.capabilities.placement, str)}.",
+        ),
     ] = "head-first",
     layout: Layout = ZIGZAG,
     chunks: SequenceChunks = None,
-    stripe: Annotated[int, typer.Option(min=1, help="Tokens in a block of the striped layout.")] = 1,
+    stripe: Annotated[
+        int, typer.Option("--stripe", "--cp-stripe", min=1, help="Tokens in a block of the striped layout.")
+    ] = 1,
     windows: Annotated[
         bool,
         typer.Option("--windows", help="The kernel takes windows: a band along the diagonal is one call, as on a GPU."),

@@ -6,6 +6,7 @@ from megatron_cp.comm.distributed import (
     backwards,
     collective,
     connected,
+    fabric_of,
     hand_over,
     wires,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "backwards",
     "collective",
     "connected",
+    "fabric_of",
     "hand_over",
     "in_process",
     "largest",

@@ -10,9 +10,20 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_cp import config
-from megatron_cp.comm.fabric import Done, Message, Transfer, check_counts, check_gathered, check_parts, size_in_bytes
+from megatron_cp.comm.fabric import (
+    Done,
+    Fabric,
+    Message,
+    SingleFabric,
+    Transfer,
+    check_counts,
+    check_gathered,
+    check_parts,
+    size_in_bytes,
+)
 from megatron_cp.errors import CannotRun, Refused
 
 # torch 2.14 renamed two collectives and warns of the old names
@@ -104,6 +115,33 @@ class GroupFabric:
     def _operation(self, kind: Callable, message: Message) -> dist.P2POp:
         tensor, peer = message
         return dist.P2POp(kind, tensor, group=self.group, group_peer=peer)
+
+
+def fabric_of(ranks: object, name: str = "cp") -> Fabric:
+    """Return the fabric of a process group, of a DeviceMesh of one dim, or of a fabric; communicates nothing.
+
+    None is a single rank in a process alone. `name` is the argument's, for the error. Raises ValueError for anything
+    else, and for None in a job of several processes, where each would attend to its own tokens.
+    """
+    if isinstance(ranks, Fabric):
+        return ranks
+    if isinstance(ranks, DeviceMesh):
+        if ranks.ndim != 1:
+            raise Refused(f"{name} must be a mesh of one dim, got {ranks.ndim}; take one of its dims: mesh['{name}']")
+        return GroupFabric(ranks.get_group())
+    if isinstance(ranks, dist.ProcessGroup):
+        return GroupFabric(ranks)
+    if ranks is not None:
+        raise Refused(
+            f"{name} must be a process group, a DeviceMesh or a fabric, got a {type(ranks).__name__}; "
+            "all ranks together are torch.distributed.group.WORLD"
+        )
+    if dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
+        raise Refused(
+            f"{name} is left out in a job of {size} processes, where each would attend to its own tokens alone; "
+            "give the group that shares a sequence, such as torch.distributed.group.WORLD, or SingleFabric()"
+        )
+    return SingleFabric()
 
 
 class Wire:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_cp.comm import Fabric, Gathering, SingleFabric
+from megatron_cp.comm import Fabric, Gathering, fabric_of
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes, layouts
 from megatron_cp.context.algorithms.fpdt import FPDT
 from megatron_cp.context.checks import (
@@ -148,9 +150,9 @@ class Plan:
 def plan(
     backend: str,
     *,
-    cp: Fabric | None = None,
-    inner: Fabric | None = None,
-    outer: Fabric | None = None,
+    cp: Fabric | ProcessGroup | DeviceMesh | None = None,
+    inner: Fabric | ProcessGroup | DeviceMesh | None = None,
+    outer: Fabric | ProcessGroup | DeviceMesh | None = None,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     softmax_scale: float | None = None,
@@ -166,6 +168,7 @@ def plan(
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
+    cp:            a process group, a DeviceMesh of one dim, or a fabric; left out in a process alone
     inner, outer:  the two axes of the ranks, for backends on a grid
     window:        (left, right) keys that a query sees beside its own position; None or -1 is no limit
     softmax_scale: None means 1 / sqrt(d)
@@ -180,8 +183,9 @@ def plan(
                    is faster by prediction; tokens move there and back
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
-    cp = SingleFabric() if cp is None else cp
-    _check_fabrics(cp=cp, inner=inner, outer=outer)
+    cp = fabric_of(cp)
+    inner = None if inner is None else fabric_of(inner, "inner")
+    outer = None if outer is None else fabric_of(outer, "outer")
     softmax_scale = None if softmax_scale is None else _as_scale(softmax_scale)
     _check_types(causal=causal, deterministic=deterministic, kernel=kernel, chunks=chunks, stripe=stripe)
     entry = BACKENDS.get(backend)
@@ -273,10 +277,10 @@ def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None
     if inner is None or outer is None:
         raise Refused(
             f"backend {entry.name!r} needs two axes of ranks; "
-            "give --hierarchical-context-parallel-sizes INNER OUTER with INNER * OUTER = context_parallel_size"
+            f"give inner= and outer=, as axes_of(Grid(INNER, OUTER), cp) makes them of the {cp.size} ranks of cp"
         )
     if inner.size * outer.size != cp.size:
-        raise Refused(f"hierarchical sizes {inner.size} * {outer.size} must be context_parallel_size = {cp.size}")
+        raise Refused(f"inner of {inner.size} and outer of {outer.size} ranks must make the {cp.size} ranks of cp")
     grid = Grid(inner.size, outer.size)
     check_grid(entry, grid)
     return Axes(grid, inner, outer, PLACEMENTS[placement])
@@ -302,14 +306,6 @@ def numbered(number: int) -> Plan:
 
 def _again(arguments: dict[str, Any]) -> Plan:
     return Plan(**arguments)
-
-
-def _check_fabrics(**fabrics: Fabric | None) -> None:
-    for name, fabric in fabrics.items():
-        if fabric is not None and not isinstance(fabric, Fabric):
-            raise Refused(
-                f"{name} must be a fabric, got a {type(fabric).__name__}; wrap a process group: GroupFabric(group)"
-            )
 
 
 def _as_scale(scale: object) -> float:

@@ -146,7 +146,7 @@ PLANS = [
     ({"stripe": "2"}, "stripe must be a whole number, got '2'"),
     ({"kernel": 3}, "kernel must be a name or a Kernel, got 3; use one of: auto, torch"),
     ({"kernel": "tosch"}, "unknown kernel 'tosch'; did you mean 'torch'"),
-    ({"cp": object()}, "cp must be a fabric, got a object; wrap a process group: GroupFabric(group)"),
+    ({"cp": object()}, "cp must be a process group, a DeviceMesh or a fabric, got a object; all ranks together are"),
 ]
 
 

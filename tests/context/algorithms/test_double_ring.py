@@ -89,9 +89,9 @@ def test_window_of_positions_leaves_far_windows_of_ranks_alone():
 
 def test_without_sizes_it_says_which_to_give():
     def body(fabric):
-        with pytest.raises(ValueError, match="'double-ring' needs two axes of ranks; give --hierarchical"):
+        with pytest.raises(ValueError, match="'double-ring' needs two axes of ranks; give inner= and outer="):
             plan("double-ring", cp=fabric)
-        with pytest.raises(ValueError, match=r"hierarchical sizes 2 \* 2 must be context_parallel_size = 2"):
+        with pytest.raises(ValueError, match=r"inner of 2 and outer of 2 ranks must make the 2 ranks of cp"):
             plan("double-ring", cp=fabric, inner=fabric, outer=fabric)
         return fabric.sent
 
