@@ -2,7 +2,7 @@
 
 import linecache
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -22,6 +22,18 @@ def one_line(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"line {frame.lineno} of {frame.filename}"
     return f"Megatron requires: {linecache.getline(frame.filename, frame.lineno or 0).strip() or place}"
+
+
+def refuse_together(*checks: Callable[[], object]) -> None:
+    """Run independent checks, and raise Refused with the texts of all that fail, in one line."""
+    texts: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except Refused as error:
+            texts.append(str(error))
+    if texts:
+        raise Refused("; also: ".join(dict.fromkeys(texts)))
 
 
 @contextmanager

@@ -33,11 +33,12 @@ def place(rule: Rule, p: int, v: int | None = None, placement: str | None = None
     if chunks < 1:
         raise Refused(f"a rank holds at least one chunk, got v = {chunks}")
     if rule.chunks not in (None, chunks):
-        raise Refused(f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {_kin(rule, chunks)}")
+        raise Refused(f"{rule.name} has v = {rule.chunks}, got v = {chunks}; leave it out or take {kin(rule, chunks)}")
     return PLACEMENTS[name](p, chunks)
 
 
-def _kin(rule: Rule, v: int) -> str:
+def kin(rule: Rule, v: int) -> str:
+    """Return the schedules of the same placement that have v chunks per rank, as a text."""
     kin = [other.name for other in SCHEDULES if other.placement == rule.placement and other.chunks in (None, v)]
     return " or ".join(kin) if kin else "auto"
 

@@ -115,7 +115,8 @@ def find(name: str, beside: Path | None = None) -> Path:
         if candidate.is_file():
             return candidate
     known = shipped()
-    short = [Path(entry).name for entry in known]
+    # files of training/ are parts that recipes extend
+    short = [Path(entry).name for entry in known if not entry.startswith("training/")]
     raise Refused(f"no recipe {name!r}{suggest(name, [*known, *short])}; give a file or one of: {', '.join(known)}")
 
 

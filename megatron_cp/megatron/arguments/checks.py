@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from megatron_cp.context.auto import default_cluster
-from megatron_cp.errors import Refused, as_refusals
+from megatron_cp.errors import Refused, as_refusals, refuse_together
 from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
-from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table, imply_chunks
+from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
 from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.checkpoint import resume
@@ -54,9 +54,11 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     """Fill in and check the parsed arguments of a run on `machine`; `old` is Megatron's own validate_args."""
     complete(args, machine)
     # before Megatron's checks, for ours say more than a bare assertion
-    if has_our_layers(args):
-        check(args)
-    check_schedule(args)
+    refuse_together(
+        lambda: check(args) if has_our_layers(args) else None,
+        lambda: check_schedule(args),
+        lambda: check_chunks(args),
+    )
     settle_tensor(args, lambda: default_cluster("cuda" if machine.gpu and torch.cuda.is_available() else "cpu"))
     check_tensor(args)
     refuse_upstream_faults(args)

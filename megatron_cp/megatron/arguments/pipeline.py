@@ -7,7 +7,7 @@ from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import PipelineFlags, Settings
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.build import build, kin, place
 from megatron_cp.pipeline.offload import limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import MOVE_TARGETS, BadSchedule
@@ -157,6 +157,21 @@ def check_schedule(args: Any) -> None:
         lending = LENDING_UNSUPPORTED if flags.lends else ()
         mover = f"--pp-offload {flags.offload}" if flags.offload else f"--pp-schedule {name}"
         refuse((*MOVING_UNSUPPORTED, *lending), args, mover)
+
+
+def check_chunks(args: Any) -> None:
+    """Refuse chunks per rank that `--pp-schedule` does not have; ValueError with the flag, its value and a way out."""
+    name = PipelineFlags.of(args).schedule
+    if name is None:
+        return
+    rule, flag = SCHEDULES.get(name), "--num-virtual-stages-per-pipeline-rank"
+    given = read(args, "num_virtual_stages_per_pipeline_rank")
+    if given is None or rule.chunks in (None, given):
+        return
+    raise Refused(
+        f"--pp-schedule {name} has {rule.chunks} {'chunk' if rule.chunks == 1 else 'chunks'} per rank, got {flag} "
+        f"{given}; take it back by {flag}=false, or take --pp-schedule {kin(rule, given)}"
+    )
 
 
 def check_costs(flags: PipelineFlags) -> None:

@@ -91,7 +91,18 @@ def test_every_recipe_is_valid_for_its_cluster(name: str) -> None:
         ),
         (["--context-parallel-size: 5"], ["TP=8 * PP=4 * CP=5 needs a multiple of 160 processes, got 256"]),
         (["--cp-comm-type: usp", "--hierarchical-context-parallel-sizes: [3, 2]"], ["3 * 2 = 6 and 4"]),
-        (["--pp-schedule: zb-h1"], ["zb-h1 has v = 1, got v = 5"]),
+        (
+            ["--pp-schedule: zb-h1"],
+            [
+                "--pp-schedule zb-h1 has 1 chunk per rank, got --num-virtual-stages-per-pipeline-rank 5",
+                "--num-virtual-stages-per-pipeline-rank=false",
+                "llama3.1-70b-32k-h100x256.yaml:",
+            ],
+        ),
+        (
+            ["--pp-schedule: zb-h1", "--cp-comm-type: usp"],
+            ["zb-h1 has 1 chunk per rank", "; also: ", "usp needs two --hierarchical-context-parallel-sizes"],
+        ),
         (
             ["--num-virtual-stages-per-pipeline-rank: 7"],
             ["num_layers_per_pipeline_rank 20 should be divisible by", "7"],

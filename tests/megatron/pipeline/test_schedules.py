@@ -202,7 +202,10 @@ def test_evaluation_gives_the_same_loss(schedule, chunks):
 REFUSED = {
     "one rank": ("--pp-schedule zb-h1", "needs --pipeline-model-parallel-size of at least 2, got 1"),
     "unknown": (f"{TWO} --pp-schedule zb-h3", "did you mean 'zb-h"),
-    "chunks": (f"{TWO} {CHUNKS} --pp-schedule zb-h1", "zb-h1 has v = 1, got v = 2"),
+    "chunks": (
+        f"{TWO} {CHUNKS} --pp-schedule zb-h1",
+        "zb-h1 has 1 chunk per rank, got --num-virtual-stages-per-pipeline-rank 2",
+    ),
     "no chunks": (f"{TWO} --pp-schedule izb", "needs more than one chunk per rank, got 1"),
     "microbatches": (
         "--pipeline-model-parallel-size 4 --num-layers 16 --num-virtual-stages-per-pipeline-rank 4 "

@@ -193,7 +193,10 @@ REFUSED = {
     "first rank": ("--decoder-first-pipeline-num-layers 1", "--pipeline-model-parallel-layout"),
     "last rank": ("--decoder-last-pipeline-num-layers 1", "--pipeline-model-parallel-layout"),
     "legacy checkpoint": ("--ckpt-format torch --save somewhere", "leave --ckpt-format out"),
-    "chunks": ("--num-layers 8 --num-virtual-stages-per-pipeline-rank 4", "zb-v has v = 2, got v = 4"),
+    "chunks": (
+        "--num-layers 8 --num-virtual-stages-per-pipeline-rank 4",
+        "zb-v has 2 chunks per rank, got --num-virtual-stages-per-pipeline-rank 4",
+    ),
     "layout": ("--pipeline-model-parallel-layout Ett|ttL", "zb-v has v = 2, got v = 1"),
 }
 
