@@ -349,7 +349,7 @@ def warnings(parallel: Parallel, cluster: Cluster) -> list[str]:
     way_out = (
         f"take --hierarchical-context-parallel-sizes {room} {parallel.cp // room} with --cp-placement head-first"
         if room > 1 and parallel.cp % room == 0
-        else "lower --tensor-model-parallel-size, or take --cp-comm-type zigzag"
+        else f"lower --tensor-model-parallel-size, or take --cp-comm-type {DEFAULT}"
     )
     return [
         f"the {axis} axis of {entry.name} exchanges heads between nodes: it spans {spanned} ranks of TP {parallel.tp} "
