@@ -113,6 +113,13 @@ def length(runs: Runs) -> int:
     return sum(map(len, runs))
 
 
+@remembered(cache_sizes.GROUPS)
+def of_ranks(layout: Layout, ranks: tuple[int, ...]) -> Layout:
+    """Return the part of a layout that these ranks own."""
+    part = tuple(layout[rank] for rank in ranks)
+    return PlannedLayout(part) if isinstance(layout, PlannedLayout) else part
+
+
 class Place(NamedTuple):
     """A stretch of one rank's local tokens and where it stands in the gathered sequence."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_cp.context.algorithms.ulysses import backward_between, forward_between
 from megatron_cp.context.heads import HeadExchange, share_heads
-from megatron_cp.context.layouts import Layout, gathered
+from megatron_cp.context.layouts import Layout, gathered, of_ranks
 from megatron_cp.context.task import Saved, Task
 
 
@@ -35,7 +35,7 @@ def split(task: Task) -> tuple[HeadExchange, Task]:
     me, fabric = task.fabric.rank, task.axes.fabric(heads)
 
     def tokens_of_group(rank: int) -> Layout:
-        return tuple(task.layout[member] for member in grid.members(heads, rank))
+        return of_ranks(task.layout, tuple(grid.members(heads, rank)))
 
     swap = HeadExchange(fabric, tokens_of_group(me), share_heads(*task.heads, fabric.size))
     layout = tuple(gathered(tokens_of_group(rank))[0] for rank in grid.members(ring, me))
