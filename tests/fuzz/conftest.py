@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import secrets
+import signal
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from hypothesis import HealthCheck, Phase
 BY_DEFAULT = 40
 # a test ends after so many seconds, with fewer cases than were asked for
 SECONDS = 20 * 60
-# a case that takes longer is a hang: all threads are printed, and the process ends
+# a case that computes for longer, or does not end in ten times as long where other programs run, is a hang: all threads
+# are printed, and the process ends
 HANG = 60
 
 cases = int(os.environ.get("FUZZ_CASES", "0"))
@@ -65,10 +67,14 @@ class Cases:
         if time.monotonic() - self.began > SECONDS:
             raise Over
         self.run += 1
-        faulthandler.dump_traceback_later(HANG, exit=True, file=self.stderr)
+        faulthandler.dump_traceback_later(10 * HANG, exit=True, file=self.stderr)
+        # the signal's own action, which ends the process, comes after the stacks
+        faulthandler.register(signal.SIGPROF, file=self.stderr, chain=True)
+        signal.setitimer(signal.ITIMER_PROF, HANG)
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
 
 
