@@ -11,7 +11,11 @@ go through the backend's loop. A backend that exchanges heads for tokens does so
 Source: Seq1F1B, arXiv:2406.03488; TeraPipe, arXiv:2102.07988.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -59,6 +63,53 @@ class KeptKeys:
 
     tokens: tuple[range, ...]
     slices: dict[int, KeptSlice] = field(default_factory=dict)
+
+
+class SlicesInFlight:
+    """The kept keys of all sequences that are in a rank's part of a model, and which slice runs now.
+
+    tokens: where each slice starts and ends in its sequence, over all ranks
+    calls:  attention calls so far
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.tokens = tuple(range(*ends) for ends in pairwise(accumulate(lengths, initial=0)))
+        self.calls = 0
+        self._running: tuple[int, int, int] | None = None
+        self._kept: dict[tuple[int, int], dict[int, KeptKeys]] = defaultdict(dict)
+
+    @contextmanager
+    def at(self, stage: int, micro: int) -> Iterator[None]:
+        """Run a forward or a backward of a slice, which is microbatch `micro` of the pipeline's table."""
+        self._running = (stage, *divmod(micro, len(self.tokens)))
+        try:
+            yield
+        finally:
+            self._running = None
+
+    @property
+    def offset(self) -> int:
+        """Position of the first token of the slice that runs; 0 outside of one."""
+        return self.tokens[self._running[2]].start if self._running else 0
+
+    def of(self, layer: object) -> tuple[KeptKeys, int] | None:
+        """Return the keys that a layer keeps of the sequence that runs, and the number of the slice."""
+        if self._running is None:
+            return None
+        self.calls += 1
+        stage, sequence, number = self._running
+        return self._kept[stage, sequence].setdefault(id(layer), KeptKeys(self.tokens)), number
+
+    def end(self, stage: int, micro: int, training: bool) -> None:
+        """Drop what is kept of a sequence after its last pass: a backward of slice 0, without training a forward."""
+        sequence, number = divmod(micro, len(self.tokens))
+        if number == (0 if training else len(self.tokens) - 1):
+            kept = self._kept.pop((stage, sequence), {})
+            assert not (training and any(keys.slices for keys in kept.values())), "keys of a slice without a backward"
+
+    def finish(self) -> None:
+        """End a step."""
+        assert not self._kept, "a sequence is in flight at the end of a step"
 
 
 def attend_slice(

@@ -5,6 +5,7 @@ AttentionFlags or PipelineFlags: the parser, the search for it on a command line
 everything that reads it follow from that field.
 """
 
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from megatron_cp.context.checks import able, takes_document_layout
 from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUTS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
+from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES, on_v
@@ -26,6 +28,7 @@ from megatron_cp.pipeline.offload import AUTO as LIMIT_FROM_MEMORY
 from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
+from megatron_cp.pipeline.slices import attention_share, cut, flash_shares, flash_times, fractions
 from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, GEMMS, MEGATRONS, SCHEMES, TORCH
 
 HEAD_FIRST = "head-first"
@@ -257,6 +260,23 @@ class PipelineFlags(_Flags):
         ),
     )
 
+    slices: int | None = _flag(
+        None,
+        lambda: "K",
+        lambda: (
+            "Send every sequence through the pipeline in K slices of about equal cost, which shorten the bubble and "
+            "the activations of the first ranks: with "
+            + ", ".join(rule.name for rule in SCHEDULES if rule.takes_slices)
+            + "."
+        ),
+        int,
+    )
+
+    @property
+    def sliced(self) -> bool:
+        """True if sequences are cut."""
+        return self.slices is not None and self.slices > 1
+
     @property
     def moves(self) -> Offload | None:
         """The limit of chunks and the target; ValueError for what is no limit."""
@@ -343,6 +363,7 @@ class Settings:
     our_layers:          --spec names a layer spec of ours
     attention, tensor:   None where the parser was without our flags, and a config keeps what it says itself
     seq_length:          tokens of a sequence over all ranks, for which `--cp-comm-type auto` chooses
+    slice_lengths:       tokens of each slice of a sequence over all ranks; empty for whole sequences
     rope_scaling_factor: of --rope-scaling-factor, which Megatron does not hand on to the model
     model:               what measured costs hold for; None where the run neither measures nor reads any
     rank:                in the whole run
@@ -356,6 +377,7 @@ class Settings:
     tensor: TensorFlags | None = None
     seq_length: int | None = None
     rope_scaling_factor: float | None = None
+    slice_lengths: tuple[int, ...] = ()
     model: Model | None = None
     rank: int = 0
     save: str | None = None
@@ -372,11 +394,29 @@ class Settings:
             tensor=TensorFlags.of(args) if hasattr(args, "tp_comm_type") else None,
             seq_length=getattr(args, "seq_length", None),
             rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
+            slice_lengths=_slice_lengths(args, flags) if flags.sliced and flags.schedule else (),
             model=_model_of(args) if flags.costs or flags.profile_steps else None,
             rank=getattr(args, "rank", 0),
             save=getattr(args, "save", None),
             timeout_minutes=getattr(args, "distributed_timeout_minutes", None),
         )
+
+
+def _slice_lengths(args: Any, flags: PipelineFlags) -> tuple[int, ...]:
+    """Return the tokens of each slice, so that slices cost about the same; ValueError where one would be empty."""
+    hidden, heads, cp = args.hidden_size, args.num_attention_heads, args.context_parallel_size
+    dim = getattr(args, "kv_channels", None) or hidden // heads
+    groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
+    matrices = 3 if getattr(args, "swiglu", False) else 2
+    mlp = matrices * hidden * (getattr(args, "ffn_hidden_size", None) or 4 * hidden)
+    share = attention_share(args.seq_length, 2 * hidden * dim * (heads + groups) + mlp, heads * dim)
+    times = flash_times(share)
+    lengths = fractions(flags.slices or 1, flash_shares(share, times), times, SCHEDULES.get(flags.schedule or "").split)
+    multiple = math.lcm(2 * cp, cp * getattr(args, "cp_stripe", 1))
+    try:
+        return tuple(cut(args.seq_length, multiple, lengths))
+    except ValueError as error:
+        raise Refused(f"--pp-slices {flags.slices}: {error}") from None
 
 
 def _model_of(args: Any) -> Model:

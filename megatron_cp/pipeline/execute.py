@@ -57,8 +57,8 @@ class Stages(Protocol):
         """Start the reduction of the stage's gradients, to which every microbatch has been added."""
         ...
 
-    def buffer(self) -> Tensor:
-        """Return an empty tensor for one activation, or its gradient, that passes between stages."""
+    def buffer(self, micro: int) -> Tensor:
+        """Return an empty tensor for a microbatch's activation, or its gradient, that passes between stages."""
         ...
 
     def shrink(self, made: Tensor) -> None:
@@ -221,7 +221,7 @@ class Executor:
         self._sending[FORWARD, stage, micro] = _InFlight(handle, made)
 
     def _receive_input(self, stage: int, micro: int) -> None:
-        buffer = self._stages.buffer()
+        buffer = self._stages.buffer(micro)
         handle = self._channels.receive(self._rank_of[stage - 1], FORWARD, buffer)
         self._arriving[FORWARD, stage, micro] = _InFlight(handle, buffer)
 
@@ -231,7 +231,7 @@ class Executor:
         self._sending[FULL, stage, micro] = _InFlight(handle, gradient)
 
     def _receive_gradient(self, stage: int, micro: int) -> None:
-        buffer = self._stages.buffer()
+        buffer = self._stages.buffer(micro)
         handle = self._channels.receive(self._rank_of[stage + 1], FULL, buffer)
         self._arriving[FULL, stage, micro] = _InFlight(handle, buffer)
 

@@ -11,15 +11,18 @@ HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
 def wants_layers(argv: Sequence[str], te: bool) -> bool:
     """True if our attention belongs in this run.
 
-    It does when the command line names our spec, one of our flags or a --cp-comm-type, and also where stock Megatron
-    cannot do what was asked without transformer-engine: context or sequence parallelism, packed documents, and norms
-    whose weight is stored minus one.
+    It does when the command line names our spec, one of our flags or a --cp-comm-type, or asks for slices of sequences,
+    and also where stock Megatron cannot do what was asked without transformer-engine: context or sequence parallelism,
+    packed documents, and norms whose weight is stored minus one.
 
     te: transformer-engine is installed where the run will be
     """
     spec = values_of(argv, "--spec")
     if spec:
         return spec[0].startswith("megatron_cp.")
+    # slices attend to the keys of earlier ones
+    if (values_of(argv, "--pp-slices") or ["1"]) != ["1"]:
+        return True
     if any(
         values_of(argv, flag) is not None for flag in (*AttentionFlags.names(), *TensorFlags.names(), "--cp-comm-type")
     ):

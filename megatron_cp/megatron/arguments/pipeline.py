@@ -5,9 +5,9 @@ from typing import Any
 from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
-from megatron_cp.megatron.run import PipelineFlags, Settings
+from megatron_cp.megatron.run import PipelineFlags, Settings, has_our_layers
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.build import build, kin, place
+from megatron_cp.pipeline.build import build, check_slices, kin, place
 from megatron_cp.pipeline.offload import limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import MOVE_TARGETS, BadSchedule
@@ -95,6 +95,57 @@ LENDING_UNSUPPORTED = (
     ),
 )
 
+SLICES_UNSUPPORTED = (
+    Unsupported(
+        "tensor parallelism, whose ranks share out whole sequences of the data",
+        lambda args: read(args, "tensor_model_parallel_size", 1) > 1,
+        "use --context-parallel-size, or leave --pp-slices out",
+    ),
+    Unsupported(
+        "multi-token prediction, which looks beyond the end of a slice",
+        lambda args: bool(read(args, "mtp_num_layers")),
+        "leave --mtp-num-layers out",
+    ),
+    Unsupported(
+        "experts, whose auxiliary losses would be of slices",
+        lambda args: bool(read(args, "num_experts")),
+        "leave --num-experts out, or --pp-slices",
+    ),
+    Unsupported(
+        "packed documents",
+        lambda args: any(read(args, name, False) for name in ("dataloader_inter_document_masking", "sft")),
+        "leave --dataloader-inter-document-masking and --sft out, or --pp-slices",
+    ),
+    Unsupported(
+        "positions other than rotary, learned and none",
+        lambda args: (
+            read(args, "position_embedding_type", "learned_absolute") not in ("rope", "learned_absolute", "none")
+            or bool(read(args, "multi_latent_attention", False))
+        ),
+        "pass --position-embedding-type rope, without --multi-latent-attention",
+    ),
+    Unsupported(
+        "layers other than attention that look back, such as Mamba's",
+        lambda args: bool(read(args, "hybrid_layer_pattern") or read(args, "experimental_attention_variant")),
+        "take a model of attention layers alone",
+    ),
+    Unsupported(
+        "attention sinks",
+        lambda args: read(args, "cp_sink") is not None or read(args, "softmax_type", "vanilla") != "vanilla",
+        "leave --cp-sink and --softmax-type out, or --pp-slices",
+    ),
+    Unsupported(
+        "attention in chunks over time, which slices are themselves",
+        lambda args: read(args, "cp_chunks") is not None or "fpdt" in (read(args, "cp_comm_type") or ()),
+        "leave --cp-chunks out and take --cp-comm-type ulysses in the place of fpdt",
+    ),
+    Unsupported(
+        "an attention other than megatron-cp's",
+        lambda args: bool(read(args, "spec")) and not has_our_layers(args),
+        "leave --spec out",
+    ),
+)
+
 V_UNSUPPORTED = (
     Unsupported(
         "multi-token prediction, whose losses Megatron collects on the last rank",
@@ -153,6 +204,8 @@ def check_schedule(args: Any) -> None:
         )
     on_the_v = V_UNSUPPORTED if flags.on_v else ()
     refuse((*UNSUPPORTED, *on_the_v), args, f"--pp-schedule {name}")
+    if flags.sliced:
+        refuse(SLICES_UNSUPPORTED, args, f"--pp-slices {flags.slices}")
     if flags.moves_activations:
         lending = LENDING_UNSUPPORTED if flags.lends else ()
         mover = f"--pp-offload {flags.offload}" if flags.offload else f"--pp-schedule {name}"
@@ -192,6 +245,10 @@ def check_costs(flags: PipelineFlags) -> None:
     if limit is not None and not limit > 0:
         raise Refused(f"--pp-memory-limit is a positive number of M_B, got {limit:g}")
     _check_moves(flags)
+    if flags.slices is not None:
+        if name is None:
+            raise Refused(f"--pp-slices {flags.slices} needs --pp-schedule; add 1f1b, or leave it out")
+        check_slices(SCHEDULES.get(name), flags.slices)
     if name == AUTO and (file is None) == (steps is None):
         raise Refused(
             f"--pp-schedule {AUTO} schedules from times: give one of --pp-costs FILE and "
@@ -228,7 +285,7 @@ def check_table(args: Any) -> None:
             f"add --num-virtual-stages-per-pipeline-rank 2 or take zb-h1"
         )
     placement = place(rule, args.pipeline_model_parallel_size, chunks, settings.pipeline.placement)
-    known = given(settings, placement) or equal(placement)
+    known = given(settings, placement) or equal(placement, settings.slice_lengths)
     refuse_cap(settings, placement, known.costs)
     if rule.table is None:
         return
@@ -242,6 +299,7 @@ def check_table(args: Any) -> None:
                 costs=known.costs,
                 caps=caps(settings, placement),
                 moves=settings.pipeline.moves,
+                slices=settings.pipeline.slices or 1,
             )
         except BadSchedule as bad:
             raise Refused(f"--pp-schedule {name} {bad.reason}") from bad

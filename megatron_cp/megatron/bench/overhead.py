@@ -74,7 +74,7 @@ class Modules:
 
     def reduce(self, stage: int) -> None: ...
 
-    def buffer(self) -> Tensor:
+    def buffer(self, micro: int) -> Tensor:
         raise NotImplementedError("one rank receives nothing")
 
     def shrink(self, made: Tensor) -> None: ...

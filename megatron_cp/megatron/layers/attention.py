@@ -21,6 +21,7 @@ from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.documents import Documents
+from megatron_cp.context.slices import SlicesInFlight, attend_slice
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -89,6 +90,9 @@ class CoreAttention(MegatronModule):
         self.plan = self._plan(self._causal)
         # shapes of the last call: an equal call needs no comparison, because Megatron cuts a batch for all ranks alike
         self._shapes: tuple[torch.Size, torch.Size] | None = None
+        # set by a pipeline schedule that runs sequences in slices
+        self.in_slices: SlicesInFlight | None = None
+        self._sliced_shapes: set[tuple[torch.Size, torch.Size]] = set()
 
     def forward(
         self,
@@ -122,6 +126,10 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
         shapes, made = (query.shape, key.shape), self.plan if causal == self._causal else self._plan(causal)
+        if self.in_slices and (kept := self.in_slices.of(self)):
+            out = attend_slice(query, key, value, made, *kept, agreed=shapes in self._sliced_shapes)
+            self._sliced_shapes.add(shapes)
+            return out.flatten(2)
         sink = self._fixed_sink if self.softmax_offset is None else self.softmax_offset
         out = attend(query, key, value, made, sink=sink, documents=documents, agreed=shapes == self._shapes)
         self._shapes = shapes

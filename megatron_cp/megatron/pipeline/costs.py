@@ -14,6 +14,7 @@ from megatron_cp.pipeline.offload import described
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
+from megatron_cp.pipeline.slices import SliceShare
 
 FILE_NAME = "pipeline-costs.yaml"
 
@@ -28,9 +29,13 @@ class Known:
     unit: str = "M_B"
 
 
-def equal(placement: Placement) -> Known:
-    """Return costs with equal F, I and W in every stage, hops of no time, and equal activations kept until W."""
-    return Known(uniform(placement, (1.0, 1.0, 1.0, 0.0)), "for equal F, I and W", "T_F")
+def equal(placement: Placement, lengths: Sequence[int] = ()) -> Known:
+    """Return costs with equal F, I and W in every stage, hops of no time, and equal activations kept until W.
+
+    lengths: tokens of slices of equal cost, which keep activations of so many tokens
+    """
+    parts = tuple(SliceShare(*(1 / len(lengths),) * 3, length / sum(lengths)) for length in lengths)
+    return Known(uniform(placement, (1.0, 1.0, 1.0, 0.0), slices=parts), "for equal F, I and W", "T_F")
 
 
 def given(settings: Settings, placement: Placement) -> Known | None:
@@ -83,16 +88,20 @@ def refuse_cap(settings: Settings, placement: Placement, costs: Costs) -> None:
 def describe(schedule: Schedule, known: Known, moving: bool = False) -> list[str]:
     """Return log lines with the schedule and the simulator's prediction, and where asked with what it moves."""
     placement, run = schedule.placement, simulate(schedule, known.costs)
-    sizes = f"p={placement.ranks} v={placement.chunks} m={schedule.micros}"
+    sizes = f"p={placement.ranks} v={placement.chunks} m={schedule.sequences}"
     peak = " ".join(f"{value:.3g}" for value in run.peak)
     rule = SCHEDULES.get(schedule.name)
     moves = [f"activations that move: {described(schedule)}"] if run.moved or rule.lends or moving else []
     return [
-        f"pipeline schedule {schedule.name} ({rule.paper}), {sizes}, placement {placement.name}",
+        f"pipeline schedule {schedule.name} ({rule.paper}), {sizes}, placement {placement.name}{_parts(schedule)}",
         f"predicted {known.origin}: makespan {_time(run, known)}, bubble {run.bubble:.4f}, "
         f"peak activations per rank {peak} {known.unit}",
         *moves,
     ]
+
+
+def _parts(schedule: Schedule) -> str:
+    return f", sequences in {schedule.slices} slices" if schedule.slices > 1 else ""
 
 
 def figures(known: Known) -> str:

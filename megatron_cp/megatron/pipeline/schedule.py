@@ -5,7 +5,7 @@ for one forward and one backward; the schedule decides the order, the transfers 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,9 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_cp.comm import wires
+from megatron_cp.context.slices import SlicesInFlight
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.pipeline.slices import SlicedData, attach, weighted
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
@@ -56,13 +58,18 @@ class Call:
     first_val_step: bool | None
     force_all_reduce: bool
     tokens: Tensor
+    slices: SlicesInFlight | None = None
     window: int = 0
     forwards: int = 0
     store: list[Any] = field(default_factory=list)
 
-    def buffer(self) -> Tensor:
-        """Return an empty tensor for what passes between stages."""
-        return torch.empty(self.shape, dtype=self.config.pipeline_dtype, device=torch.cuda.current_device())
+    def buffer(self, micro: int = 0) -> Tensor:
+        """Return an empty tensor for what passes between stages: a microbatch's, or that of its slice."""
+        shape = self.shape
+        if self.slices:
+            tokens = self.slices.tokens
+            shape = (shape[0] * len(tokens[micro % len(tokens)]) // tokens[-1].stop, *shape[1:])
+        return torch.empty(shape, dtype=self.config.pipeline_dtype, device=torch.cuda.current_device())
 
 
 class ModelStages:
@@ -77,7 +84,7 @@ class ModelStages:
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         call, chunk = self._call, self._chunk[stage]
         self._prefetch(chunk, micro)
-        with self._placed.seen(call.model[chunk]):
+        with self._placed.seen(call.model[chunk]), self._slice(stage, micro):
             output, tokens = schedules.forward_step(
                 call.forward_step_func,
                 call.data_iterator[chunk],
@@ -96,7 +103,12 @@ class ModelStages:
                 stage == self._last,
             )
         call.tokens += tokens
+        if call.slices and not call.training:
+            call.slices.end(stage, micro, training=False)
         return output
+
+    def _slice(self, stage: int, micro: int) -> AbstractContextManager[None]:
+        return self._call.slices.at(stage, micro) if self._call.slices else nullcontext()
 
     def _prefetch(self, chunk: int, micro: int) -> None:
         """Gather the next chunk's parameters while this one's first microbatch runs, where Megatron aligns gathers."""
@@ -119,8 +131,14 @@ class ModelStages:
     ) -> Tensor | None:
         queue = self._queue if self._queue and (split or self._queue.always) else None
         chunk = self._call.model[self._chunk[stage]]
-        with queue.put_off((stage, micro)) if queue else nullcontext(), gradients_to_come(chunk):
+        with (
+            queue.put_off((stage, micro)) if queue else nullcontext(),
+            gradients_to_come(chunk),
+            self._slice(stage, micro),
+        ):
             before: Tensor | None = schedules.backward_step(given, made, gradient, self._call.config)
+        if self._call.slices:
+            self._call.slices.end(stage, micro, training=True)
         if queue and not split:
             queue.run((stage, micro))
         return before
@@ -137,8 +155,8 @@ class ModelStages:
         if overlaps and chunk.ddp_config.num_distributed_optimizer_instances == 1 and not self._call.force_all_reduce:
             chunk.start_grad_sync()
 
-    def buffer(self) -> Tensor:
-        return self._call.buffer()
+    def buffer(self, micro: int) -> Tensor:
+        return self._call.buffer(micro)
 
     def shrink(self, made: Tensor) -> None:
         schedules.deallocate_output_tensor(made, self._call.config.deallocate_pipeline_outputs)
@@ -162,6 +180,7 @@ class Pipeline:
         self._saved: SavedActivations | None = None
         self._queue: WeightQueue | None = None
         self._delayed = False
+        self.slices = SlicesInFlight(self.settings.slice_lengths) if self.settings.slice_lengths else None
 
     def __call__(
         self,
@@ -228,6 +247,10 @@ class Pipeline:
             profile = profile_of(call.model, settings, self._queue, self._saved)
             self._tables = Tables(self._rule, placement, settings, profile)
             self._delayed = watch(call.model, self._queue)
+            if self.slices:
+                attach(call.model, self.slices)
+        if self.slices:
+            cut_data(call, self.slices)
         rank, observe = call.groups.pp.rank(), self._observe
         if call.training:
             # a new table after the last measured step; all ranks come to the same one
@@ -247,6 +270,8 @@ class Pipeline:
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(schedule.table[rank])
+        if self.slices:
+            self.slices.finish()
 
     def _finalize(self, call: Call) -> None:
         config = call.config
@@ -257,6 +282,14 @@ class Pipeline:
                 pg_collection=self._placed.groups_to_finalize(call.groups, call.model),
                 force_all_reduce=call.force_all_reduce,
             )
+
+
+def cut_data(call: Call, slices: SlicesInFlight) -> None:
+    """Let a call run slices: its data in slices, and losses that add up to those of whole sequences."""
+    call.slices = slices
+    call.data_iterator = [feed and SlicedData(feed, slices.tokens) for feed in call.data_iterator]
+    if not call.config.calculate_per_token_loss:
+        call.forward_step_func = weighted(call.forward_step_func)
 
 
 def connect(group: Any, placement: Placement, minutes: int | None, lends: bool = False) -> Channels:

@@ -28,7 +28,7 @@ class Tables:
 
     def __init__(self, rule: Rule, placement: Placement, settings: Settings, profile: Profile | None) -> None:
         self._rule, self._placement, self._settings, self._profile = rule, placement, settings, profile
-        self._known = costs.given(settings, placement) or costs.equal(placement)
+        self._known = costs.given(settings, placement) or costs.equal(placement, settings.slice_lengths)
         self._built: dict[int, Schedule] = {}
         self._lowered: dict[tuple[int, bool], Schedule] = {}
 
@@ -36,7 +36,8 @@ class Tables:
         """Return the table of a step, or of a batch of an evaluation, as an executor runs it."""
         key = (micros, training)
         if key not in self._lowered:
-            self._lowered[key] = self._made(micros) if training else forward_only(self._placement, micros)
+            passes = micros * max(1, len(self._settings.slice_lengths))
+            self._lowered[key] = self._made(micros) if training else forward_only(self._placement, passes)
         return self._lowered[key]
 
     def _made(self, micros: int) -> Schedule:
@@ -51,9 +52,12 @@ class Tables:
             costs=known.costs,
             caps=costs.caps(self._settings, where),
             moves=self._settings.pipeline.moves,
+            slices=max(1, len(self._settings.slice_lengths)),
         )
         for line in costs.describe(schedule, known, moving=self._settings.pipeline.moves is not None):
             say(line)
+        if self._settings.slice_lengths:
+            say(f"tokens of the slices of a sequence: {' '.join(map(str, self._settings.slice_lengths))}")
         self._built[micros] = schedule
         return lower_split(schedule) if self._profile else lower(schedule)
 

@@ -1,0 +1,157 @@
+"""Through the real pretrain() sequences in slices train as whole ones."""
+
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+from megatron_cp.context.slices import SlicesInFlight
+from megatron_cp.megatron.rebind import replace, restore
+from tests.cases import slow_unless
+from tests.megatron import pretraining
+from tests.megatron.pretraining import tiny
+from tests.ranks import run_ranks
+
+MODEL = "--num-layers 4 --global-batch-size 8 --seq-length 64 --max-position-embeddings 64"
+TWO, FOUR = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
+CP = "--context-parallel-size 2 --cp-comm-type"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+EVALUATE = "--eval-iters 1 --eval-interval 2"
+
+
+def trained(flags):
+    """Losses and parameters of this rank, the calls of attention in slices, and the lengths of the slices."""
+    made = []
+
+    def noting(old):
+        def slices_in_flight(*args):
+            made.append(SlicesInFlight(*args))
+            return made[-1]
+
+        return slices_in_flight
+
+    done = replace("megatron_cp.megatron.pipeline.schedule:SlicesInFlight", noting)
+    try:
+        log, parameters = pretraining.trained(flags)
+    finally:
+        restore(done)
+    return log, dict(parameters), [(slices.calls, [*map(len, slices.tokens)]) for slices in made]
+
+
+@cache
+def run(world_size, *flags):
+    ranks = run_ranks(world_size, trained, tiny(MODEL, *flags))
+    log = next(log for log, *_ in ranks if log[0]["loss"] is not None)
+    return log, [parameters for _, parameters, _ in ranks], [made for *_, made in ranks]
+
+
+def assert_alike(found, expected):
+    for step, other in zip(found[0], expected[0], strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert list(ours) == list(theirs)
+        for name, weight in theirs.items():
+            assert (ours[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+
+
+def assert_bit_equal(found, expected):
+    assert found[0] == expected[0]
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_sliced(found, k):
+    for made in found[2]:
+        ((calls, lengths),) = made
+        assert calls > 0
+        assert len(lengths) == k
+        assert sum(lengths) == 64
+        assert lengths == sorted(lengths, reverse=True)
+
+
+CASES = {
+    "1f1b": (2, 4, "--pp-schedule 1f1b", (TWO,)),
+    "1f1b in 2": (2, 2, "--pp-schedule 1f1b", (TWO,)),
+    "1f1b in 3": (2, 3, "--pp-schedule 1f1b", (TWO,)),
+    "1f1b in 8": (2, 8, "--pp-schedule 1f1b", (TWO,)),
+    "gpipe": (2, 3, "--pp-schedule gpipe", (TWO,)),
+    "zb-h1": (2, 4, "--pp-schedule zb-h1", (TWO, "--calculate-per-token-loss")),
+    "interleaved": (2, 3, "--pp-schedule interleaved", (TWO, CHUNKS)),
+    "izb": (2, 4, "--pp-schedule izb", (TWO, CHUNKS)),
+    "four ranks": (4, 3, "--pp-schedule zb-h1", (FOUR,)),
+    "zigzag": (4, 4, "--pp-schedule 1f1b", (TWO, CP, "zigzag")),
+    "ulysses": (4, 4, "--pp-schedule zb-h1", (TWO, CP, "ulysses")),
+    "all-gather": (4, 3, "--pp-schedule interleaved", (TWO, CHUNKS, CP, "all-gather")),
+    "masked": (2, 4, "--pp-schedule 1f1b", (TWO, "--eod-mask-loss")),
+    "distributed optimizer": (
+        4,
+        4,
+        "--pp-schedule zb-h1",
+        (TWO, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    ),
+    "recompute": (2, 4, "--pp-schedule 1f1b", (TWO, RECOMPUTE, EVALUATE)),
+    "window": (2, 4, "--pp-schedule 1f1b", (TWO, "--window-size 9,0")),
+}
+CHOSEN = ["1f1b", "izb", "ulysses"]
+
+
+@pytest.mark.parametrize("case", slow_unless(CHOSEN, CASES))
+def test_slices_train_as_whole_sequences(case):
+    world_size, k, schedule, flags = CASES[case]
+    ours = "" if CP in flags else "--cp-comm-type zigzag"
+    found = run(world_size, schedule, *flags, f"--pp-slices {k}")
+    assert_sliced(found, k)
+    assert_alike(found, run(world_size, schedule, *flags, ours))
+
+
+@pytest.mark.slow
+def test_one_slice_is_the_schedule_itself():
+    assert_bit_equal(run(2, TWO, "--pp-schedule 1f1b --pp-slices 1"), run(2, TWO, "--pp-schedule 1f1b"))
+
+
+@pytest.mark.slow
+def test_slices_that_move_away_train_bit_for_bit_as_without():
+    flags = (TWO, CP, "zigzag", "--pp-schedule 1f1b --pp-slices 4")
+    assert_bit_equal(run(4, *flags, "--pp-offload 2"), run(4, *flags))
+
+
+REFUSED = {
+    "--pp-slices 4": "--pp-slices 4 needs --pp-schedule",
+    f"{TWO} --pp-schedule zb-v --pp-slices 2": "zb-v has no order for 2 slices of a sequence; take one of",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 0": "1 slice or more, got 0",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 33": "--pp-slices 33: 33 slices of 64 tokens in multiples of 2 leave some",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --mtp-num-layers 1": "multi-token prediction",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --tensor-model-parallel-size 2": "tensor parallelism, whose ranks",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --num-experts 4": "experts, whose auxiliary losses",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-sink 1": "attention sinks",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-chunks 2": "attention in chunks over time",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --micro-batch-size 1 --dataloader-inter-document-masking": "packed documents",
+}
+
+
+def refusal(cases):
+    """The one line with which each command line is refused."""
+    import os
+
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_cp.megatron.process.launch import launched
+
+    os.environ["WORLD_SIZE"] = "4"
+    lines = {}
+    for name, flags in cases.items():
+        sys.argv = ["pretrain_gpt", *flags]
+        with pytest.raises(SystemExit) as stop, launched(flags):
+            parse_and_validate_args()
+        lines[name] = str(stop.value)
+    return lines
+
+
+def test_what_slices_cannot_do_is_refused_in_one_line():
+    (lines,) = run_ranks(1, refusal, {flags: tiny(MODEL, flags) for flags in REFUSED})
+    for flags, text in REFUSED.items():
+        assert text in lines[flags], flags
+        assert "\n" not in lines[flags]
