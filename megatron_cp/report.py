@@ -27,8 +27,8 @@ TAGS = {
     "mem-max-allocated-bytes": (MEMORY, 1 / 2**20),
 }
 
-_MEMORY = re.compile(r"^\[Rank \d+\] \(.*?\b(\d+)(?: iterations)?\) memory \(MB\) .*?max allocated: ([\d.]+)")
-_ARGUMENT = re.compile(r"^\s+(seq_length|world_size) \.+ (\d+)\s*$")
+_MEMORY = re.compile(r"^\[Rank \d+\] \(.*?\b(\d{1,18})(?: iterations)?\) memory \(MB\) .*?max allocated: ([\d.]+)")
+_ARGUMENT = re.compile(r"^\s+(seq_length|world_size) \.+ (\d{1,18})\s*$")
 
 
 Points = dict[int, float]

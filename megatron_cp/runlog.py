@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 LOG_NAME = "iterations.jsonl"
 SUMMARY_MARK = "[megatron-cp] summary "
 
-_ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*\|")
+_ITERATION = re.compile(r"\biteration\s+(\d{1,18})\s*/\s*(\d{1,18})\s*\|")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)")
 
 
@@ -104,4 +104,4 @@ def checkpoint_iteration(folder: Path) -> int | None:
     """Return the iteration of the newest checkpoint in a --save folder, by its tracker file; None without one."""
     tracker = folder / "latest_checkpointed_iteration.txt"
     text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    return int(text) if text.isdecimal() else None
+    return int(text) if re.fullmatch(r"\d{1,18}", text) else None

@@ -18,6 +18,15 @@ _COUNT = re.compile(
 )
 
 
+# as many as 64 bits hold; Python refuses to convert texts of thousands
+MOST_DIGITS = 18
+
+
+def is_whole(text: str) -> bool:
+    """True if `text` is the digits of a whole number, and not more of them than any size or count has."""
+    return text.isdecimal() and len(text) <= MOST_DIGITS
+
+
 def count(text: str, what: str) -> int:
     """Return the number that `text` means; `what` is the flag or key of the value, for the error.
 

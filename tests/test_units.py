@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cp.units import count
+from megatron_cp.units import count, is_whole
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,8 @@ def test_what_is_no_count_is_one_line_with_the_flag(text: str) -> None:
 def test_an_unknown_unit_is_named_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown unit 'Q' in '4Q'; use K, M or G \(powers of 1024\), or e3, e6, e9"):
         count("4Q", "--tokens-per-batch")
+
+
+def test_a_whole_number_has_no_more_digits_than_any_size() -> None:
+    assert all(map(is_whole, ("0", "8", "9" * 18)))
+    assert not any(map(is_whole, ("", "-1", "+1", "1.0", "8 ", "²", "9" * 19, "9" * 5000)))

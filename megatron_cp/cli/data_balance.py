@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.cli.options import WholeSequence
+from megatron_cp.units import is_whole
 
 DRAWN = 10_000
 """Documents of the mix that is drawn where none are given."""
@@ -98,7 +99,7 @@ def _rows(streams: list[list[int]], counts: list[int]) -> Iterator[Row]:
 
 def _counts(ranks: str) -> list[int]:
     parts = [part.strip() for part in ranks.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
+    if not all(is_whole(part) and int(part) for part in parts):
         raise ValueError(f"--ranks takes whole numbers of 1 or more, as 8,32,64, got {ranks!r}")
     return [int(part) for part in parts]
 
@@ -113,7 +114,7 @@ def _lengths(given: str | None, longest: int) -> list[int]:
     if not Path(given).is_file():
         return document_lengths(given, check_prefix(given))
     words = Path(given).read_text().split()
-    wrong = next((word for word in words if not word.isdecimal()), None)
+    wrong = next((word for word in words if not is_whole(word)), None)
     if wrong is not None or not words:
         raise ValueError(f"{given} must hold the tokens of each document, got {wrong or 'nothing'}")
     return [int(word) for word in words]

@@ -29,6 +29,7 @@ from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.registry import unknown
 from megatron_cp.tensor import COLLECTIVE, RING, SCHEMES
 from megatron_cp.tensor.place import AUTO_ENGINE
+from megatron_cp.units import is_whole
 
 if TYPE_CHECKING:
     from megatron_cp.context.trace.proof import Proof
@@ -247,7 +248,7 @@ def _check_document_layout(problem: Problem) -> None:
 def _documents(given: str, seq: int) -> Documents:
     """Return documents of these lengths, or those at the start of a corpus; the last one is cut at `seq` tokens."""
     parts = given.split(",")
-    if all(part.strip().isdecimal() for part in parts):
+    if all(is_whole(part.strip()) for part in parts):
         return documents([0, *accumulate(map(int, parts))])
     from megatron_cp.corpus.index import check_prefix, document_lengths
 

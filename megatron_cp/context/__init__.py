@@ -223,7 +223,9 @@ BACKENDS = Registry(
             paper="arXiv:2408.16978",
             what="Ulysses in chunks over time, what waits lies in host memory",
             traffic=TrafficFormula(full="(p-1)/p (2Uq + 2U)", backward="(p-1)/p (2Uq + 2U)", per_kv_head=True),
-            capabilities=Capabilities(heads="all", any_positions=False, sinks="inside", weighed="never"),
+            capabilities=Capabilities(
+                heads="all", over_time=True, any_positions=False, sinks="inside", weighed="never"
+            ),
         ),
         Backend(
             name="rsa",

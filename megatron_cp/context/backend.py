@@ -26,6 +26,7 @@ class Capabilities:
     placement: --cp-placement chooses the axis that exchanges heads
     heads:     ranks that share a rank's query heads and need one each: "none", "all" or those of the heads' "axis"
     chunks:    can be cut into chunks over time: it takes any mask over any positions
+    over_time: cuts a sequence into such chunks by itself
     any_positions: without a layout of its own, works on any positions; else on equal pieces of the sequence
     bias:      takes a dense bias and returns probabilities
     softcap:   computes scores by a kernel, which may cap them
@@ -42,6 +43,7 @@ class Capabilities:
     placement: bool = False
     heads: Literal["none", "all", "axis"] = "none"
     chunks: bool = True
+    over_time: bool = False
     any_positions: bool = True
     bias: bool = False
     softcap: bool = True

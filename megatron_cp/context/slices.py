@@ -133,10 +133,10 @@ def attend_slice(
 
 def check_slices(plan: Plan) -> None:
     """Raise ValueError for a plan that cannot take slices of a sequence."""
-    if plan.chunks is not None or plan.backend.name == "fpdt":
+    if plan.chunks is not None or plan.backend.capabilities.over_time:
         raise Refused(
-            f"backend {plan.backend.name!r} with chunks cuts a sequence over time itself and takes no slices; "
-            "take ulysses, or leave the slices out"
+            f"backend {plan.backend.name!r} in chunks cuts a sequence over time itself and takes no slices; take one "
+            "without chunks, or leave the slices out"
         )
     if plan.mask.right != 0:
         raise Refused("slices need a causal mask: keys of later slices are not there yet; leave the slices out")

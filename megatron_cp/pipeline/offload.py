@@ -21,6 +21,7 @@ from megatron_cp.pipeline.passes import walk, without_moves
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER, Schedule
 from megatron_cp.pipeline.simulate import peaks
 from megatron_cp.registry import suggest
+from megatron_cp.units import is_whole
 
 AUTO = "auto"
 
@@ -46,7 +47,7 @@ def limit_of(text: str) -> int | None:
     """Return the limit that `text` says, None for `auto`; raises ValueError for anything but that and a number."""
     if text == AUTO:
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not is_whole(text) or int(text) < 1:
         raise Refused(f"--pp-offload is a number of chunks from 1 up, or {AUTO}, got {text!r}")
     return int(text)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from megatron_cp.errors import Refused
 from megatron_cp.recipe.recipe import Recipe
+from megatron_cp.units import is_whole
 
 
 class Weight(NamedTuple):
@@ -191,8 +192,8 @@ def model_of(recipe: Recipe) -> Transformer:
         top_k=recipe.number("--moe-router-topk", 2) if experts else 0,
         expert_ffn=recipe.number("--moe-ffn-hidden-size", ffn) if experts else 0,
         shared_expert_ffn=recipe.number("--moe-shared-expert-intermediate-size", 0),
-        moe_every=recipe.number("--moe-layer-freq", 1) if every.isdecimal() else 1,
-        moe_pattern=() if every.isdecimal() or not experts else _pattern(recipe, "--moe-layer-freq", layers),
+        moe_every=recipe.number("--moe-layer-freq", 1) if is_whole(every) else 1,
+        moe_pattern=() if is_whole(every) or not experts else _pattern(recipe, "--moe-layer-freq", layers),
         window=window,
         windowed=_windowed(recipe, layers) if window else 0,
         latent=latent,
@@ -234,7 +235,7 @@ def _windowed(recipe: Recipe, layers: int) -> int:
     every = recipe.flag("--window-attn-skip-freq", "")
     if not every:
         return layers
-    if every.isdecimal():
+    if is_whole(every):
         return layers - layers // recipe.number("--window-attn-skip-freq", 1)
     return sum(_pattern(recipe, "--window-attn-skip-freq", layers))
 

@@ -18,6 +18,7 @@ from megatron_cp.tensor import DEFAULT_ENGINE, MEGATRONS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 from megatron_cp.tensor.cost import Placing
 from megatron_cp.tensor.place import AUTO_ENGINE, engine_of, grid_of
+from megatron_cp.units import is_whole
 
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
@@ -306,7 +307,7 @@ def _grid(recipe: Recipe) -> Grid | None:
     sizes = recipe.flag("--hierarchical-context-parallel-sizes", "").split()
     if not sizes:
         return None
-    if len(sizes) != 2 or not all(size.isdecimal() for size in sizes):
+    if len(sizes) != 2 or not all(is_whole(size) for size in sizes):
         raise ValueError(f"--hierarchical-context-parallel-sizes takes two ints, got {' '.join(sizes)!r}")
     return Grid(int(sizes[0]), int(sizes[1]))
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from megatron_cp.errors import Refused
 from megatron_cp.recipe.recipe import ENTRY, Recipe, Section, Setting, with_flag
 from megatron_cp.runlog import checkpoint_iteration
+from megatron_cp.units import is_whole
 
 RENDEZVOUS_FLAGS = ("--standalone", "--master-addr", "--master-port", "--rdzv-backend", "--rdzv-endpoint")
 
@@ -100,7 +101,7 @@ def _flag(key: str, values: tuple[str, ...]) -> tuple[str, ...]:
 def processes(recipe: Recipe) -> int | None:
     """Return the number of processes on all nodes; None where it depends on torchrun (`gpu`, `1:4`)."""
     texts = [recipe.launch[key].text if key in recipe.launch else "1" for key in ("--nproc-per-node", "--nnodes")]
-    if not all(text.isdecimal() for text in texts):
+    if not all(is_whole(text) for text in texts):
         return None
     return int(texts[0]) * int(texts[1])
 

@@ -29,6 +29,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.recipe import file, slurm_flags
 from megatron_cp.recipe.file import CLUSTER, SECTIONS, SETUP, Section, Setting, read
 from megatron_cp.registry import suggest, unknown
+from megatron_cp.units import is_whole
 from megatron_cp.yaml_file import shown
 
 DATA_FLAGS = tuple(
@@ -78,7 +79,7 @@ class Recipe:
         if name not in self.model_args:
             return default
         text, place = self.model_args[name].text, self.model_args[name].place
-        if not text.isdecimal() or not int(text):
+        if not is_whole(text) or not int(text):
             raise Refused(f"{place}: {name} takes a positive int, got {text!r}")
         return int(text)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_cp.errors import Refused
 from megatron_cp.registry import suggest
+from megatron_cp.units import is_whole
 
 # resources of the job: lines `#SBATCH --flag=value`
 SBATCH = tuple(
@@ -115,7 +116,7 @@ def minutes(text: str) -> int:
         return 0
     days, dash, clock = text.rpartition("-")
     parts = clock.split(":")
-    if not all(part.isdecimal() for part in ([days, *parts] if dash else parts)) or len(parts) > 3:
+    if not all(is_whole(part) for part in ([days, *parts] if dash else parts)) or len(parts) > 3:
         raise Refused(
             f"{text!r} is not a time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
         )

@@ -11,6 +11,7 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.recipe import slurm_flags
 from megatron_cp.recipe.command import RENDEZVOUS_FLAGS, complete, corpus_words, runs_through_us
 from megatron_cp.recipe.recipe import COMMAND_LINE, Recipe, Setting, with_flag
+from megatron_cp.units import is_whole
 
 LAUNCHERS = ("torchrun", "srun")
 REQUEUES = 10
@@ -27,10 +28,14 @@ MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
 # a recipe's settings for finding other nodes are for starting by hand; in a job they follow from SLURM
 FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
 
-_SIGNAL = re.compile(r"(?:SIG)?(TERM|USR2)@(\d+)", re.ASCII)
+_SIGNAL = re.compile(r"(?:SIG)?(TERM|USR2)@(\d{1,9})", re.ASCII)
 # a container has its own Python, at another path
 CONTAINERS = ("apptainer", "singularity")
 
+_GPUS = (
+    ("--gpus-per-node", re.compile(r"(?:[\w.-]+:)?(\d{1,9})")),
+    ("--gres", re.compile(r"(?:.*,)?gpu(?::[^:,]+)?:(\d{1,9})(?!\d).*")),
+)
 _HEADER_VALUE = re.compile(r"[\w.,:/@%=+*~&|()\[\]-]*", re.ASCII)
 
 
@@ -107,7 +112,7 @@ def job_of(recipe: Recipe) -> SlurmJob:
 
 def _count(recipe: Recipe, flag: str) -> int:
     setting = recipe.launch.get(flag, Setting(("1",), ""))
-    if not setting.text.isdecimal() or int(setting.text) < 1:
+    if not is_whole(setting.text) or int(setting.text) < 1:
         raise ValueError(f"{setting.place}: a job needs {flag} as a number, got {setting.text!r}")
     return int(setting.text)
 
@@ -116,7 +121,7 @@ def _number(recipe: Recipe, flag: str, default: int) -> int:
     setting = recipe.slurm.get(flag)
     if setting is None:
         return default
-    if not setting.text.isdecimal() or (flag == "--chain" and int(setting.text) < 1):
+    if not is_whole(setting.text) or (flag == "--chain" and int(setting.text) < 1):
         raise ValueError(f"{setting.place}: {flag} takes a whole number, got {setting.text!r}")
     return int(setting.text)
 
@@ -220,8 +225,8 @@ def _minutes(recipe: Recipe) -> int:
 
 def _gpus_asked(recipe: Recipe) -> int:
     """Return the GPUs per node that the job requests from SLURM, 0 where the request is not per node."""
-    for flag, pattern in (("--gpus-per-node", r"(?:[\w.-]+:)?(\d+)"), ("--gres", r"(?:.*,)?gpu(?::[^:,]+)?:(\d+).*")):
-        match = re.fullmatch(pattern, recipe.slurm[flag].text) if flag in recipe.slurm else None
+    for flag, pattern in _GPUS:
+        match = pattern.fullmatch(recipe.slurm[flag].text) if flag in recipe.slurm else None
         if match:
             return int(match[1])
     return 0

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, divisors, most_square
 from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, SCHEMES, TensorScheme
+from megatron_cp.units import is_whole
 
 AUTO_ENGINE = "auto"
 
@@ -50,7 +51,7 @@ def grid_of(scheme: TensorScheme, ranks: int, asked: Sequence[str] | None) -> Gr
                 f"pass --tp-grid 1 {ranks} to gather weights alone, or use flux"
             )
         return GridSize(square.inner, square.outer)
-    if len(asked) != 2 or not all(size.isdecimal() for size in asked) or int(asked[0]) * int(asked[1]) != ranks:
+    if len(asked) != 2 or not all(is_whole(size) for size in asked) or int(asked[0]) * int(asked[1]) != ranks:
         raise Refused(
             f"--tp-grid takes TOKENS WEIGHTS whose product is --tensor-model-parallel-size {ranks}, got "
             f"{' '.join(asked)}; possible are {possible}"

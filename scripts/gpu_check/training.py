@@ -91,7 +91,7 @@ class Layers:
 
     def reduce(self, stage: int) -> None: ...
 
-    def buffer(self) -> Tensor:
+    def buffer(self, micro: int) -> Tensor:
         return torch.empty(2, WIDTH, dtype=torch.float64, device=self._device)
 
     def shrink(self, made: Tensor) -> None: ...

@@ -97,6 +97,8 @@ def test_costs(counted: Cases, folder: Path, text: str) -> None:
             counted.refused += 1
 
 
+@example("9" * 5000 + "F0", "1,1,1,0")
+@example("0F" + "9" * 5000, "1,1,1,0")
 @given(changed(TABLE), st.sampled_from(["1,1,1,0", "1,2,0.5,0.1", "0,0,0,0", "1e308,1e308,1,1", "nan,1,1,1", "1,1"]))
 def test_schedule_table(counted: Cases, folder: Path, text: str, times: str) -> None:
     (folder / "table.txt").write_bytes(text.encode(errors="surrogatepass"))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_cp.context import BACKENDS
 from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
@@ -14,6 +15,10 @@ from megatron_cp.pipeline.schedule import MOVE_TARGETS, BadSchedule
 from megatron_cp.registry import suggest
 
 AUTO = "auto"
+
+
+def _over_time(backend: str) -> bool:
+    return BACKENDS.get(backend).capabilities.over_time
 
 
 def _splits_te(args: Any) -> bool:
@@ -136,8 +141,8 @@ SLICES_UNSUPPORTED = (
     ),
     Unsupported(
         "attention in chunks over time, which slices are themselves",
-        lambda args: read(args, "cp_chunks") is not None or "fpdt" in (read(args, "cp_comm_type") or ()),
-        "leave --cp-chunks out and take --cp-comm-type ulysses in the place of fpdt",
+        lambda args: read(args, "cp_chunks") is not None or any(map(_over_time, read(args, "cp_comm_type") or ())),
+        "leave --cp-chunks out, and take a --cp-comm-type that has none",
     ),
     Unsupported(
         "an attention other than megatron-cp's",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from megatron_cp.errors import Refused
 from megatron_cp.grid import divisors
 from megatron_cp.runlog import checkpoint_iteration
+from megatron_cp.units import is_whole
 
 INDEX = ".metadata"
 DESCRIPTION = "metadata.json"
@@ -81,7 +82,7 @@ def read(folder: Path) -> Contents:
     index, damage = (None, undescribed) if undescribed else _index(folder)
     damage += [] if index is None else list(_cut_off(folder, index))
     digits = folder.name.removeprefix("iter_")
-    number = int(digits) if digits.isdecimal() else -1
+    number = int(digits) if is_whole(digits) else -1
     weights = {} if index is None else _weights(index)
     elements = sum(prod(tensor.size) for tensor in weights.values())
     dtypes = sorted({str(tensor.properties.dtype).removeprefix("torch.") for tensor in weights.values()})

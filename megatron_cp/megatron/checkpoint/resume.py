@@ -18,6 +18,7 @@ from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.checkpoint.contents import SIZES, damage, iterations, unreadable
 from megatron_cp.megatron.run import PipelineFlags
+from megatron_cp.units import is_whole
 
 # what makes two models different; read from the arguments that every checkpoint carries
 MODEL = (
@@ -112,7 +113,7 @@ def _saved_arguments(args: Any) -> Any:
     if not os.path.isfile(tracker):
         return None
     named = Path(tracker).read_text().strip()
-    if not named.isdecimal() and named != "release":
+    if not is_whole(named) and named != "release":
         raise Refused(_tracker_names_nothing(Path(tracker), named))
     iteration = str(getattr(args, "ckpt_step", None) or named)
     folder = os.path.join(args.load, f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)

@@ -185,6 +185,11 @@ class CoreAttention(MegatronModule):
 
     def _plan(self, causal: bool) -> Plan:
         inner, outer = self._hierarchy()
+        if inner is None and BACKENDS.get(self.cp_comm_type).needs_grid:
+            self._refuse(
+                f"cp_comm_type {self.cp_comm_type!r} without two axes of ranks",
+                "give two hierarchical_context_parallel_sizes (--hierarchical-context-parallel-sizes INNER OUTER)",
+            )
         made = plan(
             self.cp_comm_type,
             cp=_fabric(self.pg_collection.cp, self.config.context_parallel_size),
