@@ -235,6 +235,7 @@ def refusals():
     return texts, fabric.sent
 
 
+@pytest.mark.slow
 def test_sinks_that_do_not_fit_are_one_line_on_every_rank():
     first, second = run_ranks(2, refusals)
     assert first == second

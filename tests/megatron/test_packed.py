@@ -209,7 +209,7 @@ LAID = {
 }
 
 
-@pytest.mark.parametrize("name", slow_unless(["blocks", "blocks, pipeline"], LAID), ids=lambda name: name)
+@pytest.mark.parametrize("name", slow_unless(["blocks"], LAID), ids=lambda name: name)
 def test_batches_cut_by_their_documents_train_as_on_one_rank(alone: Any, data: str, name: str) -> None:
     flags, reference, ranks, cut = LAID[name]
     results = run_ranks(ranks, laid, packed_run(data, PACKED, flags))

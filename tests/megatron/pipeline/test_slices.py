@@ -95,7 +95,7 @@ CASES = {
     "recompute": (2, 4, "--pp-schedule 1f1b", (TWO, RECOMPUTE, EVALUATE)),
     "window": (2, 4, "--pp-schedule 1f1b", (TWO, "--window-size 9,0")),
 }
-CHOSEN = ["1f1b", "izb", "ulysses"]
+CHOSEN = ["ulysses"]
 
 
 @pytest.mark.parametrize("case", slow_unless(CHOSEN, CASES))

@@ -185,10 +185,10 @@ COMBINED = {
     ),
     "zb-v": (8, f"{tensor(4, '2d')} --pipeline-model-parallel-size 2 --pp-schedule zb-v", DEEP),
 }
-BY_DEFAULT = ["zb-h1, weights alone"]
 
 
-@pytest.mark.parametrize("case", slow_unless(BY_DEFAULT, COMBINED))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMBINED)
 def test_combined_with_other_features_equals_one_rank(alone, case):
     world_size, parallel, model = COMBINED[case]
     without = "--swiglu" if "--squared-relu" in model else ""
