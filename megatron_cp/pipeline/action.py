@@ -27,7 +27,7 @@ LENDERS = {EVICT: HOLD, LOAD: GIVE}
 """The lender's action for each move of the owner."""
 KINDS = (FORWARD, FULL, INPUT, WEIGHT, SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, EVICT, LOAD, HOLD, GIVE)
 
-_FORM = re.compile(rf"(\d{{1,9}})({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d{{0,9}})")
+_FORM = re.compile(rf"(\d{{1,18}})({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d{{0,18}})")
 
 
 class Action(NamedTuple):

@@ -276,11 +276,11 @@ def test_the_table_of_a_rank_is_made_in_milliseconds():
     cu = sorted({0, STREAMS, *np.random.default_rng(0).choice(STREAMS, 999, replace=False).tolist()})
     taken = []
     for _ in range(3):
-        started = time.process_time()
+        started = time.thread_time()
         packed = documents(cu)
         mask, held = packed.mask(CAUSAL), packed.planned(BLOCKS, 32)
         tiles(held[5], view_of(held, mask, 5).runs, mask)
-        taken.append(time.process_time() - started)
+        taken.append(time.thread_time() - started)
     # 15 ms alone; the factor is room for a machine that does other things
     assert min(taken) < 5 * 0.020
 

@@ -99,8 +99,8 @@ def test_slices_take_any_scale(scale):
 @pytest.mark.parametrize(
     ("backend", "choices", "reason"),
     [
-        ("fpdt", {}, "takes no slices; take ulysses"),
-        ("ring", {"chunks": 2}, "takes no slices; take ulysses"),
+        ("fpdt", {}, "takes no slices; take one without chunks"),
+        ("ring", {"chunks": 2}, "takes no slices; take one without chunks"),
         ("ring", {"causal": False}, "slices need a causal mask"),
     ],
 )
