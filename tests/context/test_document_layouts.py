@@ -2,10 +2,10 @@
 
 import pickle
 import re
-import time
+import subprocess
+import sys
 from itertools import accumulate, pairwise
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,7 +29,6 @@ from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import gathered, layout
 from megatron_cp.context.masks import CAUSAL, FULL
 from megatron_cp.context.relayout import _parcels
-from megatron_cp.context.tiles import tiles
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.proof import prove, small
 from megatron_cp.context.trace.record import record
@@ -37,7 +36,7 @@ from megatron_cp.corpus.mixes import long_tail, streams
 from megatron_cp.hardware.cluster_file import load_cluster
 from tests.cases import slow_unless
 from tests.context.test_backends import assert_equals_dense
-from tests.context.test_documents import KINDS, TOKENS, case, grid_of, packed_problem
+from tests.context.test_documents import KINDS, TOKENS, case, grid_of, packed_problem, refused
 
 PLANNED = [DOCUMENT, BLOCKS]
 
@@ -272,17 +271,34 @@ class Two(SingleFabric):
         self.size = 2
 
 
+TABLES = """
+import time
+
+import numpy as np
+
+from megatron_cp.context.algorithms.all_gather import view_of
+from megatron_cp.context.documents import documents
+from megatron_cp.context.masks import CAUSAL
+from megatron_cp.context.tiles import tiles
+
+cu = sorted({0, STREAMS, *np.random.default_rng(0).choice(STREAMS, 999, replace=False).tolist()})
+taken = []
+for _ in range(3):
+    started = time.process_time()
+    packed = documents(cu)
+    mask, held = packed.mask(CAUSAL), packed.planned("blocks", 32)
+    tiles(held[5], view_of(held, mask, 5).runs, mask)
+    taken.append(time.process_time() - started)
+print(min(taken))
+"""
+
+
 def test_the_table_of_a_rank_is_made_in_milliseconds():
-    cu = sorted({0, STREAMS, *np.random.default_rng(0).choice(STREAMS, 999, replace=False).tolist()})
-    taken = []
-    for _ in range(3):
-        started = time.thread_time()
-        packed = documents(cu)
-        mask, held = packed.mask(CAUSAL), packed.planned(BLOCKS, 32)
-        tiles(held[5], view_of(held, mask, 5).runs, mask)
-        taken.append(time.thread_time() - started)
-    # 15 ms alone without checks of types; seen at 105 ms beside other programs, where a cut per document takes seconds
-    assert min(taken) < 0.3
+    # in a process of its own: in this one the tests check the types of every call
+    code = TABLES.replace("STREAMS", str(STREAMS))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # 15 to 23 ms alone; the factor is room for a machine that does other things
+    assert float(done.stdout) < 5 * 0.020
 
 
 def test_results_of_a_microbatch_go_with_it():
@@ -291,21 +307,6 @@ def test_results_of_a_microbatch_go_with_it():
     gathered(held), _parcels(held, layout("zigzag", 96, 4), 1), _parcels(layout("zigzag", 96, 4), held, 1)
     assert (gathered.cache_info().currsize, _parcels.cache_info().currsize) == before
     assert len(held.results) >= 3
-
-
-def refused(made, backend="zigzag", **choices):
-    """The text of the refusal, the same on both ranks, and the bytes sent before it."""
-
-    def body(fabric):
-        x = torch.zeros(TOKENS, 1, 4, 8, dtype=torch.float64)
-        try:
-            attend(x, x, x, plan(backend, cp=fabric, **choices), documents=made())
-        except ValueError as error:
-            return str(error), fabric.sent
-        return "taken", fabric.sent
-
-    (found,) = set(in_process(2, body))
-    return found
 
 
 @pytest.mark.parametrize(

@@ -206,13 +206,13 @@ def test_a_shorter_problem_keeps_its_documents():
     assert prove(shorter).covered
 
 
-def refused(made, backend="zigzag"):
+def refused(made, backend="zigzag", **choices):
     """The text of the refusal, the same on both ranks, and the bytes sent before it."""
 
     def body(fabric):
         x = torch.zeros(TOKENS, 1, 4, 8, dtype=torch.float64)
         try:
-            attend(x, x, x, plan(backend, cp=fabric), documents=made())
+            attend(x, x, x, plan(backend, cp=fabric, **choices), documents=made())
         except ValueError as error:
             return str(error), fabric.sent
         return "taken", fabric.sent
