@@ -15,7 +15,7 @@ from megatron_cp.cli.bench_kernels import kernels
 from megatron_cp.cli.bench_linears import linears
 from megatron_cp.cli.bench_links import links
 from megatron_cp.cli.bench_pipeline import pipeline
-from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads, tokens
+from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads, several_backends, several_lengths
 from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.registry import unknown
@@ -38,18 +38,12 @@ app.command()(pipeline)
 def context(
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "--cp-comm-type", help="Backend, or all, which is the default; may be repeated."),
+        several_backends("Backend, or all, which is the default; may be repeated."),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes of this machine.")] = 2,
     seq: Annotated[
         list[int] | None,
-        typer.Option(
-            "--seq",
-            "--seq-length",
-            parser=tokens,
-            metavar="COUNT",
-            help="Tokens of the whole sequence, such as 16K; may be repeated. By default 4096 and 16384.",
-        ),
+        several_lengths("Tokens of the whole sequence, such as 16K; may be repeated. By default 4096 and 16384."),
     ] = None,
     heads: Heads = 8,
     kv_heads: KvHeads = None,

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp.cli.options import Causal, HeadDim, Heads, KvHeads, WholeSequence
+from megatron_cp.cli.options import Causal, HeadDim, Heads, KvHeads, WholeSequence, several_backends
 from megatron_cp.context import ALGORITHMS, BACKENDS
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 
@@ -21,7 +21,7 @@ COLUMNS = ("backend", "ranks", "fwd ms", "messages", "calls", "merges", "bwd ms"
 def host(
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "--cp-comm-type", help="Backend; may be repeated. By default all but auto."),
+        several_backends("Backend; may be repeated. By default all but auto."),
     ] = None,
     ranks: Annotated[
         list[int] | None, typer.Option(min=1, help="Context-parallel ranks; may be repeated. By default 8 and 32.")

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads, tokens
+from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads, several_lengths
 from megatron_cp.registry import unknown
 
 if TYPE_CHECKING:
@@ -21,12 +21,8 @@ def kernels(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seq: Annotated[
         list[int] | None,
-        typer.Option(
-            "--seq",
-            "--seq-length",
-            parser=tokens,
-            metavar="COUNT",
-            help="Tokens of the sequence; may be repeated. By default 1024 to 4096 on a CPU, 8192 to 131072 on a GPU.",
+        several_lengths(
+            "Tokens of the sequence; may be repeated. By default 1024 to 4096 on a CPU, 8192 to 131072 on a GPU."
         ),
     ] = None,
     heads: Heads = 8,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
+from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence, several_backends
 from megatron_cp.context import ALGORITHMS, BACKENDS, BASELINE
 from megatron_cp.context.layouts import STRIPED, ZIGZAG
 from megatron_cp.context.trace.critical_path import critical_path
@@ -49,7 +49,7 @@ def show(
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(BYTES)}.")] = "float32",
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "--cp-comm-type", help="Backend; may be repeated. By default all that call kernels."),
+        several_backends("Backend; may be repeated. By default all that call kernels."),
     ] = None,
     against: Annotated[str, typer.Option(help="The backend that the others are compared with.")] = BASELINE,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,

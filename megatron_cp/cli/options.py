@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,16 @@ def tokens(text: str | int) -> int:
         return count(text, "a number of tokens")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def several_lengths(text: str) -> Any:
+    """Return an option of one or several counts of tokens, with this help."""
+    return typer.Option("--seq", "--seq-length", parser=tokens, metavar="COUNT", help=text)
+
+
+def several_backends(text: str) -> Any:
+    """Return an option of one or several backends, with this help."""
+    return typer.Option("--backend", "--cp-comm-type", help=text)
 
 
 Heads = Annotated[int, typer.Option("--heads", "--num-attention-heads", min=1, help="Query heads.")]

@@ -58,10 +58,14 @@ class Costs:
                     f"the largest is {LARGEST:g}"
                 )
 
+    def _part(self, action: Action) -> SliceShare:
+        """Return the part of a microbatch that the slice of an action is."""
+        return self.slices[(action.micro or 0) % len(self.slices)] if self.slices else WHOLE
+
     def time(self, action: Action) -> float:
         """Return the time of a compute action."""
-        stage, kind, micro = action
-        part = self.slices[(micro or 0) % len(self.slices)] if self.slices else WHOLE
+        stage, kind, _ = action
+        part = self._part(action)
         if kind == FORWARD:
             return self.forward[stage] * part.forward
         whole = 0.0 if kind == WEIGHT else self.input[stage] * part.input
@@ -69,9 +73,8 @@ class Costs:
 
     def kept_by(self, action: Action) -> tuple[float, float]:
         """Return `kept` and `held` of the stage and the slice of an action."""
-        stage, _, micro = action
-        part = self.slices[(micro or 0) % len(self.slices)].kept if self.slices else 1.0
-        return self.kept[stage] * part, self.held[stage] * part
+        part = self._part(action).kept
+        return self.kept[action.stage] * part, self.held[action.stage] * part
 
     def saved(self, cell: Cell) -> float:
         """Return the time that a cell saves over its halves one after the other."""

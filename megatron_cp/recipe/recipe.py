@@ -193,26 +193,23 @@ def _recipe(name: str, sections: dict[str, Section], overrides: Sequence[str], j
 
 
 def command_line_flags(words: Sequence[str], job: bool = False) -> Section:
-    """Return flags of a command line as settings; `--flag=false` removes an inherited one.
+    """Return flags of a command line as settings; `--flag=false`, or `--flag false`, removes an inherited one.
 
     job: sbatch's short forms, such as `-p gpu`, are taken too
     """
-    found: Section = {}
+    found: dict[str, list[str]] = {}
     key = ""
     for word in chain.from_iterable(map(slurm_flags.long_form, words)) if job else words:
         if re.match(r"--[A-Za-z]", word):
             key, equals, value = word.partition("=")
             # torchrun takes its own flags with underscores too
             key = dashed if (dashed := key.replace("_", "-")) in TORCHRUN_FLAGS else key
-            found[key] = file.setting([value] if equals else [], COMMAND_LINE, plain=True)
+            found[key] = [value] if equals else []
         elif not key:
             raise Refused(f"expected a --flag after the recipe, got {word!r}")
-        elif word in ("true", "false") and not found[key].values:
-            # as a recipe says it: `--bf16 true`
-            found[key] = file.setting([word], COMMAND_LINE, plain=True)
         else:
-            found[key] = Setting((*found[key].values, word), COMMAND_LINE)
-    return found
+            found[key].append(word)
+    return {key: file.setting(values, COMMAND_LINE, plain=True) for key, values in found.items()}
 
 
 def _section_of(key: str, job: bool) -> str:

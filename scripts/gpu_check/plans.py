@@ -148,7 +148,8 @@ def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, 
         device=device,
     )
     chosen = plan_on(problem, SilentFabric(rank, RANKS), "auto")
-    kernel = TimedKernel(chosen.kernel_for(q, v)[0], Clock(torch.device(device)))
+    own = chosen.kernel_for(q, v)[0]
+    kernel = TimedKernel(own, Clock(torch.device(device)))
     made = plan_on(problem, SilentFabric(rank, RANKS), kernel)
     task, loop = task_for(q, k, v, made), made.loop
     # the first call loads kernels and may choose among them
@@ -175,7 +176,7 @@ def _rank(device: str, shape: Shape, backend: str, rank: int) -> list[dict[str, 
                 "ms in kernels": in_kernels * 1e3,
                 "host ms": figures.host * 1e3,
                 "kernel calls": count,
-                "ops": _ops(chosen.kernel_for(q, v)[0], direction),
+                "ops": _ops(own, direction),
                 "operations": figures.operations,
                 "peak MiB": figures.peak / MIB,
                 "predicted MiB": live / MIB,

@@ -1,6 +1,5 @@
 """Through the real pretrain() sequences in slices train as whole ones."""
 
-import sys
 from functools import cache
 
 import pytest
@@ -10,6 +9,7 @@ from megatron_cp.context.slices import SlicesInFlight
 from megatron_cp.megatron.rebind import replace, restore
 from tests.cases import slow_unless
 from tests.megatron import pretraining
+from tests.megatron.pipeline.test_schedules import refusal
 from tests.megatron.pretraining import tiny
 from tests.ranks import run_ranks
 
@@ -131,24 +131,6 @@ REFUSED = {
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-chunks 2": "attention in chunks over time",
     f"{TWO} {SLICED} --micro-batch-size 1 --dataloader-inter-document-masking": "packed documents",
 }
-
-
-def refusal(cases):
-    """The one line with which each command line is refused."""
-    import os
-
-    from megatron.training.arguments import parse_and_validate_args
-
-    from megatron_cp.megatron.process.launch import launched
-
-    os.environ["WORLD_SIZE"] = "4"
-    lines = {}
-    for name, flags in cases.items():
-        sys.argv = ["pretrain_gpt", *flags]
-        with pytest.raises(SystemExit) as stop, launched(flags):
-            parse_and_validate_args()
-        lines[name] = str(stop.value)
-    return lines
 
 
 def test_what_slices_cannot_do_is_refused_in_one_line():
