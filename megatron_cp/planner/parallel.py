@@ -176,6 +176,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
             f"{sizes['cp']}; change --nproc-per-node or --nnodes, or a parallel size"
         )
     micro = recipe.number("--micro-batch-size", 1)
+    backend = recipe.flag("--cp-comm-type", "p2p")
     return Parallel(
         tp=sizes["tp"],
         pp=sizes["pp"],
@@ -183,7 +184,8 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         cp=sizes["cp"],
         ep=sizes["ep"],
         dp=rest,
-        backend=BACKENDS.get(recipe.flag("--cp-comm-type", "p2p").split()[0]).name,
+        # one for all layers, or one for each; white space alone is no name
+        backend=BACKENDS.get(next(iter(backend.split()), backend)).name,
         grid=_grid(recipe),
         placement=recipe.flag("--cp-placement", "head-first"),
         sp="--sequence-parallel" in given,

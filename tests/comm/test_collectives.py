@@ -6,6 +6,7 @@ import torch
 from megatron_cp.comm import GroupFabric, MessageError, SingleFabric, in_process
 from megatron_cp.context.trace.events import match
 from megatron_cp.grid import Grid
+from tests.cases import slow_unless
 from tests.comm.test_fabrics import recorded
 from tests.ranks import run_ranks
 
@@ -115,7 +116,7 @@ def test_collectives_of_threads(ranks):
     assert_right(in_process(ranks, everything))
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", slow_unless([3], RANKS))
 def test_collectives_of_processes(ranks):
     assert_right(run_ranks(ranks, over_gloo))
 

@@ -10,6 +10,7 @@ from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.record import record
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster_file import load_cluster
+from tests.cases import slow_unless
 from tests.context.dense import problem
 from tests.context.test_backends import assert_equals_dense, sharded
 
@@ -21,8 +22,17 @@ def settled(fabric, grid=None, sizes=SIZES, **choices):
     return settle(plan(AUTO, cp=fabric, **axes, **choices), sizes)
 
 
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, (9, 0)), (False, (3, 11))])
-@pytest.mark.parametrize("grid", [None, Grid(2, 2)], ids=str)
+MASKS = [(True, None), (False, None), (True, (9, 0)), (False, (3, 11))]
+
+
+@pytest.mark.parametrize(
+    ("grid", "causal", "window"),
+    slow_unless(
+        [(None, True, (9, 0)), (Grid(2, 2), True, None), (Grid(2, 2), False, (3, 11))],
+        [(grid, *mask) for grid in (None, Grid(2, 2)) for mask in MASKS],
+    ),
+    ids=str,
+)
 def test_what_it_takes_equals_dense(grid, causal, window):
     task = problem(48, 8, 2, causal=causal)._replace(window=window)
     parts = in_process(4, lambda fabric: sharded(fabric, task, AUTO, grid))
@@ -86,6 +96,7 @@ def test_there_is_no_trace_of_auto_itself():
         record(Problem(AUTO, 2, 96))
 
 
+@pytest.mark.slow
 def test_chunks_around_what_it_takes_equal_dense():
     task = problem(48, 8, 2, causal=True, batch=1)
     assert_equals_dense(in_process(2, lambda fabric: sharded(fabric, task, AUTO, chunks=3)), task)

@@ -93,7 +93,8 @@ def test_only_loops_are_weighed_and_only_for_their_speed():
     assert set(ALGORITHMS) - names == {"fpdt", "rsa"}
 
 
-@pytest.mark.parametrize("name", slow_unless(["ulysses"], ["zigzag", "ulysses"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zigzag", "ulysses"])
 def test_times_on_many_ranks_are_continued_from_few(name):
     problem = replace(LONG, ranks=12, seq=12 * 2**13, heads=24)
     assert problem.ranks > EXACT

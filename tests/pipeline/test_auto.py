@@ -14,6 +14,7 @@ from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.schedule import BadSchedule
 from megatron_cp.pipeline.schedules.auto import auto
 from megatron_cp.pipeline.simulate import simulate
+from tests.cases import slow_unless
 from tests.pipeline.played import FIXED, PROFILES, RATIOS, played
 
 ROWS = {f"{model} m{m}": (m, times) for (model, _, m), times in PROFILES.items() if m == 24} | {
@@ -84,7 +85,7 @@ def test_four_chunks_of_the_6_2b_profile():
     assert round(1 - tight.work / lower_bound(placement, 24, costs, [8.0] * 8), 4) == 0.0363
 
 
-@pytest.mark.parametrize("v", [1, 4])
+@pytest.mark.parametrize("v", slow_unless([1], [1, 4]))
 def test_a_large_step_is_scheduled_in_less_than_ten_seconds(v):
     placement = loop(32, v)
     costs = uniform(placement, PROFILES["6.2B", 8, 64])

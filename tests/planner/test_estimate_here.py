@@ -150,6 +150,7 @@ def test_published_figures_are_plain_numbers(monkeypatch):
         (["quickstart", "--cluster", "h100ib"], "no cluster 'h100ib'; did you mean 'h100-ib'"),
         (["models/llama3-8b"], "names no CLUSTER"),
         (["quickstart", "--cluster", "h100-ib"], "no rates of float32 matrix products"),
+        (["quickstart", "--cp-comm-type", " "], "backend ' '"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(words, message):

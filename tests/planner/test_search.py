@@ -24,6 +24,8 @@ from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 from tests.cases import slow_unless
 
+# the tests share one search, which takes long
+pytestmark = pytest.mark.xdist_group("planner/test_search")
 CLUSTER = "dgx-h100-ib"
 
 
@@ -220,8 +222,8 @@ PUBLISHED = {
 }
 
 
-# the two that are searched fastest
-SEARCHED = [case for case in PUBLISHED if case.startswith(("llama3.1-70b", "llama2-7b"))]
+# the one that is searched fastest
+SEARCHED = [case for case in PUBLISHED if case.startswith("llama2-7b")]
 
 
 @pytest.mark.parametrize("case", slow_unless(SEARCHED, PUBLISHED))

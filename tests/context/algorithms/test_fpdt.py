@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 MASKS = [(True, None), (False, None), (True, (9, 0)), (False, (3, 11))]
 
 
-@pytest.mark.parametrize(("causal", "window"), MASKS, ids=str)
+@pytest.mark.parametrize(("causal", "window"), slow_unless([(True, None), (False, (3, 11))], MASKS), ids=str)
 @pytest.mark.parametrize("backend", [name for name in ALGORITHMS if BACKENDS.get(name).capabilities.chunks])
 def test_chunks_around_every_backend_equal_dense(backend, causal, window):
     task = problem(48, 8, 2, causal=causal, batch=1)._replace(window=window)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from megatron_cp.cli import app
 from megatron_cp.megatron.checkpoint import contents
+from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import RankError, run_ranks
 
@@ -99,7 +100,10 @@ def test_garbage_in_any_file_is_one_line(tmp_path: Path, name: str, content: byt
     assert "Traceback" not in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("sizes", ["--tensor-model-parallel-size 4", "--pipeline-model-parallel-size 2"])
+SIZES = ["--tensor-model-parallel-size 4", "--pipeline-model-parallel-size 2"]
+
+
+@pytest.mark.parametrize("sizes", slow_unless(["--pipeline-model-parallel-size 2"], SIZES))
 def test_the_topologies_that_it_names_do_load(saved: Path, sizes: str) -> None:
     flag, size = sizes.split()
     found = contents.read(saved / "iter_0000002")

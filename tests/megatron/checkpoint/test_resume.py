@@ -41,14 +41,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.param("plain", 4, "--cp-comm-type p2p --context-parallel-size 4", marks=pytest.mark.slow),
         ("plain", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
         pytest.param("distributed", 2, CP2, marks=pytest.mark.slow),
-        ("distributed", 2, ""),
+        pytest.param("distributed", 2, "", marks=pytest.mark.slow),
         pytest.param("distributed", 1, "", marks=pytest.mark.slow),
         pytest.param("distributed", 4, "--cp-comm-type p2p --context-parallel-size 4", marks=pytest.mark.slow),
         pytest.param("reshardable", 1, "", marks=pytest.mark.slow),
         ("reshardable", 4, "--cp-comm-type p2p --context-parallel-size 4"),
         pytest.param("reshardable", 2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow),
         pytest.param("reshardable", 2, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
-        ("bf16", 2, CP2),
+        pytest.param("bf16", 2, CP2, marks=pytest.mark.slow),
     ],
 )
 def test_resuming_is_the_unbroken_run(saved: Any, kind: str, ranks: int, topology: str) -> None:

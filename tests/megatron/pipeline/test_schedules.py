@@ -92,7 +92,7 @@ COMBINED = {
 }
 
 
-CHOSEN = ["tied embeddings", "tensor and sequence parallel", "context parallel", "distributed optimizer"]
+CHOSEN = ["tied embeddings", "tensor and sequence parallel", "distributed optimizer"]
 
 
 @pytest.mark.parametrize("case", slow_unless(CHOSEN, COMBINED))
