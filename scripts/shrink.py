@@ -52,7 +52,7 @@ LEFT_OUT = (
     "--distributed-backend --distributed-timeout-minutes --finetune --auto-detect-ckpt-format --no-load-optim "
     "--no-load-rng --no-save-optim --verify-integrity --mock-data --num-workers --num-dataset-builder-threads "
     "--deterministic-mode --use-tp-pp-dp-mapping --num-layers --num-distributed-optimizer-instances "
-    "--ckpt-fully-parallel-load --ckpt-fully-parallel-save --ckpt-assume-constant-structure "
+    "--moe-enable-deepep --ckpt-fully-parallel-load --ckpt-fully-parallel-save --ckpt-assume-constant-structure "
     "--no-ckpt-fully-parallel-save --moe-layer-freq --pretrained-checkpoint --overlap-p2p-communication-warmup-flush"
 ).split()
 TRAINING: Flags = {
@@ -86,6 +86,8 @@ def shrunk(recipe: Recipe, layers: int, parallelism: Mapping[str, str], known: C
     flags = {**kept, **sizes, **TRAINING, "--num-layers": (str(layers),)}
     if "--moe-layer-freq" in given:
         flags["--moe-layer-freq"] = (f"([0]*1+[1]*{layers - 1})",)
+    if given.get("--moe-token-dispatcher-type") == ("flex",):  # needs expert or tensor parallelism, and GPUs
+        flags["--moe-token-dispatcher-type"] = ("alltoall",)
     flags |= {flag: tuple(value.split()) for flag, value in parallelism.items()}
     return [word for flag, values in flags.items() for word in _words(flag, values)]
 
