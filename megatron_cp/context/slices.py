@@ -92,6 +92,11 @@ class SlicesInFlight:
         """Position of the first token of the slice that runs; 0 outside of one."""
         return self.tokens[self._running[2]].start if self._running else 0
 
+    @property
+    def length(self) -> int:
+        """Tokens of the slice that runs, over all ranks; of the whole sequence outside of one."""
+        return len(self.tokens[self._running[2]]) if self._running else self.tokens[-1].stop
+
     def of(self, layer: object) -> tuple[KeptKeys, int] | None:
         """Return the keys that a layer keeps of the sequence that runs, and the number of the slice."""
         if self._running is None:

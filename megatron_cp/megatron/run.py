@@ -412,7 +412,8 @@ def _slice_lengths(args: Any, flags: PipelineFlags) -> tuple[int, ...]:
     share = attention_share(args.seq_length, 2 * hidden * dim * (heads + groups) + mlp, heads * dim)
     times = flash_times(share)
     lengths = fractions(flags.slices or 1, flash_shares(share, times), times, SCHEDULES.get(flags.schedule or "").split)
-    multiple = math.lcm(2 * cp, cp * getattr(args, "cp_stripe", 1))
+    spread = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
+    multiple = math.lcm(2 * cp, cp * getattr(args, "cp_stripe", 1), cp * spread)
     try:
         return tuple(cut(args.seq_length, multiple, lengths))
     except ValueError as error:

@@ -102,9 +102,9 @@ LENDING_UNSUPPORTED = (
 
 SLICES_UNSUPPORTED = (
     Unsupported(
-        "tensor parallelism, whose ranks share out whole sequences of the data",
-        lambda args: read(args, "tensor_model_parallel_size", 1) > 1,
-        "use --context-parallel-size, or leave --pp-slices out",
+        "transformer-engine's overlap of tensor-parallel communication, whose buffers are of whole sequences",
+        lambda args: bool(read(args, "tp_comm_overlap", False)),
+        "leave --tp-comm-overlap out, or --pp-slices",
     ),
     Unsupported(
         "multi-token prediction, which looks beyond the end of a slice",

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_cp.comm import wires
 from megatron_cp.context.slices import SlicesInFlight
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.pipeline.slices import SlicedData, attach, weighted
+from megatron_cp.megatron.pipeline.slices import SlicedData, attach, in_slices, weighted
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
@@ -288,8 +288,9 @@ def cut_data(call: Call, slices: SlicesInFlight) -> None:
     """Let a call run slices: its data in slices, and losses that add up to those of whole sequences."""
     call.slices = slices
     call.data_iterator = [feed and SlicedData(feed, slices.tokens) for feed in call.data_iterator]
+    call.forward_step_func = in_slices(call.forward_step_func, slices, call.groups.tp)
     if not call.config.calculate_per_token_loss:
-        call.forward_step_func = weighted(call.forward_step_func)
+        call.forward_step_func = weighted(call.forward_step_func, call.groups.tp)
 
 
 def connect(group: Any, placement: Placement, minutes: int | None, lends: bool = False) -> Channels:

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_cp.comm import GroupFabric
 from megatron_cp.context.slices import SlicesInFlight
 from megatron_cp.errors import Refused
 
@@ -48,23 +51,48 @@ class SlicedData:
             self._batch = next(self._batches)
         tokens, length = self._tokens[self._next], self._tokens[-1].stop
         self._next = (self._next + 1) % len(self._tokens)
-        # b S -> b s
-        part = {
-            key: value[:, tokens.start : tokens.stop]
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == length
-            else value
-            for key, value in self._batch.items()
-        }
+        part = {key: _cut(value, tokens, length) for key, value in self._batch.items()}
         mask = self._batch.get("loss_mask")
         if mask is not None:
             self.share = part["loss_mask"].sum() / mask.sum().clamp(min=1)
         return part
 
 
-def weighted(step: Callable[..., Any]) -> Callable[..., Any]:
+def _cut(value: Any, tokens: range, length: int) -> Any:
+    """Return the slice of a tensor with an entry for each token, b S -> b s; other values as they are."""
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != length:
+        return value
+    # a broadcast over tensor-parallel ranks takes one piece of memory
+    return value[:, tokens.start : tokens.stop].contiguous()
+
+
+def in_slices(step: Callable[..., Any], slices: SlicesInFlight, tp_group: ProcessGroup) -> Callable[..., Any]:
+    """Return Megatron's forward step as tensor-parallel ranks take it together, one slice after the other.
+
+    The first of them reads the data and sends it to the others, which make room for --seq-length tokens.
+    """
+    if tp_group.size() == 1:
+        return step
+
+    def forward_step(*args: Any) -> Any:
+        from megatron.training import get_args
+
+        known = get_args()
+        whole = known.seq_length
+        known.seq_length = slices.length
+        try:
+            return step(*args)
+        finally:
+            known.seq_length = whole
+
+    return forward_step
+
+
+def weighted(step: Callable[..., Any], tp_group: ProcessGroup) -> Callable[..., Any]:
     """Return Megatron's forward step with a loss that is the slice's part of the mean over the whole sequence.
 
-    Megatron divides by the tokens of a slice; the sum over slices must be divided by those of the sequence.
+    Megatron divides by the tokens of a slice; the sum over slices must be divided by those of the sequence. Of the
+    tensor-parallel ranks the first has read the whole sequence, and tells the others the slice's part.
     """
 
     def forward_step(data: Any, *args: Any) -> tuple[Any, Callable[..., Any]]:
@@ -73,8 +101,19 @@ def weighted(step: Callable[..., Any]) -> Callable[..., Any]:
 
         def of_slice(*given: Any, **kwargs: Any) -> Any:
             result = loss(*given, **kwargs)
-            return (result[0] * share, *result[1:]) if share is not None and isinstance(result, tuple) else result
+            if not isinstance(result, tuple):
+                return result
+            part = _from_first(share, result[0], tp_group) if tp_group.size() > 1 else share
+            return result if part is None else (result[0] * part, *result[1:])
 
         return output, of_slice
 
     return forward_step
+
+
+def _from_first(share: Tensor | None, like: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the first rank's share on all ranks of the group, 1 where it has none."""
+    known = like.new_ones(1, dtype=torch.float32)
+    if share is not None:
+        known.copy_(share)
+    return GroupFabric(group).all_gather(known)[0]

@@ -165,6 +165,12 @@ def test_split_schedules_refuse_what_transformer_engine_cannot_delay(what: str) 
     check_schedule(scheduled("1f1b", **te, **{what: True}))
 
 
+def test_slices_refuse_buffers_of_whole_sequences() -> None:
+    check_schedule(scheduled("1f1b", pp_slices=4, tensor_model_parallel_size=2))
+    with pytest.raises(ValueError, match="--pp-slices 4 .*leave --tp-comm-overlap out, or --pp-slices"):
+        check_schedule(scheduled("1f1b", pp_slices=4, tensor_model_parallel_size=2, tp_comm_overlap=True))
+
+
 # Megatron's size for such a run is one microbatch per rank, which none of its steps has
 GROWING = {"global_batch_size": 1, "seq_length": 64, "virtual_pipeline_model_parallel_size": 2}
 

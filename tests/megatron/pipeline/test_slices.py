@@ -17,6 +17,7 @@ MODEL = "--num-layers 4 --global-batch-size 8 --seq-length 64 --max-position-emb
 TWO, FOUR = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
 CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
 CP = "--context-parallel-size 2 --cp-comm-type"
+TP, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 EVALUATE = "--eval-iters 1 --eval-interval 2"
 
@@ -93,6 +94,18 @@ CASES = {
         (TWO, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     ),
     "recompute": (2, 4, "--pp-schedule 1f1b", (TWO, RECOMPUTE, EVALUATE)),
+    "tensor": (4, 3, "--pp-schedule 1f1b", (TWO, TP, "--eod-mask-loss")),
+    "tensor and sequence": (4, 4, "--pp-schedule zb-h1", (TWO, TP, SP)),
+    "tokens of all ranks": (4, 3, "--pp-schedule gpipe", (TWO, TP, SP, "--calculate-per-token-loss")),
+    "tensor and context": (8, 4, "--pp-schedule 1f1b", (TWO, TP, SP, CP, "zigzag", "--use-distributed-optimizer")),
+    "tensor and chunks": (4, 2, "--pp-schedule interleaved", (TWO, TP, SP, CHUNKS, RECOMPUTE, EVALUATE)),
+    "placed": (4, 4, "--pp-schedule 1f1b", (TWO, TP, SP, "--tp-comm-type 1d --transformer-impl local")),
+    "placed on a grid": (
+        4,
+        2,
+        "--pp-schedule 1f1b",
+        (TWO, TP, SP, "--tp-comm-type 2d --tp-grid 1 2 --transformer-impl local"),
+    ),
     "window": (2, 4, "--pp-schedule 1f1b", (TWO, "--window-size 9,0")),
 }
 CHOSEN = ["ulysses"]
@@ -124,8 +137,9 @@ REFUSED = {
     f"{TWO} --pp-schedule zb-v --pp-slices 2": "zb-v has no order for 2 slices of a sequence; take one of",
     f"{TWO} --pp-schedule 1f1b --pp-slices 0": "1 slice or more, got 0",
     f"{TWO} --pp-schedule 1f1b --pp-slices 33": "--pp-slices 33: 33 slices of 64 tokens in multiples of 2 leave some",
+    f"{TWO} {TP} {SP} --context-parallel-size 2 --pp-schedule 1f1b --pp-slices 17": "multiples of 4 leave some empty; "
+    "take at most 16 slices",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --mtp-num-layers 1": "multi-token prediction",
-    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --tensor-model-parallel-size 2": "tensor parallelism, whose ranks",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --num-experts 4": "experts, whose auxiliary losses",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-sink 1": "attention sinks",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-chunks 2": "attention in chunks over time",
