@@ -167,7 +167,7 @@ def test_split_schedules_refuse_what_transformer_engine_cannot_delay(what: str) 
 
 def test_slices_refuse_buffers_of_whole_sequences() -> None:
     check_schedule(scheduled("1f1b", pp_slices=4, tensor_model_parallel_size=2))
-    with pytest.raises(ValueError, match="--pp-slices 4 .*leave --tp-comm-overlap out, or --pp-slices"):
+    with pytest.raises(ValueError, match=r"--pp-slices 4 .*leave --tp-comm-overlap out, or --pp-slices"):
         check_schedule(scheduled("1f1b", pp_slices=4, tensor_model_parallel_size=2, tp_comm_overlap=True))
 
 

@@ -1,5 +1,7 @@
 """Through the real pretrain() sequences in slices train as whole ones."""
 
+import math
+from argparse import Namespace
 from functools import cache
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from megatron_cp.context.slices import SlicesInFlight
 from megatron_cp.megatron.rebind import replace, restore
+from megatron_cp.megatron.run import Settings
 from tests.cases import slow_unless
 from tests.megatron import pretraining
 from tests.megatron.pipeline.test_schedules import refusal
@@ -131,14 +134,29 @@ def test_slices_that_move_away_train_bit_for_bit_as_without():
     assert_bit_equal(run(4, *flags, "--pp-offload 2"), run(4, *flags))
 
 
+@pytest.mark.parametrize(("sequence_parallel", "multiple"), [(False, 4), (True, 8)])
+def test_slices_divide_over_all_ranks_that_share_their_tokens(sequence_parallel, multiple):
+    args = Namespace(
+        pp_schedule="1f1b",
+        pp_slices=5,
+        hidden_size=32,
+        num_attention_heads=4,
+        seq_length=200,
+        context_parallel_size=2,
+        tensor_model_parallel_size=4,
+        sequence_parallel=sequence_parallel,
+    )
+    lengths = Settings.of(args).slice_lengths
+    assert sum(lengths) == 200
+    assert math.gcd(*lengths) == multiple
+
+
 SLICED = "--pp-schedule 1f1b --pp-slices 2"
 REFUSED = {
     "--pp-slices 4": "--pp-slices 4 needs --pp-schedule",
     f"{TWO} --pp-schedule zb-v --pp-slices 2": "zb-v has no order for 2 slices of a sequence; take one of",
     f"{TWO} --pp-schedule 1f1b --pp-slices 0": "1 slice or more, got 0",
     f"{TWO} --pp-schedule 1f1b --pp-slices 33": "--pp-slices 33: 33 slices of 64 tokens in multiples of 2 leave some",
-    f"{TWO} {TP} {SP} --context-parallel-size 2 --pp-schedule 1f1b --pp-slices 17": "multiples of 4 leave some empty; "
-    "take at most 16 slices",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --mtp-num-layers 1": "multi-token prediction",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --num-experts 4": "experts, whose auxiliary losses",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-sink 1": "attention sinks",
