@@ -117,9 +117,10 @@ def _gemms(section: "_Section") -> tuple[tuple[str, Gemm], ...]:
 def _gemm(section: "_Section") -> Gemm:
     peak = section.number("peak_tflops") * 1e12
     shares = section.section("efficiency", None)
-    sizes = sorted(shares.names)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+    # a key of another type has no order among sizes, and true is an int
+    if not shares.names or not all(type(size) is int and size > 0 for size in shares.names):
         raise Refused(f"{section.place}: efficiency maps sizes of a product's smallest dimension to shares")
+    sizes = sorted(shares.names)
     return Gemm(peak, tuple(sizes), tuple(peak * shares.share(size) for size in sizes))
 
 

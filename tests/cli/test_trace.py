@@ -123,6 +123,16 @@ def test_a_cluster_of_one_s_own(tmp_path):
         ),
         ("compute:\n", "compute: 3\nother:\n", ":2: unknown key 'other'"),
         ("memory:\n", "  - memory:\n", ":7: "),
+        (
+            "memory:\n",
+            "gemm:\n  bfloat16: {peak_tflops: 9, efficiency: {128: 0.2, x: 0.4}}\nmemory:\n",
+            ":8: efficiency maps sizes of a product's smallest dimension to shares",
+        ),
+        (
+            "memory:\n",
+            "gemm:\n  bfloat16: {peak_tflops: 9, efficiency: {true: 0.2}}\nmemory:\n",
+            ":8: efficiency maps sizes of a product's smallest dimension to shares",
+        ),
     ],
 )
 def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, message):
