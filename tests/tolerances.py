@@ -20,3 +20,6 @@ GRAD_NORM_DIGITS = 5
 
 BF16_LOSS = 2e-3
 """Relative difference of bf16 losses over the first iterations: half a unit in the last of bf16's 8 bits."""
+
+BF16_STEP = 1e-3
+"""Relative difference of bf16 losses and gradient norms over the first iterations under another tensor parallelism."""

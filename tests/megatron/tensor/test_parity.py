@@ -9,7 +9,7 @@ from megatron_cp.tensor.traffic import LinearSize, SentElements, grid_backward, 
 from tests.cases import slow_unless
 from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names, tiny
 from tests.ranks import run_ranks, run_ranks_with_log
-from tests.tolerances import BF16_LOSS, GRAD_NORM_DIGITS, LOSS_DIGITS
+from tests.tolerances import BF16_STEP, GRAD_NORM_DIGITS, LOSS_DIGITS
 
 HIDDEN, FFN, QUERY, KEY_VALUE, SEQUENCE, BATCH = 64, 96, 64, 64, 32, 2
 MODEL = f"--num-attention-heads 8 --num-query-groups 4 --hidden-size {HIDDEN} --ffn-hidden-size {FFN}"
@@ -210,13 +210,31 @@ def test_megatrons_own_linears_equal_one_rank(alone, parallel):
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
 
 
+def differences(found, expected, what):
+    """Relative differences of losses or norms, iteration by iteration."""
+    return [abs(step[what] / other[what] - 1) for step, other in zip(found, expected, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    """Largest differences of bf16 losses and norms that Megatron's own linears have on 2 and 4 ranks from one."""
+    runs = [run(size, tensor(size, "1d"), "--bf16") for size in (2, 4)]
+    assert all(not name.startswith("Grid") for found in runs for name in found.linears)
+    expected = run(1, "--bf16").log
+    return expected, {
+        what: max(max(differences(found.log, expected, what)) for found in runs) for what in ("loss", "grad_norm")
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["flux", "2d"])
-def test_bf16_trains_as_one_rank_does(alone, scheme):
-    found, expected = run(4, tensor(4, scheme), "--bf16"), alone("--bf16")
+def test_bf16_differs_from_one_rank_by_no_more_than_megatrons_own_linears_do(rounded, scheme):
+    expected, own = rounded
+    found = run(4, tensor(4, scheme), "--bf16")
     assert found.linears == {"GridColumnLinear", "GridRowLinear"}
-    for step, other in zip(found.log, expected, strict=True):
-        assert step["loss"] == pytest.approx(other["loss"], rel=BF16_LOSS)
+    assert max(differences(found.log, expected, "loss")) < BF16_STEP
+    # on the CPU of the first run: flux 5e-4, 2d 8e-4, Megatron's own 1.6e-3
+    assert max(differences(found.log, expected, "grad_norm")) < max(BF16_STEP, own["grad_norm"])
 
 
 @pytest.mark.slow
