@@ -14,6 +14,7 @@ from tests.tolerances import BF16_STEP, GRAD_NORM_DIGITS, LOSS_DIGITS
 HIDDEN, FFN, QUERY, KEY_VALUE, SEQUENCE, BATCH = 64, 96, 64, 64, 32, 2
 MODEL = f"--num-attention-heads 8 --num-query-groups 4 --hidden-size {HIDDEN} --ffn-hidden-size {FFN}"
 DEEP = "--num-layers 4 --global-batch-size 8"
+DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 OURS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -113,6 +114,7 @@ def layer_bytes(tokens, weights, *, split=False):
 
 CASES = {
     "flux": (4, "flux", (4, 1)),
+    "flux by collectives": (4, "flux --tp-engine collective", (4, 1)),
     "2x2": (4, "2d", (2, 2)),
     "2x2 by collectives": (4, "2d --tp-engine collective", (2, 2)),
     "1x4, weights alone": (4, "2d --tp-grid 1 4", (1, 4)),
@@ -131,7 +133,7 @@ def test_a_scheme_equals_one_rank_and_sends_what_its_formula_says(alone, case):
 @pytest.mark.slow
 def test_a_cube_equals_one_rank_sends_what_its_formula_says_and_its_checkpoint_moves(alone, tmp_path):
     groups = "--num-query-groups 8"
-    reshardable = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --lr-decay-iters 6"
+    reshardable = f"{DISTRIBUTED} --lr-decay-iters 6"
     expected = alone(groups, "--train-iters 6 --lr-decay-iters 6")
     saving = f"--train-iters 3 --save {tmp_path} --save-interval 3"
     first = run(8, tensor(8, "3d"), groups, reshardable, saving)
@@ -153,7 +155,11 @@ def test_a_cube_equals_one_rank_sends_what_its_formula_says_and_its_checkpoint_m
 
 COMBINED = {
     "fewer groups than ranks": (4, tensor(4, "2d"), "--num-query-groups 2"),
-    "2.5d beside context parallelism": (8, f"{tensor(4, '2.5d')} --context-parallel-size 2", ""),
+    "2.5d beside context parallelism": (
+        8,
+        f"{tensor(4, '2.5d')} --context-parallel-size 2 --use-distributed-optimizer",
+        "",
+    ),
     "2.5d beside data parallelism, overlapped": (
         8,
         f"{tensor(4, '2.5d')} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
@@ -201,9 +207,12 @@ def test_combined_with_other_features_equals_one_rank(alone, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["", "--sequence-parallel --recompute-granularity selective"])
-def test_megatrons_own_linears_equal_one_rank(alone, parallel):
-    found, expected = run(2, f"--tensor-model-parallel-size 2 --tp-comm-type 1d {parallel}"), alone()
+@pytest.mark.parametrize(
+    ("size", "parallel"),
+    [(2, ""), (2, "--sequence-parallel --recompute-granularity selective"), (4, "--sequence-parallel")],
+)
+def test_megatrons_own_linears_equal_one_rank(alone, size, parallel):
+    found, expected = run(size, f"--tensor-model-parallel-size {size} --tp-comm-type 1d {parallel}"), alone()
     assert (found.linears, found.sent) == ({"ColumnParallelLinear", "RowParallelLinear"}, 0)
     for step, other in zip(found.log, expected, strict=True):
         assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
@@ -256,10 +265,14 @@ def interpreted(flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("saved", "loaded"), [("2d", "1d"), ("1d", "2d")])
-def test_a_checkpoint_moves_between_layouts(alone, tmp_path, saved, loaded):
+@pytest.mark.parametrize(
+    ("saved", "loaded", "optimizer"),
+    [("2d", "1d", DISTRIBUTED), ("1d", "2d", DISTRIBUTED), ("2d", "1d", ""), ("1d", "2d", "")],
+    ids=["2d to 1d, distributed", "1d to 2d, distributed", "2d to 1d", "1d to 2d"],
+)
+def test_a_checkpoint_moves_between_layouts(alone, tmp_path, saved, loaded, optimizer):
     expected = alone("--train-iters 6 --lr-decay-iters 6")
-    reshardable = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --lr-decay-iters 6"
+    reshardable = f"{optimizer} --lr-decay-iters 6"
     sizes = {"2d": 4, "1d": 2}
     first = run(
         sizes[saved], tensor(sizes[saved], saved), reshardable, f"--train-iters 3 --save {tmp_path} --save-interval 3"
