@@ -15,7 +15,7 @@ import typer
 from megatron_cp import config, runlog
 from megatron_cp.cli import data
 from megatron_cp.cli.importing import load
-from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words
+from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words, flag_words
 from megatron_cp.recipe.recipe import Recipe
 
 # words after RECIPE are Megatron's, even where they look like our options
@@ -65,9 +65,14 @@ def _ready_corpus(run: Recipe) -> None:
         words = corpus_words(run)
         _say(f"builds the corpus: megatron-cp {shlex.join(words)}")
         typer.main.get_command(data.app).main(words[1:], prog_name="megatron-cp data", standalone_mode=False)
+    from megatron_cp.megatron.conversations import check_conversations
     from megatron_cp.megatron.dataset import check_data_path
 
-    setting = complete(run).model_args.get("--data-path")
+    model = complete(run).model_args
+    setting = model.get("--data-path")
+    if setting and "--sft" in flag_words(model):
+        check_conversations(setting.values)
+        return
     for found in check_data_path(setting.values) if setting else ():
         _say(f"corpus {found.prefix}: {found.documents:,} documents, {found.tokens:,} tokens")
 

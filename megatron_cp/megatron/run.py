@@ -186,9 +186,9 @@ class AttentionFlags(_Flags):
         STREAM,
         lambda: _one_of(*DOCUMENT_LAYOUTS),
         lambda: (
-            "With --dataloader-inter-document-masking, the tokens of each context-parallel rank: stream as Megatron "
-            "cuts them, document zigzag over each document, blocks of equal work, auto for each microbatch stream or "
-            "blocks, whichever is faster by prediction. Takes --cp-comm-type "
+            "With --dataloader-inter-document-masking or --sft, the tokens of each context-parallel rank: stream as "
+            "Megatron cuts them, document zigzag over each document, blocks of equal work, auto for each microbatch "
+            "stream or blocks, whichever is faster by prediction. Takes --cp-comm-type "
             f"{', '.join(entry.name for entry in BACKENDS if takes_document_layout(entry))}; all-gather sends least."
         ),
     )
@@ -471,6 +471,11 @@ def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
         elif taking and found is not None:
             found.append(word)
     return found
+
+
+def packs_documents(args: Any) -> bool:
+    """True if a sample is a stream of documents that see only themselves."""
+    return bool(getattr(args, "dataloader_inter_document_masking", False) or getattr(args, "sft", False))
 
 
 def uneven_masks(argv: Sequence[str]) -> str:

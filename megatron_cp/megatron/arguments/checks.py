@@ -10,7 +10,7 @@ import torch
 
 from megatron_cp.context.auto import default_cluster
 from megatron_cp.errors import Refused, as_refusals, refuse_together
-from megatron_cp.megatron import dataset
+from megatron_cp.megatron import conversations, dataset
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
@@ -108,8 +108,12 @@ def check_inputs(args: Any) -> None:
     """Refuse data or a checkpoint that cannot be read, before anything is built; ValueError says what and why."""
     resume.check(args)
     if not args.mock_data:
+        sft = getattr(args, "sft", False)
         given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
         for prefixes in filter(None, given):
+            if sft:
+                conversations.check_conversations(prefixes)
+                continue
             found = dataset.check_data_path(prefixes)
             if prefixes is args.data_path:
                 evaluates = bool(args.eval_iters) and not args.full_validation

@@ -2,10 +2,26 @@
 
 from collections.abc import Sequence
 
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.run import AttentionFlags, TensorFlags, values_of
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
 HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
+
+
+def check_script(argv: Sequence[str], layers: bool) -> None:
+    """Refuse what a script of Megatron's and our layers understand differently, with a way out.
+
+    layers: our attention is in the run
+    Raises ValueError for `--sft` under context parallelism: scripts give ranks parts of each document, by an operation
+    of transformer-engine, and our layers expect parts of the stream.
+    """
+    size = values_of(argv, "--context-parallel-size") or ["1"]
+    if layers and size != ["1"] and values_of(argv, "--sft") is not None:
+        raise Refused(
+            f"--sft with --context-parallel-size {' '.join(size)}: a script of Megatron's cuts each document, and "
+            "megatron-cp's attention takes parts of the stream; run megatron_cp.pretrain_gpt instead of the script"
+        )
 
 
 def wants_layers(argv: Sequence[str], te: bool) -> bool:
@@ -28,5 +44,5 @@ def wants_layers(argv: Sequence[str], te: bool) -> bool:
     ):
         return True
     size = values_of(argv, "--context-parallel-size") or ["1"]
-    switches = ("--sequence-parallel", "--dataloader-inter-document-masking", "--apply-layernorm-1p")
+    switches = ("--sequence-parallel", "--dataloader-inter-document-masking", "--sft", "--apply-layernorm-1p")
     return not te and (size != ["1"] or any(values_of(argv, flag) is not None for flag in switches))

@@ -19,7 +19,15 @@ from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, KERNELS, check_caps
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
-from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, PipelineFlags, TensorFlags, on_stripes, takes_placement
+from megatron_cp.megatron.run import (
+    HEAD_FIRST,
+    AttentionFlags,
+    PipelineFlags,
+    TensorFlags,
+    on_stripes,
+    packs_documents,
+    takes_placement,
+)
 from megatron_cp.registry import suggest
 
 # Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
@@ -166,9 +174,10 @@ def _check_document_layout(args: Any) -> None:
         )
     if name == STREAM:
         return
-    if not read(args, "dataloader_inter_document_masking", False):
+    if not packs_documents(args):
         raise Refused(
-            f"--cp-document-layout {name} lays out packed documents, got none; pass --dataloader-inter-document-masking"
+            f"--cp-document-layout {name} lays out packed documents, got none; pass "
+            "--dataloader-inter-document-masking or --sft"
         )
     for entry in map(BACKENDS.get, comm_types(args)):
         if not takes_document_layout(entry):
@@ -268,10 +277,11 @@ def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
 def _check_packed(args: Any) -> None:
     """Refuse several samples of packed documents between pipeline stages, which exchange them in another shape."""
     samples, stages = read(args, "micro_batch_size", 1) or 1, read(args, "pipeline_model_parallel_size", 1) or 1
+    flag = "--sft" if read(args, "sft", False) else "--dataloader-inter-document-masking"
     if samples > 1 and stages > 1:
         raise Refused(
-            f"--dataloader-inter-document-masking makes one sequence of a microbatch, for which the pipeline's buffers "
-            f"have no room, got --micro-batch-size {samples} on {stages} stages; pass --micro-batch-size 1"
+            f"{flag} makes one sequence of a microbatch, for which the pipeline's buffers have no room, got "
+            f"--micro-batch-size {samples} on {stages} stages; pass --micro-batch-size 1"
         )
 
 
@@ -294,13 +304,13 @@ def _check_call_inputs(args: Any) -> None:
             f"megatron-cp's attention does not do dropout, got --attention-dropout {dropout}; "
             f"pass --attention-dropout 0"
         )
-    for name in ("reset_attention_mask", "sft", "hybrid_context_parallel", "rl_use_sequence_packing"):
+    for name in ("reset_attention_mask", "hybrid_context_parallel", "rl_use_sequence_packing"):
         if read(args, name, False):
             raise Refused(
                 f"megatron-cp's attention does not do packed documents, which --{name.replace('_', '-')} asks for; "
                 f"leave it out"
             )
-    if read(args, "dataloader_inter_document_masking", False):
+    if packs_documents(args):
         _check_packed(args)
     if read(args, "create_attention_mask_in_dataloader", False):
         raise Refused(

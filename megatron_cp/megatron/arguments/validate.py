@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.megatron.run import has_our_layers
 from megatron_cp.planner.parallel import cluster_for
 from megatron_cp.recipe.command import check_processes, flag_words, processes, runs_through_us
 from megatron_cp.recipe.recipe import ENTRY, Recipe
@@ -129,7 +130,7 @@ def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
     from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_cp.megatron.arguments import checks, entry, recipe_flags, stock_rules, upstream_faults
+    from megatron_cp.megatron.arguments import checks, command_line, entry, recipe_flags, stock_rules, upstream_faults
 
     def checked(parser: ArgumentParser) -> ArgumentParser:
         recipe_flags.check(recipe.model_args, parser)
@@ -143,6 +144,8 @@ def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
     upstream_faults.refuse_upstream_faults(args)
     if "entry" not in recipe.launch or recipe.launch["entry"].text == ENTRY:
         entry.refuse_unread(args)
+    elif machine:
+        command_line.check_script(sys.argv[1:], has_our_layers(args))
     model = core_transformer_config_from_args(args)
     init_num_microbatches_calculator(
         args.rank,

@@ -15,7 +15,7 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.context import comm_types
 from megatron_cp.megatron.layers.packed import cut_stream, positions
 from megatron_cp.megatron.machine.facts import device_of_run
-from megatron_cp.megatron.run import AttentionFlags
+from megatron_cp.megatron.run import AttentionFlags, packs_documents
 
 PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
 CUT_POSITIONS = ("rope", "learned_absolute", "none")
@@ -29,7 +29,7 @@ def cuts_by_documents(args: Any) -> bool:
     tokens by the stream's cut.
     """
     return bool(
-        args.dataloader_inter_document_masking
+        packs_documents(args)
         and args.context_parallel_size > 1
         and AttentionFlags.of(args).document_layout != STREAM
         and args.position_embedding_type in CUT_POSITIONS

@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_cp.errors import CannotRun, Refused
+from megatron_cp.megatron.arguments.command_line import check_script
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
@@ -307,7 +308,10 @@ def _refuse_stock_mtp(model: Any, config: TransformerConfig) -> None:
 
 def _warn_of_uneven_masks(vp_stage: int | None) -> None:
     # our launcher says it itself, and the package's own entry has a loss that needs no warning
-    if not vp_stage and not is_on(HOOKS.get("checks")) and (warning := uneven_masks(sys.argv[1:])):
+    if is_on(HOOKS.get("checks")):
+        return
+    check_script(sys.argv[1:], layers=True)
+    if not vp_stage and (warning := uneven_masks(sys.argv[1:])):
         say(warning)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.megatron import hooks
-from megatron_cp.megatron.arguments.command_line import wants_layers
+from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
 from megatron_cp.megatron.checkpoint import failed_save
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus, environment_from_slurm
@@ -96,7 +96,8 @@ def main() -> None:
         raise SystemExit(f"[megatron-cp] no script {script!r}")
     sys.argv = sys.argv[1:]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    with launched(sys.argv[1:]):
+    with launched(sys.argv[1:]) as found:
+        check_script(sys.argv[1:], found.layers)
         if warning := uneven_masks(sys.argv[1:]):
             say(warning)
         runpy.run_path(script, run_name="__main__")

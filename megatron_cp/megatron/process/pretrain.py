@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -30,10 +31,12 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_cp.comm import GroupFabric
 from megatron_cp.megatron.arguments.entry import refuse_unread
+from megatron_cp.megatron.conversations import encoder
 from megatron_cp.megatron.layers.batches import cut_by_documents, cuts_by_documents
 from megatron_cp.megatron.process import summary
+from megatron_cp.megatron.process.conversation_samples import Conversations, ConversationsConfig
 from megatron_cp.megatron.process.launch import launched
-from megatron_cp.megatron.run import say
+from megatron_cp.megatron.run import packs_documents, say
 
 # times the largest loss so far; as in Megatron's own script
 SPIKY_LOSS_FACTOR = 10
@@ -45,7 +48,8 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list
     """Build train, validation and test datasets of the requested sizes, of mock data with --mock-data."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    kind, config_of = _kind_of_dataset()
+    config = config_of(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -71,7 +75,6 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     needed = functools.partial(_reads_data, vp_stage)
     built: list[Any] = BlendedMegatronDatasetBuilder(kind, samples, needed, config).build()
@@ -80,6 +83,14 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list
 
 # rank 0 of each tensor-parallel group is not the only one that may build: the builder asks _reads_data
 datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _kind_of_dataset() -> tuple[type[MegatronDataset], Callable[..., GPTDatasetConfig]]:
+    args = get_args()
+    if args.sft:
+        encode = encoder(get_tokenizer(), args.chat_template)
+        return Conversations, functools.partial(ConversationsConfig, encode=encode)
+    return MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
 
 
 def _has_mtp(vp_stage: int | None) -> bool:
@@ -96,7 +107,7 @@ def _reads_data(vp_stage: int | None = None) -> bool:
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return False
     # every stage's attention needs the ends of documents
-    if get_args().dataloader_inter_document_masking:
+    if packs_documents(get_args()):
         return True
     return bool(is_first_or_last_pipeline_stage(vp_stage)) or _has_mtp(vp_stage)
 
@@ -107,7 +118,7 @@ def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int
     Packed documents of several samples are one sequence.
     """
     args = get_args()
-    packed = args.dataloader_inter_document_masking
+    packed = packs_documents(args)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     mtp = _has_mtp(vp_stage)
@@ -164,7 +175,7 @@ def loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, t
     if get_args().check_for_spiky_loss:
         spike = functools.partial(machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
         machine.validate_result(result=total, rejection_func=spike, message="Spiky loss", tolerance=0.0, fatal=False)
-    return total * _share(tokens), tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+    return total * _share(tokens), tokens, {"lm loss": _logged(total, tokens)}
 
 
 def _share(tokens: torch.Tensor) -> torch.Tensor | float:
@@ -174,6 +185,19 @@ def _share(tokens: torch.Tensor) -> torch.Tensor | float:
     fabric = GroupFabric(parallel_state.get_context_parallel_group())
     whole = fabric.all_gather(tokens.reshape(1)).sum()
     return fabric.size * tokens / whole.clamp(min=1)
+
+
+def _logged(total: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the sum and the number of tokens for the log.
+
+    With --sft Megatron's evaluation takes the mean of each rank, and then that over ranks: a context-parallel group's
+    sums are shared out evenly, so that each of its ranks has the mean of all.
+    """
+    both = torch.stack([total.detach(), tokens.to(total.dtype)])
+    if not get_args().sft or get_args().context_parallel_size == 1:
+        return both
+    fabric = GroupFabric(parallel_state.get_context_parallel_group())
+    return fabric.all_gather(both).reshape(fabric.size, 2).sum(dim=0) / fabric.size
 
 
 def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Callable[..., Any]]:

@@ -100,7 +100,10 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cp_softcap": 30.0, "cp_comm_type": ["rsa"]}, "backend 'rsa' does not cap scores; use backend 'zigzag' or "),
         ({"cp_sink": float("nan")}, "--cp-sink is a finite logit, got nan; leave it out"),
         ({"cp_document_layout": "block"}, "unknown --cp-document-layout 'block'; did you mean 'blocks'"),
-        ({"cp_document_layout": "blocks"}, "lays out packed documents, got none; pass --dataloader-inter-document"),
+        (
+            {"cp_document_layout": "blocks"},
+            "lays out packed documents, got none; pass --dataloader-inter-document-masking or --sft",
+        ),
         (
             {"cp_document_layout": "blocks", "dataloader_inter_document_masking": True, "cp_comm_type": ["ring"]},
             "needs an algorithm without a layout of its own, got --cp-comm-type ring; use zigzag or ",
@@ -114,7 +117,10 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
-        ({"sft": True}, "--sft"),
+        (
+            {"sft": True, "micro_batch_size": 2, "pipeline_model_parallel_size": 2, "world_size": 8},
+            "--sft makes one sequence of a microbatch, .* got --micro-batch-size 2 on 2 stages; pass --micro-batch-size 1",
+        ),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
     ],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cp.megatron.arguments.entry import UNREAD, refuse_unread
+from megatron_cp.megatron.arguments.entry import NOT_OF_CONVERSATIONS, UNREAD, refuse_unread
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import RankError, run_ranks
@@ -52,10 +52,34 @@ def test_the_packages_own_entry_ignores_no_kind_of_data(name: str) -> None:
     refuse_unread(SimpleNamespace(**{name: False}))
 
 
+SFT = {"sft": True, "tokenizer_type": "SFTTokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        *((SFT | {name: True}, f"ignores --{name.replace('_', '-')}; leave it out") for name in NOT_OF_CONVERSATIONS),
+        (SFT | {"mock_data": True}, "got --mock-data; give --data-path FILE.jsonl"),
+        (SFT | {"tokenizer_type": "NullTokenizer"}, "got --tokenizer-type NullTokenizer; pass --chat-template FILE"),
+        (SFT | {"chat_template": "no.jinja"}, "--chat-template no.jinja: No such file"),
+        (
+            SFT | {"context_parallel_size": 2},
+            "in which stock layers give .* got --context-parallel-size 2; pass --spec",
+        ),
+    ],
+)
+def test_conversations_that_the_entry_cannot_pack_are_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text) as refused:
+        refuse_unread(SimpleNamespace(**arguments))
+    assert "\n" not in str(refused.value)
+    refuse_unread(SimpleNamespace(**SFT))
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--sft", "megatron_cp.pretrain_gpt reads whole sequences of text and ignores"),
+        ("--fim-data", "megatron_cp.pretrain_gpt reads texts and conversations and ignores --fim-data"),
+        ("--sft", "--sft trains on conversations, got --mock-data; give --data-path FILE.jsonl instead"),
         (HSDP, "reduces no gradients between the instances without --overlap-grad-reduce"),
     ],
 )
