@@ -119,7 +119,7 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         (
             {"sft": True, "micro_batch_size": 2, "pipeline_model_parallel_size": 2, "world_size": 8},
-            "--sft makes one sequence of a microbatch, .* got --micro-batch-size 2 on 2 stages; pass --micro-batch-size 1",
+            "--sft makes one sequence .* got --micro-batch-size 2 on 2 stages; pass --micro-batch-size 1",
         ),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
