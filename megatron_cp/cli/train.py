@@ -65,7 +65,7 @@ def _ready_corpus(run: Recipe) -> None:
         words = corpus_words(run)
         _say(f"builds the corpus: megatron-cp {shlex.join(words)}")
         typer.main.get_command(data.app).main(words[1:], prog_name="megatron-cp data", standalone_mode=False)
-    from megatron_cp.megatron.conversations import check_conversations
+    from megatron_cp.corpus.conversations import check_conversations
     from megatron_cp.megatron.dataset import check_data_path
 
     model = complete(run).model_args

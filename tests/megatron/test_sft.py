@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from megatron_cp.errors import Refused
-from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
-from megatron_cp.megatron.conversations import (
+from megatron_cp.corpus.conversations import (
     ChatTemplate,
+    ConversationFile,
     Encoded,
-    Lines,
     check_conversations,
     encoder,
     split_at_system,
     template_text,
 )
+from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
 from megatron_cp.megatron.process.conversation_samples import packed_sample
 from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
@@ -225,7 +225,7 @@ def test_a_long_conversation_is_cut_and_keeps_its_last_label() -> None:
 def test_lines_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text(f"{json.dumps({'messages': CHAT})}\n\n{json.dumps({'messages': CHAT[1:3]})}\n[]\n")
-    lines = Lines(str(file))
+    lines = ConversationFile(str(file))
     assert (len(lines), lines[1], lines[0]) == (3, CHAT[1:3], CHAT)
     with pytest.raises(Refused, match="conversation 3: a line has no list of messages"):
         lines[2]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from megatron_cp.context.auto import default_cluster
+from megatron_cp.corpus import conversations
 from megatron_cp.errors import Refused, as_refusals, refuse_together
-from megatron_cp.megatron import conversations, dataset
+from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.foreign_flags import instead_of

@@ -6,9 +6,9 @@ for other datasets or batches, and would be ignored.
 
 from typing import Any
 
+from megatron_cp.corpus.conversations import template_text
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.unsupported import read
-from megatron_cp.megatron.conversations import template_text
 from megatron_cp.megatron.run import has_our_layers
 
 UNREAD = (

@@ -14,8 +14,8 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from torch import Tensor
 
+from megatron_cp.corpus.conversations import ConversationFile, Encode, Encoded, split_at_system
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.conversations import Encode, Encoded, Lines, split_at_system
 
 
 @dataclass
@@ -28,7 +28,7 @@ class ConversationsConfig(GPTDatasetConfig):
 class Conversations(MegatronDataset):
     """Packed samples of conversations, in the order of the file and again from its start."""
 
-    dataset: Lines
+    dataset: ConversationFile
     config: ConversationsConfig
 
     @staticmethod
@@ -37,7 +37,7 @@ class Conversations(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
-        return Lines(dataset_path)
+        return ConversationFile(dataset_path)
 
     def __len__(self) -> int:
         return len(self.indices) if self.num_samples is None else self.num_samples

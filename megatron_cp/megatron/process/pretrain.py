@@ -30,8 +30,8 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage, print_rank_0
 
 from megatron_cp.comm import GroupFabric
+from megatron_cp.corpus.conversations import encoder
 from megatron_cp.megatron.arguments.entry import refuse_unread
-from megatron_cp.megatron.conversations import encoder
 from megatron_cp.megatron.layers.batches import cut_by_documents, cuts_by_documents
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.conversation_samples import Conversations, ConversationsConfig

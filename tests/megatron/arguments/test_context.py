@@ -118,7 +118,7 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
         ({"reset_attention_mask": True}, "--reset-attention-mask"),
         (
-            {"sft": True, "micro_batch_size": 2, "pipeline_model_parallel_size": 2, "world_size": 8},
+            {"sft": True, "micro_batch_size": 2, "pipeline_model_parallel_size": 2, "world_size": 16},
             "--sft makes one sequence .* got --micro-batch-size 2 on 2 stages; pass --micro-batch-size 1",
         ),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),

@@ -78,7 +78,6 @@ def test_conversations_that_the_entry_cannot_pack_are_refused(arguments: dict[st
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--fim-data", "megatron_cp.pretrain_gpt reads texts and conversations and ignores --fim-data"),
         ("--sft", "--sft trains on conversations, got --mock-data; give --data-path FILE.jsonl instead"),
         (HSDP, "reduces no gradients between the instances without --overlap-grad-reduce"),
     ],

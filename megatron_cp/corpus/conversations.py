@@ -32,8 +32,8 @@ class Encoded(NamedTuple):
 type Encode = Callable[[Conversation], Encoded]
 
 
-class Lines:
-    """Lines of a JSONL file, read when they are asked for; empty ones are left out.
+class ConversationFile:
+    """ConversationFile of a JSONL file, read when they are asked for; empty ones are left out.
 
     Raises ValueError for a line that is no list of messages.
     """
