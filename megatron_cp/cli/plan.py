@@ -53,6 +53,9 @@ def plan(
     pp_offload: Annotated[
         bool, typer.Option("--pp-offload", help="Weigh activations on the host too, where memory is short.")
     ] = False,
+    pp_slices: Annotated[
+        str, typer.Option(help="Numbers of slices of a sequence to weigh beside whole sequences, with commas.")
+    ] = "",
     tp: Annotated[
         int | None,
         typer.Option("--tp", "--tensor-model-parallel-size", min=1, help="Fix TP; a size not given is searched."),
@@ -102,6 +105,7 @@ def plan(
         backends=tuple(backends.replace(",", " ").split()),
         schedules=tuple(schedules.replace(",", " ").split()),
         offload=pp_offload,
+        slices=tuple(count(one, "--pp-slices") for one in pp_slices.replace(",", " ").split()),
         tensor=_tensor_schemes(tp_schemes),
         precision=PLANNED[precision],
         fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
@@ -150,6 +154,7 @@ def _plain(one: "Estimate") -> dict[str, Any]:
         "grid": list(parallel.grid.sizes) if parallel.grid else None,
         "schedule": parallel.schedule_name,
         **({"pp_offload": parallel.moves.limit} if parallel.moves else {}),
+        **({"pp_slices": parallel.slices} if parallel.slices > 1 else {}),
         **({"tp_comm_type": parallel.tp_scheme} if parallel.tp_scheme != MEGATRONS else {}),
         **({"tp_grid": list(parallel.tp_grid)} if parallel.tp_grid else {}),
         "step_seconds": one.seconds,

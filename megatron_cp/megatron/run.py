@@ -28,7 +28,7 @@ from megatron_cp.pipeline.offload import AUTO as LIMIT_FROM_MEMORY
 from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
-from megatron_cp.pipeline.slices import attention_share, cut, flash_shares, flash_times, fractions
+from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, GEMMS, MEGATRONS, SCHEMES, TORCH
 
 HEAD_FIRST = "head-first"
@@ -409,13 +409,12 @@ def _slice_lengths(args: Any, flags: PipelineFlags) -> tuple[int, ...]:
     groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
     matrices = 3 if getattr(args, "swiglu", False) else 2
     mlp = matrices * hidden * (getattr(args, "ffn_hidden_size", None) or 4 * hidden)
-    share = attention_share(args.seq_length, 2 * hidden * dim * (heads + groups) + mlp, heads * dim)
-    times = flash_times(share)
-    lengths = fractions(flags.slices or 1, flash_shares(share, times), times, SCHEDULES.get(flags.schedule or "").split)
+    parameters = 2 * hidden * dim * (heads + groups) + mlp
+    split = SCHEDULES.get(flags.schedule or "").split
     spread = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
     multiple = math.lcm(2 * cp, cp * getattr(args, "cp_stripe", 1), cp * spread)
     try:
-        return tuple(cut(args.seq_length, multiple, lengths))
+        return tuple(model_lengths(flags.slices or 1, args.seq_length, multiple, parameters, heads * dim, split))
     except ValueError as error:
         raise Refused(f"--pp-slices {flags.slices}: {error}") from None
 

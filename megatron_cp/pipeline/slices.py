@@ -139,6 +139,19 @@ def cut(tokens: int, multiple: int, lengths: Sequence[float]) -> list[int]:
     return [(end - start) * multiple for start, end in pairwise(ends)]
 
 
+def model_lengths(
+    slices: int, tokens: int, multiple: int, parameters: float, attention_width: float, split: bool
+) -> list[int]:
+    """Return the tokens of each slice, cut by cost from the sizes of a model, as `cut` and `attention_share` take them.
+
+    split: the backward is split
+    Raises ValueError where a slice would be empty.
+    """
+    share = attention_share(tokens, parameters, attention_width)
+    times = flash_times(share)
+    return cut(tokens, multiple, fractions(slices, flash_shares(share, times), times, split))
+
+
 def attention_share(tokens: int, layer_parameters: float, attention_width: float) -> float:
     """Return the part of a layer's forward that is causal attention: 2 S a flops of a token against 2 N.
 

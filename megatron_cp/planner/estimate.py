@@ -6,16 +6,27 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_cp.context import BACKENDS
 from megatron_cp.context.choose import Record
+from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.build import build, place
+from megatron_cp.pipeline.build import build, check_slices, place
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import PEER, Schedule
 from megatron_cp.pipeline.simulate import peaks, simulate
-from megatron_cp.planner.memory import MemoryUse, mean_layer_bytes, parameter_bytes, rank_memory, stage_parameters
+from megatron_cp.pipeline.slices import AttentionShares, SliceShare, shares
+from megatron_cp.planner.memory import (
+    MemoryUse,
+    keys_for_slices,
+    mean_layer_bytes,
+    parameter_bytes,
+    rank_memory,
+    slice_lengths,
+    stage_parameters,
+)
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.traffic import StepTraffic, step_traffic
@@ -219,6 +230,7 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
         raise ValueError(f"context parallel {parallel.cp} needs a sequence divisible by {2 * parallel.cp}, got {seq}")
     if model.experts % parallel.ep:
         raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
+    _check_sliced(model, parallel)
     if parallel.vp > 1 and parallel.pp == 1:
         raise ValueError(f"virtual stages ({parallel.vp}) need a pipeline; raise pp or set vp to 1")
     if parallel.layout:
@@ -234,6 +246,19 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
         raise ValueError(
             f"{slots} layers{' with the ends' if parallel.balanced_ends else ''} do not divide into "
             f"{parallel.pp} x {parallel.vp} stages; choose other pipeline sizes"
+        )
+
+
+def _check_sliced(model: Transformer, parallel: Parallel) -> None:
+    if parallel.slices == 1:
+        return
+    if parallel.pp == 1 or parallel.schedule is None:
+        raise Refused(f"{parallel.slices} slices of a sequence need a pipeline and --pp-schedule; add 1f1b, or take 1")
+    check_slices(SCHEDULES.get(parallel.schedule), parallel.slices)
+    if model.experts or model.latent or model.mtp or BACKENDS.get(parallel.backend).capabilities.over_time:
+        raise Refused(
+            f"{parallel.slices} slices of a sequence do not go with experts, latent attention, multi-token prediction "
+            f"and attention in chunks over time (--cp-comm-type {parallel.backend}); leave --pp-slices out"
         )
 
 
@@ -309,7 +334,7 @@ def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
         return parallel.micros * stages[0].seconds
     schedule, costs = _played(rank, stages)
     slowest = max(costs.work(schedule.placement))
-    return simulate(schedule, costs).objective(parallel.objective) + (parallel.micros - schedule.micros) * slowest
+    return simulate(schedule, costs).objective(parallel.objective) + (parallel.micros - schedule.sequences) * slowest
 
 
 def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
@@ -320,10 +345,26 @@ def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
     else:
         schedule, costs = _played(rank, stages)
         kept = list(peaks(schedule, costs))
+        if rank.parallel.slices > 1 and rank.parallel.moves:
+            kept = _kept_beside_keys(rank, stages, schedule, costs)
     return tuple(
         rank_memory(rank, stage.layers, most, at == 0, at == last)
         for at, (stage, most) in enumerate(zip(_of_ranks(rank, stages), kept, strict=True))
     )
+
+
+def _kept_beside_keys(rank: RankConfig, stages: Sequence[Stage], schedule: Schedule, costs: Costs) -> list[float]:
+    """Return an upper bound of the bytes of each rank where all but keys and values moves: later slices need those."""
+    keys = tuple(stage.layers * keys_for_slices(rank, rank.parallel.bytes) for stage in stages)
+    moving = replace(
+        costs,
+        kept=tuple(size - of_keys for size, of_keys in zip(costs.kept, keys, strict=True)),
+        held=tuple(max(0.0, size - of_keys) for size, of_keys in zip(costs.held, keys, strict=True)),
+    )
+    staying = replace(costs, kept=keys, held=(0.0,) * len(keys))
+    whole = replace(rank, parallel=replace(rank.parallel, moves=None))
+    of_moving, of_staying = peaks(schedule, moving), peaks(_played(whole, stages)[0], staying)
+    return [sum(parts) for parts in zip(of_moving, of_staying, strict=True)]
 
 
 def _played(rank: RankConfig, stages: Sequence[Stage]) -> tuple[Schedule, Costs]:
@@ -332,13 +373,13 @@ def _played(rank: RankConfig, stages: Sequence[Stage]) -> tuple[Schedule, Costs]
     few = m if m <= LONG * p else LONG * p - p + m % p
     name, v, moves = parallel.schedule_name, parallel.vp, parallel.moves
     if SCHEDULES.get(name).table:
-        return _table(name, p, few, v, moves), costs
+        return _table(name, p, few, v, moves, parallel.slices), costs
     return build(name, p, few, v, placement=parallel.pp_placement, costs=costs, moves=moves), costs
 
 
 @lru_cache(256)
-def _table(name: str, p: int, m: int, v: int, moves: Offload | None) -> Schedule:
-    return build(name, p, m, v, moves=moves)
+def _table(name: str, p: int, m: int, v: int, moves: Offload | None, slices: int) -> Schedule:
+    return build(name, p, m, v, moves=moves, slices=slices)
 
 
 def _placement(parallel: Parallel) -> Placement:
@@ -348,7 +389,7 @@ def _placement(parallel: Parallel) -> Placement:
 def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
     parallel, cluster = rank.parallel, rank.cluster
     stride = parallel.world // parallel.pp
-    hop = cluster.link(0, stride).hop_seconds(rank.split_tokens * rank.model.hidden * parallel.bytes)
+    hop = cluster.link(0, stride).hop_seconds(rank.split_tokens / parallel.slices * rank.model.hidden * parallel.bytes)
     waited, hop = (hop, 0.0) if parallel.schedule_name == "interleaved" and not parallel.overlap_p2p else (0.0, hop)
     sizes = tuple(max(1.0, stage.kept) for stage in stages)
     # a stage of the embedding alone has no input gradient, but the simulator needs positive times
@@ -360,8 +401,27 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
         size - 2 * size_of_norms(rank) * (stage.layers - recomputed_layers(rank, int(stage.layers)))
         for size, stage in zip(sizes, stages, strict=True)
     )
-    move = _move_seconds(rank)
-    return Costs(forward=forward, input=backward, weight=weight, comm=hop, kept=sizes, held=held, unit=1.0, move=move)
+    return Costs(
+        forward=forward,
+        input=backward,
+        weight=weight,
+        comm=hop,
+        kept=sizes,
+        held=held,
+        unit=1.0,
+        move=_move_seconds(rank),
+        slices=_slices(rank, stages),
+    )
+
+
+def _slices(rank: RankConfig, stages: Sequence[Stage]) -> tuple[SliceShare, ...]:
+    """Return the part of each slice in the work and the activations of a sequence; nothing for whole sequences."""
+    lengths = slice_lengths(rank)
+    if len(lengths) == 1:
+        return ()
+    work = sum(stages, start=Stage(0.0, PassTimes(), 0.0)).work
+    forward, backward, _ = ((part.attention + part.context) / part.total if part.total else 0.0 for part in work)
+    return shares(lengths, AttentionShares(forward, backward))
 
 
 def _move_seconds(rank: RankConfig) -> float:

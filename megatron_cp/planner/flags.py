@@ -24,6 +24,7 @@ MODELLED = _flags(
     seq-length vocab-size num-experts moe-layer-freq q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
+    pp-slices
     """
 )
 
@@ -88,7 +89,7 @@ UNMODELLED = _flags(
     hybrid-layer-pattern hybrid-override-pattern yaml-cfg main-grads-dtype megatron-fsdp-main-params-dtype
     megatron-fsdp-main-grads-dtype megatron-fsdp-grad-comm-dtype megatron-fsdp-enable-fine-grained-param-gather
     megatron-fsdp-max-pool-double-buffer fsdp-db-use-persist-buf-on-alloc-fail sft
-    cp-kernel cp-stripe cp-chunks cp-sink cp-softcap cp-document-layout tp-gemm pp-slices pp-costs pp-memory-limit
+    cp-kernel cp-stripe cp-chunks cp-sink cp-softcap cp-document-layout tp-gemm pp-costs pp-memory-limit
     """
 )
 """Flags that change a step's time, memory or traffic beyond what is modelled."""

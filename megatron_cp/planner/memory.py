@@ -1,9 +1,12 @@
 """Estimate the largest memory of a rank, by kind."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.work import RankConfig, context_attention, linears_of, mlp_width
@@ -63,7 +66,7 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
     stored = parallel.bytes
     if parallel.recompute == "full":
         kept = 1 / parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
-        return kept * stored * rank.split_tokens * model.hidden
+        return kept * stored * rank.split_tokens * model.hidden + keys_for_slices(rank, stored)
     modules = parallel.recomputed if parallel.recompute == "selective" else ()
     # inputs of products are kept in the dtype of the products
     taken = 1 if parallel.precision == "fp8" else stored
@@ -81,10 +84,31 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
     elif "core_attn" not in modules:
         # scores after softmax and after dropout, and a mask of one byte
         split += 5 * model.heads * rank.seq
+    if "core_attn" in modules:
+        whole += keys_for_slices(rank, stored)
     if rank.cluster.unfused:
         # without fused kernels, the activation's and the rotary positions' intermediate results too
         split += (mlp + model.query + model.key_value) * stored
     return whole + split * rank.tokens / parallel.tp
+
+
+def keys_for_slices(rank: RankConfig, size: float) -> float:
+    """Return the bytes of a layer's keys and values, or of their gradients, that wait for other slices; 0 without."""
+    if rank.parallel.slices == 1:
+        return 0.0
+    return size * rank.model.key_value * rank.tokens / rank.parallel.tp
+
+
+def slice_lengths(rank: RankConfig) -> list[int]:
+    """Return the tokens of each slice of a sequence, as training cuts it; ValueError where one would be empty."""
+    model, parallel = rank.model, rank.parallel
+    if parallel.slices == 1:
+        return [rank.seq]
+    parameters = sum(weight.inner * weight.columns for weight in model.attention_weights)
+    parameters += model.matrices * model.hidden * model.ffn
+    multiple = math.lcm(2 * parallel.cp, parallel.cp * (parallel.tp if parallel.sp else 1))
+    split = SCHEDULES.get(parallel.schedule_name).split
+    return model_lengths(parallel.slices, rank.seq, multiple, parameters, model.query, split)
 
 
 def kept_of_mlp(model: Transformer, modules: Sequence[str], moe: bool) -> tuple[int, int]:
@@ -152,10 +176,15 @@ def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool
         logits = losses * (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
     # gradients of the widest layer that is at work
     buffers = context_attention(rank).live + parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp
-    buffers += _attention_workspace(rank) + _gathered_weights(rank)
+    buffers += _attention_workspace(rank)
+    lengths = slice_lengths(rank)
+    # of the longest slice; gradients of keys of all but the last wait in float32
+    buffers *= max(lengths) / rank.seq
+    buffers += layers * keys_for_slices(rank, 4) * (1 - lengths[-1] / rank.seq) + _gathered_weights(rank)
     if parallel.recompute == "full":
         at_work = parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
-        buffers += at_work * mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))
+        again = at_work * mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))
+        buffers += again * max(lengths) / rank.seq
     dense, experts = stage_parameters(model, parallel, layers, first, last)
     weights, gradients, optimizer = parameter_bytes(parallel, dense, experts)
     return MemoryUse(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

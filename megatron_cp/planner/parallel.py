@@ -43,6 +43,7 @@ class Parallel:
     pp_placement: of the stages, for schedule "auto"; None for its own
     schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
     moves:       limit of chunks on a pipeline rank, and where activations beyond it go
+    slices:      of every sequence, which go through the pipeline one after the other
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are divided among stages
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
@@ -77,6 +78,7 @@ class Parallel:
     pp_placement: str | None = None
     schedule: str | None = None
     moves: Offload | None = None
+    slices: int = 1
     objective: str = "makespan"
     balanced_ends: bool = False
     overlap_grad_reduce: bool = True
@@ -201,6 +203,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         pp_placement=recipe.flag("--pp-placement", "") or None,
         schedule=recipe.flag("--pp-schedule", "") or None,
         moves=_moves(recipe),
+        slices=recipe.number("--pp-slices", 1),
         balanced_ends="--account-for-loss-in-pipeline-split" in given,
         overlap_grad_reduce="--overlap-grad-reduce" in given,
         overlap_param_gather="--overlap-param-gather" in given,

@@ -57,6 +57,8 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
         yield "--num-virtual-stages-per-pipeline-rank", parallel.vp
     if parallel.schedule:
         yield "--pp-schedule", parallel.schedule
+    if parallel.slices > 1:
+        yield "--pp-slices", parallel.slices
     if parallel.moves:
         yield "--pp-offload", parallel.moves.limit
         if parallel.moves.to != HOST:

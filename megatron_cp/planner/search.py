@@ -6,7 +6,7 @@ loops, until a bound is worse than all plans to show.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
@@ -75,6 +75,7 @@ class PlanRequest:
 
     global_batch: sequences of a step
     offload:      where memory is short, activations may move to the host beside recomputation
+    slices:       numbers of slices of a sequence to weigh beside whole sequences
     tensor:       schemes of tensor parallelism; others than Megatron's own need its local linears
     fixed:        sizes that are given
     headroom:     share of a GPU's memory that stays free
@@ -89,6 +90,7 @@ class PlanRequest:
     backends: tuple[str, ...] = CONTEXT
     schedules: tuple[str, ...] = SCHEDULED
     offload: bool = False
+    slices: tuple[int, ...] = ()
     tensor: tuple[str, ...] = (MEGATRONS,)
     fixed: FixedSizes = ANY_SIZES
     headroom: float = HEADROOM
@@ -189,6 +191,7 @@ def label(parallel: Parallel) -> str:
         chunks = f" v={parallel.vp}" if parallel.vp > 1 else ""
         words.append(f"PP={parallel.pp} ({parallel.schedule_name}{chunks})")
     words += [f"DP={parallel.dp}"] + ([f"EP={parallel.ep}"] if parallel.ep > 1 else [])
+    words += [f"{parallel.slices} slices"] if parallel.slices > 1 else []
     words += [f"offload {parallel.moves.limit}"] if parallel.moves else []
     words += [f"micro batch {parallel.micro_batch}"] if parallel.micro_batch > 1 else []
     return " ".join(words + (["full recompute"] if parallel.recompute == "full" else []))
@@ -335,7 +338,7 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
             stages = sizes.pp * vp
             if layers % stages and (layers + 2) % stages:
                 continue
-            for schedule in _schedules(request, sizes.pp, vp):
+            for schedule, slices in _sliced(request, _schedules(request, sizes.pp, vp), vp):
                 yield Parallel(
                     **sizes._asdict(),
                     vp=vp,
@@ -343,6 +346,7 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
                     micro_batch=micro,
                     global_batch=request.global_batch,
                     schedule=schedule,
+                    slices=slices,
                     balanced_ends=layers % stages != 0,
                     precision=request.precision,
                 )
@@ -354,6 +358,16 @@ def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
     rules = map(PIPELINES.get, request.schedules)
     fitting = [rule.name for rule in rules if rule.chunks == vp or (rule.chunks is None and vp > 1)]
     return [None if name == megatrons_schedule(vp) else name for name in fitting]
+
+
+def _sliced(request: PlanRequest, schedules: Sequence[str | None], vp: int) -> Iterator[tuple[str | None, int]]:
+    """Yield the schedules with whole sequences, and those that take slices with each number of them."""
+    model = request.model
+    for schedule in schedules:
+        yield schedule, 1
+        name = schedule or megatrons_schedule(vp)
+        if PIPELINES.get(name).takes_slices and not (model.experts or model.latent or model.mtp):
+            yield from ((name, slices) for slices in request.slices if slices > 1)
 
 
 def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:
@@ -458,7 +472,8 @@ def _with_context(request: PlanRequest, bound: Estimate, record: Record) -> Esti
 
 def _plain(parallel: Parallel) -> Parallel:
     """Return the split without what saves memory, and with Megatron's own linears."""
-    if parallel.moves and parallel.schedule == megatrons_schedule(parallel.vp):
+    sliced = parallel.slices > 1
+    if parallel.moves and not sliced and parallel.schedule == megatrons_schedule(parallel.vp):
         parallel = replace(parallel, schedule=None)
     return replace(parallel, recompute="none", moves=None, tp_scheme=MEGATRONS, tp_grid=None)
 

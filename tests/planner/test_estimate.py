@@ -12,9 +12,14 @@ from megatron_cp.context.trace.record import record
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Gemm
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
+from megatron_cp.pipeline.build import build
+from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.offload import Offload
+from megatron_cp.pipeline.simulate import simulate
+from megatron_cp.pipeline.slices import AttentionShares, shares
 from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.fit import fit, left_out
+from megatron_cp.planner.memory import keys_for_slices, slice_lengths
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of, warnings
 from megatron_cp.planner.published import published, summary
@@ -73,6 +78,52 @@ def test_passes_are_as_long_as_the_zero_bubble_paper_profiled(name):
     assert weight == pytest.approx(w, rel=0.05)
     size = run.parallel.micro_batch * run.seq * run.model.hidden * 2
     assert 1e3 * run.cluster.inside.hop_seconds(size) == pytest.approx(hop, rel=0.05)
+
+
+LONG = replace(LLAMA, vocab=1024)
+SLICED = Parallel(tp=8, sp=True, cp=2, pp=4, global_batch=4, schedule="1f1b", slices=8)
+
+
+def test_slices_keep_what_the_simulated_schedule_keeps():
+    seq = 2**18
+    whole, sliced = (of(replace(SLICED, slices=k), LONG, seq) for k in (1, 8))
+    rank = RankConfig(model=LONG, parallel=SLICED, cluster=H100, seq=seq)
+    schedule = build("1f1b", 4, 4, slices=8)
+    peaks = simulate(
+        schedule, uniform(schedule.placement, (1, 1, 1, 0), slices=shares(slice_lengths(rank), AttentionShares()))
+    ).peak
+    # whole sequences of rank r: 4 - r
+    for at, peak in enumerate(peaks):
+        assert sliced.memory[at].activations == pytest.approx(peak * whole.memory[at].activations / (4 - at))
+    assert sliced.worst_memory.activations < 0.5 * whole.worst_memory.activations
+    assert sliced.parts.pipeline < 0.5 * whole.parts.pipeline
+    # their shares add up to the work of a whole sequence
+    assert sum(sliced.parts[:5]) == pytest.approx(sum(whole.parts[:5]))
+
+
+def test_keys_of_slices_stay_where_activations_move():
+    stays, moves = (of(replace(SLICED, moves=to), LONG, 2**18) for to in (None, Offload(4)))
+    rank = RankConfig(model=LONG, parallel=SLICED, cluster=H100, seq=2**18)
+    keys = LONG.layers / 4 * keys_for_slices(rank, 2)
+    assert keys < moves.memory[0].activations < stays.memory[0].activations
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"schedule": None}, "8 slices of a sequence need a pipeline and --pp-schedule"),
+        ({"schedule": "zb-v", "vp": 2}, "zb-v has no order for 8 slices"),
+        ({"backend": "fpdt"}, "attention in chunks over time"),
+    ],
+)
+def test_slices_are_refused_where_training_refuses_them(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        of(replace(SLICED, **changes), LONG, 2**18)
+
+
+def test_more_slices_than_a_sequence_has_are_refused():
+    with pytest.raises(ValueError, match="take at most 4 slices"):
+        of(SLICED, LONG, 64)
 
 
 def test_a_pipeline_that_waits_for_its_messages_is_slower_by_them():

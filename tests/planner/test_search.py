@@ -94,6 +94,18 @@ def test_activations_on_the_host_are_weighed_where_asked(tmp_path: Path) -> None
     assert parallel_of(recipe.load(str(file), {"DATA_PATH": "corpus"}), 256) == best.parallel
 
 
+def test_slices_are_weighed_where_asked(tmp_path: Path) -> None:
+    fixed = FixedSizes(tp=8, cp=2, pp=2, dp=1, vp=1, micro_batch=1)
+    asked = replace(request(), global_batch=2, backends=("zigzag",), schedules=("1f1b",), fixed=fixed)
+    (whole,), (sliced,) = (search(replace(asked, slices=slices), record, 1).options for slices in ((), (4,)))
+    assert (whole.parallel.slices, sliced.parallel.slices) == (1, 4)
+    assert sliced.seconds < whole.seconds
+    file = tmp_path / "planned.yaml"
+    file.write_text(as_recipe(sliced, "models/llama3.1-8b"))
+    assert parallel_of(recipe.load(str(file), {"DATA_PATH": "corpus"}), 32) == sliced.parallel
+    assert "4 slices" in file.read_text()
+
+
 def test_fixed_sizes_are_the_plans() -> None:
     sizes = {"tp": 4, "cp": 2, "pp": 2, "dp": 2, "vp": 2, "micro_batch": 2}
     fixed = replace(request(), fixed=FixedSizes(**sizes), backends=("zigzag",))
