@@ -125,6 +125,16 @@ def cut(tokens: int, multiple: int, lengths: Sequence[float]) -> list[int]:
     Raises ValueError where there are fewer multiples than slices, or the sequence is none.
     """
     slices, units = len(lengths), tokens // multiple
+    _check_cut(slices, tokens, multiple)
+    ends = [0]
+    for number, end in enumerate(accumulate(lengths), 1):
+        nearest = int(end / sum(lengths) * units + 0.5)
+        ends.append(min(max(nearest, ends[-1] + 1), units - (slices - number)))
+    return [(end - start) * multiple for start, end in pairwise(ends)]
+
+
+def _check_cut(slices: int, tokens: int, multiple: int) -> None:
+    units = tokens // multiple
     if tokens % multiple:
         raise Refused(f"a sequence in slices needs a multiple of {multiple} tokens, got {tokens}")
     if slices > units:
@@ -132,11 +142,6 @@ def cut(tokens: int, multiple: int, lengths: Sequence[float]) -> list[int]:
             f"{slices} slices of {tokens} tokens in multiples of {multiple} leave some empty; "
             f"take at most {units} slices"
         )
-    ends = [0]
-    for number, end in enumerate(accumulate(lengths), 1):
-        nearest = int(end / sum(lengths) * units + 0.5)
-        ends.append(min(max(nearest, ends[-1] + 1), units - (slices - number)))
-    return [(end - start) * multiple for start, end in pairwise(ends)]
 
 
 def model_lengths(
@@ -147,6 +152,8 @@ def model_lengths(
     split: the backward is split
     Raises ValueError where a slice would be empty.
     """
+    # before a search for each border
+    _check_cut(slices, tokens, multiple)
     share = attention_share(tokens, parameters, attention_width)
     times = flash_times(share)
     return cut(tokens, multiple, fractions(slices, flash_shares(share, times), times, split))
