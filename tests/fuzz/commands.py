@@ -16,7 +16,11 @@ def asked(*words: str) -> tuple[int, str]:
     """Exit code, and what was printed or the line that `main` would print; fails on what would be a traceback."""
     with warnings.catch_warnings():
         # Megatron says so when it is imported first
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        for said in (
+            "Transformer Engine and Apex are not installed",
+            "The following imports from `dynamic_context.py`",
+        ):
+            warnings.filterwarnings("ignore", message=said)
         done = CliRunner().invoke(app, [*words])
     error = done.exception
     if error is None or isinstance(error, SystemExit):

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,13 +99,8 @@ def read(folder: Path) -> Contents:
             takes={},
             optimizer="",
         )
-    try:
+    with _readable(folder):
         return _described(folder, number, index, elements, dtypes)
-    except Refused:
-        raise
-    except Exception as error:
-        # what was unpickled may be anything
-        raise Refused(f"{folder}: its arguments cannot be read ({_one_line(error)}): not saved by Megatron") from error
 
 
 def _described(folder: Path, number: int, index: Any, elements: int, dtypes: list[str]) -> Contents:
@@ -122,6 +118,34 @@ def _described(folder: Path, number: int, index: Any, elements: int, dtypes: lis
         takes=takes(arguments),
         optimizer=optimizer_rule(arguments, stored),
     )
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Raise ValueError in one line for what ends the reading of the arguments: what was unpickled may be anything."""
+    # torch's exception of a failed load is no Exception
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except Refused:
+        raise
+    except (Exception, CheckpointException) as error:
+        raise Refused(
+            f"{folder}: its arguments cannot be read ({_one_line(error)}): damaged, or not saved by Megatron; "
+            "another iteration is loaded with --ckpt-step"
+        ) from error
+
+
+def common_state(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside its sharded tensors; raises ValueError where that cannot be read."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    with _readable(folder):
+        found = load_common_state_dict(str(folder))
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}")
+        return found
 
 
 def unreadable(folder: Path) -> list[str]:
@@ -166,7 +190,10 @@ def _index(folder: Path) -> tuple[Any, list[str]]:
     return index, []
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    # a failed load says what happened on each rank, with its stack
+    for failed, _ in getattr(error, "failures", {}).values():
+        error = failed
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -213,8 +240,6 @@ def _stored(index: Any) -> Bytes:
 
 
 def _arguments(folder: Path, index: Any) -> Any:
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
     with warnings.catch_warnings():
         # torch warns because one process reads alone
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -222,7 +247,7 @@ def _arguments(folder: Path, index: Any) -> Any:
         has = (folder / "common.pt").is_file() or any(
             name.startswith("common_state") for name in index.state_dict_metadata
         )
-        common = load_common_state_dict(str(folder)) if has else {}
+        common = common_state(folder) if has else {}
     if "args" not in common:
         raise Refused(f"{folder} holds no arguments of Megatron's training: another trainer has saved it")
     return common["args"]

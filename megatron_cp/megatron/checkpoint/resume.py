@@ -16,7 +16,7 @@ import torch
 
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused
-from megatron_cp.megatron.checkpoint.contents import SIZES, damage, iterations, unreadable
+from megatron_cp.megatron.checkpoint.contents import SIZES, common_state, damage, iterations, unreadable
 from megatron_cp.megatron.run import PipelineFlags
 from megatron_cp.units import is_whole
 
@@ -106,7 +106,6 @@ def _with(args: Any) -> str:
 
 
 def _saved_arguments(args: Any) -> Any:
-    from megatron.core.dist_checkpointing import load_common_state_dict
     from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
     tracker = get_checkpoint_tracker_filename(args.load) if args.load else ""
@@ -120,7 +119,7 @@ def _saved_arguments(args: Any) -> Any:
     if not os.path.isfile(os.path.join(folder, "metadata.json")):
         return None
     _check_whole(Path(args.load), Path(folder))
-    return load_common_state_dict(folder).get("args")
+    return common_state(Path(folder)).get("args")
 
 
 def _tracker_names_nothing(tracker: Path, named: str) -> str:

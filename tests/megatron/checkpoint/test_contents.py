@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import save
+from torch.distributed.checkpoint import FileSystemReader, save
 from typer.testing import CliRunner
 
 from megatron_cp.cli import app
@@ -142,6 +142,24 @@ def test_damage_is_named_and_not_resumed_from(copy: Path, name: str, change: Cal
     assert "iter_0000001  whole" in said
     with pytest.raises(RankError, match=r"is damaged: .*latest whole one with --ckpt-step 1"):
         run_ranks(2, pretrain_losses, saving(copy, f"--load {copy} --tensor-model-parallel-size 2"))
+
+
+def test_damaged_arguments_are_one_line_and_not_resumed_from(copy: Path) -> None:
+    folder = copy / "iter_0000002"
+    stored = next(
+        stored
+        for key, stored in FileSystemReader(folder).read_metadata().storage_data.items()
+        if key.fqn.startswith("common_state")
+    )
+    with (folder / stored.relative_path).open("r+b") as file:
+        file.seek(stored.offset)
+        file.write(bytes(stored.length))
+    text = "iter_0000002: its arguments cannot be read (invalid load key, "
+    assert text in refusal(copy)
+    with pytest.raises(RankError) as ended:
+        run_ranks(2, pretrain_losses, saving(copy, f"--load {copy} --tensor-model-parallel-size 2"))
+    assert all(text in error.splitlines()[0] for error in ended.value.errors.values())
+    assert len(ended.value.errors) == 2
 
 
 def test_a_save_that_was_interrupted_hides_no_other(copy: Path) -> None:
