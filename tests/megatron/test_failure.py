@@ -29,6 +29,7 @@ def test_a_failing_rank_ends_all_ranks():
     assert WHERE in error.value.errors[1]
 
 
+@pytest.mark.slow
 def test_a_failed_job_says_where_and_resumes_as_if_unbroken(tmp_path):
     checkpoints = f"--save {tmp_path} --load {tmp_path} --save-interval 2"
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]

@@ -115,6 +115,7 @@ def rank_process(torchrun: int, rank: int) -> psutil.Process:
     return next(worker for worker in workers if worker.environ().get("RANK") == str(rank))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_job_goes_on(unbroken: tuple[Path, Losses], tmp_path: Path) -> None:
     _, expected = unbroken
     chance = random.Random(20)

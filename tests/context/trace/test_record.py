@@ -41,6 +41,7 @@ def visible_pairs(problem):
         lambda ranks, causal, window: ranks == 3 or (causal and window is None),
         [(ranks, *mask) for ranks in (3, 4) for mask in MASKS],
     ),
+    ids=lambda value: f"p{value}" if type(value) is int else None,
 )
 @pytest.mark.parametrize("backend", ALGORITHMS)
 def test_work_is_every_unmasked_pair_of_every_head_in_both_passes(backend, ranks, causal, window):

@@ -88,6 +88,7 @@ def steps_after_loading(flags: list[str]) -> tuple[set[float], bool]:
     return seen[-1]
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_step_count_of_its_own(saved: Any) -> None:
     folder, _ = saved("distributed")
     for steps, own in run_ranks(

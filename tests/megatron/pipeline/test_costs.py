@@ -63,6 +63,7 @@ def test_a_schedule_for_measured_costs_trains_as_1f1b(tmp_path):
     assert all(0 < held < kept for held, kept in zip(measured.M_W, measured.M_B, strict=True))
 
 
+@pytest.mark.slow
 def test_measured_costs_come_to_the_same_schedule_when_read_again(tmp_path):
     chunks = (*AUTO, CHUNKS, "--overlap-grad-reduce")
     saved = f"--save {tmp_path} --save-interval 100"

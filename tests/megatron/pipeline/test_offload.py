@@ -116,7 +116,8 @@ HOST = {
 }
 
 
-@pytest.mark.parametrize("case", slow_unless(["gis on two ranks with everything"], HOST))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HOST)
 def test_activations_on_the_host_change_no_bit(without, case):
     p, chunks, limit, v, flags = HOST[case]
     name = case.split()[0]

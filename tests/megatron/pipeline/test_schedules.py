@@ -144,6 +144,7 @@ def test_four_ranks_train_as_1f1b(megatrons_own):
     assert_bit_equal(run(4, FOUR, "--pp-schedule zb-h1"), megatrons_own(4, FOUR))
 
 
+@pytest.mark.slow
 def test_four_ranks_train_as_interleaved(megatrons_own):
     chunks = (FOUR, CHUNKS, "--num-layers 8")
     assert_bit_equal(run(4, *chunks, "--pp-schedule izb"), megatrons_own(4, *chunks))

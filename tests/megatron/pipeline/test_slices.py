@@ -111,7 +111,7 @@ CASES = {
     ),
     "window": (2, 4, "--pp-schedule 1f1b", (TWO, "--window-size 9,0")),
 }
-CHOSEN = ["ulysses"]
+CHOSEN = ["masked"]
 
 
 @pytest.mark.parametrize("case", slow_unless(CHOSEN, CASES))
