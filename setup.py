@@ -58,6 +58,8 @@ setup(
         # Megatron makes hierarchical context-parallel groups with it
         "einops>=0.8,<1",
         "jaxtyping>=0.3,<0.4",
+        # chat templates of --sft
+        "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "numpy>=1.26,<3",
         "psutil>=6,<8",

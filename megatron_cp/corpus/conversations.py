@@ -33,7 +33,7 @@ type Encode = Callable[[Conversation], Encoded]
 
 
 class ConversationFile:
-    """ConversationFile of a JSONL file, read when they are asked for; empty ones are left out.
+    """Lines of a JSONL file, each a list of messages, read when they are asked for; empty lines are left out.
 
     Raises ValueError for a line that is no list of messages.
     """
