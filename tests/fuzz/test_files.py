@@ -4,7 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -163,17 +164,22 @@ def corpus(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in (output.with_suffix(".bin"), output.with_suffix(".idx"))}
 
 
+@contextmanager
+def one_damaged(files: dict[Path, bytes], data: st.DataObject) -> Iterator[None]:
+    """Damage one of the files inside the context; drawn before a case begins, which the clock may end."""
+    path = data.draw(st.sampled_from(sorted(files)))
+    path.write_bytes(data.draw(damaged(files[path])))
+    try:
+        yield
+    finally:
+        path.write_bytes(files[path])
+
+
 @given(st.data())
 def test_damaged_corpus(counted: Cases, folder: Path, corpus: dict[Path, bytes], data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from(sorted(corpus)))
-    path.write_bytes(data.draw(damaged(corpus[path])))
-    try:
-        # a case that draws numbers inside could not be ended by the clock
-        with counted.one():
-            code, _ = asked("data", "info", str(folder / "corpus"))
-            counted.refused += code != 0
-    finally:
-        path.write_bytes(corpus[path])
+    with one_damaged(corpus, data), counted.one():
+        code, _ = asked("data", "info", str(folder / "corpus"))
+        counted.refused += code != 0
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +196,6 @@ def checkpoint(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @given(st.data())
 def test_checkpoint(counted: Cases, folder: Path, checkpoint: dict[Path, bytes], data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from(sorted(checkpoint)))
-    path.write_bytes(data.draw(damaged(checkpoint[path])))
-    try:
-        with counted.one():
-            code, _ = asked("inspect", str(folder / "checkpoint"))
-            counted.refused += code != 0
-    finally:
-        path.write_bytes(checkpoint[path])
+    with one_damaged(checkpoint, data), counted.one():
+        code, _ = asked("inspect", str(folder / "checkpoint"))
+        counted.refused += code != 0
