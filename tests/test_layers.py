@@ -60,6 +60,7 @@ ORDER = (
     "grid.py registry.py units.py yaml_file.py",
     "comm corpus hardware kernels recipe report.py",
     "context pipeline tensor",
+    "batches",
     "bench planner",
     "megatron plots",
     "doctor.py launch.py pretrain_gpt.py",
