@@ -74,7 +74,8 @@ class CoreAttention(MegatronModule):
             self._refuse(f"num_splits {num_splits}", "leave it out")
         # Query-key layer scaling divides before and multiplies after a half-precision product: the kernels here keep
         # scores in fp32, so that the scale as a whole is this one.
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        plain_scale = 1.0 / math.sqrt(k_channels or config.kv_channels)
+        self.softmax_scale = plain_scale if softmax_scale is None else softmax_scale
         # the values of multi-latent attention are narrower than its keys
         self._widest_head = max(k_channels or config.kv_channels, v_channels or config.kv_channels)
         self.cp_comm_type = cp_comm_type or DEFAULT

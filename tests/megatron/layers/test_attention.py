@@ -92,9 +92,10 @@ def test_copied_config_with_more_groups_is_fine() -> None:
     assert_equal(results(attention(copied)), results(dense_module(True)))
 
 
-def test_softmax_scale_is_taken() -> None:
-    ours = results(attention(config(), softmax_scale=0.25))
-    assert_equal(ours, results(lambda q, k, v, mask: dense(q, k, v, True, scale=0.25)))
+@pytest.mark.parametrize("scale", [0.25, 0.0])
+def test_softmax_scale_is_taken(scale: float) -> None:
+    ours = results(attention(config(), softmax_scale=scale))
+    assert_equal(ours, results(lambda q, k, v, mask: dense(q, k, v, True, scale=scale)))
 
 
 def test_kernel_of_the_config_is_used() -> None:
