@@ -15,6 +15,8 @@ from megatron_cp.units import is_whole
 
 INDEX = ".metadata"
 DESCRIPTION = "metadata.json"
+# the common state of releases before 0.19
+COMMON_FILE = "common.pt"
 # Megatron's arguments for the sizes of a model's layers
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_experts")
 # what a run must share with the checkpoint, in the order in which a reader asks
@@ -205,7 +207,21 @@ def _other_format(folder: Path) -> str:
         return "in the format torch, a file per rank"
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return "a Hugging Face model"
+    if _of_torch_alone(folder):
+        return "in the format torch_dcp or fsdp_dtensor"
     return ""
+
+
+def _of_torch_alone(folder: Path) -> bool:
+    """True if torch wrote the whole checkpoint: its index is there, and the common state of torch_dist is not."""
+    if not (folder / INDEX).is_file() or (folder / COMMON_FILE).is_file():
+        return False
+    index, _ = _index(folder)
+    return index is not None and not _has_common_state(index)
+
+
+def _has_common_state(index: Any) -> bool:
+    return any(name.startswith("common_state") for name in index.state_dict_metadata)
 
 
 def _cut_off(folder: Path, index: Any) -> Iterator[str]:
@@ -243,10 +259,7 @@ def _arguments(folder: Path, index: Any) -> Any:
     with warnings.catch_warnings():
         # torch warns because one process reads alone
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        # common.pt is where releases before 0.19 put it
-        has = (folder / "common.pt").is_file() or any(
-            name.startswith("common_state") for name in index.state_dict_metadata
-        )
+        has = (folder / COMMON_FILE).is_file() or _has_common_state(index)
         common = common_state(folder) if has else {}
     if "args" not in common:
         raise Refused(f"{folder} holds no arguments of Megatron's training: another trainer has saved it")

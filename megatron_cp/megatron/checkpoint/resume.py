@@ -16,7 +16,7 @@ import torch
 
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused
-from megatron_cp.megatron.checkpoint.contents import SIZES, common_state, damage, iterations, unreadable
+from megatron_cp.megatron.checkpoint.contents import DESCRIPTION, SIZES, common_state, damage, iterations, unreadable
 from megatron_cp.megatron.run import PipelineFlags
 from megatron_cp.units import is_whole
 
@@ -130,7 +130,8 @@ def _tracker_names_nothing(tracker: Path, named: str) -> str:
 
 
 def _latest_whole(load: Path, but: Path | None = None) -> int | None:
-    whole = [path.name for path in iterations(load) if path != but and not damage(path)]
+    saved = [path for path in iterations(load) if path != but and (path / DESCRIPTION).is_file()]
+    whole = [path.name for path in saved if not damage(path)]
     return int(whole[-1].removeprefix("iter_")) if whole else None
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader, save
 from typer.testing import CliRunner
 
 from megatron_cp.cli import app
-from megatron_cp.megatron.checkpoint import contents
+from megatron_cp.megatron.checkpoint import contents, resume
 from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import RankError, run_ranks
@@ -73,6 +74,17 @@ def test_a_checkpoint_of_a_file_per_rank_is_named_and_not_called_damaged(tmp_pat
     text = refusal(tmp_path)
     assert text.endswith(
         "is in the format torch, a file per rank, and only torch_dist is read; save with --ckpt-format torch_dist"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["iter_0000003", "."])
+def test_a_checkpoint_of_torch_alone_is_named_and_not_called_damaged(tmp_path: Path, name: str) -> None:
+    state = {"args": SimpleNamespace(num_layers=1), "iteration": 3, "model": {"weight": torch.ones(3)}}
+    save(state, checkpoint_id=tmp_path / name, no_dist=True)
+    text = refusal(tmp_path)
+    assert text.endswith(
+        "is in the format torch_dcp or fsdp_dtensor, and only torch_dist is read; save with --ckpt-format torch_dist"
     )
 
 
@@ -160,6 +172,17 @@ def test_damaged_arguments_are_one_line_and_not_resumed_from(copy: Path) -> None
         run_ranks(2, pretrain_losses, saving(copy, f"--load {copy} --tensor-model-parallel-size 2"))
     assert all(text in error.splitlines()[0] for error in ended.value.errors.values())
     assert len(ended.value.errors) == 2
+
+
+def test_a_save_without_its_last_file_was_interrupted(copy: Path) -> None:
+    (copy / "iter_0000002" / "metadata.json").unlink()
+    code, said = inspected(copy)
+    assert code == 1
+    assert "metadata.json is missing: the save was interrupted" in said
+    os.truncate(copy / "iter_0000001" / ".metadata", 10)
+    (copy / "latest_checkpointed_iteration.txt").write_text("1")
+    with pytest.raises(ValueError, match="no other one is whole"):
+        resume.check(SimpleNamespace(load=str(copy)))
 
 
 def test_a_save_that_was_interrupted_hides_no_other(copy: Path) -> None:
