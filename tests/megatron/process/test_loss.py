@@ -88,6 +88,9 @@ def test_the_spec_says_it_where_no_launcher_does(flags: str) -> None:
     [
         ("--eod-mask-loss --context-parallel-size 2", True),
         ("--sft --context-parallel-size=4", True),
+        ("--allow-ambiguous-pad-tokens --context-parallel-size 2", True),
+        ("--null-tokenizer-pad-id 7 --context-parallel-size 2", True),
+        ("--null-tokenizer-pad-id=-1 --context-parallel-size 2", False),
         ("--eod-mask-loss --context-parallel-size 2 --calculate-per-token-loss", False),
         ("--eod-mask-loss --context-parallel-size 1", False),
         ("--eod-mask-loss", False),
