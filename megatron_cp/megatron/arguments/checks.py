@@ -86,8 +86,6 @@ def complete(args: Any, machine: Machine) -> None:
     _refuse_without_te(args, machine)
     if changed := fill_arguments(args, machine):
         say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
-    for flag in () if machine.gpu else low_precision(args):
-        say(f"products are not computed in low precision without a GPU: {flag} has no effect here")
 
 
 def _refuse_without_te(args: Any, machine: Machine) -> None:
@@ -159,11 +157,6 @@ WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
     # a forked worker would inherit gloo's threads in the middle of whatever they do
     ("num_workers", 0, "--num-workers 0"),
 )
-
-
-def low_precision(args: Any) -> list[str]:
-    """Return the flags of products in fp8 and fp4, which a CPU computes in the dtype of the tensors."""
-    return [f"--{name}-format {getattr(args, name)}" for name in ("fp8", "fp4") if getattr(args, name, None)]
 
 
 def fill_arguments(args: Any, machine: Machine) -> list[str]:

@@ -163,11 +163,6 @@ def test_every_replacement_says_why_and_no_name_is_replaced_twice() -> None:
     assert len(TARGETS) == len(set(TARGETS))
 
 
-def test_products_in_low_precision_are_named() -> None:
-    assert checks.low_precision(SimpleNamespace(fp8="hybrid", fp4=None)) == ["--fp8-format hybrid"]
-    assert checks.low_precision(SimpleNamespace(fp8=None)) == []
-
-
 def test_only_what_differs_is_filled_in_and_reported() -> None:
     args = SimpleNamespace(transformer_impl="local", apply_rope_fusion=True, hidden_size=4)
     changed = checks.fill_arguments(args, Machine(te=False))
@@ -194,6 +189,13 @@ def test_a_cpu_computes_in_the_models_precision_and_says_so() -> None:
         "use_precision_aware_optimizer": False,
         "main_grads_dtype": "fp32",
     }
+
+
+def test_fp8_on_a_cpu_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(checks, "say", said.append)
+    checks.complete(SimpleNamespace(spec=["own.spec"], async_save=False, fp8="hybrid"), Machine(gpu=False, te=False))
+    assert said == ["this machine has no GPU: no --fp8-format"]
 
 
 @pytest.mark.parametrize(
