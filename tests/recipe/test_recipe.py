@@ -371,6 +371,8 @@ MODEL_ARGS:
         ("--pp_algorithm", ["--pp_algorithm is a flag of Primus", "use --pp-schedule"]),
         ("--patch-tokenizer-type", ["a flag of Pai-Megatron-Patch", "HuggingFaceTokenizer"]),
         ("--trigger-path", ["a flag of the swiss-ai fork of Megatron", "--exit-signal-handler"]),
+        ("--environment", ["a flag of a plugin of sbatch", "write it under SLURM: in the recipe"]),
+        ("--uenv", ["a flag of a plugin of sbatch", "write it under SLURM: in the recipe"]),
         ("--num-tokens-to-generate", ["a flag of Megatron's inference scripts", "leave it out: this is pretraining"]),
         ("trainer.num_nodes", ["a flag begins with two dashes"]),
         ("--no-async-tensor-model-parallel-allreduce", ["a flag of earlier Megatron", "leave it out"]),

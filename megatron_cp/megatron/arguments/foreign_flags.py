@@ -17,6 +17,7 @@ class Foreign(NamedTuple):
 ZERO_BUBBLE, MINDSPEED = "the zero-bubble fork of Megatron", "MindSpeed"
 PRIMUS, PAI, SWISS_AI, EARLIER = "Primus", "Pai-Megatron-Patch", "the swiss-ai fork of Megatron", "earlier Megatron"
 INFERENCE, MODELOPT = "Megatron's inference scripts", "Megatron's ModelOpt scripts"
+PLUGINS = "a plugin of sbatch"
 OMIT, PRETRAINING = "leave it out", "leave it out: this is pretraining"
 
 FOREIGN = (
@@ -67,6 +68,7 @@ FOREIGN = (
     Foreign("max-padding-length", PAI, "use --seq-length"),
     Foreign("dataset", PAI, "use --data-path"),
     Foreign("train-mode", PAI, PRETRAINING),
+    Foreign("environment uenv", PLUGINS, "write it under SLURM: in the recipe"),
     Foreign("trigger-path", SWISS_AI, "use --exit-signal-handler, and touch a file `exit` in the --save folder"),
     Foreign(
         "temperature top_k top_p return-log-probs num-tokens-to-generate top-n-logprobs prompts prompt-file "
