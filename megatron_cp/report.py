@@ -49,12 +49,14 @@ class Reference(NamedTuple):
     flops:         the model's operations in a step, per rank, as Megatron counts them
     peak:          operations per second of a rank
     seq:           tokens of a sequence
+    left_out:      flags that the prediction does not model
     """
 
     step_seconds: float | None = None
     flops: float | None = None
     peak: float | None = None
     seq: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def read(folder: Path) -> TrainingRun:
@@ -186,6 +188,8 @@ def table(run: TrainingRun, drawn: Mapping[str, Points], against: Reference) -> 
             rows[label] = f"{steady(points):.1%}" if label == "MFU" else f"{steady(points):,.5g}"
     if against.step_seconds is not None:
         rows["predicted step time, s"] = _predicted(against.step_seconds, drawn.get("step time, s"))
+    if against.left_out:
+        rows["not in the estimate"] = ", ".join(against.left_out)
     for what, numbers in lost(run).items():
         rows[f"{what} iterations"] = _listed(numbers)
     return rows

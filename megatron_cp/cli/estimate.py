@@ -76,11 +76,12 @@ def estimate(
         raise ValueError("give a recipe, or --published")
     run = load(name, Unset(config.environment()), flags or [])
     found, left_out = estimate_recipe(run, cluster), unmodelled(run)
-    other = estimate_recipe(recipe.load(against, Unset(config.environment())), cluster) if against else None
+    other_run = recipe.load(against, Unset(config.environment())) if against else None
+    other, other_left_out = (estimate_recipe(other_run, cluster), unmodelled(other_run)) if other_run else (None, [])
     taken = _train(name, flags or []) if measure else None
     if as_json:
         more: dict[str, object] = {} if taken is None else {"measured": taken._asdict()}
-        more |= {} if other is None else {"against": _as_json(other)}
+        more |= {} if other is None else {"against": {**_as_json(other), "not_in_the_estimate": other_left_out}}
         typer.echo(json.dumps({**_as_json(found), "not_in_the_estimate": left_out, **more}, indent=2))
         return
     _show(found)
@@ -88,6 +89,8 @@ def estimate(
         _show_beside(found, other)
     if left_out:
         typer.echo(f"not in the estimate: {', '.join(left_out)}")
+    if other_left_out:
+        typer.echo(f"not in the estimate of {against}: {', '.join(other_left_out)}")
     if taken is not None:
         _compare(found, taken)
 

@@ -118,8 +118,9 @@ def plan(
         typer.echo(json.dumps([_plain(one) for one in found.options], indent=2))
     else:
         _show(found)
-        if left_out := unmodelled(run):
-            typer.echo(f"not in the estimate: {', '.join(left_out)}")
+    if left_out := unmodelled(run):
+        # the JSON is a list of plans alone
+        typer.echo(f"not in the estimate: {', '.join(left_out)}", err=as_json)
     if write:
         _write(found.best, words[0], write)
 

@@ -9,6 +9,7 @@ from megatron_cp import config
 from megatron_cp import report as of_run
 from megatron_cp.cli.estimate import estimate_recipe
 from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 
@@ -42,10 +43,11 @@ def report(
 
 def _reference(name: str | None, cluster: str | None) -> of_run.Reference:
     if name is not None:
-        found = estimate_recipe(recipe.load(name, Unset(config.environment()), []), cluster)
+        run = recipe.load(name, Unset(config.environment()), [])
+        found = estimate_recipe(run, cluster)
         flops = found.flops_per_gpu() * found.seconds
         peak = found.cluster.gemm(found.parallel.precision).peak
-        return of_run.Reference(found.seconds, flops, peak, found.seq)
+        return of_run.Reference(found.seconds, flops, peak, found.seq, tuple(unmodelled(run)))
     if cluster is None:
         return of_run.Reference()
     known = load_cluster(cluster)

@@ -84,6 +84,13 @@ def test_a_recipe_gives_the_prediction(logged: Path) -> None:
     assert row(text, "tokens/s") == f"{4 * found.seq / 0.2:,.5g}"
 
 
+def test_a_prediction_names_what_it_leaves_out(logged: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: [recipes/llama3.1-8b-8k-h100x8]\nMODEL_ARGS:\n  --optimizer-cpu-offload: true\n")
+    assert row(reported(logged, "--recipe", own), "not in the estimate") == "--optimizer-cpu-offload"
+    assert "<th>not in the estimate</th><td>--optimizer-cpu-offload</td>" in (logged / "report.html").read_text()
+
+
 def test_the_page_has_the_picture_in_it(logged: Path) -> None:
     reported(logged, "--output", logged / "page.html")
     page = (logged / "page.html").read_text()

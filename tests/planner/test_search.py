@@ -161,6 +161,9 @@ def test_a_file_of_ones_own_is_planned_in_fp8(tmp_path: Path) -> None:
     parallel = parallel_of(read, 8)
     assert (parallel.precision, parallel.world, model_of(read).experts) == ("fp8", 8, 8)
     assert told.splitlines()[0].startswith("mixture on 8 GPUs of dgx-h100")
+    done = CliRunner().invoke(app, ["plan", "--model", str(own), *words.split(), "--json"], catch_exceptions=False)
+    assert len(json.loads(done.stdout)) == 2
+    assert "not in the estimate: --optimizer-cpu-offload\n" in done.stderr
 
 
 def test_it_says_why_and_what_was_left_out() -> None:

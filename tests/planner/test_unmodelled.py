@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -94,6 +95,16 @@ def test_a_flag_that_is_not_modelled_is_printed(flags: str) -> None:
     command = ["estimate", RECIPE, *flags.split()]
     assert f"not in the estimate: {flags}\n" in CliRunner().invoke(app, command).stdout
     assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["not_in_the_estimate"] == [flags]
+
+
+def test_what_the_other_recipe_leaves_out_is_printed(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: [recipes/{RECIPE}]\nMODEL_ARGS:\n  --optimizer-cpu-offload: true\n")
+    command = ["estimate", RECIPE, "--against", str(own)]
+    told = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    assert f"not in the estimate of {own}: --optimizer-cpu-offload\n" in told
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert (found["not_in_the_estimate"], found["against"]["not_in_the_estimate"]) == ([], ["--optimizer-cpu-offload"])
 
 
 @pytest.mark.parametrize("name", recipe.shipped("recipes"))
