@@ -63,11 +63,16 @@ def kind_of(path: Path) -> Kind:
     """Return how to read a file, by its suffix under that of a compression; raise ValueError where it cannot be."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in compressed.SUFFIXES
-    suffix = "".join((suffixes[:-1] if packed else suffixes)[-1:])
+    *outer, suffix = ["", *(suffixes[:-1] if packed else suffixes)]
     if suffix in UNREAD:
         raise ValueError(
             f"{path} is a {suffix} file, which is not read; unpack or convert it. Read are text, {' '.join(KINDS)}, "
             f"and compressed by {' '.join(compressed.SUFFIXES)}"
+        )
+    if suffix not in KINDS and suffix not in TEXT_SUFFIXES and outer and outer[-1] in KINDS:
+        raise ValueError(
+            f"{path} is {outer[-1]} by one suffix and unknown by the next, {suffix}; rename it, or link to it, "
+            f"by a name that ends in {outer[-1]}"
         )
     kind = KINDS.get(suffix, "text")
     if packed and kind == "parquet":

@@ -44,6 +44,20 @@ def _split(found: list[str | Bad]) -> tuple[list[str], list[str]]:
     return [text for text in found if isinstance(text, str)], [str(bad) for bad in found if isinstance(bad, Bad)]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "packed"),
+    [
+        (".gzip", COMPRESS[".gz"]),
+        (".zstd", COMPRESS[".zst"]),
+        (".lzma", lambda raw: lzma.compress(raw, lzma.FORMAT_ALONE)),
+    ],
+)
+def test_other_suffixes_of_a_compression_are_read(
+    tmp_path: Path, suffix: str, packed: Callable[[bytes], bytes]
+) -> None:
+    assert _texts(_write(tmp_path / f"c4.jsonl{suffix}", packed(LINES.encode()))) == TEXTS
+
+
 @pytest.mark.parametrize("suffix", ["", *COMPRESS])
 @pytest.mark.parametrize(
     "content",

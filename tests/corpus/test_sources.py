@@ -35,10 +35,25 @@ def test_inputs_stay_in_the_order_given_and_named_files_need_no_suffix(tmp_path:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.txt", "text"), ("a.jsonl", "jsonl"), ("a.JSONL.gz", "jsonl"), ("a.b.ndjson.zst", "jsonl"), ("jsonl", "text")],
+    [
+        ("a.txt", "text"),
+        ("a.jsonl", "jsonl"),
+        ("a.JSONL.gz", "jsonl"),
+        ("a.b.ndjson.zst", "jsonl"),
+        ("jsonl", "text"),
+        ("a.json.txt", "text"),
+    ],
 )
 def test_kind_follows_the_suffix_under_the_compression(name: str, kind: str) -> None:
     assert kind_of(Path(name)) == kind
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.1", "a.JSON.bak", "a.ndjson.part.gz", "a.parquet.1"])
+def test_records_under_an_unknown_suffix_are_refused(tmp_path: Path, name: str) -> None:
+    _touch(tmp_path, name)
+    inner = Path(name).suffixes[0].lower()
+    with pytest.raises(ValueError, match=rf"{name} is {inner} by one suffix .* by a name that ends in {inner}$"):
+        find_sources([str(tmp_path / name)])
 
 
 def test_standard_library_is_there_without_tests_and_packages() -> None:
