@@ -8,7 +8,7 @@ memory for.
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
-from threading import RLock
+from threading import Lock
 
 import torch
 
@@ -24,7 +24,7 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import cluster_of, load_cluster
 from megatron_cp.kernels import takes_windows
 
-_one_at_a_time = RLock()
+_one_at_a_time = Lock()
 
 
 def settle(plan: Plan, sizes: Sizes) -> Plan:
