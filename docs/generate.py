@@ -18,6 +18,7 @@ from megatron_cp.context import AUTO, BACKENDS, Backend
 from megatron_cp.context.merging import BY_TORCH, ONE_BY_ONE, SEVERAL
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.merge_cost import merge_cost
+from megatron_cp.experts import PRODUCTS
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.kernels import KERNELS
@@ -116,6 +117,12 @@ def engines() -> str:
 def products() -> str:
     head = ["--tp-gemm", "what it does", "needs"]
     return table(head, ([f"`{one.name}`", one.what, one.needs] for one in GEMMS))
+
+
+def experts() -> str:
+    head = ["--moe-grouped-product", "what it does", "needs", "source", "file"]
+    rows = (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.needs, one.paper] for one in PRODUCTS)
+    return table(head, ([*row, linked(file_of(one.load()))] for row, one in zip(rows, PRODUCTS, strict=True)))
 
 
 def tensor_traffic() -> str:
@@ -427,6 +434,7 @@ PARTS: dict[str, Callable[[], str]] = {
         tensor_memory,
         engines,
         products,
+        experts,
         schedule_costs,
         offload_costs,
         pipeline_communicators,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megatron_cp.config import configs_folder
 from megatron_cp.context import BACKENDS
+from megatron_cp.experts import PRODUCTS
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.registry import unknown
@@ -54,6 +55,7 @@ KINDS: dict[str, Callable[[], Iterator[Listed]]] = {
     "schemes": lambda: (Listed(entry.name, entry.what) for entry in SCHEMES),
     "engines": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in ENGINES),
     "products": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in GEMMS),
+    "experts": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in PRODUCTS),
     "kernels": lambda: (Listed(entry.name, f"{entry.summary}; needs {entry.needs}") for entry in KERNELS),
 }
 FOR = {
@@ -65,6 +67,7 @@ FOR = {
     "schemes": "--tp-comm-type",
     "engines": "--tp-engine",
     "products": "--tp-gemm",
+    "experts": "--moe-grouped-product",
     "kernels": "--cp-kernel",
 }
 
@@ -73,7 +76,7 @@ def show(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", metavar="KIND")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """List the recipes, models, clusters, backends, schedules, schemes, engines, products or kernels by name."""
+    """List recipes, models, clusters, backends, schedules, schemes, engines, products, experts or kernels by name."""
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     found = list(KINDS[kind]())

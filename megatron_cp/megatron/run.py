@@ -20,6 +20,8 @@ from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUTS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
 from megatron_cp.errors import Refused
+from megatron_cp.experts import AUTO as AUTO_PRODUCT
+from megatron_cp.experts import PRODUCTS
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES, on_v
@@ -358,11 +360,30 @@ class TensorFlags(_Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertFlags(_Flags):
+    """Flags of experts, beside Megatron's own --moe-grouped-gemm."""
+
+    prefix = "moe"
+    title = "experts (megatron-cp)"
+
+    grouped_product: str = _flag(
+        AUTO_PRODUCT,
+        lambda: _one_of(AUTO_PRODUCT, *PRODUCTS.names),
+        lambda: (
+            "With --moe-grouped-gemm and --transformer-impl local, how a rank multiplies the tokens of its experts: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in PRODUCTS)
+            + f". {AUTO_PRODUCT} takes grouped-mm where torch has a kernel for the GPU and the dtype, loop elsewhere, "
+            "and says why."
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Values of Megatron's arguments for our layers and schedules, read where Megatron calls us and handed down.
 
     our_layers:          --spec names a layer spec of ours
-    attention, tensor:   None where the parser was without our flags, and a config keeps what it says itself
+    attention, tensor, experts: None where the parser was without our flags, and a config keeps what it says itself
     seq_length:          tokens of a sequence over all ranks, for which `--cp-comm-type auto` chooses
     slice_lengths:       tokens of each slice of a sequence over all ranks; empty for whole sequences
     rope_scaling_factor: of --rope-scaling-factor, which Megatron does not hand on to the model
@@ -376,6 +397,7 @@ class Settings:
     attention: AttentionFlags | None = None
     pipeline: PipelineFlags = PipelineFlags()
     tensor: TensorFlags | None = None
+    experts: ExpertFlags | None = None
     seq_length: int | None = None
     rope_scaling_factor: float | None = None
     slice_lengths: tuple[int, ...] = ()
@@ -393,6 +415,7 @@ class Settings:
             attention=AttentionFlags.of(args) if hasattr(args, "cp_kernel") else None,
             pipeline=flags,
             tensor=TensorFlags.of(args) if hasattr(args, "tp_comm_type") else None,
+            experts=ExpertFlags.of(args) if hasattr(args, "moe_grouped_product") else None,
             seq_length=getattr(args, "seq_length", None),
             rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
             slice_lengths=_slice_lengths(args, flags) if flags.sliced and flags.schedule else (),

@@ -8,6 +8,7 @@ from megatron_cp import __version__
 from megatron_cp.cli import app
 from megatron_cp.cli.listing import KINDS
 from megatron_cp.context import BACKENDS
+from megatron_cp.experts import PRODUCTS
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
@@ -31,6 +32,7 @@ TAKEN: dict[str, Callable[[str], object]] = {
     "schemes": TENSOR_SCHEMES.get,
     "engines": ENGINES.get,
     "products": GEMMS.get,
+    "experts": PRODUCTS.get,
     "kernels": KERNELS.get,
 }
 

@@ -8,7 +8,15 @@ import pytest
 
 from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments
-from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, TensorFlags, _flag, settings_of_run
+from megatron_cp.megatron.run import (
+    AttentionFlags,
+    ExpertFlags,
+    PipelineFlags,
+    Settings,
+    TensorFlags,
+    _flag,
+    settings_of_run,
+)
 
 WORDS = {
     "kernel": "reference",
@@ -50,7 +58,15 @@ def test_flags_of_linears_go_the_same_way() -> None:
     assert TensorFlags.of(config) == settings.tensor
 
 
-@pytest.mark.parametrize("name", [*AttentionFlags.names(), *TensorFlags.names()])
+def test_flags_of_experts_go_the_same_way() -> None:
+    settings, config = Settings.of(parsed("--moe-grouped-product", "loop")), SimpleNamespace()
+    assert settings.experts == ExpertFlags(grouped_product="loop")
+    settings.experts.copy_to(config)
+    assert vars(config) == {"moe_grouped_product": "loop"}
+    assert ExpertFlags.of(config) == settings.experts
+
+
+@pytest.mark.parametrize("name", [*AttentionFlags.names(), *TensorFlags.names(), *ExpertFlags.names()])
 def test_each_flag_asks_for_our_layers(name: str) -> None:
     assert wants_layers([name, "1"], te=True)
 

@@ -14,6 +14,7 @@ from megatron_cp.errors import Refused, as_refusals, refuse_together
 from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
+from megatron_cp.megatron.arguments.experts import check_experts
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
 from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor
@@ -62,6 +63,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     )
     settle_tensor(args, lambda: default_cluster("cuda" if machine.gpu and torch.cuda.is_available() else "cpu"))
     check_tensor(args)
+    check_experts(args)
     refuse_upstream_faults(args)
     with as_refusals():
         result = old(args, *rest, **kwargs)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.run import AttentionFlags, TensorFlags, values_of
+from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, TensorFlags, values_of
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
 HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
@@ -29,7 +29,7 @@ def wants_layers(argv: Sequence[str], te: bool) -> bool:
 
     It does when the command line names our spec, one of our flags or a --cp-comm-type, or asks for slices of sequences,
     and also where stock Megatron cannot do what was asked without transformer-engine: context or sequence parallelism,
-    packed documents, and norms whose weight is stored minus one.
+    packed documents, norms whose weight is stored minus one, and the products of all experts at once.
 
     te: transformer-engine is installed where the run will be
     """
@@ -39,10 +39,12 @@ def wants_layers(argv: Sequence[str], te: bool) -> bool:
     # slices attend to the keys of earlier ones
     if (values_of(argv, "--pp-slices") or ["1"]) != ["1"]:
         return True
-    if any(
-        values_of(argv, flag) is not None for flag in (*AttentionFlags.names(), *TensorFlags.names(), "--cp-comm-type")
-    ):
+    ours = (*AttentionFlags.names(), *TensorFlags.names(), *ExpertFlags.names(), "--cp-comm-type")
+    if any(values_of(argv, flag) is not None for flag in ours):
         return True
     size = values_of(argv, "--context-parallel-size") or ["1"]
-    switches = ("--sequence-parallel", "--dataloader-inter-document-masking", "--sft", "--apply-layernorm-1p")
+    switches = (
+        *("--sequence-parallel", "--dataloader-inter-document-masking", "--sft", "--apply-layernorm-1p"),
+        "--moe-grouped-gemm",
+    )
     return not te and (size != ["1"] or any(values_of(argv, flag) is not None for flag in switches))

@@ -22,6 +22,7 @@ from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.run import (
     HEAD_FIRST,
     AttentionFlags,
+    ExpertFlags,
     PipelineFlags,
     TensorFlags,
     on_stripes,
@@ -73,6 +74,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     AttentionFlags.add_to(parser)
     PipelineFlags.add_to(parser)
     TensorFlags.add_to(parser)
+    ExpertFlags.add_to(parser)
     return parser
 
 

@@ -35,6 +35,8 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.arguments.command_line import check_script
+from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
+from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
@@ -54,7 +56,7 @@ NORM_KEYS = {
 
 
 class SpecProvider(LocalSpecProvider):
-    """Megatron's local building blocks with our core attention, our norm and, where flags ask for them, our linears."""
+    """Megatron's local building blocks with our core attention, norm and, where asked for, linears and experts."""
 
     def __init__(self, config: TransformerConfig | None = None) -> None:
         self._linears = TensorFlags.of(config).ours
@@ -67,6 +69,13 @@ class SpecProvider(LocalSpecProvider):
     def row_parallel_linear(self) -> type[RowParallelLinear]:
         """Return Megatron's linear, or ours over a grid of the tensor-parallel ranks."""
         return GridRowLinear if self._linears else super().row_parallel_linear()
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """Return Megatron's experts, which run one by one, or ours, which run together."""
+        if not moe_use_grouped_gemm:
+            return super().grouped_mlp_modules(moe_use_grouped_gemm)
+        linears: Any = MLPSubmodules(linear_fc1=ExpertColumnLinear, linear_fc2=ExpertRowLinear)
+        return partial(GroupedMLP, submodules=linears)
 
     def core_attention(self) -> type:
         """Return context-parallel attention."""
@@ -265,8 +274,8 @@ def _transformer_config(model: Any, config: TransformerConfig | None) -> Transfo
 
 
 def copy_settings(settings: Settings, config: TransformerConfig) -> None:
-    """Set on the config what the settings say to attention and linears; it travels with every copy of the config."""
-    for flags in (settings.attention, settings.tensor):
+    """Set on the config what the settings say to attention, linears and experts; all copies of the config have it."""
+    for flags in (settings.attention, settings.tensor, settings.experts):
         if flags:
             flags.copy_to(config)
     # what `auto` chooses for; a program that parses no arguments lets it choose at the first call

@@ -1,13 +1,15 @@
-"""Check after the model is built that every layer has our attention and our linears, and print what runs."""
+"""Check after the model is built that every layer has our attention, linears and experts, and print what runs."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
 from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import nn
 
 from megatron_cp.errors import CannotRun
+from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
 from megatron_cp.megatron.run import TensorFlags
@@ -20,7 +22,7 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
 
     Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
     would see only this rank's tokens, or cut the sequence in another way. The same holds for linears, where
-    --tp-comm-type asks for ours.
+    --tp-comm-type asks for ours, and for local experts, where --moe-grouped-gemm does.
     """
     cores = core_attentions(models)
     foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
@@ -29,9 +31,10 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"some layers do not have megatron-cp's attention: {', '.join(foreign)}; "
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
-    linears = verify_linears(models)
+    device = device_of_run()
+    parts = [*verify_linears(models), *verify_experts(models, device)]
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        for line in (*banner(cores, device_of_run()), *linears):
+        for line in (*banner(cores, device), *parts):
             print(f"[megatron-cp] {line}", flush=True)
     return models
 
@@ -62,6 +65,28 @@ def verify_linears(models: Iterable[nn.Module]) -> list[str]:
     if foreign:
         raise CannotRun(f"some linears are Megatron's own beside --tp-comm-type: {', '.join(foreign)}; check --spec")
     return sorted({f"linears of attention and MLPs: {module.placed.describe()}" for _, module in linears})
+
+
+def verify_experts(models: Iterable[nn.Module], device: str) -> list[str]:
+    """Return a line for what multiplies the tokens of all experts of a rank on such a device; none for experts apart.
+
+    Raises RuntimeError naming local experts that run one by one where the model's config asks for all at once.
+    """
+    experts = [
+        (name, module)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, SequentialMLP)
+    ]
+    foreign = [
+        f"{name} ({type(module).__name__})"
+        for name, module in experts
+        if module.config.moe_grouped_gemm and not isinstance(module, GroupedMLP)
+    ]
+    if foreign:
+        raise CannotRun(f"some experts run one by one beside --moe-grouped-gemm: {', '.join(foreign)}; check --spec")
+    ours = [module for _, module in experts if isinstance(module, GroupedMLP)]
+    return sorted({f"experts: {module.describe(device)}" for module in ours})
 
 
 def banner(cores: Sequence[tuple[str, nn.Module]], device: str) -> list[str]:

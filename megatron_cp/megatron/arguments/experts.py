@@ -1,0 +1,102 @@
+"""Checks of the flags for experts, before the model is built."""
+
+from typing import Any
+
+from megatron_cp.errors import Refused
+from megatron_cp.experts import AUTO, LOOP, PRODUCTS
+from megatron_cp.experts.grouped_mm import ROW_BYTES
+from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.megatron.run import ExpertFlags, has_our_layers
+
+UNSUPPORTED = (
+    Unsupported(
+        "products in FP8 or FP4, which transformer-engine's experts compute",
+        lambda args: any(read(args, name) for name in ("fp8", "fp4")),
+        "leave --fp8-format and --fp4-format out",
+    ),
+    Unsupported(
+        "transformer-engine's activation functions",
+        lambda args: bool(read(args, "use_te_activation_func", False)),
+        "leave --use-te-activation-func out",
+    ),
+    Unsupported(
+        "Megatron's own delay of weight gradients",
+        lambda args: any(
+            read(args, name, False) for name in ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad")
+        ),
+        "leave --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad out, a split schedule delays "
+        "them itself",
+    ),
+    Unsupported(
+        "weights that data-parallel ranks share out",
+        lambda args: (
+            any(read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2"))
+            or read(args, "gtp_weight_remat_size", 1) > 1
+        ),
+        "use --use-distributed-optimizer",
+    ),
+    Unsupported(
+        "CUDA graphs, which know no number of tokens",
+        lambda args: (
+            read(args, "cuda_graph_impl", "none") != "none"
+            or any(read(args, name, False) for name in ("enable_cuda_graph", "external_cuda_graph"))
+        ),
+        "leave --cuda-graph-impl and --enable-cuda-graph out",
+    ),
+    Unsupported(
+        "gates and values in interleaved blocks",
+        lambda args: read(args, "moe_mlp_glu_interleave_size") is not None,
+        "leave --moe-mlp-glu-interleave-size out",
+    ),
+    Unsupported(
+        "the offload of their activations, which transformer-engine's experts do",
+        lambda args: bool({"expert_fc1", "moe_act"} & set(read(args, "offload_modules") or ())),
+        "leave expert_fc1 and moe_act out of --offload-modules, or recompute with --recompute-modules moe_act",
+    ),
+    Unsupported(
+        "probabilities on the input of several experts per token",
+        lambda args: bool(read(args, "moe_apply_probs_on_input", False)) and read(args, "moe_router_topk", 2) != 1,
+        "pass --moe-router-topk 1 or leave --moe-apply-probs-on-input out",
+    ),
+)
+
+
+def check_experts(args: Any) -> None:
+    """Refuse what --moe-grouped-gemm cannot do without TransformerEngine; ValueError with the rule and a way out."""
+    asked = ExpertFlags.of(args).grouped_product
+    name = asked if asked == AUTO else PRODUCTS.get(asked).name
+    local = read(args, "transformer_impl", "local") == "local"
+    if not (read(args, "moe_grouped_gemm", False) and read(args, "num_experts") and local and has_our_layers(args)):
+        if name != AUTO:
+            _refuse_alone(args, name, local)
+        return
+    refuse(UNSUPPORTED, args, "--moe-grouped-gemm with --transformer-impl local")
+    if name not in (AUTO, LOOP):
+        _check_alignment(args, name)
+
+
+def _refuse_alone(args: Any, name: str, local: bool) -> None:
+    who = f"--moe-grouped-product {name}"
+    if not read(args, "num_experts") or not read(args, "moe_grouped_gemm", False):
+        raise Refused(
+            f"{who} is of experts that run together; add --num-experts and --moe-grouped-gemm, or leave it out"
+        )
+    if not local:
+        raise Refused(f"{who} is of local experts, got --transformer-impl {args.transformer_impl}; pass local")
+    raise Refused(
+        f"{who} needs a layer spec of megatron-cp, got --spec {' '.join(read(args, 'spec') or ['none'])}; pass --spec "
+        f"megatron_cp.megatron.spec gpt_layer_spec"
+    )
+
+
+def _check_alignment(args: Any, name: str) -> None:
+    half = read(args, "bf16", False) or read(args, "fp16", False)
+    multiple = ROW_BYTES // (2 if half else 4)
+    ranks = read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)
+    width = read(args, "moe_ffn_hidden_size") or read(args, "ffn_hidden_size")
+    for flag, size, parts in (("--hidden-size", args.hidden_size, 1), ("--moe-ffn-hidden-size", width, ranks)):
+        if size and size % (multiple * parts):
+            raise Refused(
+                f"--moe-grouped-product {name} needs {flag} to be a multiple of {multiple * parts}, rows of "
+                f"{ROW_BYTES} bytes on each of {parts} ranks, got {size}; use {LOOP}"
+            )

@@ -1,0 +1,1 @@
+"""Experts in the place of Megatron's own."""

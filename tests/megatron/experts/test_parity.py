@@ -1,0 +1,192 @@
+"""The real pretrain() with all experts of a rank at once gives what Megatron's experts one by one give."""
+
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megatron_cp.experts.grouped_mm import lacking
+from tests.cases import slow_unless
+from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names, tiny
+from tests.ranks import run_ranks, run_ranks_with_log
+from tests.tolerances import BF16_STEP, GRAD_NORM_DIGITS, LOSS_DIGITS
+
+MOE = """
+--cp-kernel auto --num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall
+--moe-ffn-hidden-size 48
+"""
+GROUPED = "--moe-grouped-gemm"
+EP2 = "--expert-model-parallel-size 2"
+DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+OVERLAPPED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2 --pp-schedule zb-h1"
+
+
+class Run(NamedTuple):
+    """Losses and norms of a run; of this rank, the classes of its experts, its linears' products, and how many waited.
+
+    computed: linears of all experts of a layer that a product computed forward, by the product's name
+    """
+
+    log: list
+    experts: set[str]
+    computed: dict[str, int]
+    waited: int
+
+
+def trained_with_experts(flags):
+    """Train from named weights and look at the experts afterwards."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    from megatron_cp.megatron.experts import grouped_mlp
+    from megatron_cp.megatron.process import pretrain
+    from megatron_cp.megatron.process.launch import launched
+    from megatron_cp.pipeline.split_backward import WeightQueue
+
+    built, waited, put = [], [], WeightQueue.put
+
+    def noted(queue, run, *keeps):
+        if getattr(run, "func", None) is grouped_mlp._weight_half:
+            waited.append(run)
+        put(queue, run, *keeps)
+
+    def prepare(config):
+        start_from_names(config)
+        config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
+
+    WeightQueue.put = noted
+    sys.argv = ["pretrain_gpt", *flags]
+    with launched(flags), losses_of_each_iteration() as log:
+        pretrain.run(prepare=prepare)
+        log = from_the_rank_with_losses(log)
+    experts = [module for model in built for module in model.modules() if isinstance(module, SequentialMLP)]
+    computed = {}
+    for product in filter(None, (getattr(module, "product", None) for module in experts)):
+        computed[product.name] = computed.get(product.name, 0) + product.calls
+    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited))
+
+
+def run(world_size, *flags):
+    grouped = any(name in " ".join(flags) for name in ("grouped-mm", "megablocks"))
+    if grouped and (reason := lacking("cpu", torch.bfloat16 if "--bf16" in flags else torch.float32)):
+        pytest.skip(f"grouped-mm {reason}")
+    return run_ranks(world_size, trained_with_experts, tiny(MOE, *flags))
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Runs of Megatron's experts one by one, by their ranks and flags, each made once."""
+    runs = {}
+
+    def made(world_size, *flags):
+        if (world_size, flags) not in runs:
+            found = run(world_size, *flags)[0]
+            assert (found.experts, found.computed) == ({"SequentialMLP"}, {})
+            runs[world_size, flags] = found.log
+        return runs[world_size, flags]
+
+    return made
+
+
+def assert_equal(log, expected):
+    assert [step["iteration"] for step in log] == [step["iteration"] for step in expected]
+    for step, other in zip(log, expected, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
+
+
+# 2 linears of 2 layers, of 2 microbatches in 4 iterations, unless the microbatches are other ranks' or run twice
+CASES = {
+    "one rank": (1, "", 32),
+    "grouped-mm": (1, "--moe-grouped-product grouped-mm", 32),
+    "EP 2": (2, EP2, 16),
+    "EP 2, grouped-mm": (2, f"{EP2} --moe-grouped-product megablocks", 16),
+    "TP 2 x EP 2, distributed optimizer, overlapped": (
+        4,
+        f"{TP2} {EP2} --expert-tensor-parallel-size 1 {OVERLAPPED}",
+        32,
+    ),
+    "PP 2 zb-h1": (2, PP2, 16),
+    "CP 2 x EP 2": (2, f"--context-parallel-size 2 {EP2}", 32),
+    "recomputed activation": (1, "--recompute-granularity selective --recompute-modules moe_act", 32),
+    "full recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 64),
+    "EP 2, distributed optimizer, overlapped": (2, f"{EP2} {OVERLAPPED}", 16),
+}
+
+
+@pytest.mark.parametrize("case", slow_unless(["EP 2"], CASES))
+def test_experts_at_once_train_as_experts_one_by_one_on_one_rank(apart, case):
+    world_size, parallel, computed = CASES[case]
+    ranks = run(world_size, GROUPED, parallel)
+    assert_equal(ranks[0].log, apart(1))
+    name = "grouped-mm" if "--moe-grouped-product" in parallel else "loop"
+    for found in ranks:
+        assert (found.experts, found.computed) == ({"GroupedMLP"}, {name: computed})
+        # a schedule with W leaves each linear's weight gradient to it
+        assert found.waited == (computed if "zb-h1" in parallel else 0)
+
+
+ALIKE = {
+    "PP 2 zb-h1": (2, PP2),
+    "EP 2, capacity of half the tokens": (2, f"{EP2} --moe-expert-capacity-factor 0.5"),
+    "EP 2, padded to the capacity": (
+        2,
+        f"{EP2} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
+    ),
+    "TP 2, experts over both, padded to the capacity": (
+        2,
+        f"{TP2} --expert-tensor-parallel-size 2 --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
+    ),
+    "shared experts, plain activation": (1, "--moe-shared-expert-intermediate-size 32 --squared-relu"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALIKE)
+def test_experts_at_once_train_as_experts_one_by_one_on_the_same_ranks(apart, case):
+    world_size, flags = ALIKE[case]
+    if "--squared-relu" in flags:
+        words = tiny(MOE, flags, without="--swiglu")
+        expected = run_ranks(world_size, trained_with_experts, words)[0]
+        assert expected.experts == {"SequentialMLP"}
+        found, expected = run_ranks(world_size, trained_with_experts, [*words, GROUPED])[0], expected.log
+    else:
+        found, expected = run(world_size, GROUPED, flags)[0], apart(world_size, flags)
+    assert found.experts == {"GroupedMLP"}
+    assert found.computed["loop"] > 0
+    assert_equal(found.log, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", ["loop", "grouped-mm"])
+def test_bf16_differs_by_rounding_alone(apart, product):
+    found, expected = run(2, GROUPED, EP2, "--bf16", f"--moe-grouped-product {product}")[0], apart(2, EP2, "--bf16")
+    assert (found.experts, set(found.computed)) == ({"GroupedMLP"}, {product})
+    for step, other in zip(found.log, expected, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=BF16_STEP)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=BF16_STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["", DISTRIBUTED], ids=["adam", "distributed"])
+@pytest.mark.parametrize(("saved", "loaded"), [(GROUPED, ""), ("", GROUPED)], ids=["at once to apart", "back"])
+def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, saved, loaded, optimizer):
+    length = "--train-iters 4 --lr-decay-iters 4"
+    save = f"--train-iters 2 --lr-decay-iters 4 --save {tmp_path} --save-interval 2"
+    first = run(2, saved, EP2, optimizer, save)[0]
+    second = run(2, loaded, EP2, optimizer, length, f"--load {tmp_path} --use-checkpoint-opt-param-scheduler")[0]
+    assert (first.experts, second.experts) == tuple(
+        {"GroupedMLP" if flags else "SequentialMLP"} for flags in (saved, loaded)
+    )
+    assert_equal([*first.log, *second.log], apart(1, length))
+
+
+@pytest.mark.slow
+def test_the_banner_names_the_product_and_why():
+    _, log = run_ranks_with_log(2, trained_with_experts, tiny(MOE, GROUPED, EP2, "--train-iters 1"))
+    assert (
+        log.count("[megatron-cp] experts: 4 on a rank, product loop (auto: torch's grouped-mm on cpu loops over copies")
+        == 1
+    )

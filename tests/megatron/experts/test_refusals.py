@@ -1,0 +1,96 @@
+"""What --moe-grouped-gemm without TransformerEngine and --moe-grouped-product cannot do is refused in one line."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_cp.megatron.arguments.command_line import wants_layers
+from megatron_cp.megatron.arguments.experts import check_experts
+
+RUN = {
+    "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
+    "transformer_impl": "local",
+    "num_experts": 8,
+    "moe_grouped_gemm": True,
+    "moe_grouped_product": "auto",
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "moe_ffn_hidden_size": 48,
+    "moe_router_topk": 2,
+    "tensor_model_parallel_size": 1,
+    "bf16": True,
+}
+
+
+def check(**given):
+    check_experts(SimpleNamespace(**{**RUN, **given}))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"moe_grouped_product": "loop", "hidden_size": 63},
+        {"moe_grouped_product": "grouped-mm"},
+        {"moe_grouped_product": "megablocks", "bf16": False, "moe_ffn_hidden_size": 52},
+        {"moe_grouped_product": "grouped-mm", "tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 2},
+        {"moe_grouped_product": "grouped-mm", "moe_ffn_hidden_size": None},
+        {"moe_apply_probs_on_input": True, "moe_router_topk": 1},
+        # transformer-engine's experts, Megatron's own layers and dense models are left to Megatron
+        {"transformer_impl": "transformer_engine", "fp8": "hybrid"},
+        {"spec": None, "fp8": "hybrid"},
+        {"num_experts": None, "use_megatron_fsdp": True},
+        {"moe_grouped_gemm": False, "use_megatron_fsdp": True},
+    ],
+)
+def test_what_works_is_taken(given):
+    check(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"moe_grouped_product": "grouped"}, "unknown product of experts 'grouped'; did you mean 'grouped-mm'"),
+        (
+            {"moe_grouped_product": "loop", "moe_grouped_gemm": False},
+            "--moe-grouped-product loop is of experts that run together; add --num-experts and --moe-grouped-gemm",
+        ),
+        ({"moe_grouped_product": "loop", "num_experts": None}, "add --num-experts and --moe-grouped-gemm, or leave"),
+        (
+            {"moe_grouped_product": "loop", "transformer_impl": "transformer_engine"},
+            "is of local experts, got --transformer-impl transformer_engine; pass local",
+        ),
+        ({"moe_grouped_product": "loop", "spec": None}, "got --spec none; pass --spec megatron_cp.megatron.spec"),
+        ({"fp8": "hybrid"}, "does not do products in FP8 or FP4, .*; leave --fp8-format and --fp4-format out"),
+        ({"use_te_activation_func": True}, "leave --use-te-activation-func out"),
+        ({"delay_wgrad_compute": True}, "leave --delay-wgrad-compute and"),
+        ({"use_megatron_fsdp": True}, "use --use-distributed-optimizer"),
+        ({"use_torch_fsdp2": True}, "use --use-distributed-optimizer"),
+        ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl"),
+        ({"moe_mlp_glu_interleave_size": 32}, "leave --moe-mlp-glu-interleave-size out"),
+        ({"offload_modules": ["moe_act"]}, "leave expert_fc1 and moe_act out of --offload-modules"),
+        ({"moe_apply_probs_on_input": True}, "pass --moe-router-topk 1 or"),
+        (
+            {"moe_grouped_product": "grouped-mm", "hidden_size": 60},
+            "needs --hidden-size to be a multiple of 8, rows of 16 bytes on each of 1 ranks, got 60; use loop",
+        ),
+        (
+            {"moe_grouped_product": "grouped-mm", "tensor_model_parallel_size": 4},
+            "needs --moe-ffn-hidden-size to be a multiple of 32, rows of 16 bytes on each of 4 ranks, got 48; use loop",
+        ),
+        (
+            {"moe_grouped_product": "grouped-mm", "bf16": False, "moe_ffn_hidden_size": 50},
+            "--moe-ffn-hidden-size to be a multiple of 4, rows of 16 bytes on each of 1 ranks, got 50; use loop",
+        ),
+    ],
+)
+def test_what_does_not_work_is_refused_with_a_way_out(given, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check(**given)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("words", "te", "ours"), [([], False, False), (["--moe-grouped-gemm"], False, True)])
+def test_without_transformer_engine_the_flag_asks_for_our_layers(words, te, ours):
+    assert wants_layers(["--num-experts", "8", *words], te) == ours
+    assert not wants_layers(["--num-experts", "8", *words], te=True)
