@@ -146,7 +146,7 @@ def test_on_a_bare_machine_what_needs_more_is_left_out_by_name(tmp_path: Path) -
     assert set(on_a_gpu.values()) == {"needs a CUDA GPU"}
     assert reasons == dict.fromkeys(("quickstart", "model", "TE"), "needs the package megatron")
     checked = {row["step"] for row in found["rows"] if row["verdict"] == "ok"}
-    assert checked == {"kernels", "merges", "stream-k", "backends", "chunks", "pipeline", "offload"}
+    assert checked == {"kernels", "merges", "stream-k", "experts", "backends", "chunks", "pipeline", "offload"}
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path) -> None:

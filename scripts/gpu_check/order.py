@@ -50,6 +50,12 @@ def stream_k(device: str) -> Iterable[Row]:
     return products.stream_k(device)
 
 
+def experts(device: str) -> Iterable[Row]:
+    from gpu_check import experts as of_experts
+
+    return of_experts.experts(device)
+
+
 def rank_plans(device: str) -> Iterable[Row]:
     from gpu_check import plans
 
@@ -109,6 +115,7 @@ STEPS = (
     Step("merges", merges, 30),
     Step("rates", rates, 90),
     Step("stream-k", stream_k, 60),
+    Step("experts", experts, 60),
     Step("backends", in_threads, 60),
     Step("chunks", chunks, 20),
     Step("pipeline", pipeline, 30),

@@ -12,6 +12,7 @@ from tests.te.models import config, model, ready
 from tests.te.training import LOCAL, TE, losses, run
 
 CP = "--context-parallel-size 2"
+GROUPED_EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-grouped-gemm"
 # the local norms have no state of FP8, which TransformerEngine's final norm asks a checkpoint for
 NOTHING_OF_FP8 = "--dist-ckpt-strictness log_all"
 
@@ -28,10 +29,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return saved
 
 
+@pytest.mark.parametrize("flags", [CP, f"{CP} {GROUPED_EXPERTS}"], ids=["dense", "experts"])
 @pytest.mark.parametrize(("saved", "loaded", "more"), [(TE, LOCAL, ""), (LOCAL, TE, NOTHING_OF_FP8)])
-def test_training_goes_on_in_the_other_layers(unbroken: Any, saved: str, loaded: str, more: str) -> None:
-    folder, expected = unbroken(saved, CP)
-    resumed = run(2, loaded, CP, f"--load {folder} --ckpt-step 2", more)
+def test_training_goes_on_in_the_other_layers(unbroken: Any, saved: str, loaded: str, more: str, flags: str) -> None:
+    folder, expected = unbroken(saved, flags)
+    resumed = run(2, loaded, flags, f"--load {folder} --ckpt-step 2", more)
+    experts = {TE: "TEGroupedMLP", LOCAL: "GroupedMLP"}[loaded]
+    assert all((ran.forwards[experts] > 0) == (flags != CP) for ran in resumed)
     assert losses(resumed) == pytest.approx(expected[2:], rel=1e-6)
 
 

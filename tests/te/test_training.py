@@ -50,8 +50,11 @@ def test_losses_are_those_of_the_local_layers(case: str) -> None:
 
 def test_grouped_experts_train_as_local_ones_do() -> None:
     ours, local = once(TE, f"{CP} {EXPERTS} --moe-grouped-gemm"), once(LOCAL, f"{CP} {EXPERTS}")
+    at_once = once(LOCAL, f"{CP} {EXPERTS} --moe-grouped-gemm")
     assert all(ran.forwards["TEGroupedMLP"] > 0 and ran.calls["te_general_grouped_gemm"] > 0 for ran in ours)
+    assert all(ran.forwards["GroupedMLP"] > 0 and not local[0].forwards["GroupedMLP"] for ran in at_once)
     assert losses(ours) == pytest.approx(losses(local), rel=LOSS)
+    assert losses(at_once) == pytest.approx(losses(local), rel=LOSS)
 
 
 def test_a_hybrid_model_trains_as_with_local_layers() -> None:

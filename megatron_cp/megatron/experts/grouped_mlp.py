@@ -44,7 +44,7 @@ class GroupedMLP(SequentialMLP):
         inner, bias = self._linear("linear_fc1", x, groups)
         if bias is not None:
             inner = inner + bias
-        kept = CheckpointWithoutOutput() if self._recomputes else None
+        kept = CheckpointWithoutOutput(fp8=self.config.fp8) if self._recomputes else None
         inner = kept.checkpoint(self._activation, inner, probs) if kept else self._activation(inner, probs)
         output, bias = self._linear("linear_fc2", inner, groups)
         if kept:

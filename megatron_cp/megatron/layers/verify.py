@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from megatron.core.transformer.attention import Attention
@@ -81,12 +82,16 @@ def verify_experts(models: Iterable[nn.Module], device: str) -> list[str]:
     foreign = [
         f"{name} ({type(module).__name__})"
         for name, module in experts
-        if module.config.moe_grouped_gemm and not isinstance(module, GroupedMLP)
+        if _local_and_grouped(module.config) and not isinstance(module, GroupedMLP)
     ]
     if foreign:
         raise CannotRun(f"some experts run one by one beside --moe-grouped-gemm: {', '.join(foreign)}; check --spec")
     ours = [module for _, module in experts if isinstance(module, GroupedMLP)]
     return sorted({f"experts: {module.describe(device)}" for module in ours})
+
+
+def _local_and_grouped(config: Any) -> bool:
+    return bool(config.moe_grouped_gemm and config.transformer_impl == "local")
 
 
 def banner(cores: Sequence[tuple[str, nn.Module]], device: str) -> list[str]:

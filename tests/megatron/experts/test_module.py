@@ -15,13 +15,16 @@ DTYPES = {LOOP: torch.float64, GROUPED_MM: torch.float32}
 SINGLE = 1e-5
 SIZES = [(5, 0, 7, 4), (0, 0, 0, 9), (0, 0, 0, 0)]
 GATED = {"gated_linear_unit": True}
+# on one rank Megatron's experts with biases cannot run: they are written into a view
+BIASED = {"add_bias_linear": True, "expert_model_parallel_size": 2}
+ONE_EACH = {"moe_router_topk": 1, "moe_router_pre_softmax": True}
 VARIANTS = {
     "gated": GATED,
     "plain": {},
     "clamped, with an offset": {**GATED, "activation_func_clamp_value": 0.5, "glu_linear_offset": 1.0},
-    "probabilities on the input": {**GATED, "moe_apply_probs_on_input": True, "moe_router_topk": 1},
-    "biases": {**GATED, "add_bias_linear": True},
-    "biases, plain": {"add_bias_linear": True},
+    "probabilities on the input": {**GATED, "moe_apply_probs_on_input": True, **ONE_EACH},
+    "biases": {**GATED, **BIASED},
+    "biases, plain": BIASED,
     "recomputed": {**GATED, "recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     "one expert": {**GATED, "experts": 1},
 }

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megatron_cp.experts.grouped_mm import lacking
-from tests.cases import slow_unless
 from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names, tiny
-from tests.ranks import run_ranks, run_ranks_with_log
+from tests.ranks import run_ranks_with_log
 from tests.tolerances import BF16_STEP, GRAD_NORM_DIGITS, LOSS_DIGITS
 
 MOE = """
@@ -25,15 +24,18 @@ PP2 = "--pipeline-model-parallel-size 2 --pp-schedule zb-h1"
 
 
 class Run(NamedTuple):
-    """Losses and norms of a run; of this rank, the classes of its experts, its linears' products, and how many waited.
+    """Losses and norms of a run, and on one rank the classes of its experts and what their products computed.
 
-    computed: linears of all experts of a layer that a product computed forward, by the product's name
+    computed: linears of all experts of a layer, forward, by the product's name
+    waited:   weight gradients of all experts that a W computed
+    banner:   lines about experts of all ranks
     """
 
     log: list
     experts: set[str]
     computed: dict[str, int]
     waited: int
+    banner: tuple[str, ...] = ()
 
 
 def trained_with_experts(flags):
@@ -68,11 +70,13 @@ def trained_with_experts(flags):
     return Run(log, {type(module).__name__ for module in experts}, computed, len(waited))
 
 
-def run(world_size, *flags):
+def run(world_size, *flags, without=""):
     grouped = any(name in " ".join(flags) for name in ("grouped-mm", "megablocks"))
     if grouped and (reason := lacking("cpu", torch.bfloat16 if "--bf16" in flags else torch.float32)):
         pytest.skip(f"grouped-mm {reason}")
-    return run_ranks(world_size, trained_with_experts, tiny(MOE, *flags))
+    ranks, log = run_ranks_with_log(world_size, trained_with_experts, tiny(MOE, *flags, without=without))
+    lines = tuple(line for line in log.splitlines() if line.startswith("[megatron-cp] experts"))
+    return [found._replace(banner=lines) for found in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +84,10 @@ def apart():
     """Runs of Megatron's experts one by one, by their ranks and flags, each made once."""
     runs = {}
 
-    def made(world_size, *flags):
+    def made(world_size, *flags, without=""):
         if (world_size, flags) not in runs:
-            found = run(world_size, *flags)[0]
-            assert (found.experts, found.computed) == ({"SequentialMLP"}, {})
+            found = run(world_size, *flags, without=without)[0]
+            assert (found.experts, found.computed, found.banner) == ({"SequentialMLP"}, {}, ())
             runs[world_size, flags] = found.log
         return runs[world_size, flags]
 
@@ -97,66 +101,71 @@ def assert_equal(log, expected):
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
 
 
+def product_of(flags):
+    return "grouped-mm" if "--moe-grouped-product" in flags else "loop"
+
+
 # 2 linears of 2 layers, of 2 microbatches in 4 iterations, unless the microbatches are other ranks' or run twice
 CASES = {
     "one rank": (1, "", 32),
-    "grouped-mm": (1, "--moe-grouped-product grouped-mm", 32),
-    "EP 2": (2, EP2, 16),
     "EP 2, grouped-mm": (2, f"{EP2} --moe-grouped-product megablocks", 16),
     "TP 2 x EP 2, distributed optimizer, overlapped": (
         4,
         f"{TP2} {EP2} --expert-tensor-parallel-size 1 {OVERLAPPED}",
-        32,
+        16,
     ),
-    "PP 2 zb-h1": (2, PP2, 16),
     "CP 2 x EP 2": (2, f"--context-parallel-size 2 {EP2}", 32),
-    "recomputed activation": (1, "--recompute-granularity selective --recompute-modules moe_act", 32),
+    "EP 2, recomputed activation": (2, f"{EP2} --recompute-granularity selective --recompute-modules moe_act", 16),
     "full recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 64),
-    "EP 2, distributed optimizer, overlapped": (2, f"{EP2} {OVERLAPPED}", 16),
 }
 
 
-@pytest.mark.parametrize("case", slow_unless(["EP 2"], CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_experts_at_once_train_as_experts_one_by_one_on_one_rank(apart, case):
     world_size, parallel, computed = CASES[case]
     ranks = run(world_size, GROUPED, parallel)
     assert_equal(ranks[0].log, apart(1))
-    name = "grouped-mm" if "--moe-grouped-product" in parallel else "loop"
+    name = product_of(parallel)
     for found in ranks:
-        assert (found.experts, found.computed) == ({"GroupedMLP"}, {name: computed})
-        # a schedule with W leaves each linear's weight gradient to it
-        assert found.waited == (computed if "zb-h1" in parallel else 0)
+        assert (found.experts, found.computed, found.waited) == ({"GroupedMLP"}, {name: computed}, 0)
+    # on rank 0 alone
+    (line,) = ranks[0].banner
+    assert line.startswith(f"[megatron-cp] experts: {4 if EP2 in parallel else 8} on a rank, product {name}")
+    assert ("auto: torch's grouped-mm on cpu loops over copies of the weights" in line) == (name == "loop")
 
 
 ALIKE = {
-    "PP 2 zb-h1": (2, PP2),
-    "EP 2, capacity of half the tokens": (2, f"{EP2} --moe-expert-capacity-factor 0.5"),
+    "PP 2 zb-h1": (2, PP2, ""),
     "EP 2, padded to the capacity": (
         2,
         f"{EP2} --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
+        "",
     ),
     "TP 2, experts over both, padded to the capacity": (
         2,
         f"{TP2} --expert-tensor-parallel-size 2 --moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity",
+        "",
     ),
-    "shared experts, plain activation": (1, "--moe-shared-expert-intermediate-size 32 --squared-relu"),
+    "shared experts, no gate, tokens dropped": (
+        1,
+        "--moe-shared-expert-intermediate-size 32 --squared-relu --moe-expert-capacity-factor 0.5",
+        "--swiglu",
+    ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALIKE)
 def test_experts_at_once_train_as_experts_one_by_one_on_the_same_ranks(apart, case):
-    world_size, flags = ALIKE[case]
-    if "--squared-relu" in flags:
-        words = tiny(MOE, flags, without="--swiglu")
-        expected = run_ranks(world_size, trained_with_experts, words)[0]
-        assert expected.experts == {"SequentialMLP"}
-        found, expected = run_ranks(world_size, trained_with_experts, [*words, GROUPED])[0], expected.log
-    else:
-        found, expected = run(world_size, GROUPED, flags)[0], apart(world_size, flags)
-    assert found.experts == {"GroupedMLP"}
-    assert found.computed["loop"] > 0
-    assert_equal(found.log, expected)
+    world_size, flags, without = ALIKE[case]
+    ranks = run(world_size, GROUPED, flags, without=without)
+    assert_equal(ranks[0].log, apart(world_size, flags, without=without))
+    for found in ranks:
+        assert found.experts == {"GroupedMLP"}
+        assert found.computed["loop"] > 0
+        # a schedule with W leaves each linear's weight gradient to it
+        assert found.waited == (found.computed["loop"] if "zb-h1" in flags else 0)
 
 
 @pytest.mark.slow
@@ -170,23 +179,13 @@ def test_bf16_differs_by_rounding_alone(apart, product):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["", DISTRIBUTED], ids=["adam", "distributed"])
 @pytest.mark.parametrize(("saved", "loaded"), [(GROUPED, ""), ("", GROUPED)], ids=["at once to apart", "back"])
-def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, saved, loaded, optimizer):
-    length = "--train-iters 4 --lr-decay-iters 4"
-    save = f"--train-iters 2 --lr-decay-iters 4 --save {tmp_path} --save-interval 2"
-    first = run(2, saved, EP2, optimizer, save)[0]
-    second = run(2, loaded, EP2, optimizer, length, f"--load {tmp_path} --use-checkpoint-opt-param-scheduler")[0]
-    assert (first.experts, second.experts) == tuple(
-        {"GroupedMLP" if flags else "SequentialMLP"} for flags in (saved, loaded)
-    )
-    assert_equal([*first.log, *second.log], apart(1, length))
-
-
-@pytest.mark.slow
-def test_the_banner_names_the_product_and_why():
-    _, log = run_ranks_with_log(2, trained_with_experts, tiny(MOE, GROUPED, EP2, "--train-iters 1"))
-    assert (
-        log.count("[megatron-cp] experts: 4 on a rank, product loop (auto: torch's grouped-mm on cpu loops over copies")
-        == 1
-    )
+def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, saved, loaded):
+    length = "--lr-decay-iters 4"
+    save = f"--train-iters 2 {length} --save {tmp_path} --save-interval 2"
+    load = f"{length} --load {tmp_path} --use-checkpoint-opt-param-scheduler"
+    first = run(2, saved, EP2, DISTRIBUTED, save)[0]
+    second = run(2, loaded, EP2, DISTRIBUTED, load)[0]
+    kinds = tuple({"GroupedMLP" if flags else "SequentialMLP"} for flags in (saved, loaded))
+    assert (first.experts, second.experts) == kinds
+    assert_equal([*first.log, *second.log], apart(1))
