@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.experts import GROUPED_MM, LOOP, PRODUCTS
-from megatron_cp.experts.function import GroupedCall, grouped_linear
+from megatron_cp.experts.function import GroupedCall, activated_linear, grouped_linear
 from megatron_cp.experts.grouped_mm import lacking
 from megatron_cp.experts.product import groups_of
 from tests.tolerances import BF16_RATIO, EXACT
@@ -149,6 +149,36 @@ def test_the_weight_half_may_be_computed_elsewhere_and_later(name):
     assert [weight.grad for weight in weights] == [None] * len(sizes)
     ((half, dy, kept),) = waiting
     assert error(torch.stack(list(half(dy, kept))), whole.dw) < EXACT
+
+
+def gated(x, probs):
+    gate, value = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * value * probs.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("name", PRODUCTS.names)
+def test_an_activation_that_is_computed_again_has_equal_gradients_and_is_not_kept(name, later):
+    sizes = SIZES["uneven"]
+    whole, groups, dtype = drawn(sizes), groups_of(sizes, CPU), DTYPES[name]
+    found, kept = [], []
+    for again in (False, True):
+        waiting = []
+        elsewhere = (lambda half, dy, x, to=waiting: to.append((half, dy, x))) if later else None
+        _, weights = leaves(whole, name)
+        x = (torch.cat([whole.x, whole.x.flip(0)], 1) / 8).to(dtype).requires_grad_()
+        probs = torch.linspace(0.1, 1, len(x), dtype=dtype).requires_grad_()
+        call = GroupedCall(made(name), groups, weights, elsewhere)
+        sizes_kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes_kept: to.append(t.shape) or t, lambda t: t):
+            y = activated_linear(call, gated, x, probs) if again else grouped_linear(call, gated(x, probs))
+        y.backward(whole.dy.to(dtype))
+        of_weights = list(waiting[0][0](*waiting[0][1:])) if later else [weight.grad for weight in weights]
+        found.append([y.detach(), x.grad, probs.grad, *of_weights])
+        kept.append(sizes_kept)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert kept[0].count(torch.Size([len(whole.x), INPUTS])) > 1
+    assert kept[1] == [torch.Size([len(whole.x), 2 * INPUTS]), torch.Size([len(whole.x)])]
 
 
 class Watched:

@@ -4,13 +4,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from megatron_cp.experts import PRODUCTS
 from megatron_cp.experts.choose import Choice, choose
-from megatron_cp.experts.function import GroupedCall, WeightHalf, grouped_linear
+from megatron_cp.experts.function import GroupedCall, WeightHalf, activated_linear, grouped_linear
 from megatron_cp.experts.product import GroupedProduct, Groups, groups_of
 from megatron_cp.megatron.experts.activation import Activation
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
@@ -41,14 +40,15 @@ class GroupedMLP(SequentialMLP):
         if self.config.moe_apply_probs_on_input:
             x, probs = (probs.unsqueeze(-1) * x).to(x.dtype), torch.ones_like(probs)
         groups = groups_of(tokens_per_expert, x.device)
-        inner, bias = self._linear("linear_fc1", x, groups)
+        call, bias = self._call("linear_fc1", x, groups)
+        inner = grouped_linear(call, x)
         if bias is not None:
             inner = inner + bias
-        kept = CheckpointWithoutOutput(fp8=self.config.fp8) if self._recomputes else None
-        inner = kept.checkpoint(self._activation, inner, probs) if kept else self._activation(inner, probs)
-        output, bias = self._linear("linear_fc2", inner, groups)
-        if kept:
-            kept.discard_output_and_register_recompute(output)
+        call, bias = self._call("linear_fc2", inner, groups)
+        if self._recomputes:
+            output = activated_linear(call, self._activation, inner, probs)
+        else:
+            output = grouped_linear(call, self._activation(inner, probs))
         if bias is not None:
             output = (output + bias * probs.unsqueeze(-1)).to(output.dtype)
         return output, None
@@ -57,17 +57,17 @@ class GroupedMLP(SequentialMLP):
         """Return the number of experts and the product that runs on such a device."""
         return f"{self.num_local_experts} on a rank, product {self._choice(device, self.config.params_dtype)}"
 
-    def _linear(self, name: str, x: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
-        """Return x W^T by each row's expert, and each row's bias."""
+    def _call(self, name: str, x: Tensor, groups: Groups) -> tuple[GroupedCall, Tensor | None]:
+        """Return a linear of all experts for rows such as x, and each row's bias."""
         parameters = [getattr(expert, name)() for expert in self.local_experts]
         weights = tuple(weight for weight, _ in parameters)
         if self.product is None:
             self.product = PRODUCTS.get(self._choice(x.device.type, x.dtype).name).load()()
-        y = grouped_linear(GroupedCall(self.product, groups, weights, _elsewhere(x, weights)), x)
+        call = GroupedCall(self.product, groups, weights, _elsewhere(x, weights))
         if parameters[0][1] is None:
-            return y, None
+            return call, None
         sizes = torch.tensor(groups.sizes, device=x.device)
-        return y, torch.stack([bias for _, bias in parameters]).repeat_interleave(sizes, 0, output_size=len(x))
+        return call, torch.stack([bias for _, bias in parameters]).repeat_interleave(sizes, 0, output_size=len(x))
 
     def _choice(self, device: str, dtype: torch.dtype) -> Choice:
         # [n, k] of both linears: k of the first is n of the second
