@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from megatron_cp.bench.comparison import WrongResultError
 from megatron_cp.experts import PRODUCTS
-from megatron_cp.experts.choose import Choice, choose
+from megatron_cp.experts.choose import ChosenProduct, choose
 from megatron_cp.experts.function import GroupedCall, grouped_linear
 from megatron_cp.experts.grouped_mm import lacking, misaligned
 from megatron_cp.experts.load import zipf
@@ -52,7 +52,7 @@ class ProductTimes(NamedTuple):
         return min(self.seconds), max(self.seconds)
 
 
-def measure(bench: ExpertBench, device: str) -> tuple[list[ProductTimes], Choice]:
+def measure(bench: ExpertBench, device: str) -> tuple[list[ProductTimes], ChosenProduct]:
     """Return the times of the experts one by one and of each product that can run, and what `auto` takes.
 
     Raises WrongResultError, with nothing timed, where a product's results differ.

@@ -13,7 +13,7 @@ CAPABILITY = (8, 0)
 """The least compute capability that torch's grouped kernel is written for."""
 
 
-class Choice(NamedTuple):
+class ChosenProduct(NamedTuple):
     """The name of a product, and why `auto` has taken it; empty where it was asked for."""
 
     name: str
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
         return f"{self.name} ({self.why})" if self.why else self.name
 
 
-def choose(asked: str, device: str, dtype: torch.dtype, widths: Sequence[int]) -> Choice:
+def choose(asked: str, device: str, dtype: torch.dtype, widths: Sequence[int]) -> ChosenProduct:
     """Return the product that is asked for, or the one that `auto` takes.
 
     device: its type, such as "cpu"
@@ -31,15 +31,15 @@ def choose(asked: str, device: str, dtype: torch.dtype, widths: Sequence[int]) -
     Raises CannotRun where the one that is asked for cannot run.
     """
     if asked != AUTO and PRODUCTS.get(asked).name == LOOP:
-        return Choice(LOOP)
+        return ChosenProduct(LOOP)
     reason = misaligned(widths, dtype) or lacking(device, dtype)
     if asked != AUTO:
         if reason:
             raise CannotRun(f"--moe-grouped-product {GROUPED_MM} {reason}; use {AUTO} or {LOOP}")
-        return Choice(GROUPED_MM)
+        return ChosenProduct(GROUPED_MM)
     if reason := f"{GROUPED_MM} {reason}" if reason else slower(device, dtype):
-        return Choice(LOOP, f"{AUTO}: {reason}")
-    return Choice(GROUPED_MM, f"{AUTO}: torch has a kernel for {name_of(dtype)} on this GPU")
+        return ChosenProduct(LOOP, f"{AUTO}: {reason}")
+    return ChosenProduct(GROUPED_MM, f"{AUTO}: torch has a kernel for {name_of(dtype)} on this GPU")
 
 
 def slower(device: str, dtype: torch.dtype) -> str:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cp.experts import GROUPED_MM
 from megatron_cp.experts.product import Groups
 
 ROW_BYTES = 16
@@ -61,7 +60,7 @@ def name_of(dtype: torch.dtype) -> str:
 class GroupedMatmul:
     """Three grouped products for a linear: forward, input gradient, weight gradients."""
 
-    name = GROUPED_MM
+    name = "grouped-mm"
 
     def __init__(self) -> None:
         function = torch_function()

@@ -5,7 +5,7 @@ import torch
 
 from megatron_cp.errors import CannotRun
 from megatron_cp.experts import AUTO, GROUPED_MM, LOOP, PRODUCTS, choose, grouped_mm
-from megatron_cp.experts.choose import Choice, slower
+from megatron_cp.experts.choose import ChosenProduct, slower
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -40,9 +40,9 @@ def test_auto_keeps_the_loop_on_a_cpu_and_says_why():
 
 def test_what_is_asked_for_is_taken(capable):
     capable((9, 0))
-    assert choose.choose(LOOP, "cuda", BF16, (64, 32)) == Choice(LOOP)
+    assert choose.choose(LOOP, "cuda", BF16, (64, 32)) == ChosenProduct(LOOP)
     for name in (GROUPED_MM, "megablocks"):
-        assert choose.choose(name, "cpu", FP32, (64, 32)) == Choice(GROUPED_MM)
+        assert choose.choose(name, "cpu", FP32, (64, 32)) == ChosenProduct(GROUPED_MM)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_rows_that_are_not_aligned_are_named(dtype, widths, message):
 def test_a_torch_without_the_function_is_named(without_function):
     with pytest.raises(CannotRun, match=r"--moe-grouped-product grouped-mm is not in torch .*; use auto or loop"):
         choose.choose(GROUPED_MM, "cpu", FP32, (64,))
-    assert choose.choose(AUTO, "cpu", FP32, (64,)) == Choice(
+    assert choose.choose(AUTO, "cpu", FP32, (64,)) == ChosenProduct(
         LOOP, f"auto: grouped-mm is not in torch {torch.__version__}"
     )
 

@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from megatron_cp.experts import PRODUCTS
-from megatron_cp.experts.choose import Choice, choose
+from megatron_cp.experts.choose import ChosenProduct, choose
 from megatron_cp.experts.function import GroupedCall, WeightHalf, activated_linear, grouped_linear
 from megatron_cp.experts.product import GroupedProduct, Groups, groups_of
 from megatron_cp.megatron.experts.activation import Activation
@@ -69,7 +69,7 @@ class GroupedMLP(SequentialMLP):
         sizes = torch.tensor(groups.sizes, device=x.device)
         return call, torch.stack([bias for _, bias in parameters]).repeat_interleave(sizes, 0, output_size=len(x))
 
-    def _choice(self, device: str, dtype: torch.dtype) -> Choice:
+    def _choice(self, device: str, dtype: torch.dtype) -> ChosenProduct:
         # [n, k] of both linears: k of the first is n of the second
         widths = self.local_experts[0].linear_fc2.weight.shape
         return choose(ExpertFlags.of(self.config).grouped_product, device, dtype, widths)
