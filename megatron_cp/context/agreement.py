@@ -1,7 +1,8 @@
 """Agreement of all ranks on a call, before a message whose length depends on it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain
@@ -18,6 +19,8 @@ from megatron_cp.errors import Refused
 
 DETAILS = 4096
 """Bytes in which a rank describes its call, once the ranks know that their calls differ."""
+REFUSAL = 500
+"""Characters of a rank's refusal that the other ranks see."""
 
 
 class Brought(NamedTuple):
@@ -26,12 +29,14 @@ class Brought(NamedTuple):
     shapes:    of the tensors, queries first; of anything else, none
     dtypes:    names, of anything but a tensor its type
     gradients: a backward pass may follow
+    refusal:   one line, if this rank refuses its own call
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     gradients: bool
     plan: tuple[object, ...]
+    refusal: str
 
 
 def wants_gradients(*tensors: object) -> bool:
@@ -39,9 +44,33 @@ def wants_gradients(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
-def agree(plan: Plan, *tensors: object, packed: Documents | None = None, gradients: bool) -> None:
+@contextmanager
+def refused_by_all(plan: Plan, *tensors: object, agreed: bool = False) -> Iterator[None]:
+    """Raise on every rank what one rank refuses in this block, which comes before the comparison of calls.
+
+    tensors: of the call, queries first
+    agreed:  the ranks do not compare their calls: a refusal is then this rank's own
+    """
+    try:
+        yield
+    except Refused as error:
+        if not agreed:
+            agree(plan, *tensors, gradients=wants_gradients(*tensors), refusal=str(error))
+        raise
+
+
+def agree(
+    plan: Plan,
+    *tensors: object,
+    packed: Documents | None = None,
+    gradients: bool,
+    choices: Sequence[object] = (),
+    refusal: str = "",
+) -> None:
     """Compare shapes and dtypes of these tensors [s b * d], queries first, plan and documents with all other ranks.
 
+    choices: what else must be equal
+    refusal: one line, if this rank refuses its own call
     One all-gather of 8 bytes per rank, which `Fabric.sent` does not count; on a GPU the host waits for it. Nothing is
     remembered from call to call, because a rank whose own call is as before cannot tell that another's changed.
     Raises ValueError on every rank if any two ranks differ.
@@ -54,11 +83,12 @@ def agree(plan: Plan, *tensors: object, packed: Documents | None = None, gradien
         tuple(tuple(x.shape) if isinstance(x, Tensor) else () for x in tensors),
         tuple(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in tensors),
         gradients,
-        plan.terms if packed is None else (*plan.terms, packed.term),
+        (*plan.terms, *([] if packed is None else [packed.term]), *choices),
+        refusal[:REFUSAL],
     )
     if len(set(values_of_all(plan.cp, device, [_word(mine)]))) == 1:
         return
-    described = json.dumps(mine._replace(plan=tuple(map(str, mine.plan)))).encode()
+    described = json.dumps(mine._replace(plan=tuple(map(str, mine.plan))), ensure_ascii=False).encode()
     assert len(described) <= DETAILS, "torch's tensors have 64 dims at most"
     rows = values_of_all(plan.cp, device, list(described.ljust(DETAILS)))
     raise Refused(_difference([_read(bytes(row)) for row in rows]))
@@ -71,19 +101,22 @@ def _word(brought: Brought) -> int:
 
 
 def _read(row: bytes) -> Brought:
-    shapes, dtypes, gradients, plan = json.loads(row)
-    return Brought(tuple(map(tuple, shapes)), tuple(dtypes), gradients, tuple(plan))
+    shapes, dtypes, gradients, plan, refusal = json.loads(row)
+    return Brought(tuple(map(tuple, shapes)), tuple(dtypes), gradients, tuple(plan), refusal)
 
 
 def _difference(ranks: Sequence[Brought]) -> str:
-    shapes = [rank.shapes for rank in ranks]
     # behind q, k and v comes a bias or a sink
-    lengths = [[str(shape[0]) if shape else "none" for shape in row[:3]] for row in shapes]
+    shapes, every_shape = [rank.shapes[:3] for rank in ranks], [rank.shapes for rank in ranks]
+    lengths = [[str(shape[0]) if shape else "none" for shape in row] for row in shapes]
     if len(set(chain(*lengths))) > 1:
         held = _each(" / ".join(dict.fromkeys(row)) for row in lengths)
         return f"all ranks must hold equally many tokens, got {held}; pad the sequence to a common length"
-    if len(set(shapes)) > 1:
-        held = _each(" ".join(map(str, row)) for row in shapes)
+    refusals = [f"rank {rank}: {each.refusal}" for rank, each in enumerate(ranks) if each.refusal]
+    if refusals and len(set(shapes)) == 1:
+        return "; ".join(refusals)
+    if len(set(every_shape)) > 1:
+        held = _each(" ".join(map(str, row)) for row in every_shape)
         rule = "all ranks must hold tensors of one shape (s, b, h, d)"
         return f"{rule}, got {held}; give all ranks the same batch and heads"
     if len({rank.dtypes for rank in ranks}) > 1:

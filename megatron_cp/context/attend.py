@@ -7,12 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_cp.context import opaque, transforms
-from megatron_cp.context.agreement import wants_gradients
+from megatron_cp.context.agreement import refused_by_all, wants_gradients
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.function import run
 from megatron_cp.context.inputs import as_sink
 from megatron_cp.context.plan import Plan, Sizes, plan
-from megatron_cp.context.prepare import documents_of, prepare
+from megatron_cp.context.prepare import documents_of, host_waits, prepare
+from megatron_cp.errors import Refused
 
 __all__ = ["Plan", "Sizes", "attend", "plan"]
 
@@ -48,11 +49,15 @@ def attend(
     Raises ValueError on every rank when these differ between ranks, and when tensors do not fit each other or the
     algorithm; nothing but the comparison is sent before.
     """
-    logits, packed = as_sink(sink, q), documents_of(documents, q)
     if torch.compiler.is_compiling():
-        return opaque.attend(q, k, v, logits, plan, packed, agreed)
+        return opaque.attend(q, k, v, as_sink(sink, q), plan, documents_of(documents, q), agreed)
+    if not isinstance(plan, Plan):
+        raise Refused(f"plan must be made by megatron_cp.plan(backend, ...), got {plan!r}")
+    with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
+        logits, packed = as_sink(sink, q), documents_of(documents, q)
     if torch._C._are_functorch_transforms_active():
         return transforms.attend(q, k, v, logits, plan, packed, agreed)
     gradients = wants_gradients(q, k, v, logits)
-    settled = prepare(q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits)
+    number = None if isinstance(sink, Tensor) else sink
+    settled = prepare(q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits, number=number)
     return run(q, k, v, settled, logits, packed)

@@ -45,6 +45,14 @@ def settle(plan: Plan, sizes: Sizes) -> Plan:
     return replace(plan, backend=BACKENDS.get(best.backend), axes=axes, why=choice.why)
 
 
+def choices(plan: Plan, sizes: Sizes) -> tuple[str, ...]:
+    """Return what backend `auto` chooses by and each rank finds out by itself, for the comparison of ranks."""
+    if plan.backend.name != AUTO or plan.cp.size == 1:
+        return ()
+    cluster = plan.cluster or default_cluster(sizes.device)
+    return f"cluster={cluster.name}", f"windows={_problem(plan, sizes).windows}"
+
+
 def decide(problem: Problem, cluster: Cluster) -> BackendChoice:
     """Return the fastest choice for the problem, weighed once in a process; the problem's own backend is ignored.
 
@@ -55,6 +63,7 @@ def decide(problem: Problem, cluster: Cluster) -> BackendChoice:
         return _decide(replace(problem, backend=AUTO, documents=None, document_layout=STREAM, cut=False), cluster)
 
 
+@lru_cache(2)
 def default_cluster(device: str) -> Cluster:
     """Return the description that ships for this machine's GPU, or for a CPU."""
     return load_cluster(cluster_of(torch.cuda.get_device_name() if device == "cuda" else None))

@@ -11,16 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_cp.context.agreement import agree, wants_gradients
+from megatron_cp.context.agreement import agree, refused_by_all, wants_gradients
 from megatron_cp.context.algorithms import rsa
 from megatron_cp.context.checks import able, check_documents
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.documents import Documents
-from megatron_cp.context.function import differentiable_once, without_autocast
-from megatron_cp.context.inputs import check_inputs
+from megatron_cp.context.function import as_no_view, differentiable_once, without_autocast
+from megatron_cp.context.inputs import DTYPES, check_inputs
 from megatron_cp.context.plan import Plan, task_for
 from megatron_cp.context.prepare import documents_of
 from megatron_cp.context.task import Saved, Task
+from megatron_cp.dtypes import BYTES
 from megatron_cp.errors import Refused
 
 
@@ -39,8 +40,8 @@ def attention_probabilities(
     Raises ValueError for another plan, and when shapes differ between ranks or do not fit; nothing but their comparison
     is sent before.
     """
+    task = _rsa_task(q, k, k, plan, bias, documents, gradients=False)
     with torch.no_grad(), without_autocast(q.device):
-        task = _rsa_task(q, k, k, plan, bias, documents_of(documents, q))
         scores = rsa.score_rows(q, k, bias, task)
         weights = rsa.whole_rows(scores, scores.logsumexp(-1)).flatten(1, 2)
         return torch.empty_like(weights).index_copy_(-1, rsa.columns_of(task, q), weights)
@@ -62,7 +63,8 @@ def attend_with_bias(
     `plan` is of backend "rsa", `documents` as in `attend`. Raises ValueError for another plan, and when shapes differ
     between ranks or do not fit; nothing but their comparison is sent before.
     """
-    return _Biased.apply(q, k, v, bias, _rsa_task(q, k, v, plan, bias, documents_of(documents, q)))
+    gradients = wants_gradients(q, k, v, bias)
+    return _Biased.apply(q, k, v, bias, _rsa_task(q, k, v, plan, bias, documents, gradients))
 
 
 class _Biased(torch.autograd.Function):
@@ -70,9 +72,10 @@ class _Biased(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, task: Task) -> Tensor:
         with without_autocast(q.device):
             out, saved = rsa.forward_with_bias(q, k, v, bias, task)
-        ctx.save_for_backward(*saved, bias)
+        result = as_no_view(out, list(saved))
+        ctx.save_for_backward(*(result if tensor is out else tensor for tensor in saved), bias)
         ctx.task = task
-        return out
+        return result
 
     @staticmethod
     @differentiable_once
@@ -82,21 +85,45 @@ class _Biased(torch.autograd.Function):
             return *rsa.backward_with_bias(dout, Saved(*saved), bias, ctx.task), None
 
 
-def _rsa_task(q: Tensor, k: Tensor, v: Tensor, plan: Plan, bias: Tensor | None, packed: Documents | None) -> Task:
+def _rsa_task(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    bias: Tensor | None,
+    given: Documents | Tensor | Sequence[int] | None,
+    gradients: bool,
+) -> Task:
     """Return the task of such tensors; refuse another backend, different shapes and a bias that does not fit."""
-    if not plan.backend.capabilities.bias or plan.chunks is not None:
-        names = able(lambda entry: entry.capabilities.bias)
-        raise Refused(
-            f"whole rows of scores are held by backend {names} without chunks only, got {plan.backend.name!r} with "
-            f"chunks = {plan.chunks}; make the plan with plan({names}, ...)"
-        )
-    agree(plan, q, k, v, *([] if bias is None else [bias]), packed=packed, gradients=wants_gradients(q, k, v, bias))
-    check_inputs(q, k, v)
-    if packed is not None:
-        check_documents(packed, q.shape[0] * plan.cp.size, plan.cp.size)
+    tensors = (q, k, v, *([] if bias is None else [bias]))
+    with refused_by_all(plan, *tensors):
+        if not plan.backend.capabilities.bias or plan.chunks is not None:
+            names = able(lambda entry: entry.capabilities.bias)
+            raise Refused(
+                f"whole rows of scores are held by backend {names} without chunks only, got {plan.backend.name!r} with "
+                f"chunks = {plan.chunks}; make the plan with plan({names}, ...)"
+            )
+        check_inputs(q, k, v)
+        packed = documents_of(given, q)
+        if packed is not None:
+            check_documents(packed, q.shape[0] * plan.cp.size, plan.cp.size)
+        if bias is not None:
+            _check_bias(bias, q, q.shape[0] * plan.cp.size)
+    agree(plan, *tensors, packed=packed, gradients=gradients)
     # a bias has its rows where the tokens are
-    task = task_for(q, k, v, replace(plan, document_layout=STREAM), packed)
-    whole = (q.shape[1], q.shape[2], q.shape[0], rsa.tokens_of(task))
-    if bias is not None and (bias.ndim != 4 or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True))):
+    return task_for(q, k, v, replace(plan, document_layout=STREAM), packed)
+
+
+def _check_bias(bias: object, q: Tensor, tokens: int) -> None:
+    if not isinstance(bias, Tensor):
+        raise Refused(f"bias must be a tensor b h s S that is added to the scores, got {type(bias).__name__}")
+    if bias.dtype not in DTYPES:
+        raise Refused(
+            f"bias must be of dtype {' or '.join(BYTES)}, got {bias.dtype}; it is added to the scores: for a mask give "
+            "-inf where a query does not see a key, and 0 elsewhere"
+        )
+    if bias.device != q.device:
+        raise Refused(f"bias must be on the device of q, got {bias.device} and {q.device}; move it")
+    whole = (q.shape[1], q.shape[2], q.shape[0], tokens)
+    if bias.ndim != 4 or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True)):
         raise Refused(f"bias must be b h s S = {whole}, or 1 where it is broadcast, got {tuple(bias.shape)}")
-    return task

@@ -128,7 +128,7 @@ class _Attend(torch.autograd.Function):
         out, saved = forward_pass(q, k, v, call, sink)
         # autograd keeps a flat list of tensors, the loop gets back the tuple that it made of them
         tensors, ctx.saved_as = tree_flatten(saved)
-        result = _no_view(out, tensors)
+        result = as_no_view(out, tensors)
         ctx.save_for_backward(sink, *(result if tensor is out else tensor for tensor in tensors))
         ctx.call = call
         return result
@@ -145,7 +145,7 @@ class _Attend(torch.autograd.Function):
         refuse_derivative("a derivative in forward mode")
 
 
-def _no_view(out: Tensor, saved: list[Tensor]) -> Tensor:
+def as_no_view(out: Tensor, saved: list[Tensor]) -> Tensor:
     """Return `out` as a tensor that may be changed in place, which autograd forbids for views made in a function."""
     if not out._is_view():
         return out

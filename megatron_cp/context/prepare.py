@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_cp.context.agreement import agree
-from megatron_cp.context.auto import settle
+from megatron_cp.context.agreement import agree, refused_by_all
+from megatron_cp.context.auto import choices, settle
 from megatron_cp.context.checks import check_documents, check_mask, check_sinks
 from megatron_cp.context.document_choice import settle_layout
 from megatron_cp.context.documents import Documents, documents
@@ -25,23 +25,28 @@ def prepare(
     agreed: bool,
     gradients: bool,
     sink: object = None,
+    number: float | None = None,
 ) -> Plan:
     """Return the settled plan for such tensors; raises ValueError on every rank when they do not fit together.
 
     packed:    the documents of the sequence
     agreed:    the caller guarantees that ranks are equal; a GPU's host does not wait for the comparison
     gradients: a backward pass may follow
+    number:    the sink of all heads, where the caller gave a number
     """
-    if not agreed or _device_type(q) == "cpu":
-        agree(plan, q, k, v, *([] if sink is None else [sink]), packed=packed, gradients=gradients)
-    check_inputs(q, k, v)
-    if packed is not None:
-        check_documents(packed, q.shape[0] * plan.cp.size, plan.cp.size)
-        check_mask(plan.backend, packed.mask(plan.mask))
-    if sink is not None:
-        check_sink(sink, q)
-    dtype = str(q.dtype).removeprefix("torch.")
-    sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], max(q.shape[3], v.shape[3]), dtype, q.device.type)
+    tensors, agreed = (q, k, v, *([] if sink is None else [sink])), agreed and host_waits(q)
+    with refused_by_all(plan, *tensors, agreed=agreed):
+        check_inputs(q, k, v)
+        if packed is not None:
+            check_documents(packed, q.shape[0] * plan.cp.size, plan.cp.size)
+            check_mask(plan.backend, packed.mask(plan.mask))
+        if sink is not None:
+            check_sink(sink, q)
+        dtype, dim = str(q.dtype).removeprefix("torch."), max(q.shape[3], v.shape[3])
+        sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], dim, dtype, q.device.type)
+        chosen_by = choices(plan, sizes)
+    if not agreed:
+        agree(plan, *tensors, packed=packed, gradients=gradients, choices=(f"sink={number}", *chosen_by))
     settled = settle_layout(settle(plan, sizes), sizes, packed)
     if sink is not None:
         check_sinks(settled.backend)
@@ -60,5 +65,6 @@ def documents_of(given: Documents | Tensor | Sequence[int] | None, q: object) ->
     return documents(given)
 
 
-def _device_type(q: object) -> str:
-    return q.device.type if isinstance(q, Tensor) else "cpu"
+def host_waits(q: object) -> bool:
+    """True if the host would wait for the comparison of calls, which a caller's guarantee then spares."""
+    return isinstance(q, Tensor) and q.device.type != "cpu"

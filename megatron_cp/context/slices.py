@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cp.context.agreement import wants_gradients
+from megatron_cp.context.agreement import refused_by_all, wants_gradients
 from megatron_cp.context.algorithms import ring
 from megatron_cp.context.function import (
     AttentionCall,
@@ -35,7 +35,7 @@ from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import HeadParallel
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.plan import Plan
-from megatron_cp.context.prepare import prepare
+from megatron_cp.context.prepare import host_waits, prepare
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
@@ -127,9 +127,10 @@ def attend_slice(
     Raises ValueError for a plan that cuts work over time itself, for a mask that is not causal, and as `attend` does.
     """
     tokens = kept.tokens[number]
-    if q.shape[0] * plan.cp.size != len(tokens):
-        raise Refused(f"slice {number} has {len(tokens)} tokens over all ranks, got {q.shape[0]} on {plan.cp.size}")
-    check_slices(plan)
+    with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
+        if q.shape[0] * plan.cp.size != len(tokens):
+            raise Refused(f"slice {number} has {len(tokens)} tokens over all ranks, got {q.shape[0]} on {plan.cp.size}")
+        check_slices(plan)
     settled = prepare(q, k, v, plan, agreed=agreed, gradients=wants_gradients(q, k, v))
     # `auto` may have chosen it
     check_slices(settled)

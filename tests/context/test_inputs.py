@@ -1,11 +1,15 @@
 """Inputs that attention does not take: one line, the same on every rank, before anything but a comparison is sent."""
 
+import math
+
 import pytest
 import torch
 
 from megatron_cp.comm import GroupFabric
 from megatron_cp.context import BACKENDS, opaque
 from megatron_cp.context.attend import attend, plan
+from megatron_cp.context.bias import attend_with_bias, attention_probabilities
+from megatron_cp.context.slices import KeptKeys, attend_slice
 from tests.cases import slow_unless
 from tests.context.test_modes import made
 from tests.ranks import run_ranks
@@ -43,7 +47,8 @@ UNFIT = {
     "q unlike k": (lambda: [x(), *[x(TOKENS, 2, HEADS, 8)] * 2], "q and k must agree in tokens, batch and head dim"),
     "three KV heads": (lambda: [x(), *[x(TOKENS, 1, 3, 8)] * 2], "query heads must be a multiple of KV heads, got 4"),
 }
-# on the last rank only, where all others hold x(): q, k, v, other arguments of the plan, and the start of the text
+# on the last rank only, where all others hold x(): q, k, v, other arguments of the plan, and the start of the text,
+# with LAST for that rank
 ONE_RANK = {
     "longer": (lambda: [x(2 * TOKENS, 1, HEADS, 8)] * 3, {}, "all ranks must hold equally many tokens, got rank 0: 24"),
     "no tokens": (lambda: [x(0, 1, HEADS, 8)] * 3, {}, "all ranks must hold equally many tokens, got rank 0: 24"),
@@ -63,6 +68,24 @@ ONE_RANK = {
     "window": (lambda: [x()] * 3, {"window": (3, 0)}, "all ranks must attend by one plan, got rank 0: "),
     "scale": (lambda: [x()] * 3, {"softmax_scale": 0.1}, "all ranks must attend by one plan, got rank 0: "),
     "causal": (lambda: [x()] * 3, {"causal": False}, "all ranks must attend by one plan, got rank 0: "),
+    "sparse": (
+        lambda: [x().to_sparse()] * 3,
+        {},
+        "rank LAST: q must be a dense tensor s b h d, got a torch.sparse_coo",
+    ),
+    "two devices": (lambda: [x(), x(), x(device="meta")], {}, "rank LAST: q, k and v must be on one device, got cpu, "),
+    "int64": (lambda: [x(dtype=torch.int64)] * 3, {}, "rank LAST: q must be of dtype float64 or float32"),
+}
+# other arguments of the call, on the last rank only
+ONE_CALL = {
+    "ends that fall": ({"documents": [0, 9, 4, 24]}, "rank LAST: cu_seqlens must"),
+    "documents too short": ({"documents": [0, 5]}, "rank LAST: "),
+    "no number": ({"sink": math.nan}, "rank LAST: sink must be a number below infinity, got nan"),
+    "sink of three heads": (
+        {"sink": torch.zeros(3)},
+        "rank LAST: sink must have a logit for each of the 4 query heads",
+    ),
+    "another sink": ({"sink": 5.0}, "all ranks must attend by one plan, got rank 0: "),
 }
 
 
@@ -97,6 +120,11 @@ def refusals(backends):
                 )
                 assert fabric.sent == before
                 attend(x(), x(), x(), how, agreed=agreed)
+        for name, (given, _) in ONE_CALL.items() if fabric.size > 1 else ():
+            found[backend, "call", name] = text_of(
+                attend, x(), x(), x(), how, **{"sink": 0.0, **(given if last else {})}
+            )
+            attend(x(), x(), x(), how)
         empty = [x(TOKENS, 0, HEADS, 8, requires_grad=True) for _ in "qkv"]
         attend(*empty, how).sum().backward()
         assert all(each.grad.shape == each.shape for each in empty)
@@ -114,9 +142,10 @@ def refusals(backends):
 def test_unfit_inputs_are_one_line_on_every_rank(ranks, backends):
     first, *others = run_ranks(ranks, refusals, backends)
     assert all(found == first for found in others)
-    assert len(first) == len(backends) * (len(UNFIT) + 2 * len(ONE_RANK) * (ranks > 1))
+    assert len(first) == len(backends) * (len(UNFIT) + (2 * len(ONE_RANK) + len(ONE_CALL)) * (ranks > 1))
+    starts = {"all": UNFIT, "one": ONE_RANK, "agreed": ONE_RANK, "call": ONE_CALL}
     for (_, kind, name), text in first.items():
-        assert text.startswith(UNFIT[name][1] if kind == "all" else ONE_RANK[name][2]), (kind, name)
+        assert text.startswith(starts[kind][name][-1].replace("LAST", str(ranks - 1))), (kind, name, text)
         assert "\n" not in text
 
 
@@ -168,3 +197,44 @@ def test_numbers_of_plans_are_never_used_again():
     assert len(set(numbers)) == 3
     held = plan("zigzag")
     assert opaque.numbered(held.number) is held
+
+
+BIASES = {
+    "a mask": (torch.ones(1, 1, TOKENS, 2 * TOKENS, dtype=torch.bool), "bias must be of dtype float64 or float32"),
+    "whole numbers": (torch.ones(1, 1, TOKENS, 2 * TOKENS, dtype=torch.int64), "bias must be of dtype float64 or"),
+    "a list": ([[0.0]], "bias must be a tensor b h s S that is added to the scores, got list"),
+    "elsewhere": (torch.zeros(1, 1, TOKENS, 2 * TOKENS, device="meta"), "bias must be on the device of q, got meta"),
+    "five keys": (torch.zeros(1, 1, TOKENS, 5), "bias must be b h s S = (1, 4, 24, 48), or 1 where it is broadcast"),
+}
+
+
+def refusals_beside_attend():
+    """Texts about unfit biases, given on all ranks or on the last, about slices, and about what is no plan."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fabric = GroupFabric(dist.group.WORLD)
+    how, rows, last = plan("rsa", cp=fabric), torch.zeros(1, 1, TOKENS, 2 * TOKENS), fabric.rank == fabric.size - 1
+    found = {}
+    for name, (bias, _) in BIASES.items():
+        for everywhere in (True, False):
+            given = bias if everywhere or last else rows
+            found[name, everywhere] = text_of(attend_with_bias, x(), x(), x(), given, how)
+            attend_with_bias(x(), x(), x(), rows, how)
+    found["probabilities"] = text_of(attention_probabilities, None, x(), how)
+    short = KeptKeys((range(TOKENS if last else 2 * TOKENS),))
+    found["slice"] = text_of(attend_slice, x(), x(), x(), plan("zigzag", cp=fabric), short, 0)
+    found["plan"] = text_of(attend, x(), x(), x(), None)
+    dist.barrier()
+    return found
+
+
+def test_unfit_biases_slices_and_plans_are_one_line_on_every_rank():
+    first, second = run_ranks(2, refusals_beside_attend)
+    assert first == second
+    for name, (_, start) in BIASES.items():
+        assert first[name, True].startswith(start), name
+        assert first[name, False].startswith(f"rank 1: {start}"), name
+    assert first["probabilities"].startswith("q must be a tensor s b h d, got NoneType")
+    assert first["slice"] == "rank 1: slice 0 has 24 tokens over all ranks, got 24 on 2"
+    assert first["plan"] == "plan must be made by megatron_cp.plan(backend, ...), got None"

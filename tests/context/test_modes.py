@@ -201,6 +201,15 @@ def test_changing_the_output_in_place_is_right_or_found(backend, ranks):
     assert not any(texts) or all("modified by an inplace operation" in text for text in texts)
 
 
+def test_changing_the_output_of_attention_with_bias_in_place_is_right():
+    task, bias = problem(12, 4, 2, causal=True), torch.zeros(1, 1, 12, 12, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in task[:3]]
+    out = attend_with_bias(*inputs, bias, plan("rsa")).mul_(2)
+    assert relative_error(out.detach(), 2 * dense(task)[0]) <= EXACT
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, inputs, task.dout)
+
+
 @pytest.mark.parametrize(("backend", "ranks"), EVERY)
 def test_changing_an_input_between_the_passes_is_never_silently_wrong(backend, ranks):
     task = problem(12 * ranks, 4, 2, causal=True)
