@@ -498,7 +498,13 @@ def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
 
 def packs_documents(args: Any) -> bool:
     """True if a sample is a stream of documents that see only themselves."""
-    return bool(getattr(args, "dataloader_inter_document_masking", False) or getattr(args, "sft", False))
+    by_flag = getattr(args, "dataloader_inter_document_masking", False) or getattr(args, "sft", False)
+    return bool(by_flag or cuts_at_eod(args))
+
+
+def cuts_at_eod(args: Any) -> bool:
+    """True if documents end at EOD tokens, which stock layers read from a mask tensor and ours from the data."""
+    return bool(getattr(args, "reset_attention_mask", False)) and has_our_layers(args)
 
 
 # flags that mask tokens of the data, which ranks of a context-parallel group need not hold equally many of

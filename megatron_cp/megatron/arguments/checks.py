@@ -80,6 +80,8 @@ def complete(args: Any, machine: Machine) -> None:
     if has_our_layers(args) and args.create_attention_mask_in_dataloader:
         args.create_attention_mask_in_dataloader = False
         say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
+    if getattr(args, "reset_position_ids", False) and getattr(args, "position_embedding_type", "") == "rope":
+        say("--reset-position-ids has no effect on rotary positions, which give scores by distances alone")
     if chunks := imply_chunks(args):
         say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
     if args.async_save and args.async_strategy == "nvrx" and not (machine.gpu and machine.nvrx):

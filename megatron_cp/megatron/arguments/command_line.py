@@ -14,9 +14,16 @@ def check_script(argv: Sequence[str], layers: bool) -> None:
 
     layers: our attention is in the run
     Raises ValueError for `--sft` under context parallelism: scripts give ranks parts of each document, by an operation
-    of transformer-engine, and our layers expect parts of the stream.
+    of transformer-engine, and our layers expect parts of the stream; and for `--reset-attention-mask`, for which
+    scripts make a mask tensor.
     """
     size = values_of(argv, "--context-parallel-size") or ["1"]
+    if layers and values_of(argv, "--reset-attention-mask") is not None:
+        raise Refused(
+            "--reset-attention-mask: a script of Megatron's hides earlier documents by a mask tensor, which "
+            "megatron-cp's attention does not read; pass --dataloader-inter-document-masking instead, which ends "
+            "documents where those of the corpus end, or run megatron_cp.pretrain_gpt instead of the script"
+        )
     if layers and size != ["1"] and values_of(argv, "--sft") is not None:
         raise Refused(
             f"--sft with --context-parallel-size {' '.join(size)}: a script of Megatron's cuts each document, and "

@@ -25,6 +25,7 @@ from megatron_cp.megatron.run import (
     ExpertFlags,
     PipelineFlags,
     TensorFlags,
+    cuts_at_eod,
     on_stripes,
     packs_documents,
     takes_placement,
@@ -179,7 +180,7 @@ def _check_document_layout(args: Any) -> None:
     if not packs_documents(args):
         raise Refused(
             f"--cp-document-layout {name} lays out packed documents, got none; pass "
-            "--dataloader-inter-document-masking or --sft"
+            "--dataloader-inter-document-masking, --reset-attention-mask or --sft"
         )
     for entry in map(BACKENDS.get, comm_types(args)):
         if not takes_document_layout(entry):
@@ -277,13 +278,18 @@ def _check_heads(args: Any, cp: int, sizes: list[int] | None) -> None:
 
 
 def _check_packed(args: Any) -> None:
-    """Refuse several samples of packed documents between pipeline stages, which exchange them in another shape."""
-    samples, stages = read(args, "micro_batch_size", 1) or 1, read(args, "pipeline_model_parallel_size", 1) or 1
-    flag = "--sft" if read(args, "sft", False) else "--dataloader-inter-document-masking"
-    if samples > 1 and stages > 1:
+    """Refuse what needs the samples of a microbatch apart, and two ways to cut one sample into documents."""
+    samples, balancing = read(args, "micro_batch_size", 1) or 1, read(args, "moe_router_load_balancing_type", ())
+    kinds = [balancing] if isinstance(balancing, str) else list(balancing or ())
+    if samples > 1 and read(args, "num_experts") and "seq_aux_loss" in kinds:
         raise Refused(
-            f"{flag} makes one sequence of a microbatch, for which the pipeline's buffers have no room, got "
-            f"--micro-batch-size {samples} on {stages} stages; pass --micro-batch-size 1"
+            f"--moe-router-load-balancing-type seq_aux_loss balances each sample, and packed documents make one "
+            f"sequence of a microbatch, got --micro-batch-size {samples}; pass 1, or aux_loss"
+        )
+    if cuts_at_eod(args) and read(args, "dataloader_inter_document_masking", False):
+        raise Refused(
+            "--reset-attention-mask ends documents at EOD tokens and --dataloader-inter-document-masking where those "
+            "of the corpus end; leave one of the two out"
         )
 
 
@@ -306,7 +312,7 @@ def _check_call_inputs(args: Any) -> None:
             f"megatron-cp's attention does not do dropout, got --attention-dropout {dropout}; "
             f"pass --attention-dropout 0"
         )
-    for name in ("reset_attention_mask", "hybrid_context_parallel", "rl_use_sequence_packing"):
+    for name in ("hybrid_context_parallel", "rl_use_sequence_packing"):
         if read(args, name, False):
             raise Refused(
                 f"megatron-cp's attention does not do packed documents, which --{name.replace('_', '-')} asks for; "

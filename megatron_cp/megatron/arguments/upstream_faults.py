@@ -39,6 +39,15 @@ FAULTS = (
     ),
     Fault(
         lambda args: (
+            bool(read(args, "reset_attention_mask", False))
+            and not read(args, "create_attention_mask_in_dataloader", True)
+            and not has_our_layers(args)
+        ),
+        "--reset-attention-mask hides nothing in stock layers without a mask tensor; leave "
+        "--no-create-attention-mask-in-dataloader out, or name a layer spec of megatron-cp",
+    ),
+    Fault(
+        lambda args: (
             bool(read(args, "dataloader_inter_document_masking", False))
             and read(args, "context_parallel_size", 1) > 1
             and not has_our_layers(args)

@@ -45,7 +45,8 @@ def cut_by_documents(whole: dict[str, Any], args: Any) -> dict[str, Any]:
     layout = made.planned(_layout_name(made, args), group.size())
     mine = positions(layout[group.rank()]).to(ends.device, non_blocking=True)
     part = {key: whole[key] if whole[key] is None else whole[key].index_select(1, mine) for key in PER_TOKEN}
-    return {**whole, **part, "stream": cut_stream(made, layout, ends.device)}
+    samples = made.tokens // args.seq_length
+    return {**whole, **part, "stream": cut_stream(made, layout, ends.device, samples)}
 
 
 def _layout_name(made: Documents, args: Any) -> str:

@@ -5,6 +5,9 @@ stream, but rotates them, and rolls those of multi-token prediction, as if each 
 model hands on one document of the whole stream, so that all of it follows the cut, with the real ends beside it for
 attention. Rotary positions count from the start of the stream then, which changes no score but in rounding. A batch
 that our own data path cuts by its documents brings the order of these positions, too.
+
+Several samples are one stream, t 1 h in the model, while the buffers of every pipeline schedule are s b h. Both are the
+same memory, so that the hook views what comes from the stage before as the one, and what leaves as the other.
 """
 
 from collections.abc import Iterable
@@ -26,11 +29,13 @@ _MARK = "_megatron_cp_documents"
 class PackedStream(PackedSeqParams):
     """Parameters of one document as long as the stream, with the documents that the stream is made of.
 
-    rows: for a batch cut by its documents, the position of each row of Megatron's cut of the stream over all ranks
+    rows:    for a batch cut by its documents, the position of each row of Megatron's cut of the stream over all ranks
+    samples: of the microbatch, one after the other in the stream
     """
 
     documents: Documents | None = None
     rows: Tensor | None = None
+    samples: int = 1
 
 
 def hand_on_documents[Model: nn.Module](models: list[Model]) -> list[Model]:
@@ -39,6 +44,7 @@ def hand_on_documents[Model: nn.Module](models: list[Model]) -> list[Model]:
         if not hasattr(model, _MARK):
             hooks = _Hooks()
             setattr(model, _MARK, model.register_forward_pre_hook(hooks.hand_on, with_kwargs=True))
+            model.register_forward_hook(hooks.as_samples)
             if isinstance(rotary := getattr(model, "rotary_pos_emb", None), nn.Module):
                 rotary.register_forward_hook(hooks.in_rows)
     return models
@@ -49,17 +55,40 @@ class _Hooks:
 
     def __init__(self) -> None:
         self._rows: Tensor | None = None
+        self._samples = 1
 
     def hand_on(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         packed = kwargs.get("packed_seq_params")
-        self._rows = packed.rows if isinstance(packed, PackedStream) else None
-        if packed is None or isinstance(packed, PackedStream):
+        stream = stream_of(packed) if packed is not None and not isinstance(packed, PackedStream) else packed
+        self._rows, self._samples = (None, 1) if stream is None else (stream.rows, stream.samples)
+        if stream is not None:
+            _as_stream(model, stream.samples)
+        return None if stream is packed else (args, {**kwargs, "packed_seq_params": stream})
+
+    def as_samples(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        """View what goes to the next stage as the samples of the microbatch, t 1 h -> s b h."""
+        if self._samples == 1 or getattr(model, "post_process", True):
             return None
-        return args, {**kwargs, "packed_seq_params": stream_of(packed)}
+        # Megatron frees what it has sent, but refuses to free a view
+        return torch.ops.aten._unsafe_view(out, (out.shape[0] // self._samples, self._samples, out.shape[2]))
 
     def in_rows(self, module: nn.Module, args: tuple[Any, ...], angles: Tensor) -> Tensor:
         """Order the rotary angles so that the rows which Megatron's cut takes are those of the rank's tokens."""
         return angles if self._rows is None else angles[self._rows]
+
+
+def _as_stream(model: nn.Module, samples: int) -> None:
+    """View what came from the stage before as one stream, s b h -> t 1 h."""
+    decoder: Any = getattr(model, "decoder", None)
+    given = getattr(decoder, "input_tensor", None)
+    if given is None or given.shape[1] == 1:
+        return
+    if given.shape[1] != samples:
+        raise Refused(
+            f"packed documents of {given.shape[1]} samples between pipeline stages need PackedSeqParams with "
+            "tokens_per_sample, got none; pass --micro-batch-size 1"
+        )
+    decoder.input_tensor = given.reshape(-1, 1, given.shape[2])
 
 
 def stream_of(packed: PackedSeqParams) -> PackedStream:
@@ -74,16 +103,17 @@ def stream_of(packed: PackedSeqParams) -> PackedStream:
         )
     of_queries = packed.cu_seqlens_q
     of_keys = None if packed.cu_seqlens_kv is of_queries else packed.cu_seqlens_kv
-    return _stream(documents(of_queries, of_keys), of_queries.device)
+    made = documents(of_queries, of_keys)
+    return _stream(made, of_queries.device, samples=made.tokens // (packed.tokens_per_sample or made.tokens))
 
 
-def cut_stream(made: Documents, layout: Layout, device: torch.device) -> PackedStream:
+def cut_stream(made: Documents, layout: Layout, device: torch.device, samples: int = 1) -> PackedStream:
     """Return the stream of a batch whose ranks hold the tokens at the positions of a layout."""
     taken = zigzag(made.tokens, len(layout))
     rows = torch.empty(made.tokens, dtype=torch.int64)
     for theirs, ours in zip(taken, layout, strict=True):
         rows[positions(theirs)] = positions(ours)
-    return _stream(made.cut_by(layout), device, rows.to(device, non_blocking=True))
+    return _stream(made.cut_by(layout), device, rows.to(device, non_blocking=True), samples)
 
 
 def positions(runs: Runs) -> Tensor:
@@ -91,7 +121,7 @@ def positions(runs: Runs) -> Tensor:
     return torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
 
 
-def _stream(made: Documents, device: torch.device, rows: Tensor | None = None) -> PackedStream:
+def _stream(made: Documents, device: torch.device, rows: Tensor | None = None, samples: int = 1) -> PackedStream:
     whole = torch.tensor([0, made.tokens], dtype=torch.int32).to(device, non_blocking=True)
     return PackedStream(
         qkv_format="thd",
@@ -101,6 +131,7 @@ def _stream(made: Documents, device: torch.device, rows: Tensor | None = None) -
         max_seqlen_kv=made.tokens,
         documents=made,
         rows=rows,
+        samples=samples,
     )
 
 

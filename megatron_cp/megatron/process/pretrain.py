@@ -35,8 +35,9 @@ from megatron_cp.megatron.arguments.entry import refuse_unread
 from megatron_cp.megatron.layers.batches import cut_by_documents, cuts_by_documents
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.conversation_samples import Conversations, ConversationsConfig
+from megatron_cp.megatron.process.eod_documents import MockTextsCutAtEod, TextsCutAtEod
 from megatron_cp.megatron.process.launch import launched
-from megatron_cp.megatron.run import packs_documents, say
+from megatron_cp.megatron.run import cuts_at_eod, packs_documents, say
 
 # times the largest loss so far; as in Megatron's own script
 SPIKY_LOSS_FACTOR = 10
@@ -90,6 +91,8 @@ def _kind_of_dataset() -> tuple[type[MegatronDataset], Callable[..., GPTDatasetC
     if args.sft:
         encode = encoder(get_tokenizer(), args.chat_template)
         return Conversations, functools.partial(ConversationsConfig, encode=encode)
+    if cuts_at_eod(args):
+        return MockTextsCutAtEod if args.mock_data else TextsCutAtEod, GPTDatasetConfig
     return MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
 
 
@@ -225,7 +228,12 @@ def packed_parameters(part: dict[str, Any]) -> PackedSeqParams | None:
         return None
     ends, longest = part["cu_seqlens"][0], int(part["max_seqlen"][0])
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
     )
 
 
