@@ -8,6 +8,9 @@ go through the backend's loop. A backend that exchanges heads for tokens does so
     backward of slice 2    dK, dV of slices 0 and 1 are added up where they are kept; its own, with what later slices
                            have added, go on to the layers before
 
+Packed documents bring the ends of each slice. A query sees the keys of earlier slices that are of its own document; the
+samples of a microbatch, which are one stream in every slice, are told apart by their places in it.
+
 Source: Seq1F1B, arXiv:2406.03488; TeraPipe, arXiv:2102.07988.
 """
 
@@ -16,13 +19,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_cp.context.agreement import refused_by_all, wants_gradients
 from megatron_cp.context.algorithms import ring
+from megatron_cp.context.documents import Documents
 from megatron_cp.context.function import (
     AttentionCall,
     call_for,
@@ -33,6 +37,7 @@ from megatron_cp.context.function import (
 from megatron_cp.context.heads import HeadExchange
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import HeadParallel
+from megatron_cp.context.masks import FULL, AnyMask, Mask, Piece, Pieces
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.plan import Plan
 from megatron_cp.context.prepare import host_waits, prepare
@@ -58,11 +63,88 @@ class KeptSlice:
 class KeptKeys:
     """Keys and values of the slices of one sequence in one layer, those of this rank.
 
-    tokens: where each slice starts and ends in the sequence, over all ranks
+    tokens: where each slice starts and ends in the sequence, over all ranks; of several samples, one slice of all
+            samples starts where that before it ends
     """
 
     tokens: tuple[range, ...]
     slices: dict[int, KeptSlice] = field(default_factory=dict)
+
+
+class Stretch(NamedTuple):
+    """A stretch of a document inside one slice.
+
+    document: sample and number of the document
+    tokens:   positions among all tokens of the slices
+    moved:    from a position in the sample to that one
+    """
+
+    document: tuple[int, int]
+    tokens: range
+    moved: int
+
+
+class PackedSlice:
+    """The documents of one slice.
+
+    own:    those of the slice by themselves, from its first token on
+    """
+
+    def __init__(self, own: Documents, here: Sequence[Stretch], before: Sequence[Stretch]) -> None:
+        self.own = own
+        self._here, self._before = here, before
+        self._masks: dict[Mask, Pieces] = {}
+
+    def earlier(self, band: Mask) -> Pieces:
+        """Return the mask of the slice's queries over the keys of earlier slices, the same object in every layer."""
+        if band not in self._masks:
+            keys: dict[tuple[int, int], list[Stretch]] = defaultdict(list)
+            for each in self._before:
+                keys[each.document].append(each)
+            self._masks[band] = Pieces(
+                Piece(queries.tokens, seen.tokens, _reach(band, queries.moved - seen.moved))
+                for queries in self._here
+                for seen in keys[queries.document]
+            )
+        return self._masks[band]
+
+
+def _reach(band: Mask, apart: int) -> Mask:
+    """Return the band over earlier keys, whose places are `apart` further from the queries' than their positions."""
+    return FULL if band.left is None else Mask(band.left + apart, None)
+
+
+class PackedSlices:
+    """The documents of a microbatch, as far as its slices have come.
+
+    tokens: where each slice starts and ends in a sample
+    """
+
+    def __init__(self, tokens: tuple[range, ...]) -> None:
+        self.samples = 1
+        self._tokens = tokens
+        self._stretches: list[Stretch] = []
+        self._open: dict[int, int] = defaultdict(int)
+
+    def add(self, number: int, own: Documents) -> PackedSlice:
+        """Return the documents of the next slice, whose samples lie one after the other.
+
+        A sample whose first document is empty starts a document; any other goes on with that of the slice before.
+        """
+        tokens = self._tokens[number]
+        self.samples = own.tokens // len(tokens)
+        start, here = self.samples * tokens.start, list[Stretch]()
+        for stretch, *_ in own.sets:
+            sample, first = divmod(stretch.start, len(tokens))
+            if bool(stretch) == bool(first):
+                self._open[sample] += 1
+            if stretch:
+                moved = start + sample * len(tokens) - tokens.start
+                placed = range(stretch.start + start, stretch.stop + start)
+                here.append(Stretch((sample, self._open[sample]), placed, moved))
+        made = PackedSlice(own, here, tuple(self._stretches))
+        self._stretches += here
+        return made
 
 
 class SlicesInFlight:
@@ -77,6 +159,7 @@ class SlicesInFlight:
         self.calls = 0
         self._running: tuple[int, int, int] | None = None
         self._kept: dict[tuple[int, int], dict[int, KeptKeys]] = defaultdict(dict)
+        self._packed: dict[tuple[int, int], PackedSlices] = {}
 
     @contextmanager
     def at(self, stage: int, micro: int) -> Iterator[None]:
@@ -97,19 +180,33 @@ class SlicesInFlight:
         """Tokens of the slice that runs, over all ranks; of the whole sequence outside of one."""
         return len(self.tokens[self._running[2]]) if self._running else self.tokens[-1].stop
 
+    @property
+    def samples(self) -> int:
+        """Samples in the stream of packed documents that runs; 1 without documents."""
+        packed = self._packed.get(self._running[:2]) if self._running else None
+        return packed.samples if packed else 1
+
+    def packed(self, own: Documents) -> PackedSlice:
+        """Return the documents of the slice that runs, beside those of the slices before it."""
+        assert self._running, "a slice runs"
+        stage, sequence, number = self._running
+        return self._packed.setdefault((stage, sequence), PackedSlices(self.tokens)).add(number, own)
+
     def of(self, layer: object) -> tuple[KeptKeys, int] | None:
         """Return the keys that a layer keeps of the sequence that runs, and the number of the slice."""
         if self._running is None:
             return None
         self.calls += 1
         stage, sequence, number = self._running
-        return self._kept[stage, sequence].setdefault(id(layer), KeptKeys(self.tokens)), number
+        places = tuple(range(self.samples * each.start, self.samples * each.stop) for each in self.tokens)
+        return self._kept[stage, sequence].setdefault(id(layer), KeptKeys(places)), number
 
     def end(self, stage: int, micro: int, training: bool) -> None:
         """Drop what is kept of a sequence after its last pass: a backward of slice 0, without training a forward."""
         sequence, number = divmod(micro, len(self.tokens))
         if number == (0 if training else len(self.tokens) - 1):
             kept = self._kept.pop((stage, sequence), {})
+            self._packed.pop((stage, sequence), None)
             assert not (training and any(keys.slices for keys in kept.values())), "keys of a slice without a backward"
 
     def finish(self) -> None:
@@ -118,10 +215,18 @@ class SlicesInFlight:
 
 
 def attend_slice(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, kept: KeptKeys, number: int, agreed: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    kept: KeptKeys,
+    number: int,
+    agreed: bool = False,
+    documents: PackedSlice | None = None,
 ) -> Tensor:
     """Attend queries of slice `number` to the keys of all slices up to it: q [s b h d], k, v [s b g d] -> [s b h dv].
 
+    With `documents` they see keys of their own document only.
     All ranks of the plan call it together, for slice after slice; `kept` belongs to one sequence and layer. A second
     forward of a slice, of a recomputation, gives the same result. Backward passes run from the last slice to the first.
     Raises ValueError for a plan that cuts work over time itself, for a mask that is not causal, and as `attend` does.
@@ -131,10 +236,12 @@ def attend_slice(
         if q.shape[0] * plan.cp.size != len(tokens):
             raise Refused(f"slice {number} has {len(tokens)} tokens over all ranks, got {q.shape[0]} on {plan.cp.size}")
         check_slices(plan)
-    settled = prepare(q, k, v, plan, agreed=agreed, gradients=wants_gradients(q, k, v))
+    own = None if documents is None else documents.own
+    settled = prepare(q, k, v, plan, own, agreed=agreed, gradients=wants_gradients(q, k, v))
     # `auto` may have chosen it
     check_slices(settled)
-    return _AttendSlice.apply(q, k, v, call_for(q, k, v, settled), kept, number)
+    earlier = documents.earlier(plan.mask) if documents else plan.mask
+    return _AttendSlice.apply(q, k, v, call_for(q, k, v, settled, own), earlier, kept, number)
 
 
 def check_slices(plan: Plan) -> None:
@@ -152,7 +259,16 @@ class _AttendSlice(torch.autograd.Function):
     """The attention of one slice, between two re-layouts and, where heads are exchanged, two exchanges."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, kept: KeptKeys, number: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: AttentionCall,
+        earlier: AnyMask,
+        kept: KeptKeys,
+        number: int,
+    ) -> Tensor:
         with without_autocast(q.device):
             q, k, v = relayout(
                 [last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric
@@ -161,9 +277,10 @@ class _AttendSlice(torch.autograd.Function):
             swap, task = _between_exchanges(call)
             if swap:
                 q, k, v = swap.to_heads(q, k, v)
-            out, saved = _forward(q, k, v, call, task, kept, number)
+            placed = _placed(task, kept.tokens[number], earlier)
+            out, saved = _forward(q, k, v, call, task, placed, kept, number)
             ctx.save_for_backward(saved.q, saved.out, saved.lse)
-            ctx.call, ctx.kept, ctx.number = call, kept, number
+            ctx.call, ctx.earlier, ctx.kept, ctx.number = call, earlier, kept, number
             if swap:
                 (out,) = swap.to_tokens([out], [swap.shares.q])
             (out,) = relayout([out], call.task.layout, call.layout, call.task.fabric)
@@ -180,14 +297,17 @@ class _AttendSlice(torch.autograd.Function):
             dtype = dout.dtype
             if swap:
                 (dout,) = swap.to_heads(dout)
-            dq, dk, dv = _backward(dout, q, out, lse, call, task, ctx.kept, ctx.number)
+            if isinstance(task.kernel, PreparesBackward):
+                task = task.on(task.fabric, task.layout, task.kernel.for_backward())
+            placed = _placed(task, ctx.kept.tokens[ctx.number], ctx.earlier)
+            dq, dk, dv = _backward(dout, q, out, lse, call, task, placed, ctx.kept, ctx.number)
             grads = [dq.result(), dk.result(), dv.result()]
             if swap:
                 shares = [swap.shares.q, swap.shares.kv, swap.shares.kv]
                 grads = swap.to_tokens([grads[0], *(swap.partial(total.exact(), dtype) for total in (dk, dv))], shares)
             grads[0] = grads[0] if call.factor == 1 else grads[0] * call.factor
             grads = [grad.to(dtype) for grad in grads]
-            return *relayout(grads, call.task.layout, call.layout, call.task.fabric), None, None, None
+            return *relayout(grads, call.task.layout, call.layout, call.task.fabric), None, None, None, None
 
 
 def _between_exchanges(call: AttentionCall) -> tuple[HeadExchange | None, Task]:
@@ -196,13 +316,13 @@ def _between_exchanges(call: AttentionCall) -> tuple[HeadExchange | None, Task]:
     return None, call.task
 
 
-def _placed(task: Task, tokens: range) -> Task:
-    """Return the task with the positions that the slice has in the whole sequence."""
+def _placed(task: Task, tokens: range, earlier: AnyMask) -> Task:
+    """Return the task over keys of earlier slices, with the positions that the slice has in the whole sequence."""
     shifted = tuple(
         tuple(range(run.start + tokens.start, run.stop + tokens.start, run.step) for run in runs)
         for runs in task.layout
     )
-    return replace(task, layout=shifted)
+    return replace(task, layout=shifted, mask=earlier)
 
 
 def _route(task: Task, keys: Layout) -> Any:
@@ -212,10 +332,9 @@ def _route(task: Task, keys: Layout) -> Any:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, task: Task, kept: KeptKeys, number: int
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, task: Task, placed: Task, kept: KeptKeys, number: int
 ) -> tuple[Tensor, Saved]:
-    placed, me = _placed(task, kept.tokens[number]), task.fabric.rank
-    merge = SoftmaxMerge(q, v.shape[3])
+    me, merge = task.fabric.rank, SoftmaxMerge(q, v.shape[3])
     # 1. whole blocks of earlier slices, around the ring
     for earlier in range(number):
         keys = kept.slices[earlier]
@@ -238,12 +357,17 @@ def _forward(
 
 
 def _backward(
-    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, call: AttentionCall, task: Task, kept: KeptKeys, number: int
+    dout: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: AttentionCall,
+    task: Task,
+    placed: Task,
+    kept: KeptKeys,
+    number: int,
 ) -> tuple[Sum, Sum, Sum]:
-    own = kept.slices.pop(number)
-    if isinstance(task.kernel, PreparesBackward):
-        task = task.on(task.fabric, task.layout, task.kernel.for_backward())
-    placed, me = _placed(task, kept.tokens[number]), task.fabric.rank
+    own, me = kept.slices.pop(number), task.fabric.rank
     saved, dq = Saved(q, own.k, own.v, out, lse), Sum(q)
     # 1. whole blocks of earlier slices: their gradients wait with them
     for earlier in range(number):

@@ -6,8 +6,9 @@ import torch
 from megatron_cp.comm import SingleFabric, in_process
 from megatron_cp.context import ALGORITHMS
 from megatron_cp.context.attend import plan
+from megatron_cp.context.documents import documents
 from megatron_cp.context.layouts import indices
-from megatron_cp.context.slices import KeptKeys, attend_slice
+from megatron_cp.context.slices import KeptKeys, PackedSlices, attend_slice
 from tests.cases import slow_unless
 from tests.context.dense import dense, problem
 from tests.context.test_sinks import grid_for
@@ -85,6 +86,87 @@ def test_recomputed_slices_equal_dense(backend):
 def test_slices_of_heads_that_are_shared_unevenly_equal_dense(heads, kv_heads):
     task = problem(72, heads, kv_heads, causal=True)
     assert_equals_dense(in_process(3, lambda fabric: in_slices(fabric, task, "ulysses", [36, 12, 24])), task)
+
+
+def packed_problem(tokens, ends, window):
+    """One attention for each sample, with the pairs that its documents leave."""
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    near = (distance >= 0) & (distance <= (tokens if window is None else window[0]))
+    tasks = []
+    for seed, inner in enumerate(ends):
+        document = torch.bucketize(torch.arange(tokens), torch.tensor(inner), right=True)
+        seen = near & (document[:, None] == document)
+        tasks.append(problem(tokens, HEADS, KV_HEADS, causal=True, batch=1, seed=seed)._replace(packed=seen))
+    return tasks
+
+
+def ends_inside(ends, tokens):
+    """The ends of a slice's documents; an empty one comes first where the slice starts a document."""
+    return [0, *(end - tokens.start for end in (0, *ends) if end in tokens), len(tokens)]
+
+
+def packed_in_slices(fabric, tasks, ends, backend, lengths, window, **choices):
+    """out, dq, dk, dv of this rank's tokens of each slice, whose samples lie one after the other, and their places."""
+    grid = grid_for(backend, fabric.size)
+    axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
+    layout, count = "zigzag" if fabric.size > 1 else "contiguous", len(tasks)
+    how = plan(backend, cp=fabric, **axes, causal=True, window=window, layout=layout, kernel="reference", **choices)
+    parts = stretches(lengths)
+    kept = KeptKeys(tuple(range(count * part.start, count * part.stop) for part in parts))
+    packed, places, leaves, outs = PackedSlices(parts), [], [], []
+    for number, tokens in enumerate(parts):
+        inside = [[len(tokens) * i + end for end in ends_inside(each, tokens)] for i, each in enumerate(ends)]
+        # as Megatron joins samples: each brings all but its first end
+        own = documents(inside[0] + [end for each in inside[1:] for end in each[1:]])
+        mine = torch.tensor(indices(layout, count * len(tokens), fabric.size, fabric.rank))
+        # of all samples, one after the other
+        places.append(mine // len(tokens) * len(tasks[0].q) + tokens.start + mine % len(tokens))
+        leaves.append([torch.cat(xs)[places[-1]].requires_grad_() for xs in zip(*(t[:3] for t in tasks), strict=True)])
+        outs.append(attend_slice(*leaves[-1], how, kept, number, documents=packed.add(number, own)))
+    douts = torch.cat([task.dout for task in tasks])
+    for number in reversed(range(len(lengths))):
+        outs[number].backward(douts[places[number]])
+    assert not kept.slices
+    grads = [torch.cat([inputs[i].grad for inputs in leaves]) for i in range(3)]
+    return torch.cat(places), (torch.cat(outs).detach(), *grads)
+
+
+# documents that end in a slice, at its border, and that go on over two borders; ends of each sample
+ENDS = {"one sample": [[5, 30, 31, 48, 70]], "two samples": [[5, 30, 31, 48, 70], [24, 61]], "whole": [[]]}
+PACKED = [
+    (name, case, window, ranks) for name in SLICED for case in ENDS for window in (None, (9, 0)) for ranks in (2, 4)
+]
+PACKED_BY_DEFAULT = [
+    ("zigzag", "two samples", (9, 0), 2),
+    ("ulysses", "two samples", None, 2),
+    ("all-gather", "one sample", None, 2),
+]
+
+
+@pytest.mark.parametrize(("backend", "case", "window", "ranks"), slow_unless(PACKED_BY_DEFAULT, PACKED))
+def test_slices_of_packed_documents_equal_dense(backend, case, window, ranks):
+    ends, lengths = ENDS[case], [40, 8, 24, 8]
+    tasks = packed_problem(80, ends, window)
+    parts = in_process(ranks, lambda fabric: packed_in_slices(fabric, tasks, ends, backend, lengths, window))
+    assert sorted(torch.cat([mine for mine, _ in parts]).tolist()) == list(range(80 * len(tasks)))
+    expected = [torch.cat(each) for each in zip(*map(dense, tasks), strict=True)]
+    for mine, found in parts:
+        for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            assert (a - b[mine]).abs().max() <= EXACT * b.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["blocks", "document"])
+def test_slices_laid_out_by_their_documents_equal_dense(layout):
+    ends, lengths = ENDS["two samples"], [40, 16, 24]
+    tasks = packed_problem(80, ends, None)
+    parts = in_process(
+        2, lambda fabric: packed_in_slices(fabric, tasks, ends, "all-gather", lengths, None, document_layout=layout)
+    )
+    expected = [torch.cat(each) for each in zip(*map(dense, tasks), strict=True)]
+    for mine, found in parts:
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b[mine]).abs().max() <= EXACT * b.abs().max()
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.25])

@@ -13,8 +13,10 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.context.documents import documents
 from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL
-from megatron_cp.megatron.arguments.command_line import wants_layers
+from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
 from megatron_cp.megatron.layers.packed import PackedStream, cut_stream, hand_on_documents, positions, stream_of
+from megatron_cp.megatron.process.eod_documents import ends_at
 from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.megatron.test_parity import LATENT, assert_equal_runs
@@ -112,10 +114,40 @@ RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recomput
 CASES = {
     "zigzag": ("--context-parallel-size 2", "", 2),
     "pipeline, zb-h1, distributed optimizer": (
-        f"--context-parallel-size 2 --pipeline-model-parallel-size 2 {ONE} --pp-schedule zb-h1 "
-        "--use-distributed-optimizer",
+        "--context-parallel-size 2 --pipeline-model-parallel-size 2 --pp-schedule zb-h1 --use-distributed-optimizer",
         "",
         4,
+    ),
+    "pipeline, one sample": (
+        f"--context-parallel-size 2 --pipeline-model-parallel-size 2 {ONE} --pp-schedule zb-h1",
+        "",
+        4,
+    ),
+    "pipeline, four samples": (
+        "--pipeline-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 8",
+        "--global-batch-size 8",
+        2,
+    ),
+    "pipeline, tensor and sequence parallel": (
+        "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
+        "",
+        8,
+    ),
+    "middle stage, two samples": (
+        "--pipeline-model-parallel-size 3 --num-layers 3",
+        THREE,
+        3,
+    ),
+    "interleaved, two samples": (
+        "--context-parallel-size 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+        f"--num-layers 4 {RECOMPUTED}",
+        f"--num-layers 4 {ONE}",
+        4,
+    ),
+    "on the V, two samples": (
+        "--pipeline-model-parallel-size 2 --pp-schedule zb-v --num-layers 4 --global-batch-size 8 --pp-offload 2",
+        "--num-layers 4 --global-batch-size 8",
+        2,
     ),
     "four ranks": ("--context-parallel-size 4", "", 4),
     "middle stage": (f"--pipeline-model-parallel-size 3 {THREE}", THREE, 3),
@@ -227,14 +259,84 @@ def refusal(flags: str, ranks: int = 1) -> str:
     return line
 
 
-def test_several_samples_between_pipeline_stages_are_refused() -> None:
-    text = refusal("--pipeline-model-parallel-size 2", ranks=2)
-    assert "got --micro-batch-size 2 on 2 stages; pass --micro-batch-size 1" in text
+def test_samples_between_stages_of_unknown_length_are_refused() -> None:
+    model = Noting()
+    model.decoder = torch.nn.Module()
+    model.decoder.input_tensor = torch.zeros(8, 2, 4)
+    hand_on_documents([model])
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS)
+    with pytest.raises(
+        Refused, match="need PackedSeqParams with tokens_per_sample, got none; pass --micro-batch-size 1"
+    ):
+        model(torch.zeros(1), packed_seq_params=packed)
+
+
+def test_samples_are_one_stream_in_a_stage_and_apart_between_stages() -> None:
+    model = Noting()
+    model.decoder, model.post_process = torch.nn.Module(), False
+    model.decoder.input_tensor = torch.arange(64.0).reshape(8, 2, 4)
+    hand_on_documents([model])
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS, tokens_per_sample=8)
+    out = model(torch.arange(64.0).reshape(16, 1, 4), packed_seq_params=packed)
+    assert model.decoder.input_tensor.shape == (16, 1, 4)
+    assert out.shape == (8, 2, 4)
+    assert not out._is_view()
+    assert torch.equal(out.flatten(), model.decoder.input_tensor.flatten())
+
+
+# documents end at EOD tokens: flags, ranks
+AT_EOD = {
+    "two ranks": ("--context-parallel-size 2", 2),
+    "pipeline": ("--context-parallel-size 2 --pipeline-model-parallel-size 2 --pp-schedule zb-h1", 4),
+    "tensor and sequence parallel": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+    "blocks": ("--context-parallel-size 2 --cp-comm-type all-gather --cp-document-layout blocks", 2),
+    "masked": ("--context-parallel-size 2 --eod-mask-loss --reset-position-ids", 2),
+}
+STOCK_MASK = "--reset-attention-mask --position-embedding-type learned_absolute"
+
+
+@pytest.fixture(scope="module")
+def with_eod(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The flags of a corpus whose documents hold EOD tokens at any place."""
+    prefix, numbers = str(tmp_path_factory.mktemp("eod") / "corpus"), random.Random(1)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for _ in range(400):
+        tokens = np.array([126 if numbers.random() < 0.1 else numbers.randrange(126) for _ in range(30)])
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    builder.data_file.close()
+    return f"--data-path {prefix} --split 100,0,0 --seq-length 64 --max-position-embeddings 64"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AT_EOD)
+def test_documents_that_end_at_eod_train_as_under_a_mask_tensor(with_eod: str, name: str) -> None:
+    flags, ranks = AT_EOD[name]
+    flags = f"{STOCK_MASK} {flags}"
+    shared = [word for word in flags.split() if word in ("--eod-mask-loss", "--reset-position-ids")]
+    masked = tiny(with_eod, STOCK_MASK, *shared, without="--mock-data --no-create-attention-mask-in-dataloader")
+    ((expected, ours),) = run_ranks(1, counted, masked)
+    assert not ours
+    results = run_ranks(ranks, counted, packed_run(with_eod, flags, "--cp-kernel auto"))
+    assert all(packed for _, packed in results), "attention saw one document"
+    assert_equal_runs(results[0][0], expected)
+
+
+def test_documents_end_after_each_eod() -> None:
+    assert ends_at(torch.tensor([7, 0, 7, 7, 3]), 7).tolist() == [0, 1, 3, 4, 5, 5]
+    assert ends_at(torch.tensor([1, 2, 7]), 7).tolist() == [0, 3, 3, 3]
 
 
 def test_packed_documents_need_our_layers_without_transformer_engine() -> None:
     assert wants_layers(["--dataloader-inter-document-masking"], te=False)
     assert not wants_layers(["--dataloader-inter-document-masking"], te=True)
+
+
+def test_scripts_that_hide_documents_by_a_mask_tensor_are_refused() -> None:
+    with pytest.raises(Refused, match="pass --dataloader-inter-document-masking instead") as caught:
+        check_script(["--reset-attention-mask"], layers=True)
+    assert "\n" not in str(caught.value)
+    check_script(["--reset-attention-mask"], layers=False)
 
 
 ENDS = torch.tensor([0, 5, 5, 12, 16, 16], dtype=torch.int32)

@@ -3,10 +3,11 @@
 from typing import Any
 
 from megatron_cp.context import BACKENDS
+from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.errors import Refused, as_refusals
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
-from megatron_cp.megatron.run import PipelineFlags, Settings, has_our_layers
+from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, check_slices, kin, place
 from megatron_cp.pipeline.offload import limit_of
@@ -117,9 +118,9 @@ SLICES_UNSUPPORTED = (
         "leave --num-experts out, or --pp-slices",
     ),
     Unsupported(
-        "packed documents",
-        lambda args: any(read(args, name, False) for name in ("dataloader_inter_document_masking", "sft")),
-        "leave --dataloader-inter-document-masking and --sft out, or --pp-slices",
+        "a layout of packed documents, which balances whole sequences",
+        lambda args: AttentionFlags.of(args).document_layout != STREAM,
+        "leave --cp-document-layout out, or --pp-slices",
     ),
     Unsupported(
         "positions other than rotary, learned and none",

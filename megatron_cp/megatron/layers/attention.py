@@ -20,7 +20,6 @@ from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
-from megatron_cp.context.documents import Documents
 from megatron_cp.context.slices import SlicesInFlight, attend_slice
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
@@ -114,7 +113,7 @@ class CoreAttention(MegatronModule):
         if isinstance(packed_seq_params, PackedStream):
             # t h d -> s b h d, of one sequence
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            return self._attend(query, key, value, attn_mask_type, packed_seq_params.documents).squeeze(1)
+            return self._attend(query, key, value, attn_mask_type, packed_seq_params).squeeze(1)
         return self._attend(query, key, value, attn_mask_type, None)
 
     def _attend(
@@ -123,15 +122,17 @@ class CoreAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attn_mask_type: AttnMaskType | Tensor | int | None,
-        documents: Documents | None,
+        stream: PackedStream | None,
     ) -> Tensor:
         causal = self._is_causal(self.attn_mask_type if attn_mask_type is None else attn_mask_type)
         shapes, made = (query.shape, key.shape), self.plan if causal == self._causal else self._plan(causal)
         if self.in_slices and (kept := self.in_slices.of(self)):
-            out = attend_slice(query, key, value, made, *kept, agreed=shapes in self._sliced_shapes)
+            agreed, packed = shapes in self._sliced_shapes, stream and stream.in_slice
+            out = attend_slice(query, key, value, made, *kept, agreed=agreed, documents=packed)
             self._sliced_shapes.add(shapes)
             return out.flatten(2)
         sink = self._fixed_sink if self.softmax_offset is None else self.softmax_offset
+        documents = stream and stream.documents
         out = attend(query, key, value, made, sink=sink, documents=documents, agreed=shapes == self._shapes)
         self._shapes = shapes
         # s b h d -> s b (h d)

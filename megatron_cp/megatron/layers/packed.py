@@ -11,7 +11,7 @@ same memory, so that the hook views what comes from the stage before as the one,
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import Layout, Runs, zigzag
+from megatron_cp.context.slices import PackedSlice, SlicesInFlight
 from megatron_cp.errors import Refused
 
 _MARK = "_megatron_cp_documents"
@@ -31,11 +32,13 @@ class PackedStream(PackedSeqParams):
 
     rows:    for a batch cut by its documents, the position of each row of Megatron's cut of the stream over all ranks
     samples: of the microbatch, one after the other in the stream
+    in_slice: the documents of a slice beside those of the slices before it
     """
 
     documents: Documents | None = None
     rows: Tensor | None = None
     samples: int = 1
+    in_slice: PackedSlice | None = None
 
 
 def hand_on_documents[Model: nn.Module](models: list[Model]) -> list[Model]:
@@ -45,6 +48,8 @@ def hand_on_documents[Model: nn.Module](models: list[Model]) -> list[Model]:
             hooks = _Hooks()
             setattr(model, _MARK, model.register_forward_pre_hook(hooks.hand_on, with_kwargs=True))
             model.register_forward_hook(hooks.as_samples)
+            # set by a pipeline schedule that runs sequences in slices
+            setattr(model, "in_slices", None)  # noqa: B010
             if isinstance(rotary := getattr(model, "rotary_pos_emb", None), nn.Module):
                 rotary.register_forward_hook(hooks.in_rows)
     return models
@@ -60,6 +65,8 @@ class _Hooks:
     def hand_on(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         packed = kwargs.get("packed_seq_params")
         stream = stream_of(packed) if packed is not None and not isinstance(packed, PackedStream) else packed
+        if stream is not None and (slices := getattr(model, "in_slices", None)):
+            stream = _in_slice(stream, slices)
         self._rows, self._samples = (None, 1) if stream is None else (stream.rows, stream.samples)
         if stream is not None:
             _as_stream(model, stream.samples)
@@ -89,6 +96,15 @@ def _as_stream(model: nn.Module, samples: int) -> None:
             "tokens_per_sample, got none; pass --micro-batch-size 1"
         )
     decoder.input_tensor = given.reshape(-1, 1, given.shape[2])
+
+
+def _in_slice(stream: PackedStream, slices: SlicesInFlight) -> PackedStream:
+    """Return the stream of the slice that runs, with the positions that its samples have in the slice."""
+    assert stream.documents is not None, "a stream has documents"
+    made = slices.packed(stream.documents)
+    rows = None if stream.samples == 1 else torch.arange(slices.length).repeat(stream.samples)
+    device = stream.cu_seqlens_q.device
+    return replace(stream, in_slice=made, rows=rows if rows is None else rows.to(device, non_blocking=True))
 
 
 def stream_of(packed: PackedSeqParams) -> PackedStream:

@@ -288,7 +288,7 @@ def cut_data(call: Call, slices: SlicesInFlight) -> None:
     """Let a call run slices: its data in slices, and losses that add up to those of whole sequences."""
     call.slices = slices
     call.data_iterator = [feed and SlicedData(feed, slices.tokens) for feed in call.data_iterator]
-    call.forward_step_func = in_slices(call.forward_step_func, slices, call.groups.tp)
+    call.forward_step_func = in_slices(call.forward_step_func, slices)
     if not call.config.calculate_per_token_loss:
         call.forward_step_func = weighted(call.forward_step_func, call.groups.tp)
 

@@ -14,7 +14,10 @@ from megatron_cp.errors import Refused
 
 
 def attach(model: Sequence[Any], slices: SlicesInFlight) -> None:
-    """Let attention layers keep keys for later slices, and rotary embeddings start at the slice that runs."""
+    """Let attention layers keep keys for later slices, and rotary embeddings start at the slice that runs.
+
+    Models that hand packed documents on keep those of earlier slices.
+    """
 
     def shifted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # GPTModel asks for as many positions as its input is long
@@ -52,6 +55,8 @@ class SlicedData:
         tokens, length = self._tokens[self._next], self._tokens[-1].stop
         self._next = (self._next + 1) % len(self._tokens)
         part = {key: _cut(value, tokens, length) for key, value in self._batch.items()}
+        if self._batch.get("cu_seqlens") is not None:
+            part["cu_seqlens"] = _cut_ends(self._batch["cu_seqlens"], tokens)
         mask = self._batch.get("loss_mask")
         if mask is not None:
             self.share = part["loss_mask"].sum() / mask.sum().clamp(min=1)
@@ -66,13 +71,25 @@ def _cut(value: Any, tokens: range, length: int) -> Any:
     return value[:, tokens.start : tokens.stop].contiguous()
 
 
-def in_slices(step: Callable[..., Any], slices: SlicesInFlight, tp_group: ProcessGroup) -> Callable[..., Any]:
-    """Return Megatron's forward step as tensor-parallel ranks take it together, one slice after the other.
+def _cut_ends(ends: Tensor, tokens: range) -> Tensor:
+    """Return the ends of documents inside the slice, b (s + 2), filled up with its length.
 
-    The first of them reads the data and sends it to the others, which make room for --seq-length tokens.
+    An empty document comes first where the slice starts one.
     """
-    if tp_group.size() == 1:
-        return step
+    inside = [[end - tokens.start for end in dict.fromkeys(row) if end in tokens] for row in ends.tolist()]
+    filled = torch.full((len(inside), len(tokens) + 2), len(tokens), dtype=ends.dtype)
+    for row, found in zip(filled, inside, strict=True):
+        row[0] = 0
+        row[1 : len(found) + 1] = torch.tensor(found, dtype=ends.dtype)
+    return filled
+
+
+def in_slices(step: Callable[..., Any], slices: SlicesInFlight) -> Callable[..., Any]:
+    """Return Megatron's forward step as it takes samples of a slice's length, one slice after the other.
+
+    The first of the tensor-parallel ranks reads the data and sends it to the others, which make room for --seq-length
+    tokens, and packed samples of so many are told apart.
+    """
 
     def forward_step(*args: Any) -> Any:
         from megatron.training import get_args

@@ -102,7 +102,7 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cp_document_layout": "block"}, "unknown --cp-document-layout 'block'; did you mean 'blocks'"),
         (
             {"cp_document_layout": "blocks"},
-            "lays out packed documents, got none; pass --dataloader-inter-document-masking or --sft",
+            "lays out packed documents, got none; pass --dataloader-inter-document-masking, --reset-",
         ),
         (
             {"cp_document_layout": "blocks", "dataloader_inter_document_masking": True, "cp_comm_type": ["ring"]},
@@ -116,10 +116,17 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cpu_offloading_num_layers": 1}, "offload of activations .* leave --cpu-offloading-num-layers out"),
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
-        ({"reset_attention_mask": True}, "--reset-attention-mask"),
         (
-            {"sft": True, "micro_batch_size": 2, "pipeline_model_parallel_size": 2, "world_size": 16},
-            "--sft makes one sequence .* got --micro-batch-size 2 on 2 stages; pass --micro-batch-size 1",
+            {
+                "reset_attention_mask": True,
+                "dataloader_inter_document_masking": True,
+                "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
+            },
+            "--reset-attention-mask ends documents at EOD tokens .* leave one of the two out",
+        ),
+        (
+            {"sft": True, "micro_batch_size": 2, "num_experts": 4, "moe_router_load_balancing_type": "seq_aux_loss"},
+            "seq_aux_loss balances each sample, .* got --micro-batch-size 2; pass 1, or aux_loss",
         ),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),

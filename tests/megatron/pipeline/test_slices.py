@@ -161,7 +161,7 @@ REFUSED = {
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --num-experts 4": "experts, whose auxiliary losses",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-sink 1": "attention sinks",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-chunks 2": "attention in chunks over time",
-    f"{TWO} {SLICED} --micro-batch-size 1 --dataloader-inter-document-masking": "packed documents",
+    f"{TWO} {SLICED} --sft {CP} all-gather --cp-document-layout blocks": "a layout of packed documents, which balances",
 }
 
 
