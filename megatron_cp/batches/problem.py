@@ -29,9 +29,16 @@ class GroupRate(NamedTuple):
         """Return the seconds for documents of `tokens` in all, whose lengths' squares sum up to `squares`."""
         return self.fixed + self.token * tokens + max(self.square * squares, self.exchange * tokens)
 
-    def least(self, length: int) -> float:
-        """Return a lower bound of what a document of `length` tokens adds to a group, in seconds."""
-        return self.token * length + self.square * length * length
+    def least(self, length: int, kernels: float = 1.0) -> float:
+        """Return a lower bound of what a document of `length` tokens adds to a group, in seconds.
+
+        kernels: part of the attention's time that is taken from its kernels, the rest from transfers; without
+                 transfers all is. A sum over the documents of a group is a bound if this is equal for all.
+        """
+        square = self.square * length * length
+        if self.exchange:
+            square = kernels * square + (1 - kernels) * self.exchange * length
+        return self.token * length + square
 
 
 @dataclass(frozen=True, kw_only=True)

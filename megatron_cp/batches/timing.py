@@ -1,6 +1,7 @@
 """The time of a step whose slots hold groups of ranks, and a lower bound of it for every plan."""
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -98,25 +99,38 @@ def _table(schedule: str, stages: int, slots: int) -> Schedule:
     return build(schedule, stages, slots)
 
 
+KERNELS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Parts of attention's time that are taken from kernels in a bound, the rest from transfers."""
+
+
 @lru_cache(16)
 def lower_bound(problem: BatchProblem) -> float:
     """Return seconds that no plan can go below; time in which a pipeline fills is left out.
 
     The largest of: the work of all documents at their cheapest degrees, over all ranks, with the fixed time of as many
     slots as memory asks for; the document that takes longest at its best degree; and the documents that need more than
-    half of the ranks, whose groups have a rank in common.
+    half of the ranks, whose groups have a rank in common. The longer of kernels and transfers is at least any mean of
+    both, which adds up over documents.
     """
     fixed, room = min(rate.fixed for _, rate in problem.rates), problem.ranks * problem.capacity
-    work = alone = in_turn = 0.0
-    for length in problem.lengths:
-        holding = [each for each in problem.rates if each[0] * problem.capacity >= length]
-        work += min(degree * rate.least(length) for degree, rate in holding)
-        alone = max(alone, min(problem.alone(length, degree) for degree, _ in holding))
-        if 2 * min(holding)[0] > problem.ranks:
-            in_turn += min(rate.least(length) for _, rate in holding)
-    of_their_own = sum(1 for length in problem.lengths if 2 * length > room)
-    bounds = work / problem.ranks + fixed * least_slots(problem), alone, in_turn + fixed * of_their_own
+    slots = least_slots(problem)
+    apart = sum(1 for length in problem.lengths if 2 * length > room)
+    counts = Counter(problem.lengths)
+    bounds = [max(min(problem.alone(length, degree) for degree in _holding(problem, length)) for length in counts)]
+    for kernels in KERNELS if any(rate.exchange for _, rate in problem.rates) else KERNELS[:1]:
+        work = in_turn = 0.0
+        for length, number in counts.items():
+            least = [(degree, problem.rate[degree].least(length, kernels)) for degree in _holding(problem, length)]
+            work += number * min(degree * seconds for degree, seconds in least)
+            if 2 * least[0][0] > problem.ranks:
+                in_turn += number * min(seconds for _, seconds in least)
+        bounds += [work / problem.ranks + fixed * slots, in_turn + fixed * apart]
     return max(bounds) + problem.after
+
+
+def _holding(problem: BatchProblem, length: int) -> tuple[int, ...]:
+    """Return the degrees whose ranks hold a document."""
+    return problem.degrees[problem.degrees.index(problem.floor(length)) :]
 
 
 def least_slots(problem: BatchProblem) -> int:

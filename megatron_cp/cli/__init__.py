@@ -20,6 +20,7 @@ from megatron_cp.cli import (
     inspect,
     listing,
     plan,
+    plan_batches,
     render,
     report,
     simulate,
@@ -51,6 +52,7 @@ app.command("simulate")(simulate.simulate)
 app.command("trace")(trace.trace)
 app.command("estimate", context_settings=ANYWHERE)(estimate.estimate)
 app.command("plan")(plan.plan)
+app.command("plan-batches")(plan_batches.plan_batches)
 app.command("calibrate")(calibrate.calibrate)
 app.command("critical-path")(critical_path.show)
 app.command("inspect")(inspect.inspect)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_cp.cli.data_balance import balance
+from megatron_cp.cli.lengths import lengths
 
 if TYPE_CHECKING:
     from megatron_cp.corpus.encode import Batch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Build and inspect corpora in Megatron's .bin/.idx format.")
 
 app.command()(balance)
+app.command()(lengths)
 
 SHOWN_BAD = 5
 SHOWN_TEXT_BYTES = 400

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.cli.lengths import lengths_of
 from megatron_cp.cli.options import WholeSequence
 from megatron_cp.units import is_whole
 
@@ -106,15 +106,6 @@ def _counts(ranks: str) -> list[int]:
 
 def _lengths(given: str | None, longest: int) -> list[int]:
     """Return the tokens of each document; raises ValueError for what holds none."""
-    from megatron_cp.corpus.index import check_prefix, document_lengths
     from megatron_cp.corpus.mixes import long_tail
 
-    if given is None:
-        return long_tail(DRAWN, longest)
-    if not Path(given).is_file():
-        return document_lengths(given, check_prefix(given))
-    words = Path(given).read_text().split()
-    wrong = next((word for word in words if not is_whole(word)), None)
-    if wrong is not None or not words:
-        raise ValueError(f"{given} must hold the tokens of each document, got {wrong or 'nothing'}")
-    return [int(word) for word in words]
+    return long_tail(DRAWN, longest) if given is None else lengths_of(given)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.batches import ALGORITHMS
 from megatron_cp.config import configs_folder
 from megatron_cp.context import BACKENDS
 from megatron_cp.experts import PRODUCTS
@@ -56,6 +57,7 @@ KINDS: dict[str, Callable[[], Iterator[Listed]]] = {
     "engines": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in ENGINES),
     "products": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in GEMMS),
     "experts": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in PRODUCTS),
+    "batch-algorithms": lambda: (Listed(entry.name, f"{entry.what}; degrees: {entry.degrees}") for entry in ALGORITHMS),
     "kernels": lambda: (Listed(entry.name, f"{entry.summary}; needs {entry.needs}") for entry in KERNELS),
 }
 FOR = {
@@ -68,6 +70,7 @@ FOR = {
     "engines": "--tp-engine",
     "products": "--tp-gemm",
     "experts": "--moe-grouped-product",
+    "batch-algorithms": "plan-batches --algorithm",
     "kernels": "--cp-kernel",
 }
 
@@ -76,7 +79,7 @@ def show(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.", metavar="KIND")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """List recipes, models, clusters, backends, schedules, schemes, engines, products, experts or kernels by name."""
+    """List what can be named, such as recipes, models, clusters, backends, schedules, batch algorithms and kernels."""
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     found = list(KINDS[kind]())

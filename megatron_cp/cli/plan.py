@@ -87,7 +87,7 @@ def plan(
         raise ValueError("name the model by --model, or by the command that trains it, after --; give one of the two")
     if command and write:
         raise ValueError("--write extends a recipe; make one of the command first: megatron-cp import --write FILE …")
-    words = command or [_source(model or "")]
+    words = command or [model_source(model or "")]
     if write and write.exists():
         raise ValueError(f"{write} exists; name another file or remove it")
     if write and not write.parent.is_dir():
@@ -132,7 +132,7 @@ def _tensor_schemes(text: str) -> tuple[str, ...]:
     return tuple(known if AUTO in names else dict.fromkeys([MEGATRONS, *names]))
 
 
-def _source(model: str) -> str:
+def model_source(model: str) -> str:
     """Return the recipe that describes a model: a shipped one's name, or the path of a file."""
     if model in (known := _models()):
         return f"models/{model}"

@@ -271,6 +271,11 @@ def _of_ranks(rank: RankConfig, stages: Sequence[Stage]) -> list[Stage]:
     return [sum((stages[at] for at in mine), start=Stage(0.0, PassTimes(), 0.0)) for mine in placed]
 
 
+def slowest_stage(rank: RankConfig) -> Stage:
+    """Return the stages of the pipeline rank whose microbatch takes longest."""
+    return max(_of_ranks(rank, _stages(rank)), key=lambda stage: stage.seconds)
+
+
 def _stages(rank: RankConfig) -> list[Stage]:
     parallel, model = rank.parallel, rank.model
     count = parallel.pp * parallel.vp

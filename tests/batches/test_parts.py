@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cp.batches import ALGORITHMS, plan_batch
+from megatron_cp.batches import ALGORITHMS
 from megatron_cp.batches.buckets import boundaries, rounded
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
+from megatron_cp.batches.steps import plan_batch
 from megatron_cp.batches.timing import least_slots
 from megatron_cp.batches.wlb import delayed
 from tests.batches.problems import problem

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 
 import megatron_cp.batches.plan as plan_module
-from megatron_cp.batches import ALGORITHMS, plan_batch
+from megatron_cp.batches import ALGORITHMS
 from megatron_cp.batches.plan import BatchPlan, RankGroup, Share, check_plan, placed
+from megatron_cp.batches.steps import plan_batch
 from megatron_cp.batches.timing import lower_bound
 from megatron_cp.corpus.mixes import MIXES
 from megatron_cp.errors import Refused
