@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from ruamel.yaml import YAML
 
+from megatron_cp.batches import ALGORITHMS as BATCH_ALGORITHMS
 from megatron_cp.cli import app
 from megatron_cp.cli.backends import COLUMNS, rows
 from megatron_cp.context import AUTO, BACKENDS, Backend
@@ -102,6 +103,13 @@ def traffic(name: str) -> str:
     formula = BACKENDS.get(name).traffic
     assert formula
     return f"- Sends {formula}, per rank and forward pass.\n- Sends {formula.text(backward=True)} in the backward pass."
+
+
+def batch_algorithms() -> str:
+    head = ["--algorithm", "what it does", "degrees", "source", "file"]
+    files = (linked(file_of(one.load())) for one in BATCH_ALGORITHMS)
+    cells = ([f"`{one.name}`", one.what, one.degrees, one.paper] for one in BATCH_ALGORITHMS)
+    return table(head, ([*row, file] for row, file in zip(cells, files, strict=True)))
 
 
 def schemes() -> str:
@@ -430,6 +438,7 @@ PARTS: dict[str, Callable[[], str]] = {
         algorithms,
         schedules,
         schemes,
+        batch_algorithms,
         tensor_traffic,
         tensor_memory,
         engines,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from megatron_cp.batches.assign import Split
-from megatron_cp.batches.blast import consecutive, dealt, least_count
+from megatron_cp.batches.blast import consecutive, counts, dealt
 from megatron_cp.batches.homogeneous import homogeneous
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
@@ -20,6 +20,8 @@ from megatron_cp.batches.static import static
 NAME = "balanced"
 LONGER = (1.0, 1.3, 2.0)
 """Times of a slot to try, over what its longest document takes: longer slots are fewer."""
+EVEN = 1.05
+"""Time of slots that are all equal, over the mean that their work asks for."""
 HALVINGS = 6
 """Steps of the search for the shortest time of a slot."""
 
@@ -48,7 +50,7 @@ def balanced(problem: BatchProblem) -> list[tuple[Share, ...]]:
 def _choices(problem: BatchProblem, length: int) -> list[Choice]:
     """Return the degrees that hold a document, cheapest first."""
     return sorted(
-        Choice(degree * rate.least(length), degree, problem.alone(length, degree))
+        Choice(degree * (problem.alone(length, degree) - rate.fixed), degree, problem.alone(length, degree))
         for degree, rate in problem.rates
         if degree * problem.capacity >= length
     )
@@ -57,25 +59,34 @@ def _choices(problem: BatchProblem, length: int) -> list[Choice]:
 def _candidates(problem: BatchProblem, choices: Choices) -> Iterator[list[tuple[Share, ...]]]:
     yield static(problem)
     yield homogeneous(problem)
+    least = {length: found[0].alone for length, found in choices.items()}
     for longer in LONGER:
-        yield _built(problem, choices, longer)
+        yield _built(problem, choices, {length: longer * alone for length, alone in least.items()})
     work = [choices[length][0].cost for length in problem.lengths]
-    for count in range(least_count(problem), least_count(problem) + 2):
+    fastest = max(min(choice.alone for choice in found) for found in choices.values())
+    for count in counts(problem):
+        # slots of one time for all
+        time = max(fastest, EVEN * (sum(work) / problem.ranks / count + min(rate.fixed for _, rate in problem.rates)))
+        yield _built(problem, choices, dict.fromkeys(choices, time))
+    for count in counts(problem):
         for divided in (dealt(problem, count, work), consecutive(problem, count)):
             splits = [_tightest(problem, choices, slot) for slot in divided or ()]
             if divided is not None and all(splits):
                 yield [split.shares for split in splits if split]
 
 
-def _built(problem: BatchProblem, choices: Choices, longer: float) -> list[tuple[Share, ...]]:
-    """Return slots that each hold the longest document left, and then as many others as its time has room for."""
+def _built(problem: BatchProblem, choices: Choices, limits: Mapping[int, float]) -> list[tuple[Share, ...]]:
+    """Return slots that each hold the longest document left, and then as many others as its time has room for.
+
+    limits: seconds of a slot by the length of its longest document
+    """
     left, slots = list(problem.longest_first), []
     while left:
-        least = choices[problem.lengths[left[0]]][0].alone
-        groups, rest = _fill(problem, choices, left, longer * least)
+        longest = problem.lengths[left[0]]
+        groups, rest = _fill(problem, choices, left, limits[longest])
         inside = {at for group in groups for at in group.documents}
         split = Split(max(group.seconds() for group in groups), tuple(group.share for group in groups))
-        if split.seconds > least:
+        if split.seconds > min(choice.alone for choice in choices[longest]):
             taken = [at for at in left if at in inside]
             split = _tightest(problem, choices, taken, split) or split
         slots.append(split.shares)

@@ -1,14 +1,14 @@
 """Divide a batch into slots before groups are chosen: FlexSP's sequence blaster (arXiv:2412.01523, 4.2), and a deal."""
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from math import ceil
 
 from megatron_cp.batches.problem import BatchProblem
 
-TRIALS = 3
-"""Numbers of slots that are tried, as long as one of them is possible."""
+FILLS = (1, 2, 4)
+"""Slots for each pipeline stage that are tried: more of them fill a pipeline better."""
 
 
 def least_count(problem: BatchProblem) -> int:
@@ -16,22 +16,23 @@ def least_count(problem: BatchProblem) -> int:
     return ceil(problem.tokens / (problem.ranks * problem.capacity))
 
 
-def counts(problem: BatchProblem) -> Iterator[int]:
-    """Yield numbers of slots to try: as few as memory may allow, an eighth and a quarter more, and then all others."""
+def counts(problem: BatchProblem) -> list[int]:
+    """Return numbers of slots to try: as few as memory may allow, an eighth and a quarter more, and for a pipeline."""
     least = least_count(problem)
-    tried = sorted({least, ceil(least * 9 / 8), ceil(least * 5 / 4)})
-    yield from tried
-    yield from (number for number in count(least) if number not in tried)
+    for_stages = [problem.stages * fill for fill in FILLS] if problem.stages > 1 else []
+    return sorted(
+        {least, ceil(least * 9 / 8), ceil(least * 5 / 4), *(number for number in for_stages if number > least)}
+    )
 
 
-def first[T](divided: Iterable[T | None]) -> list[T]:
-    """Return those of the first TRIALS that are possible, or the first possible one after them."""
-    found: list[T] = []
-    for at, each in enumerate(divided):
-        if each is not None:
-            found.append(each)
-        if found and at + 1 >= TRIALS:
-            break
+def possible[T](problem: BatchProblem, divide: Callable[[int], T | None]) -> list[T]:
+    """Return the batch divided into each number of slots to try; where none is possible, into the next that is."""
+    numbers = counts(problem)
+    found = [divided for number in numbers if (divided := divide(number)) is not None]
+    more = count(numbers[-1] + 1)
+    while not found:
+        divided = divide(next(more))
+        found = [] if divided is None else [divided]
     return found
 
 

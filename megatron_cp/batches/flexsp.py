@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from megatron_cp.batches.assign import Split, assign, groups_of
-from megatron_cp.batches.blast import consecutive, counts, first
+from megatron_cp.batches.blast import consecutive, possible
 from megatron_cp.batches.buckets import boundaries, rounded
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
@@ -22,7 +22,7 @@ BUCKETS = 16
 
 def flexsp(problem: BatchProblem) -> list[tuple[Share, ...]]:
     """Return the slots of FlexSP's plan: the shortest step of several numbers of slots (4.2)."""
-    found = first(_slots(problem, consecutive(problem, count)) for count in counts(problem))
+    found = possible(problem, lambda count: _slots(problem, consecutive(problem, count)))
     return min(found, key=lambda slots: placed(NAME, problem, slots).seconds)
 
 

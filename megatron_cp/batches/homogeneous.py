@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_cp.batches.assign import Split, homogeneous_splits
-from megatron_cp.batches.blast import consecutive, counts, dealt, first
+from megatron_cp.batches.blast import consecutive, dealt, possible
 from megatron_cp.batches.plan import Share, placed
 from megatron_cp.batches.problem import BatchProblem
 
@@ -14,8 +14,8 @@ def homogeneous(problem: BatchProblem) -> list[tuple[Share, ...]]:
     """Return slots whose groups are of equal degree: of slots by length and of dealt slots the faster."""
     work = [length * problem.rate[problem.floor(length)].token for length in problem.lengths]
     found = [
-        *first(_slots(problem, consecutive(problem, count)) for count in counts(problem)),
-        *first(_slots(problem, dealt(problem, count, work)) for count in counts(problem)),
+        *possible(problem, lambda count: _slots(problem, consecutive(problem, count))),
+        *possible(problem, lambda count: _slots(problem, dealt(problem, count, work))),
     ]
     return min(found, key=lambda slots: placed(NAME, problem, slots).seconds)
 

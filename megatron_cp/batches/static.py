@@ -4,22 +4,30 @@ Microbatches hold like numbers of tokens, as streams of packed documents do; the
 """
 
 import heapq
-from collections.abc import Sequence
-from math import ceil
+from collections.abc import Callable, Sequence
 
 from megatron_cp.batches.assign import groups_of
-from megatron_cp.batches.plan import Share
+from megatron_cp.batches.blast import possible
+from megatron_cp.batches.plan import Share, placed
 from megatron_cp.batches.problem import BatchProblem
+
+NAME = "static"
 
 
 def static(problem: BatchProblem) -> list[tuple[Share, ...]]:
     """Return slots of equal groups that hold the longest document, with like numbers of tokens in each group."""
     degree = static_degree(problem)
     replicas = groups_of(problem, degree)
-    count = microbatches(problem, degree, replicas)
-    while (packed := _by_tokens(problem, degree, count)) is None:
-        count += replicas
-    return in_turn(problem, packed, replicas)
+    return shortest(NAME, problem, replicas, lambda count: _by_tokens(problem, degree, count))
+
+
+def shortest(
+    algorithm: str, problem: BatchProblem, replicas: int, divide: Callable[[int], Sequence[Share] | None]
+) -> list[tuple[Share, ...]]:
+    """Return the slots of the shortest step of several numbers of microbatches, which `divide` makes."""
+    found = possible(problem, lambda slots: divide(slots * replicas))
+    candidates = [in_turn(problem, shares, replicas) for shares in found]
+    return min(candidates, key=lambda slots: placed(algorithm, problem, slots).seconds)
 
 
 def static_degree(problem: BatchProblem) -> int:
@@ -27,11 +35,6 @@ def static_degree(problem: BatchProblem) -> int:
     floor = problem.floor(max(problem.lengths))
     dividing = [degree for degree in problem.degrees if degree >= floor and problem.ranks % degree == 0]
     return dividing[0] if dividing else floor
-
-
-def microbatches(problem: BatchProblem, degree: int, replicas: int) -> int:
-    """Return the number of microbatches that the tokens ask for, a multiple of the replicas."""
-    return ceil(problem.tokens / (degree * problem.capacity * replicas)) * replicas
 
 
 def _by_tokens(problem: BatchProblem, degree: int, count: int) -> list[Share] | None:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from megatron_cp.batches.assign import assign, groups_of
 from megatron_cp.batches.plan import Share
 from megatron_cp.batches.problem import BatchProblem
-from megatron_cp.batches.static import in_turn, microbatches, static_degree
+from megatron_cp.batches.static import shortest, static_degree
 
+NAME = "wlb"
 LEVELS = (0.25, 0.5)
 """Lengths, as parts of what a microbatch holds, from which documents wait in a queue of their own."""
 
@@ -20,10 +21,12 @@ def wlb(problem: BatchProblem) -> list[tuple[Share, ...]]:
     """Return slots of equal groups, with like work in each (4.1: attention and linear work together)."""
     degree = static_degree(problem)
     replicas = groups_of(problem, degree)
-    count = microbatches(problem, degree, replicas)
-    while (split := assign(problem, problem.longest_first, [degree] * count, problem.lengths)) is None:
-        count += replicas
-    return in_turn(problem, split.shares, replicas)
+
+    def divide(count: int) -> Sequence[Share] | None:
+        split = assign(problem, problem.longest_first, [degree] * count, problem.lengths)
+        return split and split.shares
+
+    return shortest(NAME, problem, replicas, divide)
 
 
 def delayed(lengths: Sequence[int], batches: Sequence[Sequence[int]], holds: int) -> list[list[int]]:

@@ -29,10 +29,10 @@ DOCUMENTS = 512
 
 
 def plan_batches(
-    source: Annotated[str, typer.Argument(metavar="PREFIX|FILE|MIX", help=SOURCE)],
-    ranks: Annotated[str, typer.Option(help="GPUs in all.")],
-    model: Annotated[str, typer.Option(help="A model of configs/models, such as llama3.1-8b, or a recipe file.")],
-    cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")],
+    source: Annotated[str | None, typer.Argument(metavar="PREFIX|FILE|MIX", help=SOURCE)] = None,
+    ranks: Annotated[str, typer.Option(help="GPUs in all.")] = "",
+    model: Annotated[str, typer.Option(help="A model of configs/models, such as llama3.1-8b, or a recipe file.")] = "",
+    cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")] = "",
     algorithm: Annotated[
         str, typer.Option(help=f"Beside the baselines, with commas; all by default: {', '.join(ALGORITHMS.names)}.")
     ] = "",
@@ -53,6 +53,9 @@ def plan_batches(
     backend: Annotated[str, typer.Option("--cp-comm-type", help="Context parallelism inside a group.")] = DEFAULT,
     recompute: Annotated[str, typer.Option(help=f"Recomputation: {', '.join(RECOMPUTE)}.")] = "none",
     headroom: Annotated[float, typer.Option(min=0, max=0.99, help="Share of a GPU's memory to leave free.")] = HEADROOM,
+    published: Annotated[
+        bool, typer.Option(help="Mixes of published lengths on some models, beside the claims of papers.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the first step's plans: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of a table.")] = False,
 ) -> None:
@@ -63,6 +66,11 @@ def plan_batches(
     from megatron_cp.batches.steps import plan_steps
     from megatron_cp.planner.group_rates import batch_problem
 
+    if published:
+        _show_published(as_json)
+        return
+    if not (source and ranks and model and cluster):
+        raise ValueError("give documents, --ranks, --model and --cluster, or --published")
     check_picture(plot)
     names = [ALGORITHMS.get(name).name for name in algorithm.replace(",", " ").split()] or ALGORITHMS.names
     entries = [entry for entry in ALGORITHMS if entry.name in {*BASELINES, *names}]
@@ -154,6 +162,33 @@ def _show(request: "GroupRequest", problem: "BatchProblem", found: "list[Planned
     )
     if cut:
         console.print(cut)
+
+
+def _show_published(as_json: bool) -> None:
+    from megatron_cp.context.trace.record import record
+    from megatron_cp.context.trace.stretch import stretching
+    from megatron_cp.planner.published_batches import CLAIMS, DOCUMENTS, mix_rows
+
+    rows = list(mix_rows(stretching(record)))
+    if as_json:
+        typer.echo(json.dumps([row._asdict() for row in rows], indent=2))
+        return
+    names = [name for name in ALGORITHMS.names if name != "static"]
+    table = Table("mix", "model", "cluster", "static, s", *(f"{name}" for name in names), "lower bound, s")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        ratios = [f"{row.seconds['static'] / row.seconds[name]:.2f}" for name in names]
+        static = f"{row.seconds['static']:.4g}"
+        table.add_row(row.mix, row.model, f"{row.ranks} x {row.cluster}", static, *ratios, f"{row.bound:.4g}")
+    console = Console(highlight=False, soft_wrap=True, width=max(140, Console().width))
+    console.print(f"steps of {DOCUMENTS} documents; below a name: static over it")
+    console.print(table)
+    for claim in CLAIMS:
+        best = max(row.seconds["static"] / row.seconds[claim.algorithm] for row in rows)
+        console.print(
+            f"{claim.algorithm}: {claim.ratio:.2f} claimed ({claim.words}; {claim.source}); at most {best:.2f} here"
+        )
 
 
 def _as_json(problem: "BatchProblem", found: "list[PlannedSteps]", cut: int) -> dict[str, object]:

@@ -30,8 +30,8 @@ def long_tail(count: int, longest: int, seed: int = 0) -> list[int]:
 
 def sft(numbers: "Generator", count: int) -> Drawn:
     """Instructions: 99.89% average 1,000 tokens, the others 37,000 (SFT mix of Llama 3, by arXiv:2503.02356)."""
-    long = numbers.lognormal(np.log(34_000), 0.4, count)
-    return np.where(numbers.random(count) < 0.0011, long, numbers.lognormal(np.log(700), 0.84, count))
+    is_long, long = numbers.random(count) < 0.0011, numbers.lognormal(np.log(34_000), 0.4, count)
+    return np.where(is_long, long, numbers.lognormal(np.log(700), 0.84, count))
 
 
 def web(numbers: "Generator", count: int) -> Drawn:
@@ -41,8 +41,8 @@ def web(numbers: "Generator", count: int) -> Drawn:
 
 def code(numbers: "Generator", count: int) -> Drawn:
     """Source files: lognormal with a median of 1,000 tokens, and 8% from a Pareto tail above 8,192."""
-    long = 8192 * (1 + numbers.pareto(1.0, count))
-    return np.where(numbers.random(count) < 0.08, long, numbers.lognormal(np.log(1000), 1.3, count))
+    is_long, long = numbers.random(count) < 0.08, 8192 * (1 + numbers.pareto(1.0, count))
+    return np.where(is_long, long, numbers.lognormal(np.log(1000), 1.3, count))
 
 
 def books(numbers: "Generator", count: int) -> Drawn:

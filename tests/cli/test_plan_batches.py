@@ -86,6 +86,19 @@ def test_memory_decides_where_no_tokens_are_given(documents):
     assert found["tokens_per_rank"] % 256 == 0
 
 
+@pytest.mark.slow
+def test_published_mixes_stand_beside_the_claims():
+    rows = json.loads(printed("plan-batches", "--published", "--json"))
+    assert [row["mix"] for row in rows[::3]] == list(MIXES)
+    for row in rows:
+        assert row["seconds"]["balanced"] <= min(row["seconds"]["static"], row["seconds"]["homogeneous"])
+        assert min(row["seconds"].values()) >= row["bound"]
+
+
+def test_documents_and_sizes_are_asked_for():
+    assert "give documents, --ranks, --model and --cluster" in str(run("plan-batches", "web").exception)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
