@@ -20,9 +20,9 @@ from megatron_cp.recipe import recipe
 from megatron_cp.units import count
 
 if TYPE_CHECKING:
+    from megatron_cp.batches.group_rates import GroupRequest
     from megatron_cp.batches.problem import BatchProblem
     from megatron_cp.batches.steps import PlannedSteps
-    from megatron_cp.planner.group_rates import GroupRequest
 
 BASELINES = ("static", "homogeneous")
 DOCUMENTS = 512
@@ -63,8 +63,8 @@ def plan_batches(
 
     Times come from the same traces and rates as `estimate`. Every plan is checked, and is at or above the lower bound.
     """
+    from megatron_cp.batches.group_rates import batch_problem
     from megatron_cp.batches.steps import plan_steps
-    from megatron_cp.planner.group_rates import batch_problem
 
     if published:
         _show_published(as_json)
@@ -109,9 +109,9 @@ def _request(
     recompute: str,
     headroom: float,
 ) -> "GroupRequest":
+    from megatron_cp.batches.group_rates import GroupRequest
     from megatron_cp.context.trace.record import record
     from megatron_cp.context.trace.stretch import stretching
-    from megatron_cp.planner.group_rates import GroupRequest
     from megatron_cp.planner.model import model_of
 
     gpus = count(ranks, "--ranks")
@@ -165,9 +165,9 @@ def _show(request: "GroupRequest", problem: "BatchProblem", found: "list[Planned
 
 
 def _show_published(as_json: bool) -> None:
+    from megatron_cp.batches.published_mixes import CLAIMS, DOCUMENTS, mix_rows
     from megatron_cp.context.trace.record import record
     from megatron_cp.context.trace.stretch import stretching
-    from megatron_cp.planner.published_batches import CLAIMS, DOCUMENTS, mix_rows
 
     rows = list(mix_rows(stretching(record)))
     if as_json:

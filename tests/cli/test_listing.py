@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_cp import __version__
+from megatron_cp.batches import ALGORITHMS
 from megatron_cp.cli import app
 from megatron_cp.cli.listing import KINDS
 from megatron_cp.context import BACKENDS
@@ -33,6 +34,7 @@ TAKEN: dict[str, Callable[[str], object]] = {
     "engines": ENGINES.get,
     "products": GEMMS.get,
     "experts": PRODUCTS.get,
+    "batch-algorithms": ALGORITHMS.get,
     "kernels": KERNELS.get,
 }
 

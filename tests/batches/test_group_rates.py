@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_cp.batches.group_rates import GroupRequest, batch_problem, degrees, group_rate, most_tokens
 from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import estimate, slowest_stage
-from megatron_cp.planner.group_rates import GroupRequest, batch_problem, degrees, group_rate, most_tokens
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.work import RankConfig

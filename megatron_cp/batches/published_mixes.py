@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_cp.batches import ALGORITHMS
+from megatron_cp.batches.group_rates import GroupRequest, batch_problem
 from megatron_cp.batches.problem import BatchProblem
 from megatron_cp.batches.published import published_problem
 from megatron_cp.batches.steps import plan_batch
 from megatron_cp.context.choose import Record
 from megatron_cp.corpus.mixes import MIXES, drawn
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.planner.group_rates import GroupRequest, batch_problem
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.recipe import recipe
