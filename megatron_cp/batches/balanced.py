@@ -24,8 +24,6 @@ EVEN = 1.05
 """Time of slots that are all equal, over the mean that their work asks for."""
 HALVINGS = 6
 """Steps of the search for the shortest time of a slot."""
-
-
 CLOSE = 0.003
 """Share of a slot's time at which the search ends."""
 

@@ -1,7 +1,7 @@
 """WLB-LLM: one degree for all, microbatches of like work, and long documents that wait for others (arXiv:2503.17924).
 
 Inside a group every document is cut over all ranks (the paper's sharding per document), so that a group's ranks have
-equal work; the package's layout `documents` does that.
+equal work; the package's layout `document` does that.
 """
 
 from bisect import bisect_right

@@ -44,7 +44,7 @@ def prepare(
             check_sink(sink, q)
         dtype, dim = str(q.dtype).removeprefix("torch."), max(q.shape[3], v.shape[3])
         sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], dim, dtype, q.device.type)
-        chosen_by = choices(plan, sizes)
+        chosen_by = () if agreed else choices(plan, sizes)
     if not agreed:
         agree(plan, *tensors, packed=packed, gradients=gradients, choices=(f"sink={number}", *chosen_by))
     settled = settle_layout(settle(plan, sizes), sizes, packed)

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO, LOOP, PRODUCTS
 from megatron_cp.experts.grouped_mm import ROW_BYTES
-from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import ExpertFlags, has_our_layers
 
 UNSUPPORTED = (
@@ -29,18 +29,12 @@ UNSUPPORTED = (
     ),
     Unsupported(
         "weights that data-parallel ranks share out",
-        lambda args: (
-            any(read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2"))
-            or read(args, "gtp_weight_remat_size", 1) > 1
-        ),
+        shares_weights_out,
         "use --use-distributed-optimizer",
     ),
     Unsupported(
         "CUDA graphs, which know no number of tokens",
-        lambda args: (
-            read(args, "cuda_graph_impl", "none") != "none"
-            or any(read(args, name, False) for name in ("enable_cuda_graph", "external_cuda_graph"))
-        ),
+        captures_graphs,
         "leave --cuda-graph-impl and --enable-cuda-graph out",
     ),
     Unsupported(

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.errors import Refused, as_refusals
-from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
 from megatron_cp.pipeline import SCHEDULES
@@ -30,11 +30,7 @@ def _splits_te(args: Any) -> bool:
 UNSUPPORTED = (
     Unsupported(
         "CUDA graphs, which are captured in Megatron's own order",
-        lambda args: (
-            read(args, "cuda_graph_impl", "none") != "none"
-            # older names, which Megatron turns into that one later
-            or any(read(args, name, False) for name in ("enable_cuda_graph", "external_cuda_graph"))
-        ),
+        captures_graphs,
         "leave --cuda-graph-impl and --enable-cuda-graph out",
     ),
     Unsupported(

@@ -7,7 +7,7 @@ from megatron_cp import config
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import PipelineFlags, TensorFlags, has_our_layers, say
 from megatron_cp.tensor import AUTO, CUBE, GEMMS, MEGATRONS, SCHEMES, SYMMETRIC, TORCH
 from megatron_cp.tensor.cost import LayerLinears, cheapest
@@ -40,18 +40,12 @@ UNSUPPORTED = (
     ),
     Unsupported(
         "weights that data-parallel ranks share out",
-        lambda args: (
-            any(read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2"))
-            or read(args, "gtp_weight_remat_size", 1) > 1
-        ),
+        shares_weights_out,
         "use --use-distributed-optimizer",
     ),
     Unsupported(
         "CUDA graphs",
-        lambda args: (
-            read(args, "cuda_graph_impl", "none") != "none"
-            or any(read(args, name, False) for name in ("enable_cuda_graph", "external_cuda_graph"))
-        ),
+        captures_graphs,
         "leave --cuda-graph-impl and --enable-cuda-graph out",
     ),
 )

@@ -24,3 +24,16 @@ def refuse(features: Iterable[Unsupported], source: Any, who: str) -> None:
     for feature in features:
         if feature.asked(source):
             raise Refused(f"{who} does not do {feature.what}; {feature.way_out}")
+
+
+def captures_graphs(args: Any) -> bool:
+    """True if CUDA graphs are asked for."""
+    # older names, which Megatron turns into that one later
+    older = any(read(args, name, False) for name in ("enable_cuda_graph", "external_cuda_graph"))
+    return older or read(args, "cuda_graph_impl", "none") != "none"
+
+
+def shares_weights_out(args: Any) -> bool:
+    """True if data-parallel ranks hold parts of the weights."""
+    sharded = any(read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2"))
+    return sharded or read(args, "gtp_weight_remat_size", 1) > 1
