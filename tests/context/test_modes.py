@@ -463,6 +463,35 @@ def test_a_hook_that_copies_what_a_compiled_attention_saves_is_refused():
     assert text.startswith("a hook on saved tensors copied what a compiled attention keeps for its backward pass")
 
 
+def refused_in_a_graph():
+    """Lines of this rank's refusals of compiled calls of which rank 1's alone are wrong."""
+    import torch._dynamo
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fabric, lines = GroupFabric(dist.group.WORLD), []
+    how, q = plan("zigzag", cp=fabric), torch.randn(8, 1, 4, 8, requires_grad=True)
+    wrong = [{"sink": torch.zeros(3)}, {"sink": float("nan")}, {"documents": [0, 9, 7]}]
+    right = [{"sink": torch.zeros(4)}, {"sink": 0.0}, {"documents": [0, 9, 16]}]
+    for brought in wrong if fabric.rank == 1 else right:
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match="rank 1: ") as refused:
+            torch.compile(lambda q, brought=brought: attend(q, q, q, how, **brought), backend="eager")(q)
+        lines.append(str(refused.value))
+    dist.barrier()
+    return lines
+
+
+@pytest.mark.slow
+def test_a_compiled_call_that_one_rank_refuses_is_refused_by_all():
+    lines, others = run_ranks(2, refused_in_a_graph)
+    assert lines == others
+    for line, rule in zip(
+        lines, ["sink must have a logit for each", "sink must be a number", "cu_seqlens"], strict=True
+    ):
+        assert line.startswith(f"rank 1: {rule}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_nan_query_gives_nan_in_narrow_tiles(dtype):
     q, k = torch.randn(2, 256, 1, 4, 8).to(dtype)

@@ -15,6 +15,7 @@ from megatron_cp.context.layouts import LAYOUTS, indices
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, divisors
 from tests.context.dense import Problem, dense, relative_error
+from tests.context.test_modes import MODES
 from tests.fuzz.conftest import Cases
 from tests.fuzz.strategies import mostly
 from tests.tolerances import EXACT
@@ -23,6 +24,9 @@ pytestmark = pytest.mark.slow
 
 SIDES = st.none() | st.just(-1) | st.integers(0, 12)
 STRIDES = ["plain", "batch first", "heads first", "every second token", "last dim strided"]
+PLAIN = "plain"
+# zero makes attention a mean; one of float32's smallest numbers is next to it; below zero the softmax is turned over
+SCALES = st.none() | st.floats(0.01, 2) | st.sampled_from([0.0, -0.3, -1.0, 1e-39])
 
 
 class Case(NamedTuple):
@@ -46,6 +50,7 @@ class Case(NamedTuple):
     scale: Any
     kernel: str
     on_grid: bool
+    mode: str
     seed: int
 
 
@@ -66,9 +71,10 @@ CASES = st.builds(
     chunks=mostly(None, st.integers(1, 3)),
     stripe=mostly(1, st.sampled_from([2, 4])),
     strides=st.sampled_from(STRIDES),
-    scale=st.none() | st.floats(0.01, 2),
+    scale=SCALES,
     kernel=st.sampled_from(["reference", "reference", "torch", "auto"]),
     on_grid=mostly(False, st.just(True)),
+    mode=mostly(PLAIN, st.sampled_from(sorted(MODES))),
     seed=st.integers(0, 2**31),
 )
 
@@ -112,8 +118,9 @@ def attended(case: Case, task: Problem) -> list[Any]:
             else:
                 mine = torch.tensor(indices(case.layout, task.q.shape[0], ranks, fabric.rank, case.stripe))
             leaves = [strided(x[mine], case.strides).detach().requires_grad_() for x in task[:3]]
-            out = attend(*leaves, made)
-            return mine, (out.detach(), *torch.autograd.grad(out, leaves, strided(task.dout[mine], case.strides)))
+            out = MODES.get(case.mode, attend)(*leaves, made)
+            out.backward(strided(task.dout[mine], case.strides))
+            return mine, (out.detach(), *(leaf.grad for leaf in leaves))
         except Refused as refusal:
             return refusal
 
@@ -148,7 +155,7 @@ def cancelled(task: Problem, scale: float) -> dict[str, torch.Tensor]:
 
 
 SEEN = Case(
-    "zigzag", 1, 2, 8, 1, 4, 4, 8, True, None, "zigzag", "head-first", None, 1, "plain", None, "torch", False, 0
+    "zigzag", 1, 2, 8, 1, 4, 4, 8, True, None, "zigzag", "head-first", None, 1, "plain", None, "torch", False, PLAIN, 0
 )
 
 
@@ -163,6 +170,12 @@ SEEN = Case(
 @example(SEEN._replace(window=(0, 0), layout="contiguous"))
 @example(SEEN._replace(backend="ulysses", outer=3, tokens=3, heads=6, kv_heads=6, layout="striped"))
 @example(SEEN._replace(backend="all-gather", outer=3, tokens=3, layout="contiguous"))
+@example(SEEN._replace(backend="auto", mode="non-reentrant checkpoint"))
+@example(SEEN._replace(backend="auto", mode="reentrant checkpoint"))
+@example(SEEN._replace(mode="autocast", kernel="reference"))
+@example(SEEN._replace(backend="rsa", mode="autocast", kernel="reference"))
+@example(SEEN._replace(scale=0.0))
+@example(SEEN._replace(scale=-1.0))
 def test_attention_is_right_or_refused(counted: Cases, case: Case) -> None:
     # ranks hold equally many tokens, so that no other length is ever seen
     case = case._replace(tokens=case.tokens // (case.inner * case.outer) * (case.inner * case.outer))

@@ -2,23 +2,27 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_cp.config import configs_folder
 from megatron_cp.corpus.index import check_prefix
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.pipeline import costs_file
+from tests.cli.test_report import LOG
 from tests.fuzz.commands import asked, assert_said_by_us
-from tests.fuzz.conftest import Cases
+from tests.fuzz.conftest import Cases, cases
 from tests.fuzz.strategies import HOSTILE, changed, damaged
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks
@@ -35,6 +39,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1, max_size=6)
 RECIPES = sorted((configs_folder() / "recipes").glob("*.yaml"))
 CLUSTERS = sorted((configs_folder() / "clusters").glob("*.yaml"))
+# a case of these takes a second or more
+FEW = settings(max_examples=cases or 8)
 TABLE = """0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3
 1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3
 """
@@ -107,19 +113,46 @@ def test_schedule_table(counted: Cases, folder: Path, text: str, times: str) -> 
         counted.refused += code != 0
 
 
+@FEW
+@given(changed(LOG))
+def test_report(counted: Cases, folder: Path, text: str) -> None:
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    (run / "slurm-7.out").write_bytes(text.encode(errors="surrogatepass"))
+    with counted.one():
+        code, _ = asked("report", str(run))
+        counted.refused += code != 0
+
+
+@FEW
+@given(st.data())
+def test_validated_recipe(counted: Cases, folder: Path, data: st.DataObject) -> None:
+    whole = data.draw(st.sampled_from(RECIPES)).read_text()
+    (folder / "validated.yaml").write_bytes(data.draw(changed(whole)).encode(errors="surrogatepass"))
+    with counted.one():
+        code, _ = asked("validate", str(folder / "validated.yaml"), "--cluster", "dgx-h100-ib")
+        counted.refused += code != 0
+
+
 def content_of(texts: list[str], kind: str) -> bytes:
+    """Bytes of a file of this kind; a parquet file compresses its columns itself."""
     records = [{"id": number, "text": text} for number, text in enumerate(texts)]
+    if kind == ".parquet":
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(records), file)
+        return file.getvalue()
     if kind == ".json":
         return json.dumps(records).encode()
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-@given(TEXTS, st.sampled_from([".jsonl", ".json"]), st.sampled_from(sorted(COMPRESS)))
+@given(TEXTS, st.sampled_from([".jsonl", ".json", ".parquet"]), st.sampled_from(sorted(COMPRESS)))
 @example(["0", " "], ".jsonl", "")
 @example([" "], ".jsonl", "")
 def test_corpus_has_the_documents_of_its_file(
     counted: Cases, folder: Path, texts: list[str], kind: str, packed: str
 ) -> None:
+    packed = "" if kind == ".parquet" else packed
     source = folder / f"whole{kind}{packed}"
     source.write_bytes(COMPRESS[packed](content_of(texts, kind)))
     with counted.one():
@@ -135,10 +168,17 @@ def test_corpus_has_the_documents_of_its_file(
         assert (found.documents, found.tokens) == (len(kept), sum(len(text.encode()) + 1 for text in kept))
 
 
-@given(st.data(), TEXTS, st.sampled_from([".jsonl", ".json", ".txt"]), st.sampled_from(sorted(COMPRESS)), st.booleans())
+@given(
+    st.data(),
+    TEXTS,
+    st.sampled_from([".jsonl", ".json", ".txt", ".parquet"]),
+    st.sampled_from(sorted(COMPRESS)),
+    st.booleans(),
+)
 def test_damaged_corpus_file(
     counted: Cases, folder: Path, data: st.DataObject, texts: list[str], kind: str, packed: str, skip: bool
 ) -> None:
+    packed = "" if kind == ".parquet" else packed
     source, output = folder / f"damaged{kind}{packed}", folder / "built" / "damaged"
     output.parent.mkdir(exist_ok=True)
     source.write_bytes(data.draw(damaged(COMPRESS[packed](content_of(texts, kind)))))
