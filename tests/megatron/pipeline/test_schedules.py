@@ -1,6 +1,7 @@
 """Through the real pretrain() every schedule trains as Megatron's own: same losses, same parameters, bit for bit."""
 
 import sys
+from datetime import timedelta
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.schedule import parse
 from tests.cases import slow_unless
 from tests.megatron import pretraining
+from tests.megatron.pipeline.meeting import meeting_wires
 from tests.megatron.pretraining import tiny
 from tests.ranks import run_ranks
 
@@ -19,9 +21,21 @@ TIED = "--untie-embeddings-and-output-weights"
 MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
 
 
-def trained(flags):
-    """What this rank knows after training: losses of each iteration, and its parameters by their name in the model."""
-    log, parameters = pretraining.trained(flags)
+PATIENCE = timedelta(minutes=5)
+
+
+def trained(flags, patience=PATIENCE):
+    """What this rank knows after training: losses of each iteration, and its parameters by their name in the model.
+
+    Ranks of a schedule of ours wait for each other at the first message of each communicator, as NCCL lets them.
+    """
+    made = []
+    done = replace("megatron_cp.megatron.pipeline.schedule:wires", lambda wires: meeting_wires(wires, made, patience))
+    try:
+        log, parameters = pretraining.trained(flags)
+    finally:
+        restore(done)
+    assert any(wire.met for wire in made) == any("--pp-schedule" in flag for flag in flags)
     return log, dict(parameters)
 
 
@@ -57,6 +71,26 @@ CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
 @pytest.mark.parametrize("schedule", slow_unless(["1f1b", "zb-h1"], ["gpipe", "1f1b", "dapple-b", "zb-h1", "zb-h2"]))
 def test_one_chunk_per_rank_trains_as_1f1b(megatrons_own, schedule):
     assert_bit_equal(run(2, TWO, f"--pp-schedule {schedule}"), megatrons_own(2, TWO))
+
+
+def hang_without_meeting(flags):
+    """Where this rank's first step hangs if ranks come to their first messages in the order of the schedule."""
+    done = replace("megatron_cp.pipeline.channels:Channels.meet", lambda _: lambda self, token: None)
+    try:
+        with pytest.raises(TimeoutError) as hang:
+            trained(flags, timedelta(seconds=1))
+    finally:
+        restore(done)
+    return str(hang.value)
+
+
+@pytest.mark.parametrize("schedule", slow_unless(["zb-h1"], ["1f1b", "zb-h1"]))
+def test_ranks_that_do_not_meet_beforehand_hang_in_the_first_step(schedule):
+    lines = run_ranks(2, hang_without_meeting, tiny(MODEL, TWO, f"--pp-schedule {schedule}"))
+    expected = [f"rank {rank} waits for rank {1 - rank} at its first message in " for rank in range(2)]
+    assert [line.startswith(text) for line, text in zip(lines, expected, strict=True)] == [True, True]
+    # each in a communicator of its own
+    assert len({line.split()[-1] for line in lines}) == 2
 
 
 @pytest.mark.parametrize(
