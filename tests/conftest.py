@@ -1,11 +1,12 @@
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  the hook finds it by name
+from tests.nccl import Tally
 
 # a shell that runs the tests in its background has them ignore SIGINT, which some send to what they start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,6 +34,14 @@ def _shares_a_fixture(item: pytest.Function) -> bool:
     """True if a fixture of the module, made once for all who ask, is among this test's."""
     definitions = item._fixtureinfo.name2fixturedefs.values()
     return any(definition.scope == "module" for found in definitions for definition in found)
+
+
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Tally]:
+    """Count a module's plays under NCCL's rules; -s prints them."""
+    counts = Tally()
+    yield counts
+    print("", *counts.lines(), sep="\n")
 
 
 @pytest.fixture

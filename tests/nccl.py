@@ -6,6 +6,7 @@ Every rank is a list of operations in the order in which its host launches them.
 2. A message has no buffer: its send and its receive hold their streams until both have started.
 3. A communication operation starts after the compute that was launched before it; compute waits for the operations it
    names (`wait` of torch puts an event on the compute stream, the host goes on).
+   A host that reads a value waits for the end of an operation (`blocks`) before it launches the next one.
 4. Several messages in one operation (`batch_isend_irecv`, a group of NCCL's) start together and end together. They
    use the communicator of the whole group in both modes; a single message without `device_id` uses one of its pair.
 5. The first message of a connection stops the host until the other side's host has come to its own first message:
@@ -18,8 +19,9 @@ All of these only say "not before", so a step is a graph of events: a cycle is a
 time that the step takes.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Collection, Hashable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
@@ -42,6 +44,7 @@ class Operation:
     after:    positions of earlier operations of this rank that it waits for
     seconds:  time of a compute operation
     group:    ranks of the communicator, of a batch of messages; empty for a single message
+    blocks:   the host waits for its end, as where it reads a value of the device
     """
 
     name: str
@@ -49,6 +52,7 @@ class Operation:
     after: tuple[int, ...] = ()
     seconds: float = 0.0
     group: tuple[int, ...] = ()
+    blocks: bool = False
 
 
 class Rules(NamedTuple):
@@ -105,6 +109,37 @@ def play(ranks: Sequence[Sequence[Operation]], rules: Rules, hop: float = 0.0) -
     return max(times.values())
 
 
+class Tally:
+    """Counts of plays and of deadlocks, by the number of ranks and the rules."""
+
+    def __init__(self) -> None:
+        self.plays: Counter[tuple[int, Rules]] = Counter()
+        self.deadlocks: Counter[tuple[int, Rules]] = Counter()
+
+    def play(self, ranks: Sequence[Sequence[Operation]]) -> None:
+        """Play under all rules; raises as `play` does."""
+        for rules in ALL_RULES:
+            key = (len(ranks), rules)
+            self.plays[key] += 1
+            try:
+                play(ranks, rules)
+            except DeadlockError:
+                self.deadlocks[key] += 1
+                raise
+
+    @contextmanager
+    def some(self) -> Iterator[None]:
+        """Check that something is played inside."""
+        before = self.plays.total()
+        yield
+        assert self.plays.total() > before, "nothing was played"
+
+    def lines(self) -> Iterator[str]:
+        for (ranks, rules), plays in sorted(self.plays.items()):
+            mode = f"{'with' if rules.eager else 'without'} device_id, {'one queue' if rules.one_queue else 'queues'}"
+            yield f"p = {ranks}, {mode}: {plays} plays, {self.deadlocks[ranks, rules]} deadlocks"
+
+
 def _events(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[Event, list[Event]]:
     """Every operation's launch, start and end, each with the events that it comes after."""
     other = _partners(ranks)
@@ -117,6 +152,8 @@ def _events(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[Event, l
             previous = [("launch", rank, place - 1)] if place else []
             # the host of the other side has launched all that comes before its own first message
             peers = [("launch", peer, at - 1) for peer, at in met.get((rank, place), ()) if at]
+            if place and operations[place - 1].blocks:
+                previous.append(("end", rank, place - 1))
             before["launch", rank, place] = [*previous, *peers]
             starts = [("launch", rank, place), *(("end", rank, earlier) for earlier in operation.after)]
             if compute is not None:

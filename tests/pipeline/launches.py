@@ -1,5 +1,6 @@
 """What each rank's executor launches for a lowered schedule, as operations of the model of NCCL in `tests.nccl`."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from megatron_cp.pipeline.action import (
@@ -31,6 +32,7 @@ from tests.nccl import Message, Operation
 from tests.pipeline.played import UNIT
 
 Numbers = dict[PipelineChannel, int]
+Said = dict[tuple[int, int | None], tuple[str, ...]]
 
 
 def numbers(placement: Placement, lends: bool = False) -> Numbers:
@@ -39,14 +41,18 @@ def numbers(placement: Placement, lends: bool = False) -> Numbers:
 
 
 def launches(
-    schedule: Schedule, costs: Costs | None = None, number_of: Numbers | None = None, meet: bool = True
+    schedule: Schedule,
+    costs: Costs | None = None,
+    number_of: Numbers | None = None,
+    meet: bool = True,
+    first: bool = True,
 ) -> list[list[Operation]]:
-    """The first step of every rank; times are 1 where no costs are given."""
+    """The first step of every rank, or a later one; times are 1 where no costs are given."""
     costs = costs or uniform(schedule.placement, UNIT)
     number_of = number_of or numbers(schedule.placement, schedule.to == PEER)
     ranks = [list(meeting(number_of, rank)) if meet else [] for rank in range(len(schedule.table))]
     for rank, operations in enumerate(ranks):
-        operations += _step(schedule, rank, costs, number_of, len(operations))
+        operations += _step(schedule, rank, costs, number_of, len(operations), sizes_said(schedule) if first else {})
     return ranks
 
 
@@ -57,11 +63,14 @@ def meeting(number_of: Numbers, rank: int) -> Iterator[Operation]:
             yield Operation(f"meeting {channel}", (Message(number, channel.source, channel.target, "meeting"),))
 
 
-def _step(schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place: int) -> Iterator[Operation]:
+def _step(
+    schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place: int, said: Said
+) -> Iterator[Operation]:
     """The actions in order, the first at `place`.
 
     A backward also waits until its forward's output has been sent, and until its activations are back; a forward, and
     whatever else makes room, until those that were moved away are gone; what a lender gives back, until it has come.
+    Before a stage's first chunk that moves its sizes are sent, which the peer's host waits for.
     """
     took = durations(costs)
     received: dict[Action, int] = {}
@@ -87,6 +96,15 @@ def _step(schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place
             chunk = (cell.stage, cell.micro)
             channel = lending_channel(schedule.placement, cell)
             label = (channel.kind, *chunk)
+            ahead = said.get(chunk, ()) if cell.kind in (EVICT, HOLD) else ()
+            for what in ahead:
+                sizes = Message(number_of[channel], channel.source, channel.target, (what, *chunk))
+                yield Operation(f"{what} of {cell}", (sizes,))
+                # the owner's computation waits until they are sent, the peer's host until it can read them
+                yield Operation(f"wait for the {what} of {cell}", (), (place,), blocks=cell.kind == HOLD)
+                place += 2
+            if said.get(chunk) == NOTHING:
+                continue
             after = (lent.pop(chunk),) if cell.kind == GIVE else ()
             yield Operation(str(cell), (Message(number_of[channel], channel.source, channel.target, label),), after)
             if cell.kind == EVICT:
@@ -106,6 +124,30 @@ def _step(schedule: Schedule, rank: int, costs: Costs, number_of: Numbers, place
                 sent[cell.stage, cell.micro] = place
         place += 1
     yield Operation("the end of the step", (), (*sent.values(), *leaving, *given))
+
+
+NOTHING = ("count",)
+"""All that is sent ahead of a chunk none of which moves."""
+
+
+def sizes_said(schedule: Schedule) -> Said:
+    """The messages ahead of the chunks that move in the first step, before both sides know the sizes of their stage."""
+    said: Said = {}
+    if schedule.to != PEER:
+        return said
+    for cells in schedule.table:
+        forwards: Counter[int] = Counter()
+        known: set[int] = set()
+        for action in (action for cell in cells for action in halves(cell)):
+            if action.kind == FORWARD:
+                forwards[action.stage] += 1
+            elif action.kind == EVICT and action.stage not in known:
+                # what lasts beyond a microbatch shows in the second forward: nothing moves before it
+                some = forwards[action.stage] > 1
+                said[action.stage, action.micro] = ("count", "sizes") if some else NOTHING
+                if some:
+                    known.add(action.stage)
+    return said
 
 
 def receive_of(action: Action) -> Action | None:

@@ -17,7 +17,8 @@ from megatron_cp.pipeline.profile import lower_split
 from megatron_cp.pipeline.receive_early import RECEIVES
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import simulate
-from tests.nccl import ALL_RULES, DeadlockError, Message, MismatchError, Operation, Rules, play
+from tests.cases import slow_unless
+from tests.nccl import ALL_RULES, DeadlockError, Message, MismatchError, Operation, Rules, Tally, play
 from tests.pipeline.launches import launches, numbers, receive_of
 from tests.pipeline.played import FIXED, scheduled
 
@@ -31,23 +32,27 @@ def lowered(schedule: Schedule) -> Iterator[Schedule]:
     yield forward_only(schedule.placement, schedule.micros)
 
 
-def assert_runs(schedule: Schedule) -> None:
+def assert_runs(schedule: Schedule, tally: Tally) -> None:
     for table in lowered(schedule):
-        operations = launches(table)
-        for rules in ALL_RULES:
-            play(operations, rules)
+        tally.play(launches(table))
 
 
 @pytest.mark.parametrize("p", [2, 3, 4])
 @pytest.mark.parametrize("name", FIXED)
-def test_no_schedule_deadlocks(name: str, p: int) -> None:
-    assert_runs(scheduled(name, p, 3 * p))
+def test_no_schedule_deadlocks(name: str, p: int, tally: Tally) -> None:
+    assert_runs(scheduled(name, p, 3 * p), tally)
+
+
+@pytest.mark.parametrize("p", slow_unless([2], [2, 3, 4]))
+def test_no_searched_schedule_deadlocks(p: int, tally: Tally) -> None:
+    for v in (1, 2):
+        assert_runs(build("auto", p, 2 * p, v, costs=uniform(loop(p, v), (1.0, 1.2, 0.8, 0.1))), tally)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("p", range(2, 9))
 @pytest.mark.parametrize("name", FIXED)
-def test_no_schedule_deadlocks_at_any_size(name: str, p: int) -> None:
+def test_no_schedule_deadlocks_at_any_size(name: str, p: int, tally: Tally) -> None:
     played = 0
     for v in [SCHEDULES.get(name).chunks] if SCHEDULES.get(name).chunks else [1, 2, 3]:
         for m in (p, p + 1, 2 * p, 3 * p):
@@ -55,7 +60,7 @@ def test_no_schedule_deadlocks_at_any_size(name: str, p: int) -> None:
                 schedule = build(name, p, m, v)
             except ValueError:
                 continue
-            assert_runs(schedule)
+            assert_runs(schedule, tally)
             played += 1
     assert played >= 2
 

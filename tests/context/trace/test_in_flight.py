@@ -15,6 +15,9 @@ from megatron_cp.context.trace.record import plan_on
 from megatron_cp.errors import Refused
 from tests.cases import slow_unless
 from tests.context.problems import grids
+from tests.context.slicing import run_slices
+from tests.context.test_documents import TOKENS, case, grid_of
+from tests.context.test_slices import SLICED
 from tests.context.trace.in_flight import Watch, WatchedFabric, WatchedKernel
 
 
@@ -32,7 +35,15 @@ def watched(problem: Problem, rank: int) -> Watch:
             WatchedFabric(watch, tuple(range(problem.ranks)), rank, problem.ranks_per_node),
             WatchedKernel(watch),
         )
-        run(*leaves, plan).backward(dout)
+        run(*leaves, plan, packed=problem.packed).backward(dout)
+    return watch
+
+
+def watched_slices(problem: Problem, lengths: list[int], rank: int) -> Watch:
+    """Forward and backward of one rank over the slices of a sequence."""
+    with Watch() as watch:
+        fabric = WatchedFabric(watch, tuple(range(problem.ranks)), rank)
+        run_slices(problem, plan_on(problem, fabric, WatchedKernel(watch)), lengths, "meta")
     return watch
 
 
@@ -51,6 +62,33 @@ def test_no_loop_uses_what_is_in_flight_or_waits_for_the_device(backend, mask, c
             operations += watch.operations
     refused = chunks and not BACKENDS.get(backend).capabilities.chunks
     assert operations or refused
+
+
+@pytest.mark.parametrize("backend", SLICED)
+def test_no_slice_uses_what_is_in_flight_or_waits_for_the_device(backend):
+    lengths = [24, 48, 24]
+    for rank in range(2):
+        watch = watched_slices(Problem(backend, 2, sum(lengths), 4, 2, 2, grid=grid_of(backend, 2)), lengths, rank)
+        assert watch.operations
+        assert not watch.found
+        assert not any(watch.in_flight.values()), "a batch was never waited for"
+
+
+@pytest.mark.parametrize("layout", slow_unless(["stream"], ["stream", "blocks", "document"]))
+@pytest.mark.parametrize("backend", ALGORITHMS)
+def test_no_loop_uses_what_is_in_flight_on_packed_documents(backend, layout):
+    packed, refused = case("causal", 3).packed, 0
+    for rank in range(3):
+        how = {"grid": grid_of(backend, 3), "documents": packed, "document_layout": layout, "cut": True}
+        try:
+            watch = watched(Problem(backend, 3, TOKENS * 3, 12, 4, 2, **how), rank)
+        except Refused:
+            refused += 1
+            continue
+        assert watch.operations
+        assert not watch.found
+        assert not any(watch.in_flight.values()), "a batch was never waited for"
+    assert refused in ((0,) if layout == "stream" else (0, 3))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -7,43 +7,16 @@ from itertools import combinations, product
 import pytest
 
 from megatron_cp.context import ALGORITHMS, BACKENDS, PLACEMENTS
-from megatron_cp.context.trace.events import Post, Problem, Step, Trace, Wait
-from megatron_cp.context.trace.record import record
+from megatron_cp.context.trace.events import Pass, Problem, Trace, match
+from megatron_cp.context.trace.record import Recorder, RecordingFabric, RecordingKernel, plan_on, record
 from megatron_cp.errors import Refused
 from tests.cases import slow_unless
 from tests.context.problems import MASKS, grids
-from tests.nccl import ALL_RULES, DeadlockError, Message, MismatchError, Operation, Rules, play
-
-
-def launches(trace: Trace) -> list[list[Operation]]:
-    """The forward and backward of every rank; a wait is compute that is launched after the batch it names."""
-    both = zip(trace.forward.steps, trace.backward.steps, strict=True)
-    return [list(_operations(rank, (*forward, *backward))) for rank, (forward, backward) in enumerate(both)]
-
-
-def _operations(rank: int, steps: tuple[Step, ...]) -> Iterator[Operation]:
-    place, posted = 0, {}
-    for event, _ in steps:
-        if isinstance(event, Post):
-            posted[event.batch] = place
-            yield Operation(f"batch {event.batch}", tuple(_messages(rank, event)), group=event.group)
-        elif isinstance(event, Wait):
-            yield Operation(f"wait for batch {event.batch}", after=(posted[event.batch],))
-        else:
-            continue
-        place += 1
-
-
-def _messages(rank: int, post: Post) -> Iterator[Message]:
-    if post.collective:
-        # it ends when all ranks have come to it, whichever way its bytes take
-        for peer in (peer for peer in post.group if peer != rank):
-            label = (post.collective, post.sends[0].form)
-            yield from (Message(post.group, rank, peer, label), Message(post.group, peer, rank, label))
-        return
-    yield from (Message(post.group, rank, peer, (size, form)) for peer, size, form in post.sends)
-    yield from (Message(post.group, peer, rank, (size, form)) for peer, size, form in post.recvs)
-
+from tests.context.slicing import run_slices
+from tests.context.test_documents import TOKENS, case, grid_of
+from tests.context.test_slices import SLICED
+from tests.context.trace.launches import launches
+from tests.nccl import ALL_RULES, DeadlockError, Message, MismatchError, Operation, Rules, Tally, play
 
 Case = tuple[tuple[bool, tuple[int, int] | None], int | None]
 """A mask, and the number of chunks."""
@@ -61,14 +34,9 @@ def traces(backend: str, ranks: int, cases: Iterable[Case]) -> Iterator[Trace]:
             yield record(Problem(backend, ranks, 24 * ranks, 12, 4, 16, **how))
 
 
-def assert_runs(backend: str, ranks: int, cases: Iterable[Case]) -> int:
-    played = 0
+def assert_runs(backend: str, ranks: int, cases: Iterable[Case], tally: Tally) -> None:
     for trace in traces(backend, ranks, cases):
-        operations = launches(trace)
-        for rules in ALL_RULES:
-            play(operations, rules)
-            played += 1
-    return played
+        tally.play(launches(trace.forward, trace.backward))
 
 
 def is_quick(backend: str, ranks: int) -> bool:
@@ -76,15 +44,61 @@ def is_quick(backend: str, ranks: int) -> bool:
 
 
 @pytest.mark.parametrize(("backend", "ranks"), slow_unless(is_quick, product(ALGORITHMS, range(2, 9))))
-def test_no_loop_deadlocks(backend: str, ranks: int) -> None:
-    assert assert_runs(backend, ranks, [CAUSAL])
+def test_no_loop_deadlocks(backend: str, ranks: int, tally: Tally) -> None:
+    with tally.some():
+        assert_runs(backend, ranks, [CAUSAL], tally)
+
+
+LAID_OUT = ["stream", "blocks", "document"]
+LOOPS = [(backend, ranks) for backend, ranks in product(ALGORITHMS, (3, 4)) if is_quick(backend, ranks)]
+
+
+@pytest.mark.parametrize(
+    ("loop", "layout", "cut"),
+    slow_unless(
+        lambda loop, layout, cut: cut and (loop[0], layout) in (("zigzag", "stream"), ("striped", "stream")),
+        product(LOOPS, LAID_OUT, (True, False)),
+    ),
+)
+def test_no_loop_deadlocks_on_packed_documents(loop: tuple[str, int], layout: str, cut: bool, tally: Tally) -> None:
+    """`cut`: the ranks' tokens have the layout outside attention too."""
+    backend, ranks = loop
+    how = {"grid": grid_of(backend, ranks), "documents": case("causal", ranks).packed, "document_layout": layout}
+    try:
+        trace = record(Problem(backend, ranks, TOKENS * ranks, 12, 4, 16, cut=cut, **how))
+    except Refused:
+        # an algorithm with a layout of its own
+        assert layout != "stream"
+        return
+    tally.play(launches(trace.forward, trace.backward))
+
+
+def sliced(problem: Problem, lengths: list[int]) -> Pass:
+    """What all ranks do for a sequence in slices, forward and backward."""
+    ranks = []
+    for rank in range(problem.ranks):
+        with Recorder() as recorder:
+            fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank)
+            plan = plan_on(problem, fabric, RecordingKernel(recorder, windows=False))
+            run_slices(problem, plan, lengths, "meta")
+            ranks.append(recorder.take())
+    return Pass(tuple(ranks), problem.head_dim)
+
+
+@pytest.mark.parametrize(("backend", "ranks"), slow_unless([("zigzag", 3), ("usp", 4)], product(SLICED, (3, 4))))
+def test_no_loop_deadlocks_on_slices_of_a_sequence(backend: str, ranks: int, tally: Tally) -> None:
+    lengths = [12 * ranks, 8 * ranks, 4 * ranks]
+    # a backend that exchanges heads has 8 ranks at most for them
+    run = sliced(Problem(backend, ranks, sum(lengths), 24, 8, 16, grid=grid_of(backend, ranks)), lengths)
+    match(run)
+    tally.play(launches(run))
 
 
 @pytest.mark.parametrize("per_node", [1, 2, 4])
 def test_no_collective_deadlocks_on_several_nodes(per_node: int) -> None:
     for causal in (True, False):
         trace = record(Problem("all-gather", 8, 192, 8, 4, 16, causal, ranks_per_node=per_node))
-        ranks = launches(trace)
+        ranks = launches(trace.forward, trace.backward)
         whole = [operation for operation in ranks[0] if len(operation.messages) == 14]
         # four groups of KV heads, gathered twice and returned once
         assert len(whole) == 12 or (causal and per_node == 1)
@@ -93,7 +107,8 @@ def test_no_collective_deadlocks_on_several_nodes(per_node: int) -> None:
 
 
 def test_collectives_in_another_order_on_one_rank_are_caught() -> None:
-    ranks = launches(record(Problem("all-gather", 4, 96, 8, 4, 16, False)))
+    trace = record(Problem("all-gather", 4, 96, 8, 4, 16, False))
+    ranks = launches(trace.forward, trace.backward)
     gathers = [at for at, operation in enumerate(ranks[1]) if operation.messages]
     other = next(at for at in gathers if ranks[1][at].messages[0].label != ranks[1][gathers[0]].messages[0].label)
     ranks[1] = swapped(ranks[1], gathers[0], other)
@@ -104,8 +119,9 @@ def test_collectives_in_another_order_on_one_rank_are_caught() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ALGORITHMS)
-def test_no_loop_deadlocks_under_any_mask_and_in_chunks(backend: str) -> None:
-    assert assert_runs(backend, 3, CASES)
+def test_no_loop_deadlocks_under_any_mask_and_in_chunks(backend: str, tally: Tally) -> None:
+    with tally.some():
+        assert_runs(backend, 3, CASES, tally)
 
 
 def swapped(operations: list[Operation], one: int, other: int) -> list[Operation]:
@@ -117,7 +133,7 @@ def swapped(operations: list[Operation], one: int, other: int) -> list[Operation
 @pytest.mark.parametrize("backend", ["zigzag", "all-gather", "double-ring", "distflash"])
 def test_swapped_batches_of_one_rank_are_caught(backend: str) -> None:
     trace = next(traces(backend, 4, [CAUSAL]))
-    ranks = launches(trace)
+    ranks = launches(trace.forward, trace.backward)
     batches = [place for place, operation in enumerate(ranks[1]) if operation.group]
     one, other = next(pair for pair in combinations(batches, 2) if differ(*(ranks[1][place] for place in pair)))
     ranks[1] = swapped(ranks[1], one, other)
