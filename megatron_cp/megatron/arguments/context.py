@@ -18,7 +18,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, KERNELS, check_caps
-from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
+from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse
 from megatron_cp.megatron.run import (
     HEAD_FIRST,
     AttentionFlags,
@@ -31,6 +31,13 @@ from megatron_cp.megatron.run import (
     takes_placement,
 )
 from megatron_cp.registry import suggest
+
+
+def _in_chunks(source: Any) -> bool:
+    """True if attention keeps chunks in host memory."""
+    flags = AttentionFlags.of(source)
+    return flags.chunks is not None or any(BACKENDS.get(name).capabilities.over_time for name in comm_types(source))
+
 
 # Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
 UNSUPPORTED = (
@@ -61,6 +68,11 @@ UNSUPPORTED = (
         "transformer-engine's offload of activations (cpu_offloading), which fails on views such as our outputs",
         lambda source: bool(read(source, "cpu_offloading", False) or read(source, "cpu_offloading_num_layers", 0)),
         "leave --cpu-offloading-num-layers out, --recompute-granularity saves memory too",
+    ),
+    Unsupported(
+        "CUDA graphs with --cp-chunks or --cp-comm-type fpdt, which pin host memory and copy on streams of their own",
+        lambda source: captures_graphs(source) and _in_chunks(source),
+        f"leave --cuda-graph-impl and --enable-cuda-graph out, or take {DEFAULT} without --cp-chunks",
     ),
 )
 

@@ -114,6 +114,11 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ),
         ({"qk_clip": True}, "--qk-clip"),
         ({"cpu_offloading_num_layers": 1}, "offload of activations .* leave --cpu-offloading-num-layers out"),
+        (
+            {"cp_chunks": 2, "cuda_graph_impl": "local"},
+            "CUDA graphs with --cp-chunks .* leave --cuda-graph-impl .* out, or take zigzag without --cp-chunks",
+        ),
+        ({"cp_comm_type": ["fpdt"], "enable_cuda_graph": True}, "CUDA graphs with --cp-chunks or --cp-comm-type fpdt"),
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
         (
@@ -174,6 +179,11 @@ def test_split_schedules_refuse_what_transformer_engine_cannot_delay(what: str) 
         check_schedule(scheduled("zb-h1", **te, **{what: True}))
     check_schedule(scheduled("zb-h1", transformer_impl="local", **{what: True}))
     check_schedule(scheduled("1f1b", **te, **{what: True}))
+
+
+def test_schedules_refuse_offloading_in_megatrons_own_order() -> None:
+    with pytest.raises(ValueError, match="own order; leave --fine-grained-activation-offloading out"):
+        check_schedule(scheduled("1f1b", fine_grained_activation_offloading=True))
 
 
 def test_slices_refuse_buffers_of_whole_sequences() -> None:
