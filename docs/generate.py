@@ -5,9 +5,10 @@ A page encloses such a part between `<!-- generated: NAME -->` and `<!-- end -->
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import typer
 from ruamel.yaml import YAML
@@ -15,6 +16,7 @@ from ruamel.yaml import YAML
 from megatron_cp.batches import ALGORITHMS as BATCH_ALGORITHMS
 from megatron_cp.cli import app
 from megatron_cp.cli.backends import COLUMNS, rows
+from megatron_cp.comm import Fabric, SingleFabric
 from megatron_cp.context import AUTO, BACKENDS, Backend
 from megatron_cp.context.merging import BY_TORCH, ONE_BY_ONE, SEVERAL
 from megatron_cp.context.trace.events import Problem
@@ -36,9 +38,11 @@ from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.planner.linear_trace import peak_bytes
 from megatron_cp.planner.model import model_of
 from megatron_cp.recipe import recipe
-from megatron_cp.tensor import COLLECTIVE, ENGINES, GEMMS, MEGATRONS
+from megatron_cp.tensor import COLLECTIVE, CUBE, ENGINES, GEMMS, MEGATRONS, RING
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
+from megatron_cp.tensor.axes import engines_over
 from megatron_cp.tensor.cost import LayerLinears, Placing
+from megatron_cp.tensor.cube_3d import cube_engines
 from megatron_cp.tensor.place import GridSize
 
 DOCS = Path(__file__).parent
@@ -49,7 +53,7 @@ RANKS, MICROS = 4, 8
 MERGINGS = {"by torch": BY_TORCH, "one part a kernel": ONE_BY_ONE, "several": SEVERAL}
 
 
-def table(head: Sequence[str], body: Iterator[Sequence[str]]) -> str:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
 
@@ -220,6 +224,43 @@ def communicator_row(stages: str, placement: Placement) -> list[str]:
     ranks = [[rank for _, *ends in channels for rank in ends] for channels in groups]
     most = max(sum(rank in members for members in ranks) for rank in range(placement.ranks))
     return [stages, str(placement.ranks), str(sum(map(len, groups))), str(len(groups)), str(most)]
+
+
+class _Counting(SingleFabric):
+    """A rank that counts, in `made`, the groups that it is in."""
+
+    def __init__(self, rank: int, size: int, made: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.rank, self.size, self._made = rank, size, made
+
+    def subset(self, ranks: Sequence[int]) -> Self:
+        self._made.add(tuple(ranks))
+        return type(self)(ranks.index(self.rank), len(ranks), set())
+
+
+def other_groups() -> str:
+    """Count the groups that tensor parallelism and the V make of one of Megatron's, and those that a rank is in."""
+    grids = [GridSize(2, 2), GridSize(4, 2), GridSize(8, 1)]
+    rows = [
+        *(
+            grouped(f"linears on {size}", size.grid.ranks, partial(engines_over, size=size, engine=RING))
+            for size in grids
+        ),
+        *(grouped(f"linears of {CUBE}", ranks, partial(cube_engines, engine=RING)) for ranks in (8, 27)),
+        ["stages on the V", "any", "1", "1", "`_BACKWARDS`"],
+    ]
+    return table(["of a group", "ranks", "process groups", "of a rank", "named as it, with"], rows)
+
+
+def grouped(what: str, ranks: int, make: Callable[[Fabric], object]) -> list[str]:
+    of_all: set[tuple[int, ...]] = set()
+    most = 0
+    for rank in range(ranks):
+        made: set[tuple[int, ...]] = set()
+        make(_Counting(rank, ranks, made))
+        of_all |= made
+        most = max(most, len(made))
+    return [what, str(ranks), str(len(of_all)), str(most), "`_SUBSET`" if most else ""]
 
 
 def played(name: str, micros: int, limit: int | None = None) -> SimulatedStep:
@@ -447,6 +488,7 @@ PARTS: dict[str, Callable[[], str]] = {
         schedule_costs,
         offload_costs,
         pipeline_communicators,
+        other_groups,
         recipes,
         clusters,
         kernels,

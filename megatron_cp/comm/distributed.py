@@ -101,14 +101,14 @@ class GroupFabric:
         return arrived
 
     def subset(self, ranks: Sequence[int]) -> "GroupFabric":
+        """Connect these ranks; every process of the run calls it together, each with ranks of its own group."""
         members = tuple(dist.get_global_rank(self.group, rank) for rank in ranks)
-        if self.size == dist.get_world_size():
-            # all ranks make all groups: a name that only its members make depends, before torch 2.14, on how many other
-            # groups each of them is in
-            made = {others: dist.new_group(list(others)) for others in _groups_of_all(members)}
-            group = made[members]
-        else:
-            group = dist.new_group(list(members), use_local_synchronization=True)
+        # all processes make all groups: a name that only its members make depends on how many others each of them made
+        made = {
+            others: _another(self.group, others, f"{self.group.group_desc}_SUBSET")
+            for others in _groups_of_all(members)
+        }
+        group = made[members]
         assert isinstance(group, dist.ProcessGroup)
         return GroupFabric(group)
 
@@ -173,11 +173,17 @@ def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None
     return [Wire(new) for new in made[members] if isinstance(new, dist.ProcessGroup)]
 
 
-def _another(group: dist.ProcessGroup, ranks: Sequence[int], name: str, timeout: timedelta | None) -> object:
+def _another(
+    group: dist.ProcessGroup,
+    ranks: Sequence[int],
+    name: str,
+    timeout: timedelta | None = None,
+    **numbering: bool,
+) -> object:
     """Make a group of these ranks as `group` was made: with options of its own that say what its options say."""
     backend = dist.get_backend(group)
     options = options_like(group._get_backend(torch.device("cuda")).options) if backend == dist.Backend.NCCL else None
-    return dist.new_group(list(ranks), timeout, backend, pg_options=options, group_desc=name)
+    return dist.new_group(list(ranks), timeout, backend, pg_options=options, group_desc=name, **numbering)
 
 
 def options_like(options: Any) -> Any:
@@ -201,7 +207,8 @@ def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
         raise CannotRun(f"a group that counts its ranks downwards needs torch 2.12 or later, got {torch.__version__}")
     members = tuple(dist.get_process_group_ranks(group))
-    made = {ranks: dist.new_group(list(ranks[::-1]), sort_ranks=False) for ranks in _groups_of_all(members)}
+    name = f"{group.group_desc}_BACKWARDS"
+    made = {ranks: _another(group, ranks[::-1], name, sort_ranks=False) for ranks in _groups_of_all(members)}
     found = made[members]
     assert isinstance(found, dist.ProcessGroup)
     return found

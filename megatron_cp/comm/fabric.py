@@ -71,7 +71,10 @@ class Fabric(Peers, Protocol):
         ...
 
     def subset(self, ranks: Sequence[int]) -> Self:
-        """Connect these ranks, which include this one; every rank of the group calls it together."""
+        """Connect these ranks, which include this one; every rank of the group calls it together.
+
+        Where ranks are processes of a run, all of its processes do, each in its own group.
+        """
         ...
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_cp.comm import GroupFabric, wires
+from megatron_cp.comm import GroupFabric, backwards, wires
 from megatron_cp.comm.distributed import options_like
 from tests.ranks import run_ranks
 
@@ -48,6 +48,47 @@ def groups_over_gloo() -> tuple[list[str], list[float], list[float]]:
     names = [wire._group.group_desc for wire in made]
     dist.barrier()
     return names, *(values.flatten().tolist() for values in gathered)
+
+
+def subsets_of_a_part() -> tuple[list[str], list[float], list[float]]:
+    """Subsets of groups that are a part of the run, whose ranks have made unequal numbers of groups before."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    own = [dist.new_group(ranks, group_desc="TENSOR_MODEL_PARALLEL_GROUP") for ranks in ([0, 1], [2])][rank == 2]
+    assert isinstance(own, dist.ProcessGroup)
+    # a name that only its members make: ranks 0 and 1 are in one group more than rank 2, and have counted one more
+    if rank < 2:
+        dist.new_group([0, 1], use_local_synchronization=True)
+    part = GroupFabric(own)
+    single, all_of_it = part.subset([part.rank]), part.subset(range(part.size))
+    names = [fabric.group.group_desc for fabric in (single, all_of_it)]
+    gathered = [fabric.all_gather(torch.tensor([float(rank)])).flatten().tolist() for fabric in (single, all_of_it)]
+    dist.barrier()
+    return names, *gathered
+
+
+def test_subsets_of_a_part_of_the_run_are_made_by_all_ranks_alike() -> None:
+    names = ["TENSOR_MODEL_PARALLEL_GROUP_SUBSET"] * 2
+    assert run_ranks(3, subsets_of_a_part) == [
+        (names, [0.0], [0.0, 1.0]),
+        (names, [1.0], [0.0, 1.0]),
+        (names, [2.0], [2.0]),
+    ]
+
+
+def ranks_from_the_other_end() -> tuple[str, int]:
+    dist.init_process_group("gloo")
+    pipeline = dist.new_group([0, 1, 2], group_desc="PIPELINE_MODEL_PARALLEL_GROUP")
+    assert isinstance(pipeline, dist.ProcessGroup)
+    made = backwards(pipeline)
+    dist.barrier()
+    return made.group_desc, made.rank()
+
+
+def test_a_group_from_the_other_end_is_named_after_its_group() -> None:
+    assert run_ranks(3, ranks_from_the_other_end) == [
+        ("PIPELINE_MODEL_PARALLEL_GROUP_BACKWARDS", 2 - rank) for rank in range(3)
+    ]
 
 
 def test_groups_are_named_and_ranks_with_more_groups_than_others_agree_on_them() -> None:
