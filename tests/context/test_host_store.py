@@ -1,8 +1,12 @@
 """What is put into host memory comes back as it was, a chunk at a time, and does not count as the computation's."""
 
+import inspect
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from megatron_cp.context.host_store import HostStore, HostTransfers, visits
+from megatron_cp.context.host_store import HostStore, HostTransfers, host_empty, visits
 from megatron_cp.context.trace.live import LiveBytes
 
 CPU = torch.device("cpu")
@@ -13,6 +17,16 @@ def filled(x, stretches):
     for stretch in stretches:
         store.put(x[stretch], [(stretch, slice(0, stretch.stop - stretch.start))])
     return store
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_memory_is_pinned_for_the_tensors_of_a_gpu(monkeypatch, is_cuda):
+    asked = {}
+    monkeypatch.setattr(torch, "empty", lambda shape, **how: asked.update(how, shape=shape))
+    like = SimpleNamespace(is_cuda=is_cuda, shape=(8, 2, 3), dtype=torch.bfloat16, device=CPU)
+    # without the check of argument types, to which `like` is no tensor
+    inspect.unwrap(host_empty._init_fn)(like, 5)
+    assert asked == {"shape": (5, 2, 3), "dtype": torch.bfloat16, "device": CPU, "pin_memory": is_cuda}
 
 
 def test_tokens_come_back_in_the_order_in_which_they_are_asked_for():
