@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ctypes.util import find_library
 
 from megatron_cp.context import BACKENDS, DEFAULT
-from megatron_cp.findings import Finding, guarded, installed
+from megatron_cp.findings import OLDEST_TORCH, UPGRADE_TORCH, Finding, guarded, installed, reaches
 from megatron_cp.kernels import KERNELS
 
 # the oldest whose layers pass the tests with our attention: scripts/te.sh
@@ -43,7 +43,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _torch() -> Iterator[Finding]:
-    yield _package("torch", at_least=(2, 8), remedy="pip install 'torch>=2.8'")
+    yield _package("torch", at_least=OLDEST_TORCH, remedy=UPGRADE_TORCH)
 
 
 def _megatron() -> Iterator[Finding]:
@@ -200,5 +200,5 @@ def _package(name: str, at_least: tuple[int, ...], remedy: str) -> Finding:
     version = installed(name)
     if version is None:
         return Finding(name, "broken", "not installed", remedy)
-    fits = tuple(int(part) for part in version.split(".")[: len(at_least)]) >= at_least
+    fits = reaches(version, at_least)
     return Finding(name, "ok" if fits else "broken", version, "" if fits else remedy)

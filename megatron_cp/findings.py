@@ -16,6 +16,12 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
+OLDEST_TORCH = (2, 8)
+"""The oldest torch that the tests pass with."""
+
+UPGRADE_TORCH = "pip install 'torch>=2.8'"
+
+
 def guarded(subject: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """Yield the findings of `look`; an exception in it becomes a finding."""
     try:
@@ -32,3 +38,8 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def reaches(version: str, oldest: tuple[int, ...]) -> bool:
+    """True if a version is the oldest one that will do, or a later one."""
+    return tuple(int(part) for part in version.split(".")[: len(oldest)]) >= oldest

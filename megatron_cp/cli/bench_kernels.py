@@ -65,12 +65,20 @@ def kernels(
 
 
 def _show(report: "KernelReport", title: str) -> None:
+    from megatron_cp.kernels.measured import MEASURED
+
     console, table = Console(), Table(title=title)
     for column in ("kernel", "S", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "error"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
     for row in report.rows:
         table.add_row(row.kernel, str(row.seq), *_cells(row))
     console.print(table)
+    orders = Table(title="measured orders, which auto goes by")
+    for column in ("compute capability", "kernels", "op of torch", "source"):
+        orders.add_column(column)
+    for entry in MEASURED:
+        orders.add_row(".".join(map(str, entry.capability)), ", ".join(entry.order), entry.op, entry.source)
+    console.print(orders)
     for line in (report.auto, *report.choices):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -30,6 +30,7 @@ class Brought(NamedTuple):
     dtypes:    names, of anything but a tensor its type
     gradients: a backward pass may follow
     refusal:   one line, if this rank refuses its own call
+    gpu:       model of the GPU, empty without one
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -37,6 +38,7 @@ class Brought(NamedTuple):
     gradients: bool
     plan: tuple[object, ...]
     refusal: str
+    gpu: str
 
 
 def wants_gradients(*tensors: object) -> bool:
@@ -67,7 +69,7 @@ def agree(
     choices: Sequence[object] = (),
     refusal: str = "",
 ) -> None:
-    """Compare shapes and dtypes of these tensors [s b * d], queries first, plan and documents with all other ranks.
+    """Compare shapes and dtypes of these tensors [s b * d], queries first, plan, documents and GPU with other ranks'.
 
     choices: what else must be equal
     refusal: one line, if this rank refuses its own call
@@ -85,6 +87,7 @@ def agree(
         gradients,
         (*plan.terms, *([] if packed is None else [packed.term]), *choices),
         refusal[:REFUSAL],
+        gpu_model(device),
     )
     if len(set(values_of_all(plan.cp, device, [_word(mine)]))) == 1:
         return
@@ -94,6 +97,11 @@ def agree(
     raise Refused(_difference([_read(bytes(row)) for row in rows]))
 
 
+def gpu_model(device: torch.device) -> str:
+    """Return the model of the GPU that a device is, empty for anything else."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 # a long text, and the same from call to call
 @lru_cache(cache_sizes.LAYOUTS)
 def _word(brought: Brought) -> int:
@@ -101,8 +109,8 @@ def _word(brought: Brought) -> int:
 
 
 def _read(row: bytes) -> Brought:
-    shapes, dtypes, gradients, plan, refusal = json.loads(row)
-    return Brought(tuple(map(tuple, shapes)), tuple(dtypes), gradients, tuple(plan), refusal)
+    shapes, dtypes, gradients, plan, refusal, gpu = json.loads(row)
+    return Brought(tuple(map(tuple, shapes)), tuple(dtypes), gradients, tuple(plan), refusal, gpu)
 
 
 def _difference(ranks: Sequence[Brought]) -> str:
@@ -125,6 +133,9 @@ def _difference(ranks: Sequence[Brought]) -> str:
     if len({rank.plan for rank in ranks}) > 1:
         held = _each(" ".join(map(str, rank.plan)) for rank in ranks)
         return f"all ranks must attend by one plan, got {held}; make it from the same arguments on all ranks"
+    if len({rank.gpu for rank in ranks}) > 1:
+        held = _each(rank.gpu for rank in ranks)
+        return f"all ranks must run on GPUs of one model, got {held}; use equal GPUs"
     held = _each("yes" if rank.gradients else "no" for rank in ranks)
     return f"all ranks must want gradients or none, got {held}; set requires_grad or torch.no_grad alike on all ranks"
 

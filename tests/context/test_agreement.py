@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_cp.comm import GroupFabric, in_process
-from megatron_cp.context import BACKENDS
+from megatron_cp.context import BACKENDS, agreement
 from megatron_cp.context import prepare as preparing
 from megatron_cp.context.agreement import agree
 from megatron_cp.context.attend import attend, plan
@@ -64,6 +64,16 @@ def assert_found_by_all(results, longer):
     for before, text, after in results:
         assert text == f"all ranks must hold equally many tokens, got {held}; pad the sequence to a common length"
         assert max(before, after) <= EXACT
+
+
+def test_gpus_of_several_models_are_refused_on_all_ranks(monkeypatch):
+    models = iter(["NVIDIA H100 PCIe", "NVIDIA H200"])
+    monkeypatch.setattr(agreement, "gpu_model", lambda device: next(models))
+    x = zeros()
+    texts = in_process(2, lambda fabric: refusal(attend, x, x, x, plan("ring", cp=fabric, kernel="reference")))
+    held = {"rank 0: NVIDIA H100 PCIe, rank 1: NVIDIA H200", "rank 0: NVIDIA H200, rank 1: NVIDIA H100 PCIe"}
+    assert texts[0] == texts[1]
+    assert texts[0] in {f"all ranks must run on GPUs of one model, got {one}; use equal GPUs" for one in held}
 
 
 @pytest.mark.parametrize(("ranks", "longer"), [(2, 1), (3, 0)])

@@ -1,5 +1,7 @@
 """Attention in slices of a sequence equals dense attention, on every algorithm, forward and backward."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -68,6 +70,21 @@ def test_slices_equal_dense(backend, ranks, window):
     task = problem(6 * step, HEADS, KV_HEADS, causal=True)._replace(window=window)
     lengths = [2 * step, step, step, 2 * step]
     assert_equals_dense(in_process(ranks, lambda fabric: in_slices(fabric, task, backend, lengths)), task)
+
+
+def test_autocast_changes_no_bit_of_slices():
+    made = problem(72, HEADS, KV_HEADS, causal=True)
+    task = made._replace(**{name: getattr(made, name).float() for name in ("q", "k", "v", "dout")})
+
+    def both(context):
+        def run(fabric):
+            with context():
+                return in_slices(fabric, task, "zigzag", [24, 48])[1]
+
+        return [tensor for found in in_process(2, run) for tensor in found]
+
+    plain, cast = both(nullcontext), both(lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert all(map(torch.equal, plain, cast))
 
 
 @pytest.mark.parametrize("window", [None, (9, 0)])

@@ -11,6 +11,7 @@ from megatron_cp.bench import kernels as bench_kernels
 from megatron_cp.bench.comparison import AttentionShape
 from megatron_cp.bench.kernels import bench, check, flops
 from megatron_cp.cli.bench_kernels import kernels
+from megatron_cp.kernels.measured import MEASURED
 from megatron_cp.kernels.reference import ReferenceKernel
 
 SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 16}
@@ -75,6 +76,11 @@ def test_json_and_table_name_every_kernel_that_can_run(command):
     table = command(*words).stdout
     assert "reference" in table
     assert "auto chose 'torch'" in table
+    _, _, orders = table.partition("measured orders")
+    for entry in MEASURED:
+        assert f"{entry.capability[0]}.{entry.capability[1]}" in orders
+        assert ", ".join(entry.order) in orders
+        assert entry.op in orders
 
 
 @pytest.mark.parametrize(

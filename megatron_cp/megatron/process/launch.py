@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused, one_line
+from megatron_cp.findings import OLDEST_TORCH, UPGRADE_TORCH, installed, reaches
 from megatron_cp.megatron import hooks
 from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
 from megatron_cp.megatron.checkpoint import failed_save
@@ -69,6 +70,7 @@ def launched(argv: Sequence[str]) -> Iterator[Features]:
     environment_for_gpus(argv)
     with contextlib.ExitStack() as undo:
         undo.enter_context(refusals_in_one_line())
+        check_torch()
         undo.enter_context(children.ended_with_this_rank())
         undo.enter_context(failed_save.explained(next(iter(values_of(argv, "--save") or ()), None)))
         undo.enter_context(stop_signal.noted(_save_folder(argv)))
@@ -76,6 +78,13 @@ def launched(argv: Sequence[str]) -> Iterator[Features]:
         wanted = features(argv, this_machine())
         undo.enter_context(hooks.apply(wanted.hooks))
         yield wanted
+
+
+def check_torch() -> None:
+    """Raise RuntimeError for a torch older than the oldest that will do."""
+    version = installed("torch")
+    if version is not None and not reaches(version, OLDEST_TORCH):
+        raise CannotRun(f"needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, got {version}; {UPGRADE_TORCH}")
 
 
 @contextlib.contextmanager

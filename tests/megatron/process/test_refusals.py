@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cp.errors import CannotRun, Refused, as_refusals
+from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.process.launch import refusals_in_one_line
 from megatron_cp.registry import Registry
 
@@ -66,6 +67,14 @@ def test_a_refusal_is_one_line_however_it_is_raised(
     with pytest.raises(SystemExit) as left, refusals_in_one_line():
         refuse()
     assert left.value.code == "[megatron-cp] rank 3: rule, value; way out"
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "1.13.0+cpu"])
+def test_the_launcher_refuses_an_old_torch_in_one_line(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "installed", lambda name: version)
+    with pytest.raises(SystemExit) as left, launch.launched([]):
+        pass
+    assert str(left.value).endswith(f"needs torch 2.8 or later, got {version}; pip install 'torch>=2.8'")
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, AssertionError, KeyError])
