@@ -26,6 +26,7 @@ from megatron_cp.comm.fabric import (
     values_of_all,
 )
 from megatron_cp.comm.in_process import LocalFabric, in_process
+from megatron_cp.comm.packed import TensorForm, packed, unpacked
 
 __all__ = [
     "Done",
@@ -39,6 +40,7 @@ __all__ = [
     "MessageError",
     "Peers",
     "SingleFabric",
+    "TensorForm",
     "Transfer",
     "Wire",
     "axes_of",
@@ -49,6 +51,8 @@ __all__ = [
     "hand_over",
     "in_process",
     "largest",
+    "packed",
+    "unpacked",
     "values_of_all",
     "wires",
 ]

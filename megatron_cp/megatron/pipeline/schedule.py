@@ -232,7 +232,7 @@ class Pipeline:
             self._run(call)
             if call.training:
                 self._finalize(call)
-        return self._placed.to_last_rank(call.store, groups.pp)
+        return self._placed.to_last_rank(call.store, groups.pp, call.micros if call.training else None)
 
     def _run(self, call: Call) -> None:
         settings = self.settings

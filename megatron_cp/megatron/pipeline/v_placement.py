@@ -19,8 +19,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megatron_cp.comm import backwards, hand_over
+from megatron_cp.comm import TensorForm, Wire, backwards, hand_over, packed, unpacked
 from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline.placement import vee
@@ -53,13 +54,16 @@ class OnLoop:
         """Return the groups in which gradients are reduced at the end of a step."""
         return groups
 
-    def to_last_rank(self, store: list[Any], group: Any) -> list[Any]:
+    def to_last_rank(self, store: list[Any], group: Any, micros: int | None) -> list[Any]:
         """Return what the last stage left behind, which the pipeline's last rank prints and logs."""
         return store
 
 
 class OnV:
     """Stages on the V, where the last one is on the pipeline's first rank."""
+
+    def __init__(self) -> None:
+        self._forms: dict[int, Any] = {}
 
     def seen(self, chunk: Any) -> AbstractContextManager[None]:
         """Let Megatron take this process for the rank that holds this model chunk's stage on the loop."""
@@ -71,10 +75,40 @@ class OnV:
         found.pp = pipeline_of(chunks[-1])
         return found
 
-    def to_last_rank(self, store: list[Any], group: Any) -> list[Any]:
-        """Send what the last stage left behind to the pipeline's last rank, which prints and logs it."""
-        found = hand_over(group, 0, group.size() - 1, _moved(store, "cpu"))
-        return store if group.rank() == 0 else _moved(found, torch.cuda.current_device())
+    def to_last_rank(self, store: list[Any], group: Any, micros: int | None) -> list[Any]:
+        """Send what the last stage left behind to the pipeline's last rank, which prints and logs it.
+
+        micros: microbatches of a training step, None outside of training. In the first step of so many the last rank is
+                told which tensors come; from then on their bytes travel alone, and no host waits for its device.
+
+        Raises RuntimeError for tensors of other shapes, dtypes or names than in the first step of as many microbatches.
+        """
+        first, last = 0, group.size() - 1
+        form = tree_map_only(Tensor, TensorForm.of, store)
+        known = self._forms.get(micros) if micros is not None else None
+        if known is None:
+            known = hand_over(group, first, last, form)
+            if micros is not None:
+                self._forms[micros] = known
+        if group.rank() == first and form != known:
+            raise CannotRun(
+                f"the loss function returned {form}, in an earlier step {known}, and the last rank cannot know it; "
+                "return tensors of the same names and shapes in each step, or take a schedule on the loop"
+            )
+        forms = tree_leaves(known)
+        if not all(isinstance(leaf, TensorForm) for leaf in forms):
+            # values that are no tensors, which a loss function of Megatron's own never returns
+            found = hand_over(group, first, last, _moved(store, "cpu"))
+            return store if group.rank() == first else _moved(found, torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        if forms and group.rank() == first:
+            Wire(group).send(packed(tree_leaves(store), device), last).wait()
+        if not forms or group.rank() != last:
+            return store
+        message = torch.empty(sum(one.bytes for one in forms), dtype=torch.uint8, device=device)
+        Wire(group).receive(message, first).wait()
+        tensors = iter(unpacked(message, forms))
+        return tree_map_only(TensorForm, lambda _: next(tensors), known)
 
 
 def pipeline_of(chunk: Any) -> Any:
