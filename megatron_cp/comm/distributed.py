@@ -178,12 +178,17 @@ def _another(
     ranks: Sequence[int],
     name: str,
     timeout: timedelta | None = None,
-    **numbering: bool,
+    numbered: bool = True,
 ) -> object:
-    """Make a group of these ranks as `group` was made: with options of its own that say what its options say."""
+    """Make a group of these ranks as `group` was made: with options of its own that say what its options say.
+
+    numbered: ranks are numbered upwards, as every torch does; False keeps their order
+    """
     backend = dist.get_backend(group)
     options = options_like(group._get_backend(torch.device("cuda")).options) if backend == dist.Backend.NCCL else None
-    return dist.new_group(list(ranks), timeout, backend, pg_options=options, group_desc=name, **numbering)
+    # torch before 2.12 does not know the argument
+    order: dict[str, Any] = {} if numbered else {"sort_ranks": False}
+    return dist.new_group(list(ranks), timeout, backend, pg_options=options, group_desc=name, **order)
 
 
 def options_like(options: Any) -> Any:
@@ -208,7 +213,7 @@ def backwards(group: dist.ProcessGroup) -> dist.ProcessGroup:
         raise CannotRun(f"a group that counts its ranks downwards needs torch 2.12 or later, got {torch.__version__}")
     members = tuple(dist.get_process_group_ranks(group))
     name = f"{group.group_desc}_BACKWARDS"
-    made = {ranks: _another(group, ranks[::-1], name, sort_ranks=False) for ranks in _groups_of_all(members)}
+    made = {ranks: _another(group, ranks[::-1], name, numbered=False) for ranks in _groups_of_all(members)}
     found = made[members]
     assert isinstance(found, dist.ProcessGroup)
     return found
