@@ -70,7 +70,7 @@ UNSUPPORTED = (
         "leave --cpu-offloading-num-layers out, --recompute-granularity saves memory too",
     ),
     Unsupported(
-        "CUDA graphs with --cp-chunks or --cp-comm-type fpdt, which pin host memory and copy on streams of their own",
+        "CUDA graphs with chunks in host memory, which is pinned and copied to on streams of its own",
         lambda source: captures_graphs(source) and _in_chunks(source),
         f"leave --cuda-graph-impl and --enable-cuda-graph out, or take {DEFAULT} without --cp-chunks",
     ),

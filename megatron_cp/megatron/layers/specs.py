@@ -45,6 +45,7 @@ from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.run import Settings, TensorFlags, say, settings_of_run, uneven_masks
 from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
+from megatron_cp.megatron.tensor.groups import connect_linears
 from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear
 from megatron_cp.tensor import CUBE
 
@@ -108,6 +109,7 @@ def gpt_layer_spec(
     _refuse_stock_mtp(model, transformer)
     _attach_hooks(model)
     _warn_of_uneven_masks(vp_stage)
+    connect_linears(transformer)
     if transformer.transformer_impl == "transformer_engine":
         return with_our_attention(_stock_spec(model, transformer, vp_stage))
     return local_block_spec(transformer, SpecProvider(transformer), vp_stage)

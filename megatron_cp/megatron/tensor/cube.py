@@ -5,7 +5,7 @@ initial values of whole weights are Megatron's, and so a checkpoint moves to and
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +21,14 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_cp.comm import GroupFabric
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import TensorFlags
 from megatron_cp.megatron.tensor.function import Exchange, apply_linear
+from megatron_cp.megatron.tensor.groups import cube_of
 from megatron_cp.tensor import GEMMS
-from megatron_cp.tensor.cube_3d import CubeEngines, cube_engines, features_over, tokens_over
+from megatron_cp.tensor.cube_3d import features_over, tokens_over
 from megatron_cp.tensor.place import engine_of
-
-
-@lru_cache(8)
-def cube_of(group: ProcessGroup, engine: str, gemm: str) -> CubeEngines:
-    """Return the engines along the three axes of a tensor-parallel group; its ranks make them together."""
-    return cube_engines(GroupFabric(group), engine, gemm)
 
 
 class CubeParallelLinear(nn.Module):

@@ -116,9 +116,9 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"cpu_offloading_num_layers": 1}, "offload of activations .* leave --cpu-offloading-num-layers out"),
         (
             {"cp_chunks": 2, "cuda_graph_impl": "local"},
-            "CUDA graphs with --cp-chunks .* leave --cuda-graph-impl .* out, or take zigzag without --cp-chunks",
+            "CUDA graphs with chunks in host memory.* leave --cuda-graph-impl .* out, or take zigzag without",
         ),
-        ({"cp_comm_type": ["fpdt"], "enable_cuda_graph": True}, "CUDA graphs with --cp-chunks or --cp-comm-type fpdt"),
+        ({"cp_comm_type": ["fpdt"], "enable_cuda_graph": True}, "CUDA graphs with chunks in host memory"),
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
         ({"attention_dropout": 0.1}, "--attention-dropout 0"),
         (

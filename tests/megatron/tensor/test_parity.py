@@ -190,6 +190,13 @@ COMBINED = {
         DEEP,
     ),
     "zb-v": (8, f"{tensor(4, '2d')} --pipeline-model-parallel-size 2 --pp-schedule zb-v", DEEP),
+    # its processes make the groups of the grid too
+    "a stage without layers": (
+        8,
+        f"{tensor(4, '2d')} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*4|L "
+        "--pp-schedule 1f1b",
+        DEEP,
+    ),
 }
 
 
