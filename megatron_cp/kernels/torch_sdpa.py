@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_cp import config
 from megatron_cp.dtypes import BYTES
-from megatron_cp.errors import CannotRun
+from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.kernels.aten import CUDA_FLASH, cpu_flash, cudnn, other_schema, reproducible
 from megatron_cp.kernels.fused import FusedKernel, Op, Shape
 from megatron_cp.kernels.measured import measured
@@ -21,6 +22,8 @@ TIMED_CALLS = 3
 # two bfloat16 kernels differ by a few roundings of the largest element; a wrong one by its own size
 AGREEMENT = 0.03
 KNOWN = "faster on GPUs of this generation"
+OP = "MEGATRON_CP_TORCH_OP"
+"""The variable that names the op to take before the other, in every run alike."""
 
 
 def refusal(*, device: str, dtype: str, head_dim: int) -> str | None:
@@ -66,7 +69,8 @@ class OpChoice(NamedTuple):
 class TorchOps:
     """Picks CPU flash on the CPU and on CUDA the faster op of each shape, timed once, forward and backward apart.
 
-    Where one op was measured to be faster on this generation of GPUs, it takes that for every shape that the op runs.
+    Where one op was measured to be faster on this generation of GPUs, or the variable `OP` names one, it takes that for
+    every shape that the op runs, in every run alike; where ops are timed, a restart may find another one faster.
     It takes flash unmeasured while a CUDA graph is captured, for windows, which cuDNN's op does not take, and always
     when `deterministic`. Where ranks are joined, the first one that measures a shape decides for all: `agree` gets the
     shape and the name of the op that won here, and returns the name that counts.
@@ -77,8 +81,7 @@ class TorchOps:
         self._cpu, self._agree = cpu_flash(torch.__version__), agree
         self._flash = reproducible(CUDA_FLASH) if deterministic else CUDA_FLASH
         self.candidates = [self._flash] if deterministic else [self._flash, cudnn()]
-        entry = measured(device)
-        self._known = entry.op if entry is not None else ""
+        self._known, self._why = preferred(device)
         # the one that is known to be faster comes first
         self.candidates.sort(key=lambda op: op.name != self._known)
         self.windows = device == "cuda"
@@ -94,7 +97,7 @@ class TorchOps:
             if torch.cuda.is_current_stream_capturing():
                 return self.candidates[0]
             if self._known:
-                self.choices[shape] = first_that_runs(self.candidates, call)
+                self.choices[shape] = first_that_runs(self.candidates, call, self._why)
             else:
                 self.choices[shape] = self._agreed(shape, fastest(self.candidates, call, cuda_milliseconds))
         return self.choices[shape].op
@@ -110,8 +113,25 @@ class TorchOps:
         return [f"{shape}: {choice.reason}" for shape, choice in self.choices.items()]
 
 
-def first_that_runs(ops: list[Op], call: Callable[[Op], tuple[Tensor, ...]]) -> OpChoice:
-    """Return the first of the ops that does not refuse the call; raises RuntimeError where all do."""
+def preferred(device: str) -> tuple[str, str]:
+    """Return the name of the op to take without measuring and the reason; two empty strings where shapes are measured.
+
+    Raises ValueError where the variable `OP` names no op.
+    """
+    names = [CUDA_FLASH.name, cudnn().name]
+    if wanted := config.variable(OP):
+        if wanted not in names:
+            raise Refused(f"{OP} is {' or '.join(names)}, got {wanted!r}; set it to one of them or leave it out")
+        return wanted, f"as {OP} says"
+    entry = measured(device)
+    return (entry.op, KNOWN) if entry is not None and entry.op else ("", "")
+
+
+def first_that_runs(ops: list[Op], call: Callable[[Op], tuple[Tensor, ...]], why: str) -> OpChoice:
+    """Return the first of the ops that does not refuse the call; raises RuntimeError where all do.
+
+    why: why the first one comes first
+    """
     refused: list[str] = []
     for op in ops:
         try:
@@ -121,7 +141,7 @@ def first_that_runs(ops: list[Op], call: Callable[[Op], tuple[Tensor, ...]]) -> 
         except RuntimeError as error:
             refused.append(f"{op.name} refused: {str(error).splitlines()[0]}")
         else:
-            return OpChoice(op, "; ".join([op.name, *refused]) if refused else f"{op.name}, {KNOWN}")
+            return OpChoice(op, "; ".join([op.name, *refused]) if refused else f"{op.name}, {why}")
     raise CannotRun("; ".join(refused))
 
 

@@ -190,6 +190,30 @@ def test_the_first_rank_with_a_shape_decides_for_all(monkeypatch, tmp_path):
     assert "flash, as the first rank with this shape chose; here it was cuDNN (flash 2.000 ms, cuDNN 1.000 ms)" in line
 
 
+@pytest.mark.parametrize(
+    "entry", [None, Measured((8, 0), ("torch",), "", "an A100"), Measured((9, 0), (), "flash", "")]
+)
+def test_an_op_that_a_variable_names_is_every_runs_choice(monkeypatch, entry):
+    monkeypatch.setenv("MEGATRON_CP_TORCH_OP", "cuDNN")
+    monkeypatch.setattr("megatron_cp.kernels.torch_sdpa.measured", lambda device: entry)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # cuda_milliseconds would fail: there is no GPU
+    runs = [choose("torch", device="cuda", dtype="bfloat16", head_dim=64)[0].picker for _ in range(2)]
+    for picker in runs:
+        assert picker.pick(SHAPES[0], torch.device("cuda"), refusing()).name == "cuDNN"
+        assert picker.pick(SHAPES[1], torch.device("cuda"), refusing("cuDNN")).name == "flash"
+    assert runs[0].report() == runs[1].report()
+    assert runs[0].report()[0].endswith("cuDNN, as MEGATRON_CP_TORCH_OP says")
+    exact, _ = choose("torch", device="cuda", dtype="bfloat16", head_dim=64, deterministic=True)
+    assert exact.picker.pick(SHAPES[0], torch.device("cuda"), refusing()).name == "flash"
+
+
+def test_an_op_that_torch_lacks_is_refused(monkeypatch):
+    monkeypatch.setenv("MEGATRON_CP_TORCH_OP", "fa3")
+    with pytest.raises(ValueError, match="MEGATRON_CP_TORCH_OP is flash or cuDNN, got 'fa3'; set it to one of them"):
+        choose("torch", device="cuda", dtype="bfloat16", head_dim=64)
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(cuda_picker):
     cuda_picker.capturing = True
     assert pick(cuda_picker).name == "flash"
