@@ -64,7 +64,7 @@ def test_no_loop_uses_what_is_in_flight_or_waits_for_the_device(backend, mask, c
     assert operations or refused
 
 
-@pytest.mark.parametrize("backend", SLICED)
+@pytest.mark.parametrize("backend", slow_unless(["zigzag", "tokenring", "usp"], SLICED))
 def test_no_slice_uses_what_is_in_flight_or_waits_for_the_device(backend):
     lengths = [24, 48, 24]
     for rank in range(2):
@@ -74,8 +74,13 @@ def test_no_slice_uses_what_is_in_flight_or_waits_for_the_device(backend):
         assert not any(watch.in_flight.values()), "a batch was never waited for"
 
 
-@pytest.mark.parametrize("layout", slow_unless(["stream"], ["stream", "blocks", "document"]))
-@pytest.mark.parametrize("backend", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    slow_unless(
+        [(backend, "stream") for backend in ("zigzag", "all-gather", "usp", "striped", "tokenring")],
+        product(ALGORITHMS, ["stream", "blocks", "document"]),
+    ),
+)
 def test_no_loop_uses_what_is_in_flight_on_packed_documents(backend, layout):
     packed, refused = case("causal", 3).packed, 0
     for rank in range(3):
