@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("dev", "docs", "parquet", "report", "tokenizers")
-TOOLS = "bash basename cat cksum cp dirname grep head mkdir mktemp realpath rm sed tr".split()
+TOOLS = "bash basename cat cksum cp df dirname grep head mkdir mktemp realpath rm sed tail tr".split()
 # stands for a new enough Python: notes its calls, and copies itself into the environments it makes
 PYTHON = """#!{bash}
 echo "$*" >>"{calls}"
@@ -172,6 +172,46 @@ def test_unknown_versions_are_refused_in_one_line(machine: Machine) -> None:
     done, calls = machine.run("test.sh", MEGATRON_CP_CONSTRAINTS="latest")
     assert (done.returncode, calls) == (1, [])
     assert done.stderr == "MEGATRON_CP_CONSTRAINTS is default, oldest, newest, own or a file; got 'latest'\n"
+
+
+@pytest.mark.parametrize("name", ["default", "oldest", "newest"])
+def test_training_takes_the_versions_that_are_asked_for(machine: Machine, name: str) -> None:
+    machine.add_python("bin/python3.12")
+    done, calls = machine.run("train.sh", MEGATRON_CP_CONSTRAINTS=name)
+    assert done.returncode == 0, done.stderr
+    assert f"--constraint {machine.checkout}/constraints/{name}.txt" in calls[-2]
+    assert calls[-1] == "-m megatron_cp train quickstart"
+
+
+def test_other_versions_are_tried_in_environments_that_go_again(machine: Machine) -> None:
+    machine.add_python("bin/python3.12")
+    (machine.folder / "tmp").mkdir()
+    done, calls = machine.run("environments.sh", "oldest", "newest", TMPDIR=str(machine.folder / "tmp"))
+    assert done.returncode == 0, done.stderr
+    made = [call for call in calls if call.startswith("-m venv") and not call.endswith(".venv")]
+    assert len(set(made)) == 2
+    for name in ("oldest", "newest"):
+        (installed,) = (at for at, call in enumerate(calls) if f"/{name}.txt --editable" in call)
+        assert calls[installed - 1] in made
+        assert calls[installed + 1] == "-m pytest --quiet -m smoke and not slow"
+    assert not any((machine.folder / "tmp").iterdir())
+
+
+def test_an_environment_whose_tests_fail_ends_the_script_and_goes_too(machine: Machine) -> None:
+    machine.add_python("bin/python3.12", PYTHON + '[ "$2" != pytest ]\n')
+    (machine.folder / "tmp").mkdir()
+    done, calls = machine.run("environments.sh", "oldest", "newest", TMPDIR=str(machine.folder / "tmp"))
+    assert done.returncode == 1
+    assert sum(call.startswith("-m pytest") for call in calls) == 1
+    assert not any((machine.folder / "tmp").iterdir())
+
+
+def test_versions_that_the_environment_has_are_not_tried_again(machine: Machine) -> None:
+    machine.add_python("bin/python3.12", PYTHON + 'case "$*" in *freeze*) cat constraints/oldest.txt ;; esac\n')
+    done, calls = machine.run("environments.sh", "oldest")
+    assert done.returncode == 0, done.stderr
+    assert "oldest: skipped, .venv has the same versions (torch==" in done.stdout
+    assert not any(call.startswith("-m pytest") for call in calls)
 
 
 def test_without_an_index_the_tests_with_transformer_engine_are_skipped(machine: Machine) -> None:
