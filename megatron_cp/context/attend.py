@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_cp.context import opaque, transforms
 from megatron_cp.context.agreement import refused_by_all, wants_gradients
 from megatron_cp.context.documents import Documents
+from megatron_cp.context.dropout import DropoutSeed, as_seed
 from megatron_cp.context.function import run
 from megatron_cp.context.inputs import as_sink
 from megatron_cp.context.plan import Plan, Sizes, plan
@@ -27,6 +28,7 @@ def attend(
     sink: Float[Tensor, "*b h"] | float | None = None,
     documents: Documents | Tensor | Sequence[int] | None = None,
     agreed: bool = False,
+    dropout_seed: DropoutSeed | Tensor | int | None = None,
 ) -> Float[Tensor, "s b h dv"]:
     """Attend this rank's queries to the whole sequence, differentiably; all ranks of the plan call it together.
 
@@ -41,6 +43,10 @@ def attend(
     of a microbatch, or their ends as flash-attn's cu_seqlens, from 0 to S, in a list or on the CPU or the device of q,
     where every call waits to read them. All rows of the batch have the same ones.
 
+    `dropout_seed` drops attention weights at the plan's rate: the same ones for one seed, whatever the algorithm, the
+    layout and the ranks are. Each query's rank says which it drops, so that ranks with different seeds agree, too; all
+    give one, or none, as for an evaluation. Neither torch.compile nor torch.func take one.
+
     Every call first compares shapes, dtypes and plans of all ranks, in one all-gather of 8 bytes per rank. With
     `agreed` the caller guarantees that they are equal: a GPU, whose host would wait for the comparison, sends the
     algorithm's messages only. Megatron cuts every batch for its ranks by one rule, so that its layers ask for the
@@ -49,15 +55,18 @@ def attend(
     Raises ValueError on every rank when these differ between ranks, and when tensors do not fit each other or the
     algorithm; nothing but the comparison is sent before.
     """
+    if dropout_seed is not None and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        raise Refused("attention drops no weights under torch.compile and torch.func; leave it out of them, or dropout")
     if torch.compiler.is_compiling():
         return opaque.attend(q, k, v, as_sink(sink, q), plan, documents_of(documents, q), agreed)
     if not isinstance(plan, Plan):
         raise Refused(f"plan must be made by megatron_cp.plan(backend, ...), got {plan!r}")
     with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
         logits, packed = as_sink(sink, q), documents_of(documents, q)
+        seed = as_seed(dropout_seed, plan.dropout, q)
     if torch._C._are_functorch_transforms_active():
         return transforms.attend(q, k, v, logits, plan, packed, agreed)
     gradients = wants_gradients(q, k, v, logits)
-    number = None if isinstance(sink, Tensor) else sink
-    settled = prepare(q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits, number=number)
-    return run(q, k, v, settled, logits, packed)
+    number, drops = None if isinstance(sink, Tensor) else sink, seed is not None
+    settled = prepare(q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits, number=number, drops=drops)
+    return run(q, k, v, settled, logits, packed, seed)

@@ -29,7 +29,7 @@ class Capabilities:
     over_time: cuts a sequence into such chunks by itself
     any_positions: without a layout of its own, works on any positions; else on equal pieces of the sequence
     bias:      takes a dense bias and returns probabilities
-    softcap:   computes scores by a kernel, which may cap them
+    softcap:   computes scores by a kernel, which may cap them, or drop weights
     sinks:     a sink is merged "after" the loop, into out and lse of the `Saved` that it keeps, or "inside" by the loop
                itself, whose backward pass then returns the sink's gradient last; "none": the loop keeps another tuple
     weighed:   considered by backend `auto`: "always", "without window" (but for kernels that take windows) or "never"

@@ -107,6 +107,15 @@ def check_softcap(entry: Backend) -> None:
         )
 
 
+def check_dropout(entry: Backend) -> None:
+    """Raise Refused for an algorithm that computes weights without a kernel."""
+    if not entry.capabilities.softcap:
+        raise Refused(
+            f"backend {entry.name!r} does not drop weights; use backend "
+            f"{able(lambda other: other.capabilities.softcap)} or leave dropout out"
+        )
+
+
 def check_can_chunk(entry: Backend) -> None:
     """Raise Refused for an algorithm that cannot be cut into chunks over time."""
     if not entry.capabilities.chunks:

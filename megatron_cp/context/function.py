@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_cp.context import sinks
 from megatron_cp.context.documents import Documents
+from megatron_cp.context.dropout import DropoutSeed, labelled
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.partials import accumulator_dtype
@@ -19,6 +20,7 @@ from megatron_cp.context.plan import Plan, layouts_for, task_for
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Task
 from megatron_cp.errors import Refused
+from megatron_cp.kernels import with_dropout
 from megatron_cp.kernels.protocol import PreparesBackward
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -31,6 +33,7 @@ class AttentionCall(NamedTuple):
     head_dim: of queries and keys
     factor: of the queries, so that the scale of the task is a positive float32, as fused kernels want it
     merges_sink: the loop merges a sink itself
+    seed: of dropped weights; None drops none
     """
 
     loop: Loop[Any]
@@ -39,22 +42,32 @@ class AttentionCall(NamedTuple):
     head_dim: int
     factor: float
     merges_sink: bool
+    seed: DropoutSeed | None = None
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, sink: Tensor | None = None, packed: Documents | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    sink: Tensor | None = None,
+    packed: Documents | None = None,
+    seed: DropoutSeed | None = None,
 ) -> Tensor:
     """Attend by a plan whose backend is chosen; the caller guarantees that all ranks hold tensors of one shape."""
-    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan, packed))
+    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan, packed, seed))
 
 
-def call_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | None = None) -> AttentionCall:
+def call_for(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | None = None, seed: DropoutSeed | None = None
+) -> AttentionCall:
     """Return the call of a settled plan for such tensors; raises ValueError when they do not fit."""
     layout, _ = layouts_for(plan, q.shape[0] * plan.cp.size, packed)
     task = task_for(q, k, v, plan, packed)
     factor, scale = _positive(task.scale)
     inside = plan.chunks is not None or plan.backend.capabilities.sinks == "inside"
-    return AttentionCall(plan.loop, replace(task, scale=scale), layout, q.shape[3], factor, inside)
+    kernel = task.kernel if seed is None else with_dropout(task.kernel, plan.dropout)
+    return AttentionCall(plan.loop, replace(task, scale=scale, kernel=kernel), layout, q.shape[3], factor, inside, seed)
 
 
 def forward_pass(
@@ -64,6 +77,8 @@ def forward_pass(
     if not q.shape[1]:
         return q.new_empty((*q.shape[:3], v.shape[3])), ()
     with without_autocast(q.device):
+        if call.seed is not None:
+            q, k = labelled(q, k, call.layout[call.task.fabric.rank], call.seed)
         q, k, v = relayout([last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric)
         task = _with_sink(call.task, sink, q)
         out, saved = call.loop.forward(q if call.factor == 1 else q * call.factor, k, v, task)
@@ -90,6 +105,8 @@ def backward_pass(dout: Tensor, saved: Any, call: AttentionCall, sink: Tensor | 
             dsink = [sinks.gradient(dout, saved.out, saved.lse, task.sink)]
         dq = dq if call.factor == 1 else dq * call.factor
         dq, dk, dv = relayout([dq, dk, dv], task.layout, call.layout, task.fabric)
+        if call.seed is not None:
+            dq, dk = dq[..., : call.head_dim], dk[..., : call.head_dim]
         return dq, dk, dv, *(part.to(sink.dtype) for part in dsink if sink is not None)
 
 

@@ -19,6 +19,7 @@ from megatron_cp.context.checks import (
     able,
     check_can_chunk,
     check_document_layout,
+    check_dropout,
     check_grid,
     check_heads,
     check_mask,
@@ -29,6 +30,7 @@ from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUT_NAMES
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.documents import Documents
+from megatron_cp.context.dropout import as_rate
 from megatron_cp.context.inputs import check_inputs
 from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG, Layout
 from megatron_cp.context.loop import Loop
@@ -39,7 +41,7 @@ from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO as AUTO_KERNEL
-from megatron_cp.kernels import KERNELS, Kernel, check_caps, choose, with_cap
+from megatron_cp.kernels import KERNELS, Kernel, check_caps, check_drops, choose, with_cap
 from megatron_cp.registry import unknown
 
 LARGEST_SCALE = 3.4e38
@@ -71,6 +73,7 @@ class Plan:
     cluster: the cluster for which `auto` chooses; None is looked up by the device
     why:     the reasons of `auto`, in one line
     softcap: where the kernel caps scores
+    dropout: part of the weights that is dropped in calls with a seed
     document_layout: which positions the loop works on for packed documents
     number:  of this plan among all of the process, for graphs that hold no objects
     """
@@ -89,6 +92,7 @@ class Plan:
     stripe: int = 1
     softcap: float | None = None
     document_layout: str = STREAM
+    dropout: float = 0.0
     number: int = field(init=False, repr=False, compare=False, default_factory=lambda: next(_numbers))
 
     def __post_init__(self) -> None:
@@ -118,6 +122,7 @@ class Plan:
             f"chunks={self.chunks}",
             f"softcap={self.softcap}",
             f"document_layout={self.document_layout}",
+            f"dropout={self.dropout}",
             f"grid={grid}",
             f"cluster={self.cluster and self.cluster.name}",
             *([f"nodes={len({*nodes})} with {nodes.count(nodes[0])} ranks on the first"] if nodes else []),
@@ -138,7 +143,8 @@ class Plan:
         """Return the kernel for tensors on such a device, and the reason for it."""
         if not isinstance(self.kernel, str):
             return with_cap(self.kernel, self.softcap), f"{self.kernel.name!r} was handed in"
-        return _kernel(self.kernel, device, dtype, head_dim, self.deterministic, self.softcap)
+        drops = self.dropout > 0
+        return _kernel(self.kernel, device, dtype, head_dim, self.deterministic, self.softcap, drops)
 
     @property
     def sent(self) -> int:
@@ -165,6 +171,7 @@ def plan(
     stripe: int = 1,
     softcap: float | None = None,
     document_layout: str = STREAM,
+    dropout: float = 0.0,
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
@@ -181,6 +188,7 @@ def plan(
     document_layout: for packed documents, the tokens of each rank inside attention: "stream" as `layout` says,
                    "document" zigzag over each document, "blocks" of equal work, "auto" stream or blocks, whichever
                    is faster by prediction; tokens move there and back
+    dropout:       part of the attention weights that is dropped, in calls that bring a seed
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
     cp = fabric_of(cp)
@@ -205,6 +213,10 @@ def plan(
         softcap = _as_softcap(softcap)
         check_softcap(entry)
         check_caps(kernel)
+    dropout = as_rate(dropout)
+    if dropout:
+        check_dropout(entry)
+        check_drops(kernel)
     if document_layout not in DOCUMENT_LAYOUT_NAMES:
         raise unknown("document layout", document_layout, DOCUMENT_LAYOUT_NAMES)
     if document_layout not in (STREAM, AUTO_LAYOUT):
@@ -225,6 +237,7 @@ def plan(
         stripe=stripe,
         softcap=softcap,
         document_layout=document_layout,
+        dropout=dropout,
     )
 
 
@@ -268,9 +281,17 @@ def task_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, packed: Documents | No
 
 @lru_cache(cache_sizes.LAYOUTS)
 def _kernel(
-    name: str, device: str, dtype: str, head_dim: int, deterministic: bool, softcap: float | None
+    name: str, device: str, dtype: str, head_dim: int, deterministic: bool, softcap: float | None, drops: bool
 ) -> tuple[Kernel, str]:
-    return choose(name, device=device, dtype=dtype, head_dim=head_dim, deterministic=deterministic, softcap=softcap)
+    return choose(
+        name,
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        deterministic=deterministic,
+        softcap=softcap,
+        drops=drops,
+    )
 
 
 def _axes(entry: Backend, cp: Fabric, inner: Fabric | None, outer: Fabric | None, placement: str) -> Axes:

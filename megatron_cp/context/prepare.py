@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_cp.context.agreement import agree, refused_by_all
 from megatron_cp.context.auto import choices, settle
-from megatron_cp.context.checks import check_documents, check_mask, check_sinks
+from megatron_cp.context.checks import check_documents, check_dropout, check_mask, check_sinks
 from megatron_cp.context.document_choice import settle_layout
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.inputs import check_inputs, check_sink
@@ -26,6 +26,7 @@ def prepare(
     gradients: bool,
     sink: object = None,
     number: float | None = None,
+    drops: bool = False,
 ) -> Plan:
     """Return the settled plan for such tensors; raises ValueError on every rank when they do not fit together.
 
@@ -33,6 +34,7 @@ def prepare(
     agreed:    the caller guarantees that ranks are equal; a GPU's host does not wait for the comparison
     gradients: a backward pass may follow
     number:    the sink of all heads, where the caller gave a number
+    drops:     some weights are dropped
     """
     tensors, agreed = (q, k, v, *([] if sink is None else [sink])), agreed and host_waits(q)
     with refused_by_all(plan, *tensors, agreed=agreed):
@@ -46,10 +48,13 @@ def prepare(
         sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], dim, dtype, q.device.type)
         chosen_by = () if agreed else choices(plan, sizes)
     if not agreed:
-        agree(plan, *tensors, packed=packed, gradients=gradients, choices=(f"sink={number}", *chosen_by))
+        asked = (f"sink={number}", *(["dropout_seed given"] if drops else []), *chosen_by)
+        agree(plan, *tensors, packed=packed, gradients=gradients, choices=asked)
     settled = settle_layout(settle(plan, sizes), sizes, packed)
     if sink is not None:
         check_sinks(settled.backend)
+    if drops:
+        check_dropout(settled.backend)
     return settled
 
 

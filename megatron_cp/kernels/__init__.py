@@ -5,17 +5,30 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from megatron_cp.errors import CannotRun, Refused
-from megatron_cp.kernels.protocol import CapsScores, Kernel, Window, takes_windows
+from megatron_cp.kernels.protocol import CapsScores, DropsWeights, Kernel, Window, takes_windows
 from megatron_cp.registry import Registry
 
-__all__ = ["AUTO", "KERNELS", "Kernel", "KernelEntry", "Window", "check_caps", "choose", "takes_windows", "with_cap"]
+__all__ = [
+    "AUTO",
+    "KERNELS",
+    "Kernel",
+    "KernelEntry",
+    "Window",
+    "check_caps",
+    "check_drops",
+    "choose",
+    "takes_windows",
+    "with_cap",
+    "with_dropout",
+]
 
 
 @dataclass(frozen=True)
 class KernelEntry:
     """A kernel entry. The module that `load` imports defines create(), refusal() and missing().
 
-    caps: its kernel can cap scores
+    caps:  its kernel can cap scores
+    drops: its kernel can drop weights
     """
 
     name: str
@@ -24,6 +37,7 @@ class KernelEntry:
     needs: str
     summary: str
     caps: bool = False
+    drops: bool = False
 
 
 def _torch_sdpa() -> ModuleType:
@@ -109,6 +123,7 @@ KERNELS: Registry[KernelEntry] = Registry(
             "torch; memory grows with the square of the tile",
             "dense attention written out: any device, any floating dtype, the oracle of the tests",
             caps=True,
+            drops=True,
         ),
     ],
 )
@@ -124,16 +139,19 @@ def choose(
     head_dim: int,
     deterministic: bool = False,
     softcap: float | None = None,
+    drops: bool = False,
 ) -> tuple[Kernel, str]:
     """Return the kernel called `name` (or the first able one for `auto`) and one sentence that says why it is this one.
 
     device is `cpu` or `cuda` (an index may follow), dtype a torch dtype's name without `torch.`, head_dim the larger
     of the key's and the value's. With `deterministic` the gradients of two equal calls are equal bit for bit.
-    With `softcap` the kernel caps scores there.
+    With `softcap` the kernel caps scores there; with `drops` it is one that can drop weights.
     Raises ValueError for an unknown name or one that cannot run this, RuntimeError when its package is missing.
     """
     device, dtype = device.split(":")[0], dtype.removeprefix("torch.")
     if name != AUTO:
+        if drops:
+            check_drops(name)
         kernel, reason = _named(KERNELS.get(name), device, dtype, head_dim, deterministic)
         return with_cap(kernel, softcap), reason
     refusals: list[str] = []
@@ -141,6 +159,9 @@ def choose(
     for entry in order:
         if softcap is not None and not entry.caps:
             refusals.append(f"{entry.name!r} does not cap scores")
+            continue
+        if drops and not entry.drops:
+            refusals.append(f"{entry.name!r} does not drop weights")
             continue
         module = entry.load()
         why_not = module.refusal(device=device, dtype=dtype, head_dim=head_dim) or module.missing(device=device)
@@ -167,6 +188,24 @@ def check_caps(kernel: str | Kernel) -> None:
         return
     names = ", ".join(entry.name for entry in KERNELS if entry.caps)
     raise Refused(f"kernel {named!r} does not cap scores; use 'auto' or one of: {names}, or leave softcap out")
+
+
+def with_dropout(kernel: Kernel, rate: float) -> Kernel:
+    """Return the kernel that drops weights at this rate; raises ValueError for one that does not."""
+    if not rate:
+        return kernel
+    check_drops(kernel)
+    assert isinstance(kernel, DropsWeights), "checked above"
+    return kernel.dropping(rate)
+
+
+def check_drops(kernel: str | Kernel) -> None:
+    """Raise ValueError for a kernel, or the name of one, that does not drop weights."""
+    named = kernel if isinstance(kernel, str) else kernel.name
+    if isinstance(kernel, DropsWeights) or named == AUTO or (isinstance(kernel, str) and KERNELS.get(kernel).drops):
+        return
+    names = ", ".join(entry.name for entry in KERNELS if entry.drops)
+    raise Refused(f"kernel {named!r} does not drop weights; use 'auto' or one of: {names}, or leave dropout out")
 
 
 def _order(device: str) -> tuple[list[KernelEntry], list[str]]:

@@ -67,6 +67,18 @@ class CapsScores(Protocol):
         ...
 
 
+@runtime_checkable
+class DropsWeights(Protocol):
+    """A kernel that can drop weights, by columns of q and k that `megatron_cp.kernels.dropout` describes.
+
+    lse stays that of all weights, so that results are merged as without, and the columns get gradients of 0.
+    """
+
+    def dropping(self, rate: float) -> Kernel:
+        """Return the kernel that drops this part of the weights, above 0 and below 1."""
+        ...
+
+
 class WindowKernel(Kernel, Protocol):
     """A kernel that computes a band along the diagonal in one call; where `windows` is False it is any other kernel."""
 

@@ -3,7 +3,9 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
+from megatron_cp.kernels.dropout import COLUMNS, kept
 from megatron_cp.kernels.protocol import Window, check_backward, check_call
 
 
@@ -25,12 +27,16 @@ class ReferenceKernel:
     name = "reference"
     windows = True
 
-    def __init__(self, softcap: float | None = None) -> None:
-        self._softcap = softcap
+    def __init__(self, softcap: float | None = None, dropout: float = 0.0) -> None:
+        self._softcap, self._dropout = softcap, dropout
 
     def capped(self, softcap: float) -> "ReferenceKernel":
         """Return the kernel that caps scores (Gemma Team 2024, arXiv:2408.00118, section 2)."""
-        return ReferenceKernel(softcap)
+        return ReferenceKernel(softcap, self._dropout)
+
+    def dropping(self, rate: float) -> "ReferenceKernel":
+        """Return the kernel that drops weights (Srivastava et al. 2014, JMLR 15) by the last columns of q and k."""
+        return ReferenceKernel(self._softcap, rate)
 
     def forward(
         self,
@@ -43,9 +49,11 @@ class ReferenceKernel:
         window: Window | None = None,
     ) -> tuple[Float[Tensor, "s b h dv"], Float[Tensor, "s b h"]]:
         """out and lse; O(s * t) memory."""
+        q, k, factor = kept(q, k, self._dropout) if self._dropout else (q, k, 1.0)
         check_call(q, k, v, causal, window)
         scores = _scores(q, k, scale, (None, 0) if causal else window, self._softcap)
-        lse, weights = scores.logsumexp(-1), scores.softmax(-1)
+        # the softmax is of all weights, of which some are dropped
+        lse, weights = scores.logsumexp(-1), scores.softmax(-1) * factor
         # b g r s t, t b g d -> s b (g r) d
         out = torch.einsum("bgrst,tbgd->sbgrd", weights, _wide(v)).flatten(2, 3)
         return out.to(q.dtype), lse.permute(3, 0, 1, 2).flatten(2, 3)
@@ -64,6 +72,8 @@ class ReferenceKernel:
         window: Window | None = None,
     ) -> tuple[Float[Tensor, "s b h d"], Float[Tensor, "t b g d"], Float[Tensor, "t b g dv"]]:
         """dq, dk, dv by the formulas of FlashAttention (Dao et al. 2022), section 3.1, without the tiling."""
+        dropping = COLUMNS if self._dropout else 0
+        q, k, factor = kept(q, k, self._dropout) if dropping else (q, k, 1.0)
         check_call(q, k, v, causal, window)
         check_backward(dout, q, v, out, lse)
         groups = k.shape[2]
@@ -71,14 +81,16 @@ class ReferenceKernel:
         scores = _scores(q, k, scale, (None, 0) if causal else window, self._softcap)
         weights = _weights(scores, _rows(lse, groups))
         delta = (out_ * dout_).sum(-1).permute(1, 2, 3, 0)
-        dscores = weights * (torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(v)) - delta[..., None]) * scale
+        dweights = torch.einsum("sbgrd,tbgd->bgrst", dout_, _wide(v)) * factor
+        dscores = weights * (dweights - delta[..., None]) * scale
         if self._softcap is not None:
             # the slope of tanh; hidden scores are -inf and have weight 0
             dscores *= 1 - (scores.clamp(min=-self._softcap) / self._softcap).square()
         dq = torch.einsum("bgrst,tbgd->sbgrd", dscores, _wide(k)).flatten(2, 3)
         dk = torch.einsum("bgrst,sbgrd->tbgd", dscores, q_)
-        dv = torch.einsum("bgrst,sbgrd->tbgd", weights, dout_)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        dv = torch.einsum("bgrst,sbgrd->tbgd", weights * factor, dout_)
+        # columns that are no part of the product have no gradient
+        return pad(dq, (0, dropping)).to(q.dtype), pad(dk, (0, dropping)).to(k.dtype), dv.to(v.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ from typing import Any
 
 from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
-from megatron_cp.context.checks import able, check_grid, check_sinks, check_softcap, takes_document_layout
+from megatron_cp.context.checks import (
+    able,
+    check_dropout,
+    check_grid,
+    check_sinks,
+    check_softcap,
+    takes_document_layout,
+)
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUTS
 from megatron_cp.context.document_layouts import STREAM
@@ -105,6 +112,7 @@ def check(args: Any) -> None:
     _check_cluster(args)
     _check_softcap(args)
     _check_sink(args)
+    _check_dropout(args)
     _check_document_layout(args)
     _check_warmup(args)
     refuse_unsupported(args, "arguments")
@@ -178,6 +186,21 @@ def _check_sink(args: Any) -> None:
         return
     for entry in map(BACKENDS.get, comm_types(args)):
         check_sinks(entry)
+
+
+def _check_dropout(args: Any) -> None:
+    """Refuse dropped weights by a kernel that was not asked for: the default rate of Megatron is not 0."""
+    rate, kernel = read(args, "attention_dropout", 0.0), AttentionFlags.of(args).kernel
+    if not rate:
+        return
+    if kernel == AUTO or not KERNELS.get(kernel).drops:
+        names = ", ".join(entry.name for entry in KERNELS if entry.drops)
+        raise Refused(
+            f"--attention-dropout {rate} needs a kernel that drops weights, got --cp-kernel {kernel}; pass "
+            f"--attention-dropout 0, or --cp-kernel {names}, whose memory grows with the square of a rank's tokens"
+        )
+    for entry in map(BACKENDS.get, comm_types(args)):
+        check_dropout(entry)
 
 
 def _check_document_layout(args: Any) -> None:
@@ -318,12 +341,6 @@ def _check_warmup(args: Any) -> None:
 
 
 def _check_call_inputs(args: Any) -> None:
-    dropout = read(args, "attention_dropout", 0.0)
-    if dropout:
-        raise Refused(
-            f"megatron-cp's attention does not do dropout, got --attention-dropout {dropout}; "
-            f"pass --attention-dropout 0"
-        )
     for name in ("hybrid_context_parallel", "rl_use_sequence_packing"):
         if read(args, name, False):
             raise Refused(

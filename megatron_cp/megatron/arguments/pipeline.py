@@ -137,6 +137,11 @@ SLICES_UNSUPPORTED = (
         "leave --cp-sink and --softmax-type out, or --pp-slices",
     ),
     Unsupported(
+        "dropout of attention weights",
+        lambda args: bool(read(args, "attention_dropout", 0.0)) and read(args, "cp_kernel", "auto") != "auto",
+        "pass --attention-dropout 0, or leave --pp-slices out",
+    ),
+    Unsupported(
         "attention in chunks over time, which slices are themselves",
         lambda args: read(args, "cp_chunks") is not None or any(map(_over_time, read(args, "cp_comm_type") or ())),
         "leave --cp-chunks out, and take a --cp-comm-type that has none",

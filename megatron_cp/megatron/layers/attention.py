@@ -20,11 +20,13 @@ from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
+from megatron_cp.context.dropout import DropoutSeed
 from megatron_cp.context.slices import SlicesInFlight, attend_slice
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.kernels import Kernel, choose
+from megatron_cp.kernels import AUTO as AUTO_KERNEL
+from megatron_cp.kernels import KERNELS, Kernel, choose
 from megatron_cp.megatron.arguments.context import refuse_unsupported
 from megatron_cp.megatron.layers.packed import PackedStream
 from megatron_cp.megatron.machine.facts import device_of_run
@@ -45,7 +47,7 @@ class CoreAttention(MegatronModule):
     the shape and the checkpoints of Megatron's own, "off-by-one" one of 0; `cp_sink` fixes one for all heads.
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
-    attention cannot do: packed sequences other than one stream, dropout in training, bias, mask tensors, logit
+    attention cannot do: packed sequences other than one stream, dropout by a kernel that has none, bias, mask tensors, logit
     statistics.
     """
 
@@ -79,6 +81,9 @@ class CoreAttention(MegatronModule):
         self._widest_head = max(k_channels or config.kv_channels, v_channels or config.kv_channels)
         self.cp_comm_type = cp_comm_type or DEFAULT
         self.flags = AttentionFlags.of(config)
+        # Megatron's default rate is not 0, and a kernel that was not asked for must not slow the run down
+        named = self.flags.kernel != AUTO_KERNEL and KERNELS.get(self.flags.kernel).drops
+        self._drops = named and self.attention_dropout > 0
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
         self.window = config.window_size if windowed else None
         if pg_collection is None:
@@ -133,7 +138,9 @@ class CoreAttention(MegatronModule):
             return out.flatten(2)
         sink = self._fixed_sink if self.softmax_offset is None else self.softmax_offset
         documents = stream and stream.documents
-        out = attend(query, key, value, made, sink=sink, documents=documents, agreed=shapes == self._shapes)
+        seed = self._dropout_seed(query) if self.training and self._drops else None
+        agreed = shapes == self._shapes
+        out = attend(query, key, value, made, sink=sink, documents=documents, agreed=agreed, dropout_seed=seed)
         self._shapes = shapes
         # s b h d -> s b (h d)
         return out.flatten(2)
@@ -171,7 +178,14 @@ class CoreAttention(MegatronModule):
             head_dim=self._widest_head,
             deterministic=self.plan.deterministic,
             softcap=self.flags.softcap,
+            drops=self._drops,
         )
+
+    def _dropout_seed(self, query: Tensor) -> DropoutSeed:
+        """Draw a seed, as Megatron's recomputation draws it again; the ranks of all kinds but pipeline's draw alike."""
+        tensor = self.pg_collection.tp.rank() if self.config.tensor_model_parallel_size > 1 else 0
+        drawn = torch.randint(1 << 62, (1,), device=query.device)
+        return DropoutSeed(drawn, tensor * query.shape[2])
 
     def _learnable_sinks(self) -> torch.nn.Parameter:
         """Return a logit for each query head of this tensor-parallel rank."""
@@ -208,6 +222,7 @@ class CoreAttention(MegatronModule):
             cluster=self._cluster(),
             softcap=self.flags.softcap,
             document_layout=self.flags.document_layout,
+            dropout=self.attention_dropout if self._drops else 0.0,
         )
         seq = getattr(self.config, "cp_seq_length", None)
         return made if seq is None else settle(made, self._sizes(seq))
@@ -258,8 +273,11 @@ class CoreAttention(MegatronModule):
                 f"a mask tensor (attention_mask of shape {tuple(mask.shape)})",
                 "pass --no-create-attention-mask-in-dataloader, the mask type says all",
             )
-        if self.training and self.attention_dropout > 0:
-            self._refuse(f"dropout (attention_dropout {self.attention_dropout})", "pass --attention-dropout 0")
+        if self.training and self.attention_dropout > 0 and not self._drops:
+            self._refuse(
+                f"dropout (attention_dropout {self.attention_dropout}) by cp_kernel {self.flags.kernel!r}",
+                "pass --attention-dropout 0, or --cp-kernel reference",
+            )
         if query.shape[0] != key.shape[0]:
             self._refuse(f"{query.shape[0]} queries over {key.shape[0]} keys", "make both sequences equally long")
 
