@@ -31,7 +31,7 @@ GRIDS_AND_HEADS = slow_unless(
 )
 
 
-def sharded(fabric, task: Problem, backend: str, grid=None, outside="zigzag", kernel="reference", **choices):
+def sharded(fabric, task: Problem, backend: str, grid=None, outside="zigzag", kernel="reference", call=None, **choices):
     """out, dq, dk, dv of this rank's tokens, and where these stand in the sequence."""
     mine = torch.tensor(indices(outside, task.q.shape[0], fabric.size, fabric.rank))
     axes = {axis: fabric.subset(grid.members(axis, fabric.rank)) for axis in ("inner", "outer")} if grid else {}
@@ -39,7 +39,7 @@ def sharded(fabric, task: Problem, backend: str, grid=None, outside="zigzag", ke
         backend, cp=fabric, causal=task.causal, window=task.window, kernel=kernel, layout=outside, **axes, **choices
     )
     q, k, v = (x[mine].requires_grad_() for x in task[:3])
-    out = attend(q, k, v, made)
+    out = attend(q, k, v, made, **(call or {}))
     return mine, (out.detach(), *torch.autograd.grad(out, (q, k, v), task.dout[mine]))
 
 

@@ -1,6 +1,7 @@
 """Packed documents through the real pretrain(): the same losses and gradient norms however the stream is cut."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,12 @@ def counted(flags: list[str]) -> tuple[list[dict[str, Any]], int]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The flags of a corpus of short documents."""
-    prefix, numbers = str(tmp_path_factory.mktemp("packed") / "corpus"), random.Random(0)
+    return corpus_of_documents(tmp_path_factory.mktemp("packed"))
+
+
+def corpus_of_documents(folder: Path) -> str:
+    """Write short documents of any length; the flags to train on them."""
+    prefix, numbers = str(folder / "corpus"), random.Random(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for _ in range(400):
         tokens = np.array([numbers.randrange(126) for _ in range(numbers.randrange(2, 52))])

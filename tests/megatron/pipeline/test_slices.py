@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 
+from megatron_cp.context.masks import CAUSAL
 from megatron_cp.context.slices import SlicesInFlight
 from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.megatron.run import Settings
@@ -14,6 +15,7 @@ from tests.cases import slow_unless
 from tests.megatron import pretraining
 from tests.megatron.pipeline.test_schedules import refusal
 from tests.megatron.pretraining import tiny
+from tests.megatron.test_packed import corpus_of_documents
 from tests.ranks import run_ranks
 
 MODEL = "--num-layers 4 --global-batch-size 8 --seq-length 64 --max-position-embeddings 64"
@@ -29,24 +31,33 @@ def trained(flags):
     """Losses and parameters of this rank, the calls of attention in slices, and the lengths of the slices."""
     made = []
 
-    def noting(old):
-        def slices_in_flight(*args):
-            made.append(SlicesInFlight(*args))
-            return made[-1]
+    class Noted(SlicesInFlight):
+        """Notes the slices of packed documents: how many go on from earlier slices, and how many hold several."""
 
-        return slices_in_flight
+        packs = (0, 0)
 
-    done = replace("megatron_cp.megatron.pipeline.schedule:SlicesInFlight", noting)
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+        def packed(self, own):
+            found = super().packed(own)
+            before, several = self.packs
+            self.packs = before + bool(found.earlier(CAUSAL).all), several + (len(own.mask(CAUSAL).all) > self.samples)
+            return found
+
+    done = replace("megatron_cp.megatron.pipeline.schedule:SlicesInFlight", lambda old: Noted)
     try:
         log, parameters = pretraining.trained(flags)
     finally:
         restore(done)
-    return log, dict(parameters), [(slices.calls, [*map(len, slices.tokens)]) for slices in made]
+    return log, dict(parameters), [(slices.calls, [*map(len, slices.tokens)], slices.packs) for slices in made]
 
 
 @cache
 def run(world_size, *flags):
-    ranks = run_ranks(world_size, trained, tiny(MODEL, *flags))
+    without = "--mock-data" if any("--data-path" in each for each in flags) else ""
+    ranks = run_ranks(world_size, trained, tiny(MODEL, *flags, without=without))
     log = next(log for log, *_ in ranks if log[0]["loss"] is not None)
     return log, [parameters for _, parameters, _ in ranks], [made for *_, made in ranks]
 
@@ -67,10 +78,11 @@ def assert_bit_equal(found, expected):
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def assert_sliced(found, k):
+def assert_sliced(found, k, packed=False):
     for made in found[2]:
-        ((calls, lengths),) = made
+        ((calls, lengths, packs),) = made
         assert calls > 0
+        assert not packed or min(packs) > 0
         assert len(lengths) == k
         assert sum(lengths) == 64
         assert lengths[0] > lengths[-1] or k == 8
@@ -121,6 +133,33 @@ def test_slices_train_as_whole_sequences(case):
     found = run(world_size, schedule, *flags, f"--pp-slices {k}")
     assert_sliced(found, k)
     assert_alike(found, run(world_size, schedule, *flags, ours))
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """The flags of packed documents; samples of two, one stream in a stage."""
+    return f"{corpus_of_documents(tmp_path_factory.mktemp('sliced'))} --dataloader-inter-document-masking"
+
+
+PACKED = {
+    "1f1b, two ranks of each kind": (4, 3, "--pp-schedule 1f1b", (TWO, CP, "zigzag")),
+    "zb-h1, one sample": (4, 4, "--pp-schedule zb-h1", (TWO, CP, "all-gather", "--micro-batch-size 1")),
+    "interleaved": (4, 2, "--pp-schedule interleaved", (TWO, CHUNKS, CP, "ulysses")),
+    "middle stages": (4, 3, "--pp-schedule zb-h1", (FOUR, "--window-size 9,0 --eod-mask-loss")),
+    "tensor and sequence": (4, 3, "--pp-schedule 1f1b", (TWO, TP, SP, RECOMPUTE, EVALUATE)),
+    "moved away": (4, 4, "--pp-schedule 1f1b --pp-offload 2", (TWO, CP, "zigzag", "--calculate-per-token-loss")),
+    "learned positions": (2, 3, "--pp-schedule gpipe", (TWO, "--position-embedding-type learned_absolute")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PACKED)
+def test_slices_of_packed_documents_train_as_whole_sequences(documents, case):
+    world_size, k, schedule, flags = PACKED[case]
+    ours = "" if CP in flags else "--cp-comm-type zigzag"
+    found = run(world_size, schedule, *flags, documents, f"--pp-slices {k}")
+    assert_sliced(found, k, packed=True)
+    assert_alike(found, run(world_size, schedule, *flags, documents, ours))
 
 
 @pytest.mark.slow
