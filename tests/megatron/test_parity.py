@@ -157,6 +157,39 @@ def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
     assert_equal_runs(losses(2, context(backend, 2), window), alone(window))
 
 
+DROPPED = "--attention-dropout 0.3 --cp-kernel reference"
+DROPPING = {
+    "two ranks": (2, context("zigzag", 2)),
+    "heads, recomputed": (
+        2,
+        f"{context('ulysses', 2)} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    "tensor and sequence parallel": (
+        4,
+        f"{context('all-gather', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+}
+
+
+def losses_and_drops(flags):
+    """The losses of a run, and how often weights were dropped on this rank."""
+    from megatron_cp.kernels import reference
+
+    calls, kept = [], reference.kept
+    reference.kept = lambda *args: calls.append(1) or kept(*args)
+    return pretrain_losses(flags), len(calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DROPPING)
+def test_dropped_weights_are_those_of_one_rank(alone, case):
+    size, flags = DROPPING[case]
+    found = run_ranks(size, losses_and_drops, tiny(flags, DROPPED))
+    assert all(calls > 0 for _, calls in found)
+    assert_equal_runs(found[0][0], alone(DROPPED))
+    assert alone(DROPPED)[0]["loss"] != alone()[0]["loss"]
+
+
 # every second layer sees a window, as in gpt-oss
 SINKS = "--softmax-type learnable --window-size 8,0 --window-attn-skip-freq 2"
 

@@ -1,6 +1,7 @@
 """Context-parallel attention in the core-attention slot of Megatron's layers."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,8 +49,8 @@ class CoreAttention(MegatronModule):
     the shape and the checkpoints of Megatron's own, "off-by-one" one of 0; `cp_sink` fixes one for all heads.
 
     Raises ValueError, in the constructor where the config says so and else before any communication, for what the
-    attention cannot do: packed sequences other than one stream, dropout by a kernel that has none, bias, mask tensors, logit
-    statistics.
+    attention cannot do: packed sequences other than one stream, dropout by a kernel that has none, bias, mask tensors,
+    logit statistics.
     """
 
     def __init__(
@@ -182,9 +184,12 @@ class CoreAttention(MegatronModule):
         )
 
     def _dropout_seed(self, query: Tensor) -> DropoutSeed:
-        """Draw a seed, as Megatron's recomputation draws it again; the ranks of all kinds but pipeline's draw alike."""
+        """Draw a seed, alike on ranks that share tensors or tokens; Megatron's recomputation draws it again."""
         tensor = self.pg_collection.tp.rank() if self.config.tensor_model_parallel_size > 1 else 0
-        drawn = torch.randint(1 << 62, (1,), device=query.device)
+        tracker = get_cuda_rng_tracker()
+        alike = tracker.fork(get_data_parallel_rng_tracker_name()) if tracker.is_initialized() else nullcontext()
+        with alike:
+            drawn = torch.randint(1 << 62, (1,), device=query.device)
         return DropoutSeed(drawn, tensor * query.shape[2])
 
     def _learnable_sinks(self) -> torch.nn.Parameter:

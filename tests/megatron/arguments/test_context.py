@@ -42,6 +42,7 @@ def given(**changes: Any) -> Namespace:
         {"softmax_type": "learnable"},
         {"cp_sink": -1.0},
         {"cp_softcap": 30.0},
+        {"attention_dropout": 0.1, "cp_kernel": "reference"},
         {
             "cp_comm_type": ["p2p", "usp", "ring"],
             "hierarchical_context_parallel_sizes": [2, 2],
@@ -120,7 +121,18 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ),
         ({"cp_comm_type": ["fpdt"], "enable_cuda_graph": True}, "CUDA graphs with chunks in host memory"),
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
-        ({"attention_dropout": 0.1}, "--attention-dropout 0"),
+        (
+            {"attention_dropout": 0.1},
+            "needs a kernel that drops .* got --cp-kernel auto; pass --attention-dropout 0, or ",
+        ),
+        (
+            {"attention_dropout": 0.1, "cp_kernel": "torch"},
+            "got --cp-kernel torch; pass --attention-dropout 0, or --cp-",
+        ),
+        (
+            {"attention_dropout": 0.1, "cp_kernel": "reference", "cp_comm_type": ["rsa"]},
+            "backend 'rsa' does not drop weights; use backend 'zigzag' or ",
+        ),
         (
             {
                 "reset_attention_mask": True,

@@ -12,6 +12,7 @@ from tests.ranks import RankError, run_ranks
 
 INSTANCES = {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2, "overlap_grad_reduce": True}
 DOCUMENTS = {"dataloader_inter_document_masking": True}
+UNMASKED = {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False}
 FSDP = (
     "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor --no-gradient-reduce-div-fusion "
     "--data-parallel-sharding-strategy optim_grads_params --global-batch-size 8"
@@ -27,6 +28,9 @@ HFSDP = f"{HSDP} {OVERLAPS} --outer-dp-sharding-strategy optim"
         (INSTANCES | {"overlap_grad_reduce": False}, "instances 2 reduces no gradients between the instances"),
         (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 1.0}, "pass --clip-grad 0, or leave"),
         (DOCUMENTS | {"context_parallel_size": 2}, "with --context-parallel-size 2 gives tokens the positions"),
+        (UNMASKED, "--reset-attention-mask hides nothing in stock layers without a mask tensor"),
+        (UNMASKED | {"create_attention_mask_in_dataloader": True}, ""),
+        (UNMASKED | {"spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"]}, ""),
         (INSTANCES | {"clip_grad": 1.0}, ""),
         (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 0.0}, ""),
         (INSTANCES | {"num_distributed_optimizer_instances": 1, "overlap_grad_reduce": False}, ""),
@@ -88,6 +92,15 @@ def test_a_run_is_refused_in_one_line(flags: str, text: str) -> None:
     (line,) = {message.splitlines()[0] for message in refused.value.errors.values()}
     assert line.startswith("SystemExit: [megatron-cp] rank 0: ")
     assert text in line
+
+
+def test_documents_are_still_hidden_by_a_mask_tensor_alone() -> None:
+    import torch
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    mask, _, positions = _get_ltor_masks_and_position_ids(torch.tensor([1, 0, 2]), 0, False, True, False, False)
+    assert mask is None
+    assert positions.tolist() == [0, 1, 2]
 
 
 def unrefused(flags: list[str]) -> list[dict[str, Any]]:

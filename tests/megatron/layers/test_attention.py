@@ -301,12 +301,27 @@ def test_call_refuses_by_name(call: dict[str, Any], words: str) -> None:
         attention(config())(q, k, v, **{"attention_mask": None, **call})
 
 
-def test_dropout_is_refused_in_training_only() -> None:
+def test_dropout_by_another_kernel_is_refused_in_training_only() -> None:
     module = attention(config(attention_dropout=0.1))
     q, k, v, _ = inputs()
     module.eval()(q, k, v, None)
-    with pytest.raises(ValueError, match=r"dropout \(attention_dropout 0.1\)"):
+    with pytest.raises(
+        ValueError, match=r"dropout \(attention_dropout 0.1\) by cp_kernel 'auto'; .* --cp-kernel reference"
+    ):
         module.train()(q, k, v, None)
+
+
+def test_dropout_draws_a_seed_for_each_call_in_training() -> None:
+    made = config(attention_dropout=0.5)
+    made.cp_kernel = "reference"
+    module = attention(made)
+    q, k, v, _ = inputs()
+    assert torch.equal(module.eval()(q, k, v, None), module(q, k, v, None))
+    torch.manual_seed(3)
+    first, second = module.train()(q, k, v, None), module(q, k, v, None)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(module(q, k, v, None), first)
 
 
 def test_cross_attention_needs_equal_lengths() -> None:
