@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.cli.bench_documents import documents
 from megatron_cp.cli.bench_experts import experts
 from megatron_cp.cli.bench_host import host
 from megatron_cp.cli.bench_kernels import kernels
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, help="Check results, then time implementations side by side in one run on this machine."
 )
+app.command()(documents)
 app.command()(experts)
 app.command()(host)
 app.command()(kernels)

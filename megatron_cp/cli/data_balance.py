@@ -56,7 +56,7 @@ def balance(
     from megatron_cp.corpus.mixes import streams as cut_streams
 
     counts = _counts(ranks)
-    ends = cut_streams(_lengths(documents, seq), seq, streams)
+    ends = cut_streams(lengths_of(documents, seq), seq, streams)
     if not ends:
         raise ValueError(f"the documents hold less than --seq {seq} tokens; take a shorter sequence")
     rows = list(_rows(ends, counts))
@@ -104,7 +104,7 @@ def _counts(ranks: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _lengths(given: str | None, longest: int) -> list[int]:
+def lengths_of(given: str | None, longest: int) -> list[int]:
     """Return the tokens of each document; raises ValueError for what holds none."""
     from megatron_cp.corpus.mixes import long_tail
 

@@ -73,6 +73,7 @@ def alone(data: str) -> Any:
 
 ONE = "--micro-batch-size 1"
 TWO = "--context-parallel-size 2"
+AHEAD = "--mtp-num-layers 1 --calculate-per-token-loss"
 # flags of the run, those of the run on one rank that it equals, ranks
 CASES = {
     "two ranks": (TWO, "", 2),
@@ -91,6 +92,9 @@ CASES = {
         2,
     ),
     "mean over tokens": (f"{TWO} --calculate-per-token-loss", "--calculate-per-token-loss", 2),
+    "pipeline, two samples": (f"{TWO} --pipeline-model-parallel-size 2 --pp-schedule zb-h1", "", 4),
+    "tokens ahead": (f"{TWO} --mtp-num-layers 1 --calculate-per-token-loss", AHEAD, 2),
+    "tokens ahead, pipeline": (f"{TWO} --pipeline-model-parallel-size 2 {AHEAD} --pp-schedule zb-h1", AHEAD, 4),
     "ulysses": (f"{TWO} --cp-comm-type ulysses", "", 2),
     "all-gather": (f"{TWO} --cp-comm-type all-gather", "", 2),
 }
@@ -110,6 +114,15 @@ def test_conversations_cut_by_their_documents_train_as_on_one_rank(alone: Any, d
     assert {name for _, calls in results for _, name in calls} == {layout}
     assert layout == "auto" or {cut for _, calls in results for cut, _ in calls} == {True}
     assert_equal_runs(next(run for run, _ in results if run), alone())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_the_conversations_that_follow(data: str, tmp_path: Path) -> None:
+    flags = f"{TWO} --use-distributed-optimizer"
+    unbroken = losses(2, data, f"{flags} --save {tmp_path} --save-interval 2")
+    resumed = losses(2, data, f"{flags} --load {tmp_path} --ckpt-step 2")
+    assert [step["iteration"] for step in resumed] == [3, 4]
+    assert_equal_runs([*unbroken[:2], *resumed], unbroken)
 
 
 def evaluated(flags: list[str]) -> list[float]:

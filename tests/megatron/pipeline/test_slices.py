@@ -138,7 +138,9 @@ def test_slices_train_as_whole_sequences(case):
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
     """The flags of packed documents; samples of two, one stream in a stage."""
-    return f"{corpus_of_documents(tmp_path_factory.mktemp('sliced'))} --dataloader-inter-document-masking"
+    corpus = corpus_of_documents(tmp_path_factory.mktemp("sliced"))
+    # Adam's first step is the sign of a gradient, and those of a query with one key are 0 but for rounding
+    return f"{corpus} --dataloader-inter-document-masking --adam-eps 1e-5"
 
 
 PACKED = {
