@@ -149,7 +149,7 @@ def test_what_cannot_drop_is_refused_by_name(choices, message):
     ("rate", "seed", "message"),
     [
         (0.0, 1, "dropout_seed is for a plan that drops weights, got one without"),
-        (RATE, 1.5, "dropout_seed must be a whole number or an int64 tensor with one, got 1.5"),
+        (RATE, torch.tensor(1.5), "dropout_seed must be a whole number or an int64 tensor with one, got tensor"),
         (RATE, 2**63, "dropout_seed must fit 64 bits"),
         (RATE, DropoutSeed(1, 1 << 16), "tells 65536 sequences and query heads apart, got 1 and 65538"),
     ],
