@@ -150,10 +150,10 @@ def _inputs(shape: AttentionShape, tokens: int, device: torch.device) -> list[Te
 
 def _mean(rows: Sequence[LaidOut]) -> LaidOut:
     """Return the means over streams, and the largest error."""
-    first = rows[0]
-    return LaidOut(
-        first.backend,
-        first.layout,
-        *(fmean(getattr(row, name) for row in rows) for name in ("forward", "backward", "work", "sent")),
-        max(row.max_error for row in rows),
+    return rows[0]._replace(
+        forward=fmean(row.forward for row in rows),
+        backward=fmean(row.backward for row in rows),
+        work=fmean(row.work for row in rows),
+        sent=fmean(row.sent for row in rows),
+        max_error=max(row.max_error for row in rows),
     )

@@ -96,9 +96,9 @@ def documents(
     table = Table(title=f"{len(ends)} streams of {seq:,} tokens, {mean:.0f} documents each, {ranks} ranks")
     for column in ("backend", "layout", "forward ms", "backward ms", "of the first", "work max/mean", "sent MB"):
         table.add_column(column, justify="left" if column in ("backend", "layout") else "right")
-    first = next(each for each in found[1:])
-    for each in found:
-        share = (each.forward + each.backward) / (first.forward + first.backward)
-        times = f"{each.forward * 1e3:.1f}", f"{each.backward * 1e3:.1f}", f"{share:.3f}"
-        table.add_row(each.backend, each.layout, *times, f"{each.work:.3f}", f"{each.sent / 1e6:.2f}")
+    first = found[1]
+    for row in found:
+        share = (row.forward + row.backward) / (first.forward + first.backward)
+        times = f"{row.forward * 1e3:.1f}", f"{row.backward * 1e3:.1f}", f"{share:.3f}"
+        table.add_row(row.backend, row.layout, *times, f"{row.work:.3f}", f"{row.sent / 1e6:.2f}")
     Console().print(table)
