@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_cp.bench.comparison import DTYPES, LARGEST_ERROR, AttentionShape, TimedPasses, WrongResultError
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, SingleFabric, largest
+from megatron_cp.context import DEFAULT
 from megatron_cp.context.attend import Plan, attend, plan
 from megatron_cp.context.document_layouts import loads
 from megatron_cp.context.documents import Documents, documents
@@ -68,7 +69,7 @@ def measure(fabric: Fabric, device: torch.device, bench: DocumentsBench) -> list
 
 def _one_stream(fabric: Fabric, device: torch.device, bench: DocumentsBench, made: Documents) -> list[LaidOut]:
     whole = _inputs(bench.shape, made.tokens, device)
-    alone = plan("zigzag", cp=SingleFabric(), causal=True, kernel=bench.kernel, layout="contiguous")
+    alone = plan(DEFAULT, cp=SingleFabric(), causal=True, kernel=bench.kernel, layout="contiguous")
     candidates = [_Layout(fabric, device, alone, made, whole, ONE_RANK)]
     candidates += [
         _Layout(fabric, device, how, made, whole, how.backend.name)

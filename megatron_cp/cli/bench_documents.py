@@ -7,16 +7,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp.cli.data_balance import DRAWN, lengths_of
+from megatron_cp.cli.data_balance import DRAWN, lengths_or_mix
 from megatron_cp.cli.options import HeadDim, Heads, KvHeads, several_backends, tokens
 from megatron_cp.context import BACKENDS
-from megatron_cp.context.checks import check_document_layout
+from megatron_cp.context.checks import check_document_layout, takes_document_layout
 from megatron_cp.context.document_layouts import AUTO, NAMES, STREAM
 from megatron_cp.kernels import AUTO as AUTO_KERNEL
 from megatron_cp.kernels import KERNELS
 from megatron_cp.registry import unknown
 
-BACKENDS_BY_DEFAULT = ("zigzag", "all-gather")
+BACKENDS_BY_DEFAULT = tuple(
+    entry.name
+    for entry in BACKENDS
+    if entry.capabilities.planned and takes_document_layout(entry) and not entry.needs_grid
+)
 LAYOUTS_BY_DEFAULT = (STREAM, "blocks")
 
 
@@ -26,7 +30,7 @@ def documents(
     ] = 16384,
     ranks: Annotated[int, typer.Option(min=2, help="Processes, each on its own core or GPU.")] = 2,
     backend: Annotated[
-        list[str] | None, several_backends(f"Backend, by default {' and '.join(BACKENDS_BY_DEFAULT)}.")
+        list[str] | None, several_backends(f"Backend, by default {', '.join(BACKENDS_BY_DEFAULT)}; may be repeated.")
     ] = None,
     layout: Annotated[
         list[str] | None,
@@ -78,7 +82,7 @@ def documents(
         raise ValueError(
             f"--seq must be divisible by 2 * --ranks = {2 * ranks}, got {seq}; use {seq // 2 // ranks * 2 * ranks}"
         )
-    ends = cut_streams(lengths_of(lengths, seq), seq, streams)
+    ends = cut_streams(lengths_or_mix(lengths, seq), seq, streams)
     if not ends:
         raise ValueError(f"the documents hold less than --seq {seq} tokens; take a shorter sequence")
     bench = DocumentsBench(

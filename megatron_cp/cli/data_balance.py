@@ -56,7 +56,7 @@ def balance(
     from megatron_cp.corpus.mixes import streams as cut_streams
 
     counts = _counts(ranks)
-    ends = cut_streams(lengths_of(documents, seq), seq, streams)
+    ends = cut_streams(lengths_or_mix(documents, seq), seq, streams)
     if not ends:
         raise ValueError(f"the documents hold less than --seq {seq} tokens; take a shorter sequence")
     rows = list(_rows(ends, counts))
@@ -104,8 +104,8 @@ def _counts(ranks: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def lengths_of(given: str | None, longest: int) -> list[int]:
-    """Return the tokens of each document; raises ValueError for what holds none."""
+def lengths_or_mix(given: str | None, longest: int) -> list[int]:
+    """Return the tokens of each document, of a mix where none are given; raises ValueError for what holds none."""
     from megatron_cp.corpus.mixes import long_tail
 
     return long_tail(DRAWN, longest) if given is None else lengths_of(given)

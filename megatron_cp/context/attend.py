@@ -68,5 +68,7 @@ def attend(
         return transforms.attend(q, k, v, logits, plan, packed, agreed)
     gradients = wants_gradients(q, k, v, logits)
     number, drops = None if isinstance(sink, Tensor) else sink, seed is not None
-    settled = prepare(q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits, number=number, drops=drops)
+    settled = prepare(
+        q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits, number=number, drops=drops
+    )
     return run(q, k, v, settled, logits, packed, seed)
