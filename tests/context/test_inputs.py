@@ -86,6 +86,7 @@ ONE_CALL = {
         "rank LAST: sink must have a logit for each of the 4 query heads",
     ),
     "another sink": ({"sink": 5.0}, "all ranks must attend by one plan, got rank 0: "),
+    "a seed without dropout": ({"dropout_seed": 3}, "rank LAST: dropout_seed is for a plan that drops weights"),
 }
 
 
