@@ -77,11 +77,12 @@ def forward_pass(
     if not q.shape[1]:
         return q.new_empty((*q.shape[:3], v.shape[3])), ()
     with without_autocast(q.device):
+        q = q if call.factor == 1 else q * call.factor
         if call.seed is not None:
             q, k = labelled(q, k, call.layout[call.task.fabric.rank], call.seed)
         q, k, v = relayout([last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric)
         task = _with_sink(call.task, sink, q)
-        out, saved = call.loop.forward(q if call.factor == 1 else q * call.factor, k, v, task)
+        out, saved = call.loop.forward(q, k, v, task)
         if task.sink is not None and not call.merges_sink:
             out, lse = sinks.merged(saved.out, saved.lse, task.sink)
             saved = saved._replace(out=out, lse=lse)

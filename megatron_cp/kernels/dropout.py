@@ -36,10 +36,10 @@ def as_digits(numbers: Int[Tensor, "*n"], dtype: torch.dtype) -> Float[Tensor, "
 
 
 def from_digits(digits: Float[Tensor, "*n 8"]) -> Int[Tensor, "*n"]:
-    """Return the numbers again; a factor of -1, of a negative scale, changes nothing."""
+    """Return the numbers again."""
     places = torch.arange(0, 8 * COLUMNS, 8, device=digits.device)
     # digits share no bits: the sum wraps at the sign as the number did
-    return (digits.abs().long() << places).sum(-1)
+    return (digits.long() << places).sum(-1)
 
 
 def kept(
