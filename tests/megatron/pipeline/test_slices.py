@@ -148,7 +148,7 @@ PACKED = {
     "zb-h1, one sample": (4, 4, "--pp-schedule zb-h1", (TWO, CP, "all-gather", "--micro-batch-size 1")),
     "interleaved": (4, 2, "--pp-schedule interleaved", (TWO, CHUNKS, CP, "ulysses")),
     "middle stages": (4, 3, "--pp-schedule zb-h1", (FOUR, "--window-size 9,0 --eod-mask-loss")),
-    "tensor and sequence": (4, 3, "--pp-schedule 1f1b", (TWO, TP, SP, RECOMPUTE, EVALUATE)),
+    "tensor and sequence": (4, 3, "--pp-schedule 1f1b", (TWO, TP, SP, RECOMPUTE, EVALUATE, "--split 70,30,0")),
     "moved away": (4, 4, "--pp-schedule 1f1b --pp-offload 2", (TWO, CP, "zigzag", "--calculate-per-token-loss")),
     "learned positions": (2, 3, "--pp-schedule gpipe", (TWO, "--position-embedding-type learned_absolute")),
 }
@@ -159,9 +159,9 @@ PACKED = {
 def test_slices_of_packed_documents_train_as_whole_sequences(documents, case):
     world_size, k, schedule, flags = PACKED[case]
     ours = "" if CP in flags else "--cp-comm-type zigzag"
-    found = run(world_size, schedule, *flags, documents, f"--pp-slices {k}")
+    found = run(world_size, documents, schedule, *flags, f"--pp-slices {k}")
     assert_sliced(found, k, packed=True)
-    assert_alike(found, run(world_size, schedule, *flags, documents, ours))
+    assert_alike(found, run(world_size, documents, schedule, *flags, ours))
 
 
 @pytest.mark.slow
