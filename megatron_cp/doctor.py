@@ -10,6 +10,7 @@ from ctypes.util import find_library
 from megatron_cp.context import BACKENDS, DEFAULT
 from megatron_cp.findings import OLDEST_TORCH, UPGRADE_TORCH, Finding, guarded, installed, reaches
 from megatron_cp.kernels import KERNELS
+from megatron_cp.pipeline import SCHEDULES
 
 # the oldest whose layers pass the tests with our attention: scripts/te.sh
 OLDEST_TE = (2, 5)
@@ -23,6 +24,7 @@ def examine() -> Iterator[Finding]:
         _megatron,
         _optional_packages,
         _kernels,
+        _plugins,
         _devices,
         _communication,
         _hooks,
@@ -97,6 +99,18 @@ def _kernels() -> Iterator[Finding]:
         version, lacks = installed(package.name), package.missing()
         found = f"{package.name} {version}" if version else f"{package.name} is not installed"
         yield Finding(f"kernel {entry.name}", "optional" if lacks else "ok", found, lacks or "")
+
+
+def _plugins() -> Iterator[Finding]:
+    """Look at the entries that other packages bring."""
+    for registry in (BACKENDS, SCHEDULES, KERNELS):
+        for plugin in registry.plugins:
+            yield Finding(
+                f"{registry.kind} {plugin.name}",
+                "broken" if plugin.fault else "ok",
+                plugin.fault or f"from {plugin.package}",
+                "mend the package or uninstall it" if plugin.fault else "",
+            )
 
 
 def _devices() -> Iterator[Finding]:

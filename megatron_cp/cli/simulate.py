@@ -8,15 +8,14 @@ from typing import Annotated
 
 import typer
 
-from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.action import FORWARD, flat
+from megatron_cp.pipeline import SCHEDULES, table_file
 from megatron_cp.pipeline.bounds import lower_bound
 from megatron_cp.pipeline.build import build, check_caps, place
 from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
 from megatron_cp.pipeline.offload import Offload, described, limit_of, offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
-from megatron_cp.pipeline.schedule import HOST, BadSchedule, parse
+from megatron_cp.pipeline.schedule import HOST, BadSchedule
 from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.pipeline.slices import SliceShare, flash_shares, flash_times, fractions, shares
@@ -242,12 +241,7 @@ def _run(
 
 
 def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
-    read = parse(file.read_text(), file.stem)
-    forwards = sum(action.kind == FORWARD for actions in read.table for action in flat(actions))
-    if read.micros > forwards:
-        raise ValueError(
-            f"{file}: microbatch {read.micros - 1} among {forwards} forwards; number the microbatches 0, 1, 2 and so on"
-        )
+    read = table_file.read(file)
     schedule = check(read)
     if asked.moves:
         if read.to is not None:

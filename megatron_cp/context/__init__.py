@@ -272,6 +272,7 @@ BACKENDS = Registry(
             capabilities=Capabilities(grid="optional", weighed="never"),
         ),
     ],
+    group="megatron_cp.backends",
 )
 
 DEFAULT = "zigzag"
@@ -280,5 +281,5 @@ DEFAULT = "zigzag"
 BASELINE = "ring"
 """The backend that critical paths are compared with."""
 
-ALGORITHMS = [entry.name for entry in BACKENDS if entry.name != AUTO]
-"""The backends that have a loop of their own."""
+ALGORITHMS = [entry.name for entry in BACKENDS.own if entry.name != AUTO]
+"""The backends of this project that have a loop of their own."""

@@ -126,6 +126,7 @@ KERNELS: Registry[KernelEntry] = Registry(
             drops=True,
         ),
     ],
+    group="megatron_cp.kernels",
 )
 
 AUTO = "auto"

@@ -24,7 +24,7 @@ from megatron_cp.experts import AUTO as AUTO_PRODUCT
 from megatron_cp.experts import PRODUCTS
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
-from megatron_cp.pipeline import SCHEDULES, on_v
+from megatron_cp.pipeline import SCHEDULES, TABLE_FILE, on_v
 from megatron_cp.pipeline.costs_file import Model
 from megatron_cp.pipeline.offload import AUTO as LIMIT_FROM_MEMORY
 from megatron_cp.pipeline.offload import Offload, limit_of
@@ -210,7 +210,8 @@ class PipelineFlags(_Flags):
         lambda: (
             "Order of forwards and backwards over the pipeline, instead of Megatron's own: "
             + "; ".join(f"{rule.name}: {rule.what}" for rule in SCHEDULES)
-            + ". Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin."
+            + f"; {TABLE_FILE}FILE: a table of your own, as simulate --table takes it. "
+            "Chunks per rank come from --num-virtual-stages-per-pipeline-rank and its kin."
         ),
     )
     placement: str | None = _flag(

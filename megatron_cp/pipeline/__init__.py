@@ -2,8 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
-from megatron_cp.pipeline.action import Cell
+from megatron_cp.errors import Refused
+from megatron_cp.pipeline import table_file
+from megatron_cp.pipeline.action import INPUT, WEIGHT, Cell, flat
+from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import Table
 from megatron_cp.pipeline.schedules import (
     bpipe,
@@ -63,7 +68,51 @@ class Rule:
         return tuple(map(tuple, self.table(p, m, v, **options)))
 
 
-SCHEDULES = Registry(
+TABLE_FILE = "table:"
+"""In front of a file's name, in the place of a schedule's name."""
+
+
+class Schedules(Registry[Rule]):
+    """Rules by name, and tables in files by TABLE_FILE and the file's name."""
+
+    def get(self, name: str) -> Rule:
+        """Return the entry called `name`; raise Refused with a suggestion, or with the fault of a file."""
+        if not name.startswith(TABLE_FILE):
+            return super().get(name)
+        file = Path(name.removeprefix(TABLE_FILE))
+        return _rule_of(file, file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@lru_cache(8)
+def _rule_of(file: Path, _: int) -> Rule:
+    """Return the rule that knows the one table of `file`; a file that is written again is read again."""
+    read = table_file.read(file)
+    where, kinds = read.placement, {action.kind for cells in read.table for action in flat(cells)}
+    if where.name not in PLACEMENTS:
+        raise Refused(f"{file}: stages lie on ranks {where.rank_of}; place them around the ranks, or down and up again")
+    if read.to is not None:
+        raise Refused(f"{file} moves activations by itself; leave the moves to --pp-offload")
+    sizes = (where.ranks, read.micros, where.chunks)
+
+    def table(p: int, m: int, v: int) -> Table:
+        if (p, m, v) != sizes:
+            has, got = ("p = {}, m = {}, v = {}".format(*each) for each in (sizes, (p, m, v)))
+            raise Refused(f"{file} is a table for {has}, got {got}; p are ranks, m microbatches, v chunks per rank")
+        return read.table
+
+    return Rule(
+        name=f"{TABLE_FILE}{file}",
+        table=table,
+        paper="a table in a file",
+        what="a table in a file",
+        placement=where.name,
+        chunks=where.chunks,
+        usual=where.chunks,
+        split=bool(kinds & {INPUT, WEIGHT}),
+    )
+
+
+SCHEDULES = Schedules(
     "pipeline schedule",
     [
         Rule(
@@ -218,6 +267,7 @@ SCHEDULES = Registry(
             chunks=None,
         ),
     ],
+    group="megatron_cp.schedules",
 )
 
 
