@@ -93,7 +93,8 @@ def test_dotted_names_in_a_page_are_found(page: str, name: str) -> None:
     while module not in known:
         module = module.rpartition(".")[0]
     inside = name.removeprefix(module).split(".")[1:2]
-    assert all(re.search(rf"\b{one}\b", known[module].read_text()) for one in inside)
+    # a group of entry points is no module
+    assert f'"{name}"' in SOURCE or all(re.search(rf"\b{one}\b", known[module].read_text()) for one in inside)
 
 
 def test_the_fields_of_a_task_are_its_own() -> None:
