@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 COUNTED = (COLLECTIVE, RING)
 
 Window = Annotated[
-    int | None, typer.Option(min=0, help="Keys that a query sees before itself; without --causal also after.")
+    int | None, typer.Option(min=0, help="Keys that a query sees before itself; with --no-causal also after.")
 ]
 ClusterOption = Annotated[str, typer.Option(help=f"{', '.join(shipped_clusters())}, or a YAML file.")]
 GridSizes = Annotated[
@@ -117,7 +117,7 @@ def trace(
     heads: Heads = 32,
     kv_heads: KvHeads = None,
     head_dim: HeadDim = 128,
-    causal: Causal = False,
+    causal: Causal = True,
     window: Window = None,
     cluster: ClusterOption = "h100-ib",
     hierarchical_context_parallel_sizes: GridSizes = None,
