@@ -86,6 +86,14 @@ def build(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Stop after so many documents.", min=1)] = None,
+    split_documents: Annotated[
+        int | None,
+        typer.Option(
+            help="Cut a text of more tokens into documents of so many, each of which goes on in the next.",
+            metavar="TOKENS",
+            min=1,
+        ),
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out files and lines that cannot be read, and count them.")
     ] = False,
@@ -103,7 +111,7 @@ def build(
         raise ValueError("no input; name files, folders or python-stdlib with --input")
     check_output(output, overwrite)
     loaded = load_tokenizer(tokenizer, eod_id)
-    plan = make_plan(loaded, eod_id, append_eod, field or ("text",), dtype)
+    plan = make_plan(loaded, eod_id, append_eod, field or ("text",), dtype, split_documents)
     sources, skipped = find_sources(names, glob or ())
     disk_bytes = sum(source.size for source in sources)
     processes = workers or workers_for(disk_bytes, tokenizer)
@@ -181,6 +189,8 @@ def report(prefix: str, files: int, written: "Written", dtype: str, processes: i
     ]
     if written.stopped:
         lines.append("stopped at the limit that was asked for")
+    if written.cut:
+        lines.append(f"cut into several documents: {written.cut:,} texts")
     if written.empty:
         lines.append(f"left out, without text: {written.empty:,}")
     if written.bad:

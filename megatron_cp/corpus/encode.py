@@ -29,19 +29,24 @@ WORTH_A_BYTE_WORKER, WORTH_A_WORKER = 64_000_000, 2_000_000
 
 
 class EncodingPlan(NamedTuple):
-    """Options of a worker, which loads the tokenizer itself, once."""
+    """Options of a worker, which loads the tokenizer itself, once.
+
+    longest: tokens of a document; a longer text becomes several, of which the last has the end-of-document token
+    """
 
     tokenizer: str
     eod_id: int | None
     append_eod: bool
     fields: tuple[str, ...]
     dtype: str
+    longest: int | None = None
 
 
 class Batch(NamedTuple):
     """Documents of one piece: their ids one after another, and for each its tokens and its bytes of UTF-8.
 
-    `bad` pairs what could not be read with the number of documents before it; `empty` counts texts without tokens.
+    `bad` pairs what could not be read with the number of documents before it; `empty` counts texts without tokens. Of
+    the documents of one text the last has its bytes, and the others none.
     """
 
     tokens: NDArray[Any]
@@ -60,7 +65,12 @@ class Batch(NamedTuple):
 
 
 def make_plan(
-    tokenizer: Tokenizer, eod_id: int | None, append_eod: bool, fields: Sequence[str], dtype: str | None
+    tokenizer: Tokenizer,
+    eod_id: int | None,
+    append_eod: bool,
+    fields: Sequence[str],
+    dtype: str | None,
+    longest: int | None = None,
 ) -> EncodingPlan:
     """Make the plan for a loaded tokenizer; `dtype` None chooses as Megatron does, by the size of the vocabulary.
 
@@ -74,27 +84,31 @@ def make_plan(
     dtype = dtype or ("uint16" if tokenizer.vocabulary < UINT16_VOCABULARY else "int32")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    return EncodingPlan(tokenizer.name, eod_id, append_eod, tuple(fields), dtype)
+    return EncodingPlan(tokenizer.name, eod_id, append_eod, tuple(fields), dtype, longest)
 
 
 def encode_piece(piece: Piece, tokenizer: Tokenizer, plan: EncodingPlan) -> Batch:
     """Encode one piece; raise ValueError for an id that the tokenizer or the dtype does not allow."""
     documents: list[NDArray[Any]] = []
+    lengths: list[int] = []
     text_bytes: list[int] = []
     bad, empty = [], 0
     for text in read(piece, plan.fields):
         if isinstance(text, Bad):
-            bad.append((len(documents), text))
+            bad.append((len(lengths), text))
             continue
         ids = _ids_of(text, tokenizer, plan) if text.strip() else None
         if ids is None:
             empty += 1
         else:
             documents.append(ids)
-            text_bytes.append(len(text.encode()))
+            most = plan.longest or len(ids)
+            parts = [min(most, len(ids) - begin) for begin in range(0, len(ids), most)]
+            lengths += parts
+            text_bytes += [*(0 for _ in parts[1:]), len(text.encode())]
     tokens = np.concatenate(documents) if documents else np.empty(0, plan.dtype)
-    lengths = np.array([len(ids) for ids in documents], np.int64)
-    return Batch(tokens, lengths, np.array(text_bytes, np.int64), tuple(bad), empty, piece.disk_bytes)
+    sizes = (np.array(lengths, np.int64), np.array(text_bytes, np.int64))
+    return Batch(tokens, *sizes, tuple(bad), empty, piece.disk_bytes)
 
 
 def _ids_of(text: str, tokenizer: Tokenizer, plan: EncodingPlan) -> NDArray[Any] | None:

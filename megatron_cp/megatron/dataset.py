@@ -37,6 +37,8 @@ class Limits(NamedTuple):
 class Written:
     """Counts of a written corpus, with the empty texts and the bad files or lines that were left out.
 
+    `cut` counts the texts that became several documents.
+
     `seconds` is the time from opening the first input to the last document, without the import of megatron.core.
     """
 
@@ -47,6 +49,7 @@ class Written:
     bad: tuple[Bad, ...]
     stopped: bool
     seconds: float
+    cut: int
 
 
 def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
@@ -82,7 +85,7 @@ def check_split(
                 raise Refused(
                     f"--split {shares} leaves the {name} dataset none of the {one.sequences} documents "
                     f"of {one.prefix}: give --split 100,0,0 --eval-iters 0, or build a corpus of more documents "
-                    "(a text file is one)"
+                    "(a text file is one, which data build --split-documents 1024 cuts)"
                 )
 
 
@@ -188,7 +191,7 @@ def _stop_at(batches: Iterable[Batch], limits: Limits) -> Iterator[tuple[Batch, 
 def _add(
     builder: Any, batches: Iterable[tuple[Batch, bool]], skip_bad: bool, progress: Callable[[Batch], None]
 ) -> Written:
-    documents = tokens = text_bytes = empty = 0
+    documents = tokens = text_bytes = empty = cut = 0
     bad: list[Bad] = []
     stopped = False
     started = time.perf_counter()
@@ -202,6 +205,9 @@ def _add(
             end += length
         documents, tokens = documents + len(batch.lengths), tokens + end
         text_bytes, empty = text_bytes + int(batch.text_bytes.sum()), empty + batch.empty
+        # a text of several documents has its bytes at the last one
+        inner = batch.text_bytes == 0
+        cut += int(np.sum(inner & ~np.append(inner[1:], False)))
         bad += found
         stopped = last
         progress(batch)
@@ -214,6 +220,7 @@ def _add(
         bad=tuple(bad),
         stopped=stopped,
         seconds=seconds,
+        cut=cut,
     )
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from megatron_cp.cli import app
 from megatron_cp.cli.data import parse_size
-from tests.corpus.reading import jsonl, texts_of
+from tests.corpus.reading import ids_of, jsonl, texts_of
 
 
 def _run(*arguments: object) -> Result:
@@ -166,3 +166,16 @@ def test_balance_refuses_in_one_line(tmp_path: Path, arguments: list[str], messa
     given = [word.format(folder=tmp_path) for word in arguments]
     result = _run("balance", "--seq", 512, "--documents", tmp_path / "lengths.txt", *given)
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_long_texts_are_cut_into_documents(tmp_path: Path, workers: int) -> None:
+    source = jsonl(tmp_path / "texts.jsonl", ["a" * 10, "b" * 3, "c" * 4])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    _built("--input", source, "--output", whole, "--workers", workers)
+    output = _built("--input", source, "--output", cut, "--workers", workers, "--split-documents", 4)
+    assert "cut into several documents: 2 texts" in output
+    assert "6 documents, 20 tokens as uint16, from 17 bytes of text" in output
+    # the end of a text is a token of its last document
+    assert cut.with_suffix(".bin").read_bytes() == whole.with_suffix(".bin").read_bytes()
+    assert [len(ids) for ids in ids_of(cut)] == [4, 4, 3, 4, 4, 1]
