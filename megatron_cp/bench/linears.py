@@ -30,10 +30,14 @@ class LinearBench(NamedTuple):
 
 
 class EngineTimes(NamedTuple):
-    """Seconds of each round of an engine, the slowest rank's."""
+    """Seconds of each round of an engine, the slowest rank's.
+
+    computing: seconds that a rank's process computed meanwhile, on all of its threads
+    """
 
     engine: str
     seconds: tuple[float, ...]
+    computing: tuple[float, ...]
 
     @property
     def median(self) -> float:
@@ -43,6 +47,10 @@ class EngineTimes(NamedTuple):
     def spread(self) -> tuple[float, float]:
         """Fastest and slowest round."""
         return min(self.seconds), max(self.seconds)
+
+    def over(self, other: "EngineTimes") -> list[float]:
+        """Return the time of each round over that of another engine in the same round."""
+        return [mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)]
 
 
 def measure_linears(ranks: int, size: GridSize, engines: Sequence[str], bench: LinearBench) -> list[EngineTimes]:
@@ -60,17 +68,19 @@ def measure(
         for found, expected in zip(layer.run(), first, strict=True):
             if float((found - expected).abs().max()) > CLOSE * float(expected.abs().max()):
                 raise WrongResultError(f"engine {name} differs from {next(iter(layers))}")
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(bench.rounds):
-        for name, layer in layers.items():
+    times: dict[str, list[list[float]]] = {name: [] for name in engines}
+    for number in range(bench.rounds):
+        # each goes first in every other round
+        for name in engines if number % 2 == 0 else engines[::-1]:
             # all have arrived when it returns
             largest(fabric, device)
-            began = time.perf_counter()
-            layer.run()
+            began = time.perf_counter(), time.process_time()
+            layers[name].run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times[name] += largest(fabric, device, time.perf_counter() - began)
-    return [EngineTimes(name, tuple(seconds)) for name, seconds in times.items()]
+            took = time.perf_counter() - began[0], time.process_time() - began[1]
+            times[name].append(largest(fabric, device, *took))
+    return [EngineTimes(name, *zip(*rounds, strict=True)) for name, rounds in times.items()]
 
 
 class _Layer:

@@ -1,13 +1,14 @@
 """`megatron-cp bench linears`: the engines of tensor-parallel linears against each other on this machine."""
 
 import json
+import statistics
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cp.tensor import COLLECTIVE, RING
+from megatron_cp.tensor import COLLECTIVE, PANELS, RING
 from megatron_cp.tensor.place import GridSize
 
 
@@ -20,7 +21,11 @@ def linears(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each engine, in turns.")] = 7,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
 ) -> None:
-    """Time forward and backward of one layer's linears: collectives and the ring in turns, results compared first."""
+    """Time forward and backward of one layer's linears: collectives and the ring in turns, results compared first.
+
+    With --weights also weights in panels. The ratio to the collectives is that of the medians, with its smallest and
+    largest value of one round. Computing is the process's own time: on a shared processor it is less than the round's.
+    """
     from megatron_cp.bench.linears import LinearBench, measure_linears
 
     width = ffn or 4 * hidden
@@ -30,14 +35,27 @@ def linears(
             f"{seq}, {hidden} and {width}; change one of them"
         )
     bench = LinearBench(seq, hidden, width, rounds)
-    found = measure_linears(ranks, GridSize(ranks // weights, weights), (COLLECTIVE, RING), bench)
+    engines = (COLLECTIVE, RING, *([PANELS] if weights > 1 else []))
+    found = measure_linears(ranks, GridSize(ranks // weights, weights), engines, bench)
     if as_json:
-        typer.echo(json.dumps([{**each._asdict(), "median": each.median} for each in found], indent=2))
+        shown = [
+            {
+                **each._asdict(),
+                "median": each.median,
+                "of_collective": each.median / found[0].median,
+                "of_collective_in_rounds": each.over(found[0]),
+            }
+            for each in found
+        ]
+        typer.echo(json.dumps(shown, indent=2))
         return
     table = Table(title=f"linears of a layer, {ranks} ranks, T = {seq}, h = {hidden}, forward and backward")
-    for column in ("engine", "median ms", "fastest", "slowest", "of collective"):
+    for column in ("engine", "median ms", "fastest", "slowest", "computing ms", "of collective", "in rounds"):
         table.add_column(column, justify="right")
     for each in found:
-        cells = [f"{seconds * 1e3:.1f}" for seconds in (each.median, *each.spread)]
-        table.add_row(each.engine, *cells, f"{each.median / found[0].median:.3f}")
+        ratios = each.over(found[0])
+        seconds = (each.median, *each.spread, statistics.median(each.computing))
+        cells = [f"{one * 1e3:.1f}" for one in seconds]
+        of_medians = f"{each.median / found[0].median:.3f}"
+        table.add_row(each.engine, *cells, of_medians, f"{min(ratios):.3f} to {max(ratios):.3f}")
     Console().print(table)

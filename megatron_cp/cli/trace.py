@@ -27,7 +27,7 @@ from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.registry import unknown
-from megatron_cp.tensor import COLLECTIVE, RING, SCHEMES
+from megatron_cp.tensor import COLLECTIVE, PANELS, RING, SCHEMES
 from megatron_cp.tensor.place import AUTO_ENGINE
 from megatron_cp.units import is_whole
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 # engines that run over any fabric
-COUNTED = (COLLECTIVE, RING)
+COUNTED = (COLLECTIVE, RING, PANELS)
 
 Window = Annotated[
     int | None, typer.Option(min=0, help="Keys that a query sees before itself; with --no-causal also after.")

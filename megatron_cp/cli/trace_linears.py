@@ -14,9 +14,9 @@ from megatron_cp.context.trace.events import Pass, Problem, Trace
 from megatron_cp.context.trace.simulate import SimulatedPass, simulate
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
-from megatron_cp.tensor import AUTO, CUBE, MEGATRONS, SCHEMES
+from megatron_cp.tensor import AUTO, COLLECTIVE, CUBE, MEGATRONS, SCHEMES
 from megatron_cp.tensor.cost import LayerLinears, Placing, cheapest
-from megatron_cp.tensor.place import engine_of, grid_of
+from megatron_cp.tensor.place import check_engine, cube_side, engine_of, grid_of
 
 EXACT = 1e-12
 
@@ -46,12 +46,16 @@ def trace_linears(asked: AskedLinears, cluster: Cluster, files: Sequence[Path], 
     _check_sizes(asked.layer, asked.ranks)
     trace, error = record_linears(asked.layer, placing, cluster.dtype), prove_linears(placing)
     # products at the rate of the largest one, where attention's stands in the description
-    narrowest = min(min(size.inputs, size.outputs) for size in asked.layer.linears) / placing.size.tokens
-    rate = cluster.gemm(cluster.dtype).rate(min(narrowest, asked.layer.tokens / placing.size.weights / placing.pieces))
+    side = cube_side(placing.size.tokens) if placing.scheme == CUBE else 0
+    narrowest = min(min(size.inputs, size.outputs) for size in asked.layer.linears)
+    narrowest /= side or placing.size.tokens * placing.panels
+    rows = asked.layer.tokens / (side or placing.size.weights * placing.pieces)
+    rate = cluster.gemm(cluster.dtype).rate(min(narrowest, rows))
     hardware = replace(cluster, flops_forward=rate, flops_backward=rate)
     passes = {"forward": trace.forward, "backward": trace.backward}
     runs = {name: simulate(run, hardware) for name, run in passes.items()}
-    formula = sum(asked.layer.sent(placing.size, split=False))
+    sent = (asked.layer.sent_on_cube(side, split=False),) if side else asked.layer.sent(placing.size, split=False)
+    formula = sum(sent)
     for file in files:
         _draw(asked, placing, passes, runs, file)
     if as_json:
@@ -64,15 +68,16 @@ def trace_linears(asked: AskedLinears, cluster: Cluster, files: Sequence[Path], 
 
 def _placing(asked: AskedLinears, cluster: Cluster) -> tuple[Placing, str]:
     scheme, grid = SCHEMES.get(asked.scheme), asked.grid.split() if asked.grid else None
-    if scheme.name == CUBE:
-        raise Refused(f"trace has the linears of all layers on a grid, got --tp-comm-type {CUBE}; estimate prices it")
     if scheme.name == AUTO or grid == [AUTO]:
-        found = cheapest(asked.layer, asked.ranks, cluster, cluster.dtype, split=False, scheme=scheme.name)
-        if found.placing.scheme == CUBE:
-            raise Refused(f"{found.why}; trace has the linears of a grid alone, pass --tp-comm-type 2d")
+        engine = engine_of(asked.engine)
+        found = cheapest(
+            asked.layer, asked.ranks, cluster, cluster.dtype, split=False, scheme=scheme.name, engine=engine
+        )
         return found.placing, found.why
-    engine = "collective" if scheme.name == MEGATRONS else engine_of(asked.engine)
-    return Placing(scheme.name, grid_of(scheme, asked.ranks, grid), engine), ""
+    engine = COLLECTIVE if scheme.name == MEGATRONS else engine_of(asked.engine)
+    size = grid_of(scheme, asked.ranks, grid)
+    check_engine(engine, scheme, size)
+    return Placing(scheme.name, size, engine), ""
 
 
 def _check_sizes(layer: LayerLinears, ranks: int) -> None:
@@ -95,6 +100,10 @@ def _draw(
         draw(trace, runs, file, title=f"linears of a layer, {placing}, {asked.ranks} ranks, T = {asked.layer.tokens:g}")
 
 
+def _sizes(placing: Placing) -> list[int]:
+    return [cube_side(placing.size.tokens)] * 3 if placing.scheme == CUBE else list(placing.size)
+
+
 def _as_json(
     placing: Placing,
     error: float,
@@ -107,7 +116,7 @@ def _as_json(
         name: {"sent": run.sent, "peak": run.peak, "time": runs[name].time, "traffic": run.traffic}
         for name, run in passes.items()
     }
-    head = {"scheme": placing.scheme, "grid": list(placing.size), "engine": placing.engine, "auto": chosen}
+    head = {"scheme": placing.scheme, "grid": _sizes(placing), "engine": placing.engine, "auto": chosen}
     return {**head, "error": error, "formula_elements": formula, **each}
 
 
@@ -126,7 +135,8 @@ def _show(
     if chosen:
         console.print(f"auto: {chosen}", highlight=False)
     verdict = "proved: " if error <= EXACT else "NOT EXACT: "
-    console.print(f"{verdict}largest relative error {error:.1e} in float64 on {placing.size}", highlight=False)
+    sizes = " x ".join(map(str, _sizes(placing)))
+    console.print(f"{verdict}largest relative error {error:.1e} in float64 on {sizes}", highlight=False)
     for name, run in passes.items():
         alone = products_seconds(run, rate)
         table = Table(

@@ -143,12 +143,18 @@ def stage_parameters(
 
 
 def _gathered_weights(rank: RankConfig) -> float:
-    """Return the bytes of the largest weight that a grid gathers, and of its gradient; 0 where none is gathered."""
-    grid = rank.parallel.placing.size
+    """Return the bytes of the largest weight that a grid gathers, and of its gradient; 0 where none is gathered.
+
+    In panels there are parts of one gradient instead, the sum in float32, and all tokens of a column.
+    """
+    placing = rank.parallel.placing
+    grid, stored = placing.size, rank.parallel.bytes
     if grid.weights == 1:
         return 0.0
     widest = max(linear.weight for linear in linears_of(rank, moe=False).linears)
-    return 2 * rank.parallel.bytes * widest / grid.tokens
+    if placing.panels > 1:
+        return (4 + 2 * stored) * widest / grid.grid.ranks + stored * rank.tokens / grid.weights * rank.model.hidden
+    return 2 * stored * widest / grid.tokens
 
 
 def _attention_workspace(rank: RankConfig) -> float:

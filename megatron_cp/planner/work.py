@@ -2,8 +2,9 @@
 
 Assumed overlap: a sequence-parallel linear hides the collectives of its backward behind its two products, except the
 gather that undoes a reduce-scatter. With --tp-comm-overlap those of forward are hidden as well, except the first of as
-many pieces as there are ranks. Linears of megatron-cp (--tp-comm-type) are priced by `megatron_cp.tensor.cost`. All
-other work within a layer runs in sequence.
+many pieces as there are ranks. Linears of megatron-cp (--tp-comm-type) are priced by `megatron_cp.tensor.cost`; an
+output layer in pieces leaves one piece of each of its collectives exposed. All other work within a layer runs in
+sequence.
 """
 
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def placed(rank: RankConfig) -> RankConfig:
         return replace(rank, parallel=replace(parallel, tp_scheme=MEGATRONS))
     split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
     layer = linears_of(rank, moe=rank.model.moe_layers == rank.model.layers)
-    chosen = cheapest(layer, parallel.tp, rank.cluster, rank.dtype, split=split).placing
+    chosen = cheapest(layer, parallel.tp, rank.cluster, rank.dtype, split=split, engine=parallel.tp_engine).placing
     grid = (chosen.size.tokens, chosen.size.weights) if chosen.scheme == "2d" else None
     return replace(rank, parallel=replace(parallel, tp_scheme=chosen.scheme, tp_grid=grid))
 
@@ -151,15 +152,18 @@ def _of_attention(rank: RankConfig, up: bool = False) -> Iterator[Product]:
         columns = weight.columns / (t if weight.split == "columns" else 1)
         if weight.up or not up:
             # a weight that each rank has whole sees the rank's own tokens
-            yield _placed(rank, inner, columns) if weight.split else Product(rank.split_tokens, inner, columns)
+            whole = Product(rank.split_tokens, inner, columns)
+            yield _placed(rank, inner, columns, row=weight.split == "inner") if weight.split else whole
 
 
-def _placed(rank: RankConfig, inner: float, columns: float) -> Product:
+def _placed(rank: RankConfig, inner: float, columns: float, *, row: bool) -> Product:
     """Return a product of the tokens that a rank's linears see, in as many pieces as its engine makes."""
     placing = rank.parallel.placing
     if placing.scheme == CUBE:
         return Product(rank.tokens, inner, columns)
-    return Product(rank.tokens / placing.size.weights / placing.pieces, inner, columns, placing.pieces)
+    pieces, panels = placing.pieces, placing.panels
+    inner, columns = (inner / panels, columns) if row else (inner, columns / panels)
+    return Product(rank.tokens / placing.size.weights / pieces, inner, columns, pieces * panels)
 
 
 def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Product]:
@@ -167,8 +171,8 @@ def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Produ
     model, t, tokens = rank.model, rank.parallel.placing.size.tokens, rank.tokens
     first = model.matrices - 1
     if not moe:
-        yield _placed(rank, model.hidden, first * model.ffn / t)
-        yield _placed(rank, model.ffn / t, model.hidden)
+        yield _placed(rank, model.hidden, first * model.ffn / t, row=False)
+        yield _placed(rank, model.ffn / t, model.hidden, row=True)
         return
     if not shared:
         local, etp = model.experts / rank.parallel.ep, rank.parallel.expert_tp
@@ -177,8 +181,8 @@ def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Produ
         yield Product(each, model.expert_ffn / etp, model.hidden, local)
         yield Product(tokens, model.hidden, model.experts)
     if model.shared_expert_ffn:
-        yield _placed(rank, model.hidden, first * model.shared_expert_ffn / t)
-        yield _placed(rank, model.shared_expert_ffn / t, model.hidden)
+        yield _placed(rank, model.hidden, first * model.shared_expert_ffn / t, row=False)
+        yield _placed(rank, model.shared_expert_ffn / t, model.hidden, row=True)
 
 
 MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
@@ -356,12 +360,18 @@ def _embedding(rank: RankConfig) -> PassTimes:
 
 def _head(rank: RankConfig) -> PassTimes:
     """Return the times of the output layer and its cross entropy in float32 (vocabulary-parallel, arXiv:1909.08053)."""
-    columns = rank.model.vocab / rank.parallel.tp
-    seconds = Seconds(products=product_seconds(rank, Product(rank.tokens, rank.model.hidden, columns), rank.dtype))
+    columns, pieces = rank.model.vocab / rank.parallel.tp, rank.parallel.placing.output_pieces
+    product = Product(rank.tokens / pieces, rank.model.hidden, columns, pieces)
+    seconds = Seconds(products=product_seconds(rank, product, rank.dtype))
     logits = rank.tokens * columns / (rank.cluster.loss_bytes_per_s or rank.cluster.touch_bytes_per_s)
     gather, scatter, reduce = _of_hidden_states(rank)
-    forward, backward = (gather, _behind_products(rank, gather + scatter)) if rank.parallel.sp else (0.0, reduce)
+    forward, backward, late = (0.0, reduce, 0.0)
+    if rank.parallel.sp:
+        forward, backward = gather, _behind_products(rank, gather + scatter)
+    if pieces > 1:
+        share = 1 if rank.cluster.inside.busy_s_per_byte else 1 / pieces
+        forward, backward, late = gather * share, scatter * share, gather * share
     # bytes per logit: cast to float32, maximum, difference, exponential, sum; backward: gradient in place, cast back
     loss = Seconds(memory=26 * logits, collectives=forward)
     gradient = Seconds(memory=14 * logits, collectives=backward)
-    return PassTimes(seconds.plus(loss), seconds.plus(gradient), seconds)
+    return PassTimes(seconds.plus(loss), seconds.plus(gradient), seconds.plus(Seconds(collectives=late)))

@@ -21,6 +21,7 @@ __all__ = [
     "ENGINES",
     "GEMMS",
     "MEGATRONS",
+    "PANELS",
     "RING",
     "SCHEMES",
     "SYMMETRIC",
@@ -77,6 +78,12 @@ def _ring() -> "type[Engine]":
     return RingEngine
 
 
+def _panels() -> "type[Engine]":
+    from megatron_cp.tensor.panels import PanelEngine
+
+    return PanelEngine
+
+
 def _symmetric() -> "type[Engine]":
     from megatron_cp.tensor.symmetric import SymmetricEngine
 
@@ -88,6 +95,9 @@ COLLECTIVE = "collective"
 
 RING = "ring"
 """The engine of messages beside products."""
+
+PANELS = "panels"
+"""The engine of weights in panels."""
 
 SYMMETRIC = "symmetric"
 """The engine of torch's fused operations."""
@@ -104,6 +114,12 @@ ENGINES = Registry(
             name=RING,
             load=_ring,
             what="a product for each rank's tokens, beside the message of the next one; partial results added in fp32",
+        ),
+        LinearEngine(
+            name=PANELS,
+            load=_panels,
+            what="weights of a grid multiplied shard by shard as they arrive, two in memory; tokens gathered whole",
+            needs="a grid that gathers weights",
         ),
         LinearEngine(
             name=SYMMETRIC,

@@ -5,7 +5,8 @@ grid (t, w) of the p ranks. All grids are priced, so that the least is exact; no
 
 Assumed overlap: engine `ring` hides its messages behind products, except those of one piece; engine `collective`
 hides nothing; Megatron's own linears hide the collectives of a backward beside its two products, except the gather
-that undoes a reduce-scatter. Weights, their gradients and the exchange around attention are never hidden.
+that undoes a reduce-scatter. Weights, their gradients and the exchange around attention are never hidden, but for
+engine `panels`, which hides weights and their gradients, except one shard, and no tokens.
 """
 
 from collections.abc import Collection, Iterator
@@ -15,7 +16,7 @@ from megatron_cp.dtypes import BYTES
 from megatron_cp.grid import divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.operations import Product, collective_seconds
-from megatron_cp.tensor import AUTO, CUBE, DEFAULT_ENGINE, MEGATRONS, RING
+from megatron_cp.tensor import AUTO, CUBE, DEFAULT_ENGINE, MEGATRONS, PANELS, RING
 from megatron_cp.tensor.place import CUBES, GridSize, cube_side
 from megatron_cp.tensor.traffic import (
     LinearSize,
@@ -109,7 +110,18 @@ class Placing(NamedTuple):
     @property
     def pieces(self) -> int:
         """Products that one product over the tokens of all ranks becomes."""
-        return self.size.tokens if self.scheme != MEGATRONS and self.engine == RING else 1
+        ring = self.engine == RING or (self.engine == PANELS and self.size.weights == 1)
+        return self.size.tokens if self.scheme != MEGATRONS and ring else 1
+
+    @property
+    def panels(self) -> int:
+        """Products that one product with the weight of all ranks becomes."""
+        return self.size.weights if self.engine == PANELS else 1
+
+    @property
+    def output_pieces(self) -> int:
+        """Products that the one of the output layer becomes, whose tokens all ranks gather."""
+        return self.size.grid.ranks if self.scheme != MEGATRONS and self.engine in (RING, PANELS) else 1
 
     def __str__(self) -> str:
         grid = f" on {self.size}" if self.size.weights > 1 else ""
@@ -139,11 +151,7 @@ def linear_times(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype:
     if placing.scheme == CUBE:
         return _on_cube(layer, placing, cluster, dtype, split=split)
     (tokens, weights), stored = placing.size, BYTES[dtype]
-    pieces = placing.pieces
-    products = sum(
-        Product(*_shape(linear, placing.size, pieces), pieces).seconds(cluster, dtype, stored)
-        for linear in layer.linears
-    )
+    products = sum(_product(linear, placing).seconds(cluster, dtype, stored) for linear in layer.linears)
     size = layer.tokens / weights * layer.hidden * stored
     gather, scatter = (collective_seconds(cluster, kind, size, tokens, weights) for kind in ("gather", "scatter"))
     pairs = len(layer.linears) // 2
@@ -156,12 +164,11 @@ def linear_times(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype:
         behind = gather + scatter if cluster.inside.busy_s_per_byte else 0.0
         return LinearTimes(products, forward, pairs * (gather + behind), 0.0)
     # where computing ranks move the bytes themselves, nothing is hidden
-    share = 1 if cluster.inside.busy_s_per_byte else 1 / pieces
+    share, of_weights = (1.0, 1.0) if cluster.inside.busy_s_per_byte else (1 / placing.pieces, 1 / placing.panels)
     # x is gathered for weight gradients, and dy once more where they come apart
     late = pairs * gather * (2 if split else 1) * share
-    return LinearTimes(
-        products, forward * share + gathered + exchanged, forward * share + gathered + exchanged, late + reduced
-    )
+    early = forward * share + gathered * of_weights + exchanged
+    return LinearTimes(products, early, early, late + reduced * of_weights)
 
 
 def _on_cube(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype: str, *, split: bool) -> LinearTimes:
@@ -189,9 +196,12 @@ def _on_cube(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype: str
     return times
 
 
-def _shape(linear: LinearSize, size: GridSize, pieces: int) -> tuple[float, float, float]:
-    rows, t = linear.tokens / size.weights / pieces, size.tokens
-    return (rows, linear.inputs, linear.outputs / t) if linear.column else (rows, linear.inputs / t, linear.outputs)
+def _product(linear: LinearSize, placing: Placing) -> Product:
+    size, pieces, panels = placing.size, placing.pieces, placing.panels
+    rows, parts, times = linear.tokens / size.weights / pieces, size.tokens * panels, pieces * panels
+    if linear.column:
+        return Product(rows, linear.inputs, linear.outputs / parts, times)
+    return Product(rows, linear.inputs / parts, linear.outputs, times)
 
 
 def placings(ranks: int) -> Iterator[Placing]:
@@ -229,14 +239,17 @@ def cheapest(
     bias: bool = False,
     scheme: str = AUTO,
     among: Collection[str] = (),
+    engine: str = DEFAULT_ENGINE,
 ) -> Cheapest:
     """Return the scheme and grid whose linears take least, forward and backward.
 
     bias:   the MLP has biases, which a grid does not gather
     scheme: the only one to consider, for its grid
     among:  schemes to consider where none is named, by default all
+    engine: of all linears but Megatron's own
     """
-    allowed = [one for one in placings(ranks) if not bias or (one.size.weights == 1 and one.scheme != CUBE)]
+    possible = (one._replace(engine=engine) for one in placings(ranks))
+    allowed = [one for one in possible if not bias or (one.size.weights == 1 and one.scheme != CUBE)]
     allowed = [one for one in allowed if _divides(layer, one) and (not among or one.scheme in among)]
     if scheme != AUTO:
         # 2.5d is 2d beside another axis

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, divisors, most_square
-from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, SCHEMES, TensorScheme
+from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, PANELS, SCHEMES, TensorScheme
 from megatron_cp.units import is_whole
 
 AUTO_ENGINE = "auto"
@@ -71,3 +71,12 @@ def cube_side(ranks: int) -> int:
 def engine_of(asked: str) -> str:
     """Return the name of the engine that --tp-engine asks for."""
     return DEFAULT_ENGINE if asked == AUTO_ENGINE else ENGINES.get(asked).name
+
+
+def check_engine(engine: str, scheme: TensorScheme, size: GridSize) -> None:
+    """Raise ValueError for an engine of gathered weights on a grid that gathers none."""
+    if engine == PANELS and size.weights == 1:
+        raise Refused(
+            f"--tp-engine {PANELS} takes weights of a grid apart, got --tp-comm-type {scheme.name}, where no weight is "
+            f"gathered on {size} ranks; use {DEFAULT_ENGINE}, or 2d with a --tp-grid that gathers weights"
+        )

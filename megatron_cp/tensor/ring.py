@@ -37,12 +37,12 @@ class RingEngine(Engine):
 
     def matmul_rs(self, whole: Tensor, matrix: Tensor) -> Tensor:
         parts = whole.unflatten(0, (self.fabric.size, -1))
-        return self._add_at_owners(lambda owner: self.product(parts[owner], matrix))
+        return self.add_at_owners(lambda owner: self.product(parts[owner], matrix))
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
-        return self._add_at_owners(lambda owner: parts[owner].contiguous())
+        return self.add_at_owners(lambda owner: parts[owner].contiguous())
 
-    def _add_at_owners(self, part_of: Callable[[int], Tensor]) -> Tensor:
+    def add_at_owners(self, part_of: Callable[[int], Tensor]) -> Tensor:
         """Add over all ranks the part that each makes for this one; `part_of(owner)` makes a contiguous one."""
         rank, size = self.fabric.rank, self.fabric.size
         total: Tensor | None = None

@@ -3,8 +3,8 @@
 Rank r = j w + i of p = t w keeps Megatron's shard r of each weight. Tokens are gathered over the t ranks j' w + i and
 weights over the w neighbours j w + i', so that a rank multiplies T/w tokens by n/t features. SUMMA (section 3.1 there)
 multiplies the same blocks panel by panel with broadcasts; a gather sends as many bytes and keeps w shards of a weight
-at a time. Parameters, and with them initial values, gradient norms, optimizers and checkpoints, are those of Megatron's
-layout; w = 1 is that layout, t = 1 gathers weights alone.
+at a time, engine `panels` two. Parameters, and with them initial values, gradient norms, optimizers and checkpoints,
+are those of Megatron's layout; w = 1 is that layout, t = 1 gathers weights alone.
 
 Attention needs all tokens of a head: `heads_for_tokens` exchanges features of T/w tokens for all T tokens of a share
 of the features, which is Megatron's layout of queries, keys and values.
@@ -18,6 +18,8 @@ from megatron_cp.comm import Fabric
 from megatron_cp.tensor.engine import Engine
 from megatron_cp.tensor.exchange import features_to_tokens, tokens_to_features
 from megatron_cp.tensor.flux import ColumnFlux, RowFlux
+from megatron_cp.tensor.linear import Linear
+from megatron_cp.tensor.panels import ColumnPanels, PanelEngine, RowPanels
 from megatron_cp.tensor.weights import WeightCut, gather_weight, scatter_gradient
 
 
@@ -48,13 +50,17 @@ class GridLinear(NamedTuple):
         return gather_weight(weight, self.cut, self.weights)
 
 
-def column_linear(tokens: Engine, weights: Engine, blocks: int = 1) -> GridLinear:
+def column_linear(tokens: Engine, weights: Engine, blocks: int = 1) -> Linear:
     """Return a column-parallel linear on a grid; a gated one has `blocks` 2."""
+    if isinstance(weights, PanelEngine):
+        return ColumnPanels(tokens, weights, blocks)
     return GridLinear(ColumnFlux(tokens), weights, WeightCut(0, blocks))
 
 
-def row_linear(tokens: Engine, weights: Engine) -> GridLinear:
+def row_linear(tokens: Engine, weights: Engine) -> Linear:
     """Return a row-parallel linear on a grid."""
+    if isinstance(weights, PanelEngine):
+        return RowPanels(tokens, weights)
     return GridLinear(RowFlux(tokens), weights, WeightCut(1))
 
 

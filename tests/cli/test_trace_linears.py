@@ -25,6 +25,8 @@ def run(*words):
         (("2d",), [2, 2]),
         (("2d", "--tp-grid", "1 4"), [1, 4]),
         (("2d", "--tp-engine", "collective"), [2, 2]),
+        (("2d", "--tp-engine", "panels"), [2, 2]),
+        (("2d", "--tp-grid", "1 4", "--tp-engine", "panels"), [1, 4]),
     ],
 )
 def test_bytes_are_the_formulas_and_the_linears_are_exact(words, grid):
@@ -57,6 +59,22 @@ def test_a_wrong_exchange_is_not_exact(monkeypatch):
     assert "NOT EXACT" in done.stdout
 
 
+@pytest.mark.parametrize("engine", ["collective", "ring"])
+def test_an_mlp_on_a_cube_is_traced_and_proved(engine):
+    words = ("--ranks", "8", "--tp-comm-type", "3d", "--tp-engine", engine)
+    found = json.loads(run(*words, "--json").stdout)
+    assert (found["grid"], found["error"] < 1e-12) == ([2, 2, 2], True)
+    sent = [a + b for a, b in zip(found["forward"]["sent"], found["backward"]["sent"], strict=True)]
+    assert sent == [STORED * found["formula_elements"]] * 8
+    assert "in float64 on 2 x 2 x 2" in run(*words).stdout
+
+
+def test_a_wrong_exchange_beside_a_cube_is_not_exact(monkeypatch):
+    right = linear_trace.features_over
+    monkeypatch.setattr(linear_trace, "features_over", lambda *args: right(*args).roll(1, 0))
+    assert run("--ranks", "8", "--tp-comm-type", "3d").exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -64,6 +82,8 @@ def test_a_wrong_exchange_is_not_exact(monkeypatch):
         (("--backend", "ring", "--tp-comm-type", "2d"), "got both"),
         (("--tp-comm-type", "2d", "--tp-grid", "2 4"), "product is --tensor-model-parallel-size 4, got 2 4"),
         (("--tp-comm-type", "flux", "--ffn", "190"), "--ffn must be divisible by --ranks 4, got 190"),
+        (("--tp-comm-type", "3d"), "3d needs a --tensor-model-parallel-size of 8, 27 or 64, got 4"),
+        (("--tp-comm-type", "flux", "--tp-engine", "panels"), "panels takes weights of a grid apart, got"),
         (("--tp-comm-type", "flux", "--tp-engine", "symmetric"), "engine symmetric runs over a process group"),
     ],
 )

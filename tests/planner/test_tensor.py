@@ -55,6 +55,24 @@ def test_a_grid_sends_weights_too_and_keeps_one_gathered(stock):
     )
 
 
+def test_panels_hide_weights_and_keep_fewer_of_them():
+    grid = (*TP, "--tp-comm-type", "2d", "--tp-grid", "1", "4")
+    whole, panels = estimated(*grid), estimated(*grid, "--tp-engine", "panels")
+    assert panels.parts.collectives < whole.parts.collectives
+    assert panels.parts.products > whole.parts.products
+    assert panels.worst_memory.buffers < whole.worst_memory.buffers
+    assert panels.traffic.inside.tensor == whole.traffic.inside.tensor
+
+
+def test_the_output_layer_hides_its_gather_behind_pieces():
+    """One stage's time beside its layers; the exposed gather of T tokens becomes three pieces of it."""
+    few = ("--num-layers", "1")
+    collective, ring = (
+        estimated(*TP, *few, "--tp-comm-type", "flux", "--tp-engine", one) for one in ("collective", "ring")
+    )
+    assert ring.parts.collectives < 0.5 * collective.parts.collectives
+
+
 def test_auto_is_no_slower_than_any_scheme(stock):
     chosen = estimated(*TP, "--tp-comm-type", "auto")
     assert chosen.parallel.tp_scheme in ("1d", "flux", "2d")

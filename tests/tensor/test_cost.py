@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.planner.linear_trace import peak_bytes
 from megatron_cp.tensor.cost import LayerLinears, Placing, cheapest, linear_times, placings
 from megatron_cp.tensor.place import GridSize
 
@@ -51,6 +52,31 @@ def test_a_ring_hides_all_but_one_piece_and_collectives_nothing():
     }
     assert shown["ring"].forward == pytest.approx(shown["collective"].forward / 8)
     assert shown["ring"].products > shown["collective"].products
+
+
+def test_panels_hide_all_but_one_shard_of_the_weights_and_no_tokens():
+    """Weights are hidden but for one of their panels; on a square grid tokens are gathered before the products."""
+    line, square = GridSize(1, 8), GridSize(2, 4)
+    shown = {
+        (engine, size): linear_times(layer(16384), Placing("2d", size, engine), H100, DTYPE, split=False)
+        for engine in ("collective", "panels")
+        for size in (line, square)
+    }
+    # x is where it is needed, and the exchange around attention is hidden by neither
+    assert shown["panels", line].weight == pytest.approx(shown["collective", line].weight / 8)
+    assert shown["panels", line].forward < shown["collective", line].forward / 2
+    assert (
+        shown["collective", square].forward / 2 < shown["panels", square].forward < shown["collective", square].forward
+    )
+    assert shown["panels", line].products > shown["collective", line].products
+
+
+@pytest.mark.parametrize("size", [GridSize(1, 4), GridSize(2, 2)])
+def test_panels_keep_less_than_a_gathered_weight(size):
+    few = layer(1024)
+    ring, panels = (peak_bytes(few, Placing("2d", size, engine), DTYPE) for engine in ("ring", "panels"))
+    # a weight of all neighbours and its gradient against parts of one
+    assert panels < 0.8 * ring
 
 
 def test_a_cube_sends_what_its_linears_and_exchanges_do():

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from megatron_cp.comm import GroupFabric, in_process
+from megatron_cp.comm import GroupFabric, SingleFabric, in_process
 from megatron_cp.context.trace.events import Matmul, Pass, Post, Wait, match
 from megatron_cp.context.trace.record import Recorder, RecordingFabric
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.tensor import ENGINES, symmetric
 from megatron_cp.tensor.flux import ColumnFlux, RowFlux
+from megatron_cp.tensor.summa_2d import column_linear, row_linear
 from megatron_cp.tensor.symmetric import FusedOperations, SymmetricEngine
 from tests.cases import slow_unless
 from tests.ranks import run_ranks
@@ -53,6 +54,24 @@ def test_a_ring_posts_the_next_message_before_it_multiplies(ranks):
         recorded(ranks, "ring", lambda engine: engine.matmul_rs(meta(4 * ranks, 6), meta(6, 8)))
         == [" ".join(["product post"] + ["product wait post"] * (ranks - 2) + ["product wait"])] * ranks
     )
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_panels_post_the_next_shard_before_they_multiply_one(ranks):
+    def linears(engine):
+        alone = ENGINES.get("collective").load()(SingleFabric())
+        return column_linear(alone, engine), row_linear(alone, engine)
+
+    around = " ".join(["post product wait"] * (ranks - 1) + ["product"])
+    home = " ".join(["product post"] + ["product wait post"] * (ranks - 2) + ["product wait"])
+    x, shard, dy = meta(12, 6), meta(4, 6), meta(12, 4 * ranks)
+    assert recorded(ranks, "panels", lambda engine: linears(engine)[0].forward(x, shard)) == [around] * ranks
+    assert recorded(ranks, "panels", lambda engine: linears(engine)[0].input_gradient(dy, shard)) == [around] * ranks
+    assert recorded(ranks, "panels", lambda engine: linears(engine)[0].weight_gradient(dy, x)) == [home] * ranks
+    x, shard, dy = dy, meta(6, 4), x
+    assert recorded(ranks, "panels", lambda engine: linears(engine)[1].forward(x, shard)) == [around] * ranks
+    assert recorded(ranks, "panels", lambda engine: linears(engine)[1].input_gradient(dy, shard)) == [around] * ranks
+    assert recorded(ranks, "panels", lambda engine: linears(engine)[1].weight_gradient(dy, x)) == [home] * ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -26,6 +26,7 @@ from tests.tolerances import EXACT
 
 GRIDS = [(ranks // weights, weights) for ranks in range(2, 9) for weights in divisors(ranks)]
 LOCAL = ["collective", "ring"]
+ON_GRIDS = [*LOCAL, "panels"]
 BYTES = 8
 
 
@@ -80,7 +81,7 @@ def errors_and_bytes(fabric, engine, tokens, weights, kind):
     return max(found), (forward, backward, split)
 
 
-@pytest.mark.parametrize("engine", LOCAL)
+@pytest.mark.parametrize("engine", ON_GRIDS)
 @pytest.mark.parametrize(("tokens", "weights"), slow_unless(lambda t, w: t * w in (2, 3, 6, 8), GRIDS))
 def test_linears_on_a_grid_equal_one_rank_and_send_what_the_formulas_say(tokens, weights, engine):
     for kind, (size, _) in kinds(tokens, weights).items():

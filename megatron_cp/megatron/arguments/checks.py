@@ -17,7 +17,7 @@ from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.experts import check_experts
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
-from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor
+from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor, stand_in_for_overlap
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.machine.facts import Machine, this_machine
@@ -88,8 +88,11 @@ def complete(args: Any, machine: Machine) -> None:
         args.async_strategy = "mcore"
         say("no GPU with nvidia-resiliency-ext here: --async-strategy mcore")
     _refuse_without_te(args, machine)
+    overlaps = getattr(args, "tp_comm_overlap", False)
     if changed := fill_arguments(args, machine):
         say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
+    if overlaps and not args.tp_comm_overlap:
+        stand_in_for_overlap(args)
 
 
 def _refuse_without_te(args: Any, machine: Machine) -> None:

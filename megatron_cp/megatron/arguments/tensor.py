@@ -9,10 +9,10 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import PipelineFlags, TensorFlags, has_our_layers, say
-from megatron_cp.tensor import AUTO, CUBE, GEMMS, MEGATRONS, SCHEMES, SYMMETRIC, TORCH
+from megatron_cp.tensor import AUTO, CUBE, GEMMS, MEGATRONS, PANELS, SCHEMES, SYMMETRIC, TORCH
 from megatron_cp.tensor.cost import LayerLinears, cheapest
 from megatron_cp.tensor.gemm import unable
-from megatron_cp.tensor.place import AUTO_ENGINE, GridSize, cube_side, engine_of, grid_of
+from megatron_cp.tensor.place import AUTO_ENGINE, GridSize, check_engine, cube_side, engine_of, grid_of
 from megatron_cp.tensor.tesseract import depth
 
 OURS = [entry.name for entry in SCHEMES if entry.name not in (MEGATRONS, AUTO)]
@@ -65,8 +65,19 @@ def settle_tensor(args: Any, default: Callable[[], Cluster]) -> None:
         _settle_products(args)
 
 
+def stand_in_for_overlap(args: Any) -> None:
+    """Take flux where --tp-comm-overlap was asked for and transformer-engine or a GPU is missing, and say so.
+
+    It refuses nothing: what flux cannot do keeps Megatron's own linears.
+    """
+    if TensorFlags.of(args).comm_type == MEGATRONS and not _left_to_megatron(args):
+        args.tp_comm_type = "flux"
+        say("--tp-comm-type flux stands in for --tp-comm-overlap, which needs transformer-engine and a GPU")
+
+
 def _settle_scheme(args: Any, flags: TensorFlags, default: Callable[[], Cluster]) -> None:
     scheme, grid, why = MEGATRONS, None, _left_to_megatron(args) if flags.comm_type == AUTO else ""
+    engine = engine_of(flags.engine)
     if not why:
         try:
             cluster = load_cluster(args.cp_cluster) if read(args, "cp_cluster") else default()
@@ -78,6 +89,7 @@ def _settle_scheme(args: Any, flags: TensorFlags, default: Callable[[], Cluster]
                 split=PipelineFlags.of(args).splits,
                 bias=bool(read(args, "add_bias_linear", False)),
                 scheme=flags.comm_type,
+                engine=engine,
             )
             scheme, why = chosen.placing.scheme, chosen.why
             grid = [str(size) for size in chosen.placing.size] if SCHEMES.get(scheme).grid else None
@@ -88,6 +100,9 @@ def _settle_scheme(args: Any, flags: TensorFlags, default: Callable[[], Cluster]
     if flags.comm_type == AUTO and scheme == MEGATRONS:
         # of the linears that were not taken
         args.tp_engine, args.tp_gemm = AUTO_ENGINE, TORCH
+    if flags.comm_type == AUTO and grid is None and engine == PANELS:
+        # a ring where no weight is gathered
+        args.tp_engine = AUTO_ENGINE
 
 
 def _settle_products(args: Any) -> None:
@@ -164,6 +179,7 @@ def check_tensor(args: Any) -> None:
     if (given := read(args, "transformer_impl", "local")) != "local":
         raise Refused(f"{who} replaces Megatron's local linears, got --transformer-impl {given}; pass local")
     refuse(UNSUPPORTED, args, who)
+    check_engine(engine, scheme, size)
     _check_sizes(args, who, tp, size)
     if gemm != TORCH and engine == SYMMETRIC:
         raise Refused(

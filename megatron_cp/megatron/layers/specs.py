@@ -46,7 +46,7 @@ from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.run import Settings, TensorFlags, say, settings_of_run, uneven_masks
 from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
 from megatron_cp.megatron.tensor.groups import connect_linears
-from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear
+from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear, place_output_layers
 from megatron_cp.tensor import CUBE
 
 # Checkpoints name a layer's norms as TransformerEngine does, where they are part of the linears that follow.
@@ -358,7 +358,7 @@ def _mtp_is_ours() -> bool:
 def _attach_hooks(model: Any) -> None:
     # Megatron-Bridge keeps its list to itself and has a method for it
     hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
-    for hook in (verify_models, hand_on_documents):
+    for hook in (place_output_layers, verify_models, hand_on_documents):
         # the spec is asked for once per virtual pipeline stage
         if hook in hooks:
             continue

@@ -14,6 +14,7 @@ from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
 from megatron_cp.megatron.run import TensorFlags
+from megatron_cp.megatron.tensor.linears import OutputLinear, output_layers
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -50,8 +51,8 @@ def core_attentions(models: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def verify_linears(models: Iterable[nn.Module]) -> list[str]:
-    """Return a line for what the linears of attention and MLPs run, none where they are Megatron's own.
+def verify_linears(models: Sequence[nn.Module]) -> list[str]:
+    """Return a line for what linears and one for what the output layer runs, none where they are Megatron's own.
 
     Raises RuntimeError naming those that are Megatron's where the model's config asks for ours.
     """
@@ -65,7 +66,11 @@ def verify_linears(models: Iterable[nn.Module]) -> list[str]:
     foreign = [f"{name} ({type(module).__name__})" for name, module in linears if not getattr(module, "placed", None)]
     if foreign:
         raise CannotRun(f"some linears are Megatron's own beside --tp-comm-type: {', '.join(foreign)}; check --spec")
-    return sorted({f"linears of attention and MLPs: {module.placed.describe()}" for _, module in linears})
+    outputs = [layer for layer in output_layers(models) if isinstance(layer, OutputLinear)]
+    return [
+        *sorted({f"linears of attention and MLPs: {module.placed.describe()}" for _, module in linears}),
+        *sorted({f"output layer: {layer.placed.describe()}" for layer in outputs}),
+    ]
 
 
 def verify_experts(models: Iterable[nn.Module], device: str) -> list[str]:

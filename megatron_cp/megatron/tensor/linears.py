@@ -2,14 +2,16 @@
 
 A linear keeps Megatron's constructor, and with it its parameter, initial values, marks and checkpoint: rank r holds
 shard r of a weight, as always. The linears of experts, and those with another name than attention's and the MLP's,
-stay Megatron's own.
+stay Megatron's own. The output layer runs over all ranks in one dimension, its communication behind its products.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import get_world_size
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
@@ -18,9 +20,11 @@ from megatron_cp.megatron.tensor.function import Exchange, apply_linear
 from megatron_cp.megatron.tensor.groups import engines_of
 from megatron_cp.tensor import GEMMS, SCHEMES, TORCH
 from megatron_cp.tensor.axes import GridEngines
+from megatron_cp.tensor.flux import ColumnFlux
 from megatron_cp.tensor.linear import Linear
 from megatron_cp.tensor.place import GridSize, engine_of, grid_of
 from megatron_cp.tensor.summa_2d import column_linear, heads_for_tokens, row_linear, tokens_for_heads
+from megatron_cp.tensor.tesseract import Depth, depth
 
 COLUMNS, ROWS = ("qkv", "fc1"), ("proj", "fc2")
 ATTENTION = ("qkv", "proj")
@@ -30,6 +34,7 @@ class PlacedLinear(NamedTuple):
     """How one linear is computed over the ranks of its group.
 
     exchanges: heads are exchanged for tokens beside it, for attention
+    depth:     axis beside the grid over which weights are repeated, of a scheme that has one
     """
 
     linear: Linear
@@ -38,6 +43,7 @@ class PlacedLinear(NamedTuple):
     scheme: str
     gemm: str
     exchanges: bool
+    depth: Depth | None
 
     def exchange(self, x: Tensor, *, to_heads: bool) -> Tensor:
         """Exchange x [s, b, features] between the grid's layout and attention's, where they differ."""
@@ -49,9 +55,10 @@ class PlacedLinear(NamedTuple):
         return result
 
     def describe(self) -> str:
-        """Return what runs: scheme, grid, engine and size."""
+        """Return what runs: scheme, grid, depth, engine and size."""
         name = self.engines.tokens.name if self.size.tokens > 1 else self.engines.weights.name
         grid = f", tokens x weights = {self.size}" if SCHEMES.get(self.scheme).grid else ""
+        grid += f", depth = {self.depth.size} ({self.depth.axis})" if self.depth else ""
         products = f", products {self.gemm}" if self.gemm != TORCH else ""
         return f"{self.scheme}{grid}, engine {name}{products}, TP={self.size.grid.ranks}"
 
@@ -63,14 +70,22 @@ def _placed(module: Any, name: str | None, *, column: bool) -> PlacedLinear | No
         return None
     if not module.config.sequence_parallel:
         raise Refused(f"--tp-comm-type {flags.comm_type} gathers tokens of sequence parallelism; set sequence_parallel")
-    size = grid_of(SCHEMES.get(flags.comm_type), module.tp_group.size(), flags.grid)
+    scheme = SCHEMES.get(flags.comm_type)
+    size = grid_of(scheme, module.tp_group.size(), flags.grid)
     engines = engines_of(module.tp_group, size, engine_of(flags.engine), GEMMS.get(flags.gemm).name)
     if column:
         linear = column_linear(*engines, 2 if name == "fc1" and module.config.gated_linear_unit else 1)
     else:
         linear = row_linear(*engines)
     exchanges = name in ATTENTION and size.weights > 1
-    return PlacedLinear(linear, engines, size, flags.comm_type, flags.gemm, exchanges)
+    beside = _depth(module) if scheme.depth else None
+    return PlacedLinear(linear, engines, size, flags.comm_type, flags.gemm, exchanges, beside)
+
+
+def _depth(module: Any) -> Depth:
+    config = module.config
+    others = module.tp_group.size() * config.pipeline_model_parallel_size * config.context_parallel_size
+    return depth(config.context_parallel_size, get_world_size() // others)
 
 
 class GridColumnLinear(ColumnParallelLinear):
@@ -108,3 +123,58 @@ class GridRowLinear(RowParallelLinear):
         if self.skip_bias_add:
             return output, self.bias
         return (output if self.bias is None else output + self.bias), None
+
+
+class PlacedOutput(NamedTuple):
+    """How an output layer is computed over the ranks of its group."""
+
+    linear: ColumnFlux
+    engines: GridEngines
+    gemm: str
+
+    def describe(self) -> str:
+        """Return what runs: engine and size."""
+        products = f", products {self.gemm}" if self.gemm != TORCH else ""
+        return f"flux, engine {self.linear.tokens.name}{products}, TP={self.linear.tokens.fabric.size}"
+
+
+class OutputLinear(ColumnParallelLinear):
+    """Megatron's output layer, its communication behind its products: [T/p, b, h] to [T, b, V/p]."""
+
+    placed: PlacedOutput
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        gathers = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        # inference gathers its last tokens itself
+        if gathers or not self.sequence_parallel:
+            return super().forward(input_, weight, runtime_gather_output)
+        own = self.weight if weight is None else weight
+        return apply_linear(self.placed.linear, input_, own, bound_queue()), None
+
+
+def place_output_layers[Model: nn.Module](models: list[Model]) -> list[Model]:
+    """Turn the output layers of built models into `OutputLinear`; a post-wrap hook for Megatron.
+
+    Megatron's models name the class of their output layer themselves, where no layer spec reaches it. Parameter and
+    checkpoint stay as they are; so does an output layer that keeps its weight gradients back, or has a bias.
+    """
+    for layer in output_layers(models):
+        config = layer.config
+        flags = TensorFlags.of(config)
+        if type(layer) is not ColumnParallelLinear or not flags.ours or not layer.sequence_parallel:
+            continue
+        if layer.bias is not None or config.defer_embedding_wgrad_compute:
+            continue
+        size = GridSize(layer.tp_group.size(), 1)
+        engines = engines_of(layer.tp_group, size, engine_of(flags.engine), GEMMS.get(flags.gemm).name)
+        layer.__class__ = OutputLinear
+        layer.placed = PlacedOutput(ColumnFlux(engines.tokens), engines, flags.gemm)
+    return models
+
+
+def output_layers(models: Iterable[nn.Module]) -> list[Any]:
+    """Return the output layers of models, none for a pipeline stage without one."""
+    modules = (module for model in models for module in model.modules())
+    return [layer for module in modules if isinstance(layer := getattr(module, "output_layer", None), nn.Module)]

@@ -22,6 +22,7 @@ from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.spec import gpt_layer_spec
+from megatron_cp.megatron.tensor.linears import place_output_layers
 from tests.megatron.spec_run import grad_norms, losses, train
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
@@ -65,11 +66,11 @@ def _conventions() -> None:
     ):
         assert_ours(asked, 4)
     # asked twice, as for two virtual stages, and still hooked once
-    assert model.post_wrap_hooks == [verify_models, hand_on_documents]
+    assert model.post_wrap_hooks == [place_output_layers, verify_models, hand_on_documents]
     provider = BridgeProvider(num_layers=4, hidden_size=32, num_attention_heads=4, transformer_impl="local")
     for _ in range(2):
         assert_ours(gpt_layer_spec(provider, vp_stage=None), 4)
-    assert provider._post_wrap_hooks == [verify_models, hand_on_documents]
+    assert provider._post_wrap_hooks == [place_output_layers, verify_models, hand_on_documents]
 
 
 def test_every_calling_convention_gives_our_layers() -> None:

@@ -22,12 +22,14 @@ class Run(NamedTuple):
     """Losses and norms of a run, the names of the classes of its linears, and the bytes that they sent on this rank.
 
     stream_k: products that its kernel computed
+    output:   name of the class of its output layer; empty where the rank has none
     """
 
     log: list
     linears: set[str]
     sent: int
     stream_k: int = 0
+    output: str = ""
 
 
 def trained_with_linears(flags):
@@ -36,6 +38,7 @@ def trained_with_linears(flags):
 
     from megatron_cp.megatron.process import pretrain
     from megatron_cp.megatron.process.launch import launched
+    from megatron_cp.megatron.tensor.linears import output_layers
 
     built = []
 
@@ -53,7 +56,8 @@ def trained_with_linears(flags):
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in OURS and not module.is_expert
     ]
-    placed = [placed for module in linears if (placed := getattr(module, "placed", None))]
+    outputs = output_layers(built)
+    placed = [placed for module in [*linears, *outputs] if (placed := getattr(module, "placed", None))]
     engines = [engine for each in placed for engine in getattr(each, "engines", each)]
     fabrics = {id(engine.fabric): engine.fabric for engine in engines}
     products = {id(engine.product): engine.product for engine in engines}
@@ -62,11 +66,16 @@ def trained_with_linears(flags):
         {type(module).__name__ for module in linears},
         sum(fabric.sent for fabric in fabrics.values()),
         sum(getattr(product, "calls", 0) for product in products.values()),
+        "".join(type(layer).__name__ for layer in outputs),
     )
 
 
 def run(world_size, *flags):
     return run_ranks(world_size, trained_with_linears, tiny(MODEL, *flags))[0]
+
+
+STOCK = {"ColumnParallelLinear", "RowParallelLinear"}
+PLACED = {"GridColumnLinear", "GridRowLinear"}
 
 
 def tensor(size, scheme):
@@ -81,35 +90,66 @@ def alone():
     def made(*flags):
         if flags not in runs:
             found = run(1, *flags)
-            assert not {name for name in found.linears if name.startswith("Grid")}
+            assert (found.linears, found.output) == (STOCK, "ColumnParallelLinear")
             runs[flags] = found.log
         return runs[flags]
 
     return made
 
 
-def assert_equal_runs(found, expected):
-    assert found.linears == {"GridColumnLinear", "GridRowLinear"}
-    assert found.sent > 0
-    assert [step["iteration"] for step in found.log] == [step["iteration"] for step in expected]
-    for step, other in zip(found.log, expected, strict=True):
+def assert_equal_logs(found, expected):
+    assert [step["iteration"] for step in found] == [step["iteration"] for step in expected]
+    for step, other in zip(found, expected, strict=True):
         assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
 
 
-def layer_bytes(tokens, weights, *, split=False):
-    """Bytes that a rank sends for one layer and microbatch, forward and backward."""
-    rows, total = SEQUENCE * BATCH, SentElements()
-    qkv = QUERY + KEY_VALUE
-    for size in (
-        LinearSize(rows, HIDDEN, qkv, True),
-        LinearSize(rows, QUERY, HIDDEN, False),
-        LinearSize(rows, HIDDEN, 2 * FFN, True),
-        LinearSize(rows, FFN, HIDDEN, False),
-    ):
-        total = total.plus(grid_forward(size, tokens, weights))
-        total = total.plus(grid_backward(size, tokens, weights, split=split))
-    return 4 * total.plus(heads_exchange(rows, qkv + QUERY, tokens, weights), 2).total
+def assert_equal_runs(found, expected):
+    assert found.linears == PLACED
+    assert found.output in ("OutputLinear", "")
+    assert_equal_logs(found.log, expected)
+
+
+class Load(NamedTuple):
+    """What one rank of a run does, by which the formulas give the bytes that its linears send.
+
+    micros:    microbatches of all 4 iterations
+    tokens:    of one in a tensor-parallel group
+    key_value: features of keys and values of all ranks
+    first:     outputs of the MLP's first linear
+    split:     weight gradients have a turn of their own
+    forwards:  runs of each layer's forward
+    outputs:   output layers of this rank
+    """
+
+    grid: tuple[int, int]
+    layers: int = 2
+    micros: int = 8
+    tokens: int = SEQUENCE * BATCH
+    key_value: int = KEY_VALUE
+    first: int = 2 * FFN
+    split: bool = False
+    forwards: int = 1
+    outputs: int = 1
+
+    @property
+    def sent(self):
+        """Bytes that this rank sends for its linears in the whole run."""
+        passes = SentElements()
+        for size in (
+            LinearSize(self.tokens, HIDDEN, QUERY + self.key_value, True),
+            LinearSize(self.tokens, QUERY, HIDDEN, False),
+            LinearSize(self.tokens, HIDDEN, self.first, True),
+            LinearSize(self.tokens, FFN, HIDDEN, False),
+        ):
+            passes = passes.plus(grid_forward(size, *self.grid), self.forwards)
+            passes = passes.plus(grid_backward(size, *self.grid, split=self.split))
+        heads = heads_exchange(self.tokens, QUERY + self.key_value + QUERY, *self.grid)
+        passes = passes.plus(heads, 1 + self.forwards)
+        # the output layer has all ranks in one dimension; the size of the vocabulary does not matter
+        ranks, output = self.grid[0] * self.grid[1], LinearSize(self.tokens, HIDDEN, 1, True)
+        ends = grid_forward(output, ranks, 1).plus(grid_backward(output, ranks, 1))
+        return 4 * self.micros * (self.layers * passes.total + self.outputs * ends.total)
 
 
 CASES = {
@@ -117,7 +157,9 @@ CASES = {
     "flux by collectives": (4, "flux --tp-engine collective", (4, 1)),
     "2x2": (4, "2d", (2, 2)),
     "2x2 by collectives": (4, "2d --tp-engine collective", (2, 2)),
+    "2x2 in panels": (4, "2d --tp-engine panels", (2, 2)),
     "1x4, weights alone": (4, "2d --tp-grid 1 4", (1, 4)),
+    "1x4 in panels": (4, "2d --tp-grid 1 4 --tp-engine panels", (1, 4)),
 }
 
 
@@ -126,8 +168,9 @@ def test_a_scheme_equals_one_rank_and_sends_what_its_formula_says(alone, case):
     size, scheme, grid = CASES[case]
     found = run(size, tensor(size, scheme))
     assert_equal_runs(found, alone())
+    assert found.output == "OutputLinear"
     # 4 iterations of 2 microbatches in 2 layers, of which a rank has all
-    assert found.sent == 16 * layer_bytes(*grid)
+    assert found.sent == Load(grid).sent
 
 
 @pytest.mark.slow
@@ -137,10 +180,11 @@ def test_a_cube_equals_one_rank_sends_what_its_formula_says_and_its_checkpoint_m
     expected = alone(groups, "--train-iters 6 --lr-decay-iters 6")
     saving = f"--train-iters 3 --save {tmp_path} --save-interval 3"
     first = run(8, tensor(8, "3d"), groups, reshardable, saving)
-    assert first.linears == {"GridColumnLinear", "GridRowLinear", "CubeParallelLinear"}
+    assert first.linears == {*PLACED, "CubeParallelLinear"}
     layer = LayerLinears(SEQUENCE * BATCH, HIDDEN, 3 * QUERY, QUERY, 2 * FFN, FFN)
     # 3 iterations of 2 microbatches in 2 layers
-    assert first.sent == 12 * 4 * layer.sent_on_cube(2, split=False)
+    outputs = Load((8, 1), layers=0, micros=6).sent
+    assert first.sent == 12 * 4 * layer.sent_on_cube(2, split=False) + outputs
     second = run(
         2,
         tensor(2, "1d"),
@@ -148,54 +192,97 @@ def test_a_cube_equals_one_rank_sends_what_its_formula_says_and_its_checkpoint_m
         reshardable,
         f"--train-iters 6 --load {tmp_path} --use-checkpoint-opt-param-scheduler",
     )
-    for step, other in zip([*first.log, *second.log], expected, strict=True):
-        assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
-        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
+    assert_equal_logs([*first.log, *second.log], expected)
 
+
+class Combined(NamedTuple):
+    """A run beside other features: its ranks and flags, and what the first and the last of its ranks do."""
+
+    ranks: int
+    parallel: str
+    model: str
+    first: Load
+    last: Load
+    without: str = ""
+
+
+def combined(ranks, parallel, model, load, last=None, without=""):
+    return Combined(ranks, parallel, model, load, last or load, without)
+
+
+# 4 iterations of 4 microbatches in 4 layers, of which a stage has two
+STAGE = {"micros": 16, "outputs": 0}
+STAGES = "--pipeline-model-parallel-size 2 --pp-schedule"
 
 COMBINED = {
-    "fewer groups than ranks": (4, tensor(4, "2d"), "--num-query-groups 2"),
-    "2.5d beside context parallelism": (
+    "fewer groups than ranks": combined(
+        4, tensor(4, "2d"), "--num-query-groups 2", Load((2, 2), key_value=KEY_VALUE // 2)
+    ),
+    "2.5d beside context parallelism": combined(
         8,
         f"{tensor(4, '2.5d')} --context-parallel-size 2 --use-distributed-optimizer",
         "",
+        Load((2, 2), tokens=SEQUENCE * BATCH // 2),
     ),
-    "2.5d beside data parallelism, overlapped": (
+    "2.5d beside data parallelism, overlapped": combined(
         8,
         f"{tensor(4, '2.5d')} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
         "",
+        Load((2, 2), micros=4),
     ),
-    "full recompute": (
+    "panels beside data parallelism, overlapped": combined(
+        8,
+        f"{tensor(4, '2.5d --tp-engine panels')} --use-distributed-optimizer --overlap-grad-reduce "
+        "--overlap-param-gather",
+        "",
+        Load((2, 2), micros=4),
+    ),
+    "full recompute": combined(
         4,
         f"{tensor(4, '2d')} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "",
+        Load((2, 2), forwards=2),
     ),
-    "q and k layernorm": (4, tensor(4, "2d"), "--qk-layernorm --adam-eps 1e-5"),
-    "bias of queries, keys and values": (4, tensor(4, "2d"), "--add-qkv-bias"),
-    "no gate": (4, tensor(4, "2d"), "--squared-relu"),
-    "shared experts": (
+    "q and k layernorm": combined(4, tensor(4, "2d"), "--qk-layernorm --adam-eps 1e-5", Load((2, 2))),
+    "bias of queries, keys and values": combined(4, tensor(4, "2d"), "--add-qkv-bias", Load((2, 2))),
+    "biases of all linears": combined(4, tensor(4, "flux"), "", Load((4, 1)), without="--disable-bias-linear"),
+    "tied embeddings": combined(4, tensor(4, "2d"), "", Load((2, 2)), without="--untie-embeddings-and-output-weights"),
+    "no gate": combined(4, tensor(4, "2d"), "--squared-relu", Load((2, 2), first=FFN), without="--swiglu"),
+    "shared experts": combined(
         4,
         tensor(4, "2d"),
         "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall "
         "--moe-shared-expert-intermediate-size 96 --moe-ffn-hidden-size 96",
+        Load((2, 2)),
     ),
-    "zb-h1, weight gradients in their turn": (
+    "zb-h1, weight gradients in their turn": combined(
         4,
-        f"{tensor(2, 'flux')} --pipeline-model-parallel-size 2 --pp-schedule zb-h1",
+        f"{tensor(2, 'flux')} {STAGES} zb-h1",
         DEEP,
+        Load((2, 1), split=True, **STAGE),
+        Load((2, 1), split=True, **STAGE)._replace(outputs=1),
     ),
-    "zb-h1, weights alone": (
+    "zb-h1, weights alone": combined(
         4,
-        f"{tensor(2, '2d --tp-grid 1 2')} --pipeline-model-parallel-size 2 --pp-schedule zb-h1",
+        f"{tensor(2, '2d --tp-grid 1 2')} {STAGES} zb-h1",
         DEEP,
+        Load((1, 2), split=True, **STAGE),
+        Load((1, 2), split=True, **STAGE)._replace(outputs=1),
     ),
-    "zb-v": (8, f"{tensor(4, '2d')} --pipeline-model-parallel-size 2 --pp-schedule zb-v", DEEP),
-    # its processes make the groups of the grid too
-    "a stage without layers": (
+    "zb-h1, weights in panels": combined(
+        4,
+        f"{tensor(2, '2d --tp-grid 1 2 --tp-engine panels')} {STAGES} zb-h1",
+        DEEP,
+        Load((1, 2), split=True, **STAGE),
+        Load((1, 2), split=True, **STAGE)._replace(outputs=1),
+    ),
+    # both ends of the model are on the first stage
+    "zb-v": combined(
         8,
-        f"{tensor(4, '2d')} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*4|L "
-        "--pp-schedule 1f1b",
+        f"{tensor(4, '2d')} {STAGES} zb-v",
         DEEP,
+        Load((2, 2), split=True, **STAGE)._replace(outputs=1),
+        Load((2, 2), split=True, **STAGE),
     ),
 }
 
@@ -203,14 +290,24 @@ COMBINED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMBINED)
 def test_combined_with_other_features_equals_one_rank(alone, case):
-    world_size, parallel, model = COMBINED[case]
-    without = "--swiglu" if "--squared-relu" in model else ""
-    words = tiny(MODEL, parallel, model, without=without)
-    if without:
-        expected = run_ranks(1, trained_with_linears, tiny(MODEL, model, without=without))[0].log
+    asked = COMBINED[case]
+    runs = run_ranks(asked.ranks, trained_with_linears, tiny(MODEL, asked.parallel, asked.model, without=asked.without))
+    if asked.without:
+        expected = run_ranks(1, trained_with_linears, tiny(MODEL, asked.model, without=asked.without))[0].log
     else:
-        expected = alone(model)
-    assert_equal_runs(run_ranks(world_size, trained_with_linears, words)[0], expected)
+        expected = alone(asked.model)
+    for found, load in ((runs[0], asked.first), (runs[-1], asked.last)):
+        assert_equal_runs(found, expected)
+        assert found.output == "OutputLinear" * load.outputs
+        assert found.sent == load.sent
+
+
+@pytest.mark.slow
+def test_stages_of_megatrons_own_linears_equal_one_rank_under_a_split_schedule(alone):
+    found = run_ranks(4, trained_with_linears, tiny(MODEL, f"{tensor(2, '1d')} {STAGES} zb-h1", DEEP))
+    for each, output in ((found[0], ""), (found[-1], "ColumnParallelLinear")):
+        assert (each.linears, each.sent, each.output) == (STOCK, 0, output)
+        assert_equal_logs(each.log, alone(DEEP))
 
 
 @pytest.mark.slow
@@ -220,10 +317,8 @@ def test_combined_with_other_features_equals_one_rank(alone, case):
 )
 def test_megatrons_own_linears_equal_one_rank(alone, size, parallel):
     found, expected = run(size, f"--tensor-model-parallel-size {size} --tp-comm-type 1d {parallel}"), alone()
-    assert (found.linears, found.sent) == ({"ColumnParallelLinear", "RowParallelLinear"}, 0)
-    for step, other in zip(found.log, expected, strict=True):
-        assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
-        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
+    assert (found.linears, found.sent) == (STOCK, 0)
+    assert_equal_logs(found.log, expected)
 
 
 def differences(found, expected, what):
@@ -247,7 +342,7 @@ def rounded():
 def test_bf16_differs_from_one_rank_by_no_more_than_megatrons_own_linears_do(rounded, scheme):
     expected, own = rounded
     found = run(4, tensor(4, scheme), "--bf16")
-    assert found.linears == {"GridColumnLinear", "GridRowLinear"}
+    assert found.linears == PLACED
     assert max(differences(found.log, expected, "loss")) < BF16_STEP
     # on the CPU of the first run: flux 5e-4, 2d 8e-4, Megatron's own 1.6e-3
     assert max(differences(found.log, expected, "grad_norm")) < max(BF16_STEP, own["grad_norm"])
@@ -260,8 +355,8 @@ def test_products_of_stream_k_under_the_interpreter_equal_one_rank(alone):
     flags = tiny(MODEL, tensor(2, "flux --tp-gemm stream-k"), words)
     found = run_ranks(2, interpreted, flags)[0]
     assert_equal_runs(found, alone(words))
-    # forward, input and weight gradient of four linears in two pieces, of 2 microbatches in 2 iterations
-    assert found.stream_k == 3 * 4 * 2 * 2 * 2
+    # forward, input and weight gradient of five linears in two pieces, of 2 microbatches in 2 iterations
+    assert found.stream_k == 3 * 5 * 2 * 2 * 2
 
 
 def interpreted(flags):
@@ -289,12 +384,11 @@ def test_a_checkpoint_moves_between_layouts(alone, tmp_path, saved, loaded, opti
         second = run(
             size, parallel, reshardable, f"--train-iters 6 --load {tmp_path} --use-checkpoint-opt-param-scheduler"
         )
-        for step, other in zip([*first.log, *second.log], expected, strict=True):
-            assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
-            assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
+        assert_equal_logs([*first.log, *second.log], expected)
 
 
 @pytest.mark.slow
 def test_the_banner_names_scheme_grid_and_engine():
     _, log = run_ranks_with_log(4, trained_with_linears, tiny(MODEL, tensor(4, "2d"), "--train-iters 1"))
     assert "[megatron-cp] linears of attention and MLPs: 2d, tokens x weights = 2 x 2, engine ring, TP=4" in log
+    assert "[megatron-cp] output layer: flux, engine ring, TP=4" in log

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.megatron.arguments.tensor import check_tensor, layer_of, settle_tensor
+from megatron_cp.megatron.arguments.tensor import check_tensor, layer_of, settle_tensor, stand_in_for_overlap
 from megatron_cp.megatron.machine.environment import without_one_connection
 from megatron_cp.megatron.machine.facts import this_machine
 from megatron_cp.megatron.process import launch
@@ -33,6 +33,7 @@ def check(**given):
     [
         {},
         {"tp_grid": ["1", "4"]},
+        {"tp_grid": ["1", "4"], "tp_engine": "panels"},
         {"tp_comm_type": "flux", "tp_engine": "collective"},
         {"tp_comm_type": "2.5d"},
         {"tp_comm_type": "2.5d", "context_parallel_size": 2},
@@ -60,6 +61,11 @@ def test_what_works_is_taken(given):
             {"tp_comm_type": "1d", "tp_engine": "ring"},
             "--tp-engine ring needs .* flux or 2d or 2.5d or 3d, got 1d",
         ),
+        (
+            {"tp_comm_type": "flux", "tp_engine": "panels"},
+            "panels takes weights of a grid apart, got --tp-comm-type flux, where no .* on 4 x 1 ranks; use ring",
+        ),
+        ({"tp_engine": "panels", "tp_grid": ["4", "1"]}, "got --tp-comm-type 2d, where no weight .* on 4 x 1 ranks"),
         ({"tp_gemm": "streamk"}, "unknown tensor-parallel product 'streamk'; did you mean 'stream-k'"),
         ({"tp_comm_type": "1d", "tp_gemm": "stream-k"}, "--tp-gemm stream-k needs .* or 3d, got 1d; leave it out"),
         (
@@ -165,6 +171,38 @@ def test_auto_refuses_nothing(capsys, given, why):
     args, said = settled(capsys, **{"tp_comm_type": "auto", **given})
     assert args.tp_comm_type == "1d"
     assert why in said
+
+
+def test_auto_takes_panels_for_gathered_weights_alone(capsys):
+    args, said = settled(capsys, tp_comm_type="auto", tp_engine="panels", seq_length=65536)
+    assert (args.tp_engine == "panels") == (args.tp_comm_type == "2d")
+    assert len(said.splitlines()) == 1
+    check_tensor(args)
+
+
+def test_an_unknown_engine_is_refused_whatever_is_chosen(capsys):
+    with pytest.raises(ValueError, match="unknown tensor-parallel engine 'rings'; did you mean 'ring'"):
+        settled(capsys, tp_comm_type="auto", tp_engine="rings", tensor_model_parallel_size=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({}, "flux"),
+        ({"tp_comm_type": "2d"}, "2d"),
+        ({"sequence_parallel": False}, "1d"),
+        ({"transformer_impl": "transformer_engine"}, "1d"),
+        ({"moe_shared_expert_overlap": True}, "1d"),
+    ],
+)
+def test_flux_stands_in_for_the_overlap_of_transformer_engine(capsys, given, taken):
+    args = SimpleNamespace(**{**RUN, **SIZES, "tp_comm_type": "1d", **given})
+    stand_in_for_overlap(args)
+    assert args.tp_comm_type == taken
+    stands_in = (
+        "[megatron-cp] --tp-comm-type flux stands in for --tp-comm-overlap, which needs transformer-engine and a GPU\n"
+    )
+    assert capsys.readouterr().out == (stands_in if taken == "flux" else "")
 
 
 @pytest.mark.parametrize(
