@@ -32,8 +32,9 @@ class ParallelLinear(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x)
         y = call.linear.forward(x.flatten(0, 1), call.weight.detach())
-        # (s b) n -> s b n
-        return y.unflatten(0, (-1, x.shape[1]))
+        # (s b) n -> s b n, as torch.matmul: the cross entropy writes into the logits, which autograd forbids for a view
+        result: Tensor = torch.ops.aten._unsafe_view(y, (len(y) // x.shape[1], x.shape[1], y.shape[1]))
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
