@@ -259,7 +259,8 @@ COMBINED = {
         4,
         f"{tensor(2, 'flux')} {STAGES} zb-h1",
         DEEP,
-        Load((2, 1), split=True, **STAGE),
+        # the first stage's W follows its I at once, and both are one backward
+        Load((2, 1), **STAGE),
         Load((2, 1), split=True, **STAGE)._replace(outputs=1),
     ),
     "zb-h1, weights alone": combined(
