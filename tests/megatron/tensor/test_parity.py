@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_cp.pipeline.action import FULL, WEIGHT, halves
+from megatron_cp.pipeline.build import build
+from megatron_cp.pipeline.execute import lower
 from megatron_cp.tensor.cost import LayerLinears
 from megatron_cp.tensor.traffic import LinearSize, SentElements, grid_backward, grid_forward, heads_exchange
 from tests.cases import slow_unless
@@ -117,7 +120,7 @@ class Load(NamedTuple):
     tokens:    of one in a tensor-parallel group
     key_value: features of keys and values of all ranks
     first:     outputs of the MLP's first linear
-    split:     weight gradients have a turn of their own
+    apart:     share of backwards whose weight gradients have a turn of their own
     forwards:  runs of each layer's forward
     outputs:   output layers of this rank
     """
@@ -128,7 +131,7 @@ class Load(NamedTuple):
     tokens: int = SEQUENCE * BATCH
     key_value: int = KEY_VALUE
     first: int = 2 * FFN
-    split: bool = False
+    apart: float = 0.0
     forwards: int = 1
     outputs: int = 1
 
@@ -143,7 +146,8 @@ class Load(NamedTuple):
             LinearSize(self.tokens, FFN, HIDDEN, False),
         ):
             passes = passes.plus(grid_forward(size, *self.grid), self.forwards)
-            passes = passes.plus(grid_backward(size, *self.grid, split=self.split))
+            passes = passes.plus(grid_backward(size, *self.grid), 1 - self.apart)
+            passes = passes.plus(grid_backward(size, *self.grid, split=True), self.apart)
         heads = heads_exchange(self.tokens, QUERY + self.key_value + QUERY, *self.grid)
         passes = passes.plus(heads, 1 + self.forwards)
         # the output layer has all ranks in one dimension; the size of the vocabulary does not matter
@@ -210,9 +214,15 @@ def combined(ranks, parallel, model, load, last=None, without=""):
     return Combined(ranks, parallel, model, load, last or load, without)
 
 
-# 4 iterations of 4 microbatches in 4 layers, of which a stage has two
-STAGE = {"micros": 16, "outputs": 0}
 STAGES = "--pipeline-model-parallel-size 2 --pp-schedule"
+
+
+def stage(schedule, rank, grid, outputs):
+    """Load of 4 iterations of 4 microbatches in 4 layers, of which a pipeline rank has two."""
+    ran = [action.kind for cell in lower(build(schedule, 2, 4)).table[rank] for action in halves(cell)]
+    apart = ran.count(WEIGHT) / (ran.count(WEIGHT) + ran.count(FULL))
+    return Load(grid, micros=16, apart=apart, outputs=outputs)
+
 
 COMBINED = {
     "fewer groups than ranks": combined(
@@ -259,31 +269,30 @@ COMBINED = {
         4,
         f"{tensor(2, 'flux')} {STAGES} zb-h1",
         DEEP,
-        # the first stage's W follows its I at once, and both are one backward
-        Load((2, 1), **STAGE),
-        Load((2, 1), split=True, **STAGE)._replace(outputs=1),
+        stage("zb-h1", 0, (2, 1), outputs=0),
+        stage("zb-h1", -1, (2, 1), outputs=1),
     ),
     "zb-h1, weights alone": combined(
         4,
         f"{tensor(2, '2d --tp-grid 1 2')} {STAGES} zb-h1",
         DEEP,
-        Load((1, 2), split=True, **STAGE),
-        Load((1, 2), split=True, **STAGE)._replace(outputs=1),
+        stage("zb-h1", 0, (1, 2), outputs=0),
+        stage("zb-h1", -1, (1, 2), outputs=1),
     ),
     "zb-h1, weights in panels": combined(
         4,
         f"{tensor(2, '2d --tp-grid 1 2 --tp-engine panels')} {STAGES} zb-h1",
         DEEP,
-        Load((1, 2), split=True, **STAGE),
-        Load((1, 2), split=True, **STAGE)._replace(outputs=1),
+        stage("zb-h1", 0, (1, 2), outputs=0),
+        stage("zb-h1", -1, (1, 2), outputs=1),
     ),
-    # both ends of the model are on the first stage
+    # both ends of the model are on the first rank
     "zb-v": combined(
         8,
         f"{tensor(4, '2d')} {STAGES} zb-v",
         DEEP,
-        Load((2, 2), split=True, **STAGE)._replace(outputs=1),
-        Load((2, 2), split=True, **STAGE),
+        stage("zb-v", 0, (2, 2), outputs=1),
+        stage("zb-v", -1, (2, 2), outputs=0),
     ),
 }
 
