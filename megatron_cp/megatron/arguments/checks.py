@@ -91,7 +91,7 @@ def complete(args: Any, machine: Machine) -> None:
     overlaps = getattr(args, "tp_comm_overlap", False)
     if changed := fill_arguments(args, machine):
         say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
-    if overlaps and not args.tp_comm_overlap:
+    if overlaps and args.transformer_impl == "local":
         stand_in_for_overlap(args)
 
 

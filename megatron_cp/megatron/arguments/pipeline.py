@@ -49,8 +49,8 @@ UNSUPPORTED = (
     Unsupported(
         "transformer-engine's overlap of tensor-parallel communication, which cannot delay weight gradients",
         lambda args: _splits_te(args) and bool(read(args, "tp_comm_overlap", False)),
-        "leave --tp-comm-overlap out, or take a schedule without W, or --transformer-impl local, where --tp-comm-type "
-        "flux overlaps",
+        "pass --transformer-impl local, where --tp-comm-type flux stands in for it, or leave --tp-comm-overlap out, or "
+        "take a schedule without W",
     ),
     Unsupported(
         "transformer-engine's fused operations, which delay no weight gradients",

@@ -66,13 +66,20 @@ def settle_tensor(args: Any, default: Callable[[], Cluster]) -> None:
 
 
 def stand_in_for_overlap(args: Any) -> None:
-    """Take flux where --tp-comm-overlap was asked for and transformer-engine or a GPU is missing, and say so.
+    """Take flux, or the scheme that is asked for, in place of --tp-comm-overlap beside Megatron's linears, and say so.
 
-    It refuses nothing: what flux cannot do keeps Megatron's own linears.
+    It refuses nothing: a run that cannot have flux keeps Megatron's own linears.
     """
-    if TensorFlags.of(args).comm_type == MEGATRONS and not _left_to_megatron(args):
+    asked, args.tp_comm_overlap = read(args, "tp_comm_overlap", False), False
+    if TensorFlags.of(args).comm_type == MEGATRONS:
+        if _left_to_megatron(args):
+            args.tp_comm_overlap = asked
+            return
         args.tp_comm_type = "flux"
-        say("--tp-comm-type flux stands in for --tp-comm-overlap, which needs transformer-engine and a GPU")
+    say(
+        f"--tp-comm-type {args.tp_comm_type} stands in for --tp-comm-overlap, which belongs to transformer-engine's "
+        f"linears"
+    )
 
 
 def _settle_scheme(args: Any, flags: TensorFlags, default: Callable[[], Cluster]) -> None:

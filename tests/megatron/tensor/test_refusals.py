@@ -196,13 +196,17 @@ def test_an_unknown_engine_is_refused_whatever_is_chosen(capsys):
     ],
 )
 def test_flux_stands_in_for_the_overlap_of_transformer_engine(capsys, given, taken):
-    args = SimpleNamespace(**{**RUN, **SIZES, "tp_comm_type": "1d", **given})
+    args = SimpleNamespace(**{**RUN, **SIZES, "tp_comm_type": "1d", "tp_comm_overlap": True, **given})
     stand_in_for_overlap(args)
     assert args.tp_comm_type == taken
     stands_in = (
-        "[megatron-cp] --tp-comm-type flux stands in for --tp-comm-overlap, which needs transformer-engine and a GPU\n"
+        f"[megatron-cp] --tp-comm-type {taken} stands in for --tp-comm-overlap, which belongs to transformer-engine's "
+        f"linears\n"
     )
-    assert capsys.readouterr().out == (stands_in if taken == "flux" else "")
+    assert args.tp_comm_overlap == (taken == "1d")
+    assert capsys.readouterr().out == (stands_in if taken != "1d" else "")
+    if taken != "1d":
+        check_tensor(args)
 
 
 @pytest.mark.parametrize(
