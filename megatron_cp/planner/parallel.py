@@ -14,7 +14,7 @@ from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
-from megatron_cp.tensor import DEFAULT_ENGINE, MEGATRONS
+from megatron_cp.tensor import AUTO, DEFAULT_ENGINE, FLUX, MEGATRONS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 from megatron_cp.tensor.cost import Placing
 from megatron_cp.tensor.place import AUTO_ENGINE, engine_of, grid_of
@@ -179,6 +179,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         )
     micro = recipe.number("--micro-batch-size", 1)
     backend = recipe.flag("--cp-comm-type", "p2p")
+    scheme, overlap = _tensor_scheme(recipe, sizes["tp"])
     return Parallel(
         tp=sizes["tp"],
         pp=sizes["pp"],
@@ -207,8 +208,8 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         balanced_ends="--account-for-loss-in-pipeline-split" in given,
         overlap_grad_reduce="--overlap-grad-reduce" in given,
         overlap_param_gather="--overlap-param-gather" in given,
-        tp_overlap="--tp-comm-overlap" in given,
-        tp_scheme=recipe.flag("--tp-comm-type", MEGATRONS),
+        tp_overlap=overlap,
+        tp_scheme=scheme,
         tp_grid=_tensor_grid(recipe, sizes["tp"]),
         tp_engine=engine_of(recipe.flag("--tp-engine", AUTO_ENGINE)),
         overlap_p2p="--no-overlap-p2p-communication" not in given,
@@ -219,6 +220,18 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         state_bytes=_state_bytes(recipe),
         precision=_precision(recipe),
     )
+
+
+def _tensor_scheme(recipe: Recipe, ranks: int) -> tuple[str, bool]:
+    """Return the scheme of tensor parallelism, and True where it is transformer-engine's linears that overlap.
+
+    As in a run, flux stands in for --tp-comm-overlap beside --transformer-impl local.
+    """
+    scheme, overlap = recipe.flag("--tp-comm-type", MEGATRONS), "--tp-comm-overlap" in recipe.model_args
+    if not overlap or recipe.flag("--transformer-impl", "transformer_engine") != "local":
+        return scheme, overlap and scheme in (MEGATRONS, AUTO)
+    stands_in = scheme == MEGATRONS and ranks > 1 and "--sequence-parallel" in recipe.model_args
+    return (FLUX if stands_in else scheme), False
 
 
 def _moves(recipe: Recipe) -> Offload | None:

@@ -93,11 +93,14 @@ def linears_of(rank: RankConfig, moe: bool) -> LayerLinears:
 
 
 def placed(rank: RankConfig) -> RankConfig:
-    """Return the rank with the scheme of tensor parallelism that `auto` chooses; others as they are."""
+    """Return the rank with the scheme of tensor parallelism that `auto` chooses; others as they are.
+
+    As in a run, linears of transformer-engine that overlap stay.
+    """
     parallel = rank.parallel
     if parallel.tp_scheme != AUTO:
         return rank
-    if parallel.tp == 1 or not parallel.sp:
+    if parallel.tp == 1 or not parallel.sp or parallel.tp_overlap:
         return replace(rank, parallel=replace(parallel, tp_scheme=MEGATRONS))
     split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
     layer = linears_of(rank, moe=rank.model.moe_layers == rank.model.layers)

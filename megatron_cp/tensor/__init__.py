@@ -19,6 +19,7 @@ __all__ = [
     "CUBE",
     "DEFAULT_ENGINE",
     "ENGINES",
+    "FLUX",
     "GEMMS",
     "MEGATRONS",
     "PANELS",
@@ -191,6 +192,9 @@ GEMMS = Registry(
 MEGATRONS = "1d"
 """The scheme of Megatron's own linears."""
 
+FLUX = "flux"
+"""The scheme of Megatron's layout with communication behind the products."""
+
 AUTO = "auto"
 """The scheme that is chosen for a cluster."""
 
@@ -210,7 +214,7 @@ SCHEMES = Registry(
             sends="4 T h (p-1)/p",
         ),
         TensorScheme(
-            name="flux",
+            name=FLUX,
             paper="arXiv:2406.06858",
             what="the same layout, with communication behind the products",
             sends="4 T h (p-1)/p",

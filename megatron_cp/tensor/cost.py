@@ -16,7 +16,7 @@ from megatron_cp.dtypes import BYTES
 from megatron_cp.grid import divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.operations import Product, collective_seconds
-from megatron_cp.tensor import AUTO, CUBE, DEFAULT_ENGINE, MEGATRONS, PANELS, RING
+from megatron_cp.tensor import AUTO, CUBE, DEFAULT_ENGINE, FLUX, MEGATRONS, PANELS, RING
 from megatron_cp.tensor.place import CUBES, GridSize, cube_side
 from megatron_cp.tensor.traffic import (
     LinearSize,
@@ -173,7 +173,7 @@ def linear_times(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype:
 
 def _on_cube(layer: LayerLinears, placing: Placing, cluster: Cluster, dtype: str, *, split: bool) -> LinearTimes:
     """Return the times of attention as flux and of the MLP on a cube, whose communication nothing hides."""
-    one = placing._replace(scheme="flux")
+    one = placing._replace(scheme=FLUX)
     times = linear_times(layer.of_attention, one, cluster, dtype, split=split)
     side, stored = cube_side(placing.size.tokens), BYTES[dtype]
     for size in layer.linears[2:]:
@@ -207,7 +207,7 @@ def _product(linear: LinearSize, placing: Placing) -> Product:
 def placings(ranks: int) -> Iterator[Placing]:
     """Yield every scheme and grid of so many tensor-parallel ranks."""
     yield Placing(MEGATRONS, GridSize(ranks, 1))
-    yield Placing("flux", GridSize(ranks, 1))
+    yield Placing(FLUX, GridSize(ranks, 1))
     for weights in divisors(ranks)[1:]:
         yield Placing("2d", GridSize(ranks // weights, weights))
     if ranks in CUBES:

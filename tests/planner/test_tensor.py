@@ -25,7 +25,8 @@ def estimated(*words, name="llama3.1-8b-8k-h100x8"):
     )
 
 
-TP = ("--tensor-model-parallel-size", "4", "--sequence-parallel")
+TP = ("--tensor-model-parallel-size", "4", "--sequence-parallel", "--tp-comm-overlap=false")
+OVERLAP = ("--tensor-model-parallel-size", "4", "--sequence-parallel", "--tp-comm-overlap")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,23 @@ def test_auto_is_no_slower_than_any_scheme(stock):
 
 @pytest.mark.parametrize("scheme", ["1d", "flux", "2d", "2.5d", "3d", "auto"])
 def test_every_scheme_has_an_estimate(scheme):
-    found = estimated("--tensor-model-parallel-size", "8", "--sequence-parallel", "--tp-comm-type", scheme)
+    found = estimated(*TP, "--tensor-model-parallel-size", "8", "--tp-comm-type", scheme)
     assert found.seconds > 0
     assert found.parallel.tp_scheme == scheme or scheme == "auto"
+
+
+def test_the_overlap_of_transformer_engine_hides_collectives_of_its_linears_alone(stock):
+    found = estimated(*OVERLAP)
+    assert found.parts.collectives < stock.parts.collectives
+    assert found.parts.products == stock.parts.products
+    # these linears stay under auto, as in a run
+    assert estimated(*OVERLAP, "--tp-comm-type", "auto").parts == found.parts
+    assert estimated(*OVERLAP, "--tp-comm-type", "2d").parts == estimated(*TP, "--tp-comm-type", "2d").parts
+
+
+def test_flux_stands_in_for_the_overlap_beside_megatrons_linears():
+    local, flux = estimated(*OVERLAP, "--transformer-impl", "local"), estimated(*TP, "--tp-comm-type", "flux")
+    assert (local.parallel.tp_scheme, local.parts) == ("flux", flux.parts)
 
 
 REQUEST = PlanRequest(

@@ -9,7 +9,7 @@ from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import PipelineFlags, TensorFlags, has_our_layers, say
-from megatron_cp.tensor import AUTO, CUBE, GEMMS, MEGATRONS, PANELS, SCHEMES, SYMMETRIC, TORCH
+from megatron_cp.tensor import AUTO, CUBE, FLUX, GEMMS, MEGATRONS, PANELS, SCHEMES, SYMMETRIC, TORCH
 from megatron_cp.tensor.cost import LayerLinears, cheapest
 from megatron_cp.tensor.gemm import unable
 from megatron_cp.tensor.place import AUTO_ENGINE, GridSize, check_engine, cube_side, engine_of, grid_of
@@ -75,7 +75,7 @@ def stand_in_for_overlap(args: Any) -> None:
         if _left_to_megatron(args):
             args.tp_comm_overlap = asked
             return
-        args.tp_comm_type = "flux"
+        args.tp_comm_type = FLUX
     say(
         f"--tp-comm-type {args.tp_comm_type} stands in for --tp-comm-overlap, which belongs to transformer-engine's "
         f"linears"
