@@ -95,12 +95,13 @@ def examine(run: ClusterRun) -> list[str]:
     """Run the checks in a process whose environment is `environment(run)`; see `validate`."""
     from megatron_cp.megatron import hooks
     from megatron_cp.megatron.arguments.assumed_machine import assumed
-    from megatron_cp.megatron.machine.environment import environment_for_gpus
+    from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus
 
     _check_environment(run.recipe)
     ours, words = runs_through_us(run.recipe), flag_words(run.recipe.model_args)
     sys.argv = ["validate", *words]
-    with contextlib.redirect_stdout(io.StringIO()), assumed(run.cluster) as there, hooks.apply(["flags"]):
+    names = ["flags", *(["connections"] if ours and copies_beside(words) else [])]
+    with contextlib.redirect_stdout(io.StringIO()), assumed(run.cluster) as there, hooks.apply(names):
         if ours:
             environment_for_gpus(words)
         try:

@@ -192,6 +192,23 @@ def test_machines_and_environment_are_checked(broken: Broken, more: str, words: 
     assert words in broken("--seed: 1", more=more)
 
 
+@pytest.mark.parametrize(
+    ("engine", "connections", "words"),
+    [
+        ("symmetric", "8", ""),
+        ("symmetric", "1", "--tp-engine symmetric copies on a second stream, got CUDA_DEVICE_MAX_CONNECTIONS=1"),
+        ("ring", "8", "CUDA_DEVICE_MAX_CONNECTIONS to 1"),
+    ],
+)
+def test_one_connection_is_demanded_but_for_the_symmetric_engine(
+    write: Write, engine: str, connections: str, words: str
+) -> None:
+    flags = f"{{--transformer-impl: local, --tp-comm-type: flux, --tp-engine: {engine}}}"
+    name = write(f"extends: {BASE}\nENV_VARS: {{CUDA_DEVICE_MAX_CONNECTIONS: {connections}}}\nMODEL_ARGS: {flags}\n")
+    answer = examined(name)
+    assert words in answer if words else isinstance(answer, list), answer
+
+
 def test_environment_that_says_the_same_as_megatron_is_accepted(write: Write) -> None:
     name = write(f"extends: {BASE}\nENV_VARS: {{NVTE_FUSED_ATTN: 1, NVTE_FLASH_ATTN: 1}}\n")
     assert isinstance(examined(name), list)

@@ -8,7 +8,7 @@ from megatron_cp.pipeline.action import FULL, WEIGHT, halves
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.execute import lower
 from megatron_cp.tensor.cost import LayerLinears
-from megatron_cp.tensor.traffic import LinearSize, SentElements, grid_backward, grid_forward, heads_exchange
+from megatron_cp.tensor.traffic import LinearSize, SentElements, grid_backward, grid_forward, heads_exchange, rest
 from tests.cases import slow_unless
 from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names, tiny
 from tests.ranks import run_ranks, run_ranks_with_log
@@ -35,8 +35,8 @@ class Run(NamedTuple):
     output: str = ""
 
 
-def trained_with_linears(flags):
-    """Train from named weights and look at the linears afterwards."""
+def trained_with_linears(flags, frozen=()):
+    """Train from named weights, those of `frozen` linears held, and look at the linears afterwards."""
     import sys
 
     from megatron_cp.megatron.process import pretrain
@@ -45,9 +45,16 @@ def trained_with_linears(flags):
 
     built = []
 
+    def freeze(models):
+        built.extend(models)
+        for model in models:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not any(f"{linear}.weight" in name for linear in frozen))
+        return models
+
     def prepare(config):
         start_from_names(config)
-        config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
+        config.pre_wrap_hooks.append(freeze)
 
     sys.argv = ["pretrain_gpt", *flags]
     with launched(flags), losses_of_each_iteration() as log:
@@ -123,6 +130,7 @@ class Load(NamedTuple):
     apart:     share of backwards whose weight gradients have a turn of their own
     forwards:  runs of each layer's forward
     outputs:   output layers of this rank
+    frozen:    linears without a weight gradient
     """
 
     grid: tuple[int, int]
@@ -134,18 +142,23 @@ class Load(NamedTuple):
     apart: float = 0.0
     forwards: int = 1
     outputs: int = 1
+    frozen: tuple[str, ...] = ()
 
     @property
     def sent(self):
         """Bytes that this rank sends for its linears in the whole run."""
         passes = SentElements()
-        for size in (
+        sizes = (
             LinearSize(self.tokens, HIDDEN, QUERY + self.key_value, True),
             LinearSize(self.tokens, QUERY, HIDDEN, False),
             LinearSize(self.tokens, HIDDEN, self.first, True),
             LinearSize(self.tokens, FFN, HIDDEN, False),
-        ):
+        )
+        for name, size in zip(OURS, sizes, strict=True):
             passes = passes.plus(grid_forward(size, *self.grid), self.forwards)
+            if name in self.frozen:
+                passes = passes.plus(self._input_gradient(size))
+                continue
             passes = passes.plus(grid_backward(size, *self.grid), 1 - self.apart)
             passes = passes.plus(grid_backward(size, *self.grid, split=True), self.apart)
         heads = heads_exchange(self.tokens, QUERY + self.key_value + QUERY, *self.grid)
@@ -154,6 +167,15 @@ class Load(NamedTuple):
         ranks, output = self.grid[0] * self.grid[1], LinearSize(self.tokens, HIDDEN, 1, True)
         ends = grid_forward(output, ranks, 1).plus(grid_backward(output, ranks, 1))
         return 4 * self.micros * (self.layers * passes.total + self.outputs * ends.total)
+
+    def _input_gradient(self, size):
+        """The weight is gathered, dy gathered or dx scattered; x is not gathered again, and no gradient scattered."""
+        tokens, weights = self.grid
+        activations = size.tokens / weights * HIDDEN * rest(tokens)
+        weight = size.weight / tokens * rest(weights)
+        if size.column:
+            return SentElements(gather=weight, scatter=activations)
+        return SentElements(gather=weight + activations)
 
 
 CASES = {
@@ -265,6 +287,9 @@ COMBINED = {
         "--moe-shared-expert-intermediate-size 96 --moe-ffn-hidden-size 96",
         Load((2, 2)),
     ),
+    "flux in place of transformer-engine's overlap": combined(
+        4, "--tensor-model-parallel-size 4 --sequence-parallel --tp-comm-overlap", "", Load((4, 1))
+    ),
     "zb-h1, weight gradients in their turn": combined(
         4,
         f"{tensor(2, 'flux')} {STAGES} zb-h1",
@@ -310,6 +335,24 @@ def test_combined_with_other_features_equals_one_rank(alone, case):
         assert_equal_runs(found, expected)
         assert found.output == "OutputLinear" * load.outputs
         assert found.sent == load.sent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "load"),
+    [
+        (tensor(4, "2d"), Load((2, 2))),
+        (f"{tensor(2, 'flux')} {STAGES} zb-h1", stage("zb-h1", 0, (2, 1), outputs=0)),
+    ],
+    ids=["2d", "zb-h1"],
+)
+def test_frozen_weights_equal_one_rank_and_send_no_gradients(alone, parallel, load):
+    frozen, model = ("linear_qkv", "linear_fc2"), DEEP if "zb" in parallel else ""
+    expected = run_ranks(1, trained_with_linears, tiny(MODEL, model), frozen)[0].log
+    assert expected[-1]["loss"] != alone(model)[-1]["loss"]
+    found = run_ranks(4, trained_with_linears, tiny(MODEL, parallel, model), frozen)[0]
+    assert_equal_runs(found, expected)
+    assert found.sent == load._replace(frozen=frozen).sent
 
 
 @pytest.mark.slow
