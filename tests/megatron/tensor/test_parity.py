@@ -319,6 +319,15 @@ COMBINED = {
         stage("zb-v", 0, (2, 2), outputs=1),
         stage("zb-v", -1, (2, 2), outputs=0),
     ),
+    # its processes make the groups of the grid too
+    "a stage without layers": combined(
+        8,
+        f"{tensor(4, '2d')} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*4|L "
+        "--pp-schedule 1f1b",
+        DEEP,
+        Load((2, 2), layers=4, micros=16, outputs=0),
+        Load((2, 2), layers=0, micros=16),
+    ),
 }
 
 
@@ -332,7 +341,8 @@ def test_combined_with_other_features_equals_one_rank(alone, case):
     else:
         expected = alone(asked.model)
     for found, load in ((runs[0], asked.first), (runs[-1], asked.last)):
-        assert_equal_runs(found, expected)
+        assert_equal_logs(found.log, expected)
+        assert found.linears == (PLACED if load.layers else set())
         assert found.output == "OutputLinear" * load.outputs
         assert found.sent == load.sent
 
