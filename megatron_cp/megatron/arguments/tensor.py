@@ -201,8 +201,7 @@ def check_tensor(args: Any) -> None:
     if engine == SYMMETRIC and config.variable("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         raise Refused(
             "--tp-engine symmetric copies on a second stream, got CUDA_DEVICE_MAX_CONNECTIONS=1, with which it waits "
-            "for the products; unset it, or set it to 8 in a recipe's ENV_VARS: for this engine Megatron demands nothing; "
-            "or take ring"
+            "for the products; unset it, or set it to 8 in a recipe's ENV_VARS: this engine needs none; or take ring"
         )
     if scheme.name == CUBE:
         cube_side(tp)
