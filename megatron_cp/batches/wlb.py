@@ -29,27 +29,48 @@ def wlb(problem: BatchProblem) -> list[tuple[Share, ...]]:
     return shortest(NAME, problem, replicas, divide)
 
 
-def delayed(lengths: Sequence[int], batches: Sequence[Sequence[int]], holds: int) -> list[list[int]]:
-    """Return the documents of each step with outliers kept back until every microbatch gets one (4.2).
+class OutlierQueues:
+    """Queues of long documents, which wait until every microbatch of a step gets one (4.2).
 
-    lengths: of all documents, which `batches` names by their index
-    holds:   tokens of a microbatch
-    Documents that still wait after the last step are run in it.
+    holds: tokens of a microbatch
     """
-    levels = [round(holds * level) for level in LEVELS]
-    queues: list[list[int]] = [[] for _ in levels]
-    found = []
-    for batch in batches:
-        count = max(1, -(-sum(lengths[at] for at in batch) // holds))
+
+    def __init__(self, holds: int) -> None:
+        self._holds = holds
+        self._levels = [round(holds * level) for level in LEVELS]
+        self._queues: list[list[int]] = [[] for _ in self._levels]
+
+    def step(self, batch: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Return the documents of the next step, whose batch has these; all that wait where none is ready.
+
+        lengths: of all documents, by their numbers
+        """
+        count = max(1, -(-sum(lengths[at] for at in batch) // self._holds))
         now: list[int] = []
         for at in batch:
-            level = bisect_right(levels, lengths[at])
-            (queues[level - 1] if level else now).append(at)
-        for queue in queues:
+            level = bisect_right(self._levels, lengths[at])
+            (self._queues[level - 1] if level else now).append(at)
+        for queue in self._queues:
             # one for every microbatch, the oldest first
             ready = len(queue) // count * count
             now += queue[:ready]
             del queue[:ready]
-        found.append(now)
-    found[-1] += [at for queue in queues for at in queue]
+        return now or self.rest()
+
+    def rest(self) -> list[int]:
+        """Return the documents that wait, which then do so no more."""
+        found = [at for queue in self._queues for at in queue]
+        self._queues = [[] for _ in self._levels]
+        return found
+
+
+def delayed(lengths: Sequence[int], batches: Sequence[Sequence[int]], holds: int) -> list[list[int]]:
+    """Return the documents of each step; those that still wait after the last step are run in it.
+
+    lengths: of all documents, which `batches` names by their index
+    holds:   tokens of a microbatch
+    """
+    queues = OutlierQueues(holds)
+    found = [queues.step(batch, lengths) for batch in batches]
+    found[-1] += queues.rest()
     return [step for step in found if step]

@@ -136,16 +136,40 @@ class SingleFabric:
 class Members:
     """Some ranks of a fabric, numbered in the order given, over its connections: unlike `subset` it makes no group.
 
-    Their transfers are queued together with those of the whole fabric.
+    Their transfers are queued together with those of the whole fabric, and collectives are messages between them.
     """
 
-    def __init__(self, whole: Peers, ranks: Sequence[int]) -> None:
+    def __init__(self, whole: Fabric, ranks: Sequence[int]) -> None:
         self._whole, self._ranks = whole, tuple(ranks)
         self.rank, self.size = self._ranks.index(whole.rank), len(self._ranks)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has sent over the whole fabric."""
+        return self._whole.sent
+
+    @sent.setter
+    def sent(self, value: int) -> None:
+        self._whole.sent = value
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Handle:
         sends, recvs = ([(tensor, self._ranks[peer]) for tensor, peer in batch] for batch in (sends, recvs))
         return self._whole.exchange(sends, recvs)
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        return all_gather_by_exchange(self, local)
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        check_parts(self, whole)
+        # one row of a rank's part for each rank
+        rows = self.all_to_all(whole.flatten(1), [1] * self.size, [1] * self.size)
+        return rows.sum(0, dtype=whole.dtype).view(whole.shape[1:])
+
+    def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
+        return all_to_all_by_exchange(self, rows, sends, recvs)
+
+    def subset(self, ranks: Sequence[int]) -> Self:
+        return type(self)(self._whole, [self._ranks[rank] for rank in ranks])
 
 
 def axes_of(grid: Grid, fabric: Fabric) -> tuple[Fabric, ...]:

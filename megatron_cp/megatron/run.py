@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
 from megatron_cp import config
+from megatron_cp.batches import ALGORITHMS
 from megatron_cp.context import BACKENDS, Backend
 from megatron_cp.context import PLACEMENTS as AXES_OF_HEADS
 from megatron_cp.context.checks import able, takes_document_layout
@@ -194,6 +195,26 @@ class AttentionFlags(_Flags):
             "stream or blocks, whichever is faster by prediction. Takes --cp-comm-type "
             f"{', '.join(entry.name for entry in BACKENDS if takes_document_layout(entry))}; all-gather sends least."
         ),
+    )
+
+    plan: str | None = _flag(
+        None,
+        lambda: _one_of(*ALGORITHMS.names),
+        lambda: (
+            "Divide the data-parallel ranks into groups anew for every microbatch, each with a context-parallel size "
+            "of its own, by the lengths of the documents: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in ALGORITHMS)
+            + ". --global-batch-size counts documents. In megatron_cp.pretrain_gpt."
+        ),
+    )
+    tokens_per_rank: int | None = _flag(
+        None,
+        lambda: "TOKENS",
+        lambda: (
+            "With --cp-plan, most tokens of a rank in a microbatch, before pads; by default what memory holds by the "
+            "estimate."
+        ),
+        int,
     )
 
 
@@ -501,6 +522,11 @@ def packs_documents(args: Any) -> bool:
     """True if a sample is a stream of documents that see only themselves."""
     by_flag = getattr(args, "dataloader_inter_document_masking", False) or getattr(args, "sft", False)
     return bool(by_flag or cuts_at_eod(args))
+
+
+def plans_batches(args: Any) -> bool:
+    """True if every microbatch has groups of its own."""
+    return getattr(args, "cp_plan", None) is not None
 
 
 def cuts_at_eod(args: Any) -> bool:

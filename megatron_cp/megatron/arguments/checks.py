@@ -12,6 +12,7 @@ from megatron_cp.context.auto import default_cluster
 from megatron_cp.corpus import conversations
 from megatron_cp.errors import Refused, as_refusals, refuse_together
 from megatron_cp.megatron import dataset
+from megatron_cp.megatron.arguments.batches import check_plan, imply_loader
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.experts import check_experts
@@ -59,6 +60,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     refuse_together(
         lambda: check(args) if has_our_layers(args) else None,
         lambda: check_schedule(args),
+        lambda: check_plan(args),
         lambda: check_chunks(args),
     )
     settle_tensor(args, lambda: default_cluster("cuda" if machine.gpu and torch.cuda.is_available() else "cpu"))
@@ -82,6 +84,7 @@ def complete(args: Any, machine: Machine) -> None:
         say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
     if getattr(args, "reset_position_ids", False) and getattr(args, "position_embedding_type", "") == "rope":
         say("--reset-position-ids has no effect on rotary positions, which give scores by distances alone")
+    imply_loader(args)
     if chunks := imply_chunks(args):
         say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
     if args.async_save and args.async_strategy == "nvrx" and not (machine.gpu and machine.nvrx):

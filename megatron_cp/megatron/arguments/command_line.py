@@ -15,8 +15,13 @@ def check_script(argv: Sequence[str], layers: bool) -> None:
     layers: our attention is in the run
     Raises ValueError for `--sft` under context parallelism: scripts give ranks parts of each document, by an operation
     of transformer-engine, and our layers expect parts of the stream; and for `--reset-attention-mask`, for which
-    scripts make a mask tensor.
+    scripts make a mask tensor; and for `--cp-plan`, for which they read no documents.
     """
+    if plan := values_of(argv, "--cp-plan"):
+        raise Refused(
+            f"--cp-plan {' '.join(plan)}: a script of Megatron's reads samples of one length, and a plan is made for "
+            "documents; run megatron_cp.pretrain_gpt instead of the script"
+        )
     size = values_of(argv, "--context-parallel-size") or ["1"]
     if layers and values_of(argv, "--reset-attention-mask") is not None:
         raise Refused(

@@ -35,6 +35,7 @@ from megatron_cp.megatron.run import (
     cuts_at_eod,
     on_stripes,
     packs_documents,
+    plans_batches,
     takes_placement,
 )
 from megatron_cp.registry import suggest
@@ -212,10 +213,10 @@ def _check_document_layout(args: Any) -> None:
         )
     if name == STREAM:
         return
-    if not packs_documents(args):
+    if not (packs_documents(args) or plans_batches(args)):
         raise Refused(
             f"--cp-document-layout {name} lays out packed documents, got none; pass "
-            "--dataloader-inter-document-masking, --reset-attention-mask or --sft"
+            "--dataloader-inter-document-masking, --reset-attention-mask, --sft or --cp-plan"
         )
     for entry in map(BACKENDS.get, comm_types(args)):
         if not takes_document_layout(entry):

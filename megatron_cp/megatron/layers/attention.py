@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -142,6 +143,9 @@ class CoreAttention(MegatronModule):
         documents = stream and stream.documents
         seed = self._dropout_seed(query) if self.training and self._drops else None
         agreed = shapes == self._shapes
+        if stream and stream.group:
+            # the plan of the step, on which the ranks have agreed, has all sizes
+            made, agreed = replace(made, cp=stream.group), True
         out = attend(query, key, value, made, sink=sink, documents=documents, agreed=agreed, dropout_seed=seed)
         self._shapes = shapes
         # s b h d -> s b (h d)

@@ -18,6 +18,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
+from megatron_cp.comm import Fabric
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import Layout, Runs, zigzag
 from megatron_cp.context.slices import PackedSlice, SlicesInFlight
@@ -33,12 +34,15 @@ class PackedStream(PackedSeqParams):
     rows:    for a batch cut by its documents, the position of each row of Megatron's cut of the stream over all ranks
     samples: of the microbatch, one after the other in the stream
     in_slice: the documents of a slice beside those of the slices before it
+    group:   the ranks that share the stream, where they are not the context-parallel group; `rows` is then the position
+             of each of this rank's tokens in its document
     """
 
     documents: Documents | None = None
     rows: Tensor | None = None
     samples: int = 1
     in_slice: PackedSlice | None = None
+    group: Fabric | None = None
 
 
 def hand_on_documents[Model: nn.Module](models: list[Model]) -> list[Model]:
@@ -130,6 +134,26 @@ def cut_stream(made: Documents, layout: Layout, device: torch.device, samples: i
     for theirs, ours in zip(taken, layout, strict=True):
         rows[positions(theirs)] = positions(ours)
     return _stream(made.cut_by(layout), device, rows.to(device, non_blocking=True), samples)
+
+
+def shared_stream(made: Documents, layout: Layout, group: Fabric, within: Tensor) -> PackedStream:
+    """Return the stream of a microbatch that a group of ranks shares.
+
+    layout: positions of the tokens of each rank of the group
+    within: position of each of this rank's tokens in its document
+    """
+    own = torch.tensor([0, len(within)], dtype=torch.int32, device=within.device)
+    longest = max(len(each.q) for each in made.sets)
+    return PackedStream(
+        qkv_format="thd",
+        cu_seqlens_q=own,
+        cu_seqlens_kv=own,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        documents=made.cut_by(layout),
+        rows=within,
+        group=group,
+    )
 
 
 def positions(runs: Runs) -> Tensor:

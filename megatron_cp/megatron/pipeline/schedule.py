@@ -4,7 +4,7 @@
 for one forward and one backward; the schedule decides the order, the transfers and the start of reductions.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -44,7 +44,11 @@ def left_to_megatron(
 
 @dataclass(kw_only=True)
 class Call:
-    """Arguments of one call of the forward-backward function, and what its actions leave behind."""
+    """Arguments of one call of the forward-backward function, and what its actions leave behind.
+
+    shape:     of what passes between stages
+    tokens_of: each microbatch, in the first dim of the shape, where they differ
+    """
 
     forward_step_func: Callable[..., Any]
     data_iterator: list[Any]
@@ -53,6 +57,7 @@ class Call:
     config: Any
     groups: Any
     shape: tuple[int, ...]
+    tokens_of: Sequence[int] | None
     training: bool
     collect_non_loss_data: bool
     first_val_step: bool | None
@@ -66,6 +71,8 @@ class Call:
     def buffer(self, micro: int = 0) -> Tensor:
         """Return an empty tensor for what passes between stages: a microbatch's, or that of its slice."""
         shape = self.shape
+        if self.tokens_of:
+            shape = (self.tokens_of[micro], *shape[1:])
         if self.slices:
             tokens = self.slices.tokens
             shape = (shape[0] * len(tokens[micro % len(tokens)]) // tokens[-1].stop, *shape[1:])
@@ -199,8 +206,12 @@ class Pipeline:
         p2p_communicator: Any = None,
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
+        tokens_of: Sequence[int] | None = None,
     ) -> list[Any]:
-        """Run one step, or with `forward_only` one batch of an evaluation, as Megatron's drivers do."""
+        """Run one step, or with `forward_only` one batch of an evaluation, as Megatron's drivers do.
+
+        tokens_of: each microbatch in what passes between stages, where these are not of one shape
+        """
         if adjust_tensor_shapes_fn is not None:
             raise Refused(f"--pp-schedule {self._rule.name} does not do adjusted tensor shapes (distillation)")
         groups = schedules._build_default_pg_collection() if pg_collection is None else pg_collection
@@ -222,6 +233,7 @@ class Pipeline:
             config=config,
             groups=groups,
             shape=shape,
+            tokens_of=tokens_of,
             training=not forward_only,
             collect_non_loss_data=collect_non_loss_data,
             first_val_step=first_val_step,

@@ -44,6 +44,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         placement = "".join(values_of(argv, "--pp-placement") or ())
         names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
         names += ["delayed-weights"] if machine.te else []
+    elif values_of(argv, "--cp-plan") is not None:
+        names.append("schedule")
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names += ["mtp-layers", "mtp-loss"]
     if copies_beside(argv):

@@ -32,12 +32,13 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_cp.comm import GroupFabric
 from megatron_cp.corpus.conversations import encoder
 from megatron_cp.megatron.arguments.entry import refuse_unread
+from megatron_cp.megatron.batches.provider import planned_feeds
 from megatron_cp.megatron.layers.batches import cut_by_documents, cuts_by_documents
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.conversation_samples import Conversations, ConversationsConfig
 from megatron_cp.megatron.process.eod_documents import MockTextsCutAtEod, TextsCutAtEod
 from megatron_cp.megatron.process.launch import launched
-from megatron_cp.megatron.run import cuts_at_eod, packs_documents, say
+from megatron_cp.megatron.run import cuts_at_eod, packs_documents, plans_batches, say
 
 # times the largest loss so far; as in Megatron's own script
 SPIKY_LOSS_FACTOR = 10
@@ -207,7 +208,10 @@ def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> t
     """Run one microbatch through this stage; return its output and the function that turns it into a loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    part = batch(data_iterator, getattr(_unwrapped(model), "vp_stage", None))
+    if plans_batches(get_args()):
+        part = next(data_iterator)
+    else:
+        part = batch(data_iterator, getattr(_unwrapped(model), "vp_stage", None))
     timers("batch-generator").stop()
     output = model(
         part["tokens"],
@@ -269,7 +273,7 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
     config.post_wrap_hooks.append(functools.partial(_note, models))
     pretrain(
         pretrain_cfg_container_from_args(args, config),
-        datasets,
+        planned_feeds if plans_batches(args) else datasets,
         ModelType.encoder_or_decoder,
         forward_step,
         **options,

@@ -1,0 +1,42 @@
+"""Documents of a corpus: their lengths from the index, and the tokens of those that a rank runs."""
+
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from numpy.typing import NDArray
+
+from megatron_cp.corpus.index import check_prefix, document_lengths
+
+
+class CorpusDocuments:
+    """Documents of a .bin/.idx pair, of which a run predicts each token but the first; longer ones are cut.
+
+    lengths: predictions of each document, by its number in the corpus; 0 for one that has none
+    cut:     documents that are longer than `longest` allows
+    """
+
+    def __init__(self, prefix: str, longest: int, mmap: bool = True) -> None:
+        self._longest = longest
+        whole = document_lengths(prefix, check_prefix(prefix))
+        self.lengths = [min(max(0, tokens - 1), longest) for tokens in whole]
+        self.cut = [tokens - 1 > longest for tokens in whole]
+        self._data = IndexedDataset(prefix, mmap=mmap)
+
+    def tokens(self, document: int) -> NDArray[np.int64]:
+        """Return the tokens of a document, one more than its length."""
+        begin, end = self._data.document_indices[document : document + 2]
+        parts: list[Any] = [self._data[at] for at in range(begin, end)]
+        return np.concatenate(parts)[: self._longest + 1].astype(np.int64)
+
+    def numbers(self, split: str, part: int) -> tuple[int, ...]:
+        """Return the documents with predictions of a part of `--split`: 0 for training, 1, 2 for the two others."""
+        between = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[part]
+        if between is None:
+            return ()
+        first, last = (round(share * len(self.lengths)) for share in between)
+        return tuple(at for at in range(first, last) if self.lengths[at])

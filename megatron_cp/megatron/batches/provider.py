@@ -1,0 +1,64 @@
+"""The data of a planned run for Megatron's `pretrain`: a feed for training, validation and test each."""
+
+import sys
+from collections.abc import Sequence
+
+from megatron.core import parallel_state
+from megatron.training import get_args
+
+from megatron_cp.batches.order import DocumentOrder
+from megatron_cp.comm import GroupFabric
+from megatron_cp.megatron.batches.documents import CorpusDocuments
+from megatron_cp.megatron.batches.feed import DocumentFeed, FeedSettings
+from megatron_cp.megatron.batches.request import problem_of_run
+from megatron_cp.megatron.run import AttentionFlags, say
+
+DEFAULT_SPLIT = "969,30,1"
+"""Megatron's own."""
+PARTS = ("training", "validation", "test")
+
+
+def planned_feeds(samples: Sequence[int | None], vp_stage: int | None = None) -> tuple[DocumentFeed | None, ...]:
+    """Return the steps of training, validation and test; None for one that the run does not ask for.
+
+    Every rank makes them: all know the plan of a step by the lengths in the corpus's index, and read the tokens of
+    their own documents alone.
+    """
+    args = get_args()
+    flags = AttentionFlags.of(args)
+    corpus = CorpusDocuments(args.data_path[-1], args.seq_length, args.mmap_bin_files)
+    tensor = args.tensor_model_parallel_size
+    settings = FeedSettings(
+        algorithm=flags.plan or "",
+        problem=problem_of_run(args, sys.argv[1:]),
+        longest=args.seq_length,
+        layout=flags.document_layout,
+        tensor=tensor,
+        split=tensor if args.sequence_parallel else 1,
+    )
+    fabric = GroupFabric(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
+    batches = (args.global_batch_size, args.eval_global_batch_size, args.eval_global_batch_size)
+    numbers = [corpus.numbers(args.split or DEFAULT_SPLIT, part) for part in range(len(PARTS))]
+    if not vp_stage:
+        for line in _lines(settings, corpus, numbers):
+            say(line)
+    return tuple(
+        DocumentFeed(corpus, DocumentOrder(found, args.seed), start, batch, settings, fabric) if wanted else None
+        for found, start, batch, wanted in zip(numbers, starts, batches, samples, strict=True)
+    )
+
+
+# every rank builds its feeds, not the first of each tensor-parallel group alone
+planned_feeds.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _lines(settings: FeedSettings, corpus: CorpusDocuments, numbers: Sequence[Sequence[int]]) -> list[str]:
+    problem = settings.problem
+    cut, empty = sum(corpus.cut), sum(not length for length in corpus.lengths)
+    counts = ", ".join(f"{len(found)} for {part}" for part, found in zip(PARTS, numbers, strict=True))
+    return [
+        f"--cp-plan {settings.algorithm}: groups of {', '.join(map(str, problem.degrees))} of {problem.ranks} ranks, "
+        f"at most {problem.capacity:,} tokens of a rank in a microbatch",
+        f"documents: {counts}; {cut} cut to {settings.longest:,} tokens, {empty} left out that have none to predict",
+    ]
