@@ -67,7 +67,7 @@ ORDER = (
     "bench planner",
     "batches",
     "megatron plots",
-    "doctor.py launch.py pretrain_gpt.py",
+    "launch.py pretrain_gpt.py",
     "slurm",
     "cli",
     "__main__.py",
@@ -79,6 +79,7 @@ ADAPTER_ORDER = (
     "checkpoint dataset.py experts machine patches.py tensor",
     "arguments",
     "layers",
+    "batches",
     "process spec.py",
     "bench __init__.py",
 )

@@ -4,30 +4,30 @@ Both follow from lengths, a seed and the number of documents read so far, so tha
 and a run may go on with another number of ranks.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cp.batches.wlb import OutlierQueues
+from megatron_cp.batches.wlb import Lengths, OutlierQueues
 from megatron_cp.errors import Refused
 
 EPOCHS = 4
 """Epochs whose orders are kept: training's, and that of a validation set beside it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DocumentOrder:
     """Numbers of documents, in another random order in each epoch."""
 
-    documents: tuple[int, ...] = field(repr=False)
+    documents: NDArray[np.int64]
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.documents:
+        if not len(self.documents):
             raise Refused("a run needs documents of at least 2 tokens, got none; give another corpus or --split")
 
     def read(self, start: int, number: int) -> list[int]:
@@ -36,7 +36,7 @@ class DocumentOrder:
         found = []
         for place in range(start, start + number):
             epoch, at = divmod(place, size)
-            found.append(self.documents[_shuffled(size, self.seed, epoch)[at]])
+            found.append(int(self.documents[_shuffled(size, self.seed, epoch)[at]]))
         return found
 
 
@@ -46,7 +46,7 @@ def _shuffled(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def steps(
-    order: DocumentOrder, lengths: Sequence[int], start: int, batch: int, holds: int | None = None
+    order: DocumentOrder, lengths: Lengths, start: int, batch: int, holds: int | None = None
 ) -> Iterator[list[int]]:
     """Yield the documents of each step from the one that begins at place `start`; each step reads `batch` of them.
 

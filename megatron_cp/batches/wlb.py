@@ -7,6 +7,9 @@ equal work; the package's layout `document` does that.
 from bisect import bisect_right
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_cp.batches.assign import assign, groups_of
 from megatron_cp.batches.plan import Share
 from megatron_cp.batches.problem import BatchProblem
@@ -29,6 +32,9 @@ def wlb(problem: BatchProblem) -> list[tuple[Share, ...]]:
     return shortest(NAME, problem, replicas, divide)
 
 
+type Lengths = Sequence[int] | NDArray[np.int64]
+
+
 class OutlierQueues:
     """Queues of long documents, which wait until every microbatch of a step gets one (4.2).
 
@@ -40,12 +46,12 @@ class OutlierQueues:
         self._levels = [round(holds * level) for level in LEVELS]
         self._queues: list[list[int]] = [[] for _ in self._levels]
 
-    def step(self, batch: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    def step(self, batch: Sequence[int], lengths: Lengths) -> list[int]:
         """Return the documents of the next step, whose batch has these; all that wait where none is ready.
 
         lengths: of all documents, by their numbers
         """
-        count = max(1, -(-sum(lengths[at] for at in batch) // self._holds))
+        count = max(1, -(-sum(int(lengths[at]) for at in batch) // self._holds))
         now: list[int] = []
         for at in batch:
             level = bisect_right(self._levels, lengths[at])

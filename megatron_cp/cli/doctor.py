@@ -36,7 +36,7 @@ def doctor(
             preflight.write(found, report)
         _show(found.findings, as_json)
     else:
-        from megatron_cp.doctor import examine
+        from megatron_cp.cli.examine import examine
 
         _show(examine(), as_json)
 

@@ -129,7 +129,7 @@ HOOKS = Registry(
             ),
             by="megatron_cp.megatron.pipeline.lookup:ScheduleGetter",
             parameters=(),
-            reason="the function of a step is looked up by name, twice, and cannot be passed in",
+            reason="the pipeline schedule is looked up by name, twice, and cannot be passed in",
             retired_by="a schedule argument of pretrain()",
             makes=True,
             settings=True,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from megatron_cp import doctor
 from megatron_cp.cli import app
+from megatron_cp.cli import examine as doctor
 from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import packages
 

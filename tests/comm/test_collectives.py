@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cp.comm import GroupFabric, MessageError, SingleFabric, in_process
+from megatron_cp.comm import GroupFabric, Members, MessageError, SingleFabric, in_process
 from megatron_cp.context.trace.events import match
 from megatron_cp.grid import Grid
 from tests.cases import slow_unless
@@ -114,6 +114,26 @@ def assert_right(per_rank):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_collectives_of_threads(ranks):
     assert_right(in_process(ranks, everything))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_collectives_of_some_ranks_of_a_fabric(ranks):
+    cases = [case for case in CASES if case[0] in (all_gather, reduce_scatter, all_to_all)]
+
+    def body(whole):
+        # the last rank of the fabric is none of them; the others count from the other end
+        if whole.rank == ranks:
+            return None
+        fabric = Members(whole, range(ranks))
+        fabric = fabric.subset(range(ranks)[::-1])
+        for collective, kind, dtype in cases:
+            before = fabric.sent
+            result = collective(fabric, kind, dtype)
+            assert torch.equal(result, expected(collective, ranks, fabric.rank, kind, dtype))
+            assert fabric.sent - before == expected_bytes(collective, ranks, fabric.rank, kind, dtype)
+        return fabric.rank
+
+    assert in_process(ranks + 1, body) == [*range(ranks)[::-1], None]
 
 
 @pytest.mark.parametrize("ranks", slow_unless([3], RANKS))

@@ -31,6 +31,11 @@ UNSUPPORTED = (
         "pass --context-parallel-size 1",
     ),
     Unsupported(
+        "dropout of attention weights, which would be others for each plan",
+        _asks("attention_dropout"),
+        "pass --attention-dropout 0",
+    ),
+    Unsupported(
         "several samples in a microbatch, which holds what the plan gives its group",
         _differs("micro_batch_size", 1),
         "pass --micro-batch-size 1",

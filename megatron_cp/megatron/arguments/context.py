@@ -25,7 +25,13 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, KERNELS, check_caps
-from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse
+from megatron_cp.megatron.arguments.unsupported import (
+    INSTEAD_OF_HYBRID,
+    Unsupported,
+    captures_graphs,
+    read,
+    refuse,
+)
 from megatron_cp.megatron.run import (
     HEAD_FIRST,
     AttentionFlags,
@@ -342,12 +348,16 @@ def _check_warmup(args: Any) -> None:
 
 
 def _check_call_inputs(args: Any) -> None:
-    for name in ("hybrid_context_parallel", "rl_use_sequence_packing"):
-        if read(args, name, False):
-            raise Refused(
-                f"megatron-cp's attention does not do packed documents, which --{name.replace('_', '-')} asks for; "
-                f"leave it out"
-            )
+    if read(args, "hybrid_context_parallel", False):
+        raise Refused(
+            f"megatron-cp's attention does not take the groups of --hybrid-context-parallel, which Megatron forms of "
+            f"1, 2, 4, … ranks without a pipeline; {INSTEAD_OF_HYBRID}"
+        )
+    if read(args, "rl_use_sequence_packing", False):
+        raise Refused(
+            "megatron-cp's attention does not do packed documents, which --rl-use-sequence-packing asks for; "
+            "leave it out"
+        )
     if packs_documents(args):
         _check_packed(args)
     if read(args, "create_attention_mask_in_dataloader", False):

@@ -8,11 +8,11 @@ from typing import Any
 
 from megatron_cp.corpus.conversations import template_text
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.arguments.unsupported import read
+from megatron_cp.megatron.arguments.unsupported import INSTEAD_OF_HYBRID, read
 from megatron_cp.megatron.run import has_our_layers
 
 UNREAD = (
-    *("hybrid_context_parallel", "fim_data", "rl_use_sequence_packing"),
+    *("fim_data", "rl_use_sequence_packing"),
     *("perform_rl_step", "export_kd_teacher_load"),
 )
 NOT_OF_CONVERSATIONS = (
@@ -24,6 +24,8 @@ NOT_OF_CONVERSATIONS = (
 
 def refuse_unread(args: Any) -> None:
     """Raise ValueError for the first flag of the arguments that the package's own entry would ignore."""
+    if read(args, "hybrid_context_parallel", False):
+        raise Refused(f"megatron_cp.pretrain_gpt reads no samples for --hybrid-context-parallel; {INSTEAD_OF_HYBRID}")
     for name in UNREAD:
         if read(args, name, None):
             raise Refused(

@@ -33,6 +33,13 @@ def captures_graphs(args: Any) -> bool:
     return older or read(args, "cuda_graph_impl", "none") != "none"
 
 
+INSTEAD_OF_HYBRID = (
+    "leave --hybrid-context-parallel out; megatron_cp.pretrain_gpt divides the ranks anew for every microbatch with "
+    "--cp-plan balanced --context-parallel-size 1 --calculate-per-token-loss, and --cp-tokens-per-rank in the place of "
+    "--max-seqlen-per-dp-cp-rank"
+)
+
+
 def shares_weights_out(args: Any) -> bool:
     """True if data-parallel ranks hold parts of the weights."""
     sharded = any(read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2"))

@@ -17,14 +17,14 @@ class CorpusDocuments:
     """Documents of a .bin/.idx pair, of which a run predicts each token but the first; longer ones are cut.
 
     lengths: predictions of each document, by its number in the corpus; 0 for one that has none
-    cut:     documents that are longer than `longest` allows
+    cut:     number of documents that are longer than `longest` predictions
     """
 
     def __init__(self, prefix: str, longest: int, mmap: bool = True) -> None:
         self._longest = longest
-        whole = document_lengths(prefix, check_prefix(prefix))
-        self.lengths = [min(max(0, tokens - 1), longest) for tokens in whole]
-        self.cut = [tokens - 1 > longest for tokens in whole]
+        whole = np.array(document_lengths(prefix, check_prefix(prefix))) - 1
+        self.lengths: NDArray[np.int64] = whole.clip(0, longest)
+        self.cut = int((whole > longest).sum())
         self._data = IndexedDataset(prefix, mmap=mmap)
 
     def tokens(self, document: int) -> NDArray[np.int64]:
@@ -33,10 +33,10 @@ class CorpusDocuments:
         parts: list[Any] = [self._data[at] for at in range(begin, end)]
         return np.concatenate(parts)[: self._longest + 1].astype(np.int64)
 
-    def numbers(self, split: str, part: int) -> tuple[int, ...]:
+    def numbers(self, split: str, part: int) -> NDArray[np.int64]:
         """Return the documents with predictions of a part of `--split`: 0 for training, 1, 2 for the two others."""
         between = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[part]
         if between is None:
-            return ()
+            return np.empty(0, np.int64)
         first, last = (round(share * len(self.lengths)) for share in between)
-        return tuple(at for at in range(first, last) if self.lengths[at])
+        return first + self.lengths[first:last].nonzero()[0]

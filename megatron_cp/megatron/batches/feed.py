@@ -1,7 +1,7 @@
 """The steps of a run as Megatron's data iterator: each with its plan, and this rank's part of every microbatch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
@@ -31,6 +31,7 @@ class FeedSettings:
     layout:   of the documents of a group: stream, document or blocks
     tensor:   tensor-parallel ranks, of which the tokens of a microbatch are a multiple
     split:    tensor-parallel ranks that share the tokens between layers
+    device:   of the microbatches
     """
 
     algorithm: str
@@ -39,6 +40,7 @@ class FeedSettings:
     layout: str
     tensor: int = 1
     split: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class DocumentStep:
     def _tokens(self, group: RankGroup) -> int:
         """Return the tokens of a group with pads: 2 for each rank of it, times the tensor-parallel ranks, at least."""
         unit = 2 * group.degree * self.feed.settings.tensor
-        own = sum(self.feed.corpus.lengths[self.documents[at]] for at in group.documents)
+        own = sum(int(self.feed.corpus.lengths[self.documents[at]]) for at in group.documents)
         return max(unit, -(-own // unit) * unit)
 
     def _part(self, group: RankGroup) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class DocumentStep:
         mine = positions(layout[fabric.rank])
         # t -> 1 t
         part: dict[str, Any] = {
-            name: torch.from_numpy(np.concatenate(column))[mine][None].cuda(non_blocking=True)
+            name: torch.from_numpy(np.concatenate(column))[mine][None].to(feed.settings.device, non_blocking=True)
             for name, column in columns.items()
         }
         return {**part, "attention_mask": None, "stream": shared_stream(made, layout, fabric, part["position_ids"][0])}
@@ -139,7 +141,7 @@ class DocumentFeed:
 
     def __next__(self) -> DocumentStep:
         found = tuple(next(self._steps))
-        lengths = tuple(self.corpus.lengths[at] for at in found)
+        lengths = tuple(self.corpus.lengths[list(found)].tolist())
         try:
             return DocumentStep(
                 self, found, plan_batch(self._algorithm, replace(self.settings.problem, lengths=lengths))
@@ -151,7 +153,7 @@ class DocumentFeed:
     def meet(self) -> None:
         """Connect all ranks of the fabric once, before some of them send messages to each other alone."""
         if not self._met:
-            self.fabric.all_gather(torch.zeros(1, device=torch.cuda.current_device()))
+            self.fabric.all_gather(torch.zeros(1, device=self.settings.device))
             self._met = True
 
     def group(self, ranks: range) -> Fabric:

@@ -1,13 +1,16 @@
 """The data of a planned run for Megatron's `pretrain`: a feed for training, validation and test each."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
+import torch
 from megatron.core import parallel_state
 from megatron.training import get_args
 
 from megatron_cp.batches.order import DocumentOrder
+from megatron_cp.batches.problem import BatchProblem
 from megatron_cp.comm import GroupFabric
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.batches.documents import CorpusDocuments
 from megatron_cp.megatron.batches.feed import DocumentFeed, FeedSettings
 from megatron_cp.megatron.batches.request import problem_of_run
@@ -27,14 +30,16 @@ def planned_feeds(samples: Sequence[int | None], vp_stage: int | None = None) ->
     args = get_args()
     flags = AttentionFlags.of(args)
     corpus = CorpusDocuments(args.data_path[-1], args.seq_length, args.mmap_bin_files)
-    tensor = args.tensor_model_parallel_size
+    problem, tensor = problem_of_run(args, sys.argv[1:]), args.tensor_model_parallel_size
+    _check_longest(problem, corpus, args.data_path[-1])
     settings = FeedSettings(
         algorithm=flags.plan or "",
-        problem=problem_of_run(args, sys.argv[1:]),
+        problem=problem,
         longest=args.seq_length,
         layout=flags.document_layout,
         tensor=tensor,
         split=tensor if args.sequence_parallel else 1,
+        device=torch.device(torch.cuda.current_device()),
     )
     fabric = GroupFabric(parallel_state.get_data_parallel_group(with_context_parallel=True))
     starts = (args.consumed_train_samples, args.consumed_valid_samples, 0)
@@ -53,12 +58,23 @@ def planned_feeds(samples: Sequence[int | None], vp_stage: int | None = None) ->
 planned_feeds.is_distributed = True  # type: ignore[attr-defined]
 
 
-def _lines(settings: FeedSettings, corpus: CorpusDocuments, numbers: Sequence[Sequence[int]]) -> list[str]:
+def _check_longest(problem: BatchProblem, corpus: CorpusDocuments, prefix: str) -> None:
+    """Refuse a document that no group holds before any step is planned; ValueError with its number."""
+    at, holds = int(corpus.lengths.argmax()), problem.degrees[-1] * problem.capacity
+    if corpus.lengths[at] > holds:
+        raise Refused(
+            f"document {at} of {prefix} has {corpus.lengths[at]:,} tokens, and the largest group holds {holds:,}, "
+            f"{problem.degrees[-1]} ranks of {problem.capacity:,}; raise --cp-tokens-per-rank, take more ranks, or cut "
+            f"documents with --seq-length {holds}"
+        )
+
+
+def _lines(settings: FeedSettings, corpus: CorpusDocuments, numbers: Sequence[Sized]) -> list[str]:
     problem = settings.problem
-    cut, empty = sum(corpus.cut), sum(not length for length in corpus.lengths)
+    empty = int((corpus.lengths == 0).sum())
     counts = ", ".join(f"{len(found)} for {part}" for part, found in zip(PARTS, numbers, strict=True))
     return [
         f"--cp-plan {settings.algorithm}: groups of {', '.join(map(str, problem.degrees))} of {problem.ranks} ranks, "
         f"at most {problem.capacity:,} tokens of a rank in a microbatch",
-        f"documents: {counts}; {cut} cut to {settings.longest:,} tokens, {empty} left out that have none to predict",
+        f"documents: {counts}; {corpus.cut} cut to {settings.longest:,} tokens, {empty} of one token left out",
     ]

@@ -18,11 +18,11 @@ from megatron_cp.recipe.recipe import Recipe, overridden
 
 
 def problem_of_run(args: Any, argv: Sequence[str]) -> BatchProblem:
-    """Return the problem of a batch that is one document of `--seq-length` tokens; those of steps replace it.
+    """Return the problem of a step, but for its documents.
 
     args: parsed and validated
     argv: flags of the command line
-    Raises ValueError where no group holds such a document, and where memory is not known and not given.
+    Raises ValueError for sizes that do not divide, and where memory is not known and not given.
     """
     flags = AttentionFlags.of(args)
     # sizes that the arguments of a run have, and its flags need not
@@ -35,4 +35,5 @@ def problem_of_run(args: Any, argv: Sequence[str]) -> BatchProblem:
     parallel = replace(parallel, micro_batch=1, global_batch=parallel.dp)
     cluster = load_cluster(flags.cluster) if flags.cluster else default_cluster(device_of_run())
     request = GroupRequest(model, parallel, cluster, stretching(record))
-    return batch_problem(request, (args.seq_length,), flags.tokens_per_rank)
+    # the smallest of documents, which those of each step replace
+    return batch_problem(request, (1,), flags.tokens_per_rank)

@@ -19,14 +19,14 @@ class ScheduleGetter:
     def __call__(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
         """Return the function for these settings and Megatron's own arguments of the getter."""
         # a patched Megatron makes the getter while it is being imported itself
-        from megatron_cp.megatron.pipeline.planned import PlannedSteps
+        from megatron_cp.megatron.pipeline.planned import PlannedRun
         from megatron_cp.megatron.pipeline.schedule import Pipeline, left_to_megatron
 
         name = settings.pipeline.schedule
         left = left_to_megatron(*args, **kwargs)
         found = self._stock(*args, **kwargs) if name is None or left else self._of(name, settings)
         planned = settings.attention and settings.attention.plan and not left
-        return PlannedSteps(found, isinstance(found, Pipeline)) if planned else found
+        return PlannedRun(found, isinstance(found, Pipeline)) if planned else found
 
     def _of(self, name: str, settings: Settings) -> "Pipeline":
         from megatron_cp.megatron.pipeline.schedule import Pipeline

@@ -18,7 +18,7 @@ TEXT = 512
 """Bytes in which a rank describes its step, once the ranks know that their steps differ."""
 
 
-class Step(Protocol):
+class PlannedStep(Protocol):
     """A step as the data iterator of every model chunk gives it.
 
     text:      equal on two ranks if and only if they run the same step
@@ -38,7 +38,7 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True)
-class PlannedSteps:
+class PlannedRun:
     """A forward-backward function for Megatron that takes the microbatches of every step from its plan.
 
     run:      Megatron's function, or a pipeline of ours
@@ -54,7 +54,7 @@ class PlannedSteps:
         Raises ValueError on every rank, before any other communication, where a rank has no plan or another one.
         """
         feeds = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        chunks: list[Step] = [next(feed) for feed in feeds]
+        chunks: list[PlannedStep] = [next(feed) for feed in feeds]
         step = chunks[0]
         everyone = torch.distributed.group.WORLD
         assert everyone, "Megatron has made the groups"
@@ -66,7 +66,7 @@ class PlannedSteps:
         return self.run(data_iterator=data, num_microbatches=len(step.tokens_of), **rest)
 
 
-def compare(step: Step, fabric: Fabric, device: torch.device) -> None:
+def compare(step: PlannedStep, fabric: Fabric, device: torch.device) -> None:
     """Raise ValueError on every rank where ranks would run different steps, or one has no plan."""
     words = values_of_all(fabric, device, [_word(step.refusal or step.text), bool(step.refusal)])
     if len(set(words)) == 1:

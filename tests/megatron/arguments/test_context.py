@@ -145,7 +145,11 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
             {"sft": True, "micro_batch_size": 2, "num_experts": 4, "moe_router_load_balancing_type": "seq_aux_loss"},
             "seq_aux_loss balances each sample, .* got --micro-batch-size 2; pass 1, or aux_loss",
         ),
-        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        (
+            {"hybrid_context_parallel": True},
+            "leave --hybrid-context-parallel out; megatron_cp.pretrain_gpt .* --cp-plan balanced "
+            "--context-parallel-size 1 --calculate-per-token-loss, and --cp-tokens-per-rank",
+        ),
         ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
     ],
 )
@@ -163,6 +167,8 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_stripe": 1,
         "cp_chunks": None,
         "cp_cluster": None,
+        "cp_plan": None,
+        "cp_tokens_per_rank": None,
         "cp_sink": None,
         "cp_softcap": None,
         "cp_document_layout": "stream",

@@ -1,0 +1,139 @@
+"""Faults of planned batches end in one line on every rank, before anything else is sent; a killed run goes on."""
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_cp.comm import in_process
+from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.command_line import check_script
+from megatron_cp.megatron.pipeline.planned import compare
+from tests.megatron.batches.test_runs import planned, write_corpus
+from tests.megatron.pretraining import pretrain_losses
+from tests.ranks import DIED, RankError, run_ranks
+
+DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+
+
+class OneStep:
+    """What ranks compare of a step."""
+
+    def __init__(self, text: str, refusal: str = "") -> None:
+        self.text, self.refusal = text, refusal
+
+
+def compared(steps: list[OneStep]) -> list[str]:
+    """The line that each rank raises, empty for none."""
+
+    def body(fabric: Any) -> str:
+        try:
+            compare(steps[fabric.rank], fabric, torch.device("cpu"))  # type: ignore[arg-type]
+        except Refused as error:
+            return str(error)
+        return ""
+
+    return in_process(len(steps), body)
+
+
+def test_equal_steps_are_run() -> None:
+    assert compared([OneStep("12 documents"), OneStep("12 documents")]) == ["", ""]
+
+
+def test_steps_that_differ_are_refused_on_every_rank() -> None:
+    lines = compared([OneStep("plan a"), OneStep("plan b"), OneStep("plan a")])
+    assert len(set(lines)) == 1
+    assert "differs between ranks: rank 0: plan a; rank 1: plan b; rank 2: plan a; give all ranks" in lines[0]
+
+
+def test_a_refusal_of_one_rank_is_raised_on_all() -> None:
+    lines = compared([OneStep("plan a"), OneStep("", "no group holds document 7")])
+    assert lines[0] == lines[1]
+    assert "cannot be planned: rank 0: plan a; rank 1: no group holds document 7" in lines[0]
+
+
+def test_a_refusal_of_all_is_raised_as_it_is() -> None:
+    assert compared([OneStep("", "no group")] * 2) == ["no group"] * 2
+
+
+def unequal(corpus: str) -> Any:
+    capacity = 24 if os.environ["RANK"] == "0" else 26
+    return pretrain_losses(planned(corpus, f"--cp-plan balanced --cp-tokens-per-rank {capacity}"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = str(tmp_path_factory.mktemp("faults") / "corpus")
+    write_corpus(prefix, [3, 9, 41, 14, 2, 30] * 12)
+    return prefix
+
+
+def lines_of(ranks: int, function: Any, *args: Any) -> list[str]:
+    with pytest.raises(RankError) as caught:
+        run_ranks(ranks, function, *args)
+    assert sorted(caught.value.errors) == list(range(ranks))
+    return [re.sub(r"rank \d+: ", "", text.splitlines()[0], count=1) for text in caught.value.errors.values()]
+
+
+@pytest.mark.slow
+def test_ranks_with_different_plans_end_in_one_line(corpus: str) -> None:
+    lines = lines_of(2, unequal, corpus)
+    assert len(set(lines)) == 1
+    assert "the step differs between ranks: rank 0: 12 documents" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_document_that_no_group_holds_ends_in_one_line(corpus: str) -> None:
+    lines = lines_of(2, pretrain_losses, planned(corpus, "--cp-plan balanced --cp-tokens-per-rank 18"))
+    assert len(set(lines)) == 1
+    assert re.search(r"document 2 of .*corpus has 40 tokens, and the largest group holds 36, 2 ranks of 18", lines[0])
+
+
+def test_a_script_cannot_run_a_plan() -> None:
+    with pytest.raises(Refused, match=r"--cp-plan flexsp: .*; run megatron_cp.pretrain_gpt instead"):
+        check_script(["--cp-plan", "flexsp"], layers=True)
+
+
+def with_documents(flags: list[str], kill_at: int = 0) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
+    """The losses of a run and the documents of each of its steps; killed when that step begins."""
+    from megatron_cp.megatron.batches import feed
+
+    seen, old = [], feed.DocumentFeed.__next__
+
+    def counted(self: Any) -> Any:
+        step = old(self)
+        seen.append(step.documents)
+        if len(seen) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step
+
+    feed.DocumentFeed.__next__ = counted  # type: ignore[method-assign]
+    try:
+        return pretrain_losses(flags), seen
+    finally:
+        feed.DocumentFeed.__next__ = old  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["balanced", "wlb"])
+def test_a_killed_run_goes_on_with_another_number_of_ranks(corpus: str, tmp_path: Path, plan: str) -> None:
+    def flags(tokens: int, *more: str) -> list[str]:
+        return planned(corpus, f"--cp-plan {plan} --cp-tokens-per-rank {tokens} {DISTRIBUTED}", *more)
+
+    unbroken, order = run_ranks(1, with_documents, flags(48))[0]
+    assert (plan == "wlb") == any(len(step) != 12 for step in order), "documents wait with wlb alone"
+    saves = f"--save {tmp_path} --save-interval 2"
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, with_documents, flags(24, saves), 4)
+    assert any(DIED in text for text in caught.value.errors.values())
+    found = run_ranks(3, with_documents, flags(16, f"--load {tmp_path}"))
+    # iteration 2 was saved
+    assert [step["iteration"] for step in found[0][0]] == [3, 4, 5]
+    assert all(seen == order[2:] for _, seen in found)
+    for ours, theirs in zip(found[0][0], unbroken[2:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
