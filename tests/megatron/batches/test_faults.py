@@ -102,6 +102,9 @@ def with_documents(flags: list[str], kill_at: int = 0) -> tuple[list[dict[str, A
     """The losses of a run and the documents of each of its steps; killed when that step begins."""
     from megatron_cp.megatron.batches import feed
 
+    if kill_at:
+        # as torchrun starts a rank, so that its checkpoint writers end with it
+        os.setsid()
     seen, old = [], feed.DocumentFeed.__next__
 
     def counted(self: Any) -> Any:
