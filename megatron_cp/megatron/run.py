@@ -453,7 +453,7 @@ def _slice_lengths(args: Any, flags: PipelineFlags) -> tuple[int, ...]:
     hidden, heads, cp = args.hidden_size, args.num_attention_heads, args.context_parallel_size
     dim = getattr(args, "kv_channels", None) or hidden // heads
     groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
-    matrices = 3 if getattr(args, "swiglu", False) else 2
+    matrices = 3 if getattr(args, "swiglu", False) or getattr(args, "quick_geglu", False) else 2
     mlp = matrices * hidden * (getattr(args, "ffn_hidden_size", None) or 4 * hidden)
     parameters = 2 * hidden * dim * (heads + groups) + mlp
     split = SCHEDULES.get(flags.schedule or "").split

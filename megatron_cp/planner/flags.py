@@ -16,7 +16,7 @@ MODELLED = _flags(
     account-for-loss-in-pipeline-split hidden-size num-attention-heads num-query-groups ffn-hidden-size
     kv-channels multi-latent-attention recompute-granularity recompute-method recompute-num-layers
     recompute-modules fp8-format moe-shared-expert-intermediate-size moe-ffn-hidden-size moe-router-topk
-    group-query-attention window-size window-attn-skip-freq make-vocab-size-divisible-by swiglu
+    group-query-attention window-size window-attn-skip-freq make-vocab-size-divisible-by swiglu quick-geglu
     untie-embeddings-and-output-weights micro-batch-size global-batch-size recompute-activations
     grad-reduce-in-bf16 use-megatron-fsdp decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers
     pipeline-model-parallel-layout num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank
@@ -121,7 +121,7 @@ FREE = _flags(
     yarn-beta-fast yarn-beta-slow yarn-correction-range-round-to-int no-yarn-correction-range-round-to-int
     relative-attention-num-buckets relative-attention-max-distance use-rotary-position-embeddings rotary-base
     rotary-percent rotary-seq-len-interpolation-factor use-rope-scaling rope-scaling-factor no-rope-freq
-    no-position-embedding openai-gelu squared-relu quick-geglu onnx-safe bert-no-binary-head weight-decay
+    no-position-embedding openai-gelu squared-relu onnx-safe bert-no-binary-head weight-decay
     apply-wd-to-qk-layernorm clip-grad adam-beta1 adam-beta2 adam-eps sgd-momentum muon-momentum
     muon-no-split-qkv muon-nesterov muon-scale-mode muon-fp32-matmul-prec muon-coefficient-type
     muon-extra-scale-factor muon-scalar-optimizer lion-beta1 lion-beta2 no-weight-decay-cond-type

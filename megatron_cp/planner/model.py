@@ -170,8 +170,8 @@ class Transformer:
 def model_of(recipe: Recipe) -> Transformer:
     """Return the model of a recipe's MODEL_ARGS; raises ValueError with a flag that is missing or not a number."""
     hidden, heads = recipe.required("--hidden-size"), recipe.required("--num-attention-heads")
-    gated = "--swiglu" in recipe.model_args
-    ffn = recipe.number("--ffn-hidden-size", _usual_ffn(hidden, gated))
+    swiglu = "--swiglu" in recipe.model_args
+    ffn = recipe.number("--ffn-hidden-size", _usual_ffn(hidden, swiglu))
     experts = recipe.number("--num-experts", 0)
     grouped = "--group-query-attention" in recipe.model_args
     latent, layers = _latent(recipe), recipe.required("--num-layers")
@@ -186,7 +186,7 @@ def model_of(recipe: Recipe) -> Transformer:
         kv_heads=recipe.number("--num-query-groups", 1) if grouped and not latent else heads,
         head_dim=latent.mean_head_dim if latent else recipe.number("--kv-channels", hidden // heads),
         vocab=_padded_vocab(recipe),
-        gated=gated,
+        gated=swiglu or "--quick-geglu" in recipe.model_args,
         tied="--untie-embeddings-and-output-weights" not in recipe.model_args,
         experts=experts,
         top_k=recipe.number("--moe-router-topk", 2) if experts else 0,

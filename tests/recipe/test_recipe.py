@@ -43,6 +43,9 @@ BILLIONS = {
     "mixtral-8x7b": 46.7,
     "qwen3-8b": 8.19,
     "qwen3-32b": 32.76,
+    "qwen3-30b-a3b": 30.53,
+    "gpt-oss-20b": 20.91,
+    "deepseek-v3": 671.03,
 }
 
 

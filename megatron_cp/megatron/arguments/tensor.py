@@ -141,11 +141,12 @@ def _left_to_megatron(args: Any) -> str:
 
 def layer_of(args: Any) -> LayerLinears:
     """Return the linears of a layer as Megatron's arguments describe it, before they are validated."""
-    hidden, heads, gated = args.hidden_size, args.num_attention_heads, bool(read(args, "swiglu", False))
+    hidden, heads, swiglu = args.hidden_size, args.num_attention_heads, bool(read(args, "swiglu", False))
+    gated = swiglu or read(args, "quick_geglu", False)
     width = read(args, "kv_channels") or hidden // heads
     groups = args.num_query_groups if read(args, "group_query_attention", False) else heads
     # Megatron's own default
-    ffn = read(args, "ffn_hidden_size") or (int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
+    ffn = read(args, "ffn_hidden_size") or (int(4 * hidden * 2 / 3 / 64) * 64 if swiglu else 4 * hidden)
     second = ffn if not read(args, "num_experts") else read(args, "moe_shared_expert_intermediate_size") or 0
     tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
     return LayerLinears(

@@ -69,6 +69,26 @@ def test_every_recipe_is_valid_for_its_cluster(name: str) -> None:
     assert isinstance(answer, list), answer
 
 
+MODELS = [name for name in recipe.shipped("models") if name != "models/llama"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_valid_on_two_nodes(write: Write, name: str) -> None:
+    experts = "--num-experts" in recipe.load(name, Unset({})).model_args
+    sizes = (
+        "{--expert-model-parallel-size: 8}"
+        if experts
+        else "{--tensor-model-parallel-size: 8, --sequence-parallel: true}"
+    )
+    answer = examined(
+        write(f"extends: [{name}, training/pretrain, training/gpus]\nCLUSTER: dgx-h100-ib\nMODEL_ARGS: {sizes}\n"),
+        *("--context-parallel-size", "2", "--cp-comm-type", "zigzag", "--nnodes", "2", "--nproc-per-node", "8"),
+        *("--micro-batch-size", "1", "--global-batch-size", "16"),
+    )
+    assert isinstance(answer, list), answer
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
