@@ -8,7 +8,14 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.context import comm_types
-from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
+from megatron_cp.megatron.arguments.unsupported import (
+    PARTS_OF_SEQUENCES,
+    Unsupported,
+    captures_graphs,
+    read,
+    refuse,
+    shares_weights_out,
+)
 from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, has_our_layers, plans_batches
 from megatron_cp.pipeline import SCHEDULES
 
@@ -107,19 +114,7 @@ UNSUPPORTED = (
         _asks("num_experts"),
         "leave --num-experts out",
     ),
-    Unsupported(
-        "positions other than rotary, learned and none",
-        lambda args: (
-            read(args, "position_embedding_type", "learned_absolute") not in ("rope", "learned_absolute", "none")
-            or bool(read(args, "multi_latent_attention", False))
-        ),
-        "pass --position-embedding-type rope, without --multi-latent-attention",
-    ),
-    Unsupported(
-        "layers other than attention that look back, such as Mamba's",
-        lambda args: bool(read(args, "hybrid_layer_pattern") or read(args, "experimental_attention_variant")),
-        "take a model of attention layers alone",
-    ),
+    *PARTS_OF_SEQUENCES,
     Unsupported("CUDA graphs, which are captured for one shape", captures_graphs, "leave --cuda-graph-impl out"),
     Unsupported(
         "weights that data-parallel ranks share out, which they gather in step",

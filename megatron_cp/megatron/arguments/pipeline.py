@@ -5,7 +5,7 @@ from typing import Any
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.errors import Refused, as_refusals
-from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse
+from megatron_cp.megatron.arguments.unsupported import PARTS_OF_SEQUENCES, Unsupported, captures_graphs, read, refuse
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
 from megatron_cp.pipeline import SCHEDULES
@@ -119,19 +119,7 @@ SLICES_UNSUPPORTED = (
         lambda args: AttentionFlags.of(args).document_layout != STREAM,
         "leave --cp-document-layout out, or --pp-slices",
     ),
-    Unsupported(
-        "positions other than rotary, learned and none",
-        lambda args: (
-            read(args, "position_embedding_type", "learned_absolute") not in ("rope", "learned_absolute", "none")
-            or bool(read(args, "multi_latent_attention", False))
-        ),
-        "pass --position-embedding-type rope, without --multi-latent-attention",
-    ),
-    Unsupported(
-        "layers other than attention that look back, such as Mamba's",
-        lambda args: bool(read(args, "hybrid_layer_pattern") or read(args, "experimental_attention_variant")),
-        "take a model of attention layers alone",
-    ),
+    *PARTS_OF_SEQUENCES,
     Unsupported(
         "attention sinks",
         lambda args: read(args, "cp_sink") is not None or read(args, "softmax_type", "vanilla") != "vanilla",

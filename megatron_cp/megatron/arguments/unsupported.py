@@ -44,3 +44,21 @@ def shares_weights_out(args: Any) -> bool:
     """True if data-parallel ranks hold parts of the weights."""
     sharded = any(read(args, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2"))
     return sharded or read(args, "gtp_weight_remat_size", 1) > 1
+
+
+PARTS_OF_SEQUENCES = (
+    Unsupported(
+        "positions other than rotary, learned and none",
+        lambda args: (
+            read(args, "position_embedding_type", "learned_absolute") not in ("rope", "learned_absolute", "none")
+            or bool(read(args, "multi_latent_attention", False))
+        ),
+        "pass --position-embedding-type rope, without --multi-latent-attention",
+    ),
+    Unsupported(
+        "layers other than attention that look back, such as Mamba's",
+        lambda args: bool(read(args, "hybrid_layer_pattern") or read(args, "experimental_attention_variant")),
+        "take a model of attention layers alone",
+    ),
+)
+"""Options of models whose layers do not know where a part of a sequence stands."""
