@@ -103,6 +103,8 @@ def _rsa_task(
                 f"whole rows of scores are held by backend {names} without chunks only, got {plan.backend.name!r} with "
                 f"chunks = {plan.chunks}; make the plan with plan({names}, ...)"
             )
+        if plan.alibi is not None:
+            raise Refused("a bias is added to scores, and alibi is one; leave alibi out and add it to the bias")
         check_inputs(q, k, v)
         packed = documents_of(given, q)
         if packed is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_cp.context import sinks
+from megatron_cp.context.alibi import with_positions
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.dropout import DropoutSeed, labelled
 from megatron_cp.context.layouts import Layout
@@ -34,6 +35,7 @@ class AttentionCall(NamedTuple):
     factor: of the queries, so that the scale of the task is a positive float32, as fused kernels want it
     merges_sink: the loop merges a sink itself
     seed: of dropped weights; None drops none
+    alibi: the slope of each query head; None leaves scores as they are
     """
 
     loop: Loop[Any]
@@ -43,6 +45,7 @@ class AttentionCall(NamedTuple):
     factor: float
     merges_sink: bool
     seed: DropoutSeed | None = None
+    alibi: tuple[float, ...] | None = None
 
 
 def run(
@@ -67,7 +70,8 @@ def call_for(
     factor, scale = _positive(task.scale)
     inside = plan.chunks is not None or plan.backend.capabilities.sinks == "inside"
     kernel = task.kernel if seed is None else with_dropout(task.kernel, plan.dropout)
-    return AttentionCall(plan.loop, replace(task, scale=scale, kernel=kernel), layout, q.shape[3], factor, inside, seed)
+    task = replace(task, scale=scale, kernel=kernel)
+    return AttentionCall(plan.loop, task, layout, q.shape[3], factor, inside, seed, plan.alibi)
 
 
 def forward_pass(
@@ -78,8 +82,11 @@ def forward_pass(
         return q.new_empty((*q.shape[:3], v.shape[3])), ()
     with without_autocast(q.device):
         q = q if call.factor == 1 else q * call.factor
+        mine = call.layout[call.task.fabric.rank]
+        if call.alibi is not None:
+            q, k = with_positions(q, k, mine, call.alibi, call.task.scale)
         if call.seed is not None:
-            q, k = labelled(q, k, call.layout[call.task.fabric.rank], call.seed)
+            q, k = labelled(q, k, mine, call.seed)
         q, k, v = relayout([last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric)
         task = _with_sink(call.task, sink, q)
         out, saved = call.loop.forward(q, k, v, task)
@@ -106,8 +113,8 @@ def backward_pass(dout: Tensor, saved: Any, call: AttentionCall, sink: Tensor | 
             dsink = [sinks.gradient(dout, saved.out, saved.lse, task.sink)]
         dq = dq if call.factor == 1 else dq * call.factor
         dq, dk, dv = relayout([dq, dk, dv], task.layout, call.layout, task.fabric)
-        if call.seed is not None:
-            dq, dk = dq[..., : call.head_dim], dk[..., : call.head_dim]
+        # without columns that are no part of q and k
+        dq, dk = dq[..., : call.head_dim], dk[..., : call.head_dim]
         return dq, dk, dv, *(part.to(sink.dtype) for part in dsink if sink is not None)
 
 

@@ -1,8 +1,10 @@
 """The plan of an attention, an algorithm for the ranks of a fabric, and the arguments of its loop."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import count
 from numbers import Real
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_cp.comm import Fabric, Gathering, fabric_of
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS, Backend, cache_sizes, layouts
 from megatron_cp.context.algorithms.fpdt import FPDT
+from megatron_cp.context.alibi import COLUMNS as ALIBI_COLUMNS
+from megatron_cp.context.alibi import as_slopes
 from megatron_cp.context.checks import (
     able,
     check_can_chunk,
@@ -74,6 +78,7 @@ class Plan:
     why:     the reasons of `auto`, in one line
     softcap: where the kernel caps scores
     dropout: part of the weights that is dropped in calls with a seed
+    alibi:   the slope of each query head
     document_layout: which positions the loop works on for packed documents
     number:  of this plan among all of the process, for graphs that hold no objects
     """
@@ -93,6 +98,7 @@ class Plan:
     softcap: float | None = None
     document_layout: str = STREAM
     dropout: float = 0.0
+    alibi: tuple[float, ...] | None = None
     number: int = field(init=False, repr=False, compare=False, default_factory=lambda: next(_numbers))
 
     def __post_init__(self) -> None:
@@ -123,6 +129,7 @@ class Plan:
             f"softcap={self.softcap}",
             f"document_layout={self.document_layout}",
             f"dropout={self.dropout}",
+            f"alibi={self.alibi and _word_of(self.alibi)}",
             f"grid={grid}",
             f"cluster={self.cluster and self.cluster.name}",
             *([f"nodes={len({*nodes})} with {nodes.count(nodes[0])} ranks on the first"] if nodes else []),
@@ -137,7 +144,8 @@ class Plan:
 
     def kernel_for(self, q: Tensor, v: Tensor) -> tuple[Kernel, str]:
         """Return the kernel for such queries and values, and the reason for it."""
-        return self.kernel_of(q.device.type, str(q.dtype).removeprefix("torch."), max(q.shape[-1], v.shape[-1]))
+        head_dim = max(q.shape[-1] + (ALIBI_COLUMNS if self.alibi else 0), v.shape[-1])
+        return self.kernel_of(q.device.type, str(q.dtype).removeprefix("torch."), head_dim)
 
     def kernel_of(self, device: str, dtype: str, head_dim: int) -> tuple[Kernel, str]:
         """Return the kernel for tensors on such a device, and the reason for it."""
@@ -172,6 +180,7 @@ def plan(
     softcap: float | None = None,
     document_layout: str = STREAM,
     dropout: float = 0.0,
+    alibi: Sequence[float] | Tensor | None = None,
 ) -> Plan:
     """Choose an algorithm for the ranks of `cp`; communicates nothing.
 
@@ -189,6 +198,8 @@ def plan(
                    "document" zigzag over each document, "blocks" of equal work, "auto" stream or blocks, whichever
                    is faster by prediction; tokens move there and back
     dropout:       part of the attention weights that is dropped, in calls that bring a seed
+    alibi:         slope * (key - query), in positions, is added to each scaled score: a slope for each query head of
+                   this rank's tensors, of `alibi_slopes`
     Raises ValueError for an unknown name, a grid that is missing or does not fit, and a choice without effect.
     """
     cp = fabric_of(cp)
@@ -223,6 +234,11 @@ def plan(
         check_document_layout(entry, document_layout, chunks)
     seen = mask(causal, window)
     check_mask(entry, seen)
+    slopes = as_slopes(alibi)
+    if slopes is not None and seen.right != 0:
+        raise Refused("alibi needs causal attention, where distances have one sign; leave it out, or causal=False")
+    if slopes is not None and softcap is not None:
+        raise Refused("alibi is added to scores that softcap does not cap; leave one of the two out")
     return Plan(
         backend=entry,
         cp=cp,
@@ -238,6 +254,7 @@ def plan(
         softcap=softcap,
         document_layout=document_layout,
         dropout=dropout,
+        alibi=slopes,
     )
 
 
@@ -315,6 +332,11 @@ def _check_stripe(stripe: int, entry: Backend, layout: str) -> None:
             f"stripe is the length of a block of layout {STRIPED!r}, got stripe = {stripe} with backend {entry.name!r} "
             f"on layout {layout!r}; use backend {able(lambda other: other.layout == STRIPED)} or leave stripe out"
         )
+
+
+def _word_of(slopes: tuple[float, ...]) -> str:
+    """Return a short word for the slopes of many heads, by which ranks compare them."""
+    return f"{len(slopes)} slopes {blake2b(repr(slopes).encode(), digest_size=8).hexdigest()}"
 
 
 def numbered(number: int) -> Plan:

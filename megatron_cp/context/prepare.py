@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.context.agreement import agree, refused_by_all
+from megatron_cp.context.alibi import check_alibi
 from megatron_cp.context.auto import choices, settle
 from megatron_cp.context.checks import check_documents, check_dropout, check_mask, check_sinks
 from megatron_cp.context.document_choice import settle_layout
@@ -44,6 +45,8 @@ def prepare(
             check_mask(plan.backend, packed.mask(plan.mask))
         if sink is not None:
             check_sink(sink, q)
+        if plan.alibi is not None:
+            check_alibi(plan.alibi, q)
         dtype, dim = str(q.dtype).removeprefix("torch."), max(q.shape[3], v.shape[3])
         sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], dim, dtype, q.device.type)
         chosen_by = () if agreed else choices(plan, sizes)

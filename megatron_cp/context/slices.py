@@ -251,6 +251,8 @@ def check_slices(plan: Plan) -> None:
             f"backend {plan.backend.name!r} in chunks cuts a sequence over time itself and takes no slices; take one "
             "without chunks, or leave the slices out"
         )
+    if plan.alibi is not None:
+        raise Refused("slices take no alibi; leave it out, or the slices")
     if plan.mask.right != 0:
         raise Refused("slices need a causal mask: keys of later slices are not there yet; leave the slices out")
 

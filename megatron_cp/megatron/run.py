@@ -49,7 +49,10 @@ def takes_placement(entry: Backend) -> bool:
 
 
 class Flag(NamedTuple):
-    """A field's part of --help and the type of its value; the text is made only when help is asked for."""
+    """A field's part of --help and the type of its value; the text is made only when help is asked for.
+
+    A flag of type bool takes no value.
+    """
 
     metavar: Callable[[], str]
     help: Callable[[], str]
@@ -93,6 +96,9 @@ class _Flags:
         group = parser.add_argument_group(title=cls.title)
         for name, each in zip(cls.names(), fields(cls), strict=True):  # type: ignore[arg-type]
             flag: Flag = each.metadata["flag"]
+            if flag.type is bool:
+                group.add_argument(name, action="store_true", help=flag.help())
+                continue
             group.add_argument(
                 name,
                 default=each.default,
@@ -185,6 +191,15 @@ class AttentionFlags(_Flags):
             "value. A learned one of each head is --softmax-type learnable, one of 0 is --softmax-type off-by-one."
         ),
         float,
+    )
+    alibi: bool = _flag(
+        False,
+        lambda: "",
+        lambda: (
+            "ALiBi: each score falls with the distance of its key, by a slope of the query head. For models that are "
+            "trained with --position-embedding-type none."
+        ),
+        bool,
     )
     document_layout: str = _flag(
         STREAM,

@@ -90,8 +90,8 @@ UNMODELLED = _flags(
     hybrid-layer-pattern hybrid-override-pattern yaml-cfg main-grads-dtype megatron-fsdp-main-params-dtype
     megatron-fsdp-main-grads-dtype megatron-fsdp-grad-comm-dtype megatron-fsdp-enable-fine-grained-param-gather
     megatron-fsdp-max-pool-double-buffer fsdp-db-use-persist-buf-on-alloc-fail sft
-    cp-kernel cp-stripe cp-chunks cp-sink cp-softcap cp-document-layout cp-plan cp-tokens-per-rank tp-gemm pp-costs
-    pp-memory-limit
+    cp-kernel cp-stripe cp-chunks cp-sink cp-softcap cp-alibi cp-document-layout cp-plan cp-tokens-per-rank tp-gemm
+    pp-costs pp-memory-limit
     """
 )
 """Flags that change a step's time, memory or traffic beyond what is modelled."""

@@ -157,6 +157,40 @@ def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
     assert_equal_runs(losses(2, context(backend, 2), window), alone(window))
 
 
+ALIBI = "--cp-alibi --position-embedding-type none"
+WITH_ALIBI = {
+    "two ranks": (2, context("zigzag", 2)),
+    "heads, tensor and sequence parallel": (
+        4,
+        f"{context('ulysses', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "pipeline, recomputed": (
+        4,
+        f"{context('all-gather', 2)} --pipeline-model-parallel-size 2 --pp-schedule 1f1b "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+}
+
+
+def losses_and_biases(flags):
+    """The losses of a run, and how often queries and keys got columns of positions on this rank."""
+    from megatron_cp.context import function
+
+    calls, widened = [], function.with_positions
+    function.with_positions = lambda *args: calls.append(1) or widened(*args)
+    return pretrain_losses(flags), len(calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WITH_ALIBI)
+def test_alibi_equals_one_rank(alone, case):
+    size, flags = WITH_ALIBI[case]
+    found = run_ranks(size, losses_and_biases, tiny(flags, ALIBI))
+    assert all(calls > 0 for _, calls in found)
+    assert_equal_runs(found[0][0], alone(ALIBI))
+    assert alone(ALIBI)[0]["loss"] != alone("--position-embedding-type none")[0]["loss"]
+
+
 DROPPED = "--attention-dropout 0.3 --cp-kernel reference"
 DROPPING = {
     "two ranks": (2, context("zigzag", 2)),

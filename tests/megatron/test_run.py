@@ -26,6 +26,7 @@ WORDS = {
     "cluster": "a100-ib",
     "sink": -0.5,
     "softcap": 30.0,
+    "alibi": True,
     "document_layout": "blocks",
 }
 
@@ -36,7 +37,11 @@ def parsed(*words: str) -> SimpleNamespace:
 
 def test_a_value_goes_from_the_command_line_over_the_config_to_the_layer() -> None:
     assert set(WORDS) == {each.name for each in fields(AttentionFlags)}
-    words = [word for name, value in WORDS.items() for word in (f"--cp-{name.replace('_', '-')}", str(value))]
+    words = [
+        word
+        for name, value in WORDS.items()
+        for word in (f"--cp-{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
     assert settings.attention == AttentionFlags(**WORDS)
     settings.attention.copy_to(config)

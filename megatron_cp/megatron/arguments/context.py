@@ -119,6 +119,7 @@ def check(args: Any) -> None:
     _check_cluster(args)
     _check_softcap(args)
     _check_sink(args)
+    _check_alibi(args)
     _check_dropout(args)
     _check_document_layout(args)
     _check_warmup(args)
@@ -193,6 +194,12 @@ def _check_sink(args: Any) -> None:
         return
     for entry in map(BACKENDS.get, comm_types(args)):
         check_sinks(entry)
+
+
+def _check_alibi(args: Any) -> None:
+    flags = AttentionFlags.of(args)
+    if flags.alibi and flags.softcap is not None:
+        raise Refused("--cp-alibi is added to scores that --cp-softcap does not cap; leave one of the two out")
 
 
 def _check_dropout(args: Any) -> None:

@@ -126,6 +126,11 @@ SLICES_UNSUPPORTED = (
         "leave --cp-sink and --softmax-type out, or --pp-slices",
     ),
     Unsupported(
+        "ALiBi",
+        lambda args: bool(read(args, "cp_alibi", False)),
+        "leave --cp-alibi out, or --pp-slices",
+    ),
+    Unsupported(
         "dropout of attention weights",
         lambda args: bool(read(args, "attention_dropout", 0.0)) and read(args, "cp_kernel", "auto") != "auto",
         "pass --attention-dropout 0, or leave --pp-slices out",

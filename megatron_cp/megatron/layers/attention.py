@@ -20,6 +20,8 @@ from torch import Tensor
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
 from megatron_cp.context import AUTO as AUTO_BACKEND
 from megatron_cp.context import BACKENDS, DEFAULT
+from megatron_cp.context.alibi import COLUMNS as ALIBI_COLUMNS
+from megatron_cp.context.alibi import alibi_slopes
 from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
@@ -81,9 +83,10 @@ class CoreAttention(MegatronModule):
         plain_scale = 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.softmax_scale = plain_scale if softmax_scale is None else softmax_scale
         # the values of multi-latent attention are narrower than its keys
-        self._widest_head = max(k_channels or config.kv_channels, v_channels or config.kv_channels)
         self.cp_comm_type = cp_comm_type or DEFAULT
         self.flags = AttentionFlags.of(config)
+        keys = (k_channels or config.kv_channels) + (ALIBI_COLUMNS if self.flags.alibi else 0)
+        self._widest_head = max(keys, v_channels or config.kv_channels)
         # Megatron's default rate is not 0, and a kernel that was not asked for must not slow the run down
         named = self.flags.kernel != AUTO_KERNEL and KERNELS.get(self.flags.kernel).drops
         self._drops = named and self.attention_dropout > 0
@@ -196,6 +199,14 @@ class CoreAttention(MegatronModule):
             drawn = torch.randint(1 << 62, (1,), device=query.device)
         return DropoutSeed(drawn, tensor * query.shape[2])
 
+    def _slopes(self) -> list[float] | None:
+        """Return the slope of each query head of this tensor-parallel rank, where the model has ALiBi."""
+        if not self.flags.alibi:
+            return None
+        slopes, tensor = alibi_slopes(self.config.num_attention_heads), self.pg_collection.tp.rank()
+        heads = len(slopes) // self.config.tensor_model_parallel_size
+        return slopes[tensor * heads : (tensor + 1) * heads]
+
     def _learnable_sinks(self) -> torch.nn.Parameter:
         """Return a logit for each query head of this tensor-parallel rank."""
         config = self.config
@@ -232,6 +243,7 @@ class CoreAttention(MegatronModule):
             softcap=self.flags.softcap,
             document_layout=self.flags.document_layout,
             dropout=self.attention_dropout if self._drops else 0.0,
+            alibi=self._slopes(),
         )
         seq = getattr(self.config, "cp_seq_length", None)
         return made if seq is None else settle(made, self._sizes(seq))

@@ -42,6 +42,7 @@ def given(**changes: Any) -> Namespace:
         {"softmax_type": "learnable"},
         {"cp_sink": -1.0},
         {"cp_softcap": 30.0},
+        {"cp_alibi": True},
         {"attention_dropout": 0.1, "cp_kernel": "reference"},
         {
             "cp_comm_type": ["p2p", "usp", "ring"],
@@ -99,6 +100,7 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
             "kernel 'torch' does not cap scores; use 'auto' or one of: flash, ",
         ),
         ({"cp_softcap": 30.0, "cp_comm_type": ["rsa"]}, "backend 'rsa' does not cap scores; use backend 'zigzag' or "),
+        ({"cp_softcap": 30.0, "cp_alibi": True}, "--cp-softcap does not cap; leave one of the two out"),
         ({"cp_sink": float("nan")}, "--cp-sink is a finite logit, got nan; leave it out"),
         ({"cp_document_layout": "block"}, "unknown --cp-document-layout 'block'; did you mean 'blocks'"),
         (
@@ -171,6 +173,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_tokens_per_rank": None,
         "cp_sink": None,
         "cp_softcap": None,
+        "cp_alibi": False,
         "cp_document_layout": "stream",
     }
     assert "zigzag=p2p" in parser.format_help()

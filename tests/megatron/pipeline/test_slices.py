@@ -201,6 +201,7 @@ REFUSED = {
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --mtp-num-layers 1": "multi-token prediction",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --num-experts 4": "experts, whose auxiliary losses",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-sink 1": "attention sinks",
+    f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-alibi": "ALiBi",
     f"{TWO} --pp-schedule 1f1b --pp-slices 2 --cp-chunks 2": "attention in chunks over time",
     f"{TWO} {SLICED} --sft {CP} all-gather --cp-document-layout blocks": "a layout of packed documents, which balances",
 }
