@@ -12,14 +12,12 @@ from torch import Tensor
 
 from megatron_cp.comm import Fabric, largest
 from megatron_cp.context.layouts import indices
+from megatron_cp.context.self_check import LARGEST_ERROR
 from megatron_cp.context.trace.live import LiveBytes
 from megatron_cp.dtypes import BYTES
 from megatron_cp.kernels import Kernel, choose
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in BYTES}
-
-LARGEST_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Deviation from the right result (over its largest value) up to which a backend counts as correct."""
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 """Dtypes whose kernels may round each tile, as CPUs with AMX or AVX512-BF16 do: two right results differ by both

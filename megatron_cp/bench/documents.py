@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.bench.comparison import DTYPES, LARGEST_ERROR, AttentionShape, TimedPasses, WrongResultError
+from megatron_cp.bench.comparison import DTYPES, AttentionShape, TimedPasses, WrongResultError
 from megatron_cp.bench.processes import on_ranks
 from megatron_cp.comm import Fabric, SingleFabric, largest
 from megatron_cp.context import DEFAULT
@@ -17,6 +17,7 @@ from megatron_cp.context.document_layouts import loads
 from megatron_cp.context.documents import Documents, documents
 from megatron_cp.context.layouts import indices
 from megatron_cp.context.masks import CAUSAL
+from megatron_cp.context.self_check import LARGEST_ERROR
 
 ONE_RANK = "one rank"
 

@@ -201,6 +201,15 @@ class AttentionFlags(_Flags):
         ),
         bool,
     )
+    self_check: bool = _flag(
+        False,
+        lambda: "",
+        lambda: (
+            "At the start, compare each attention of the model with dense attention on a small batch, forward and "
+            "backward, by the kernel and on the devices of the run; end it where they differ by more than rounding."
+        ),
+        bool,
+    )
     document_layout: str = _flag(
         STREAM,
         lambda: _one_of(*DOCUMENT_LAYOUTS),

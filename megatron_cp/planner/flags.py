@@ -98,7 +98,7 @@ UNMODELLED = _flags(
 
 FREE = _flags(
     """
-    help check-for-spiky-loss check-for-large-grads
+    help check-for-spiky-loss check-for-large-grads cp-self-check
     no-initialization use-cpu-initialization tp-comm-bootstrap-backend mtp-loss-scaling-factor
     hidden-dropout attention-dropout apply-residual-connection-post-layernorm norm-epsilon apply-layernorm-1p
     disable-bias-linear add-qkv-bias glu-linear-offset activation-func-clamp-value rotary-interleaved

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megatron_cp.bench.comparison import LARGEST_ERROR, AttentionShape, Comparison
+from megatron_cp.bench.comparison import AttentionShape, Comparison
 from megatron_cp.comm import SingleFabric
+from megatron_cp.context.self_check import LARGEST_ERROR
 
 CPU = torch.device("cpu")
 

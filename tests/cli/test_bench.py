@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from megatron_cp.bench import comparison, peers, processes
 from megatron_cp.bench import context as bench_context
 from megatron_cp.bench.comparison import (
-    LARGEST_ERROR,
     WHOLE,
     AttentionShape,
     BackendResult,
@@ -23,6 +22,7 @@ from megatron_cp.cli import app
 from megatron_cp.cli.bench import UPSTREAM
 from megatron_cp.comm import in_process
 from megatron_cp.context import BACKENDS
+from megatron_cp.context.self_check import LARGEST_ERROR
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.record import record
 

@@ -1,11 +1,14 @@
 """The real pretrain() gives the same losses and gradient norms however the sequence is cut and what else is sharded."""
 
+import os
+import re
+
 import pytest
 
 from megatron_cp.context import BACKENDS
 from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks, run_ranks_with_log
 from tests.tolerances import BF16_LOSS, GRAD_NORM_DIGITS, LOSS_DIGITS
 
 GRID = {2: "2 1", 4: "2 2"}
@@ -155,6 +158,35 @@ def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
     # the second layer sees everything
     window = "--window-size 8,0 --window-attn-skip-freq 2"
     assert_equal_runs(losses(2, context(backend, 2), window), alone(window))
+
+
+def losses_after_a_check(flags, wrong):
+    """The losses of a run that checks itself, where the kernel of the last rank is a thousandth off if `wrong`."""
+    from megatron_cp.kernels.fused import FusedKernel
+
+    if wrong and os.environ["RANK"] == "1":
+        forward = FusedKernel.forward
+
+        def off(self, *args, **choices):
+            out, lse = forward(self, *args, **choices)
+            return out * 1.001, lse
+
+        FusedKernel.forward = off
+    return pretrain_losses(flags)
+
+
+@pytest.mark.slow
+def test_a_run_checks_itself_and_trains_as_without(alone):
+    flags = context("zigzag", 2)
+    found, log = run_ranks_with_log(2, losses_after_a_check, tiny(flags, "--cp-self-check"), False)
+    assert log.count("[megatron-cp] self-check of zigzag, kernel torch: ") == 1
+    assert_equal_runs(found[0], alone())
+    with pytest.raises(RankError) as wrong:
+        run_ranks(2, losses_after_a_check, tiny(flags, "--cp-self-check"), True)
+    lines = {text.partition("--cp-self-check: ")[2].splitlines()[0] for text in wrong.value.errors.values()}
+    assert len(wrong.value.errors) == 2
+    (line,) = lines
+    assert re.match("(out|d[qkv]) of zigzag, kernel torch on rank 1 is wrong by [4-9].*e-04 of its largest value", line)
 
 
 ALIBI = "--cp-alibi --position-embedding-type none"

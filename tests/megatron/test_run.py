@@ -27,6 +27,7 @@ WORDS = {
     "sink": -0.5,
     "softcap": 30.0,
     "alibi": True,
+    "self_check": True,
     "document_layout": "blocks",
 }
 

@@ -26,6 +26,7 @@ from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.dropout import DropoutSeed
+from megatron_cp.context.self_check import TOKENS, CheckedHeads, Deviation, deviation
 from megatron_cp.context.slices import SlicesInFlight, attend_slice
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
@@ -85,8 +86,8 @@ class CoreAttention(MegatronModule):
         # the values of multi-latent attention are narrower than its keys
         self.cp_comm_type = cp_comm_type or DEFAULT
         self.flags = AttentionFlags.of(config)
-        keys = (k_channels or config.kv_channels) + (ALIBI_COLUMNS if self.flags.alibi else 0)
-        self._widest_head = max(keys, v_channels or config.kv_channels)
+        self._key_dim, self._value_dim = k_channels or config.kv_channels, v_channels or config.kv_channels
+        self._widest_head = max(self._key_dim + (ALIBI_COLUMNS if self.flags.alibi else 0), self._value_dim)
         # Megatron's default rate is not 0, and a kernel that was not asked for must not slow the run down
         named = self.flags.kernel != AUTO_KERNEL and KERNELS.get(self.flags.kernel).drops
         self._drops = named and self.attention_dropout > 0
@@ -177,6 +178,13 @@ class CoreAttention(MegatronModule):
         name = self.plan.backend.name
         what = f"{name} (chosen at the first call)" if name == AUTO_BACKEND else name
         return f"{what}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}{why}"
+
+    def deviation(self, device: torch.device) -> Deviation:
+        """Return how much this attention differs from dense attention on a small batch; all ranks call it together."""
+        sizes = self._sizes(TOKENS * self.plan.cp.size)
+        heads = CheckedHeads(sizes.heads, sizes.kv_heads, self._key_dim, self._value_dim)
+        sink = self._fixed_sink if self.softmax_offset is None else 0.0
+        return deviation(settle(self.plan, sizes), heads, self.config.params_dtype, device, sink)
 
     def kernel(self, device: str) -> tuple[Kernel, str]:
         """Return the kernel that computes on such a device, and why."""

@@ -9,13 +9,16 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import nn
 
+from megatron_cp.comm import fabric_of, values_of_all
 from megatron_cp.errors import CannotRun
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
-from megatron_cp.megatron.run import TensorFlags
+from megatron_cp.megatron.run import AttentionFlags, TensorFlags
 from megatron_cp.megatron.tensor.linears import OutputLinear, output_layers
 
+LINE = 400
+"""Bytes of what a rank says to all others."""
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
@@ -34,11 +37,50 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
     device = device_of_run()
-    parts = [*verify_linears(models), *verify_experts(models, device)]
+    parts = [*verify_linears(models), *verify_experts(models, device), *check_attention(models, cores, device)]
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         for line in (*banner(cores, device), *parts):
             print(f"[megatron-cp] {line}", flush=True)
     return models
+
+
+def check_attention(models: Iterable[nn.Module], cores: Sequence[tuple[str, nn.Module]], device: str) -> list[str]:
+    """Return a line for each attention that a small batch shows to be right, where the run asks for --cp-self-check.
+
+    Raises RuntimeError on every rank, with the tensor, the rank and the error, where any rank's is wrong.
+    """
+    config = next((module.config for model in models for module in model.modules() if hasattr(module, "config")), None)
+    if not AttentionFlags.of(config).self_check:
+        return []
+    ours = [core for _, core in cores if isinstance(core, CoreAttention)]
+    distinct = {(core.describe(device).partition(" (")[0], core.window): core for core in ours}
+    found = {
+        what if window is None else f"{what}, window {window}": core.deviation(torch.device(device))
+        for (what, window), core in distinct.items()
+    }
+    here = f"rank {torch.distributed.get_rank()}" if torch.distributed.is_initialized() else "this rank"
+    what, made = max(found.items(), key=lambda pair: pair[1].error / pair[1].bound, default=("", None))
+    text = ""
+    if made and made.wrong:
+        text = f"{made.tensor} of {what} on {here} is wrong by {made.error:.1e} of its largest value"
+        text += f", and rounding is {made.bound:.1e}"
+    if worst := worst_of_all(made.error if made else 0.0, text, torch.device(device)):
+        raise CannotRun(f"--cp-self-check: {worst}; take another --cp-kernel or --cp-comm-type")
+    return [
+        f"self-check of {what}: {made.tensor} differs most, by {made.error:.1e} of {made.bound:.1e}"
+        for what, made in found.items()
+    ]
+
+
+def worst_of_all(error: float, text: str, device: torch.device) -> str:
+    """Return what the rank with the largest error says, cut to a line; all ranks of the run call it."""
+    if not torch.distributed.is_initialized():
+        return text
+    row = [int(min(error, 1.0) * 2**60), *text.encode()[:LINE].ljust(LINE)]
+    rows = values_of_all(fabric_of(torch.distributed.group.WORLD), device, row)
+    # a rank that says nothing is right, however large its error is beside that of a finer dtype
+    _, *said = max(rows, key=lambda one: (bool(bytes(one[1:]).strip()), one[0]))
+    return bytes(said).decode(errors="replace").rstrip()
 
 
 def core_attentions(models: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:

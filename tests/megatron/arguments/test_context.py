@@ -174,6 +174,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_sink": None,
         "cp_softcap": None,
         "cp_alibi": False,
+        "cp_self_check": False,
         "cp_document_layout": "stream",
     }
     assert "zigzag=p2p" in parser.format_help()
