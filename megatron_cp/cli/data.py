@@ -45,8 +45,9 @@ def build(
             "--input",
             metavar="PATH…",
             help="Files, folders and patterns such as 'c4/*.json.gz', in this order; `python-stdlib` is the source of "
-            "Python's own library. .jsonl and .ndjson hold a document per line, .json one per line or per element of "
-            "its array, .parquet one per row, any other file is one document; .gz .zst .bz2 .xz are decompressed.",
+            "Python's own library. .jsonl, .jsonlines, .jl and .ndjson hold a document per line, .json one per line or "
+            "per element of its array, .parquet one per row, any other file is one document; .gz .zst .bz2 .xz are "
+            "decompressed.",
         ),
     ] = None,
     more_inputs: Annotated[list[str] | None, typer.Argument(metavar="[PATH…]", help="More inputs.")] = None,
@@ -60,7 +61,8 @@ def build(
         list[str] | None,
         typer.Option(
             help="Files of a folder to read, by name or path below it, such as '*.py'; may be repeated. "
-            "By default *.txt *.text *.md *.rst *.jsonl *.ndjson *.json, plain or compressed, and *.parquet."
+            "By default *.txt *.text *.md *.rst *.jsonl *.jsonlines *.jl *.ndjson *.json, plain or compressed, and "
+            "*.parquet."
         ),
     ] = None,
     field: Annotated[

@@ -11,8 +11,8 @@ from megatron_cp.context.agreement import refused_by_all, wants_gradients
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.dropout import DropoutSeed, as_seed
 from megatron_cp.context.function import run
-from megatron_cp.context.inputs import as_sink
-from megatron_cp.context.plan import Plan, Sizes, plan
+from megatron_cp.context.inputs import as_number, as_sink
+from megatron_cp.context.plan import Plan, Sizes, check_plan, plan
 from megatron_cp.context.prepare import documents_of, host_waits, prepare
 from megatron_cp.errors import Refused
 
@@ -55,19 +55,19 @@ def attend(
     Raises ValueError on every rank when these differ between ranks, and when tensors do not fit each other or the
     algorithm; nothing but the comparison is sent before.
     """
+    check_plan(plan)
     if dropout_seed is not None and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         raise Refused("attention drops no weights under torch.compile and torch.func; leave it out of them, or dropout")
+    number = as_number(sink)
     if torch.compiler.is_compiling():
-        return opaque.attend(q, k, v, as_sink(sink, q), plan, documents_of(documents, q), agreed)
-    if not isinstance(plan, Plan):
-        raise Refused(f"plan must be made by megatron_cp.plan(backend, ...), got {plan!r}")
+        return opaque.attend(q, k, v, as_sink(sink, q), plan, documents_of(documents, q), agreed, number)
     with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
         logits, packed = as_sink(sink, q), documents_of(documents, q)
         seed = as_seed(dropout_seed, plan.dropout, q)
     if torch._C._are_functorch_transforms_active():
-        return transforms.attend(q, k, v, logits, plan, packed, agreed)
+        return transforms.attend(q, k, v, logits, plan, packed, agreed, number)
     gradients = wants_gradients(q, k, v, logits)
-    number, drops = None if isinstance(sink, Tensor) else sink, seed is not None
+    drops = seed is not None
     settled = prepare(
         q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits, number=number, drops=drops
     )

@@ -16,15 +16,22 @@ from megatron_cp.context.algorithms import rsa
 from megatron_cp.context.checks import able, check_documents
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.documents import Documents
-from megatron_cp.context.function import as_no_view, differentiable_once, without_autocast
-from megatron_cp.context.inputs import DTYPES, check_inputs
-from megatron_cp.context.plan import Plan, task_for
+from megatron_cp.context.function import (
+    as_no_view,
+    differentiable_once,
+    refuse_derivative,
+    refuse_transforms,
+    without_autocast,
+)
+from megatron_cp.context.inputs import DTYPES, check_dense, check_inputs
+from megatron_cp.context.plan import Plan, check_plan, task_for
 from megatron_cp.context.prepare import documents_of
 from megatron_cp.context.task import Saved, Task
 from megatron_cp.dtypes import BYTES
 from megatron_cp.errors import Refused
 
 
+@torch.compiler.disable(reason="attention with whole rows of scores is not compiled")
 def attention_probabilities(
     q: Float[Tensor, "s b h d"],
     k: Float[Tensor, "s b g d"],
@@ -47,6 +54,7 @@ def attention_probabilities(
         return torch.empty_like(weights).index_copy_(-1, rsa.columns_of(task, q), weights)
 
 
+@torch.compiler.disable(reason="attention with whole rows of scores is not compiled")
 def attend_with_bias(
     q: Float[Tensor, "s b h d"],
     k: Float[Tensor, "s b g d"],
@@ -84,6 +92,10 @@ class _Biased(torch.autograd.Function):
         with without_autocast(dout.device):
             return *rsa.backward_with_bias(dout, Saved(*saved), bias, ctx.task), None
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        refuse_derivative("a derivative in forward mode")
+
 
 def _rsa_task(
     q: Tensor,
@@ -95,8 +107,10 @@ def _rsa_task(
     gradients: bool,
 ) -> Task:
     """Return the task of such tensors; refuse another backend, different shapes and a bias that does not fit."""
+    check_plan(plan)
     tensors = (q, k, v, *([] if bias is None else [bias]))
     with refused_by_all(plan, *tensors):
+        refuse_transforms("whole rows of scores")
         if not plan.backend.capabilities.bias or plan.chunks is not None:
             names = able(lambda entry: entry.capabilities.bias)
             raise Refused(
@@ -119,6 +133,7 @@ def _rsa_task(
 def _check_bias(bias: object, q: Tensor, tokens: int) -> None:
     if not isinstance(bias, Tensor):
         raise Refused(f"bias must be a tensor b h s S that is added to the scores, got {type(bias).__name__}")
+    check_dense("bias", bias, "b h s S")
     if bias.dtype not in DTYPES:
         raise Refused(
             f"bias must be of dtype {' or '.join(BYTES)}, got {bias.dtype}; it is added to the scores: for a mask give "

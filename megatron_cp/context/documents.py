@@ -199,7 +199,11 @@ def as_ends(cu_seqlens: object, name: str) -> list[int]:
     if device == "meta":
         raise Refused(f"{name} must hold numbers, got a tensor on device meta; give a list or a tensor on the CPU")
     read: Callable[[], object] = getattr(cu_seqlens, "tolist", lambda: cu_seqlens)
-    ends = read()
+    try:
+        ends = read()
+    except RuntimeError:
+        # a tensor without plain memory
+        ends = cu_seqlens
     if not isinstance(ends, list | tuple) or len(ends) < 2 or not all(type(end) is int for end in ends):
         raise Refused(f"{name} must be whole numbers, from 0 to the tokens of the sequence, got {_short(ends)}")
     if ends[0] != 0:

@@ -130,11 +130,24 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     @wraps(backward)
     def wrapper(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        if any(torch._C._functorch.is_legacy_batchedtensor(dout) for dout in douts):
+            raise Refused(
+                "attention has one gradient of its output at a time, got a batch of them (is_grads_batched, "
+                "vectorize=True); take one after the other, or torch.func.jacrev"
+            )
         if torch.is_grad_enabled():
             refuse_derivative("a gradient of its gradients (create_graph=True)")
         return backward(ctx, *douts)
 
     return wrapper
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise Refused under a transform of torch.func, for which attention `name` has no rule."""
+    if torch._C._are_functorch_transforms_active():
+        raise Refused(
+            f"{name} has no rule for torch.func, got a call under one of its transforms; use torch.autograd around it"
+        )
 
 
 def refuse_derivative(got: str) -> NoReturn:

@@ -33,12 +33,22 @@ def check_inputs(q: object, k: object, v: object) -> None:
 
 def as_sink(sink: Any, q: object) -> Any:
     """Return a sink that is a number as one logit for each query head; anything else comes back as it is."""
-    number = isinstance(sink, int | float) and not isinstance(sink, bool)
-    if not (number and isinstance(q, Tensor) and q.ndim == 4):
+    value = as_number(sink)
+    if value is None or not (isinstance(q, Tensor) and q.ndim == 4):
         return sink
-    if not sink < math.inf:
-        raise Refused(f"sink must be a number below infinity, got {sink}; leave it out for a softmax without a sink")
-    return torch.full(q.shape[2:3], sink, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if not value < math.inf:
+        raise Refused(f"sink must be a number below infinity, got {value}; leave it out for a softmax without a sink")
+    return torch.full(q.shape[2:3], value, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+
+
+def as_number(sink: object) -> float | None:
+    """Return a sink that is a number as a float, None for anything else."""
+    if not isinstance(sink, int | float) or isinstance(sink, bool):
+        return None
+    try:
+        return float(sink)
+    except OverflowError:
+        return math.inf if sink > 0 else -math.inf
 
 
 def check_sink(sink: object, q: Tensor) -> None:
@@ -46,6 +56,7 @@ def check_sink(sink: object, q: Tensor) -> None:
     batch, heads = q.shape[1:3]
     if not isinstance(sink, Tensor):
         raise Refused(f"sink must be a number or a tensor with a logit for each of {heads} query heads, got {sink!r}")
+    check_dense("sink", sink, "h or b h")
     if sink.shape not in ((heads,), (batch, heads)):
         raise Refused(
             f"sink must have a logit for each of the {heads} query heads of this rank, got shape {tuple(sink.shape)}; "
@@ -57,14 +68,19 @@ def check_sink(sink: object, q: Tensor) -> None:
         raise Refused(f"sink must be on the device of q, got {sink.device} and {q.device}; move it")
 
 
+def check_dense(name: str, x: Tensor, dims: str, hint: str = "; give a dense one") -> None:
+    """Raise Refused for a distributed, a sparse and a nested tensor."""
+    if hasattr(x, "to_local"):
+        raise Refused(f"{name} must hold this rank's part, got a {type(x).__name__}; give {name}.to_local()")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise Refused(f"{name} must be a dense tensor {dims}, got a {kind} one{hint}")
+
+
 def _check_alone(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise Refused(f"{name} must be a tensor s b h d, got {type(x).__name__}")
-    if hasattr(x, "to_local"):
-        raise Refused(f"{name} must hold this rank's tokens, got a {type(x).__name__}; give {name}.to_local()")
-    if x.layout is not torch.strided or x.is_nested:
-        kind = "nested" if x.is_nested else str(x.layout)
-        raise Refused(f"{name} must be a dense tensor s b h d, got a {kind} one; packed tensors are not supported")
+    check_dense(name, x, "s b h d", "; packed tensors are not supported")
     if x.ndim != 4:
         raise Refused(
             f"{name} must be s b h d, got {x.ndim} dims {tuple(x.shape)}; packed tensors are not supported, "

@@ -38,10 +38,17 @@ _kept: WeakValueDictionary[int, _SavedState] = WeakValueDictionary()
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, packed: Documents | None, agreed: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    plan: Plan,
+    packed: Documents | None,
+    agreed: bool,
+    number: float | None,
 ) -> Tensor:
-    """Attend as one operator."""
-    out, _ = forward(q, k, v, sink, plan.number, number_of(packed), agreed, wants_gradients(q, k, v, sink))
+    """Attend as one operator; `number` is the sink of all heads, where the caller gave a number."""
+    out, _ = forward(q, k, v, sink, plan.number, number_of(packed), agreed, wants_gradients(q, k, v, sink), number)
     return out
 
 
@@ -52,14 +59,22 @@ def number_of(packed: Documents | None) -> int:
 @torch.library.custom_op(
     "megatron_cp::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? sink, SymInt plan, SymInt packed, bool agreed, bool gradients)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sink, SymInt plan, SymInt packed, bool agreed, bool gradients,"
+    " float? number) -> (Tensor, Tensor)",
 )
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, packed: int, agreed: bool, gradients: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    plan: int,
+    packed: int,
+    agreed: bool,
+    gradients: bool,
+    number: float | None,
 ) -> tuple[Tensor, Tensor]:
     held = documents.numbered(packed)
-    settled = prepare(q, k, v, numbered(plan), held, agreed=agreed, gradients=gradients, sink=sink)
+    settled = prepare(q, k, v, numbered(plan), held, agreed=agreed, gradients=gradients, sink=sink, number=number)
     call = call_for(q, k, v, settled, held)
     out, saved = forward_pass(q, k, v, call, sink)
     out = out.contiguous()
@@ -80,9 +95,7 @@ def _own(leaf: Tensor, given: tuple[Tensor, ...]) -> Tensor | int:
 
 
 @forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, packed: int, agreed: bool, gradients: bool
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(1, dtype=torch.int64, device="cpu")
 
 
@@ -123,7 +136,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     dq, dk, dv, dsink = backward(dout, *ctx.saved_tensors)
-    return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None, None
+    return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None, None, None
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

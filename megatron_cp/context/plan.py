@@ -258,6 +258,12 @@ def plan(
     )
 
 
+def check_plan(plan: object) -> None:
+    """Raise Refused for anything but a plan."""
+    if not isinstance(plan, Plan):
+        raise Refused(f"plan must be made by megatron_cp.plan(backend, ...), got {plan!r}")
+
+
 def layouts_for(plan: Plan, tokens: int, packed: Documents | None = None) -> tuple[Layout, Layout]:
     """Return the positions of the tokens that the ranks of a settled plan hold, and of those that its loop works on."""
 

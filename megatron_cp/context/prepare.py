@@ -28,6 +28,8 @@ def prepare(
     sink: object = None,
     number: float | None = None,
     drops: bool = False,
+    others: Sequence[object] = (),
+    tokens: int | None = None,
 ) -> Plan:
     """Return the settled plan for such tensors; raises ValueError on every rank when they do not fit together.
 
@@ -36,6 +38,8 @@ def prepare(
     gradients: a backward pass may follow
     number:    the sink of all heads, where the caller gave a number
     drops:     some weights are dropped
+    others:    what else must be equal on all ranks
+    tokens:    for which `auto` chooses, if not those of this call on all ranks
     """
     tensors, agreed = (q, k, v, *([] if sink is None else [sink])), agreed and host_waits(q)
     with refused_by_all(plan, *tensors, agreed=agreed):
@@ -48,10 +52,10 @@ def prepare(
         if plan.alibi is not None:
             check_alibi(plan.alibi, q)
         dtype, dim = str(q.dtype).removeprefix("torch."), max(q.shape[3], v.shape[3])
-        sizes = Sizes(q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], dim, dtype, q.device.type)
+        sizes = Sizes(tokens or q.shape[0] * plan.cp.size, q.shape[2], k.shape[2], dim, dtype, q.device.type)
         chosen_by = () if agreed else choices(plan, sizes)
     if not agreed:
-        asked = (f"sink={number}", *(["dropout_seed given"] if drops else []), *chosen_by)
+        asked = (f"sink={number}", *(["dropout_seed given"] if drops else []), *chosen_by, *others)
         agree(plan, *tensors, packed=packed, gradients=gradients, choices=asked)
     settled = settle_layout(settle(plan, sizes), sizes, packed)
     if sink is not None:

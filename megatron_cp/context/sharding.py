@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_cp.context.agreement import agree, refused_by_all
+from megatron_cp.context.function import refuse_transforms
+from megatron_cp.context.inputs import check_dense
 from megatron_cp.context.layouts import indices
-from megatron_cp.context.plan import Plan
+from megatron_cp.context.plan import Plan, check_plan
 from megatron_cp.errors import Refused
 
 
@@ -16,6 +19,7 @@ def positions(plan: Plan, tokens: int, *, device: torch.device | str | None = No
     They are those of rotary embeddings, and index token ids, labels and masks of the whole sequence. Communicates
     nothing. Raises ValueError for a length that the plan's layout does not divide.
     """
+    check_plan(plan)
     if type(tokens) is not int or tokens < 1:
         raise Refused(f"tokens is the length of the whole sequence, a whole number of 1 or more, got {tokens!r}")
     return torch.tensor(indices(plan.layout, tokens, plan.cp.size, plan.cp.rank, plan.stripe), device=device)
@@ -26,16 +30,24 @@ def shard(whole: Tensor, plan: Plan, *, dim: int = 0) -> Tensor:
 
     Communicates nothing. Raises ValueError for a length that the plan's layout does not divide.
     """
+    check_plan(plan)
     _check(whole, dim)
     return whole.index_select(dim, positions(plan, whole.shape[dim], device=whole.device))
 
 
+@torch.compiler.disable(reason="the exchange of a whole tensor is not compiled")
 def unshard(local: Tensor, plan: Plan, *, dim: int = 0) -> Tensor:
     """Return the whole tensor of which each rank holds the tokens that `shard` gives it; without gradient.
 
-    All ranks of the plan call it together, with equal shapes; each sends (p-1) times its tensor.
+    All ranks of the plan call it together; each sends (p-1) times its tensor. Raises ValueError on every rank when
+    shapes, dtypes, `dim` or plans differ between ranks; nothing but their comparison is sent before.
     """
-    _check(local, dim)
+    check_plan(plan)
+    with refused_by_all(plan, local):
+        refuse_transforms("the exchange of a whole tensor")
+        _check(local, dim)
+        _order(plan, plan.cp.size * local.shape[dim])
+    agree(plan, local.movedim(dim, 0), gradients=False, choices=(f"dim={dim % local.ndim}",))
     size = plan.cp.size
     with torch.no_grad():
         gathered = plan.cp.all_gather(local.detach().movedim(dim, 0).contiguous()).flatten(0, 1)
@@ -53,5 +65,6 @@ def _order(plan: Plan, tokens: int) -> Sequence[int]:
 def _check(x: Tensor, dim: int) -> None:
     if not isinstance(x, Tensor):
         raise Refused(f"a tensor is cut along its tokens, got a {type(x).__name__}")
-    if not -x.ndim <= dim < x.ndim or not x.shape[dim]:
-        raise Refused(f"dim {dim} must be one of {x.ndim} dims and hold tokens, got shape {tuple(x.shape)}")
+    check_dense("a tensor that is cut", x, "of any dims")
+    if type(dim) is not int or not -x.ndim <= dim < x.ndim or not x.shape[dim]:
+        raise Refused(f"dim {dim!r} must be one of {x.ndim} dims and hold tokens, got shape {tuple(x.shape)}")

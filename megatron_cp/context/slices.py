@@ -32,14 +32,16 @@ from megatron_cp.context.function import (
     call_for,
     differentiable_once,
     last_dim_contiguous,
+    refuse_transforms,
     without_autocast,
 )
 from megatron_cp.context.heads import HeadExchange
+from megatron_cp.context.inputs import check_inputs
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import HeadParallel
 from megatron_cp.context.masks import FULL, AnyMask, Mask, Piece, Pieces
 from megatron_cp.context.merge import SoftmaxMerge, Sum
-from megatron_cp.context.plan import Plan
+from megatron_cp.context.plan import Plan, check_plan
 from megatron_cp.context.prepare import host_waits, prepare
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Block, Saved, Task
@@ -65,10 +67,12 @@ class KeptKeys:
 
     tokens: where each slice starts and ends in the sequence, over all ranks; of several samples, one slice of all
             samples starts where that before it ends
+    call:   of slice 0, what the calls of later slices must have in common with it
     """
 
     tokens: tuple[range, ...]
     slices: dict[int, KeptSlice] = field(default_factory=dict)
+    call: tuple[object, ...] = ()
 
 
 class Stretch(NamedTuple):
@@ -214,6 +218,7 @@ class SlicesInFlight:
         assert not self._kept, "a sequence is in flight at the end of a step"
 
 
+@torch.compiler.disable(reason="attention of slices keeps keys between calls")
 def attend_slice(
     q: Tensor,
     k: Tensor,
@@ -231,15 +236,33 @@ def attend_slice(
     forward of a slice, of a recomputation, gives the same result. Backward passes run from the last slice to the first.
     Raises ValueError for a plan that cuts work over time itself, for a mask that is not causal, and as `attend` does.
     """
-    tokens = kept.tokens[number]
+    check_plan(plan)
     with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
-        if q.shape[0] * plan.cp.size != len(tokens):
-            raise Refused(f"slice {number} has {len(tokens)} tokens over all ranks, got {q.shape[0]} on {plan.cp.size}")
+        refuse_transforms("attention of slices")
+        check_inputs(q, k, v)
+        call = (
+            *(f"{name} s b h d = s {tuple(x.shape[1:])}" for name, x in zip("qkv", (q, k, v), strict=True)),
+            q.dtype,
+        )
+        call = (*call, *plan.terms)
+        _check_kept(kept, number, q.shape[0], plan.cp.size, call)
         check_slices(plan)
     own = None if documents is None else documents.own
-    settled = prepare(q, k, v, plan, own, agreed=agreed, gradients=wants_gradients(q, k, v))
+    others = (f"slice={number} of {len(kept.tokens)}",)
+    settled = prepare(
+        q,
+        k,
+        v,
+        plan,
+        own,
+        agreed=agreed,
+        gradients=wants_gradients(q, k, v),
+        others=others,
+        tokens=kept.tokens[-1].stop,
+    )
     # `auto` may have chosen it
     check_slices(settled)
+    kept.call = call
     earlier = documents.earlier(plan.mask) if documents else plan.mask
     return _AttendSlice.apply(q, k, v, call_for(q, k, v, settled, own), earlier, kept, number)
 
@@ -255,6 +278,23 @@ def check_slices(plan: Plan) -> None:
         raise Refused("slices take no alibi; leave it out, or the slices")
     if plan.mask.right != 0:
         raise Refused("slices need a causal mask: keys of later slices are not there yet; leave the slices out")
+
+
+def _check_kept(kept: KeptKeys, number: int, tokens: int, ranks: int, call: tuple[object, ...]) -> None:
+    if type(number) is not int or not 0 <= number < len(kept.tokens):
+        raise Refused(f"slices are numbered from 0 to {len(kept.tokens) - 1}, got {number!r}")
+    if tokens * ranks != len(kept.tokens[number]):
+        whole = len(kept.tokens[number])
+        raise Refused(f"slice {number} has {whole} tokens over all ranks, got {tokens} on {ranks}")
+    missing = next((earlier for earlier in range(number) if earlier not in kept.slices), None)
+    if missing is not None:
+        raise Refused(f"slice {number} needs the keys of slice {missing}, which are not kept; attend slice after slice")
+    if number and call != kept.call:
+        theirs, ours = next(pair for pair in zip(kept.call, call, strict=False) if pair[0] != pair[1])
+        raise Refused(
+            f"all slices of a sequence must be attended alike, got {theirs} in slice 0, {ours} in {number}; give all "
+            "slices the same shapes, dtype and plan"
+        )
 
 
 class _AttendSlice(torch.autograd.Function):
@@ -293,6 +333,12 @@ class _AttendSlice(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         call, (q, out, lse) = ctx.call, ctx.saved_tensors
+        missing = next((each for each in range(ctx.number, -1, -1) if each not in ctx.kept.slices), None)
+        if missing is not None:
+            raise Refused(
+                "backward passes run once each, from the last slice to the first, got that of slice "
+                f"{ctx.number} after that of slice {missing}; keep the order, without retain_graph"
+            )
         with without_autocast(dout.device):
             (dout,) = relayout([last_dim_contiguous(dout)], call.layout, call.task.layout, call.task.fabric)
             swap, task = _between_exchanges(call)

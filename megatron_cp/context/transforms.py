@@ -15,11 +15,18 @@ type Dims = tuple[int | None, ...]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, packed: Documents | None, agreed: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    plan: Plan,
+    packed: Documents | None,
+    agreed: bool,
+    number: float | None,
 ) -> Tensor:
-    """Attend under transforms."""
+    """Attend under transforms; `number` is the sink of all heads, where the caller gave a number."""
     numbers = plan.number, opaque.number_of(packed)
-    out, _ = _Forward.apply(q, k, v, sink, *numbers, agreed, wants_gradients(q, k, v, sink))
+    out, _ = _Forward.apply(q, k, v, sink, *numbers, agreed, wants_gradients(q, k, v, sink), number)
     return out
 
 
@@ -27,10 +34,8 @@ class _Forward(torch.autograd.Function):
     """The operator with its derivative and its rule for `vmap`, which takes the mapped dim into the batch."""
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: int, packed: int, agreed: bool, gradients: bool
-    ) -> tuple[Tensor, Tensor]:
-        return opaque.forward(q, k, v, sink, plan, packed, agreed, gradients)
+    def forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        return opaque.forward(q, k, v, sink, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -41,7 +46,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         dq, dk, dv, dsink = _Backward.apply(dout, *ctx.saved_tensors)
-        return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None, None
+        return dq, dk, dv, None if ctx.saved_tensors[-1] is None else dsink, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:

@@ -29,6 +29,13 @@ def open_binary(file: IO[bytes], path: Path) -> IO[bytes]:
     return file
 
 
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first plain bytes of a file, none of one that cannot be read."""
+    with suppress(*reading_errors()), path.open("rb") as file:
+        return open_binary(file, path).read(count)
+    return b""
+
+
 def reading_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that reading raises, by the system or a damaged stream; gzip's and bzip2's are OSErrors."""
     return (OSError, EOFError, zlib.error, lzma.LZMAError, _zstd().ZstdError)

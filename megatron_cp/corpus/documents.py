@@ -8,7 +8,19 @@ from typing import Any, NamedTuple
 
 from megatron_cp.corpus import parquet
 from megatron_cp.corpus.compressed import open_binary, reading_errors
-from megatron_cp.corpus.pieces import BYTE_ORDER_MARK, Files, Lines, Piece, Rows, failure, one_line
+from megatron_cp.corpus.pieces import Files, Lines, Piece, Rows, failure, one_line
+from megatron_cp.corpus.sources import BYTE_ORDER_MARK
+
+STARTS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 class Bad(NamedTuple):
@@ -60,7 +72,9 @@ def _decode(raw: bytes, where: str, encoding: str = "utf-8") -> str | Bad:
     except UnicodeDecodeError as error:
         start = error.start + len(raw) - len(raw.removeprefix(BYTE_ORDER_MARK))
         line = raw.count(b"\n", 0, start) + 1
-        return Bad(f"{where}, line {line}", f"not {encoding.upper()} at byte {start} (0x{raw[start]:02x})")
+        kind = next((name for magic, name in STARTS.items() if raw.startswith(magic)), "")
+        hint = f": by its first bytes it is {kind}, which its name must say or which must be converted" if kind else ""
+        return Bad(f"{where}, line {line}", f"not {encoding.upper()} at byte {start} (0x{raw[start]:02x}){hint}")
 
 
 def _read_lines(piece: Lines, fields: Sequence[str]) -> Iterator[str | Bad]:

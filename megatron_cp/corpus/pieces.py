@@ -8,10 +8,9 @@ from typing import IO, NamedTuple
 
 from megatron_cp.corpus import parquet
 from megatron_cp.corpus.compressed import BLOCK_BYTES, open_binary, position, reading_errors
-from megatron_cp.corpus.sources import Source
+from megatron_cp.corpus.sources import BYTE_ORDER_MARK, Source
 
 PIECE_BYTES = 1 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 

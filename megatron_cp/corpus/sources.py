@@ -16,9 +16,20 @@ Kind = Literal["text", "jsonl", "json", "parquet", "python"]
 
 STDLIB = "python-stdlib"
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
-# read as plain files they would be binary, or text with the headers of an archive between the documents
-UNREAD = frozenset(".7z .arrow .br .feather .lz4 .lzo .orc .rar .snappy .sz .tar .tgz .tbz2 .txz .z .zip".split())
+KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".jsonlines": "jsonl",
+    ".jl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+# read as plain files they would be binary, or one document of a whole table or archive with its headers
+UNREAD = frozenset(
+    ".7z .arrow .br .csv .feather .lz4 .lzo .orc .psv .rar .snappy .sz .tar .tgz .tbz2 .tsv .txz .warc .z .zip".split()
+)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON_STARTS = (b'{"', b"[{", b'{ "', b"[ {")
 
 # tests of the standard library hold broken encodings on purpose; the other two are not part of the library
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -80,6 +91,19 @@ def kind_of(path: Path) -> Kind:
     return kind
 
 
+def _source(path: Path, kind: Kind | None, size: int) -> Source:
+    """Return the source of a file; raise ValueError for JSON under a name that makes it one document of plain text."""
+    kind = kind or kind_of(path)
+    if kind == "text" and path.is_file() and not any(each.lower() in TEXT_SUFFIXES for each in path.suffixes):
+        start = compressed.first_bytes(path, 64).removeprefix(BYTE_ORDER_MARK).lstrip()
+        if start.startswith(JSON_STARTS):
+            raise ValueError(
+                f"{path} holds JSON, which its name does not say, so that it would be one document; rename it, or link "
+                "to it, by a name that ends in .json, or in .txt for one document"
+            )
+    return Source(path, kind, size)
+
+
 def _find(name: str, globs: Sequence[str]) -> Found:
     path = Path(name)
     if name == STDLIB:
@@ -110,7 +134,7 @@ def _named(path: Path) -> Source:
     # endless, or of no use: a pipe and the terminal end, and a user who names them means it
     if stat.S_ISBLK(status.st_mode) or stat.S_ISSOCK(status.st_mode) or _is_device(path, status.st_mode):
         raise ValueError(f"input {str(path)!r} is a device or a socket; name files, folders or pipes")
-    return Source(path, kind_of(path), status.st_size)
+    return _source(path, None, status.st_size)
 
 
 def _is_device(path: Path, mode: int) -> bool:
@@ -121,7 +145,7 @@ def _regular(files: Iterable[tuple[Path, Kind | None]]) -> Found:
     found = Found([], [])
     for path, kind in files:
         if path.is_file():
-            found.sources.append(Source(path, kind or kind_of(path), path.stat().st_size))
+            found.sources.append(_source(path, kind, path.stat().st_size))
         else:
             found.skipped.append(path)
     return found

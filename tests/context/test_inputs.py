@@ -9,6 +9,7 @@ from megatron_cp.comm import GroupFabric
 from megatron_cp.context import BACKENDS, opaque
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.bias import attend_with_bias, attention_probabilities
+from megatron_cp.context.sharding import unshard
 from megatron_cp.context.slices import KeptKeys, attend_slice
 from tests.cases import slow_unless
 from tests.context.test_modes import made
@@ -85,6 +86,12 @@ ONE_CALL = {
         {"sink": torch.zeros(3)},
         "rank LAST: sink must have a logit for each of the 4 query heads",
     ),
+    "sparse sink": (
+        {"sink": torch.zeros(HEADS).to_sparse()},
+        "rank LAST: sink must be a dense tensor h or b h, got a ",
+    ),
+    "sparse documents": ({"documents": torch.tensor([0, 48]).to_sparse()}, "rank LAST: cu_seqlens must be whole"),
+    "a huge sink": ({"sink": 10**400}, "rank LAST: sink must be a number below infinity, got inf"),
     "another sink": ({"sink": 5.0}, "all ranks must attend by one plan, got rank 0: "),
     "a seed without dropout": ({"dropout_seed": 3}, "rank LAST: dropout_seed is for a plan that drops weights"),
 }
@@ -205,6 +212,10 @@ BIASES = {
     "whole numbers": (torch.ones(1, 1, TOKENS, 2 * TOKENS, dtype=torch.int64), "bias must be of dtype float64 or"),
     "a list": ([[0.0]], "bias must be a tensor b h s S that is added to the scores, got list"),
     "elsewhere": (torch.zeros(1, 1, TOKENS, 2 * TOKENS, device="meta"), "bias must be on the device of q, got meta"),
+    "sparse": (
+        torch.zeros(1, 1, TOKENS, 2 * TOKENS).to_sparse(),
+        "bias must be a dense tensor b h s S, got a torch.spa",
+    ),
     "five keys": (torch.zeros(1, 1, TOKENS, 5), "bias must be b h s S = (1, 4, 24, 48), or 1 where it is broadcast"),
 }
 
@@ -225,7 +236,12 @@ def refusals_beside_attend():
     found["probabilities"] = text_of(attention_probabilities, None, x(), how)
     short = KeptKeys((range(TOKENS if last else 2 * TOKENS),))
     found["slice"] = text_of(attend_slice, x(), x(), x(), plan("zigzag", cp=fabric), short, 0)
-    found["plan"] = text_of(attend, x(), x(), x(), None)
+    beside = (attend_with_bias, rows, None), (attend_slice, None, KeptKeys(()), 0), (attend, None)
+    found["plan"] = {text_of(call, x(), x(), x(), *rest) for call, *rest in beside}
+    found["plan"] |= {
+        text_of(call, x(), *rest) for call, *rest in ((attention_probabilities, x(), None), (unshard, None))
+    }
+    found["list"] = text_of(unshard, [0.0] if last else x(), how)
     dist.barrier()
     return found
 
@@ -236,6 +252,7 @@ def test_unfit_biases_slices_and_plans_are_one_line_on_every_rank():
     for name, (_, start) in BIASES.items():
         assert first[name, True].startswith(start), name
         assert first[name, False].startswith(f"rank 1: {start}"), name
+    assert "got rank 0: 24, rank 1: none" in first["list"]
     assert first["probabilities"].startswith("q must be a tensor s b h d, got NoneType")
     assert first["slice"] == "rank 1: slice 0 has 24 tokens over all ranks, got 24 on 2"
-    assert first["plan"] == "plan must be made by megatron_cp.plan(backend, ...), got None"
+    assert first["plan"] == {"plan must be made by megatron_cp.plan(backend, ...), got None"}

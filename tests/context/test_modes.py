@@ -17,6 +17,8 @@ from megatron_cp.context import AUTO, BACKENDS, auto, opaque
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.bias import attend_with_bias, attention_probabilities
 from megatron_cp.context.layouts import indices
+from megatron_cp.context.sharding import unshard
+from megatron_cp.context.slices import KeptKeys, attend_slice
 from megatron_cp.grid import Grid
 from tests.cases import slow_unless
 from tests.context.dense import dense, problem, relative_error
@@ -263,6 +265,39 @@ def test_gradients_of_gradients_are_refused_where_the_penalty_would_be_left_out(
         torch.autograd.grad(attend_with_bias(x, x, x, bias, plan("rsa")).sum(), bias, create_graph=True)
 
 
+@pytest.mark.parametrize("backend", slow_unless(["zigzag", "rsa"], BACKENDS.names))
+def test_a_batch_of_gradients_of_one_output_is_refused(backend):
+    def body(fabric):
+        x = torch.randn(8, 1, 4, 8, requires_grad=True)
+        out = attend(x, x, x, made(fabric, backend))
+        with pytest.raises(ValueError, match="one gradient of its output at a time, got a batch of them") as refused:
+            torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True)
+        assert "\n" not in str(refused.value)
+
+    in_process(2, body)
+
+
+@pytest.mark.parametrize("transform", [grad, vmap, lambda call: lambda x: jvp(call, (x,), (x,))])
+def test_transforms_of_attention_without_a_rule_are_refused(transform):
+    x, rows = torch.randn(8, 1, 4, 8), plan("rsa")
+    calls = [
+        lambda b: attend_with_bias(x, x, x, b, rows).sum(),
+        lambda b: attention_probabilities(x + b[0, 0, 0, 0], x, rows).sum(),
+        lambda b: attend_slice(x + b[0, 0, 0, 0], x, x, plan("ring"), KeptKeys((range(8),)), 0).sum(),
+        lambda b: unshard(b, rows).sum(),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"no rule for torch\.func, got a call under one of its transforms; use"):
+            transform(call)(torch.zeros(1, 1, 8, 8))
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    x = torch.randn(8, 1, 4, 8)
+    expected = attend(x, x, x, plan("zigzag"))
+    for sink in (-torch.inf, -(10**400)):
+        assert torch.equal(attend(x, x, x, plan("zigzag"), sink=sink), expected)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
 def test_forward_mode_is_refused():
     x = torch.randn(8, 1, 4, 8)
@@ -478,6 +513,11 @@ def refused_in_a_graph():
         with pytest.raises(ValueError, match="rank 1: ") as refused:
             torch.compile(lambda q, brought=brought: attend(q, q, q, how, **brought), backend="eager")(q)
         lines.append(str(refused.value))
+    torch._dynamo.reset()
+    sink = float(fabric.rank)
+    with pytest.raises(ValueError, match=r"all ranks must attend by one plan, got .*sink=0\.0.*sink=1\.0") as refused:
+        torch.compile(lambda q: attend(q, q, q, how, sink=sink), backend="eager")(q)
+    lines.append(str(refused.value))
     dist.barrier()
     return lines
 
@@ -487,7 +527,7 @@ def test_a_compiled_call_that_one_rank_refuses_is_refused_by_all():
     lines, others = run_ranks(2, refused_in_a_graph)
     assert lines == others
     for line, rule in zip(
-        lines, ["sink must have a logit for each", "sink must be a number", "cu_seqlens"], strict=True
+        lines[:-1], ["sink must have a logit for each", "sink must be a number", "cu_seqlens"], strict=True
     ):
         assert line.startswith(f"rank 1: {rule}")
 

@@ -77,6 +77,37 @@ def test_what_cannot_be_cut_is_refused(call, text):
     in_process(2, body)
 
 
+UNLIKE = {
+    "tokens": (
+        lambda rank, how: unshard(torch.ones(8 if rank else 4), how),
+        "equally many tokens, got rank 0: 4, rank",
+    ),
+    "width": (lambda rank, how: unshard(torch.ones(4, 2 - rank), how), "tensors of one shape"),
+    "dtype": (lambda rank, how: unshard(torch.ones(4).to([torch.int32, torch.float32][rank]), how), "one dtype, got "),
+    "dim": (lambda rank, how: unshard(torch.ones(4, 4), how, dim=rank), "all ranks must attend by one plan"),
+    "sparse": (lambda rank, how: unshard(torch.eye(4).to_sparse() if rank else torch.eye(4), how), "rank 1: a tensor"),
+    "odd": (lambda rank, how: unshard(torch.ones(3), how), "needs S divisible by 2"),
+}
+
+
+def test_what_one_rank_puts_together_otherwise_is_refused_by_all():
+    def body(fabric):
+        found = {}
+        for name, (call, _) in UNLIKE.items():
+            with pytest.raises(ValueError, match=r"\w") as refused:
+                call(fabric.rank, plan("zigzag", cp=fabric))
+            found[name] = str(refused.value)
+        with pytest.raises(ValueError, match="one plan"):
+            unshard(torch.ones(4), plan("zigzag", cp=fabric, layout=["zigzag", "contiguous"][fabric.rank]))
+        return found
+
+    first, second = in_process(2, body)
+    assert first == second
+    for name, (_, text) in UNLIKE.items():
+        assert text in first[name], name
+        assert "\n" not in first[name]
+
+
 def groups_and_meshes():
     dist.init_process_group("gloo")
     torch.manual_seed(0)

@@ -209,6 +209,55 @@ def test_plans_that_take_no_slices_are_refused(backend, choices, reason):
         attend_slice(x, x, x, plan(backend, **choices), KeptKeys((range(4), range(4, 8))), 0)
 
 
+def zeros(heads=2, batch=1, dtype=torch.float32):
+    return torch.zeros(4, batch, heads, 8, dtype=dtype, requires_grad=True)
+
+
+# of slice 1, whose slice 0 is zeros()
+UNLIKE_SLICES = {
+    "heads": (lambda how: (zeros(heads=4), how), "q s b h d = s (1, 2, 8) in slice 0, q s b h d = s (1, 4, 8) in 1"),
+    "batch": (lambda how: (zeros(batch=2), how), "q s b h d = s (1, 2, 8) in slice 0, q s b h d = s (2, 2, 8) in 1"),
+    "dtype": (lambda how: (zeros(dtype=torch.float64), how), "torch.float32 in slice 0, torch.float64 in 1"),
+    "backend": (lambda how: (zeros(), plan("ulysses", cp=how.cp)), "ring in slice 0, ulysses in 1"),
+}
+
+
+def test_slices_that_are_attended_otherwise_are_refused_by_all():
+    def body(fabric):
+        how, found = plan("ring", cp=fabric), {}
+        for name, (made, _) in UNLIKE_SLICES.items():
+            for everywhere in (True, False):
+                kept, first = KeptKeys((range(8), range(8, 16))), zeros()
+                attend_slice(first, first, first, how, kept, 0)
+                y, another = made(how) if everywhere or fabric.rank else (zeros(), how)
+                with pytest.raises(ValueError, match=r"slice|all ranks must") as refused:
+                    attend_slice(y, y, y, another, kept, 1)
+                found[name, everywhere] = str(refused.value)
+        kept = KeptKeys((range(8), range(8, 16)))
+        for number, text in ((1, "needs the keys of slice 0"), (2, "numbered from 0 to 1, got 2"), (-1, "got -1")):
+            with pytest.raises(ValueError, match=text):
+                attend_slice(first, first, first, how, kept, number)
+        attend_slice(first, first, first, how, kept, 0)
+        with pytest.raises(ValueError, match=r"slice=0 of 2.*slice=1 of 2"):
+            attend_slice(first, first, first, how, kept, fabric.rank)
+        return found
+
+    first, second = in_process(2, body)
+    assert first == second
+    for name, (_, text) in UNLIKE_SLICES.items():
+        assert first[name, True].startswith(f"all slices of a sequence must be attended alike, got {text}; give all")
+        assert "slices of a sequence must" in first[name, False] or "all ranks must hold tensors" in first[name, False]
+
+
+def test_backward_passes_of_slices_in_another_order_are_refused():
+    kept, first = KeptKeys((range(4), range(4, 8))), zeros()
+    outs = [attend_slice(first, first, first, plan("ring"), kept, number) for number in (0, 1)]
+    outs[0].sum().backward(retain_graph=True)
+    for number, after in ((1, 0), (0, 0)):
+        with pytest.raises(ValueError, match=f"got that of slice {number} after that of slice {after}; keep the order"):
+            outs[number].sum().backward()
+
+
 def test_a_slice_of_another_length_is_refused():
     x = torch.zeros(4, 1, 2, 8)
     with pytest.raises(ValueError, match="slice 1 has 6 tokens over all ranks, got 4 on 1"):

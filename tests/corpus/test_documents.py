@@ -87,6 +87,17 @@ def test_broken_utf8_names_file_line_and_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("raw", "kind"),
+    [(gzip.compress(b"x"), "gzip"), ("hi".encode("utf-16"), "UTF-16"), (b"PK\x03\x04\xff", "a zip archive")],
+)
+def test_bytes_of_another_format_are_named(tmp_path: Path, raw: bytes, kind: str) -> None:
+    for name in ("a.txt", "a.jsonl"):
+        source = _write(tmp_path / name, raw)
+        assert "not UTF-8 at byte" in _bad(source)
+        assert f": by its first bytes it is {kind}, which its name must say or which must be conv" in _bad(source)
+
+
+@pytest.mark.parametrize(
     ("line", "why"),
     [
         (b"{text: 1}", "not JSON: .* at column 2"),

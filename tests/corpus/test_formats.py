@@ -142,7 +142,9 @@ def test_file_that_is_not_compressed_as_its_name_says_is_bad(tmp_path: Path, suf
     assert "damaged compressed file" in why
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.zip", "a.jsonl.lz4", "a.arrow", "a.txt.br"])
+@pytest.mark.parametrize(
+    "name", ["a.tar", "a.tar.gz", "a.tgz", "a.zip", "a.jsonl.lz4", "a.arrow", "a.txt.br", "a.csv", "a.tsv.gz", "a.warc"]
+)
 def test_archives_and_unknown_compressions_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=r"which is not read; unpack or convert it\. Read are .*\.zst.*\.xz"):

@@ -1,3 +1,4 @@
+import gzip
 import sysconfig
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def test_inputs_stay_in_the_order_given_and_named_files_need_no_suffix(tmp_path:
         ("a.jsonl", "jsonl"),
         ("a.JSONL.gz", "jsonl"),
         ("a.b.ndjson.zst", "jsonl"),
+        ("a.jsonlines", "jsonl"),
+        ("a.jl.gz", "jsonl"),
         ("jsonl", "text"),
         ("a.json.txt", "text"),
     ],
@@ -54,6 +57,19 @@ def test_records_under_an_unknown_suffix_are_refused(tmp_path: Path, name: str) 
     inner = Path(name).suffixes[0].lower()
     with pytest.raises(ValueError, match=rf"{name} is {inner} by one suffix .* by a name that ends in {inner}$"):
         find_sources([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("start", [b'{"text": "a"}\n', b'\xef\xbb\xbf [{"text": "a"}]'])
+@pytest.mark.parametrize("name", ["part-00000", "a.data", "part-00000.gz", "a.1"])
+def test_json_under_a_name_of_plain_text_is_refused(tmp_path: Path, name: str, start: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(start) if name.endswith(".gz") else start)
+    for given in (str(path), str(tmp_path / (name[:3] + "*"))):
+        with pytest.raises(ValueError, match=rf"{name} holds JSON, which its name does not say, .* ends in \.json"):
+            find_sources([given])
+    path = tmp_path / "a.txt"
+    path.write_bytes(start)
+    assert find_sources([str(path)]).sources[0].kind == "text"
 
 
 def test_standard_library_is_there_without_tests_and_packages() -> None:
