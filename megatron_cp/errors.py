@@ -14,6 +14,12 @@ class CannotRun(RuntimeError):
     """A fault of the machine, the installation or the script, not of the request; the text says what to change."""
 
 
+def shown(value: object) -> str:
+    """Return a value as a message quotes it, in one line of 60 characters at most."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def one_line(error: BaseException) -> str:
     """Return the error's text in one line; for an assertion without text, the source line that asserts."""
     text = " ".join(str(error).split())

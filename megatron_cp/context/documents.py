@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from megatron_cp.context.document_layouts import planned
 from megatron_cp.context.layouts import Layout, PlannedLayout
 from megatron_cp.context.masks import CAUSAL, FULL, Mask, Piece, Pieces
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, shown
 
 _numbers = count(1)
 _made: "WeakValueDictionary[int, Documents]" = WeakValueDictionary()
@@ -184,7 +184,7 @@ def first_and_window(cu_seqlens: object, first: int, window: int) -> Documents:
     """
     for name, value in (("first", first), ("window", window)):
         if type(value) is not int or value < 0:
-            raise Refused(f"{name} is a number of tokens, 0 or more, got {value!r}")
+            raise Refused(f"{name} is a number of tokens, 0 or more, got {shown(value)}")
     ends, sets = as_ends(cu_seqlens, "cu_seqlens"), list[TokenSet]()
     for start, stop in pairwise(ends):
         split = min(start + first, stop)
@@ -205,7 +205,7 @@ def as_ends(cu_seqlens: object, name: str) -> list[int]:
         # a tensor without plain memory
         ends = cu_seqlens
     if not isinstance(ends, list | tuple) or len(ends) < 2 or not all(type(end) is int for end in ends):
-        raise Refused(f"{name} must be whole numbers, from 0 to the tokens of the sequence, got {_short(ends)}")
+        raise Refused(f"{name} must be whole numbers, from 0 to the tokens of the sequence, got {shown(ends)}")
     if ends[0] != 0:
         raise Refused(f"{name} must start at 0, got {ends[0]}; it holds where documents start and end, not lengths")
     fallen = next((index for index, (one, two) in enumerate(pairwise(ends), 1) if two < one), None)
@@ -220,10 +220,5 @@ def _lengths(lengths: Sequence[int], ends: Sequence[int], name: str) -> Sequence
         raise Refused(f"each document needs its {name}, got {len(lengths)} for {len(sizes)} documents")
     for size, length in zip(sizes, lengths, strict=True):
         if type(length) is not int or not 0 <= length <= size:
-            raise Refused(f"a {name} has 0 to as many tokens as its document, here {size}, got {length!r}")
+            raise Refused(f"a {name} has 0 to as many tokens as its document, here {size}, got {shown(length)}")
     return lengths
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megatron_cp.context.layouts import Runs
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, shown
 from megatron_cp.kernels.dropout import as_digits, mixed
 
 MOST_HEADS = 1 << 16
@@ -42,7 +42,7 @@ def labelled(
 def as_rate(rate: object) -> float:
     """Return a rate of dropout; raises ValueError for anything but a number from 0 to below 1."""
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise Refused(f"dropout is the part of attention weights that is dropped, 0 to below 1, got {rate!r}")
+        raise Refused(f"dropout is the part of attention weights that is dropped, 0 to below 1, got {shown(rate)}")
     return float(rate)
 
 
@@ -56,7 +56,7 @@ def as_seed(seed: DropoutSeed | Tensor | int | None, rate: float, q: object) -> 
     number = made.seed
     whole = number.dtype == torch.int64 and number.numel() == 1 if isinstance(number, Tensor) else type(number) is int
     if not whole:
-        raise Refused(f"dropout_seed must be a whole number or an int64 tensor with one, got {number!r}")
+        raise Refused(f"dropout_seed must be a whole number or an int64 tensor with one, got {shown(number)}")
     if isinstance(number, Tensor):
         number = number.reshape(())
     elif not -(2**63) <= number < 2**63:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.dtypes import BYTES
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, shown
 
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in BYTES)
 
@@ -55,7 +55,9 @@ def check_sink(sink: object, q: Tensor) -> None:
     """Raise Refused unless `sink` [h] or [b h] has a logit for each query head of q [s b h d]."""
     batch, heads = q.shape[1:3]
     if not isinstance(sink, Tensor):
-        raise Refused(f"sink must be a number or a tensor with a logit for each of {heads} query heads, got {sink!r}")
+        raise Refused(
+            f"sink must be a number or a tensor with a logit for each of {heads} query heads, got {shown(sink)}"
+        )
     check_dense("sink", sink, "h or b h")
     if sink.shape not in ((heads,), (batch, heads)):
         raise Refused(

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple, cast
 
 from megatron_cp.context.remembered import Keeper
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, shown
 
 
 class Mask(NamedTuple):
@@ -142,6 +142,6 @@ def _pair(window: object) -> tuple[int | None, int | None]:
     if len(limits) != 2 or not all(limit is None or type(limit) is int for limit in limits):
         raise Refused(
             "window is (left, right), the keys that a query sees on each side, whole numbers or -1 for no limit, "
-            f"got {window!r}; leave it out for no window"
+            f"got {shown(window)}; leave it out for no window"
         )
     return limits[0], limits[1]

@@ -40,7 +40,7 @@ from megatron_cp.context.layouts import LAYOUTS, STRIPED, ZIGZAG, Layout
 from megatron_cp.context.loop import Loop
 from megatron_cp.context.masks import Mask, mask
 from megatron_cp.context.task import Axes, Task
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, shown
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -261,7 +261,7 @@ def plan(
 def check_plan(plan: object) -> None:
     """Raise Refused for anything but a plan."""
     if not isinstance(plan, Plan):
-        raise Refused(f"plan must be made by megatron_cp.plan(backend, ...), got {plan!r}")
+        raise Refused(f"plan must be made by megatron_cp.plan(backend, ...), got {shown(plan)}")
 
 
 def layouts_for(plan: Plan, tokens: int, packed: Documents | None = None) -> tuple[Layout, Layout]:
@@ -376,20 +376,22 @@ def _as_scale(scale: object) -> float:
 
 def _as_softcap(softcap: object) -> float:
     if not isinstance(softcap, Real) or isinstance(softcap, bool) or not 0 < float(softcap) <= LARGEST_SCALE:
-        raise Refused(f"softcap must be a positive finite number, got {softcap!r}; leave it out for scores as they are")
+        raise Refused(
+            f"softcap must be a positive finite number, got {shown(softcap)}; leave it out for scores as they are"
+        )
     return float(softcap)
 
 
 def _check_types(*, causal: object, deterministic: object, kernel: object, chunks: object, stripe: object) -> None:
     for name, value in (("causal", causal), ("deterministic", deterministic)):
         if not isinstance(value, bool):
-            raise Refused(f"{name} must be True or False, got {value!r}")
+            raise Refused(f"{name} must be True or False, got {shown(value)}")
     for name, value in (("chunks", chunks), ("stripe", stripe)):
         if value is not None and type(value) is not int:
-            raise Refused(f"{name} must be a whole number, got {value!r}")
+            raise Refused(f"{name} must be a whole number, got {shown(value)}")
     if isinstance(kernel, str) and kernel != AUTO_KERNEL:
         KERNELS.get(kernel)
     elif not isinstance(kernel, str | Kernel):
         raise Refused(
-            f"kernel must be a name or a Kernel, got {kernel!r}; use one of: auto, {', '.join(KERNELS.names)}"
+            f"kernel must be a name or a Kernel, got {shown(kernel)}; use one of: auto, {', '.join(KERNELS.names)}"
         )

@@ -10,7 +10,7 @@ from megatron_cp.context.function import refuse_transforms
 from megatron_cp.context.inputs import check_dense
 from megatron_cp.context.layouts import indices
 from megatron_cp.context.plan import Plan, check_plan
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, shown
 
 
 def positions(plan: Plan, tokens: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -21,7 +21,7 @@ def positions(plan: Plan, tokens: int, *, device: torch.device | str | None = No
     """
     check_plan(plan)
     if type(tokens) is not int or tokens < 1:
-        raise Refused(f"tokens is the length of the whole sequence, a whole number of 1 or more, got {tokens!r}")
+        raise Refused(f"tokens is the length of the whole sequence, a whole number of 1 or more, got {shown(tokens)}")
     return torch.tensor(indices(plan.layout, tokens, plan.cp.size, plan.cp.rank, plan.stripe), device=device)
 
 
@@ -67,4 +67,4 @@ def _check(x: Tensor, dim: int) -> None:
         raise Refused(f"a tensor is cut along its tokens, got a {type(x).__name__}")
     check_dense("a tensor that is cut", x, "of any dims")
     if type(dim) is not int or not -x.ndim <= dim < x.ndim or not x.shape[dim]:
-        raise Refused(f"dim {dim!r} must be one of {x.ndim} dims and hold tokens, got shape {tuple(x.shape)}")
+        raise Refused(f"dim {shown(dim)} must be one of {x.ndim} dims and hold tokens, got shape {tuple(x.shape)}")

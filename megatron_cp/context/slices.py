@@ -46,7 +46,7 @@ from megatron_cp.context.prepare import host_waits, prepare
 from megatron_cp.context.relayout import relayout
 from megatron_cp.context.task import Block, Saved, Task
 from megatron_cp.context.tiles import seen
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, shown
 from megatron_cp.kernels.protocol import PreparesBackward
 
 
@@ -282,7 +282,7 @@ def check_slices(plan: Plan) -> None:
 
 def _check_kept(kept: KeptKeys, number: int, tokens: int, ranks: int, call: tuple[object, ...]) -> None:
     if type(number) is not int or not 0 <= number < len(kept.tokens):
-        raise Refused(f"slices are numbered from 0 to {len(kept.tokens) - 1}, got {number!r}")
+        raise Refused(f"slices are numbered from 0 to {len(kept.tokens) - 1}, got {shown(number)}")
     if tokens * ranks != len(kept.tokens[number]):
         whole = len(kept.tokens[number])
         raise Refused(f"slice {number} has {whole} tokens over all ranks, got {tokens} on {ranks}")

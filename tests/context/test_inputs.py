@@ -183,6 +183,18 @@ PLANS = [
     ({"stripe": "2"}, "stripe must be a whole number, got '2'"),
     ({"kernel": 3}, "kernel must be a name or a Kernel, got 3; use one of: auto, torch"),
     ({"kernel": "tosch"}, "unknown kernel 'tosch'; did you mean 'torch'"),
+    (
+        {"softcap": torch.ones(2, 2)},
+        "softcap must be a positive finite number, got tensor([[1., 1.], [1., 1.]]); leave",
+    ),
+    (
+        {"window": torch.ones(2, 2)},
+        "window is (left, right), the keys that a query sees on each side, .* got tensor([[1",
+    ),
+    (
+        {"dropout": torch.ones(2, 2)},
+        "dropout is the part of attention weights that is dropped, 0 to below 1, got tenso",
+    ),
     ({"cp": object()}, "cp must be a process group, a DeviceMesh or a fabric, got a object; all ranks together are"),
 ]
 
