@@ -520,11 +520,16 @@ def settings_of_run() -> Settings:
     found where it keeps them for the whole process. Two places ask here and hand the settings down: hooks.py for the
     functions of ours that it calls, and the layer specs, which also run without hooks.
     """
+    args = args_of_run()
+    return Settings() if args is None else Settings.of(args)
+
+
+def args_of_run() -> Any:
+    """Return the arguments that Megatron keeps for this process, None in a program that has parsed none."""
     # a program that never imported megatron.training has none, and importing it here would cost seconds
     if "megatron.training.global_vars" not in sys.modules:
-        return Settings()
-    args = sys.modules["megatron.training.global_vars"]._GLOBAL_ARGS
-    return Settings() if args is None else Settings.of(args)
+        return None
+    return sys.modules["megatron.training.global_vars"]._GLOBAL_ARGS
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str] | None:

@@ -19,6 +19,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.specs import (
     SpecProvider,
+    check_unmodified_script,
     copy_settings,
     local_layer_spec,
     norm_keys,
@@ -48,6 +49,7 @@ class ContextParallelHybridStack(HybridStack):
         **rest: Any,
     ) -> None:
         refuse_implementation(config)
+        check_unmodified_script()
         # Megatron makes the stack from its config alone
         copy_settings(settings_of_run(), config)
         local = config.transformer_impl == "local"

@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.arguments.command_line import check_script
+from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
 from megatron_cp.megatron.hooks import HOOKS, is_on
@@ -43,7 +44,7 @@ from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
-from megatron_cp.megatron.run import Settings, TensorFlags, say, settings_of_run, uneven_masks
+from megatron_cp.megatron.run import Settings, TensorFlags, args_of_run, say, settings_of_run, uneven_masks
 from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
 from megatron_cp.megatron.tensor.groups import connect_linears
 from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear, place_output_layers
@@ -108,7 +109,7 @@ def gpt_layer_spec(
     refuse_implementation(transformer)
     _refuse_stock_mtp(model, transformer)
     _attach_hooks(model)
-    _warn_of_uneven_masks(vp_stage)
+    check_unmodified_script(vp_stage)
     connect_linears(transformer)
     if transformer.transformer_impl == "transformer_engine":
         return with_our_attention(_stock_spec(model, transformer, vp_stage))
@@ -317,11 +318,14 @@ def _refuse_stock_mtp(model: Any, config: TransformerConfig) -> None:
         )
 
 
-def _warn_of_uneven_masks(vp_stage: int | None) -> None:
+def check_unmodified_script(vp_stage: int | None = None) -> None:
     # our launcher says it itself, and the package's own entry has a loss that needs no warning
     if is_on(HOOKS.get("checks")):
         return
     check_script(sys.argv[1:], layers=True)
+    args = args_of_run()
+    if args is not None:
+        refuse_upstream_faults(args)
     if not vp_stage and (warning := uneven_masks(sys.argv[1:])):
         say(warning)
 

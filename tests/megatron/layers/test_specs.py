@@ -1,7 +1,9 @@
 """Our layer specs: every way of asking for one, and what trains through `--spec` alone."""
 
 import sys
+from collections.abc import Callable
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +11,18 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import global_vars
 
 from megatron_cp.megatron.layers import specs
 from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.layers.hybrid import ContextParallelHybridStack
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.verify import verify_models
@@ -153,6 +158,24 @@ def test_refuses_by_name(changes: dict[str, Any], error: type[Exception], words:
         setattr(model, name, value)
     with pytest.raises(error, match=words):
         gpt_layer_spec(model)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [gpt_layer_spec, lambda model: ContextParallelHybridStack(model, HybridStackSubmodules())],
+    ids=["gpt", "hybrid"],
+)
+def test_silent_faults_of_megatron_are_refused_by_a_spec_alone(
+    build: Callable[[TransformerConfig], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = SimpleNamespace(use_megatron_fsdp=True, num_distributed_optimizer_instances=2, overlap_grad_reduce=False)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py"])
+    with pytest.raises(ValueError, match="reduces no gradients between the instances"):
+        build(config(transformer_impl="local"))
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--sft", "--context-parallel-size", "2"])
+    with pytest.raises(ValueError, match="--sft with --context-parallel-size 2: a script of Megatron's cuts each doc"):
+        build(config(transformer_impl="local"))
 
 
 def test_refuses_what_is_no_config() -> None:

@@ -74,7 +74,7 @@ def said_by_the_spec(flags: list[str]) -> bool:
     said: list[str] = []
     sys.argv, specs.say = ["pretrain_gpt.py", *flags], said.append
     for vp_stage in (0, 1):
-        specs._warn_of_uneven_masks(vp_stage)
+        specs.check_unmodified_script(vp_stage)
     return said == [uneven_masks(flags)]
 
 
