@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.command import flag_words
 from tests.megatron.pretraining import tiny
 from tests.ranks import run_ranks
 
@@ -47,30 +49,42 @@ def kept_by_a_layer(flags):
     return sorted(sizes.values())
 
 
-def kept(ranks, *flags):
-    model = "--num-attention-heads 8 --num-query-groups 8 --hidden-size 64 --ffn-hidden-size 256 --train-iters 1"
-    return run_ranks(ranks, kept_by_a_layer, tiny(model, *flags))[0]
+SIZES = "--num-attention-heads 8 --num-query-groups 8 --hidden-size 64 --ffn-hidden-size 256 --train-iters 1"
+TOKENS, HIDDEN = 64, 64
 
 
-def of_tokens(sizes):
-    """Bytes of the tensors that have tokens and features: rotary tables, row statistics and random states left out."""
+def kept(ranks, *flags, without=""):
+    """Bytes that the first rank keeps of tensors with tokens and features.
+
+    Rotary tables, statistics of rows and states of random numbers are left out.
+    """
+    sizes = run_ranks(ranks, kept_by_a_layer, tiny(SIZES, *flags, without=without))[0]
     return sum(size for size, shape, _ in sizes if len(shape) > 2 and shape[1] > 1 and size >= TOKENS * HIDDEN)
 
 
-TOKENS, HIDDEN = 64, 64
+def preset(ranks):
+    """The flags of sequence parallelism with selective recomputation, as a shipped file has them."""
+    return " ".join(
+        [
+            *flag_words(recipe.load("training/sequence-parallel", {}).model_args),
+            "--tensor-model-parallel-size",
+            str(ranks),
+        ]
+    )
 
 
 @pytest.mark.slow
 def test_sequence_parallelism_divides_what_a_layer_keeps_by_the_ranks():
-    one = of_tokens(kept(1, "--tp-comm-type 1d"))
-    tensor = of_tokens(kept(2, "--tensor-model-parallel-size 2 --tp-comm-type 1d"))
-    sequence = of_tokens(
-        kept(
-            2,
-            "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective --tp-comm-type 1d",
-        )
-    )
+    one = kept(1, "--tp-comm-type 1d")
+    tensor = kept(2, "--tensor-model-parallel-size 2 --tp-comm-type 1d")
     # 34 s b h / t: all of it is divided; 10 + 24 / t without: norms, their outputs and the residuals are not
-    assert sequence == one / 2
+    assert kept(2, preset(2)) == one / 2
     whole = 2 * tensor - one
     assert whole == 6 * 4 * TOKENS * HIDDEN
+
+
+@pytest.mark.slow
+def test_a_layer_of_the_paper_keeps_34_s_b_h_over_t():
+    """Of 34, each of the two masks of dropout has one; torch keeps two bytes of each on a CPU."""
+    papers = "--bf16 --normalization LayerNorm --hidden-dropout 0.1 --position-embedding-type learned_absolute"
+    assert kept(2, papers, preset(2), without="--swiglu") == (34 + 2) * TOKENS * HIDDEN / 2
