@@ -48,9 +48,11 @@ def planned_feeds(samples: Sequence[int | None], vp_stage: int | None = None) ->
     if not vp_stage:
         for line in _lines(settings, corpus, numbers):
             say(line)
+    # a split may leave the test set without documents, which Megatron then leaves out
+    wanted = [bool(number) and (part == 0 or len(numbers[part]) > 0) for part, number in enumerate(samples)]
     return tuple(
-        DocumentFeed(corpus, DocumentOrder(found, args.seed), start, batch, settings, fabric) if wanted else None
-        for found, start, batch, wanted in zip(numbers, starts, batches, samples, strict=True)
+        DocumentFeed(corpus, DocumentOrder(found, args.seed), start, batch, settings, fabric) if runs else None
+        for found, start, batch, runs in zip(numbers, starts, batches, wanted, strict=True)
     )
 
 

@@ -158,17 +158,18 @@ def test_losses_are_those_of_one_rank(corpus: str, alone: Any, case: str) -> Non
     assert_equal_runs(results[0][0], alone(model))
 
 
-def validation_losses(corpus: str, ranks: int, tokens: int) -> list[str]:
-    flags = f"--cp-plan balanced --cp-tokens-per-rank {tokens} --split 60,30,10 --eval-iters 2 --train-iters 1"
+def validation_losses(corpus: str, ranks: int, tokens: int, split: str) -> list[str]:
+    flags = f"--cp-plan balanced --cp-tokens-per-rank {tokens} --split {split} --eval-iters 2 --train-iters 1"
     _, log = run_ranks_with_log(ranks, pretrain_losses, planned(corpus, flags))
     return re.findall(r"lm loss value: (\d\.\d{4})", log)
 
 
 @pytest.mark.slow
-def test_evaluation_is_that_of_one_rank(corpus: str) -> None:
-    one = validation_losses(corpus, 1, 48)
-    assert len(one) == 2, "validation and test"
-    assert validation_losses(corpus, 3, 16) == one
+@pytest.mark.parametrize(("split", "sets"), [("60,30,10", 2), ("60,40,0", 1)], ids=["and test", "without test"])
+def test_evaluation_is_that_of_one_rank(corpus: str, split: str, sets: int) -> None:
+    one = validation_losses(corpus, 1, 48, split)
+    assert len(one) == sets
+    assert validation_losses(corpus, 3, 16, split) == one
 
 
 class Corpus:
