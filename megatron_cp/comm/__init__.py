@@ -8,6 +8,7 @@ from megatron_cp.comm.distributed import (
     connected,
     fabric_of,
     hand_over,
+    objects_of_all,
     wires,
 )
 from megatron_cp.comm.fabric import (
@@ -51,6 +52,7 @@ __all__ = [
     "hand_over",
     "in_process",
     "largest",
+    "objects_of_all",
     "packed",
     "unpacked",
     "values_of_all",

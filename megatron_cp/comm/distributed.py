@@ -231,9 +231,14 @@ def hand_over[T](group: dist.ProcessGroup, source: int, target: int, value: T) -
 
 def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
     """List the ranks of every group that some process of the run has named; all processes get the same list."""
-    found: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(found, members)
-    return sorted(set(found))
+    return sorted(set(objects_of_all(members)))
+
+
+def objects_of_all[Object](mine: Object) -> list[Object]:
+    """Return what each process of the run passes, in the order of ranks; all call it together, and the hosts wait."""
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 @contextmanager

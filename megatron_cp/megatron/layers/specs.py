@@ -44,6 +44,7 @@ from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
+from megatron_cp.megatron.machine.environment import refuse_mixed_gpus
 from megatron_cp.megatron.run import Settings, TensorFlags, args_of_run, say, settings_of_run, uneven_masks
 from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
 from megatron_cp.megatron.tensor.groups import connect_linears
@@ -110,6 +111,7 @@ def gpt_layer_spec(
     _refuse_stock_mtp(model, transformer)
     _attach_hooks(model)
     check_unmodified_script(vp_stage)
+    _check_gpus(vp_stage)
     connect_linears(transformer)
     if transformer.transformer_impl == "transformer_engine":
         return with_our_attention(_stock_spec(model, transformer, vp_stage))
@@ -328,6 +330,12 @@ def check_unmodified_script(vp_stage: int | None = None) -> None:
         refuse_upstream_faults(args)
     if not vp_stage and (warning := uneven_masks(sys.argv[1:])):
         say(warning)
+
+
+def _check_gpus(vp_stage: int | None) -> None:
+    # under our launcher and entry all processes build this model
+    if is_on(HOOKS.get("checks")) and not vp_stage:
+        refuse_mixed_gpus()
 
 
 def _refuse_on_local(config: TransformerConfig) -> None:

@@ -4,8 +4,11 @@ import re
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_cp import config
+from megatron_cp.comm import objects_of_all
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.machine.facts import major_capability
 from megatron_cp.megatron.run import say, values_of
 from megatron_cp.tensor import SYMMETRIC
@@ -63,6 +66,17 @@ def environment_for_gpus(argv: Sequence[str]) -> None:
             say("CUDA_DEVICE_MAX_CONNECTIONS=1, which tensor and context parallelism need")
     if values_of(argv, "--pp-schedule") is not None and (missing := advised_for_receives()):
         say(f"--pp-schedule posts receives early: set {' and '.join(missing)} (docs/gpu.md)")
+
+
+def refuse_mixed_gpus() -> None:
+    """Raise ValueError on all ranks where they run on GPUs of several models; all processes of the run call it."""
+    if not dist.is_initialized():
+        return
+    models = objects_of_all(torch.cuda.get_device_name())
+    if len(set(models)) == 1:
+        return
+    held = ", ".join(f"{model} on rank {models.index(model)}" for model in dict.fromkeys(models))
+    raise Refused(f"all ranks must run on GPUs of one model, got {held}; use equal GPUs")
 
 
 def copies_beside(argv: Sequence[str]) -> bool:
