@@ -29,6 +29,8 @@ WORDS = {
     "alibi": True,
     "self_check": True,
     "document_layout": "blocks",
+    "plan": "balanced",
+    "tokens_per_rank": 4096,
 }
 
 
