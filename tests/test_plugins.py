@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_cp.cli.examine import _plugins
 from megatron_cp.comm import in_process
 from megatron_cp.context import BACKENDS
-from megatron_cp.doctor import _plugins
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build
