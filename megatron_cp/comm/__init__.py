@@ -24,7 +24,9 @@ from megatron_cp.comm.fabric import (
     Transfer,
     axes_of,
     largest,
+    texts_of_all,
     values_of_all,
+    word_of,
 )
 from megatron_cp.comm.in_process import LocalFabric, in_process
 from megatron_cp.comm.packed import TensorForm, packed, unpacked
@@ -54,7 +56,9 @@ __all__ = [
     "largest",
     "objects_of_all",
     "packed",
+    "texts_of_all",
     "unpacked",
     "values_of_all",
     "wires",
+    "word_of",
 ]

@@ -4,6 +4,7 @@ A fabric connects the ranks of one group and counts the bytes that this rank sen
 """
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -189,6 +190,17 @@ def values_of_all(fabric: Fabric, device: torch.device, values: Sequence[int]) -
     gathered = fabric.all_gather(torch.tensor([list(values)], dtype=torch.int64, device=device))
     fabric.sent = before
     return [tuple(row) for row in gathered.flatten(0, 1).tolist()]
+
+
+def word_of(text: str) -> int:
+    """Return a number of 8 bytes, by which ranks compare a text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def texts_of_all(fabric: Fabric, device: torch.device, text: str, size: int) -> list[str]:
+    """Return every rank's text as far as it fits into this many bytes, in order of rank; they are not counted."""
+    rows = values_of_all(fabric, device, list(text.encode()[:size].ljust(size)))
+    return [bytes(row).decode(errors="replace").rstrip() for row in rows]
 
 
 def size_in_bytes(tensor: Tensor) -> int:

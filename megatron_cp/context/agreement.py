@@ -4,14 +4,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from hashlib import blake2b
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import values_of_all
+from megatron_cp.comm import texts_of_all, values_of_all, word_of
 from megatron_cp.context import cache_sizes
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.plan import Plan
@@ -91,10 +90,9 @@ def agree(
     )
     if len(set(values_of_all(plan.cp, device, [_word(mine)]))) == 1:
         return
-    described = json.dumps(mine._replace(plan=tuple(map(str, mine.plan))), ensure_ascii=False).encode()
-    assert len(described) <= DETAILS, "torch's tensors have 64 dims at most"
-    rows = values_of_all(plan.cp, device, list(described.ljust(DETAILS)))
-    raise Refused(_difference([_read(bytes(row)) for row in rows]))
+    described = json.dumps(mine._replace(plan=tuple(map(str, mine.plan))), ensure_ascii=False)
+    assert len(described.encode()) <= DETAILS, "torch's tensors have 64 dims at most"
+    raise Refused(_difference([_read(row) for row in texts_of_all(plan.cp, device, described, DETAILS)]))
 
 
 def gpu_model(device: torch.device) -> str:
@@ -105,10 +103,10 @@ def gpu_model(device: torch.device) -> str:
 # a long text, and the same from call to call
 @lru_cache(cache_sizes.LAYOUTS)
 def _word(brought: Brought) -> int:
-    return int.from_bytes(blake2b(repr(brought).encode(), digest_size=8).digest(), signed=True)
+    return word_of(repr(brought))
 
 
-def _read(row: bytes) -> Brought:
+def _read(row: str) -> Brought:
     shapes, dtypes, gradients, plan, refusal, gpu = json.loads(row)
     return Brought(tuple(map(tuple, shapes)), tuple(dtypes), gradients, tuple(plan), refusal, gpu)
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from megatron_cp.context.layouts import Runs
 from megatron_cp.errors import Refused
+from megatron_cp.kernels.dropout import DIGIT
 
 COLUMNS = 8
 """Columns that q and k get, of which five are used: kernels and copies align to eight."""
-DIGIT = 256
-"""Whole numbers up to this one are exact in bfloat16."""
 
 
 def alibi_slopes(heads: int) -> list[float]:

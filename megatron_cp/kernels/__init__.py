@@ -184,11 +184,7 @@ def with_cap(kernel: Kernel, softcap: float | None) -> Kernel:
 
 def check_caps(kernel: str | Kernel) -> None:
     """Raise ValueError for a kernel, or the name of one, that does not cap scores."""
-    named = kernel if isinstance(kernel, str) else kernel.name
-    if isinstance(kernel, CapsScores) or named == AUTO or (isinstance(kernel, str) and KERNELS.get(kernel).caps):
-        return
-    names = ", ".join(entry.name for entry in KERNELS if entry.caps)
-    raise Refused(f"kernel {named!r} does not cap scores; use 'auto' or one of: {names}, or leave softcap out")
+    _check_does(kernel, CapsScores, lambda entry: entry.caps, "cap scores", "softcap")
 
 
 def with_dropout(kernel: Kernel, rate: float) -> Kernel:
@@ -202,11 +198,17 @@ def with_dropout(kernel: Kernel, rate: float) -> Kernel:
 
 def check_drops(kernel: str | Kernel) -> None:
     """Raise ValueError for a kernel, or the name of one, that does not drop weights."""
+    _check_does(kernel, DropsWeights, lambda entry: entry.drops, "drop weights", "dropout")
+
+
+def _check_does(
+    kernel: str | Kernel, protocol: type, does: Callable[[KernelEntry], bool], what: str, argument: str
+) -> None:
     named = kernel if isinstance(kernel, str) else kernel.name
-    if isinstance(kernel, DropsWeights) or named == AUTO or (isinstance(kernel, str) and KERNELS.get(kernel).drops):
+    if isinstance(kernel, protocol) or named == AUTO or (isinstance(kernel, str) and does(KERNELS.get(kernel))):
         return
-    names = ", ".join(entry.name for entry in KERNELS if entry.drops)
-    raise Refused(f"kernel {named!r} does not drop weights; use 'auto' or one of: {names}, or leave dropout out")
+    names = ", ".join(entry.name for entry in KERNELS if does(entry))
+    raise Refused(f"kernel {named!r} does not {what}; use 'auto' or one of: {names}, or leave {argument} out")
 
 
 def _order(device: str) -> tuple[list[KernelEntry], list[str]]:

@@ -6,12 +6,11 @@ for another that runs something else.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
 
-from megatron_cp.comm import Fabric, GroupFabric, values_of_all
+from megatron_cp.comm import Fabric, GroupFabric, texts_of_all, values_of_all, word_of
 from megatron_cp.errors import Refused
 
 TEXT = 512
@@ -68,19 +67,14 @@ class PlannedRun:
 
 def compare(step: PlannedStep, fabric: Fabric, device: torch.device) -> None:
     """Raise ValueError on every rank where ranks would run different steps, or one has no plan."""
-    words = values_of_all(fabric, device, [_word(step.refusal or step.text), bool(step.refusal)])
+    words = values_of_all(fabric, device, [word_of(step.refusal or step.text), bool(step.refusal)])
     if len(set(words)) == 1:
         if step.refusal:
             raise Refused(step.refusal)
         return
-    mine = (step.refusal or step.text).encode()[:TEXT].ljust(TEXT)
-    texts = [bytes(row).decode(errors="replace").strip() for row in values_of_all(fabric, device, list(mine))]
+    texts = texts_of_all(fabric, device, step.refusal or step.text, TEXT)
     kind = "cannot be planned" if any(refused for _, refused in words) else "differs between ranks"
     said = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
     raise Refused(
         f"the step {kind}: {said}; give all ranks the same corpus, the same flags and the same --cp-cluster file"
     )
-
-
-def _word(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
