@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 LOG_NAME = "iterations.jsonl"
+TEXT_NAME = "megatron.log"
 SUMMARY_MARK = "[megatron-cp] summary "
 
 _ITERATION = re.compile(r"\biteration\s+(\d{1,18})\s*/\s*(\d{1,18})\s*\|")

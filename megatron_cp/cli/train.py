@@ -5,8 +5,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ import typer
 from megatron_cp import config, runlog
 from megatron_cp.cli import data
 from megatron_cp.cli.importing import load
+from megatron_cp.cli.output import EveryLine, ProgressLine, Record, Shown
 from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words, flag_words
 from megatron_cp.recipe.recipe import Recipe
 
@@ -22,6 +25,8 @@ from megatron_cp.recipe.recipe import Recipe
 FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
 # torchrun gives its workers half a minute to end before it kills them
 SECONDS_TO_STOP = 40
+# what a process that outlives the run may still hold open is not waited for
+SECONDS_FOR_ERRORS = 5
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 Flags = Annotated[
@@ -30,14 +35,25 @@ Flags = Annotated[
 ]
 
 
-def train(name: RecipeName, flags: Flags = None) -> None:
-    """Train a recipe on this machine: build its corpus if missing, resume from its checkpoint, print a summary."""
+def train(
+    name: RecipeName,
+    flags: Flags = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show all that Megatron prints.")] = False,
+) -> None:
+    """Train a recipe on this machine: build its corpus if missing, resume from its checkpoint, print a summary.
+
+    On a terminal one line shows the progress; everything that Megatron prints is kept in megatron.log in the --save
+    folder.
+    """
     run = load_checked(name, flags or [])
+    if _is_done(run, [name, *(flags or [])]):
+        return
     _ready_corpus(run)
-    _report_start(run)
     folder = run.save or Path("runs") / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    status, steps, summary = _stream(command(complete(run)), folder / runlog.LOG_NAME)
+    all_of_it = verbose or not sys.stdout.isatty()
+    shown = EveryLine() if all_of_it else ProgressLine(run.name, run.number("--seq-length", 1))
+    status, steps, summary = _stream(command(complete(run)), folder, shown)
     if status == 0:
         _sum_up(run, folder, steps, summary)
     raise typer.Exit(status)
@@ -65,74 +81,92 @@ def _ready_corpus(run: Recipe) -> None:
         words = corpus_words(run)
         _say(f"builds the corpus: megatron-cp {shlex.join(words)}")
         typer.main.get_command(data.app).main(words[1:], prog_name="megatron-cp data", standalone_mode=False)
-    from megatron_cp.corpus.conversations import check_conversations
-    from megatron_cp.megatron.dataset import check_data_path
-
     model = complete(run).model_args
     setting = model.get("--data-path")
-    if setting and "--sft" in flag_words(model):
+    if setting is None:
+        return
+    from megatron_cp.corpus.conversations import check_conversations
+    from megatron_cp.corpus.index import check_data_path
+
+    if "--sft" in flag_words(model):
         check_conversations(setting.values)
         return
-    for found in check_data_path(setting.values) if setting else ():
+    for found in check_data_path(setting.values):
         _say(f"corpus {found.prefix}: {found.documents:,} documents, {found.tokens:,} tokens")
 
 
-def _report_start(run: Recipe) -> None:
+def _is_done(run: Recipe, words: Sequence[str]) -> bool:
+    """Say from which checkpoint the run goes on; True if there is nothing left to do."""
     done = runlog.checkpoint_iteration(run.save) if run.save else None
-    if done is None or run.flag("--load", str(run.save)) != str(run.save):
-        return
-    _say(f"resumes from the checkpoint of iteration {done} in {run.save}; give another --save to start afresh")
+    if done is None or run.flag("--load", str(run.save)) != str(run.save) or "--finetune" in run.model_args:
+        return False
     wanted = run.number("--train-iters", 0)
-    if done >= wanted > 0:
-        _say(f"all {wanted} iterations are done; raise --train-iters to go on training")
+    if done >= wanted > 0 and "--skip-train" not in run.model_args:
+        more = shlex.join(["megatron-cp", "train", *words, "--train-iters", str(2 * wanted)])
+        _say(f"all {wanted} iterations are done and saved in {run.save}; to go on: {more}")
+        return True
+    _say(f"resumes from the checkpoint of iteration {done} in {run.save}; give another --save to start afresh")
+    return False
 
 
-def _stream(line: Command, log: Path) -> tuple[int, list[runlog.Iteration], dict[str, Any]]:
-    """Run the command, print its output as it comes, log its iterations; return exit status, iterations, summary."""
-    steps: list[runlog.Iteration] = []
-    summary: dict[str, Any] = {}
-    with _started(line) as process:
-        assert process.stdout is not None
-        for raw in process.stdout:
-            sys.stdout.buffer.write(raw)
-            sys.stdout.buffer.flush()
-            text = raw.decode(errors="replace")
-            if step := runlog.read_iteration(text):
-                steps.append(step)
-                runlog.append(log, step)
-            summary |= runlog.read_summary(text) or {}
-        status = process.wait()
+def _stream(line: Command, folder: Path, shown: Shown) -> tuple[int, list[runlog.Iteration], dict[str, Any]]:
+    """Run the command, show and keep its output as it comes; return exit status, iterations, summary."""
+    with Record(folder, shown) as record:
+        record.note(f"{datetime.now().astimezone():%F %T %Z}: {shlex.join(line.words)}")
+        with shown, _started(line, record) as process:
+            assert process.stdout is not None
+            for raw in process.stdout:
+                record.line(raw)
+            status = process.wait()
+        if status:
+            shown.failed()
+            typer.echo(f"megatron-cp: the run failed; all that it printed is in {record.log}", err=True)
     # ended by a signal: the number a shell would give
-    return (128 - status if status < 0 else status), steps, summary
+    return (128 - status if status < 0 else status), record.steps, record.summary
 
 
 @contextmanager
-def _started(line: Command) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the command; at the end of the block all of its processes have ended."""
+def _started(line: Command, record: Record) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the command, its errors into the record; at the end of the block all of its processes have ended."""
+    reader, writer = os.pipe()
     # own session: Ctrl-C reaches only us and is passed on once, instead of a traceback from each rank
     process = subprocess.Popen(
         line.words,
         env={"PYTHONUNBUFFERED": "1", **config.environment(), **line.environment},
         stdout=subprocess.PIPE,
+        stderr=writer,
         start_new_session=True,
     )
+    os.close(writer)
+    errors = threading.Thread(target=_keep_errors, args=(reader, record), daemon=True)
+    errors.start()
     with process, data.ending_on_signals():
         try:
             yield process
         except KeyboardInterrupt:
-            _stop(process)
+            _stop(process, record)
             raise typer.Exit(128 + signal.SIGINT) from None
         except BaseException:
-            _stop(process)
+            _stop(process, record)
             raise
+        finally:
+            errors.join(SECONDS_FOR_ERRORS)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _keep_errors(reader: int, record: Record) -> None:
+    # the record is closed before the errors end where a process outlives the run
+    with open(reader, "rb") as lines, suppress(ValueError):
+        for raw in lines:
+            record.error(raw)
+
+
+def _stop(process: subprocess.Popen[bytes], record: Record) -> None:
     process.terminate()
     try:
         # keep reading so that the child does not block on a full pipe
         rest, _ = process.communicate(timeout=SECONDS_TO_STOP)
-        sys.stdout.buffer.write(rest)
+        for raw in rest.splitlines(keepends=True):
+            record.line(raw)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         os.killpg(process.pid, signal.SIGKILL)
 

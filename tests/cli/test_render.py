@@ -89,7 +89,7 @@ def test_render_prints_what_train_runs(
     printed = capsys.readouterr().out
     ran: list[Command] = []
 
-    def stream(line: Command, log: Path) -> tuple[int, list[object], dict[str, object]]:
+    def stream(line: Command, *_: object) -> tuple[int, list[object], dict[str, object]]:
         ran.append(line)
         return 1, [], {}
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from megatron_cp import cli
 from megatron_cp.cli import train
+from megatron_cp.cli.output import EveryLine
 from megatron_cp.recipe.command import Command
-from megatron_cp.runlog import LOG_NAME
+from megatron_cp.runlog import LOG_NAME, TEXT_NAME
 
 # stands for the trainer: logs each iteration that its arguments and a checkpoint leave to do
 TRAINER = """
@@ -86,20 +87,39 @@ def test_a_run_is_logged_summed_up_and_resumed(here: Path, capfdbinary: pytest.C
     assert "[megatron-cp] resumes from the checkpoint of iteration 2 in ckpt" in shown
     assert "loss              5.0000 at iteration 1, 2.0000 at iteration 4" in shown
     assert len((here / "ckpt" / LOG_NAME).read_text().splitlines()) == 4
+    kept = (here / "ckpt" / TEXT_NAME).read_text()
+    assert kept.count("iteration 1/ 2 |") == kept.count("iteration 3/ 4 |") == 1
+
+    train.train("run.yaml", ["--train-iters", "4"])
+    shown = capfdbinary.readouterr().out.decode()
+    assert shown == (
+        "[megatron-cp] all 4 iterations are done and saved in ckpt; "
+        "to go on: megatron-cp train run.yaml --train-iters 4 --train-iters 8\n"
+    )
+    assert len((here / "ckpt" / LOG_NAME).read_text().splitlines()) == 4
 
 
 def test_bytes_pass_unchanged_and_the_status_is_the_commands(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    code = r"import sys; sys.stdout.buffer.write(b'a\r\n\xff\xfe no end of line'); sys.exit(7)"
-    status, steps, said = train._stream(Command({}, [sys.executable, "-c", code]), tmp_path / "log")
+    code = (
+        r"import sys; sys.stdout.buffer.write(b'a\r\n\xff\xfe no end of line'); print('why', file=sys.stderr); exit(7)"
+    )
+    status, steps, said = train._stream(Command({}, [sys.executable, "-c", code]), tmp_path, EveryLine())
     assert (status, steps, said) == (7, [], {})
-    assert capfdbinary.readouterr().out == b"a\r\n\xff\xfe no end of line"
+    shown = capfdbinary.readouterr()
+    assert shown.out == b"a\r\n\xff\xfe no end of line"
+    log = tmp_path / TEXT_NAME
+    assert shown.err.decode() == f"why\nmegatron-cp: the run failed; all that it printed is in {log}\n"
+    kept = log.read_bytes()
+    assert kept.startswith(b"[megatron-cp] 20")
+    # lines of errors come between lines of output
+    assert all(part in kept for part in (b"\na\r\n", b"\xff\xfe no end of line", b"why\n"))
 
 
 def test_a_command_ended_by_a_signal_gives_the_shells_number(tmp_path: Path) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert train._stream(Command({}, [sys.executable, "-c", code]), tmp_path / "log")[0] == 128 + signal.SIGKILL
+    assert train._stream(Command({}, [sys.executable, "-c", code]), tmp_path, EveryLine())[0] == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -109,9 +129,11 @@ def test_a_signal_ends_the_command_too(tmp_path: Path, number: int, status: int)
 import sys
 from pathlib import Path
 from megatron_cp.cli import train
+from megatron_cp.cli.output import EveryLine
 from megatron_cp.recipe.command import Command
 train.app = train.typer.Typer()
-train.app.command()(lambda: train._stream(Command({{}}, [sys.executable, "-c", {worker!r}]), Path("log")) and None)
+line = Command({{}}, [sys.executable, "-c", {worker!r}])
+train.app.command()(lambda: train._stream(line, Path(), EveryLine()) and None)
 train.app()
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
