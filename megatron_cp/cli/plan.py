@@ -76,7 +76,6 @@ def plan(
     write: Annotated[Path | None, typer.Option(help="Write the best plan as a recipe.")] = None,
 ) -> None:
     """Enumerate the splits of ranks, leave out those that rules or memory forbid, rank the rest by estimated speed."""
-    from megatron_cp.context.trace.record import record
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.search import PlanRequest, search, sequences
     from megatron_cp.planner.unmodelled import unmodelled
@@ -111,6 +110,9 @@ def plan(
         fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
         headroom=headroom,
     )
+    # imports torch: after all that may be refused
+    from megatron_cp.context.trace.record import record
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("weighing splits", total=1.0)
         found = search(request, record, top, lambda share: bar.update(task, completed=share))

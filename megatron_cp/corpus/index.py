@@ -1,6 +1,7 @@
 """Check Megatron's .bin/.idx pair and count what it holds, without reading a token."""
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,30 @@ def check_prefix(prefix: str) -> Statistics:
     if not tokens:
         raise Refused(f"{prefix}.bin and .idx hold no tokens; build the corpus again")
     return Statistics(prefix, ends - 1, sequences, tokens, dtype, bin_bytes, int(lengths.max()))
+
+
+def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
+    """Call check_prefix for each local prefix of Megatron's --data-path, with or without weights."""
+    return [check_prefix(prefix) for prefix in _prefixes(data_path) if "://" not in prefix]
+
+
+def _prefixes(data_path: Sequence[str]) -> list[str]:
+    """Return the prefixes as Megatron reads them: a number before each is its weight."""
+    given = [text.strip() for text in data_path]
+    weighted = [_is_number(text) for text in given[::2]]
+    if len(given) % 2 or not any(weighted):
+        return given
+    if not all(weighted):
+        raise Refused(f"--data-path {' '.join(given)} has weights before some prefixes; give all of them one, or none")
+    return given[1::2]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def first_document(prefix: str, statistics: Statistics, limit: int) -> NDArray[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_cp.corpus.documents import Bad
 from megatron_cp.corpus.encode import Batch
-from megatron_cp.corpus.index import Statistics, check_prefix
+from megatron_cp.corpus.index import Statistics, check_data_path, check_prefix
 from megatron_cp.errors import CannotRun, Refused, as_refusals
 from megatron_cp.megatron.hooks import dataset_helpers_need_no_make
 
@@ -50,12 +50,6 @@ class Written:
     stopped: bool
     seconds: float
     cut: int
-
-
-def check_data_path(data_path: Sequence[str]) -> list[Statistics]:
-    """Call check_prefix for each local prefix of Megatron's --data-path, with or without weights."""
-    prefixes, _ = _blend(data_path)
-    return [check_prefix(prefix) for prefix in prefixes if "://" not in prefix]
 
 
 def check_split(
@@ -145,14 +139,6 @@ def write(
         check_prefix(str(partial))
         _publish(partial, target)
     return written
-
-
-def _blend(data_path: Sequence[str]) -> tuple[list[str], Any]:
-    with _quiet_import():
-        from megatron.core.datasets.utils import get_blend_from_list
-
-    with as_refusals():
-        return get_blend_from_list(list(data_path)) or ([], None)
 
 
 def _builder(path: Path, dtype: str) -> Any:

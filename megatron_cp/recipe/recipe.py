@@ -118,7 +118,8 @@ def find(name: str, beside: Path | None = None) -> Path:
     known = shipped()
     # files of training/ are parts that recipes extend
     short = [Path(entry).name for entry in known if not entry.startswith("training/")]
-    raise Refused(f"no recipe {name!r}{suggest(name, [*known, *short])}; give a file or one of: {', '.join(known)}")
+    near = suggest(name, [*known, *short])
+    raise Refused(f"no recipe {name!r}{near}; give a file, or a name of: megatron-cp list recipes")
 
 
 def load(

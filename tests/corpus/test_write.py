@@ -303,12 +303,18 @@ def test_dtype_is_chosen_as_megatron_does() -> None:
 
 
 def test_data_path_is_checked_as_megatron_reads_it(tmp_path: Path) -> None:
+    from megatron.core.datasets.utils import get_blend_from_list
+
     for name in ("a", "b"):
         build(tmp_path / name, jsonl(tmp_path / "x.jsonl", [name]))
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert [found.prefix for found in check_data_path([a])] == [a]
     assert [found.prefix for found in check_data_path(["30", a, "70", b])] == [a, b]
     assert [found.prefix for found in check_data_path([a, b, "s3://bucket/c"])] == [a, b]
+    for words in ([a], ["30", a, "70", b], [a, b], [f" {a}", b, b], ["1e-3", a]):
+        assert [found.prefix for found in check_data_path(words)] == get_blend_from_list(words)[0]
+    with pytest.raises(ValueError, match="has weights before some prefixes; give all of them one, or none"):
+        check_data_path(["30", a, b, b])
     with pytest.raises(ValueError, match=r"nowhere.bin not found"):
         check_data_path([a, str(tmp_path / "nowhere")])
 
