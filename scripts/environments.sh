@@ -40,7 +40,7 @@ for name in "$@"; do
     echo "$name: installing $torch"
     "$python" -m venv "$made/venv"
     "$made/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --constraint "$file" \
-        --editable "$root[$extras]"
+        --editable "${root}[$extras]"
     "$made/venv/bin/python" -m pytest --quiet -m "smoke and not slow"
     rm -rf "$made"
 done

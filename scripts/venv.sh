@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: $python is the Python of .venv, made once and refreshed when what it needs changes.
 #
 # MEGATRON_CP_CONSTRAINTS says which versions it gets: default (what the tests are run with), oldest or newest, files of
@@ -8,12 +9,15 @@ venv=$root/.venv
 python=$venv/bin/python
 pins=${MEGATRON_CP_CONSTRAINTS:-default}
 extras=dev,docs,parquet,report,tokenizers
-make_venv=(-m venv --clear) install=(-m pip install --quiet --disable-pip-version-check) made_for=$root
+make_venv=(-m venv --clear) pip=(-m pip install) constraint=() made_for=$root
+# a terminal sees what is downloaded
+if [ ! -t 1 ]; then pip+=(--quiet); fi
+pip+=(--disable-pip-version-check)
 if [ "$pins" = own ]; then
     make_venv+=(--system-site-packages) made_for="$root own" pins=/dev/null
 else
     if [ -f "$root/constraints/$pins.txt" ]; then pins=$root/constraints/$pins.txt; fi
-    install+=(--constraint "$pins")
+    constraint=(--constraint "$pins")
 fi
 
 # The first Python that is new enough and can make virtual environments.
@@ -53,11 +57,11 @@ ready_venv() {
         "$base" "${make_venv[@]}" "$venv"
     fi
     echo "installing megatron-cp and what it needs into .venv; the first time this takes some minutes and gigabytes"
-    if ! "$python" "${install[@]}" -e "$root[$extras]"; then
+    if ! "$python" "${pip[@]}" "${constraint[@]}" -e "${root}[$extras]"; then
         # an index of another day may lack one of the exact versions; those that were asked for by name stay required
         [ -z "${MEGATRON_CP_CONSTRAINTS:-}" ] || return 1
         echo "the versions of constraints/default.txt cannot be had here: installing the newest that setup.py allows" >&2
-        "$python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]"
+        "$python" "${pip[@]}" -e "${root}[$extras]"
     fi
     wanted >"$venv/made-for"
 }
