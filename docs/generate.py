@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import typer
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
 from megatron_cp.batches import ALGORITHMS as BATCH_ALGORITHMS
 from megatron_cp.cli import app
@@ -443,6 +444,12 @@ def walk_row(number: int, step: dict[str, str]) -> list[str]:
     return [str(number), file, " ".join([step["does"], *filter(None, notes)])]
 
 
+def output(*words: str) -> str:
+    """What a command prints on a terminal of 100 columns."""
+    printed = CliRunner(env={"COLUMNS": "100"}).invoke(app, words, catch_exceptions=False).stdout
+    return "```text\n" + "\n".join(line.rstrip() for line in printed.splitlines()) + "\n```"
+
+
 def options() -> str:
     """A page of every command with its options, as `--help` has them."""
     page = [
@@ -499,7 +506,7 @@ PARTS: dict[str, Callable[[], str]] = {
     )
 }
 
-NAMED_PARTS: dict[str, Callable[[str], str]] = {"traffic": traffic, "walk": walk}
+NAMED_PARTS: dict[str, Callable[..., str]] = {"traffic": traffic, "walk": walk, "output": output}
 
 
 def part(name: str) -> str:

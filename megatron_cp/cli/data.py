@@ -131,7 +131,7 @@ def build(
 
 
 @app.command()
-def info(prefix: Annotated[str, typer.Argument(help="Prefix of PREFIX.bin and PREFIX.idx.")]) -> None:
+def info(prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="Prefix of PREFIX.bin and PREFIX.idx.")]) -> None:
     """Check a corpus and print its sizes and its beginning."""
     from megatron_cp.corpus.index import check_prefix, first_document
 

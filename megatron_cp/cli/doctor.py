@@ -17,7 +17,9 @@ MARKS = {"ok": "[green]ok[/green]      ", "optional": "[yellow]optional[/yellow]
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     node: Annotated[bool, typer.Option("--node", help="Check only what a node of a job needs; takes seconds.")] = False,
-    gpus: Annotated[int, typer.Option(help="With --node: the GPUs that must be usable.")] = 0,
+    gpus: Annotated[
+        int, typer.Option("--gpus", "--gpus-per-node", help="With --node: the GPUs that must be usable.")
+    ] = 0,
     free_gb: Annotated[float, typer.Option(help="With --node: the GB that must be free in the folder.")] = 0,
     master_addr: Annotated[str, typer.Option(help="With --node: the address of the first node.")] = "",
     report: Annotated[Path | None, typer.Option(help="With --node: a shared folder to leave a report in.")] = None,

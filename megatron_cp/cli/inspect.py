@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A --save folder, or one iteration in it.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A --save folder, or one iteration in it.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
 ) -> None:
     """Describe a checkpoint and list the topologies that can load it; exit code 1 when the one to resume is damaged."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -323,9 +324,17 @@ def _compare(names: str, asked: SimulationRequest, as_json: bool) -> None:
             )
         )
         return
+    typer.echo(
+        "fastest first; makespan in the unit of --times, bubble: its idle share, span bubble: that of the longest\n"
+        "rank's span, bound: the least bubble at these sizes, peak: most that a rank keeps, in M_B of a microbatch"
+    )
     typer.echo(f"{'schedule':<14} v    makespan   bubble  span bubble    bound  peak (M_B)  transfers")
-    for name, run in simulations:
+    for name, run in sorted(simulations, key=_makespan):
         typer.echo(f"{name:<14}{_row(run, asked) if isinstance(run, SimulatedStep) else f' {run}'}")
+
+
+def _makespan(named: tuple[str, SimulatedStep | str]) -> float:
+    return named[1].makespan if isinstance(named[1], SimulatedStep) else inf
 
 
 def _row(run: SimulatedStep, asked: SimulationRequest) -> str:
