@@ -27,6 +27,11 @@ def is_whole(text: str) -> bool:
     return text.isdecimal() and len(text) <= MOST_DIGITS
 
 
+def many(number: int, what: str) -> str:
+    """Return `1 document`, `2,000 documents`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def count(text: str, what: str) -> int:
     """Return the number that `text` means; `what` is the flag or key of the value, for the error.
 

@@ -12,6 +12,7 @@ import typer
 
 from megatron_cp.cli.data_balance import balance
 from megatron_cp.cli.lengths import lengths
+from megatron_cp.units import many
 
 if TYPE_CHECKING:
     from megatron_cp.corpus.encode import Batch
@@ -184,8 +185,9 @@ def progress_bar(total_bytes: int) -> Iterator["Callable[[Batch], None]"]:
 def report(prefix: str, files: int, written: "Written", dtype: str, processes: int, skipped: Sequence[str] = ()) -> str:
     """Return a text on what was written and left out, and the speed; `skipped` are paths that are no regular files."""
     lines = [
-        f"{prefix}.bin, {prefix}.idx: {written.documents:,} documents, {written.tokens:,} tokens as {dtype}, "
-        f"from {written.text_bytes:,} bytes of text in {files:,} files",
+        f"{prefix}.bin, {prefix}.idx: {many(written.documents, 'document')}, "
+        f"{many(written.tokens, 'token')} as {dtype}, "
+        f"from {many(written.text_bytes, 'byte')} of text in {many(files, 'file')}",
         f"{written.documents / written.seconds:,.0f} documents/s, {written.tokens / written.seconds:,.0f} tokens/s "
         f"({written.seconds:.2f} s, workers: {processes})",
     ]

@@ -193,6 +193,7 @@ def trace(
     costed = _costed(problem, hardware, measure)
     for file in plot or []:
         _draw(costed, file)
+        typer.echo(f"picture: {file}", err=True)
     if as_json:
         typer.echo(json.dumps({**chosen, **_as_json(costed)}, indent=2))
     else:

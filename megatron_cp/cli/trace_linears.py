@@ -58,6 +58,7 @@ def trace_linears(asked: AskedLinears, cluster: Cluster, files: Sequence[Path], 
     formula = sum(sent)
     for file in files:
         _draw(asked, placing, passes, runs, file)
+        typer.echo(f"picture: {file}", err=True)
     if as_json:
         typer.echo(json.dumps(_as_json(placing, error, formula, passes, runs, chosen), indent=2))
     else:

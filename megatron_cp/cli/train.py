@@ -20,6 +20,7 @@ from megatron_cp.cli.importing import load
 from megatron_cp.cli.output import EveryLine, ProgressLine, Record, Shown
 from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words, flag_words
 from megatron_cp.recipe.recipe import Recipe
+from megatron_cp.units import many
 
 # words after RECIPE are Megatron's, even where they look like our options
 FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
@@ -92,7 +93,7 @@ def _ready_corpus(run: Recipe) -> None:
         check_conversations(setting.values)
         return
     for found in check_data_path(setting.values):
-        _say(f"corpus {found.prefix}: {found.documents:,} documents, {found.tokens:,} tokens")
+        _say(f"corpus {found.prefix}: {many(found.documents, 'document')}, {many(found.tokens, 'token')}")
 
 
 def _is_done(run: Recipe, words: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """Write corpora in Megatron's IndexedDataset format with megatron.core's own builder, completely or not at all."""
 
 import fcntl
+import logging
 import os
 import shutil
 import time
@@ -150,7 +151,8 @@ def _builder(path: Path, dtype: str) -> Any:
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    # megatron.core warns of absent packages that no corpus needs
+    # megatron.core warns of absent packages that no corpus needs, and torch of an absent GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

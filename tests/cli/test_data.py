@@ -24,7 +24,7 @@ def _built(*arguments: object) -> str:
 
 def test_build_reports_and_prints_the_flags_to_train_with(tmp_path: Path) -> None:
     output = _built("--input", jsonl(tmp_path / "a.jsonl", ["one", "two", ""]), "--output", tmp_path / "out")
-    assert "2 documents, 8 tokens as uint16, from 6 bytes of text in 1 files" in output
+    assert "2 documents, 8 tokens as uint16, from 6 bytes of text in 1 file\n" in output
     assert "documents/s" in output
     assert "tokens/s" in output
     assert "left out, without text: 1" in output
@@ -73,12 +73,12 @@ def test_options_reach_the_corpus(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"body": "hello"}\n{"body": "again"}\n')
     options = ["--glob", "*.jsonl", "--field", "body", "--limit", 1, "--eod-id", 0, "--dtype", "int32", "--workers", 2]
     output = _built("--input", tmp_path, "--output", tmp_path / "out", *options)
-    assert "1 documents, 6 tokens as int32" in output
+    assert "1 document, 6 tokens as int32" in output
     assert "workers: 2" in output
     assert "--null-tokenizer-eod-id 0" in output
     assert _run("build", "--input", tmp_path, "--output", tmp_path / "out").exit_code == 1
     again = _built("--input", tmp_path / "a.x", "--output", tmp_path / "out", "--overwrite", "--no-append-eod")
-    assert "1 documents, 40 tokens as uint16" in again
+    assert "1 document, 40 tokens as uint16" in again
 
 
 def test_info_says_what_is_there(tmp_path: Path) -> None:
