@@ -62,6 +62,8 @@ setup(
         "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "numpy>=1.26,<3",
+        # pages that are looked at without a network
+        "plotly>=6,<8",
         "psutil>=6,<8",
         "pydantic>=2.7,<3",
         "rich>=13.9,<16",

@@ -1,16 +1,19 @@
-"""Write the parts of the pages that come from registries and data files: `python docs/generate.py [--check]`.
+"""Write what of the pages comes from registries, data files and simulations: `python docs/generate.py [--check]`.
 
-A page encloses such a part between `<!-- generated: NAME -->` and `<!-- end -->`.
+A page encloses such a part between `<!-- generated: NAME -->` and `<!-- end -->`. A picture holds a digest of the
+figures and of the code that it is drawn from.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import typer
+from PIL import Image
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -22,6 +25,8 @@ from megatron_cp.context import AUTO, BACKENDS, Backend
 from megatron_cp.context.merging import BY_TORCH, ONE_BY_ONE, SEVERAL
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.merge_cost import merge_cost
+from megatron_cp.context.trace.record import record
+from megatron_cp.context.trace.simulate import simulate as simulate_pass
 from megatron_cp.experts import PRODUCTS
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
@@ -36,8 +41,11 @@ from megatron_cp.pipeline.offload import Offload, balanced
 from megatron_cp.pipeline.passes import without_moves
 from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
+from megatron_cp.pipeline.slices import flash_shares, fractions, shares
 from megatron_cp.planner.linear_trace import peak_bytes
 from megatron_cp.planner.model import model_of
+from megatron_cp.plots import timeline as plot_of_steps
+from megatron_cp.plots import trace as plot_of_traces
 from megatron_cp.recipe import recipe
 from megatron_cp.tensor import COLLECTIVE, CUBE, ENGINES, GEMMS, MEGATRONS, RING
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
@@ -519,6 +527,72 @@ def part(name: str) -> str:
     return PARTS[kind]()
 
 
+class Picture(NamedTuple):
+    """A picture of the pages: the figures that it shows, and the function that draws them into a file."""
+
+    figures: object
+    draw: Callable[[Path, dict[str, str]], object]
+    code: str
+
+    @property
+    def digest(self) -> str:
+        code = Path(self.code).read_text()
+        return hashlib.sha256(f"{self.figures}{code}".encode()).hexdigest()
+
+
+def pictures() -> dict[str, Picture]:
+    """Return every picture of the pages that is drawn from a simulation, by its file."""
+    return {"slices-1m.png": slices_of_a_million_tokens(), "trace-zigzag.png": zigzag_on_eight_ranks()}
+
+
+def slices_of_a_million_tokens() -> Picture:
+    steps = {
+        "1f1b": one_long_sequence(1, by_cost=True),
+        "1f1b, 8 slices of equal length": one_long_sequence(8, by_cost=False),
+        "1f1b, 8 slices of equal cost": one_long_sequence(8, by_cost=True),
+    }
+    title = "one sequence of 1M tokens, Llama-3 70B (attention 0.91 of the forward), p = 8; numbers are slices"
+    return Picture(
+        [(step.ends, step.peak) for step in steps.values()],
+        lambda file, metadata: plot_of_steps.draw_steps(steps, file, title, metadata),
+        plot_of_steps.__file__,
+    )
+
+
+def one_long_sequence(slices: int, *, by_cost: bool) -> SimulatedStep:
+    """A step of one sequence of 1M tokens on eight ranks at the sizes of Llama-3 70B."""
+    times, where = (1.0, 2.365, 0.09, 0.0), place(SCHEDULES.get("1f1b"), 8)
+    attention = flash_shares(0.91, times)
+    lengths = fractions(slices, attention, times, split=False) if by_cost else [1 / slices] * slices
+    costs = uniform(where, times, slices=shares(lengths, attention) if slices > 1 else ())
+    return simulate(build("1f1b", 8, 1, costs=costs, slices=slices), costs)
+
+
+def zigzag_on_eight_ranks() -> Picture:
+    cluster = load_cluster("h100-ib")
+    trace = record(Problem("zigzag", 8, 131072, 32, 8, 128, dtype=cluster.dtype, device=cluster.device))
+    runs = {
+        name: simulate_pass(run, cluster) for name, run in (("forward", trace.forward), ("backward", trace.backward))
+    }
+    return Picture(
+        [(run.spans, run.flights, run.memory) for run in runs.values()],
+        lambda file, metadata: plot_of_traces.draw(trace, runs, file, cluster.name, metadata=metadata),
+        plot_of_traces.__file__,
+    )
+
+
+def stale_pictures() -> dict[str, Picture]:
+    """Return the pictures whose files show other figures, or what other code drew."""
+    return {name: picture for name, picture in pictures().items() if noted(DOCS / name) != picture.digest}
+
+
+def noted(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    with Image.open(file) as image:
+        return image.info.get("Description")
+
+
 def refreshed(text: str) -> str:
     """A page with every generated part as it is now."""
     return PART.sub(lambda found: f"<!-- generated: {found[1]} -->\n{part(found[1])}\n<!-- end -->", text)
@@ -533,7 +607,14 @@ def main(words: Sequence[str]) -> int:
         else:
             page.write_text(refreshed(page.read_text()))
             print(f"wrote {name}")
-    return 1 if stale and "--check" in words else 0
+    old = stale_pictures()
+    for name, picture in old.items():
+        if "--check" in words:
+            print(f"docs/{name} is not current; run: python docs/generate.py", file=sys.stderr)
+        else:
+            picture.draw(DOCS / name, {"Description": picture.digest})
+            print(f"wrote docs/{name}")
+    return 1 if (stale or old) and "--check" in words else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Results of looking at a machine: one finding per subject, with its remedy."""
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Literal, NamedTuple
@@ -38,6 +40,18 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def about() -> str:
+    """Return the versions that run here, and the commit of the current folder, for the log of a run."""
+    packages = ("megatron-cp", "torch", "megatron-core", "transformer-engine")
+    found = [f"{package} {number}" for package in packages if (number := installed(package))]
+    git = shutil.which("git")
+    commit = ""
+    if git:
+        asked = [git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return ", ".join([*found, *([f"commit {commit}"] if commit else [])])
 
 
 def reaches(version: str, oldest: tuple[int, ...]) -> bool:

@@ -2,16 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 LOG_NAME = "iterations.jsonl"
 TEXT_NAME = "megatron.log"
+STARTS_NAME = "starts.jsonl"
 SUMMARY_MARK = "[megatron-cp] summary "
 
 _ITERATION = re.compile(r"\biteration\s+(\d{1,18})\s*/\s*(\d{1,18})\s*\|")
+_EVALUATION = re.compile(r"\bvalidation(-\S+)? loss at iteration (\d{1,18})(?: on (\w+) set)? \|(.*)")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)")
 
 
@@ -39,12 +41,29 @@ def read_iteration(line: str) -> Iteration | None:
     match = _ITERATION.search(line)
     if match is None:
         return None
+    return Iteration(int(match[1]), int(match[2]), _fields(line[match.end() :]))
+
+
+def _fields(text: str) -> dict[str, float]:
     fields = {}
-    for part in line[match.end() :].split("|"):
-        name, colon, text = part.rpartition(":")
-        if colon and _NUMBER.fullmatch(text.strip()):
-            fields[name.strip()] = float(text)
-    return Iteration(int(match[1]), int(match[2]), fields)
+    for part in text.split("|"):
+        name, colon, value = part.rpartition(":")
+        if colon and _NUMBER.fullmatch(value.strip()):
+            fields[name.strip()] = float(value)
+    return fields
+
+
+def read_evaluation(line: str) -> tuple[int, dict[str, float]] | None:
+    """Return the iteration and the loss that a line of Megatron's evaluation reports, None for any other line.
+
+    The loss is named `validation loss`, with a set's own name `validation-NAME loss`; of the test set, `test loss`.
+    """
+    match = _EVALUATION.search(line)
+    if match is None:
+        return None
+    value = _fields(match[4]).get("lm loss value")
+    name = f"{'test' if match[3] == 'test' else 'validation'}{match[1] or ''} loss"
+    return None if value is None else (int(match[2]), {name: value})
 
 
 def read_summary(line: str) -> dict[str, Any] | None:
@@ -74,6 +93,28 @@ def read(log: Path) -> list[Iteration]:
         if step := _logged(line):
             latest[step.number] = step
     return [latest[number] for number in sorted(latest)]
+
+
+def note_start(folder: Path, facts: Mapping[str, str]) -> None:
+    """Add what starts now to the list of a run's starts in its folder."""
+    with (folder / STARTS_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(facts)) + "\n")
+
+
+def starts(folder: Path) -> list[dict[str, str]]:
+    """Return what was noted of every start of a run, in order; lines that are none are left out."""
+    file = folder / STARTS_NAME
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            facts = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(facts, dict):
+            found.append({name: str(value) for name, value in facts.items()})
+    return found
 
 
 def _logged(line: str) -> Iteration | None:

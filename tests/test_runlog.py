@@ -39,6 +39,32 @@ def test_a_loss_that_is_not_a_number_is_read_as_such() -> None:
     assert found.loss != found.loss
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (" validation loss at iteration 20 | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 | ", "validation loss"),
+        (" validation-code loss at iteration 20 | lm loss value: 2.5 | lm loss PPL: 12 | ", "validation-code loss"),
+        (" validation loss at iteration 20 on test set | lm loss value: 2.5 | ", "test loss"),
+        (" validation loss at iteration 20 on validation set | lm loss value: 2.5 | ", "validation loss"),
+        (" validation loss at iteration 20 | other value: 2.5 | ", None),
+        (LINE, None),
+    ],
+)
+def test_a_line_of_an_evaluation_gives_its_loss(line: str, found: str | None) -> None:
+    assert runlog.read_evaluation(line) == (found and (20, {found: 2.5}))
+    if found:
+        assert runlog.read_iteration(line) is None
+
+
+def test_the_starts_of_a_run_are_read_back(tmp_path: Path) -> None:
+    assert runlog.starts(tmp_path) == []
+    runlog.note_start(tmp_path, {"recipe": "one"})
+    runlog.note_start(tmp_path, {"recipe": "two"})
+    with (tmp_path / runlog.STARTS_NAME).open("a") as file:
+        file.write('[1]\n{"rec')
+    assert runlog.starts(tmp_path) == [{"recipe": "one"}, {"recipe": "two"}]
+
+
 def test_the_trainers_summary_is_read() -> None:
     said = {"backend": "zigzag", "cp_bytes_per_step": 12}
     assert runlog.read_summary(f"[megatron-cp] summary {json.dumps(said)}\n") == said

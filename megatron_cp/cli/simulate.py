@@ -291,7 +291,10 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
 def _plot(run: SimulatedStep, file: Path) -> None:
     from megatron_cp.plots.timeline import bars, draw_timeline
 
-    draw_timeline(bars(run), file, f"{run.schedule.name}: bubble {run.bubble:.4f}, peak {max(run.peak):g} M_B")
+    where = run.schedule.placement
+    sizes = f"p = {where.ranks}, m = {run.schedule.sequences}, v = {where.chunks}"
+    title = f"{run.schedule.name}, {sizes}: bubble {run.bubble:.1%}, peak {max(run.peak):g} M_B"
+    draw_timeline(bars(run), file, title)
     typer.echo(f"timeline: {file}", err=True)
 
 

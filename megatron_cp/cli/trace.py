@@ -308,7 +308,11 @@ def _check_plots(files: list[Path]) -> None:
 def _draw(costed: Costed, file: Path) -> None:
     from megatron_cp.plots.trace import draw, write_events
 
-    (write_events if file.suffix == ".json" else draw)(costed.trace, costed.runs, file)
+    if file.suffix == ".json":
+        write_events(costed.trace, costed.runs, file)
+    else:
+        draw(costed.trace, costed.runs, file, costed.cluster.name)
+    typer.echo(f"{'events' if file.suffix == '.json' else 'picture'}: {file}", err=True)
 
 
 def _as_json(costed: Costed) -> dict[str, Any]:

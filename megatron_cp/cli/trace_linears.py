@@ -57,7 +57,7 @@ def trace_linears(asked: AskedLinears, cluster: Cluster, files: Sequence[Path], 
     sent = (asked.layer.sent_on_cube(side, split=False),) if side else asked.layer.sent(placing.size, split=False)
     formula = sum(sent)
     for file in files:
-        _draw(asked, placing, passes, runs, file)
+        _draw(asked, placing, passes, runs, cluster, file)
         typer.echo(f"picture: {file}", err=True)
     if as_json:
         typer.echo(json.dumps(_as_json(placing, error, formula, passes, runs, chosen), indent=2))
@@ -88,17 +88,23 @@ def _check_sizes(layer: LayerLinears, ranks: int) -> None:
 
 
 def _draw(
-    asked: AskedLinears, placing: Placing, passes: Mapping[str, Pass], runs: Mapping[str, SimulatedPass], file: Path
+    asked: AskedLinears,
+    placing: Placing,
+    passes: Mapping[str, Pass],
+    runs: Mapping[str, SimulatedPass],
+    cluster: Cluster,
+    file: Path,
 ) -> None:
     from megatron_cp.plots.trace import draw, write_events
 
     # the pictures of context parallelism, of a problem that has its ranks and tokens
-    problem = Problem(f"linears {placing}", asked.ranks, round(asked.layer.tokens))
+    problem = Problem(f"linears {placing}", asked.ranks, round(asked.layer.tokens), dtype=cluster.dtype)
     trace = Trace(problem, passes["forward"], passes["backward"], [])
     if file.suffix == ".json":
         write_events(trace, runs, file)
     else:
-        draw(trace, runs, file, title=f"linears of a layer, {placing}, {asked.ranks} ranks, T = {asked.layer.tokens:g}")
+        title = f"linears of a layer, {placing}, {asked.ranks} ranks, T = {asked.layer.tokens:g}"
+        draw(trace, runs, file, cluster.name, title)
 
 
 def _sizes(placing: Placing) -> list[int]:

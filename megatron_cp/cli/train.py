@@ -1,6 +1,7 @@
 """`megatron-cp train`: train a recipe on this machine."""
 
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from megatron_cp import config, runlog
 from megatron_cp.cli import data
 from megatron_cp.cli.importing import load
 from megatron_cp.cli.output import EveryLine, ProgressLine, Record, Shown
+from megatron_cp.findings import about
 from megatron_cp.recipe.command import Command, check_processes, command, complete, corpus_words, flag_words
 from megatron_cp.recipe.recipe import Recipe
 from megatron_cp.units import many
@@ -52,6 +54,7 @@ def train(
     _ready_corpus(run)
     folder = run.save or Path("runs") / run.name
     folder.mkdir(parents=True, exist_ok=True)
+    runlog.note_start(folder, _start(run))
     all_of_it = verbose or not sys.stdout.isatty()
     shown = EveryLine() if all_of_it else ProgressLine(run.name, run.number("--seq-length", 1))
     status, steps, summary = _stream(command(complete(run)), folder, shown)
@@ -72,6 +75,17 @@ def checked(run: Recipe) -> Recipe:
 
     check_run(run)
     return run
+
+
+def _start(run: Recipe) -> dict[str, str]:
+    """Return what a report says of a start: recipe, command, versions, host and time."""
+    return {
+        "recipe": run.name,
+        "command": shlex.join(["megatron-cp", *sys.argv[1:]]),
+        "versions": about(),
+        "host": f"{platform.node()}, {os.cpu_count()} CPUs",
+        "started": datetime.now().astimezone().strftime("%F %T %Z"),
+    }
 
 
 def _ready_corpus(run: Recipe) -> None:

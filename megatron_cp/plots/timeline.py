@@ -4,9 +4,9 @@ Bars come from the simulator or from a real run's recorded times; given both, th
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_cp.pipeline.action import MOVES
 from megatron_cp.pipeline.simulate import Bar
@@ -22,9 +22,14 @@ NAMES |= {"EVICT": "activations leave", "LOAD": "activations come back"}
 # of a row's height, below its compute
 MOVES_HEIGHT = 0.25
 OTHER = "#bab0ac"
+IDLE: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": "#c8c8c8", "hatch": "////", "linewidth": 0}
+"""Look of the time in which a rank waits."""
+UNIT = "time, in the unit of the given times"
 PICTURES = (".png", ".svg", ".pdf")
 # beyond this many bars the labels would be unreadable and slow
 MOST_LABELS = 1500
+# part of the picture's width
+DIGIT = 0.003
 
 
 Bars = Sequence[Sequence[Bar]]
@@ -54,23 +59,57 @@ def draw_timeline(simulated: Bars, file: Path, title: str, recorded: Bars | None
 
     ranks = len(simulated)
     figure = Figure(figsize=(16, 1.2 + 0.45 * ranks * (2 if recorded else 1)), layout="constrained")
-    axes = figure.add_subplot(xlabel="time in ms" if recorded else "time", title=title)
+    axes = figure.add_subplot(xlabel="time in ms" if recorded else UNIT, title=title)
     height = 0.42 if recorded else 0.86
     _draw(axes, simulated, height, offset=-height / 2 if recorded else 0.0)
     if recorded:
         _draw(axes, recorded, height, offset=height / 2)
-    axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
-    axes.set_ylim(ranks - 0.5, -0.5)
-    axes.margins(x=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    _name_ranks(axes, ranks)
     _legend(axes, [simulated, recorded] if recorded else [simulated])
     figure.savefig(file, dpi=120)
     return file
 
 
+def draw_steps(steps: "Mapping[str, SimulatedStep]", file: Path, title: str, metadata: dict[str, str]) -> Path:
+    """Draw steps below each other over one axis of time as PNG, with the peak memory of each rank beside its row.
+
+    metadata: of the file
+    """
+    from matplotlib.figure import Figure
+
+    heights = [1.0 + 0.22 * len(step.peak) for step in steps.values()]
+    figure = Figure(figsize=(16, 0.8 + sum(heights)), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(len(steps), 2, sharex="col", squeeze=False, width_ratios=[9, 1], height_ratios=heights)
+    for (times, memory), (name, step) in zip(grid, steps.items(), strict=True):
+        _draw(times, step.bars(), 0.86, 0.0)
+        _name_ranks(times, len(step.peak))
+        figures = f"makespan {step.makespan:.4g}, bubble {step.bubble:.1%}, peak {max(step.peak):.3g} M_B"
+        times.set_title(f"{name}: {figures}", loc="left", fontsize=10)
+        memory.barh(range(len(step.peak)), step.peak, 0.86, color=OTHER)
+        memory.set_ylim(len(step.peak) - 0.5, -0.5)
+        memory.set_yticks([])
+        memory.spines[["top", "right"]].set_visible(False)
+    grid[-1, 0].set_xlabel(UNIT)
+    grid[-1, 1].set_xlabel("peak, M_B")
+    _legend(grid[0, 1], [step.bars() for step in steps.values()])
+    figure.savefig(file, dpi=120, metadata=metadata)
+    return file
+
+
+def _name_ranks(axes: "Axes", ranks: int) -> None:
+    axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
+    axes.set_ylim(ranks - 0.5, -0.5)
+    axes.margins(x=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
 def _draw(axes: "Axes", lines: Bars, height: float, offset: float) -> None:
     labelled = sum(map(len, lines)) <= MOST_LABELS
+    begin, end = min(bar.start for line in lines for bar in line), max(bar.end for line in lines for bar in line)
     for rank, line in enumerate(lines):
+        idle = [(start, stop - start) for start, stop in _gaps(line, begin, end)]
+        axes.broken_barh(idle, (rank + offset - height / 2, height), **IDLE)
         chunks = {stage: chunk for chunk, stage in enumerate(sorted({bar.action.stage for bar in line}))}
         low = [bar.action.kind in MOVES for bar in line]
         middles = [rank + offset + move * height * (1 - MOVES_HEIGHT) / 2 for move in low]
@@ -87,9 +126,20 @@ def _draw(axes: "Axes", lines: Bars, height: float, offset: float) -> None:
             linewidth=0.4,
         )
         for bar, where in zip(line, middles, strict=True) if labelled else ():
-            if bar.action.micro is not None:
+            label = "" if bar.action.micro is None else str(bar.action.micro)
+            if label and bar.end - bar.start > DIGIT * len(label) * (end - begin):
                 middle = (bar.start + bar.end) / 2
-                axes.text(middle, where, str(bar.action.micro), ha="center", va="center", fontsize=5, clip_on=True)
+                axes.text(middle, where, label, ha="center", va="center", fontsize=5, clip_on=True)
+
+
+def _gaps(line: Sequence[Bar], begin: float, end: float) -> Iterator[tuple[float, float]]:
+    """Yield the times in which a rank computes nothing."""
+    for bar in sorted((bar for bar in line if bar.action.kind not in MOVES), key=lambda bar: bar.start):
+        if bar.start > begin:
+            yield begin, bar.start
+        begin = max(begin, bar.end)
+    if begin < end:
+        yield begin, end
 
 
 def _legend(axes: "Axes", all_bars: Sequence[Bars]) -> None:
@@ -99,6 +149,7 @@ def _legend(axes: "Axes", all_bars: Sequence[Bars]) -> None:
     handles = [Patch(color=colour, label=NAMES[kind]) for kind, colour in COLOURS.items() if kind in used]
     if any(len({bar.action.stage for bar in line}) > 1 for lines in all_bars for line in lines):
         handles.append(Patch(color=(OTHER, 0.4), label="paler: a later chunk"))
+    handles.append(Patch(label="idle", **IDLE))
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
 
 

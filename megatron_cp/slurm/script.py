@@ -6,13 +6,10 @@ that is equal for every recipe is `job.sh`, which follows the arrays.
 
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_cp import __version__
-from megatron_cp.findings import installed
+from megatron_cp.findings import about
 from megatron_cp.recipe.command import entry_words, flag_words
 from megatron_cp.recipe.recipe import Setting
 from megatron_cp.recipe.slurm_flags import SRUN
@@ -32,20 +29,8 @@ def script(jobs: Sequence[SlurmJob]) -> str:
     _check_together(jobs)
     settings = _settings(first) if len(jobs) == 1 else _cases(jobs)
     setup = ("", "# lines of SETUP", *first.setup) if first.setup else ()
-    lines = ("#!/usr/bin/env bash", *_header(jobs), *setup, "", "set -euo pipefail", f"about={_quoted(_about())}")
+    lines = ("#!/usr/bin/env bash", *_header(jobs), *setup, "", "set -euo pipefail", f"about={_quoted(about())}")
     return "\n".join((*lines, settings, BODY.read_text()))
-
-
-def _about() -> str:
-    """Return the versions, and the commit of the folder, from which the job is submitted, for its log."""
-    packages = ("torch", "megatron-core", "transformer-engine")
-    found = [f"{package} {number}" for package in packages if (number := installed(package))]
-    git = shutil.which("git")
-    commit = ""
-    if git:
-        asked = [git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return ", ".join([f"megatron-cp {__version__}", *found, *([f"commit {commit}"] if commit else [])])
 
 
 def _check_together(jobs: Sequence[SlurmJob]) -> None:

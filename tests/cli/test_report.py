@@ -1,7 +1,6 @@
 """`megatron-cp report` reads what runs leave behind, and says one line where there is nothing to read."""
 
 import re
-from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -9,25 +8,31 @@ from typer.testing import CliRunner
 
 from megatron_cp import report, runlog
 from megatron_cp.cli import app
+from megatron_cp.plots.page import ShownRun, page
 
 # as Megatron prints it; the third iteration has no finite gradient, the fourth was skipped
 LOG = """\
   seq_length ...................................... 32
   world_size ...................................... 2
+  context_parallel_size ........................... 2
+  cp_comm_type .................................... ['p2p']
+[megatron-cp] layers 1-4: zigzag, kernel torch
+[megatron-cp] summary {"backend": "zigzag"}
  [2026-11-21 11:28:23] iteration        1/       5 | consumed samples:            4 | elapsed time per iteration \
 (ms): 900.0 | throughput per GPU (TFLOP/s/GPU): 0.4 | global batch size:     4 | lm loss: 4.901020E+00 | \
 grad norm: 0.912 | number of skipped iterations:   0 | number of nan iterations:   0 |
 [Rank 1] (after 1 iterations) memory (MB) | allocated: 80.5 | max allocated: 91.5 | reserved: 95.0 | max reserved: 95.0
 [Rank 0] (after 1 iterations) memory (MB) | allocated: 80.5 | max allocated: 90.5 | reserved: 95.0 | max reserved: 95.0
  [2026-11-21 11:28:23] iteration        2/       5 | consumed samples:            8 | elapsed time per iteration \
-(ms): 100.0 | throughput per GPU (TFLOP/s/GPU): 4.0 | global batch size:     4 | lm loss: 4.853310E+00 | \
-grad norm: 0.934 | number of skipped iterations:   0 | number of nan iterations:   0 |
+(ms): 100.0 | throughput per GPU (TFLOP/s/GPU): 4.0 | learning rate: 3.000000E-04 | global batch size:     4 | \
+lm loss: 4.853310E+00 | grad norm: 0.934 | number of skipped iterations:   0 | number of nan iterations:   0 |
+ validation loss at iteration 2 | lm loss value: 4.850000E+00 | lm loss PPL: 1.277404E+02 |
  [2026-11-21 11:28:30] iteration        3/       5 | consumed samples:           12 | elapsed time per iteration \
 (ms): 200.0 | throughput per GPU (TFLOP/s/GPU): 2.0 | global batch size:     4 | lm loss: 4.789129E+00 | \
 grad norm: inf | number of skipped iterations:   0 | number of nan iterations:   0 |
  [2026-11-21 11:28:30] iteration        4/       5 | consumed samples:           16 | elapsed time per iteration \
-(ms): 400.0 | throughput per GPU (TFLOP/s/GPU): 1.0 | global batch size:     4 | number of skipped iterations:   1 | \
-number of nan iterations:   0 |
+(ms): 400.0 | throughput per GPU (TFLOP/s/GPU): 1.0 | learning rate: 2.000000E-04 | global batch size:     4 | \
+number of skipped iterations:   1 | number of nan iterations:   0 |
 """
 
 
@@ -51,8 +56,11 @@ def logged(tmp_path: Path) -> Path:
 
 def test_a_log_gives_the_figures_of_its_run(logged: Path) -> None:
     text = reported(logged)
-    assert row(text, "iterations") == "4, 1 to 4"
-    assert row(text, "loss") == "4.9010 to 4.7891"
+    assert row(text, "iterations") == "4 of 5 (1 to 4)"
+    assert row(text, "tokens seen") == "512"
+    assert row(text, "loss, nats per token") == "4.9010 to 4.7891"
+    assert row(text, "validation loss, nats per token") == "4.8500"
+    assert row(text, "learning rate") == "0.0003 at most, 0.0002 at the end"
     # without the first: 4 sequences of 32 tokens in 0.1, 0.2 and 0.4 s
     assert row(text, "step time, s") == "0.2"
     assert row(text, "tokens/s") == "640"
@@ -64,7 +72,7 @@ def test_a_log_gives_the_figures_of_its_run(logged: Path) -> None:
 
 def test_a_cluster_gives_the_share_of_its_peak(logged: Path, tmp_path: Path) -> None:
     peak = float(report_peak("dgx-h100"))
-    assert row(reported(logged, "--cluster", "dgx-h100"), "MFU") == f"{2e12 / peak:.1%}"
+    assert row(reported(logged, "--cluster", "dgx-h100"), "MFU, %") == f"{100 * 2e12 / peak:.1f}"
 
 
 def report_peak(cluster: str) -> float:
@@ -79,7 +87,9 @@ def test_a_recipe_gives_the_prediction(logged: Path) -> None:
 
     found = estimate_recipe(recipe.load("llama3.1-8b-8k-h100x8", {"DATA_PATH": "corpus"}))
     text = reported(logged, "--recipe", "llama3.1-8b-8k-h100x8")
-    assert row(text, "predicted step time, s").startswith(f"{found.seconds:.5g}, {found.seconds / 0.2 - 1:+.1%} of")
+    assert (
+        row(text, "predicted step time, s") == f"{found.seconds:.5g}, {found.seconds / 0.2 - 1:.1%} above the measured"
+    )
     # the recipe's sequence length goes before the log's
     assert row(text, "tokens/s") == f"{4 * found.seq / 0.2:,.5g}"
 
@@ -91,22 +101,109 @@ def test_a_prediction_names_what_it_leaves_out(logged: Path, tmp_path: Path) -> 
     assert "<th>not in the estimate</th><td>--optimizer-cpu-offload</td>" in (logged / "report.html").read_text()
 
 
-def test_the_page_has_the_picture_in_it(logged: Path) -> None:
+def test_a_prediction_below_the_measured_time_is_said_so(logged: Path) -> None:
+    run = report.read(logged)
+    against = report.Reference(step_seconds=0.05)
+    assert report.table(run, report.curves(run, against), against)["predicted step time, s"] == (
+        "0.05, 75.0% below the measured"
+    )
+
+
+def without_library(page: str) -> str:
+    """A page without the library that draws, whose text has links and tags in it."""
+    return re.sub(r"<script>/\*\*.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_the_page_has_everything_in_it(logged: Path) -> None:
     reported(logged, "--output", logged / "page.html")
     page = (logged / "page.html").read_text()
-    picture = re.search(r'src="data:image/png;base64,([^"]+)"', page)
-    assert picture
-    assert b64decode(picture[1]) == (logged / "page.png").read_bytes()
-    assert b64decode(picture[1]).startswith(b"\x89PNG")
+    assert (logged / "page.png").read_bytes().startswith(b"\x89PNG")
+    own = without_library(page)
+    assert len(own) < len(page) / 10
     # nothing is fetched from anywhere
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "<th>skipped iterations</th><td>1: 4</td>" in page
+    assert not re.search(r'(src|href)="', own)
+    assert "default-src 'none'" in own
+    assert "<th>skipped iterations</th><td>1: 4</td>" in own
+    assert "<th>processes</th><td>2: CP 2</td>" in own
+    assert "<pre>layers 1-4: zigzag, kernel torch</pre>" in own
+    assert "cp_comm_type = [&#x27;p2p&#x27;]" in own
+    assert 'http-equiv="refresh"' not in own
+
+
+def shown(**fields: object) -> ShownRun:
+    empty = {"curves": {}, "tokens": {}, "hours": {}, "lost": {}, "predicted": None, "rows": {}, "said": []}
+    return ShownRun(**{**empty, "arguments": {}, **fields})
 
 
 def test_what_a_recipe_or_a_log_says_is_no_markup() -> None:
-    page = report.page("<b>", {"loss": "<script>"}, b"")
-    assert "<b>" not in page
-    assert "<script>" not in page
+    run = shown(
+        curves={"<b>": {1: 2.0}}, rows={"loss": "<script>"}, said=["<b>"], arguments={"<b>": "<b>"}, tokens={1: 2.0}
+    )
+    text = without_library(page({"<b>": run, "<i>": shown(arguments={"<b>": "<u>"})}, "<b>"))
+    assert "\\u003cb>" in text
+    assert not re.search("<[biu]>", text)
+    assert "<td><script>" not in text
+
+
+def test_values_that_are_no_numbers_are_gaps() -> None:
+    text = page({"run": shown(curves={"loss, nats per token": {1: 2.0, 2: float("nan")}}, lost={"NaN": [2]})}, "run")
+    assert '"y": [2.0, null]' in text
+    # a cross beside the last loss
+    assert '"name": "NaN iterations", "x": [2], "y": [2.0]' in text
+
+
+def test_tokens_and_hours_lie_beside_the_iterations(logged: Path) -> None:
+    run = report.read(logged)
+    assert report.tokens_at(run, report.Reference()) == {1: 128, 2: 256, 3: 384, 4: 512}
+    assert report.hours_at(run)[4] == pytest.approx((0.9 + 0.1 + 0.2 + 0.4) / 3600)
+
+
+def test_runs_are_compared_side_by_side(logged: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (other / "run.log").write_text(LOG.replace("context_parallel_size ........................... 2", "lr ... 1"))
+    text = reported(logged, other)
+    assert f"{logged.name}:\n" in text
+    assert f"{other.name}:\n" in text
+    found = without_library((logged / "compare.html").read_text())
+    assert "<th>iterations</th><td>4 of 5 (1 to 4)</td><td>4 of 5 (1 to 4)</td>" in found
+    assert "arguments that differ: 2" in found
+    assert not (logged / "compare.png").exists()
+
+
+def test_a_run_is_followed_until_it_is_done(tmp_path: Path) -> None:
+    def add(number: int) -> None:
+        runlog.append(tmp_path / runlog.LOG_NAME, runlog.Iteration(number, 3, {"lm loss": 5.0 - number}))
+
+    seen = []
+
+    def wait(seconds: float) -> None:
+        seen.append(without_library((tmp_path / "report.html").read_text()))
+        add(len(seen))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_cp.cli.report.time.sleep", wait)
+        reported(tmp_path, "--live", "--every", "2")
+    assert len(seen) == 3
+    assert all('<meta http-equiv="refresh" content="2">' in page for page in seen)
+    assert "before its first iteration" in seen[0]
+    assert "<th>iterations</th><td>2 of 3 (1 to 2)</td>" in seen[2]
+    last = (tmp_path / "report.html").read_text()
+    assert "3 of 3 (1 to 3)" in last
+    assert 'http-equiv="refresh"' not in without_library(last)
+
+
+def test_the_busiest_expert_is_a_curve(logged: Path) -> None:
+    (logged / "tokens_per_expert").mkdir()
+    lines = (
+        '{"iter": 2, "block": "decoder", "layer": 3, "tpe": [[10, 20], [30, 40]]}\n'
+        '{"iter": 4, "block": "decoder", "layer": 3, "tpe": [[5, 5]]}\n{"iter": 5, "bl'
+    )
+    (logged / "tokens_per_expert/rank0.jsonl").write_text(lines)
+    (logged / "tokens_per_expert/rank1.jsonl").write_text(lines.replace("40", "140"))
+    run = report.read(logged)
+    assert run.experts == {"decoder layer 3": {2: [40, 60, 40, 160], 4: [5, 5, 5, 5]}}
+    found = report.curves(run, report.Reference())["decoder layer 3: busiest expert, times the mean"]
+    assert found == {2: pytest.approx(160 * 4 / 300), 4: 1.0}
 
 
 def test_our_own_log_and_megatrons_are_one_run(logged: Path) -> None:
@@ -154,6 +251,7 @@ def test_event_files_alone_want_tensorboard(tmp_path: Path, monkeypatch: pytest.
     [
         (["no-such-run"], "no folder no-such-run"),
         (["."], "no iteration in "),
+        ([".", "."], "got one folder twice"),
         ([".", "--output", "page.pdf"], r"must be a \.html file, got 'page\.pdf'"),
         ([".", "--recipe", "quickstrat"], "did you mean 'quickstart'"),
         ([".", "--cluster", "dgx-h10"], "did you mean 'dgx-h100'"),

@@ -85,7 +85,18 @@ def test_pictures_and_events(tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert files[0].read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in files[1].read_text()
+    assert all(str(file) in result.stderr for file in files)
+    drawn = files[1].read_text()
+    assert "<svg" in drawn
+    # matplotlib writes a comment with each text
+    for text in (
+        "sends inside the node",
+        "waits, idle",
+        "ranks 0-3",
+        "on the cluster h100-ib, bfloat16",
+        "heads of 64",
+    ):
+        assert f"<!-- {text}" in drawn or text in drawn, text
     events = json.loads(files[2].read_text())["traceEvents"]
     assert {event["name"] for event in events if event["ph"] == "M"} == {"process_name", "thread_name"}
     kernels = [event for event in events if event["name"] == "kernels"]

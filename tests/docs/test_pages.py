@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_the_readme_is_short() -> None:
 def test_generated_parts_are_current(page) -> None:
     text = page.read_text()
     assert generate.refreshed(text) == text, "run: bash scripts/docs.sh --write"
+
+
+def test_generated_pictures_are_current() -> None:
+    assert not generate.stale_pictures(), "run: bash scripts/docs.sh --write"
+
+
+def test_a_stale_picture_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = generate.slices_of_a_million_tokens()
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    monkeypatch.setattr(generate, "pictures", lambda: {"steps.png": steps})
+    assert generate.stale_pictures()
+    steps.draw(tmp_path / "steps.png", {"Description": steps.digest})
+    assert not generate.stale_pictures()
+    monkeypatch.setattr(generate, "pictures", lambda: {"steps.png": steps._replace(figures="others")})
+    assert generate.stale_pictures()
 
 
 def test_a_stale_part_is_noticed() -> None:

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from megatron_cp import __version__, config
 from megatron_cp.cli import app
+from megatron_cp.findings import about
 from megatron_cp.recipe import recipe, slurm_flags
 from megatron_cp.slurm.job import job_of
 from megatron_cp.slurm.script import BODY, script
-from megatron_cp.slurm.script import _about as about
 from tests.conftest import Write
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -105,7 +105,7 @@ echo "${STATE:-RUNNING}"
 @pytest.fixture
 def write(write: Write, monkeypatch: pytest.MonkeyPatch) -> Write:
     write(BASE, "base.yaml")
-    monkeypatch.setattr("megatron_cp.slurm.script._about", lambda: "megatron-cp 0.1.0, commit 0123456789ab")
+    monkeypatch.setattr("megatron_cp.slurm.script.about", lambda: "megatron-cp 0.1.0, commit 0123456789ab")
     return write
 
 
