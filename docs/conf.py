@@ -20,6 +20,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build", "examples"]
 html_theme = "furo"
 html_title = "megatron-cp"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+# flags keep their two dashes outside code too
+smartquotes = False
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
