@@ -312,7 +312,6 @@ def _draw(costed: Costed, file: Path) -> None:
         write_events(costed.trace, costed.runs, file)
     else:
         draw(costed.trace, costed.runs, file, costed.cluster.name)
-    typer.echo(f"{'events' if file.suffix == '.json' else 'picture'}: {file}", err=True)
 
 
 def _as_json(costed: Costed) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megatron_cp import cli
+from megatron_cp import cli, report
 from megatron_cp.cli import train
 from megatron_cp.cli.output import EveryLine
 from megatron_cp.recipe.command import Command
-from megatron_cp.runlog import LOG_NAME, TEXT_NAME
+from megatron_cp.runlog import LOG_NAME, TEXT_NAME, starts
 
 # stands for the trainer: logs each iteration that its arguments and a checkpoint leave to do
 TRAINER = """
@@ -89,6 +89,11 @@ def test_a_run_is_logged_summed_up_and_resumed(here: Path, capfdbinary: pytest.C
     assert len((here / "ckpt" / LOG_NAME).read_text().splitlines()) == 4
     kept = (here / "ckpt" / TEXT_NAME).read_text()
     assert kept.count("iteration 1/ 2 |") == kept.count("iteration 3/ 4 |") == 1
+    found = report.read(here / "ckpt")
+    assert found.facts["recipe"] == "run"
+    assert {"command", "versions", "host", "started"} < found.facts.keys()
+    assert found.done
+    assert len(starts(here / "ckpt")) == 2
 
     train.train("run.yaml", ["--train-iters", "4"])
     shown = capfdbinary.readouterr().out.decode()
