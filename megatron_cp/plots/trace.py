@@ -31,6 +31,8 @@ COMPUTE, SENDS = (-0.43, 0.5), (0.11, 0.3)
 MOST_FIGURES = 12
 MOST_TICKS = 16
 MOST_CURVES = 8
+# not counted in an attention's memory
+BEYOND = "\nbeyond local q, k, v, dout"
 
 
 def draw(
@@ -56,7 +58,7 @@ def draw(
     grid = figure.add_gridspec(3, 2, height_ratios=[height, 2.5, 4.5])
     for column, (name, run) in enumerate({"forward": trace.forward, "backward": trace.backward}.items()):
         _timeline(figure.add_subplot(grid[0, column]), name, runs[name])
-        _memory(figure.add_subplot(grid[1, column]), runs[name])
+        _memory(figure.add_subplot(grid[1, column]), runs[name], "" if title else BEYOND)
         _matrix(figure.add_subplot(grid[2, column]), run)
     figure.savefig(file, dpi=120, metadata=metadata)
     return file
@@ -143,7 +145,7 @@ def _rounded(value: float) -> str:
     return f"{float(f'{value:.3g}'):,g}"
 
 
-def _memory(axes: "Axes", run: SimulatedPass) -> None:
+def _memory(axes: "Axes", run: SimulatedPass, beyond: str) -> None:
     from matplotlib import colormaps
 
     alike = _alike(run.memory)
@@ -158,7 +160,7 @@ def _memory(axes: "Axes", run: SimulatedPass) -> None:
             label=label,
         )
     axes.set_xlabel("time in ms")
-    axes.set_ylabel("live MiB of each rank\nbeyond local q, k, v, dout")
+    axes.set_ylabel(f"live MiB of each rank{beyond}")
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, run.time * 1e3)
     axes.grid(alpha=0.3)
