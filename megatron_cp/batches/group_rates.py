@@ -142,14 +142,13 @@ class _LoopSeconds(NamedTuple):
 
 def _attention(rank: RankConfig) -> _LoopSeconds:
     parallel, model = rank.parallel, rank.model
-    again = parallel.recompute == "full" or (parallel.recompute == "selective" and "core_attn" in parallel.recomputed)
     sums = [0.0, 0.0, 0.0]
     share = model.windowed / model.layers
     for windowed, part in ((False, 1 - share), (True, share)):
         if part:
             found = attention(problem_of(rank, windowed), rank.cluster.every(parallel.tp), rank.record)
             for at, (forward, backward) in enumerate(zip(found.forward, found.backward, strict=True)):
-                sums[at] += part * (forward * (2 if again else 1) + backward)
+                sums[at] += part * (forward * (2 if parallel.attends_again else 1) + backward)
     return _LoopSeconds(*sums)
 
 

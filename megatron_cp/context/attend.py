@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megatron_cp.context import opaque, transforms
+from megatron_cp.context import keep, opaque, transforms
 from megatron_cp.context.agreement import refused_by_all, wants_gradients
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.dropout import DropoutSeed, as_seed
-from megatron_cp.context.function import run
+from megatron_cp.context.function import run, run_kept
 from megatron_cp.context.inputs import as_number, as_sink
 from megatron_cp.context.plan import Plan, Sizes, check_plan, plan
 from megatron_cp.context.prepare import documents_of, host_waits, prepare
@@ -61,10 +61,13 @@ def attend(
     number = as_number(sink)
     if torch.compiler.is_compiling():
         return opaque.attend(q, k, v, as_sink(sink, q), plan, documents_of(documents, q), agreed, number)
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and (kept := keep.take()):
+        return run_kept(q, k, v, kept, as_sink(sink, q))
     with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
         logits, packed = as_sink(sink, q), documents_of(documents, q)
         seed = as_seed(dropout_seed, plan.dropout, q)
-    if torch._C._are_functorch_transforms_active():
+    if transformed:
         return transforms.attend(q, k, v, logits, plan, packed, agreed, number)
     gradients = wants_gradients(q, k, v, logits)
     drops = seed is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megatron_cp.context import sinks
+from megatron_cp.context import keep, sinks
 from megatron_cp.context.alibi import with_positions
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.dropout import DropoutSeed, labelled
@@ -58,7 +58,12 @@ def run(
     seed: DropoutSeed | None = None,
 ) -> Tensor:
     """Attend by a plan whose backend is chosen; the caller guarantees that all ranks hold tensors of one shape."""
-    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan, packed, seed))
+    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan, packed, seed), None)
+
+
+def run_kept(q: Tensor, k: Tensor, v: Tensor, kept: keep.KeptCall, sink: Tensor | None) -> Tensor:
+    """Return what the forward of a checkpoint kept of this call, differentiably by q, k and v; nothing is sent."""
+    return _Attend.apply(q, k, v, sink, kept.call, kept)
 
 
 def call_for(
@@ -162,13 +167,23 @@ class _Attend(torch.autograd.Function):
     """A backend's loop, between two re-layouts if it needs other positions than the tokens have."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: AttentionCall) -> Tensor:
-        out, saved = forward_pass(q, k, v, call, sink)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        call: AttentionCall,
+        kept: keep.KeptCall | None,
+    ) -> Tensor:
+        out, saved = kept.results((q, k, v)) if kept else forward_pass(q, k, v, call, sink)
         # autograd keeps a flat list of tensors, the loop gets back the tuple that it made of them
         tensors, ctx.saved_as = tree_flatten(saved)
         result = as_no_view(out, tensors)
         ctx.save_for_backward(sink, *(result if tensor is out else tensor for tensor in tensors))
         ctx.call = call
+        if not kept:
+            keep.keep(call, result, saved, (q, k, v))
         return result
 
     @staticmethod
@@ -176,7 +191,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         sink, *saved = ctx.saved_tensors
         dq, dk, dv, *dsink = backward_pass(dout, tree_unflatten(saved, ctx.saved_as), ctx.call, sink)
-        return dq, dk, dv, dsink[0] if dsink else None, None
+        return dq, dk, dv, dsink[0] if dsink else None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_cp.context import keep
 from megatron_cp.context.agreement import refused_by_all, wants_gradients
 from megatron_cp.context.algorithms import ring
 from megatron_cp.context.documents import Documents
@@ -237,6 +238,8 @@ def attend_slice(
     Raises ValueError for a plan that cuts work over time itself, for a mask that is not causal, and as `attend` does.
     """
     check_plan(plan)
+    if again := keep.take():
+        return _AttendSlice.apply(q, k, v, again.call, again)
     with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
         refuse_transforms("attention of slices")
         check_inputs(q, k, v)
@@ -264,7 +267,7 @@ def attend_slice(
     check_slices(settled)
     kept.call = call
     earlier = documents.earlier(plan.mask) if documents else plan.mask
-    return _AttendSlice.apply(q, k, v, call_for(q, k, v, settled, own), earlier, kept, number)
+    return _AttendSlice.apply(q, k, v, SliceCall(call_for(q, k, v, settled, own), earlier, kept, number), None)
 
 
 def check_slices(plan: Plan) -> None:
@@ -297,47 +300,36 @@ def _check_kept(kept: KeptKeys, number: int, tokens: int, ranks: int, call: tupl
         )
 
 
+class SliceCall(NamedTuple):
+    """One attention of slice `number`, whose earlier keys are in `kept` and seen by the mask `earlier`."""
+
+    call: AttentionCall
+    earlier: AnyMask
+    kept: KeptKeys
+    number: int
+
+
 class _AttendSlice(torch.autograd.Function):
     """The attention of one slice, between two re-layouts and, where heads are exchanged, two exchanges."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: AttentionCall,
-        earlier: AnyMask,
-        kept: KeptKeys,
-        number: int,
-    ) -> Tensor:
-        with without_autocast(q.device):
-            q, k, v = relayout(
-                [last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric
-            )
-            q = q if call.factor == 1 else q * call.factor
-            swap, task = _between_exchanges(call)
-            if swap:
-                q, k, v = swap.to_heads(q, k, v)
-            placed = _placed(task, kept.tokens[number], earlier)
-            out, saved = _forward(q, k, v, call, task, placed, kept, number)
-            ctx.save_for_backward(saved.q, saved.out, saved.lse)
-            ctx.call, ctx.earlier, ctx.kept, ctx.number = call, earlier, kept, number
-            if swap:
-                (out,) = swap.to_tokens([out], [swap.shares.q])
-            (out,) = relayout([out], call.task.layout, call.layout, call.task.fabric)
-            # what is saved must not change with the result
-            return out.clone() if out.untyped_storage()._cdata == saved.out.untyped_storage()._cdata else out
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: SliceCall, again: keep.KeptCall | None) -> Tensor:
+        out, saved = again.results((q, k, v)) if again else _forward_pass(q, k, v, *call)
+        ctx.save_for_backward(*saved)
+        ctx.call = call
+        if not again:
+            keep.keep(call, out, saved, (q, k, v))
+        return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        call, (q, out, lse) = ctx.call, ctx.saved_tensors
-        missing = next((each for each in range(ctx.number, -1, -1) if each not in ctx.kept.slices), None)
+        (call, earlier, kept, number), (q, out, lse) = ctx.call, ctx.saved_tensors
+        missing = next((each for each in range(number, -1, -1) if each not in kept.slices), None)
         if missing is not None:
             raise Refused(
                 "backward passes run once each, from the last slice to the first, got that of slice "
-                f"{ctx.number} after that of slice {missing}; keep the order, without retain_graph"
+                f"{number} after that of slice {missing}; keep the order, without retain_graph"
             )
         with without_autocast(dout.device):
             (dout,) = relayout([last_dim_contiguous(dout)], call.layout, call.task.layout, call.task.fabric)
@@ -347,15 +339,35 @@ class _AttendSlice(torch.autograd.Function):
                 (dout,) = swap.to_heads(dout)
             if isinstance(task.kernel, PreparesBackward):
                 task = task.on(task.fabric, task.layout, task.kernel.for_backward())
-            placed = _placed(task, ctx.kept.tokens[ctx.number], ctx.earlier)
-            dq, dk, dv = _backward(dout, q, out, lse, call, task, placed, ctx.kept, ctx.number)
+            placed = _placed(task, kept.tokens[number], earlier)
+            dq, dk, dv = _backward(dout, q, out, lse, call, task, placed, kept, number)
             grads = [dq.result(), dk.result(), dv.result()]
             if swap:
                 shares = [swap.shares.q, swap.shares.kv, swap.shares.kv]
                 grads = swap.to_tokens([grads[0], *(swap.partial(total.exact(), dtype) for total in (dk, dv))], shares)
             grads[0] = grads[0] if call.factor == 1 else grads[0] * call.factor
             grads = [grad.to(dtype) for grad in grads]
-            return *relayout(grads, call.task.layout, call.layout, call.task.fabric), None, None, None, None
+            return *relayout(grads, call.task.layout, call.layout, call.task.fabric), None, None
+
+
+def _forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, earlier: AnyMask, kept: KeptKeys, number: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return out, and q, out and lse as they are between the exchanges, for the backward pass."""
+    with without_autocast(q.device):
+        q, k, v = relayout([last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric)
+        q = q if call.factor == 1 else q * call.factor
+        swap, task = _between_exchanges(call)
+        if swap:
+            q, k, v = swap.to_heads(q, k, v)
+        placed = _placed(task, kept.tokens[number], earlier)
+        out, saved = _forward(q, k, v, call, task, placed, kept, number)
+        if swap:
+            (out,) = swap.to_tokens([out], [swap.shares.q])
+        (out,) = relayout([out], call.task.layout, call.layout, call.task.fabric)
+        # what is saved must not change with the result
+        out = out.clone() if out.untyped_storage()._cdata == saved.out.untyped_storage()._cdata else out
+        return out, (saved.q, saved.out, saved.lse)
 
 
 def _between_exchanges(call: AttentionCall) -> tuple[HeadExchange | None, Task]:

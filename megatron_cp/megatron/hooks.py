@@ -180,6 +180,18 @@ HOOKS = Registry(
             settings=True,
         ),
         Hook(
+            name="kept-attention",
+            targets=(
+                "megatron.core.tensor_parallel.random:checkpoint",
+                "megatron.core.tensor_parallel:checkpoint",
+            ),
+            by="megatron_cp.megatron.layers.recompute:checkpoint",
+            parameters=("function", "distribute_saved_activations"),
+            reason="an attention layer is not told whether a checkpoint runs its forward or its recomputation",
+            retired_by="a checkpoint that hands the results of chosen modules to its recomputation",
+            settings=True,
+        ),
+        Hook(
             name="connections",
             targets=("megatron.training.arguments:get_device_arch_version",),
             by="megatron_cp.megatron.machine.environment:without_one_connection",

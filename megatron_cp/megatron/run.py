@@ -10,6 +10,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Self
 
 from megatron_cp import config
@@ -198,6 +199,15 @@ class AttentionFlags(_Flags):
         lambda: (
             "ALiBi: each score falls with the distance of its key, by a slope of the query head. For models that are "
             "trained with --position-embedding-type none."
+        ),
+        bool,
+    )
+    keep_attention: bool = _flag(
+        False,
+        lambda: "",
+        lambda: (
+            "With --recompute-granularity, keep output and row statistics of attention, so that its forward and its "
+            "communication are not repeated; full recomputation takes that much more memory, which estimate counts."
         ),
         bool,
     )
@@ -484,9 +494,15 @@ def _slice_lengths(args: Any, flags: PipelineFlags) -> tuple[int, ...]:
     spread = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
     multiple = math.lcm(2 * cp, cp * getattr(args, "cp_stripe", 1), cp * spread)
     try:
-        return tuple(model_lengths(flags.slices or 1, args.seq_length, multiple, parameters, heads * dim, split))
+        return _lengths(flags.slices or 1, args.seq_length, multiple, parameters, heads * dim, split)
     except ValueError as error:
         raise Refused(f"--pp-slices {flags.slices}: {error}") from None
+
+
+# asked again by every hook that is called in a step
+@lru_cache(32)
+def _lengths(*sizes: Any) -> tuple[int, ...]:
+    return tuple(model_lengths(*sizes))
 
 
 def _model_of(args: Any) -> Model:

@@ -17,6 +17,7 @@ class Attention(NamedTuple):
     forward, backward: seconds
     live:              most bytes beyond the local q, k, v and dout
     inside, between:   bytes that a rank sends within a node and to other nodes, both passes
+    again_inside, again_between: those of the forward, which a recomputation sends again
     """
 
     forward: Cost
@@ -24,6 +25,8 @@ class Attention(NamedTuple):
     live: float
     inside: float
     between: float
+    again_inside: float
+    again_between: float
 
 
 @lru_cache(4096)
@@ -47,7 +50,7 @@ def _kernels_alone(problem: Problem, cluster: Cluster) -> Attention:
         Cost(seen * seconds(Compute(*sizes, backward)) / problem.ranks + cluster.call_s, 0.0, 0.0)
         for backward in (False, True)
     )
-    return Attention(forward, backward, 0.0, 0.0, 0.0)
+    return Attention(forward, backward, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def _share_seen(problem: Problem) -> float:
@@ -63,8 +66,11 @@ def _share_seen(problem: Problem) -> float:
 def _read(trace: Trace, cluster: Cluster) -> Sequence[float]:
     """The fields of `Attention`, flat."""
     runs = [simulate(run, cluster) for run in (trace.forward, trace.backward)]
-    flights = [flight for run in runs for flight in run.flights]
-    ranks = trace.problem.ranks
-    sent = [sum(flight.size for flight in flights if flight.inside is inside) / ranks for inside in (True, False)]
+    first, both = runs[0].flights, [flight for run in runs for flight in run.flights]
+    sent = [
+        sum(flight.size for flight in flights if flight.inside is inside) / trace.problem.ranks
+        for flights in (both, first)
+        for inside in (True, False)
+    ]
     live = max(max(run.peak) for run in (trace.forward, trace.backward))
     return [*parts(runs[0]), *parts(runs[1]), live, *sent]

@@ -296,9 +296,13 @@ def _stages(rank: RankConfig) -> list[Stage]:
 
 
 def _stage(rank: RankConfig, one: PassTimes, layers: int) -> Stage:
-    """Return a stage of so many layers, of which those that "full" recomputes run forward once more in backward."""
+    """Return a stage of so many layers, of which those that "full" recomputes run forward once more in backward.
+
+    Kept attention is left out of that.
+    """
     again = recomputed_layers(rank, layers)
-    work = PassTimes().plus(one, layers).plus(PassTimes(input=one.forward), again)
+    repeated = one.forward if rank.parallel.attends_again else one.forward._replace(attention=0.0, context=0.0)
+    work = PassTimes().plus(one, layers).plus(PassTimes(input=repeated), again)
     kept = again * mean_layer_bytes(rank)
     if again < layers:
         kept += (layers - again) * mean_layer_bytes(replace(rank, parallel=plain(rank.parallel)))

@@ -24,7 +24,7 @@ MODELLED = _flags(
     seq-length vocab-size num-experts moe-layer-freq q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
-    pp-slices
+    pp-slices cp-keep-attention
     """
 )
 

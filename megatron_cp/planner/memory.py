@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from megatron_cp.context import BACKENDS, PLACEMENTS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.planner.model import Transformer
@@ -66,7 +67,8 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
     stored = parallel.bytes
     if parallel.recompute == "full":
         kept = 1 / parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
-        return kept * stored * rank.split_tokens * model.hidden + keys_for_slices(rank, stored)
+        inputs = kept * stored * rank.split_tokens * model.hidden
+        return inputs + keys_for_slices(rank, stored) + kept_attention(rank)
     modules = parallel.recomputed if parallel.recompute == "selective" else ()
     # inputs of products are kept in the dtype of the products
     taken = 1 if parallel.precision == "fp8" else stored
@@ -85,11 +87,33 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
         # scores after softmax and after dropout, and a mask of one byte
         split += 5 * model.heads * rank.seq
     if "core_attn" in modules:
-        whole += keys_for_slices(rank, stored)
+        whole += keys_for_slices(rank, stored) + kept_attention(rank)
     if rank.cluster.unfused:
         # without fused kernels, the activation's and the rotary positions' intermediate results too
         split += (mlp + model.query + model.key_value) * stored
     return whole + split * rank.tokens / parallel.tp
+
+
+def kept_attention(rank: RankConfig) -> float:
+    """Return the bytes of a layer's attention that its recomputation finds kept, beside what it keeps anyway.
+
+    Its output and the row statistics, which "selective" keeps anyway, and queries, keys, values and output as they are
+    between the exchanges of a backend that has some; one in chunks over time has all but the output in host memory.
+    """
+    model, parallel = rank.model, rank.parallel
+    if not parallel.keep_attention:
+        return 0.0
+    entry, stored = BACKENDS.get(parallel.backend), parallel.bytes
+    output, rows = (model.query * stored, 4 * model.heads) if parallel.recompute == "full" else (0, 0)
+    if entry.capabilities.over_time:
+        return output * rank.tokens / parallel.tp
+    width: float = output + rows
+    sharing = entry.head_ranks(parallel.cp, parallel.grid, PLACEMENTS[parallel.placement])
+    if entry.capabilities.heads != "none" or (entry.layout and parallel.cp > 1):
+        # a KV head that query heads of several ranks need is on each of them
+        copies = max(1.0, sharing * parallel.tp / model.kv_heads)
+        width += stored * (2 * model.query + copies * model.key_value)
+    return width * rank.tokens / parallel.tp
 
 
 def keys_for_slices(rank: RankConfig, size: float) -> float:

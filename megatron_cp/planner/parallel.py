@@ -39,6 +39,7 @@ class Parallel:
     recomputed:  Megatron's names of the modules that "selective" recomputes
     recompute_layers, recompute_method: of "full"; "block" recomputes so many layers of each stage, "uniform" all, and
                  keeps the input of each so many; None for each
+    keep_attention: recomputation finds the output of attention kept, and repeats neither its forward nor its messages
     layout:      layers of each stage in the model's order; empty where they are divided evenly
     pp_placement: of the stages, for schedule "auto"; None for its own
     schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
@@ -74,6 +75,7 @@ class Parallel:
     recomputed: tuple[str, ...] = ("core_attn",)
     recompute_method: str = "uniform"
     recompute_layers: int = 1
+    keep_attention: bool = False
     layout: tuple[int, ...] = ()
     pp_placement: str | None = None
     schedule: str | None = None
@@ -149,6 +151,12 @@ class Parallel:
         return PRECISIONS[self.precision]
 
     @property
+    def attends_again(self) -> bool:
+        """True if a recomputation repeats the forward of attention with what it sends."""
+        again = self.recompute == "full" or (self.recompute == "selective" and "core_attn" in self.recomputed)
+        return again and not self.keep_attention
+
+    @property
     def schedule_name(self) -> str:
         """The pipeline schedule, Megatron's own where none is named."""
         return self.schedule or megatrons_schedule(self.vp)
@@ -200,6 +208,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         recomputed=tuple(recipe.flag("--recompute-modules", "core_attn").split()),
         recompute_method=recipe.flag("--recompute-method", "uniform"),
         recompute_layers=recipe.number("--recompute-num-layers", 1),
+        keep_attention="--cp-keep-attention" in given,
         layout=_layout(recipe, layers, sizes["pp"]),
         pp_placement=recipe.flag("--pp-placement", "") or None,
         schedule=recipe.flag("--pp-schedule", "") or None,

@@ -63,6 +63,8 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
         yield "--pp-offload", parallel.moves.limit
         if parallel.moves.to != HOST:
             yield "--pp-offload-to", parallel.moves.to
+    if parallel.keep_attention:
+        yield "--cp-keep-attention", True
     if parallel.balanced_ends:
         yield "--account-for-embedding-in-pipeline-split", True
         yield "--account-for-loss-in-pipeline-split", True

@@ -194,7 +194,8 @@ def label(parallel: Parallel) -> str:
     words += [f"{parallel.slices} slices"] if parallel.slices > 1 else []
     words += [f"offload {parallel.moves.limit}"] if parallel.moves else []
     words += [f"micro batch {parallel.micro_batch}"] if parallel.micro_batch > 1 else []
-    return " ".join(words + (["full recompute"] if parallel.recompute == "full" else []))
+    again = "full recompute" + (" but attention" if parallel.keep_attention else "")
+    return " ".join(words + ([again] if parallel.recompute == "full" else []))
 
 
 Progress = Callable[[float], None]

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
+from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.work import RankConfig, context_attention, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
 from megatron_cp.tensor.place import cube_side
@@ -53,7 +54,9 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
         "data": (_around(weights + gradients, shards), shards, parallel.tp),
         "expert": (_around(4 * micros * routed, parallel.ep), parallel.ep, parallel.tp),
     }
-    inside, between = {"context": sequences * attention.inside}, {"context": sequences * attention.between}
+    again = _share_attended_again(parallel, layers)
+    inside = {"context": sequences * (attention.inside + again * attention.again_inside)}
+    between = {"context": sequences * (attention.between + again * attention.again_between)}
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
@@ -62,6 +65,14 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     inside["tensor"] += micros * weights_axis * (1 - away)
     between["tensor"] += micros * weights_axis * away
     return StepTraffic(Level(**inside), Level(**between))
+
+
+def _share_attended_again(parallel: Parallel, layers: float) -> float:
+    """Return the share of the layers whose recomputation sends what attention's forward has sent once more."""
+    if not parallel.attends_again:
+        return 0.0
+    in_blocks = parallel.recompute == "full" and parallel.recompute_method == "block"
+    return min(1.0, parallel.vp * parallel.recompute_layers / layers) if in_blocks and layers else 1.0
 
 
 def _of_linears(rank: RankConfig, layers: float) -> tuple[float, float]:

@@ -274,7 +274,7 @@ def _attention(rank: RankConfig) -> PassTimes:
         if part:
             found = context_attention(rank, windowed)
             forward, backward = forward.plus(_of(found.forward), part), backward.plus(_of(found.backward), part)
-    if rank.parallel.recompute == "selective" and "core_attn" in rank.parallel.recomputed:
+    if rank.parallel.recompute == "selective" and rank.parallel.attends_again:
         backward = backward.plus(forward)
     b = rank.parallel.micro_batch
     return PassTimes(Seconds().plus(forward, b), Seconds().plus(backward, b))

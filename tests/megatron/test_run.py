@@ -28,6 +28,7 @@ WORDS = {
     "softcap": 30.0,
     "alibi": True,
     "self_check": True,
+    "keep_attention": True,
     "document_layout": "blocks",
     "plan": "balanced",
     "tokens_per_rank": 4096,

@@ -223,3 +223,24 @@ def test_experts_are_split_by_their_own_tensor_parallel_size() -> None:
     # either way an eighth of the experts is on a rank
     assert whole == split
     assert estimate(mixture, Parallel(**sizes, ep=2), H100, 4096).worst_memory.weights == split
+
+
+def test_kept_attention_costs_its_output_and_saves_its_forward() -> None:
+    cp = "--context-parallel-size 4 --cp-comm-type zigzag --seq-length 131072"
+    full = f"{cp} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    none, kept, again = (estimated(flags) for flags in (cp, f"{full} --cp-keep-attention", full))
+    # out in bfloat16 and a float32 for each row of 32 heads of 128
+    output = 32 * 131072 / 4 * 32 * (2 * 128 + 4) / kept.parallel.tp
+    assert kept.worst_memory.activations - again.worst_memory.activations == pytest.approx(output)
+    assert none.seconds < kept.seconds < again.seconds
+    assert kept.parts.attention == pytest.approx(none.parts.attention)
+    of_none, of_kept, of_again = (sum(level.context for level in each.traffic) for each in (none, kept, again))
+    assert of_kept == of_none
+    # a forward sends K and V, a backward both again with their gradients in float32
+    assert of_again == pytest.approx(of_none * (1 + 2 / 8), rel=0.05)
+
+
+def test_kept_attention_of_a_selective_run_is_that_of_none() -> None:
+    cp = "--context-parallel-size 4 --cp-comm-type zigzag"
+    kept = estimated(f"{cp} --recompute-granularity selective --cp-keep-attention")
+    assert figures(kept) == figures(estimated(cp))

@@ -84,6 +84,16 @@ UNSUPPORTED = (
         "leave --cpu-offloading-num-layers out, --recompute-granularity saves memory too",
     ),
     Unsupported(
+        "kept attention (cp_keep_attention) in FP8 or FP4, whose checkpoints are those of transformer-engine",
+        lambda source: bool(read(source, "cp_keep_attention", False) and (read(source, "fp8") or read(source, "fp4"))),
+        "leave --cp-keep-attention out, or --fp8-format and --fp4-format",
+    ),
+    Unsupported(
+        "kept attention (cp_keep_attention) under CUDA graphs, which recompute nothing that they capture",
+        lambda source: bool(read(source, "cp_keep_attention", False)) and captures_graphs(source),
+        "leave --cp-keep-attention out, or --cuda-graph-impl and --enable-cuda-graph",
+    ),
+    Unsupported(
         "CUDA graphs with chunks in host memory, which is pinned and copied to on streams of its own",
         lambda source: captures_graphs(source) and _in_chunks(source),
         f"leave --cuda-graph-impl and --enable-cuda-graph out, or take {DEFAULT} without --cp-chunks",
@@ -121,6 +131,7 @@ def check(args: Any) -> None:
     _check_sink(args)
     _check_alibi(args)
     _check_dropout(args)
+    _check_kept_attention(args)
     _check_document_layout(args)
     _check_warmup(args)
     refuse_unsupported(args, "arguments")
@@ -215,6 +226,25 @@ def _check_dropout(args: Any) -> None:
         )
     for entry in map(BACKENDS.get, comm_types(args)):
         check_dropout(entry)
+
+
+def _check_kept_attention(args: Any) -> None:
+    """Refuse to keep what is not recomputed, where the flag would have no effect."""
+    if not AttentionFlags.of(args).keep_attention:
+        return
+    # the older flag means the selective one
+    asked = read(args, "recompute_granularity") or ("selective" if read(args, "recompute_activations", False) else "")
+    modules = read(args, "recompute_modules") or ["core_attn"]
+    if not asked:
+        raise Refused(
+            "--cp-keep-attention keeps what a recomputation would repeat, and this run recomputes nothing; add "
+            "--recompute-granularity full, or leave it out"
+        )
+    if asked == "selective" and "core_attn" not in modules:
+        raise Refused(
+            "--cp-keep-attention keeps what a recomputation would repeat, got --recompute-modules "
+            f"{' '.join(modules)}, which repeat no attention; leave it out, or add core_attn"
+        )
 
 
 def _check_document_layout(args: Any) -> None:

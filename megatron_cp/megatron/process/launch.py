@@ -48,6 +48,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names.append("schedule")
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names += ["mtp-layers", "mtp-loss"]
+    if layers and values_of(argv, "--cp-keep-attention") is not None:
+        names.append("kept-attention")
     if copies_beside(argv):
         names.append("connections")
     if hooks.dataset_helpers_need_no_make():

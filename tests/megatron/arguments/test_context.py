@@ -152,6 +152,19 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
             "leave --hybrid-context-parallel out; megatron_cp.pretrain_gpt .* --cp-plan balanced "
             "--context-parallel-size 1 --calculate-per-token-loss, and --cp-tokens-per-rank",
         ),
+        ({"cp_keep_attention": True}, "this run recomputes nothing; add --recompute-granularity full, or leave it out"),
+        (
+            {"cp_keep_attention": True, "recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+            "got --recompute-modules mlp moe, which repeat no attention; leave it out, or add core_attn",
+        ),
+        (
+            {"cp_keep_attention": True, "recompute_granularity": "full", "fp8": "hybrid"},
+            "kept attention .* in FP8 or FP4.*; leave --cp-keep-attention out, or --fp8-format and --fp4-format",
+        ),
+        (
+            {"cp_keep_attention": True, "recompute_activations": True, "cuda_graph_impl": "local"},
+            "kept attention .* under CUDA graphs.*; leave --cp-keep-attention out, or --cuda-graph-impl",
+        ),
         ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
     ],
 )
@@ -175,6 +188,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_softcap": None,
         "cp_alibi": False,
         "cp_self_check": False,
+        "cp_keep_attention": False,
         "cp_document_layout": "stream",
     }
     assert "zigzag=p2p" in parser.format_help()

@@ -1,0 +1,134 @@
+"""--cp-keep-attention in the real pretrain(): no bit of a run changes, and nothing of attention is done twice."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from megatron_cp.context import BACKENDS
+from megatron_cp.megatron.process.launch import launched
+from megatron_cp.megatron.rebind import replace, restore
+from tests.megatron.pretraining import losses_of_each_iteration, start_from_names, tiny
+from tests.megatron.test_packed import corpus_of_documents
+from tests.megatron.test_parity import LATENT, context
+from tests.ranks import run_ranks
+
+
+class Run(NamedTuple):
+    """One rank's losses, the bytes that its attention has sent, and its kernel's forward calls."""
+
+    log: list[dict[str, Any]]
+    sent: int
+    calls: int
+
+
+@contextmanager
+def counted_calls() -> Iterator[list[int]]:
+    calls: list[int] = []
+
+    def counting(old: Any) -> Any:
+        def forward(*args: Any, **choices: Any) -> Any:
+            calls.append(1)
+            return old(*args, **choices)
+
+        return forward
+
+    done = replace("megatron_cp.context.task:tile_forward", counting)
+    try:
+        yield calls
+    finally:
+        restore(done)
+
+
+def trained(flags: list[str]) -> Run:
+    from megatron_cp.megatron.layers.verify import core_attentions
+    from megatron_cp.megatron.process import pretrain
+
+    built: list[Any] = []
+
+    def prepare(config: Any) -> None:
+        start_from_names(config)
+        config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
+
+    sys.argv = ["pretrain_gpt", *flags]
+    with launched(flags), losses_of_each_iteration() as log, counted_calls() as calls:
+        pretrain.run(prepare=prepare)
+    return Run(log, sum(core.plan.sent for _, core in core_attentions(built)), len(calls))
+
+
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective"
+PP2 = "--pipeline-model-parallel-size 2"
+# ranks, how attention is recomputed, the rest of the run
+CASES = {
+    "full": (2, FULL, context("zigzag", 2)),
+    "selective": (2, SELECTIVE, context("zigzag", 2)),
+    "one layer of two": (2, BLOCK, context("ulysses", 2)),
+    "two layers at once": (2, FULL.replace("layers 1", "layers 2"), context("striped", 2)),
+    "four ranks": (4, FULL, context("usp", 4)),
+    "chunks": (2, FULL, f"{context('zigzag', 2)} --cp-chunks 2"),
+    "sinks": (2, FULL, f"{context('ulysses', 2)} --softmax-type learnable"),
+    "dropout": (2, FULL, f"{context('zigzag', 2)} --attention-dropout 0.1 --cp-kernel reference"),
+    "tensor and sequence parallel": (
+        4,
+        FULL,
+        f"{context('zigzag', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "Megatron's pipeline": (4, FULL, f"{context('zigzag', 2)} {PP2}"),
+    "1f1b": (4, FULL, f"{context('zigzag', 2)} {PP2} --pp-schedule 1f1b"),
+    "zb-h1": (4, FULL, f"{context('ulysses', 2)} {PP2} --pp-schedule zb-h1"),
+    "zb-h1, selective": (4, SELECTIVE, f"{context('zigzag', 2)} {PP2} --pp-schedule zb-h1"),
+    "slices": (4, FULL, f"{context('zigzag', 2)} {PP2} --pp-schedule 1f1b --pp-slices 2"),
+    "offload": (
+        4,
+        FULL,
+        "--pipeline-model-parallel-size 4 --num-layers 4 --global-batch-size 16 --pp-schedule 1f1b --pp-offload 2 "
+        "--cp-comm-type zigzag",
+    ),
+    "distributed optimizer": (
+        4,
+        FULL,
+        f"{context('zigzag', 2)} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "multi-token prediction": (2, FULL, f"{context('zigzag', 2)} --mtp-num-layers 1"),
+    "latent attention": (2, FULL, f"{context('zigzag', 2)} {LATENT}"),
+    "packed documents": (2, FULL, f"{context('all-gather', 2)} --dataloader-inter-document-masking"),
+}
+
+
+def compare(ranks: int, recompute: str, others: str, data: str = "") -> list[list[Run]]:
+    """The ranks' runs without recomputation, with attention kept, and with all of it repeated."""
+    without = "--mock-data" if data else ""
+    if LATENT in others:
+        without, others = "--group-query-attention", f"{others} --num-query-groups 4"
+    return [
+        run_ranks(ranks, trained, tiny(others, data, added, without=without))
+        for added in ("", f"{recompute} --cp-keep-attention", recompute)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_computed_and_sent_once_and_no_bit_changes(case: str, tmp_path: Path) -> None:
+    ranks, recompute, others = CASES[case]
+    data = corpus_of_documents(tmp_path) if "inter-document" in others else ""
+    for once, kept, twice in zip(*compare(ranks, recompute, others, data), strict=True):
+        assert kept.log == once.log == twice.log
+        assert kept.sent == once.sent
+        assert kept.calls == once.calls
+        assert 0 < kept.calls < twice.calls
+        assert kept.sent < twice.sent or "context-parallel-size" not in others
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS.names)
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_backend_sends_as_much_as_without_recomputation(backend: str, size: int) -> None:
+    for once, kept, twice in zip(*compare(size, FULL, context(backend, size)), strict=True):
+        assert kept == once
+        assert kept.log == twice.log
+        assert kept.sent < twice.sent
