@@ -83,6 +83,8 @@ def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers:
     for rule in map(SCHEDULES.get, names):
         if rule.lends:
             raise ValueError(f"{rule.name} is 1f1b with moves, whose memory this bench does not see; take 1f1b")
+        if rule.delay:
+            raise ValueError(f"{rule.name} trains on other weights than Megatron's own schedules; take 1f1b")
         if rule.placement != "loop" or rule.table is None:
             raise ValueError(f"{rule.name} has no counterpart among Megatron's own schedules; take one on the loop")
         where = place(rule, p, rule.chunks or v)

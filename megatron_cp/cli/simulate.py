@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from megatron_cp.pipeline import SCHEDULES, table_file
-from megatron_cp.pipeline.bounds import lower_bound
+from megatron_cp.pipeline.bounds import bound_of
 from megatron_cp.pipeline.build import build, check_caps, place
 from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
 from megatron_cp.pipeline.offload import Offload, described, limit_of, offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
-from megatron_cp.pipeline.schedule import HOST, BadSchedule
+from megatron_cp.pipeline.schedule import HOST, BadSchedule, Schedule
 from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.pipeline.slices import SliceShare, flash_shares, flash_times, fractions, shares
@@ -26,6 +26,7 @@ from megatron_cp.registry import unknown
 MOST_RANKS, MOST_PASSES = 512, 200_000
 BY_COST, BY_LENGTH = "cost", "length"
 LENDERS = {rule.name for rule in SCHEDULES if rule.lends}
+DELAYS = {rule.name: rule.delay for rule in SCHEDULES if rule.delay}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,7 @@ class SimulationRequest:
 
     def bound(self, run: SimulatedStep) -> float:
         """Return a lower bound of the makespan."""
-        placement = run.schedule.placement
-        return lower_bound(placement, run.schedule.sequences, run.costs, self.caps(placement))
+        return bound_of(run.schedule, run.costs, self.caps(run.schedule.placement))
 
 
 def simulate(
@@ -258,6 +258,7 @@ def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
 def _as_json(run: SimulatedStep) -> dict[str, object]:
     moves = {"moved": run.moved, "moved_to": run.schedule.to} if run.moved else {}
     parts = {"slices": [share.kept for share in run.costs.slices]} if run.costs.slices else {}
+    kept = {"versions": versions} if (versions := versions_of(run.schedule)) else {}
     return {
         "makespan": run.makespan,
         "bubble": run.bubble,
@@ -265,6 +266,7 @@ def _as_json(run: SimulatedStep) -> dict[str, object]:
         "peak": list(run.peak),
         **moves,
         **parts,
+        **kept,
         "actions": [[str(action) for action in actions] for actions in run.schedule.table],
     }
 
@@ -282,10 +284,18 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         f"transfers    {run.transfers}\n"
         f"peak (M_B)   {' '.join(f'{peak:g}' for peak in run.peak)}"
     )
+    if versions := versions_of(run.schedule):
+        typer.echo(f"versions     {' '.join(map(str, versions))}   of the weights, per rank")
     if run.costs.slices:
         typer.echo(f"slices       {' '.join(f'{share.kept:.3f}' for share in run.costs.slices)}   of a sequence")
     if asked.moves or run.moved or run.schedule.name in LENDERS:
         typer.echo(f"moves        {described(run.schedule)}")
+
+
+def versions_of(schedule: Schedule) -> list[int]:
+    """Return how many versions of its weights each rank keeps; nothing where it is one."""
+    delay = DELAYS.get(schedule.name)
+    return list(delay(schedule.placement.ranks, schedule.micros).versions) if delay else []
 
 
 def _plot(run: SimulatedStep, file: Path) -> None:

@@ -445,7 +445,8 @@ class Settings:
     rope_scaling_factor: of --rope-scaling-factor, which Megatron does not hand on to the model
     model:               what measured costs hold for; None where the run neither measures nor reads any
     rank:                in the whole run
-    save:                folder of the checkpoints
+    save, load:          folders of the checkpoints that are written, and that the run goes on from
+    steps:               numbers of the steps to run, from the loaded checkpoint's on; None where no end is known
     timeout_minutes:     of communication
     """
 
@@ -460,6 +461,8 @@ class Settings:
     model: Model | None = None
     rank: int = 0
     save: str | None = None
+    load: str | None = None
+    steps: range | None = None
     timeout_minutes: int | None = None
 
     @classmethod
@@ -478,8 +481,15 @@ class Settings:
             model=_model_of(args) if flags.costs or flags.profile_steps else None,
             rank=getattr(args, "rank", 0),
             save=getattr(args, "save", None),
+            load=getattr(args, "load", None),
+            steps=_steps_of(args),
             timeout_minutes=getattr(args, "distributed_timeout_minutes", None),
         )
+
+
+def _steps_of(args: Any) -> range | None:
+    last = getattr(args, "train_iters", None)
+    return None if last is None else range(getattr(args, "iteration", 0), last)
 
 
 def _slice_lengths(args: Any, flags: PipelineFlags) -> tuple[int, ...]:

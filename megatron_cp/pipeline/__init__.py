@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline import table_file
@@ -21,6 +22,7 @@ from megatron_cp.pipeline.schedules import (
     interleaved_zero_bubble,
     one_forward_one_backward,
     pipe_offload,
+    pipedream,
     zero_bubble,
 )
 from megatron_cp.registry import Registry
@@ -39,6 +41,8 @@ class Rule:
     lends:        True if ranks lend activations to their peers, down to BPipe's limit
     takes_slices: True if `table` takes slices of each sequence too, which then run like microbatches
     overlaps:     True if `table` can write a forward and a backward that run at the same time as one action
+    delay:        (p, m) -> how far ranks run ahead of the updates, where steps end without a flush; `table`
+                  then takes the step of a run too
     """
 
     name: str
@@ -53,18 +57,28 @@ class Rule:
     takes_slices: bool = False
     lends: bool = False
     overlaps: bool = False
+    delay: Callable[[int, int], pipedream.Delay] | None = None
     aliases: tuple[str, ...] = ()
 
     def make(
-        self, p: int, m: int, v: int, warmup: float | None = None, overlapped: bool = False, slices: int = 1
+        self,
+        p: int,
+        m: int,
+        v: int,
+        warmup: float | None = None,
+        overlapped: bool = False,
+        slices: int = 1,
+        step: pipedream.StepOfRun = pipedream.USUAL,
     ) -> Table:
         """Return the rule's table, not checked."""
         assert self.table, f"{self.name} has no table of its own"
-        options: dict[str, float] = {} if warmup is None else {"warmup": warmup}
+        options: dict[str, Any] = {} if warmup is None else {"warmup": warmup}
         if overlapped:
             options["overlapped"] = True
         if slices > 1:
             options["slices"] = slices
+        if step != pipedream.USUAL:
+            options["step"] = step
         return tuple(map(tuple, self.table(p, m, v, **options)))
 
 
@@ -258,6 +272,31 @@ SCHEDULES = Schedules(
             chunks=2,
             usual=2,
             overlaps=True,
+        ),
+        Rule(
+            name="2bw",
+            table=pipedream.without_flush,
+            paper="arXiv:2006.09503, 3.1",
+            what="1F1B without a flush, weights one update late",
+            split=False,
+            delay=pipedream.two_versions,
+            aliases=("pipedream-2bw",),
+        ),
+        Rule(
+            name="pipedream",
+            table=pipedream.without_flush,
+            paper="arXiv:1806.03377, 3.3",
+            what="1F1B without a flush, weights up to p - 1 updates late",
+            split=False,
+            delay=pipedream.stashing,
+        ),
+        Rule(
+            name="pipedream-vertical",
+            table=pipedream.without_flush,
+            paper="arXiv:1806.03377, 3.3",
+            what="pipedream, equally late on all ranks",
+            split=False,
+            delay=pipedream.vertical_sync,
         ),
         Rule(
             name="auto",

@@ -6,12 +6,23 @@ from math import inf
 
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.placement import Placement
+from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import hops
 
 
 def least_memory(placement: Placement, costs: Costs) -> float:
     """Return the smallest cap, in M_B, under which a step can end: one microbatch in all chunks of the fullest rank."""
     return max(sum(costs.kept[stage] for stage in stages) for stages in placement.of_rank) / costs.unit
+
+
+def bound_of(schedule: Schedule, costs: Costs, caps: Sequence[float] | None = None) -> float:
+    """Return a makespan that no order of the same step can beat, with memory caps per rank in M_B.
+
+    Where forwards of this step ran in the one before, that is the longest work of a rank.
+    """
+    if any(schedule.before):
+        return schedule.sequences * max(costs.work(schedule.placement))
+    return lower_bound(schedule.placement, schedule.sequences, costs, caps)
 
 
 def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None = None) -> float:

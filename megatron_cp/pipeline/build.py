@@ -11,6 +11,7 @@ from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import PEER, BadSchedule, Schedule
 from megatron_cp.pipeline.schedules.auto import auto
+from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
 from megatron_cp.pipeline.simulate import peaks
 from megatron_cp.registry import suggest
 
@@ -57,6 +58,7 @@ def build(
     objective: str = "makespan",
     moves: Offload | None = None,
     slices: int = 1,
+    step: StepOfRun = USUAL,
 ) -> Schedule:
     """Return the checked table of a schedule.
 
@@ -69,6 +71,7 @@ def build(
     objective:  makespan or span, for `auto`
     moves:      limit of chunks per rank, and where activations beyond it go; caps then hold for what is left
     slices:     parts of every sequence that run like microbatches, each backward after those of later parts
+    step:       of a run, for rules whose steps end without a flush
     Raises ValueError for an unknown name, for sizes the rule does not know, for a cap below the minimum, and, naming
     the nearest m that works, where a rule's table is incomplete or its ranks would wait for each other.
     """
@@ -90,7 +93,12 @@ def build(
         return check(auto(where, m, costs, caps, objective, moves))
     if rule.lends:
         moves = lent(rule, where.ranks, moves)
-    schedule = _fixed(rule, where, m, warmup, overlapped, slices)
+    if rule.delay and moves is not None:
+        raise Refused(
+            f"{rule.name} keeps activations from one step to the next, where no limit of chunks moves them; leave "
+            "--pp-offload out, or take it with 1f1b"
+        )
+    schedule = _fixed(rule, where, m, warmup, overlapped, slices, step)
     if moves is not None:
         schedule = check(under(schedule, moves, costs, caps))
     if costs is not None and caps is not None:
@@ -128,10 +136,16 @@ def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:
 
 
 def _fixed(
-    rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool, slices: int = 1
+    rule: Rule,
+    placement: Placement,
+    m: int,
+    warmup: float | None,
+    overlapped: bool,
+    slices: int = 1,
+    step: StepOfRun = USUAL,
 ) -> Schedule:
     try:
-        return _table(rule, placement, m, warmup, overlapped, slices)
+        return _table(rule, placement, m, warmup, overlapped, slices, step)
     except BadSchedule as bad:
         sizes = f"p = {placement.ranks}, m = {m}, v = {placement.chunks}"
         reason = f"has no valid table for {sizes}{_way_out(rule, placement, m, warmup)}; {bad.reason}"
@@ -139,10 +153,17 @@ def _fixed(
 
 
 def _table(
-    rule: Rule, placement: Placement, m: int, warmup: float | None, overlapped: bool = False, slices: int = 1
+    rule: Rule,
+    placement: Placement,
+    m: int,
+    warmup: float | None,
+    overlapped: bool = False,
+    slices: int = 1,
+    step: StepOfRun = USUAL,
 ) -> Schedule:
-    table = rule.make(placement.ranks, m, placement.chunks, warmup, overlapped, slices)
-    return check(Schedule(rule.name, placement, m * slices, table, slices=slices))
+    before, after = rule.delay(placement.ranks, m).ends(m, step) if rule.delay else ((), ())
+    table = rule.make(placement.ranks, m, placement.chunks, warmup, overlapped, slices, step)
+    return check(Schedule(rule.name, placement, m * slices, table, slices=slices, before=before, after=after))
 
 
 def _way_out(rule: Rule, placement: Placement, m: int, warmup: float | None) -> str:

@@ -1,7 +1,8 @@
 """Run a schedule: one loop over one rank's lowered actions, whatever rule they come from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -91,11 +92,24 @@ class _InFlight(NamedTuple):
     tensor: Tensor
 
 
+@dataclass(frozen=True)
+class Carried:
+    """Inputs and outputs of forwards, and messages that have been asked for, which a step leaves to the next one.
+
+    Keys are stage and microbatch, counted from the first microbatch of the next step on.
+    """
+
+    given: dict[StageMicro, Tensor] = field(default_factory=dict)
+    made: dict[StageMicro, Tensor] = field(default_factory=dict)
+    arriving: dict[tuple[str, int, int], _InFlight] = field(default_factory=dict)
+
+
 class Executor:
     """One rank's part of one step.
 
     training: True if outputs are kept for a backward
     saved:    the rank's activations, where the table moves them
+    carried:  what the step before left, used up by this one; None where steps leave nothing
     observe:  a context around every action, to measure it; waiting for another rank is outside of it
     """
 
@@ -108,14 +122,15 @@ class Executor:
         training: bool = True,
         observe: Observe = lambda action: nullcontext(),
         saved: SavedActivations | None = None,
+        carried: Carried | None = None,
     ) -> None:
         self._rank_of, self._rank, self._last = placement.rank_of, rank, len(placement.rank_of) - 1
         self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
-        self._saved = saved
-        self._given: dict[StageMicro, Tensor] = {}
-        self._made: dict[StageMicro, Tensor] = {}
+        self._saved, self._leaves = saved, carried is not None
+        before = carried or Carried()
+        # taken over, so that nothing else keeps what a backward has used
+        self._given, self._made, self._arriving = before.given, before.made, before.arriving
         self._gradients: dict[StageMicro, Tensor] = {}
-        self._arriving: dict[tuple[str, int, int], _InFlight] = {}
         self._sending: dict[tuple[str, int, int], _InFlight] = {}
         self._handlers: dict[str, Callable[[int, int], None]] = {
             FORWARD: self._forward,
@@ -146,7 +161,8 @@ class Executor:
                 with self._marking(action):
                     with self._observe(action):
                         self._handlers[action.kind](action.stage, action.micro or 0)
-                    self._settle()
+                    # without waiting for any of them
+                    self._settle([key for key, sent in self._sending.items() if sent.handle.done()])
         self._finish()
 
     @contextmanager
@@ -160,13 +176,22 @@ class Executor:
             )
             raise
 
+    def leave(self, micros: int) -> Carried:
+        """Return what is left to the next step, after one of so many microbatches."""
+        left = Carried(
+            {(stage, micro - micros): given for (stage, micro), given in self._given.items()},
+            {(stage, micro - micros): made for (stage, micro), made in self._made.items()},
+            {(kind, stage, micro - micros): message for (kind, stage, micro), message in self._arriving.items()},
+        )
+        assert all(key[-1] >= 0 for each in (left.given, left.made, left.arriving) for key in each), "of this step"
+        return left
+
     def _finish(self) -> None:
-        for sent in self._sending.values():
-            sent.handle.wait()
+        self._settle(list(self._sending))
         if self._saved:
             self._saved.finish()
-        assert not self._arriving, "a message was received and not used"
-        assert not (self._training and self._made), "outputs without a backward"
+        assert self._leaves or not self._arriving, "a message was received and not used"
+        assert self._leaves or not (self._training and self._made), "outputs without a backward"
 
     def _await(self, action: Action) -> None:
         """Wait for the tensor that a compute action needs from another rank, before the action is observed."""
@@ -235,9 +260,9 @@ class Executor:
         handle = self._channels.receive(self._rank_of[stage + 1], FULL, buffer)
         self._arriving[FULL, stage, micro] = _InFlight(handle, buffer)
 
-    def _settle(self) -> None:
-        """Free the tensors that have been sent meanwhile, without waiting for any of them."""
-        for kind, stage, micro in [key for key, sent in self._sending.items() if sent.handle.done()]:
+    def _settle(self, keys: Iterable[tuple[str, int, int]]) -> None:
+        """Free tensors once they have been sent."""
+        for kind, stage, micro in keys:
             if kind == FORWARD:
                 self._output_sent(stage, micro)
             else:

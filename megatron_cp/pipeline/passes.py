@@ -45,7 +45,8 @@ def check(schedule: Schedule) -> Schedule:
 
 
 def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
-    forwarded: set[tuple[int, int | None]] = set()
+    stages = schedule.placement.of_rank[rank]
+    forwarded: set[tuple[int, int | None]] = {(stage, micro) for stage in stages for micro in schedule.begun(stage)}
     returned: set[tuple[int, int | None]] = set()
     pending: dict[int, deque[int | None]] = defaultdict(deque)
     away: set[tuple[int, int | None]] = set()
@@ -57,8 +58,9 @@ def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
             )
             if fault:
                 raise BadSchedule(schedule, f"rank {rank}, {action}: {fault}", [(rank, place)])
-    expected = {(stage, micro) for stage in schedule.placement.of_rank[rank] for micro in range(schedule.micros)}
-    missing = [Action(stage, FORWARD, micro) for stage, micro in sorted(expected - forwarded)]
+    asked = {(stage, micro) for stage in stages for micro in schedule.forwards(stage)}
+    expected = {(stage, micro) for stage in stages for micro in range(schedule.micros)}
+    missing = [Action(stage, FORWARD, micro) for stage, micro in sorted(asked - forwarded)]
     missing += [Action(stage, INPUT, micro) for stage, micro in sorted(expected - returned)]
     missing += [Action(stage, WEIGHT, micro) for stage, micros in pending.items() for micro in micros]
     if missing:
@@ -92,10 +94,11 @@ def _fault(
     key = (stage, micro)
     if kind in MOVES:
         return None
-    if kind not in COMPUTE or micro is None or not 0 <= micro < schedule.micros:
-        return f"not a compute action of microbatches 0 to {schedule.micros - 1}"
     if stage not in schedule.placement.of_rank[rank]:
         return f"stage {stage} is not on this rank"
+    end = schedule.forwards(stage).stop if kind == FORWARD else schedule.micros
+    if kind not in COMPUTE or micro is None or not 0 <= micro < end:
+        return f"not a compute action of microbatches 0 to {end - 1}"
     if kind == FORWARD:
         fault = "runs twice" if key in forwarded else None
         forwarded.add(key)
@@ -122,7 +125,8 @@ def walk(schedule: Schedule) -> Iterator[tuple[int, Cell]]:
     Yields (rank, cell) in an order in which they can run; raises BadSchedule naming every rank's waiting cell.
     """
     places = [0] * len(schedule.table)
-    done: set[Action] = set()
+    stages = range(len(schedule.placement.rank_of))
+    done = {Action(stage, FORWARD, micro) for stage in stages for micro in schedule.begun(stage)}
     while any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
         ready = [
             (rank, actions[place])

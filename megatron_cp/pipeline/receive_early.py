@@ -50,10 +50,10 @@ def _moved(schedule: Schedule, rank: int) -> Iterator[Cell]:
     due: dict[int, list[_Post]] = defaultdict(list)
     for post in _posts(schedule, rank, rest):
         due[post.place].append(post)
-    for place, cell in enumerate(rest):
+    for place in range(len(rest) + 1):
         # one that waits for an earlier message would hold up the others
         yield from (post.receive for post in sorted(due[place], key=lambda post: (post.queued, post.written)))
-        yield cell
+        yield from rest[place : place + 1]
 
 
 def _is_receive(cell: Cell) -> bool:
@@ -65,12 +65,13 @@ def _posts(schedule: Schedule, rank: int, rest: list[Cell]) -> Iterator[_Post]:
     places = {first_half(action): place for place, cell in enumerate(rest) for action in halves(cell)}
     as_written = list(accumulate((not _is_receive(cell) for cell in schedule.table[rank]), initial=0))
     for receives in _channels(schedule, rank).values():
-        uses = [places[_use(receive)] for _, receive in receives]
+        # what is used in a later step arrives in this one
+        uses = [places.get(_use(receive), len(rest)) for _, receive in receives]
         # a later message may be used first
         deadlines = list(accumulate(reversed(uses), min))[::-1]
         place, last_use = 0, -1
         for (written, receive), use, deadline in zip(receives, uses, deadlines, strict=True):
-            useful = 1 + max((places[cause] for cause in _causes(schedule, rank, receive)), default=-1)
+            useful = 1 + max((places.get(cause, -1) for cause in _causes(schedule, rank, receive)), default=-1)
             place = min(max(place, last_use, useful), deadline, as_written[written])
             yield _Post(place, last_use >= place, written, receive)
             last_use = max(last_use, use)

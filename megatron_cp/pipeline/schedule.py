@@ -22,6 +22,8 @@ class Schedule:
     table:  one tuple of cells per rank
     to:     where EVICT moves activations: to the rank's own host, or to its peer, rank p - 1 - r; None if nothing moves
     slices: of each sequence: slice i of sequence j is microbatch j * slices + i
+    before: forwards of each stage that ran in the step before, of the first microbatches; empty where none did
+    after:  forwards of each stage that run for the steps behind this one, microbatches from `micros` on; empty for none
     """
 
     name: str
@@ -30,11 +32,25 @@ class Schedule:
     table: Table
     to: str | None = None
     slices: int = 1
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     @property
     def sequences(self) -> int:
         """Whole microbatches of one step."""
         return self.micros // self.slices
+
+    def forwards(self, stage: int) -> range:
+        """Return the microbatches whose forwards on this stage are in the table."""
+        return range(self._in_flight(self.before, stage), self.micros + self._in_flight(self.after, stage))
+
+    def begun(self, stage: int) -> range:
+        """Return the microbatches whose forwards on this stage ran before the table begins."""
+        return range(self._in_flight(self.before, stage))
+
+    @staticmethod
+    def _in_flight(counts: tuple[int, ...], stage: int) -> int:
+        return counts[stage] if counts else 0
 
     def text(self) -> str:
         """Return one line per rank, cells separated by blanks; `parse` reads it back."""

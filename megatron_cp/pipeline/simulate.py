@@ -152,7 +152,9 @@ class _StepSimulation:
         self._last = len(schedule.placement.rank_of) - 1
         self._duration, self._time = durations(costs), costs.time if costs.slices else None
         self._hop = hops(schedule.placement, costs)
-        self._made: dict[tuple[int, bool, int | None], float] = {}
+        self._made: dict[tuple[int, bool, int | None], float] = {
+            (stage, False, micro): 0.0 for stage in range(self._last + 1) for micro in schedule.begun(stage)
+        }
         self._asleep: dict[tuple[int, bool, int | None], int] = {}
         # how late a rank may be, before it runs anything, for its work still to end below the bar
         self._latest = [
@@ -228,7 +230,10 @@ def peaks(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
 
 
 def _peaks_in_order(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
-    return tuple(peak_memory(actions, costs) for actions in schedule.table)
+    return tuple(
+        peak_memory(actions, costs, sum(len(schedule.begun(stage)) * costs.kept[stage] for stage in stages))
+        for actions, stages in zip(schedule.table, schedule.placement.of_rank, strict=True)
+    )
 
 
 def durations(costs: Costs) -> dict[str, tuple[float, ...]]:
@@ -244,12 +249,13 @@ def hops(placement: Placement, costs: Costs) -> tuple[tuple[float, ...], tuple[f
     return (*between, 0.0), (0.0, *between)
 
 
-def peak_memory(cells: Sequence[Cell], costs: Costs) -> float:
+def peak_memory(cells: Sequence[Cell], costs: Costs, alive: float = 0.0) -> float:
     """Return the largest running sum over one rank's list, in M_B: F adds M_B, I frees M_B - M_W, W frees M_W, B both.
 
     An overlap adds what its forward keeps before it frees anything.
+    `alive` is kept of forwards that ran before.
     """
-    alive = peak = 0.0
+    peak = alive
     for action in flat(cells):
         kept, held = costs.kept_by(action)
         if action.kind == FORWARD:

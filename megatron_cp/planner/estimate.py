@@ -356,10 +356,17 @@ def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
         kept = list(peaks(schedule, costs))
         if rank.parallel.slices > 1 and rank.parallel.moves:
             kept = _kept_beside_keys(rank, stages, schedule, costs)
+    versions = _versions(rank)
     return tuple(
-        rank_memory(rank, stage.layers, most, at == 0, at == last)
+        rank_memory(rank, stage.layers, most, at == 0, at == last, versions[at])
         for at, (stage, most) in enumerate(zip(_of_ranks(rank, stages), kept, strict=True))
     )
+
+
+def _versions(rank: RankConfig) -> Sequence[int]:
+    """Return how many versions of its weights each pipeline rank keeps."""
+    p, delay = rank.parallel.pp, SCHEDULES.get(rank.parallel.schedule_name).delay
+    return delay(p, rank.parallel.micros).versions if delay and p > 1 else (1,) * p
 
 
 def _kept_beside_keys(rank: RankConfig, stages: Sequence[Stage], schedule: Schedule, costs: Costs) -> list[float]:

@@ -16,7 +16,7 @@ from megatron_cp.planner.work import RankConfig, context_attention, linears_of, 
 class MemoryUse(NamedTuple):
     """Bytes of one rank.
 
-    weights, gradients, optimizer: as Megatron keeps them
+    weights, gradients, optimizer: as Megatron keeps them, and all versions of weights that a schedule needs
     activations: kept from forward to backward, of every microbatch in flight
     logits:      of one microbatch, with the cross entropy's copies
     buffers:     of context parallelism and of one layer at work
@@ -193,10 +193,13 @@ def _attention_workspace(rank: RankConfig) -> float:
     return (4 + grouped) * model.heads / parallel.tp * model.head_dim * rank.tokens
 
 
-def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool, last: bool) -> MemoryUse:
+def rank_memory(
+    rank: RankConfig, layers: float, activations: float, first: bool, last: bool, versions: int = 1
+) -> MemoryUse:
     """Return the largest memory of a pipeline rank with `layers` layers.
 
     activations: most bytes that it keeps at once, of all microbatches in flight
+    versions:    of the weights
     """
     model, parallel = rank.model, rank.parallel
     logits = 0.0
@@ -217,4 +220,5 @@ def rank_memory(rank: RankConfig, layers: float, activations: float, first: bool
         buffers += again * max(lengths) / rank.seq
     dense, experts = stage_parameters(model, parallel, layers, first, last)
     weights, gradients, optimizer = parameter_bytes(parallel, dense, experts)
+    weights += (versions - 1) * (dense + experts) * parallel.bytes
     return MemoryUse(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

@@ -238,6 +238,11 @@ def search(request: PlanRequest, record: Record, top: int = 10, progress: Progre
 def _check(request: PlanRequest) -> None:
     cluster, gpus = request.cluster, request.gpus
     cluster.gemm(request.precision)
+    if late := [name for name in request.schedules if PIPELINES.get(name).delay]:
+        raise Refused(
+            f"{late[0]} trains on weights that lack updates, so that its time says too little; leave it out, and "
+            "estimate a recipe with it"
+        )
     per_node = cluster.ranks_per_node
     if gpus > per_node and cluster.between is None:
         raise ValueError(

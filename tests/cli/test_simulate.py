@@ -37,6 +37,16 @@ def test_figures_of_a_rule_in_words():
     assert "peak (M_B)   8 8 8 8 8 8 8 8" in told
 
 
+def test_versions_of_weights_in_words_and_in_json():
+    words = "--schedule pipedream -p 4 -m 2"
+    told = ask(*words.split())
+    assert "versions     3 2 2 1   of the weights, per rank" in told
+    # a step that waits for the update, above the time without waiting
+    assert "makespan     12.0000" in told
+    assert "lower bound  6.0000" in told
+    assert json.loads(ask(*words.split(), "--json"))["versions"] == [3, 2, 2, 1]
+
+
 def test_comparison_lists_every_schedule_and_why_one_is_missing():
     told = json.loads(ask(*"--compare all -p 4 -m 6 --cap 4 --json".split()))
     rows = {row["schedule"]: row for row in told}

@@ -2,18 +2,20 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_cp.pipeline.action import MOVES, Action, flat
 from megatron_cp.pipeline.channels import Channels, communicators
-from megatron_cp.pipeline.execute import Executor
+from megatron_cp.pipeline.execute import Carried, Executor
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
 from megatron_cp.pipeline.schedule import PEER, Schedule
+from megatron_cp.pipeline.schedules.pipedream import Delay
 
 WIDTH = 4
 PATIENCE = 20.0
@@ -213,3 +215,79 @@ def sequential(placement: Placement, micros: int) -> tuple[dict[int, float], dic
         for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
             total += gradient
     return losses, dict(enumerate(totals))
+
+
+class Stale:
+    """A run without a flush on all ranks in one process: every stage keeps all the weights that it has ever had.
+
+    in_flight: forwards that each rank has in flight after each step
+    """
+
+    def __init__(self, delay: Delay, p: int, m: int, rate: float) -> None:
+        self._delay, self._p, self._m, self._rate = delay, p, m, rate
+        self._histories = [[weight_of(stage)] for stage in range(p)]
+        self.in_flight: list[list[int]] = []
+
+    def newest(self, stage: int) -> Tensor:
+        """The stage's weights after the last update."""
+        return self._histories[stage][-1]
+
+    def _version(self, rank: int, step: int, micro: int) -> Tensor:
+        batch = step + micro // self._m
+        return self._histories[rank][max(batch - self._delay.behind[rank], 0)]
+
+    def train(self, steps: list[Schedule]) -> dict[int, float]:
+        """Run the lowered steps; return the losses, by the number of the microbatch in the whole run."""
+        placement, exchange = steps[0].placement, Exchange()
+        inputs, losses = inputs_of(len(steps) * self._m), {}
+        self.in_flight = [[0] * self._p for _ in steps]
+
+        def run(rank: int) -> None:
+            peers = [Peer(exchange, number, rank) for number in range(len(communicators(placement)))]
+            channels, carried = Channels(placement, rank, peers), Carried()
+            try:
+                channels.meet(torch.zeros(1))
+                for number, step in enumerate(steps):
+                    version = partial(self._version, rank, number)
+                    layers = _Versioned((rank,), self._p - 1, inputs[number * self._m :], version)
+                    executor = Executor(placement, rank, layers, channels, carried=carried)
+                    executor.run(step.table[rank])
+                    carried = executor.leave(self._m)
+                    self.in_flight[number][rank] = len(carried.made)
+                    losses.update({number * self._m + micro: loss for micro, loss in layers.losses.items()})
+                    newest = self.newest(rank).detach()
+                    self._histories[rank].append((newest - self._rate * layers.gradients[rank]).requires_grad_())
+            except BaseException as error:
+                with exchange.changed:
+                    exchange.failed = exchange.failed or error
+                    exchange.changed.notify_all()
+                raise
+
+        with ThreadPoolExecutor(self._p) as pool:
+            futures = [pool.submit(run, rank) for rank in range(self._p)]
+        if exchange.failed:
+            raise exchange.failed
+        for future in futures:
+            future.result()
+        return losses
+
+
+class _Versioned(Layers):
+    """A rank's stage on the weights of each microbatch's batch."""
+
+    def __init__(self, stages: tuple[int, ...], last: int, inputs: Tensor, version: Callable[[int], Tensor]) -> None:
+        super().__init__(stages, last, inputs)
+        self._version = version
+
+    def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
+        self._show(stage, micro)
+        return super().forward(stage, micro, given)
+
+    def backward(
+        self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
+    ) -> Tensor | None:
+        self._show(stage, micro)
+        return super().backward(stage, micro, given, made, gradient, split)
+
+    def _show(self, stage: int, micro: int) -> None:
+        self.weights[stage] = self._version(micro)

@@ -49,4 +49,4 @@ def chunk_units(name: str, p: int, m: int) -> tuple[float, float]:
 
 
 # those that move activations are built from these and have tests of their own
-FIXED = [rule.name for rule in SCHEDULES if rule.table and not rule.lends]
+FIXED = [rule.name for rule in SCHEDULES if rule.table and not rule.lends and not rule.delay]

@@ -26,6 +26,8 @@ def fixed_runs(placement, m, costs, caps):
     """Every fixed rule of the same placement and chunks that fits under the caps, played."""
     runs = {}
     for rule in SCHEDULES:
+        if rule.delay:
+            continue
         v = rule.chunks or placement.chunks
         for warmup in (1.0, 1.5, 2.0) if rule.takes_warmup else (None,):
             try:

@@ -257,6 +257,21 @@ def test_a_recipe_says_how_it_is_spread(name):
     assert getattr(parallel, name[-3:-1]) == 2
 
 
+def test_versions_of_weights_are_counted():
+    flushed = of(Parallel(pp=4, global_batch=8, schedule="1f1b"))
+    late = {name: of(replace(flushed.parallel, schedule=name)) for name in ("2bw", "pipedream-vertical")}
+    for each in late.values():
+        for mine, other in zip(each.memory, flushed.memory, strict=True):
+            # bf16: the weights once more
+            assert mine.weights == 2 * other.weights
+            assert mine[1:] == other[1:]
+    one_by_one = of(Parallel(pp=4, global_batch=1, schedule="pipedream")).memory
+    single = of(Parallel(pp=4, global_batch=1, schedule="1f1b")).memory
+    assert [mine.weights / other.weights for mine, other in zip(one_by_one, single, strict=True)] == [4, 3, 2, 1]
+    # a step waits for all ranks' updates, and no longer for its own first microbatch
+    assert late["2bw"].seconds < flushed.seconds
+
+
 @pytest.mark.parametrize("name", [name for name in shipped_clusters() if name.startswith(("dgx", "a800"))])
 def test_every_shipped_gpu_can_be_estimated(name):
     found = estimate(LLAMA, Parallel(tp=8, global_batch=2), load_cluster(name), 8192)

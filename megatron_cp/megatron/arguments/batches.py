@@ -171,7 +171,8 @@ def _check_pipeline(args: Any, plan: str) -> None:
             f"--cp-plan {plan} with --pipeline-model-parallel-size {stages} needs a schedule that knows the length of "
             f"each microbatch; add --pp-schedule 1f1b"
         )
-    if name is not None and (SCHEDULES.get(name).table is None or name == NEEDS_SLOTS):
+    rule = None if name is None else SCHEDULES.get(name)
+    if rule and (rule.table is None or rule.delay or name == NEEDS_SLOTS):
         raise Refused(
             f"--cp-plan {plan} makes steps of few and of unlike microbatches, got --pp-schedule {name}, which asks for "
             f"their number or their times; take 1f1b, interleaved, zb-h1 or zb-v"

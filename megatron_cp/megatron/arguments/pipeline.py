@@ -5,7 +5,14 @@ from typing import Any
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.errors import Refused, as_refusals
-from megatron_cp.megatron.arguments.unsupported import PARTS_OF_SEQUENCES, Unsupported, captures_graphs, read, refuse
+from megatron_cp.megatron.arguments.unsupported import (
+    PARTS_OF_SEQUENCES,
+    Unsupported,
+    captures_graphs,
+    read,
+    refuse,
+    shares_weights_out,
+)
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
 from megatron_cp.pipeline import SCHEDULES
@@ -147,6 +154,76 @@ SLICES_UNSUPPORTED = (
     ),
 )
 
+UNFLUSHED_UNSUPPORTED = (
+    Unsupported(
+        "a rerun state machine, for the first forwards of a step that it would run again are gone",
+        lambda args: read(args, "rerun_mode", "disabled") != "disabled",
+        "pass --rerun-mode disabled",
+    ),
+    Unsupported(
+        "a batch size that changes, for forwards of the next batch come early",
+        lambda args: any(read(args, name) is not None for name in ("rampup_batch_size", "step_batch_size_schedule")),
+        "leave --rampup-batch-size and --step-batch-size-schedule out",
+    ),
+    Unsupported(
+        "iterations that are left out, for forwards of theirs have run",
+        lambda args: bool(read(args, "iterations_to_skip")),
+        "leave --iterations-to-skip out",
+    ),
+    Unsupported(
+        "low precision, whose copies of weights are of one version",
+        lambda args: any(read(args, name) is not None for name in ("fp8", "fp4")),
+        "leave --fp8-format and --fp4-format out",
+    ),
+    Unsupported(
+        "overlapped gathering of weights, which knows the newest version alone",
+        lambda args: bool(read(args, "overlap_param_gather", False)),
+        "leave --overlap-param-gather out",
+    ),
+    Unsupported(
+        "the distributed optimizer in float32, which updates weights in one place",
+        lambda args: (
+            bool(read(args, "use_distributed_optimizer", False))
+            and not any(read(args, name, False) for name in ("bf16", "fp16"))
+        ),
+        "pass --bf16, or leave --use-distributed-optimizer out",
+    ),
+    Unsupported(
+        "optimizers that hold the weights themselves",
+        lambda args: (
+            read(args, "optimizer", "adam") not in ("adam", "sgd")
+            or any(read(args, name, False) for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"))
+        ),
+        "take --optimizer adam or sgd, without --use-precision-aware-optimizer and --optimizer-cpu-offload",
+    ),
+    Unsupported(
+        "weights that data-parallel ranks share out, or several instances of the distributed optimizer",
+        lambda args: shares_weights_out(args) or read(args, "num_distributed_optimizer_instances", 1) > 1,
+        "take one --num-distributed-optimizer-instances, and every rank its weights whole",
+    ),
+    Unsupported(
+        "buffers that are registered with NCCL, which are those of one version",
+        lambda args: bool(read(args, "nccl_ub", False)),
+        "leave --use-nccl-ub out",
+    ),
+    Unsupported(
+        "a bias of experts that each step changes, which is no weight and has no versions",
+        lambda args: bool(read(args, "moe_router_enable_expert_bias", False)),
+        "leave --moe-router-enable-expert-bias out",
+    ),
+    Unsupported(
+        "checkpoints without room for earlier weights",
+        lambda args: (
+            any(read(args, name) for name in ("save", "load"))
+            and (
+                read(args, "ckpt_format", "torch_dist") != "torch_dist"
+                or read(args, "non_persistent_ckpt_type") == "local"
+            )
+        ),
+        "leave --ckpt-format and --non-persistent-ckpt-type local out",
+    ),
+)
+
 V_UNSUPPORTED = (
     Unsupported(
         "multi-token prediction, whose losses Megatron collects on the last rank",
@@ -204,7 +281,8 @@ def check_schedule(args: Any) -> None:
             f"leave --pp-schedule out or use more ranks"
         )
     on_the_v = V_UNSUPPORTED if flags.on_v else ()
-    refuse((*UNSUPPORTED, *on_the_v), args, f"--pp-schedule {name}")
+    unflushed = UNFLUSHED_UNSUPPORTED if SCHEDULES.get(name).delay else ()
+    refuse((*UNSUPPORTED, *on_the_v, *unflushed), args, f"--pp-schedule {name}")
     if flags.sliced:
         refuse(SLICES_UNSUPPORTED, args, f"--pp-slices {flags.slices}")
     if flags.moves_activations:

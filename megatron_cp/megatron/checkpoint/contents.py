@@ -244,7 +244,7 @@ def _weights(index: Any) -> dict[str, Any]:
 def _kind(name: str) -> str:
     if name.startswith(("optimizer.", "chained_")):
         return "optimizer"
-    states = ("rng_state", "rerun_state_machine", "common_state", "opt_param_scheduler")
+    states = ("rng_state", "rerun_state_machine", "common_state", "opt_param_scheduler", "earlier_weights")
     return "other" if name.startswith(states) or "_extra_state" in name else "weights"
 
 

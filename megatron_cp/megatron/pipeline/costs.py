@@ -92,11 +92,18 @@ def describe(schedule: Schedule, known: Known, moving: bool = False) -> list[str
     peak = " ".join(f"{value:.3g}" for value in run.peak)
     rule = SCHEDULES.get(schedule.name)
     moves = [f"activations that move: {described(schedule)}"] if run.moved or rule.lends or moving else []
+    late = rule.delay(placement.ranks, schedule.sequences) if rule.delay else None
+    versions = (
+        [f"updates that weights lack, per rank: {' '.join(map(str, late.behind))}; each keeps one version more"]
+        if late
+        else []
+    )
     return [
         f"pipeline schedule {schedule.name} ({rule.paper}), {sizes}, placement {placement.name}{_parts(schedule)}",
         f"predicted {known.origin}: makespan {_time(run, known)}, bubble {run.bubble:.4f}, "
         f"peak activations per rank {peak} {known.unit}",
         *moves,
+        *versions,
     ]
 
 

@@ -24,6 +24,7 @@ from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
 from megatron_cp.megatron.pipeline.v_placement import OnLoop, OnV
+from megatron_cp.megatron.pipeline.without_flush import WithoutFlush
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import BACKWARD, FORWARD, INPUT, LENDERS, MOVES, Action, flat
@@ -32,6 +33,7 @@ from megatron_cp.pipeline.channels import Channels, communicators
 from megatron_cp.pipeline.execute import Executor, Observe
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
+from megatron_cp.pipeline.schedules.pipedream import USUAL
 from megatron_cp.pipeline.split_backward import WeightQueue
 
 
@@ -48,6 +50,7 @@ class Call:
 
     shape:     of what passes between stages
     tokens_of: each microbatch, in the first dim of the shape, where they differ
+    show:      lets the weights be those of a microbatch, where they are kept in versions
     """
 
     forward_step_func: Callable[..., Any]
@@ -64,6 +67,7 @@ class Call:
     force_all_reduce: bool
     tokens: Tensor
     slices: SlicesInFlight | None = None
+    show: Callable[[int], None] = lambda micro: None
     window: int = 0
     forwards: int = 0
     store: list[Any] = field(default_factory=list)
@@ -90,6 +94,7 @@ class ModelStages:
 
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         call, chunk = self._call, self._chunk[stage]
+        call.show(micro)
         self._prefetch(chunk, micro)
         with self._placed.seen(call.model[chunk]), self._slice(stage, micro):
             output, tokens = schedules.forward_step(
@@ -137,6 +142,7 @@ class ModelStages:
         self, stage: int, micro: int, given: Tensor | None, made: Tensor, gradient: Tensor | None, split: bool
     ) -> Tensor | None:
         queue = self._queue if self._queue and (split or self._queue.always) else None
+        self._call.show(micro)
         chunk = self._call.model[self._chunk[stage]]
         with (
             queue.put_off((stage, micro)) if queue else nullcontext(),
@@ -187,6 +193,7 @@ class Pipeline:
         self._saved: SavedActivations | None = None
         self._queue: WeightQueue | None = None
         self._delayed = False
+        self.unflushed: WithoutFlush | None = None
         self.slices = SlicesInFlight(self.settings.slice_lengths) if self.settings.slice_lengths else None
 
     def __call__(
@@ -264,13 +271,16 @@ class Pipeline:
         if self.slices:
             cut_data(call, self.slices)
         rank, observe = call.groups.pp.rank(), self._observe
+        unflushed = self._begin(call, placement) if call.training else None
         if call.training:
             # a new table after the last measured step; all ranks come to the same one
             self._tables.learn(self._channels, rank, call.buffer, self._saved)
             observe = self._tables.observing(observe)
-        schedule = self._tables.lowered(call.micros, call.training)
+        schedule = self._tables.lowered(
+            call.micros, call.training, unflushed.begin(call.micros) if unflushed else USUAL
+        )
         actions = tuple(flat(schedule.table[rank]))
-        call.window = most_in_flight(actions)
+        call.window = most_in_flight(actions, sum(len(schedule.begun(stage)) for stage in placement.of_rank[rank]))
         puts_off = self._delayed or any(action.kind == INPUT for action in actions)
         assert self._queue or not puts_off, "the hook weight-queue is not in force"
         queue = self._queue if puts_off else None
@@ -278,12 +288,25 @@ class Pipeline:
         stages = ModelStages(call, self._placed, placement.of_rank[rank], last, queue)
         moving = call.training and any(action.kind in (*MOVES, *LENDERS.values()) for action in actions)
         saved = self._saved if moving else None
-        executor = Executor(placement, rank, stages, self._channels, call.training, observe, saved)
+        carried = unflushed.carried if unflushed else None
+        executor = Executor(placement, rank, stages, self._channels, call.training, observe, saved, carried)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(schedule.table[rank])
+        if unflushed:
+            unflushed.end(executor)
         if self.slices:
             self.slices.finish()
+
+    def _begin(self, call: Call, placement: Placement) -> WithoutFlush | None:
+        """Return what the steps before left, where the schedule has no flush between steps."""
+        if self._rule.delay is None:
+            return None
+        if self.unflushed is None:
+            delay = self._rule.delay(placement.ranks, call.micros)
+            self.unflushed = WithoutFlush(delay, call.groups.pp.rank(), call.model, call.micros, self.settings)
+        call.show = self.unflushed.show
+        return self.unflushed
 
     def _finalize(self, call: Call) -> None:
         config = call.config
@@ -324,9 +347,9 @@ def saved_activations(call: Call, channels: Channels, lends: bool) -> SavedActiv
     return SavedActivations(mover, device, lambda: storages_of([w for chunk in call.model for w in chunk.parameters()]))
 
 
-def most_in_flight(actions: Iterable[Action]) -> int:
-    """Return the most microbatches, over all chunks, between their forward and their backward."""
-    alive = most = 0
+def most_in_flight(actions: Iterable[Action], before: int = 0) -> int:
+    """Return the most microbatches, over all chunks, between forward and backward; `before` are so at the start."""
+    alive = most = before
     for action in actions:
         alive += (action.kind == FORWARD) - (action.kind in BACKWARD)
         most = max(most, alive)

@@ -20,6 +20,7 @@ from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.profile import Profile, agree, hop_seconds, lower_split
 from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.schedule import Schedule
+from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
 from megatron_cp.pipeline.split_backward import WeightQueue
 
 
@@ -30,17 +31,27 @@ class Tables:
         self._rule, self._placement, self._settings, self._profile = rule, placement, settings, profile
         self._known = costs.given(settings, placement) or costs.equal(placement, settings.slice_lengths)
         self._built: dict[int, Schedule] = {}
-        self._lowered: dict[tuple[int, bool], Schedule] = {}
+        self._lowered: dict[tuple[int, bool, StepOfRun], Schedule] = {}
 
-    def lowered(self, micros: int, training: bool) -> Schedule:
-        """Return the table of a step, or of a batch of an evaluation, as an executor runs it."""
-        key = (micros, training)
+    def lowered(self, micros: int, training: bool, step: StepOfRun = USUAL) -> Schedule:
+        """Return the table of a step, or of a batch of an evaluation, as an executor runs it.
+
+        step: of the run, where steps differ; what is logged is the usual one
+        """
+        key = (micros, training, step)
         if key not in self._lowered:
-            passes = micros * max(1, len(self._settings.slice_lengths))
-            self._lowered[key] = self._made(micros) if training else forward_only(self._placement, passes)
+            self._lowered[key] = self._made(micros, training, step)
         return self._lowered[key]
 
-    def _made(self, micros: int) -> Schedule:
+    def _made(self, micros: int, training: bool, step: StepOfRun) -> Schedule:
+        if not training:
+            return forward_only(self._placement, micros * max(1, len(self._settings.slice_lengths)))
+        if step == USUAL:
+            return self._usual(micros)
+        self.lowered(micros, training)
+        return lower(build(self._rule.name, self._placement.ranks, micros, self._placement.chunks, step=step))
+
+    def _usual(self, micros: int) -> Schedule:
         """Build and log the table of a step; while costs are measured all of its backwards are in two halves."""
         where, known = self._placement, self._known
         schedule = build(

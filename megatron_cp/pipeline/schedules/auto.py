@@ -231,12 +231,13 @@ def _times(per_rank: float, ranks: int) -> float:
 
 
 def _rules(placement: Placement) -> list[Rule]:
-    """Return the fixed rules of this placement and number of chunks, without those that differ in moves alone."""
+    """Return the fixed rules of this placement and number of chunks, none that only differ in moves or weights."""
     return [
         rule
         for rule in SCHEDULES
         if rule.table
         and not rule.lends
+        and not rule.delay
         and PLACEMENTS[rule.placement](placement.ranks, rule.chunks or placement.chunks) == placement
     ]
 
