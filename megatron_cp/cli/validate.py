@@ -23,6 +23,10 @@ def validate(name: RecipeName, flags: Flags = None, cluster: ClusterName = None)
     """
     variables = Unset(config.environment())
     run = load(name, variables, flags or [])
+    from megatron_cp.megatron.arguments.recipe_flags import check_run
+
+    # what needs no import of Megatron first
+    check_run(run)
     from megatron_cp.megatron.arguments import validate
 
     checked = validate.run_of(run, cluster)

@@ -1,10 +1,11 @@
 """Check the flags of a recipe against Megatron's own parser and our flags."""
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_cp.errors import Refused
+from megatron_cp.errors import Refused, refuse_together
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.known_flags import kept_parser
 from megatron_cp.recipe.command import flag_words, runs_through_us
@@ -30,7 +31,7 @@ def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> N
     known = known or kept_parser()
     check(recipe.model_args, known)
     words = flag_words(recipe.model_args)
-    from megatron_cp.megatron.arguments import context
+    from megatron_cp.megatron.arguments import context, pipeline
     from megatron_cp.megatron.arguments.command_line import SPEC, wants_layers
     from megatron_cp.megatron.machine.facts import installed
     from megatron_cp.megatron.run import has_our_layers
@@ -39,8 +40,25 @@ def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> N
     if args.spec is None and runs_through_us(recipe) and wants_layers(words, installed("transformer_engine")):
         # filled in as the launcher does before its own check
         args.spec, args.create_attention_mask_in_dataloader = list(SPEC), False
-    if has_our_layers(args):
-        context.check(args)
+    try:
+        refuse_together(
+            lambda: context.check(args) if has_our_layers(args) else None, lambda: pipeline.check_chunks(args)
+        )
+    except Refused as error:
+        raise Refused(with_places(str(error), recipe)) from None
+
+
+def with_places(text: str, recipe: Recipe) -> str:
+    """Append the places of the flags that the line names: as a flag, as Megatron's argument, or by a quoted value."""
+    if any(setting.place in text for setting in recipe.model_args.values()):
+        return text
+    words = set(re.findall(r"--[a-z0-9-]+|[a-z0-9]+(?:_[a-z0-9]+)+|'[^']*'", text))
+    places = [
+        f"{setting.place} {flag} {setting.text}".rstrip()
+        for flag, setting in recipe.model_args.items()
+        if words & {flag, flag[2:].replace("-", "_"), *map(repr, setting.values)}
+    ]
+    return f"{text} ({'; '.join(places)})" if places else text
 
 
 def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) -> Iterator[str]:

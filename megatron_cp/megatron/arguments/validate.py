@@ -9,7 +9,6 @@ import functools
 import io
 import json
 import pickle
-import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_cp import config
 from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.megatron.arguments import recipe_flags
 from megatron_cp.megatron.run import has_our_layers
 from megatron_cp.planner.parallel import cluster_for
 from megatron_cp.recipe.command import check_processes, flag_words, processes, runs_through_us
@@ -107,7 +107,7 @@ def examine(run: ClusterRun) -> list[str]:
         try:
             _until_the_tokenizer(run.recipe, there.machine if ours else None)
         except (ValueError, AssertionError, NotImplementedError) as error:
-            raise Refused(_with_places(one_line(error), run.recipe)) from error
+            raise Refused(recipe_flags.with_places(one_line(error), run.recipe)) from error
     return there.told
 
 
@@ -131,7 +131,7 @@ def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
     from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from megatron_cp.megatron.arguments import checks, command_line, entry, recipe_flags, stock_rules, upstream_faults
+    from megatron_cp.megatron.arguments import checks, command_line, entry, stock_rules, upstream_faults
 
     def checked(parser: ArgumentParser) -> ArgumentParser:
         recipe_flags.check(recipe.model_args, parser)
@@ -160,19 +160,6 @@ def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
     # nothing is known about layers of a third party
     if args.spec is None or args.spec[0].startswith("megatron."):
         stock_rules.check_attention(args)
-
-
-def _with_places(text: str, recipe: Recipe) -> str:
-    """Append the places of the flags that the line names: as a flag, as Megatron's argument, or by a quoted value."""
-    if any(setting.place in text for setting in recipe.model_args.values()):
-        return text
-    words = set(re.findall(r"--[a-z0-9-]+|[a-z0-9]+(?:_[a-z0-9]+)+|'[^']*'", text))
-    places = [
-        f"{setting.place} {flag} {setting.text}".rstrip()
-        for flag, setting in recipe.model_args.items()
-        if words & {flag, flag[2:].replace("-", "_"), *map(repr, setting.values)}
-    ]
-    return f"{text} ({'; '.join(places)})" if places else text
 
 
 def main() -> None:
