@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,8 +25,13 @@ from megatron_cp.recipe.command import Command, check_processes, command, comple
 from megatron_cp.recipe.recipe import Recipe
 from megatron_cp.units import many
 
+if TYPE_CHECKING:
+    from megatron_cp.corpus.index import Statistics
+
 # words after RECIPE are Megatron's, even where they look like our options
 FLAGS_AFTER_RECIPE = {"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True}
+# more leave no dataset of a usual --split without documents; the ranks check it in any case, after their start
+FEW_DOCUMENTS = 1000
 # torchrun gives its workers half a minute to end before it kills them
 SECONDS_TO_STOP = 40
 # what a process that outlives the run may still hold open is not waited for
@@ -106,8 +112,19 @@ def _ready_corpus(run: Recipe) -> None:
     if "--sft" in flag_words(model):
         check_conversations(setting.values)
         return
-    for found in check_data_path(setting.values):
+    corpora = check_data_path(setting.values)
+    for found in corpora:
         _say(f"corpus {found.prefix}: {many(found.documents, 'document')}, {many(found.tokens, 'token')}")
+    if any(found.documents < FEW_DOCUMENTS for found in corpora):
+        _check_split(run, corpora)
+
+
+def _check_split(run: Recipe, corpora: "Sequence[Statistics]") -> None:
+    from megatron_cp.megatron.dataset import check_split
+
+    full = "--full-validation" in run.model_args
+    evaluates = run.flag("--eval-iters", "100") != "0" and not full
+    check_split(corpora, run.flag("--split", "") or None, evaluates, only_train=full)
 
 
 def _is_done(run: Recipe, words: Sequence[str]) -> bool:
@@ -117,7 +134,8 @@ def _is_done(run: Recipe, words: Sequence[str]) -> bool:
         return False
     wanted = run.number("--train-iters", 0)
     if done >= wanted > 0 and "--skip-train" not in run.model_args:
-        more = shlex.join(["megatron-cp", "train", *words, "--train-iters", str(2 * wanted)])
+        asked = shlex.join(["megatron-cp", "train", *words])
+        more = f"{re.sub(r' --train-iters[ =][0-9]+', '', asked)} --train-iters {2 * wanted}"
         _say(f"all {wanted} iterations are done and saved in {run.save}; to go on: {more}")
         return True
     _say(f"resumes from the checkpoint of iteration {done} in {run.save}; give another --save to start afresh")

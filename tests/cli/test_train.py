@@ -99,7 +99,7 @@ def test_a_run_is_logged_summed_up_and_resumed(here: Path, capfdbinary: pytest.C
     shown = capfdbinary.readouterr().out.decode()
     assert shown == (
         "[megatron-cp] all 4 iterations are done and saved in ckpt; "
-        "to go on: megatron-cp train run.yaml --train-iters 4 --train-iters 8\n"
+        "to go on: megatron-cp train run.yaml --train-iters 8\n"
     )
     assert len((here / "ckpt" / LOG_NAME).read_text().splitlines()) == 4
 
@@ -182,6 +182,14 @@ def test_a_truncated_corpus_is_refused(here: Path) -> None:
     (here / "short.bin").write_bytes(b"")
     result = CliRunner().invoke(cli.app, ["train", "quickstart", "--data-path", "short"])
     assert "short.idx is truncated" in str(result.exception)
+
+
+def test_a_split_without_documents_is_refused_before_anything_starts(here: Path) -> None:
+    (here / "my.txt").write_text("Call me Ishmael. " * 50)
+    assert CliRunner().invoke(cli.app, ["data", "build", "--input", "my.txt", "--output", "my"]).exit_code == 0
+    result = CliRunner().invoke(cli.app, ["train", "quickstart", "--data-path", "my", "--save", "runs/mine"])
+    assert "--split 98,2,0 leaves the validation dataset none of the 1 documents of my" in str(result.exception)
+    assert not (here / "runs").exists()
 
 
 def test_an_error_is_one_line_on_stderr(here: Path) -> None:
