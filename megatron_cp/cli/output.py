@@ -75,7 +75,7 @@ class ProgressLine:
             BarColumn(12),
             TextColumn("{task.fields[figures]}"),
         )
-        self._progress = Progress(*columns, console=console)
+        self._progress = Progress(*columns, console=console, refresh_per_second=4)
         self._task = self._progress.add_task(name, total=None, figures="starts")
 
     def __enter__(self) -> Self:
