@@ -472,7 +472,7 @@ def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
     dense, experts = stage_parameters(rank.model, parallel, stage.layers, at == 0, at == parallel.pp - 1)
     weights, gradients, _ = parameter_bytes(parallel, dense, experts)
     parameters = dense + experts
-    shards = parallel.dp * parallel.cp
+    shards = parallel.shards
     spread = parallel.distributed_optimizer
     reduce = collective_seconds(cluster, "scatter" if spread else "reduce", gradients, shards, parallel.tp)
     gather = collective_seconds(cluster, "gather", weights, shards, parallel.tp) if spread else 0.0
@@ -483,6 +483,7 @@ def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
     else:
         data = _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
         data += _left(gather, forward, bucket, parallel.overlap_param_gather)
+        data += _between_instances(rank, gradients)
     owned = parameters / (shards if parallel.distributed_optimizer or parallel.fsdp else 1)
     return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s
 
@@ -493,12 +494,25 @@ def _left(seconds: float, behind: float, bucket: float, overlap: bool) -> float:
 
 
 def _fsdp(rank: RankConfig, parameters: float, stage: Stage) -> float:
-    """Return the exposed seconds of FSDP, which gathers weights for each pass and reduces gradients, a layer ahead."""
+    """Return the exposed seconds of FSDP.
+
+    Sharded weights are gathered for each pass, a layer ahead, sharded gradients reduced in each; others once a step.
+    """
     parallel = rank.parallel
-    shards = parallel.dp * parallel.cp
-    gather = collective_seconds(rank.cluster, "gather", parameters * parallel.bytes, shards, parallel.tp)
+    gather = collective_seconds(rank.cluster, "gather", parameters * parallel.bytes, parallel.shards, parallel.tp)
     gradients = parameters * (4 if parallel.fp32_grads else 2)
-    reduce = collective_seconds(rank.cluster, "scatter", gradients, shards, parallel.tp)
+    reduce = collective_seconds(rank.cluster, "scatter", gradients, parallel.shards, parallel.tp)
     forward, backward = stage.work.forward.total, stage.work.input.total + stage.work.weight.total
-    each = max(0.0, gather - forward) + max(0.0, gather + reduce - backward)
-    return parallel.micros * each + gather / max(1.0, stage.layers)
+    gathers, reduces = parallel.is_sharded("params"), parallel.is_sharded("grads")
+    each = max(0.0, gathers * gather - forward) + max(0.0, gathers * gather + reduces * reduce - backward)
+    bucket = min(1.0, BUCKET / parameters)
+    once = gather / max(1.0, stage.layers) if gathers else _left(gather, forward, bucket, parallel.overlap_param_gather)
+    once += 0.0 if reduces else _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
+    return parallel.micros * each + once + _between_instances(rank, gradients)
+
+
+def _between_instances(rank: RankConfig, gradients: float) -> float:
+    """Return the seconds for adding a rank's shard of `gradients` bytes over the instances of the optimizer."""
+    parallel = rank.parallel
+    stride = parallel.tp * parallel.shards
+    return collective_seconds(rank.cluster, "reduce", gradients / parallel.shards, parallel.instances, stride)

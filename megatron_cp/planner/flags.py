@@ -23,6 +23,7 @@ MODELLED = _flags(
     no-overlap-p2p-communication overlap-grad-reduce overlap-param-gather use-distributed-optimizer cp-comm-type
     seq-length vocab-size num-experts moe-layer-freq q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
+    data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
     pp-slices cp-keep-attention
     """
@@ -74,21 +75,21 @@ UNMODELLED = _flags(
     no-gradient-accumulation-fusion perform-rl-step rl-training-cuda-graphs freeze-all-layers
     use-checkpoint-args use-mp-args-from-checkpoint-args attention-softmax-in-fp32 fp16-lm-cross-entropy
     reuse-grad-buf-for-mxfp8-param-ag mamba-training-ssm-states-dtype no-align-grad-reduce
-    disable-align-grad-reduce use-torch-fsdp2 nccl-communicator-config-path use-tp-pp-dp-mapping use-sharp
+    disable-align-grad-reduce nccl-communicator-config-path use-tp-pp-dp-mapping use-sharp
     sharp-enabled-group high-priority-stream-groups disable-jit-fuser model-parallel-size ddp-num-buckets
     ddp-bucket-size ddp-pad-buckets-for-high-nccl-busbw ddp-reduce-scatter-with-fp32-accumulation
     ddp-param-name-patterns-for-fp32-local-accumulation overlap-param-gather-with-optimizer-step
     no-align-param-gather no-use-layer-wise-param-layout use-nccl-ub disable-symmetric-registration
-    fsdp-manual-registration create-all-gather-group data-parallel-sharding-strategy outer-dp-sharding-strategy
+    fsdp-manual-registration create-all-gather-group outer-dp-sharding-strategy
     fsdp-double-buffer suggested-communication-unit-size keep-fp8-transpose-cache enable-full-sharding-in-hsdp
-    num-distributed-optimizer-instances torch-fsdp2-no-reshard-after-forward fake-process-group
+    torch-fsdp2-no-reshard-after-forward fake-process-group
     encoder-seq-length decoder-seq-length reset-position-ids reset-attention-mask
     dataloader-inter-document-masking padded-vocab-size no-pad-vocab-size disable-pad-vocab-size
     vision-pretraining mla-down-proj-fusion linear-attention-freq heterogeneous-layers-config-path
     heterogeneous-layers-config-encoded-json log-max-attention-logit logits-save-dir logits-load-dir
     logits-load-kd-loss-alpha cuda-graph-scope cuda-graph-modules fp4-param-gather te-precision-config-file spec
     hybrid-layer-pattern hybrid-override-pattern yaml-cfg main-grads-dtype megatron-fsdp-main-params-dtype
-    megatron-fsdp-main-grads-dtype megatron-fsdp-grad-comm-dtype megatron-fsdp-enable-fine-grained-param-gather
+    megatron-fsdp-grad-comm-dtype megatron-fsdp-enable-fine-grained-param-gather
     megatron-fsdp-max-pool-double-buffer fsdp-db-use-persist-buf-on-alloc-fail sft
     cp-kernel cp-stripe cp-chunks cp-sink cp-softcap cp-alibi cp-document-layout cp-plan cp-tokens-per-rank tp-gemm
     pp-costs pp-memory-limit
@@ -249,7 +250,9 @@ ASSUMED = {
     "--moe-grouped-product": ("auto", "loop"),
     "--optimizer": ("adam",),
     "--main-grads-dtype": ("fp32",),
-    "--data-parallel-sharding-strategy": ("optim_grads_params",),
+    "--outer-dp-sharding-strategy": ("no_shard",),
+    "--megatron-fsdp-main-params-dtype": ("fp32",),
+    "--megatron-fsdp-grad-comm-dtype": ("auto",),
     "--cuda-graph-impl": ("none",),
     "--cross-entropy-loss-fusion": ("",),
     "--cross-entropy-fusion-impl": ("native",),

@@ -40,18 +40,21 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     """Return the bytes of weights, gradients and optimizer state for a rank's dense and expert parameters.
 
     bf16: 2 bytes, gradients in float32 unless reduced in bf16, and master weights and two moments of Adam in float32,
-    spread over the data-parallel and context-parallel ranks by the distributed optimizer (arXiv:1910.02054, 3.1).
+    spread over the data-parallel and context-parallel ranks by the distributed optimizer (arXiv:1910.02054, 3.1). FSDP
+    spreads gradients and weights too.
     """
     parameters = dense + experts
     # fp8 keeps each weight and its transpose, and by default a copy in bf16
     weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
     gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
     state = parallel.state_bytes or (8 if parallel.precision == "float32" else 12)
-    shards = parallel.dp * parallel.cp
+    owned = dense / parallel.shards + experts * parallel.instances / parallel.expert_shards
     if parallel.fsdp:
-        return parameters * weight / shards, parameters * gradient / shards, parameters * state / shards
+        kept = (owned if parallel.is_sharded(kind) else parameters for kind in ("params", "grads", "optim"))
+        weights, gradients, states = (size * count for size, count in zip((weight, gradient, state), kept, strict=True))
+        return weights, gradients, states
     if parallel.distributed_optimizer:
-        return parameters * weight, parameters * gradient, state * (dense / shards + experts / parallel.expert_shards)
+        return parameters * weight, parameters * gradient, state * owned
     return parameters * weight, parameters * gradient, parameters * state
 
 

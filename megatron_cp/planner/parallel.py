@@ -21,6 +21,8 @@ from megatron_cp.tensor.place import AUTO_ENGINE, engine_of, grid_of
 from megatron_cp.units import is_whole
 
 RECOMPUTE = ("none", "selective", "full")
+SHARDINGS = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+"""Names of what Megatron-FSDP shards, as --data-parallel-sharding-strategy has them; torch's FSDP2 shards all."""
 PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
 """Bytes of a stored weight and activation; with fp8 only products are computed in fp8, tensors are kept in bfloat16."""
 
@@ -50,6 +52,8 @@ class Parallel:
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
     tp_scheme, tp_grid, tp_engine: as --tp-comm-type, --tp-grid and --tp-engine say; None for the scheme's own grid
     overlap_p2p: the interleaved schedule sends beside its computation; otherwise each pass waits for its messages
+    fsdp, sharding: what fully sharded data parallelism spreads, as --data-parallel-sharding-strategy says it
+    instances:   groups of data-parallel and context-parallel ranks, each of which holds a whole of what is sharded
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     state_bytes: of the optimizer per parameter; None for float32 master weights and moments
@@ -91,6 +95,8 @@ class Parallel:
     tp_engine: str = DEFAULT_ENGINE
     overlap_p2p: bool = True
     fsdp: bool = False
+    sharding: str = SHARDINGS[-1]
+    instances: int = 1
     fp8_params: bool = False
     fp32_grads: bool = True
     state_bytes: float | None = None
@@ -115,6 +121,15 @@ class Parallel:
             within = "x tensor parallel " if self.etp else ""
             sizes = f"{self.ep} x {self.etp}" if self.etp else f"{self.ep}"
             raise ValueError(f"expert parallel {sizes} must divide data parallel x context parallel {within}".rstrip())
+        if self.sharding not in SHARDINGS:
+            raise ValueError(
+                f"--data-parallel-sharding-strategy is one of {', '.join(SHARDINGS)}, got {self.sharding!r}"
+            )
+        if self.dp * self.cp % self.instances:
+            raise ValueError(
+                f"--num-distributed-optimizer-instances {self.instances} must divide data parallel x context parallel "
+                f"= {self.dp * self.cp}"
+            )
         BACKENDS.get(self.backend)
         assert self.placing.size.grid.ranks == self.tp
         SCHEDULES.get(self.schedule_name)
@@ -144,6 +159,15 @@ class Parallel:
     def expert_shards(self) -> int:
         """Ranks that hold the same experts."""
         return self.dp * self.cp * self.tp // (self.ep * self.expert_tp)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that what is sharded is spread over."""
+        return self.dp * self.cp // self.instances
+
+    def is_sharded(self, kind: str) -> bool:
+        """Return True where FSDP shards "optim", "grads" or "params"."""
+        return kind in self.sharding.split("_")
 
     @property
     def bytes(self) -> int:
@@ -222,10 +246,11 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         tp_grid=_tensor_grid(recipe, sizes["tp"]),
         tp_engine=engine_of(recipe.flag("--tp-engine", AUTO_ENGINE)),
         overlap_p2p="--no-overlap-p2p-communication" not in given,
-        fsdp="--use-megatron-fsdp" in given,
+        fsdp=bool({"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(given)),
+        sharding=recipe.flag("--data-parallel-sharding-strategy", SHARDINGS[-1]),
+        instances=recipe.number("--num-distributed-optimizer-instances", 1),
         fp8_params="--fp8-param-gather" in given,
-        # by default Megatron accumulates bf16 gradients in float32
-        fp32_grads="--grad-reduce-in-bf16" not in given,
+        fp32_grads=_fp32_grads(recipe),
         state_bytes=_state_bytes(recipe),
         precision=_precision(recipe),
     )
@@ -324,6 +349,14 @@ def _state_bytes(recipe: Recipe) -> float | None:
     if sizes["main-params"] == 4 and "--bf16" in recipe.model_args:
         sizes["main-params"] = 2
     return sum(sizes.values())
+
+
+def _fp32_grads(recipe: Recipe) -> bool:
+    """Return True where bf16 gradients are accumulated in float32: by default Megatron does so, FSDP does not."""
+    given = recipe.model_args
+    if "--use-megatron-fsdp" in given:
+        return recipe.flag("--megatron-fsdp-main-grads-dtype", "auto") == "fp32"
+    return not {"--grad-reduce-in-bf16", "--use-torch-fsdp2"} & set(given)
 
 
 def _recompute_by_default(recipe: Recipe) -> str:

@@ -1,5 +1,6 @@
 """Count the bytes that a rank sends in a step, by level of links and by kind of parallelism."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.pipeline import SCHEDULES
@@ -41,8 +42,8 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     sequences = micros * parallel.micro_batch * layers
     hops = 2 * parallel.vp if parallel.pp > 1 else 0
     dense, experts = stage_parameters(model, parallel, layers, parallel.pp == 1, parallel.pp == 1)
-    weights, gradients, _ = parameter_bytes(parallel, dense, experts)
-    shards = parallel.dp * parallel.cp
+    shards = parallel.shards
+    data, between_instances = _of_replicas(parallel, dense + experts)
     routed = model.top_k * model.hidden * parallel.bytes * rank.split_tokens * layers * model.moe_layers / model.layers
     spread = {
         "tensor": (micros * tensor, grid.tokens, grid.weights),
@@ -51,7 +52,7 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
             2,
             parallel.world // parallel.pp,
         ),
-        "data": (_around(weights + gradients, shards), shards, parallel.tp),
+        "data": (_around(data, shards), shards, parallel.tp),
         "expert": (_around(4 * micros * routed, parallel.ep), parallel.ep, parallel.tp),
     }
     again = _share_attended_again(parallel, layers)
@@ -60,6 +61,10 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
+    away = _share_between(rank, parallel.instances, parallel.tp * shards)
+    sent = _around(between_instances, parallel.instances)
+    inside["data"] += sent * (1 - away)
+    between["data"] += sent * away
     # weights are gathered by neighbours
     away = _share_between(rank, grid.weights, 1)
     inside["tensor"] += micros * weights_axis * (1 - away)
@@ -73,6 +78,22 @@ def _share_attended_again(parallel: Parallel, layers: float) -> float:
         return 0.0
     in_blocks = parallel.recompute == "full" and parallel.recompute_method == "block"
     return min(1.0, parallel.vp * parallel.recompute_layers / layers) if in_blocks and layers else 1.0
+
+
+def _of_replicas(parallel: Parallel, parameters: float) -> tuple[float, float]:
+    """Return the bytes that a step moves around a group of data-parallel ranks, and between such groups.
+
+    Gradients are scattered and weights gathered, by FSDP those that it shards in every microbatch, weights twice;
+    without a distributed optimizer gradients are added, which moves them twice.
+    """
+    weights, gradients, _ = parameter_bytes(replace(parallel, fsdp=False), parameters, 0.0)
+    if not (parallel.fsdp or parallel.distributed_optimizer):
+        return 2 * gradients, 0.0
+    times = (1, 1)
+    if parallel.fsdp:
+        gathers, scatters = parallel.is_sharded("params"), parallel.is_sharded("grads")
+        times = 2 * parallel.micros if gathers else 1, parallel.micros if scatters else 1
+    return times[0] * weights + times[1] * gradients, 2 * gradients / parallel.shards
 
 
 def _of_linears(rank: RankConfig, layers: float) -> tuple[float, float]:

@@ -83,6 +83,18 @@ def script_losses(flags: list[str]) -> list[dict[str, Any]]:
         return from_the_rank_with_losses(log)
 
 
+def one_gather_at_a_time() -> None:
+    """Let each gather of Megatron-FSDP end before the next line runs.
+
+    Its gathers in the background rely on the order of a device's streams: over gloo one run in a hundred ended in
+    "malloc(): unaligned tcache chunk detected".
+    """
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
+
+    together = param_and_grad_buffer._coalescing_manager
+    param_and_grad_buffer._coalescing_manager = lambda group, async_ops=False: together(group)
+
+
 @contextlib.contextmanager
 def losses_of_each_iteration() -> Iterator[list[dict[str, Any]]]:
     """A list that fills with one entry per training step taken inside the context."""

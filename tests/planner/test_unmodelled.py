@@ -89,7 +89,7 @@ def figures(found: Estimate) -> tuple[object, ...]:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--optimizer-cpu-offload", "--use-torch-fsdp2", "--fp4-format e2m1", "--no-such-flag-yet 3"],
+    ["--optimizer-cpu-offload", "--torch-fsdp2-no-reshard-after-forward", "--fp4-format e2m1", "--no-such-flag-yet 3"],
 )
 def test_a_flag_that_is_not_modelled_is_printed(flags: str) -> None:
     command = ["estimate", RECIPE, *flags.split()]
@@ -211,6 +211,57 @@ def test_optimizer_state_is_what_its_dtypes_take() -> None:
     assert estimated("--use-precision-aware-optimizer").worst_memory.optimizer == plain * 10 / 12
     small = "--use-precision-aware-optimizer --exp-avg-dtype fp8 --exp-avg-sq-dtype bf16"
     assert estimated(small).worst_memory.optimizer == plain * 5 / 12
+
+
+FSDP = "--use-megatron-fsdp --megatron-fsdp-main-grads-dtype fp32 --data-parallel-sharding-strategy"
+# what each rank keeps of weights, gradients and optimizer states where all are sharded over the four ranks
+SHARES = {
+    "--use-distributed-optimizer=false": (4, 4, 4),
+    "--use-distributed-optimizer": (4, 4, 1),
+    "--use-distributed-optimizer --num-distributed-optimizer-instances 2": (4, 4, 2),
+    f"{FSDP} no_shard": (4, 4, 4),
+    f"{FSDP} optim": (4, 4, 1),
+    f"{FSDP} optim_grads": (4, 1, 1),
+    f"{FSDP} optim_grads_params": (1, 1, 1),
+    f"{FSDP} optim_grads_params --num-distributed-optimizer-instances 2": (2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("flags", SHARES)
+def test_a_rank_keeps_its_share_of_what_is_sharded(flags: str) -> None:
+    whole, found = (estimated(text).worst_memory for text in (f"{FSDP} optim_grads_params", flags))
+    for name, share in zip(("weights", "gradients", "optimizer"), SHARES[flags], strict=True):
+        assert getattr(found, name) == pytest.approx(share * getattr(whole, name))
+
+
+def test_gradients_of_sharded_data_parallelism_are_in_the_models_dtype_by_default() -> None:
+    whole, fsdp, torchs = (
+        estimated(text).worst_memory.gradients for text in (f"{FSDP} optim", "--use-megatron-fsdp", "--use-torch-fsdp2")
+    )
+    assert fsdp == torchs == whole / 2 / 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "times"),
+    [
+        ("--use-distributed-optimizer", 6),
+        ("--use-distributed-optimizer=false", 8),
+        # 32 microbatches of a rank
+        (f"{FSDP} optim", 6),
+        (f"{FSDP} optim_grads", 2 + 32 * 4),
+        (f"{FSDP} optim_grads_params", 2 * 32 * 2 + 32 * 4),
+    ],
+)
+def test_what_is_sharded_is_sent_in_every_microbatch(flags: str, times: int) -> None:
+    parameters = estimated("--use-distributed-optimizer").worst_memory.weights / 2
+    run = estimated(flags)
+    assert run.parallel.micros == 32
+    assert run.traffic.inside.data + run.traffic.between.data == pytest.approx(times * parameters * 3 / 4)
+
+
+def test_instances_that_do_not_divide_the_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--num-distributed-optimizer-instances 3 must divide .* = 4"):
+        estimated("--num-distributed-optimizer-instances 3")
 
 
 def test_experts_are_split_by_their_own_tensor_parallel_size() -> None:

@@ -169,9 +169,16 @@ WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+# Of sharded data parallelism, where it is asked for.
+FSDP_WITHOUT_GPU: tuple[tuple[str, Any, str], ...] = (
+    ("gradient_reduce_div_fusion", False, "--no-gradient-reduce-div-fusion"),
+)
+
+
 def fill_arguments(args: Any, machine: Machine) -> list[str]:
     """Set in parsed `args` what `machine` needs; return the flags that say the same, for those that differed."""
     needed = (() if machine.te and machine.gpu else WITHOUT_TE) + (() if machine.gpu else LOW_PRECISION + WITHOUT_GPU)
+    needed += FSDP_WITHOUT_GPU if getattr(args, "use_megatron_fsdp", False) and not machine.gpu else ()
     changed = [entry for entry in needed if getattr(args, entry[0], entry[1]) != entry[1]]
     for name, value, _ in changed:
         setattr(args, name, value)

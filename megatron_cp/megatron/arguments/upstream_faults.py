@@ -1,4 +1,4 @@
-"""Refuse what megatron-core 0.19 computes wrongly without a word, until it is mended.
+"""Refuse what megatron-core 0.19 computes wrongly or ends in a traceback without a word, until it is mended.
 
 docs/limits.md lists each fault with its reproduction and the figures seen.
 """
@@ -12,7 +12,7 @@ from megatron_cp.megatron.run import has_our_layers
 
 
 class Fault(NamedTuple):
-    """A silent fault of Megatron's own; `met` is True for arguments that run into it."""
+    """A fault of Megatron's own; `met` is True for arguments that run into it."""
 
     met: Callable[[Any], bool]
     text: str
@@ -23,6 +23,11 @@ def _instances(args: Any) -> bool:
 
 
 FAULTS = (
+    Fault(
+        lambda args: bool(read(args, "use_megatron_fsdp", False)) and read(args, "pipeline_model_parallel_size", 1) > 1,
+        "--use-megatron-fsdp takes the ranks of all stages for its own, got --pipeline-model-parallel-size "
+        "{pipeline_model_parallel_size}; use --use-distributed-optimizer with --grad-reduce-in-bf16, or one stage",
+    ),
     Fault(
         lambda args: _instances(args) and not read(args, "overlap_grad_reduce", False),
         "--use-megatron-fsdp with --num-distributed-optimizer-instances {num_distributed_optimizer_instances} reduces "

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cp.megatron.arguments.entry import NOT_OF_CONVERSATIONS, UNREAD, refuse_unread
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
-from tests.megatron.pretraining import pretrain_losses, tiny
+from tests.megatron.pretraining import one_gather_at_a_time, pretrain_losses, tiny
 from tests.ranks import RankError, run_ranks
 
 INSTANCES = {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2, "overlap_grad_reduce": True}
@@ -25,6 +25,11 @@ HFSDP = f"{HSDP} {OVERLAPS} --outer-dp-sharding-strategy optim"
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (
+            {"use_megatron_fsdp": True, "pipeline_model_parallel_size": 2},
+            "takes the ranks of all stages .* got --pipeline",
+        ),
+        ({"use_megatron_fsdp": True, "pipeline_model_parallel_size": 1}, ""),
         (INSTANCES | {"overlap_grad_reduce": False}, "instances 2 reduces no gradients between the instances"),
         (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 1.0}, "pass --clip-grad 0, or leave"),
         (DOCUMENTS | {"context_parallel_size": 2}, "with --context-parallel-size 2 gives tokens the positions"),
@@ -104,19 +109,12 @@ def test_documents_are_still_hidden_by_a_mask_tensor_alone() -> None:
 
 
 def unrefused(flags: list[str]) -> list[dict[str, Any]]:
-    """Train with Megatron-FSDP, which wants CUDA_DEVICE_MAX_CONNECTIONS unset, and with the faults let through.
-
-    Its gathers in the background rely on the order of a device's streams: over gloo one run in a hundred ended in
-    "malloc(): unaligned tcache chunk detected". Here each gather ends before the next line runs.
-    """
+    """Train with Megatron-FSDP, which wants CUDA_DEVICE_MAX_CONNECTIONS unset, and with the faults let through."""
     import os
-
-    from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
 
     from megatron_cp.megatron.arguments import checks
 
-    together = param_and_grad_buffer._coalescing_manager
-    param_and_grad_buffer._coalescing_manager = lambda group, async_ops=False: together(group)
+    one_gather_at_a_time()
     os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")
     checks.refuse_upstream_faults = lambda args: None
     return pretrain_losses(flags, named_weights=False)

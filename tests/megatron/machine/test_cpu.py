@@ -172,7 +172,9 @@ def test_only_what_differs_is_filled_in_and_reported() -> None:
 
 def test_what_is_filled_in_is_an_argument_of_megatrons() -> None:
     known = {action.dest for action in parser()._actions}
-    names = [name for name, *_ in (*checks.WITHOUT_TE, *checks.LOW_PRECISION, *checks.WITHOUT_GPU)]
+    names = [
+        name for name, *_ in (*checks.WITHOUT_TE, *checks.LOW_PRECISION, *checks.WITHOUT_GPU, *checks.FSDP_WITHOUT_GPU)
+    ]
     assert [name for name in names if name not in known] == []
 
 
