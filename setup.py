@@ -91,6 +91,8 @@ setup(
             "mypy>=1.14,<3",
             "beartype>=0.20,<1",
             "types-psutil>=6,<8",
+            # HiGHS, which proves the shortest steps that plans of batches are held to
+            "scipy>=1.14,<2",
         ],
     },
     cmdclass={"build_py": BuildWithConfigs},

@@ -4,6 +4,7 @@ A document gets the cheapest degree, of any number of ranks, that its memory and
 filled by first fit decreasing and then packed as tightly as their documents allow (MULTIFIT: Coffman, Garey and
 Johnson, 1978). Of several such plans, and of the two baselines, the one whose step is shortest is taken: with pipeline
 stages by the schedule's simulation, where slots of like time win.
+Where documents are few, they are then moved between slots and groups as long as the step gets shorter.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import NamedTuple
 
 from megatron_cp.batches.assign import Split
 from megatron_cp.batches.blast import consecutive, counts, dealt
+from megatron_cp.batches.flexsp import best_split
 from megatron_cp.batches.homogeneous import homogeneous
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
+from megatron_cp.batches.polish import FEW, exchanged, polished
 from megatron_cp.batches.problem import BatchProblem, GroupRate
 from megatron_cp.batches.static import static
 
@@ -39,10 +42,23 @@ class Choice(NamedTuple):
 type Choices = Mapping[int, Sequence[Choice]]
 
 
-def balanced(problem: BatchProblem) -> list[tuple[Share, ...]]:
+def balanced(problem: BatchProblem) -> Sequence[Sequence[Share]]:
     """Return the slots of the shortest step of those that are tried."""
     choices = {length: _choices(problem, length) for length in dict.fromkeys(problem.lengths)}
-    return min(_candidates(problem, choices), key=lambda slots: placed(NAME, problem, slots).seconds)
+    best = min(_candidates(problem, choices), key=lambda slots: placed(NAME, problem, slots).seconds)
+    if len(problem.lengths) > FEW or problem.stages > 1:
+        return best
+
+    def solve(documents: Sequence[int]) -> Split | None:
+        found = _tightest(problem, choices, documents), _split(problem, documents)
+        return min((split for split in found if split), key=lambda split: split.seconds, default=None)
+
+    return polished(NAME, problem, best, solve)
+
+
+def _split(problem: BatchProblem, documents: Sequence[int]) -> Split | None:
+    """Return the fastest of many splits of the ranks, each with its documents exchanged among its groups."""
+    return best_split(problem, documents, problem.degrees, problem.lengths, exchanged)
 
 
 def _choices(problem: BatchProblem, length: int) -> list[Choice]:

@@ -94,10 +94,10 @@ class BatchPlan:
 def placed(algorithm: str, problem: BatchProblem, slots: Sequence[Sequence[Share]]) -> BatchPlan:
     """Return the plan with a place for every group, and ranks without documents in groups of their own.
 
-    Slots are added until their number is a multiple of the problem's. Raises AssertionError for groups that do not fit
-    the ranks, and for a plan that breaks a rule of `check_plan`.
+    Slots without documents are left out, and added until the number of slots is a multiple of the problem's. Raises
+    AssertionError for groups that do not fit the ranks, and for a plan that breaks a rule of `check_plan`.
     """
-    rows = [_placed_slot(problem, slot) for slot in slots]
+    rows = [_placed_slot(problem, slot) for slot in slots if any(share.documents for share in slot)]
     rows += [_placed_slot(problem, [])] * (-len(rows) % problem.multiple)
     plan = BatchPlan(algorithm=algorithm, problem=problem, slots=tuple(rows))
     check_plan(plan)
@@ -119,6 +119,8 @@ def check_plan(plan: BatchPlan) -> None:
     documents = [at for slot in plan.slots for group in slot for at in group.documents]
     assert sorted(documents) == [*range(len(problem.lengths))], "a plan holds every document once"
     assert len(plan.slots) % problem.multiple == 0, "the number of slots is a multiple of the problem's"
+    empty = sum(not any(group.documents for group in slot) for slot in plan.slots)
+    assert empty < problem.multiple, f"{empty} slots hold no documents"
     for slot in plan.slots:
         ranks = [rank for group in slot for rank in group.ranks]
         assert ranks == [*range(problem.ranks)], "the groups of a slot cover every rank once"

@@ -36,8 +36,8 @@ def test_replicas_that_share_no_group_do_not_wait_for_each_other():
         one = problem([100, 20, 20, 100], ranks=2, stages=stages)
         apart, together = (placed("two", replace(one, lockstep=lockstep), slots).seconds for lockstep in (False, True))
         assert apart < together
-        joined = [*slots, [Share(2, ())]]
-        assert placed("two", one, joined).seconds >= apart
+        # a slot without documents is left out
+        assert placed("two", one, [*slots, [Share(2, ())]]).seconds == placed("two", one, slots).seconds
 
 
 def test_a_group_waits_for_its_last_rank():

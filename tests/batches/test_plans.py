@@ -150,6 +150,7 @@ def test_a_broken_plan_is_noticed():
         (RankGroup(0, 3, (0, 1, 3)), RankGroup(3, 1, (2,))), rates=one.rates[:2], per_node=4
     )
     assert "multiple" in fault(*good.slots, multiple=len(good.slots) + 1)
+    assert "1 slots hold no documents" in fault(*good.slots, pads)
 
 
 def test_a_time_below_the_bound_is_noticed(monkeypatch):
