@@ -31,6 +31,28 @@ def _differs(name: str, value: Any) -> Any:
     return lambda args: read(args, name, value) not in (None, value)
 
 
+AUXILIARY = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+"""Ways to balance experts by a loss, which without a coefficient do nothing."""
+
+
+def _has_experts(args: Any) -> bool:
+    return bool(read(args, "num_experts"))
+
+
+def _balances_microbatches(args: Any) -> bool:
+    """Return True if what a router does to a token, or to the loss, depends on the tokens beside it."""
+    kinds, coefficients = (
+        value if isinstance(value, list) else [value]
+        for value in (read(args, "moe_router_load_balancing_type", "aux_loss"), read(args, "moe_aux_loss_coeff", 0.0))
+    )
+    others = ("z_loss_coeff", "input_jitter_eps", "expert_capacity_factor", "router_enable_expert_bias")
+    return (
+        not {*kinds} <= {"none", *AUXILIARY}
+        or (not {*kinds} <= {"none"} and any(coefficients))
+        or any(read(args, f"moe_{name}") for name in (*others, "router_force_load_balancing"))
+    )
+
+
 UNSUPPORTED = (
     Unsupported(
         "one context-parallel size for all microbatches beside groups of their own",
@@ -110,9 +132,24 @@ UNSUPPORTED = (
         "leave --mtp-num-layers out",
     ),
     Unsupported(
-        "experts, whose auxiliary losses would be of other tokens for each plan",
-        _asks("num_experts"),
-        "leave --num-experts out",
+        "experts whose load is balanced over the tokens of a microbatch, which are others for each plan",
+        lambda args: _has_experts(args) and _balances_microbatches(args),
+        "pass --moe-router-load-balancing-type none, without --moe-z-loss-coeff, --moe-router-enable-expert-bias, "
+        "--moe-expert-capacity-factor and --moe-input-jitter-eps",
+    ),
+    Unsupported(
+        "experts of several ranks that gather equal numbers of tokens",
+        lambda args: (
+            _has_experts(args)
+            and read(args, "expert_model_parallel_size", 1) > 1
+            and read(args, "moe_token_dispatcher_type", "allgather") != "alltoall"
+        ),
+        "pass --moe-token-dispatcher-type alltoall",
+    ),
+    Unsupported(
+        "messages of experts that overlap other microbatches",
+        _asks("overlap_moe_expert_parallel_comm"),
+        "leave --overlap-moe-expert-parallel-comm out",
     ),
     *PARTS_OF_SEQUENCES,
     Unsupported("CUDA graphs, which are captured for one shape", captures_graphs, "leave --cuda-graph-impl out"),

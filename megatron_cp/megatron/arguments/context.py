@@ -178,10 +178,10 @@ def _check_cluster(args: Any) -> None:
     if cluster is None:
         return
     chooses = AUTO_BACKEND in comm_types(args) or AttentionFlags.of(args).document_layout == AUTO_LAYOUT
-    if not chooses and not TensorFlags.of(args).chosen:
+    if not chooses and not TensorFlags.of(args).chosen and not plans_batches(args):
         raise Refused(
-            f"--cp-cluster {cluster} needs --cp-comm-type {AUTO_BACKEND}, or {AUTO_BACKEND} for --tp-comm-type, "
-            f"--tp-grid or --cp-document-layout, got {', '.join(comm_types(args))}; leave it out"
+            f"--cp-cluster {cluster} needs --cp-plan, --cp-comm-type {AUTO_BACKEND}, or {AUTO_BACKEND} for "
+            f"--tp-comm-type, --tp-grid or --cp-document-layout, got {', '.join(comm_types(args))}; leave it out"
         )
     load_cluster(cluster)
 

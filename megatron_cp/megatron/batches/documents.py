@@ -1,5 +1,6 @@
 """Documents of a corpus: their lengths from the index, and the tokens of those that a rank runs."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,11 @@ class CorpusDocuments:
         whole = np.array(document_lengths(prefix, check_prefix(prefix))) - 1
         self.lengths: NDArray[np.int64] = whole.clip(0, longest)
         self.cut = int((whole > longest).sum())
-        self._data = IndexedDataset(prefix, mmap=mmap)
+        self._prefix, self._mmap = prefix, mmap
+
+    @cached_property
+    def _data(self) -> IndexedDataset:
+        return IndexedDataset(self._prefix, mmap=self._mmap)
 
     def tokens(self, document: int) -> NDArray[np.int64]:
         """Return the tokens of a document, one more than its length."""

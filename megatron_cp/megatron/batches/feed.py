@@ -15,7 +15,7 @@ from megatron_cp.batches.order import DocumentOrder, steps
 from megatron_cp.batches.plan import BatchPlan, RankGroup
 from megatron_cp.batches.problem import BatchProblem
 from megatron_cp.batches.steps import plan_batch
-from megatron_cp.comm import Fabric, Members, SingleFabric
+from megatron_cp.comm import Fabric, Members, SingleFabric, values_of_all
 from megatron_cp.context.documents import documents
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.batches.documents import CorpusDocuments
@@ -146,14 +146,14 @@ class DocumentFeed:
             return DocumentStep(
                 self, found, plan_batch(self._algorithm, replace(self.settings.problem, lengths=lengths))
             )
-        except Refused as error:
-            # the ranks compare refusals, too
+        except (Refused, AssertionError) as error:
+            # the ranks compare refusals, and what is wrong with a plan, too
             return DocumentStep(self, found, None, str(error))
 
     def meet(self) -> None:
         """Connect all ranks of the fabric once, before some of them send messages to each other alone."""
         if not self._met:
-            self.fabric.all_gather(torch.zeros(1, device=self.settings.device))
+            values_of_all(self.fabric, self.settings.device, [0])
             self._met = True
 
     def group(self, ranks: range) -> Fabric:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from megatron_cp import config
+from megatron_cp.batches import ALGORITHMS
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.checkpoint.contents import DESCRIPTION, SIZES, common_state, damage, iterations, unreadable
-from megatron_cp.megatron.run import PipelineFlags
+from megatron_cp.megatron.run import AttentionFlags, PipelineFlags
 from megatron_cp.units import is_whole
 
 # what makes two models different; read from the arguments that every checkpoint carries
@@ -31,6 +32,8 @@ MODEL = (
     "add_bias_linear",
     "untie_embeddings_and_output_weights",
 )
+# what decides which documents wait for a later step
+WAITING = ("global_batch_size", "seq_length", "seed", "split")
 
 
 def check(args: Any) -> None:
@@ -50,6 +53,7 @@ def check(args: Any) -> None:
                 f"change --{name.replace('_', '-')} or --load"
             )
     _check_layers(args, saved)
+    _check_waiting(args, saved)
     if not (args.no_load_optim or args.finetune or saved.no_save_optim):
         check_optimizer(args, saved)
 
@@ -61,6 +65,31 @@ def _check_layers(args: Any, saved: Any) -> None:
             f"the checkpoint in {args.load} is of --transformer-impl local, without the state of FP8 that "
             f"transformer-engine's norms ask for; pass --dist-ckpt-strictness log_all"
         )
+
+
+def _check_waiting(args: Any, saved: Any) -> None:
+    """Refuse to go on where other documents would wait than those that wait in the checkpoint."""
+    if args.finetune:
+        # the documents are read from the first one on
+        return
+    here, there = (AttentionFlags.of(each).plan for each in (args, saved))
+    if not any(plan and ALGORITHMS.get(plan).delays for plan in (here, there)):
+        return
+    lost = "of the documents that wait for a later step some would be lost or run twice"
+    if here != there:
+        ran, runs = (f"with --cp-plan {plan}" if plan else "without --cp-plan" for plan in (there, here))
+        raise Refused(
+            f"the checkpoint in {args.load} was saved {ran} and this run is {runs}: {lost}; make them the same, or "
+            f"pass --finetune to begin with the first document"
+        )
+    for name in WAITING:
+        before, now = getattr(saved, name, None), getattr(args, name, None)
+        if before != now:
+            flag = f"--{name.replace('_', '-')}"
+            raise Refused(
+                f"the checkpoint in {args.load} was saved with --cp-plan {there} and {flag} {before}, here it is {now}"
+                f": {lost}; pass {flag} {before}, or --finetune to begin with the first document"
+            )
 
 
 def check_optimizer(args: Any, saved: Any) -> None:

@@ -32,7 +32,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_cp.comm import GroupFabric
 from megatron_cp.corpus.conversations import encoder
 from megatron_cp.megatron.arguments.entry import refuse_unread
-from megatron_cp.megatron.batches.provider import planned_feeds
+from megatron_cp.megatron.batches.provider import PlannedFeeds
 from megatron_cp.megatron.layers.batches import cut_by_documents, cuts_by_documents
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.conversation_samples import Conversations, ConversationsConfig
@@ -271,16 +271,17 @@ def run(prepare: Callable[[GPTModelConfig], None] | None = None, **options: Any)
         prepare(config)
     models: list[torch.nn.Module] = []
     config.post_wrap_hooks.append(functools.partial(_note, models))
+    planned = PlannedFeeds()
     pretrain(
         pretrain_cfg_container_from_args(args, config),
-        planned_feeds if plans_batches(args) else datasets,
+        planned if plans_batches(args) else datasets,
         ModelType.encoder_or_decoder,
         forward_step,
         **options,
     )
     # a run that was already complete takes no step
     last = getattr(args, "curr_iteration", args.iteration - 1)
-    text = summary.line(models, last + 1 - args.iteration)
+    text = summary.line(models, last + 1 - args.iteration, planned.fabrics)
     if text:
         say(text)
 

@@ -64,7 +64,16 @@ def test_schedules_pass_or_are_refused(schedule: str) -> None:
         ({"iterations_to_skip": [3]}, "leave --iterations-to-skip"),
         ({"full_validation": True}, "leave --full-validation"),
         ({"mtp_num_layers": 1}, "leave --mtp-num-layers out"),
-        ({"num_experts": 4}, "leave --num-experts out"),
+        ({"num_experts": 4, "moe_aux_loss_coeff": 0.01}, "pass --moe-router-load-balancing-type none"),
+        (
+            {"num_experts": 4, "moe_router_load_balancing_type": "sinkhorn"},
+            "pass --moe-router-load-balancing-type none",
+        ),
+        ({"num_experts": 4, "moe_z_loss_coeff": 0.001}, "without --moe-z-loss-coeff"),
+        ({"num_experts": 4, "moe_router_enable_expert_bias": True}, "--moe-router-enable-expert-bias"),
+        ({"num_experts": 4, "moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor"),
+        ({"num_experts": 4, "expert_model_parallel_size": 2}, "pass --moe-token-dispatcher-type alltoall"),
+        ({"overlap_moe_expert_parallel_comm": True}, "leave --overlap-moe-expert-parallel-comm out"),
         ({"position_embedding_type": "yarn"}, "pass --position-embedding-type rope"),
         ({"multi_latent_attention": True}, "without --multi-latent-attention"),
         ({"hybrid_layer_pattern": "M*"}, "attention layers alone"),
@@ -86,6 +95,18 @@ def test_what_a_plan_cannot_do_is_refused_with_a_way_out(changes: dict[str, Any]
         check_plan(given(**changes))
     assert way_out in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.01},
+        {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [0.0]},
+        {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"},
+    ],
+)
+def test_experts_that_see_one_token_at_a_time_pass(changes: dict[str, Any]) -> None:
+    check_plan(given(num_experts=4, **changes))
 
 
 def test_steps_come_as_an_iterator_with_a_plan_alone() -> None:

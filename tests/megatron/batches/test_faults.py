@@ -3,15 +3,18 @@
 import os
 import re
 import signal
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_cp.batches import steps
 from megatron_cp.comm import in_process
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.command_line import check_script
+from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.pipeline.planned import compare
 from tests.megatron.batches.test_runs import planned, write_corpus
 from tests.megatron.pretraining import pretrain_losses
@@ -86,6 +89,32 @@ def test_ranks_with_different_plans_end_in_one_line(corpus: str) -> None:
     assert "the step differs between ranks: rank 0: 12 documents" in lines[0]
 
 
+def with_an_empty_slot(corpus: str) -> Any:
+    from megatron_cp.batches import plan
+
+    old = plan.placed
+
+    def placed(algorithm: str, problem: Any, slots: Any) -> Any:
+        found = old(algorithm, problem, slots)
+        pads = tuple(plan.RankGroup(rank, 1, ()) for rank in range(problem.ranks))
+        broken = plan.BatchPlan(algorithm=algorithm, problem=problem, slots=(*found.slots, pads))
+        plan.check_plan(broken)
+        return broken
+
+    steps.placed = placed
+    try:
+        return pretrain_losses(planned(corpus, "--cp-plan dcp --cp-tokens-per-rank 24"))
+    finally:
+        steps.placed = old
+
+
+@pytest.mark.slow
+def test_a_slot_without_documents_ends_in_one_line(corpus: str) -> None:
+    lines = lines_of(2, with_an_empty_slot, corpus)
+    assert len(set(lines)) == 1
+    assert lines[0].endswith("1 slots hold no documents")
+
+
 @pytest.mark.slow
 def test_a_document_that_no_group_holds_ends_in_one_line(corpus: str) -> None:
     lines = lines_of(2, pretrain_losses, planned(corpus, "--cp-plan balanced --cp-tokens-per-rank 18"))
@@ -96,6 +125,43 @@ def test_a_document_that_no_group_holds_ends_in_one_line(corpus: str) -> None:
 def test_a_script_cannot_run_a_plan() -> None:
     with pytest.raises(Refused, match=r"--cp-plan flexsp: .*; run megatron_cp.pretrain_gpt instead"):
         check_script(["--cp-plan", "flexsp"], layers=True)
+
+
+def arguments(**changes: Any) -> Namespace:
+    known = {"load": "there", "finetune": False, "no_load_optim": True, "cp_plan": "wlb", "global_batch_size": 12}
+    return Namespace(**{**known, "seq_length": 40, "seed": 1, "split": "1", **changes})
+
+
+@pytest.mark.parametrize(
+    ("saved", "run", "said"),
+    [
+        (
+            {},
+            {"global_batch_size": 24},
+            "and --global-batch-size 12, here it is 24: .* pass --global-batch-size 12, or",
+        ),
+        ({}, {"seq_length": 80}, "and --seq-length 40, here it is 80"),
+        ({}, {"seed": 2}, "and --seed 1, here it is 2"),
+        ({}, {"split": "2"}, "and --split 1, here it is 2"),
+        ({}, {"cp_plan": "balanced"}, "saved with --cp-plan wlb and this run is with --cp-plan balanced: .* make them"),
+        ({"cp_plan": "flexsp"}, {}, "saved with --cp-plan flexsp and this run is with --cp-plan wlb"),
+        ({"cp_plan": None}, {}, "saved without --cp-plan and this run is with --cp-plan wlb"),
+    ],
+)
+def test_a_run_in_which_other_documents_wait_does_not_go_on(
+    monkeypatch: pytest.MonkeyPatch, saved: dict[str, Any], run: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(resume, "_saved_arguments", lambda args: arguments(**saved))
+    with pytest.raises(Refused, match=said) as caught:
+        resume.check(arguments(**run))
+    assert "\n" not in str(caught.value)
+    resume.check(arguments(**run, finetune=True))
+    resume.check(arguments(**saved))
+
+
+def test_without_waiting_documents_a_run_goes_on_with_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "_saved_arguments", lambda args: arguments(cp_plan="balanced"))
+    resume.check(arguments(cp_plan="flexsp", global_batch_size=24))
 
 
 def with_documents(flags: list[str], kill_at: int = 0) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
@@ -134,6 +200,10 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(corpus: str, tmp_path
         run_ranks(2, with_documents, flags(24, saves), 4)
     assert any(DIED in text for text in caught.value.errors.values())
     found = run_ranks(3, with_documents, flags(16, f"--load {tmp_path}"))
+    if plan == "wlb":
+        lines = lines_of(3, pretrain_losses, flags(16, f"--load {tmp_path} --global-batch-size 6"))
+        assert len(set(lines)) == 1
+        assert "was saved with --cp-plan wlb and --global-batch-size 12, here it is 6" in lines[0]
     # iteration 2 was saved
     assert [step["iteration"] for step in found[0][0]] == [3, 4, 5]
     assert all(seen == order[2:] for _, seen in found)

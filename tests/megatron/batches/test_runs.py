@@ -9,9 +9,11 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_cp import runlog
 from megatron_cp.batches.order import DocumentOrder
 from megatron_cp.comm import SingleFabric, in_process
 from megatron_cp.megatron.batches.feed import DocumentFeed, FeedSettings
+from megatron_cp.pipeline import SCHEDULES, Rule
 from tests.batches.problems import problem
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks, run_ranks_with_log
@@ -87,10 +89,14 @@ ON_FOUR = {1, 2, 3, 4}
 DISTRIBUTED = "--use-distributed-optimizer"
 PIPELINE = "--pipeline-model-parallel-size 2"
 CHUNKS = f"{PIPELINE} --num-virtual-stages-per-pipeline-rank 2 --num-layers 4"
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall"
 CASES = {
     "balanced on 2": ("--cp-plan balanced --cp-tokens-per-rank 24", "", 2, {1, 2}),
     "balanced on 3": ("--cp-plan balanced --cp-tokens-per-rank 16", "", 3, {1, 2, 3}),
     "balanced on 4": (f"--cp-plan balanced {SMALL} {DISTRIBUTED}", "", 4, ON_FOUR),
+    "flexsp on 2": (f"--cp-plan flexsp --cp-tokens-per-rank 24 {DISTRIBUTED}", "", 2, {1, 2}),
+    "flexsp on 3": (f"--cp-plan flexsp --cp-tokens-per-rank 20 {DISTRIBUTED}", "", 3, {1, 2}),
+    "dcp on 2": ("--cp-plan dcp --cp-tokens-per-rank 24", "", 2, {1, 2}),
     "flexsp on 4": (f"--cp-plan flexsp {SMALL}", "", 4, {1, 2, 4}),
     "dcp on 4": (f"--cp-plan dcp {SMALL} {DISTRIBUTED}", "", 4, {1, 2, 4}),
     "dcp on 3": ("--cp-plan dcp --cp-tokens-per-rank 20 --overlap-grad-reduce", "", 3, {1, 2}),
@@ -133,6 +139,20 @@ CASES = {
         4,
         {1, 2},
     ),
+    "tensor, sequence and pipeline parallel": (
+        f"--cp-plan balanced --cp-tokens-per-rank 24 --tensor-model-parallel-size 2 --sequence-parallel {CHUNKS} "
+        f"--pp-schedule interleaved {DISTRIBUTED}",
+        "--num-layers 4",
+        8,
+        {1, 2},
+    ),
+    "experts": (f"--cp-plan balanced --cp-tokens-per-rank 24 {EXPERTS}", EXPERTS, 2, {1, 2}),
+    "experts divided": (
+        f"--cp-plan balanced {SMALL} {EXPERTS} --expert-model-parallel-size 2 {DISTRIBUTED}",
+        EXPERTS,
+        4,
+        {1, 2, 4},
+    ),
     "learned positions": (
         "--cp-plan balanced --cp-tokens-per-rank 24 --position-embedding-type learned_absolute",
         "--position-embedding-type learned_absolute",
@@ -158,9 +178,31 @@ def test_losses_are_those_of_one_rank(corpus: str, alone: Any, case: str) -> Non
     assert_equal_runs(results[0][0], alone(model))
 
 
+LAYERS = {1: "", 2: "--num-layers 4"}
+"""Of models in so many chunks on each of two stages."""
+OTHER_SCHEDULES = [
+    rule
+    for rule in SCHEDULES
+    if rule.table and rule.name not in ("1f1b", "zb-h1", "interleaved", "zb-v", "bpipe", "dualpipe-v")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", OTHER_SCHEDULES, ids=lambda rule: rule.name)
+def test_every_schedule_has_the_losses_of_one_rank(corpus: str, alone: Any, rule: Rule) -> None:
+    chunks = rule.chunks or 2
+    loops = "--num-virtual-stages-per-pipeline-rank 2" if chunks == 2 and rule.placement == "loop" else ""
+    flags = f"--cp-plan balanced --cp-tokens-per-rank 24 {PIPELINE} {LAYERS[chunks]} {loops} --pp-schedule {rule.name}"
+    results = run_ranks(4, counted, planned(corpus, flags))
+    assert {1, 2} <= set().union(*(degrees for _, degrees in results))
+    assert_equal_runs(results[0][0], alone(LAYERS[chunks]))
+
+
 def validation_losses(corpus: str, ranks: int, tokens: int, split: str) -> list[str]:
     flags = f"--cp-plan balanced --cp-tokens-per-rank {tokens} --split {split} --eval-iters 2 --train-iters 1"
     _, log = run_ranks_with_log(ranks, pretrain_losses, planned(corpus, flags))
+    (found,) = filter(None, map(runlog.read_summary, log.splitlines()))
+    assert (found["cp_bytes_per_step"] > 0) == (ranks > 1), "the summary counts what groups send"
     return re.findall(r"lm loss value: (\d\.\d{4})", log)
 
 
