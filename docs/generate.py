@@ -8,7 +8,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from megatron_cp.batches import ALGORITHMS as BATCH_ALGORITHMS
+from megatron_cp.batches.published_mixes import CLAIMS, Claim, MixRow, holds, mix_rows, ratios
 from megatron_cp.cli import app
 from megatron_cp.cli.backends import COLUMNS, rows
 from megatron_cp.comm import Fabric, SingleFabric
@@ -27,6 +28,7 @@ from megatron_cp.context.trace.events import Problem
 from megatron_cp.context.trace.merge_cost import merge_cost
 from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.simulate import simulate as simulate_pass
+from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.experts import PRODUCTS
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
@@ -123,6 +125,44 @@ def batch_algorithms() -> str:
     files = (linked(file_of(one.load())) for one in BATCH_ALGORITHMS)
     cells = ([f"`{one.name}`", one.what, one.degrees, one.paper] for one in BATCH_ALGORITHMS)
     return table(head, ([*row, file] for row, file in zip(cells, files, strict=True)))
+
+
+@cache
+def published_steps() -> list[MixRow]:
+    return list(mix_rows(stretching(record)))
+
+
+def batch_mixes() -> str:
+    """Steps on mixes of published lengths: seconds of `static`, and how many times as fast the others are."""
+    names = [name for name in BATCH_ALGORITHMS.names if name != "static"]
+    head = ["mix", "model", "cluster", "`static`, s", *(f"`{name}`" for name in names), "lower bound, s"]
+    rows, others = published_steps(), [ratios(published_steps(), name) for name in names]
+    return table(
+        head,
+        (
+            [
+                row.mix,
+                row.model,
+                f"{row.ranks} x {row.cluster}",
+                f"{row.seconds['static']:.4g}",
+                *(f"{each:.2f}" for each in found),
+                f"{row.bound:.4g}",
+            ]
+            for row, *found in zip(rows, *others, strict=True)
+        ),
+    )
+
+
+def batch_claims() -> str:
+    """Claims of papers beside what these steps show."""
+    rows, head = published_steps(), ["claim", "source", "of it here", "over `static`", "over `homogeneous`"]
+    return table(head, (claim_row(claim, rows) for claim in CLAIMS))
+
+
+def claim_row(claim: Claim, rows: Sequence[MixRow]) -> list[str]:
+    found = [ratios(rows, claim.algorithm, baseline) for baseline in ("static", "homogeneous")]
+    text = f"`{claim.algorithm}` {claim.ratio:.2f} {'in the mean' if claim.mean else 'at most'}: {claim.words}"
+    return [text, claim.source, holds(claim, rows), *(f"{min(each):.2f} to {max(each):.2f}" for each in found)]
 
 
 def schemes() -> str:
@@ -495,6 +535,8 @@ PARTS: dict[str, Callable[[], str]] = {
         schedules,
         schemes,
         batch_algorithms,
+        batch_mixes,
+        batch_claims,
         tensor_traffic,
         tensor_memory,
         engines,
@@ -513,6 +555,9 @@ PARTS: dict[str, Callable[[], str]] = {
         glossary,
     )
 }
+
+SLOW = ("batch-mixes", "batch-claims")
+"""Parts that take more than a second or two."""
 
 NAMED_PARTS: dict[str, Callable[..., str]] = {"traffic": traffic, "walk": walk, "output": output}
 
@@ -593,19 +638,24 @@ def noted(file: Path) -> str | None:
         return image.info.get("Description")
 
 
-def refreshed(text: str) -> str:
-    """A page with every generated part as it is now."""
-    return PART.sub(lambda found: f"<!-- generated: {found[1]} -->\n{part(found[1])}\n<!-- end -->", text)
+def refreshed(text: str, but: Iterable[str] = ()) -> str:
+    """A page with every generated part as it is now, those named in `but` as they are."""
+
+    def made(found: re.Match[str]) -> str:
+        return found[0] if found[1] in but else f"<!-- generated: {found[1]} -->\n{part(found[1])}\n<!-- end -->"
+
+    return PART.sub(made, text)
 
 
 def main(words: Sequence[str]) -> int:
-    stale = [page for page in PAGES if refreshed(page.read_text()) != page.read_text()]
+    made = {page: refreshed(page.read_text()) for page in PAGES}
+    stale = [page for page, text in made.items() if text != page.read_text()]
     for page in stale:
         name = page.relative_to(ROOT)
         if "--check" in words:
             print(f"{name} is not current; run: python docs/generate.py", file=sys.stderr)
         else:
-            page.write_text(refreshed(page.read_text()))
+            page.write_text(made[page])
             print(f"wrote {name}")
     old = stale_pictures()
     for name, picture in old.items():

@@ -41,7 +41,17 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_generated_parts_are_current(page) -> None:
     text = page.read_text()
+    assert generate.refreshed(text, but=generate.SLOW) == text, "run: bash scripts/docs.sh --write"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", generate.SLOW)
+def test_slow_parts_are_current_and_stale_ones_noticed(name: str) -> None:
+    (text,) = (found[0] for page in PAGES for found in generate.PART.finditer(page.read_text()) if found[1] == name)
     assert generate.refreshed(text) == text, "run: bash scripts/docs.sh --write"
+    stale = re.sub(r"\d\.\d\d", "9.99", text)
+    assert stale != text
+    assert generate.refreshed(stale) == text
 
 
 def test_generated_pictures_are_current() -> None:
