@@ -4,7 +4,6 @@ Two processes measure at the same time, as the ranks of a run compute. With GPUs
 """
 
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cp import runlog
 from megatron_cp.bench.calls import prepared
 from megatron_cp.bench.comparison import DTYPES
 from megatron_cp.bench.links import MachineRates, described
 from megatron_cp.bench.processes import on_ranks
+from megatron_cp.bench.training import step_seconds, trained
 from megatron_cp.comm import Fabric, GroupFabric, collective, largest
 from megatron_cp.context.trace.events import Compute
 from megatron_cp.context.trace.simulate import flops
@@ -97,12 +96,7 @@ def _least_training(layers: int) -> float:
     with TemporaryDirectory() as folder:
         words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 1 -m".split(), ENTRY]
         words += [*LEAST.split(), "--num-layers", str(layers), "--save", folder]
-        ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    if ran.returncode:
-        errors = [line for line in ran.stdout.splitlines() if "Error:" in line or "[megatron-cp] rank" in line]
-        raise RuntimeError(f"a small training failed: {errors[0] if errors else f'exit status {ran.returncode}'}")
-    steps = [step for line in ran.stdout.splitlines() if (step := runlog.read_iteration(line))]
-    return median(step.fields["elapsed time per iteration (ms)"] for step in steps[2:]) / 1e3
+        return median(step_seconds(trained(words))[2:])
 
 
 def as_yaml(links: MachineRates, rates: Rates) -> str:

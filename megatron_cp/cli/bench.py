@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.cli.bench_batches import batches
 from megatron_cp.cli.bench_documents import documents
 from megatron_cp.cli.bench_experts import experts
 from megatron_cp.cli.bench_host import host
@@ -18,6 +19,7 @@ from megatron_cp.cli.bench_linears import linears
 from megatron_cp.cli.bench_links import links
 from megatron_cp.cli.bench_pipeline import pipeline
 from megatron_cp.cli.options import Batch, Causal, HeadDim, Heads, KvHeads, several_backends, several_lengths
+from megatron_cp.cli.train import FLAGS_AFTER_RECIPE
 from megatron_cp.context import BACKENDS
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.registry import unknown
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, help="Check results, then time implementations side by side in one run on this machine."
 )
+app.command(context_settings=FLAGS_AFTER_RECIPE)(batches)
 app.command()(documents)
 app.command()(experts)
 app.command()(host)

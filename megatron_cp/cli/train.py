@@ -57,7 +57,7 @@ def train(
     run = load_checked(name, flags or [])
     if _is_done(run, [name, *(flags or [])]):
         return
-    _ready_corpus(run)
+    ready_corpus(run)
     folder = run.save or Path("runs") / run.name
     folder.mkdir(parents=True, exist_ok=True)
     runlog.note_start(folder, _start(run))
@@ -94,7 +94,7 @@ def _start(run: Recipe) -> dict[str, str]:
     }
 
 
-def _ready_corpus(run: Recipe) -> None:
+def ready_corpus(run: Recipe) -> None:
     """Build the corpus of DATA if neither of its files exists; raises ValueError for an incomplete one."""
     if run.builds_corpus and not any(
         Path(f"{run.data['--output'].text}{suffix}").exists() for suffix in (".bin", ".idx")
