@@ -167,7 +167,10 @@ def _beside_attention(rank: RankConfig) -> float:
 
 
 def _rank(request: GroupRequest, degree: int, tokens: int) -> RankConfig:
-    parallel = replace(request.parallel, cp=degree, dp=1, global_batch=max(1, request.parallel.pp))
+    given, ranks = request.parallel, degree * request.parallel.tp
+    # as many groups as share experts
+    groups = lcm(ranks, given.ep * given.expert_tp) // ranks
+    parallel = replace(given, cp=degree, dp=groups, global_batch=max(1, given.pp) * groups)
     check(request.model, parallel, degree * tokens)
     return RankConfig(
         model=request.model,

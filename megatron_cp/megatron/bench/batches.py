@@ -82,7 +82,7 @@ class BatchResult:
 
     @property
     def predicted(self) -> float:
-        """The same by the plans."""
+        """That ratio by the plans."""
         return self.baseline.predicted / self.plan.predicted
 
     @property
