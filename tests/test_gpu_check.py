@@ -108,12 +108,14 @@ def run_check(*words: str, out: Path, **environment: str) -> tuple[subprocess.Co
 
 
 def test_on_a_cpu_small_sizes_fill_the_table(tmp_path: Path) -> None:
-    done, found = run_check("versions", "queue, one", "merges", "pipeline", out=tmp_path / "out")
+    done, found = run_check("versions", "queue, one", "merges", "dropout", "pipeline", out=tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch" in found["title"]
     steps = {row["step"]: row for row in found["rows"]}
-    assert list(steps) == ["versions", "queue, one", "merges", "pipeline"]
-    verdicts = {row["case"]: row["verdict"] for row in found["rows"] if row["step"] in ("merges", "pipeline")}
+    assert list(steps) == ["versions", "queue, one", "merges", "dropout", "pipeline"]
+    verdicts = {
+        row["case"]: row["verdict"] for row in found["rows"] if row["step"] in ("merges", "dropout", "pipeline")
+    }
     assert {verdict for case, verdict in verdicts.items() if case != "time"} == {"ok"}
     (row,) = (row for row in found["rows"] if row["step"] == "queue, one" and row["case"] != "time")
     assert (row["verdict"], row["figures"]) == ("left out", {"": "needs a CUDA GPU: queues of launches"})
@@ -146,7 +148,9 @@ def test_on_a_bare_machine_what_needs_more_is_left_out_by_name(tmp_path: Path) -
     assert set(on_a_gpu.values()) == {"needs a CUDA GPU"}
     assert reasons == dict.fromkeys(("quickstart", "model", "TE"), "needs the package megatron")
     checked = {row["step"] for row in found["rows"] if row["verdict"] == "ok"}
-    assert checked == {"kernels", "merges", "stream-k", "experts", "backends", "chunks", "pipeline", "offload"}
+    assert checked == {
+        *("kernels", "merges", "stream-k", "experts", "dropout", "backends", "chunks", "pipeline", "offload")
+    }
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path) -> None:

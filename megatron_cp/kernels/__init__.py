@@ -27,8 +27,9 @@ __all__ = [
 class KernelEntry:
     """A kernel entry. The module that `load` imports defines create(), refusal() and missing().
 
-    caps:  its kernel can cap scores
-    drops: its kernel can drop weights
+    caps:    its kernel can cap scores
+    drops:   its kernel can drop weights
+    to_drop: `auto` takes it for that alone
     """
 
     name: str
@@ -38,6 +39,7 @@ class KernelEntry:
     summary: str
     caps: bool = False
     drops: bool = False
+    to_drop: bool = False
 
 
 def _torch_sdpa() -> ModuleType:
@@ -68,6 +70,12 @@ def _transformer_engine() -> ModuleType:
     from megatron_cp.kernels import transformer_engine
 
     return transformer_engine
+
+
+def _triton() -> ModuleType:
+    from megatron_cp.kernels import triton_flash
+
+    return triton_flash
 
 
 def _reference() -> ModuleType:
@@ -117,6 +125,15 @@ KERNELS: Registry[KernelEntry] = Registry(
             "TransformerEngine's fused attention (cuDNN), dense tiles in half precision",
         ),
         KernelEntry(
+            "triton",
+            (),
+            _triton,
+            "an Ampere GPU or a later one, head dims up to 256, and triton, which comes with torch for CUDA",
+            "flash attention of this project, which drops weights; auto takes it for that alone",
+            drops=True,
+            to_drop=True,
+        ),
+        KernelEntry(
             "reference",
             ("dense",),
             _reference,
@@ -163,6 +180,8 @@ def choose(
             continue
         if drops and not entry.drops:
             refusals.append(f"{entry.name!r} does not drop weights")
+            continue
+        if entry.to_drop and not drops:
             continue
         module = entry.load()
         why_not = module.refusal(device=device, dtype=dtype, head_dim=head_dim) or module.missing(device=device)

@@ -1,5 +1,6 @@
 """Kernels and merges against the reference, and their speed at the shapes that a rank's tiles have."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from gpu_check.measure import error_of, seconds
 from gpu_check.table import Row
+from megatron_cp.context.dropout import DropoutSeed, labelled
 from megatron_cp.context.merge import SoftmaxMerge, Sum
 from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL
 from megatron_cp.kernels import KERNELS, Kernel, choose
 from megatron_cp.kernels.reference import ReferenceKernel
+from megatron_cp.kernels.triton_flash import TritonKernel
 
 BOUND = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
 
@@ -42,6 +45,14 @@ CHECKED = [
     Tile(1024, 512, 4, 2, 64, False),
 ]
 
+# with dropped weights: errors of the small ones, times of the large one; a kernel is compiled for each head dim
+DROPPED = [
+    *(Tile(513, 513, 8, 2, dim, True) for dim in (64, 128, 256)),
+    Tile(130, 513, 8, 2, 128, False),
+    Tile(16384, 16384, 32, 8, 128, True),
+]
+RATE = 0.1
+
 
 def dtype_on(device: str) -> torch.dtype:
     """Return the dtype in which a run computes attention on such a device."""
@@ -52,7 +63,7 @@ def available(device: str, dim: int) -> Iterator[tuple[str, Kernel]]:
     """Yield the kernels that can run here, on CUDA each op of torch's kernel by itself."""
     dtype = str(dtype_on(device)).removeprefix("torch.")
     for entry in KERNELS:
-        if entry.name == "reference":
+        if entry.name == "reference" or entry.to_drop:
             continue
         try:
             yield entry.name, choose(entry.name, device=device, dtype=dtype, head_dim=dim)[0]
@@ -122,6 +133,32 @@ def rates(device: str) -> Iterator[Row]:
                 rate = {"forward TFLOP/s": flops / taken[0], "backward TFLOP/s": 2.5 * flops / taken[1]}
                 held = workspace(device, partial(backward, *forward(), **how))
                 yield Row(f"{name}, {tile}", figures | rate | held)
+
+
+def dropped(device: str) -> Iterator[Row]:
+    """Compare the kernel that drops weights with the reference in float64, which drops the same ones, and measure it.
+
+    On a CPU it runs by Triton's interpreter.
+    """
+    if device == "cpu":
+        # read when Triton is imported, which is at the first call
+        os.environ["TRITON_INTERPRET"] = "1"
+    kernel = TritonKernel(RATE)
+    for tile in DROPPED if device == "cuda" else [Tile(40, 70, 4, 2, 24, False)]:
+        dout, q, k, v = inputs(tile, device)
+        q, _ = labelled(q, q, (range(tile.queries),), DropoutSeed(1))
+        _, k = labelled(k, k, (range(tile.keys),), DropoutSeed(1))
+        case = f"{kernel.name}, {tile}, rate {RATE}"
+        if tile.keys <= 1024:
+            expected = both(ReferenceKernel(dropout=RATE), tile, *(x.double() for x in (dout, q, k, v)))
+            found, names = both(kernel, tile, dout, q, k, v), ("out", "lse", "dq", "dk", "dv")
+            errors = {what: error_of(a, b) for what, a, b in zip(names, found, expected, strict=True)}
+            yield Row(case, errors, "ok" if max(errors.values()) <= BOUND[q.dtype] else "wrong")
+            continue
+        how = {"scale": tile.dim**-0.5, "causal": tile.causal}
+        forward, backward = partial(kernel.forward, q, k, v, **how), partial(kernel.backward, dout, q, k, v)
+        taken = [seconds(device, forward), seconds(device, partial(backward, *forward(), **how))]
+        yield Row(case, {"forward ms": taken[0] * 1e3, "backward ms": taken[1] * 1e3})
 
 
 def workspace(device: str, call: Callable[[], Sequence[Tensor]]) -> dict[str, float]:

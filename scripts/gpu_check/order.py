@@ -32,6 +32,12 @@ def against_reference(device: str) -> Iterable[Row]:
     return kernels.against_reference(device)
 
 
+def dropped(device: str) -> Iterable[Row]:
+    from gpu_check import kernels
+
+    return kernels.dropped(device)
+
+
 def merges(device: str) -> Iterable[Row]:
     from gpu_check import kernels
 
@@ -116,6 +122,7 @@ STEPS = (
     Step("rates", rates, 90),
     Step("stream-k", stream_k, 60),
     Step("experts", experts, 60),
+    Step("dropout", dropped, 90),
     Step("backends", in_threads, 60),
     Step("chunks", chunks, 20),
     Step("pipeline", pipeline, 30),

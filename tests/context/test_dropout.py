@@ -123,7 +123,7 @@ def test_ranks_with_different_seeds_agree_on_each_query():
 
 
 def test_the_registry_says_which_kernels_drop():
-    assert [entry.name for entry in KERNELS if entry.drops] == ["reference"]
+    assert [entry.name for entry in KERNELS if entry.drops] == ["triton", "reference"]
     assert isinstance(choose("reference", device="cpu", dtype="float32", head_dim=8)[0], DropsWeights)
     kernel, reason = plan(AUTO, dropout=RATE).kernel_of("cpu", "float32", 8)
     assert kernel.name == "reference"
@@ -135,7 +135,7 @@ def test_the_registry_says_which_kernels_drop():
     [
         (
             {"kernel": "torch"},
-            "kernel 'torch' does not drop weights; use 'auto' or one of: reference, or leave dropout",
+            "kernel 'torch' does not drop weights; use 'auto' or one of: triton, reference, or leave dropout",
         ),
         ({"backend": "rsa"}, "backend 'rsa' does not drop weights; use backend 'zigzag' or "),
         ({"dropout": 1.0}, "0 to below 1, got 1.0"),

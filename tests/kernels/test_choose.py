@@ -38,7 +38,7 @@ def test_auto_says_what_a_wide_head_costs():
 
 @pytest.mark.parametrize("entry", list(KERNELS), ids=lambda entry: entry.name)
 def test_aliases_mean_the_same_kernel(entry):
-    assert {KERNELS.get(alias) for alias in entry.aliases} == {entry}
+    assert {KERNELS.get(name) for name in (entry.name, *entry.aliases)} == {entry}
 
 
 @pytest.mark.parametrize(

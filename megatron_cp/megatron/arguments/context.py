@@ -219,10 +219,10 @@ def _check_dropout(args: Any) -> None:
     if not rate:
         return
     if kernel == AUTO or not KERNELS.get(kernel).drops:
-        names = ", ".join(entry.name for entry in KERNELS if entry.drops)
+        names = " or ".join(f"{entry.name} ({entry.needs})" for entry in KERNELS if entry.drops)
         raise Refused(
             f"--attention-dropout {rate} needs a kernel that drops weights, got --cp-kernel {kernel}; pass "
-            f"--attention-dropout 0, or --cp-kernel {names}, whose memory grows with the square of a rank's tokens"
+            f"--attention-dropout 0, or --cp-kernel {names}"
         )
     for entry in map(BACKENDS.get, comm_types(args)):
         check_dropout(entry)

@@ -305,7 +305,8 @@ class CoreAttention(MegatronModule):
         if self.training and self.attention_dropout > 0 and not self._drops:
             self._refuse(
                 f"dropout (attention_dropout {self.attention_dropout}) by cp_kernel {self.flags.kernel!r}",
-                "pass --attention-dropout 0, or --cp-kernel reference",
+                "pass --attention-dropout 0, or --cp-kernel "
+                + " or ".join(entry.name for entry in KERNELS if entry.drops),
             )
         if query.shape[0] != key.shape[0]:
             self._refuse(f"{query.shape[0]} queries over {key.shape[0]} keys", "make both sequences equally long")
