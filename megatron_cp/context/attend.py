@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_cp.context import keep, opaque, transforms
 from megatron_cp.context.agreement import refused_by_all, wants_gradients
+from megatron_cp.context.cross import evened, is_cross
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.dropout import DropoutSeed, as_seed
 from megatron_cp.context.function import run, run_kept
@@ -21,8 +22,8 @@ __all__ = ["Plan", "Sizes", "attend", "plan"]
 
 def attend(
     q: Float[Tensor, "s b h d"],
-    k: Float[Tensor, "s b g d"],
-    v: Float[Tensor, "s b g dv"],
+    k: Float[Tensor, "t b g d"],
+    v: Float[Tensor, "t b g dv"],
     plan: Plan,
     *,
     sink: Float[Tensor, "*b h"] | float | None = None,
@@ -38,6 +39,9 @@ def attend(
     `sink` is one more logit for each query head, beside the scaled scores, that takes a share of the softmax and has no
     value: 0 is the off-by-one softmax, a tensor [h], or [b h] for sinks of each sequence, may be learned. Its gradient
     is this rank's part: the ranks of the plan share the sink, whose gradient is the sum of their parts.
+
+    Cross-attention is a call with other numbers of keys than of queries, the same on all ranks, by a plan with
+    causal=False: each query sees all keys.
 
     `documents` are those of a packed sequence, which see their own tokens only: `Documents`, made once for all layers
     of a microbatch, or their ends as flash-attn's cu_seqlens, from 0 to S, in a list or on the CPU or the device of q,
@@ -63,15 +67,23 @@ def attend(
         return opaque.attend(q, k, v, as_sink(sink, q), plan, documents_of(documents, q), agreed, number)
     transformed = torch._C._are_functorch_transforms_active()
     if not transformed and (kept := keep.take()):
-        return run_kept(q, k, v, kept, as_sink(sink, q))
+        if not is_cross(q, k):
+            return run_kept(q, k, v, kept, as_sink(sink, q))
+        longer = evened(q, k, v, plan, documents=False, drops=False)[:3]
+        return run_kept(*longer, kept, as_sink(sink, q))[: q.shape[0]]
     with refused_by_all(plan, q, k, v, agreed=agreed and host_waits(q)):
         logits, packed = as_sink(sink, q), documents_of(documents, q)
         seed = as_seed(dropout_seed, plan.dropout, q)
+        queries = q.shape[0] if is_cross(q, k) else None
+        if queries is not None:
+            q, k, v, packed = evened(q, k, v, plan, documents=packed is not None, drops=seed is not None)
     if transformed:
-        return transforms.attend(q, k, v, logits, plan, packed, agreed, number)
+        out = transforms.attend(q, k, v, logits, plan, packed, agreed, number)
+        return out if queries is None else out[:queries]
     gradients = wants_gradients(q, k, v, logits)
     drops = seed is not None
     settled = prepare(
         q, k, v, plan, packed, agreed=agreed, gradients=gradients, sink=logits, number=number, drops=drops
     )
-    return run(q, k, v, settled, logits, packed, seed)
+    out = run(q, k, v, settled, logits, packed, seed)
+    return out if queries is None else out[:queries]

@@ -12,8 +12,11 @@ from megatron_cp.errors import Refused, shown
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in BYTES)
 
 
-def check_inputs(q: object, k: object, v: object) -> None:
-    """Raise Refused unless q [s b h d], k [s b g d] and v [s b g dv] are tensors that can be attended."""
+def check_inputs(q: object, k: object, v: object, *, cross: bool = False) -> None:
+    """Raise Refused unless q [s b h d], k [s b g d] and v [s b g dv] are tensors that can be attended.
+
+    cross: there may be other numbers of keys than of queries
+    """
     for name, x in zip("qkv", (q, k, v), strict=True):
         _check_alone(name, x)
     assert isinstance(q, Tensor), "checked above"
@@ -21,7 +24,7 @@ def check_inputs(q: object, k: object, v: object) -> None:
     assert isinstance(v, Tensor), "checked above"
     if k.shape[:3] != v.shape[:3]:
         raise Refused(f"k and v must agree in tokens, batch and heads, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    if q.shape[cross:2] != k.shape[cross:2] or q.shape[3] != k.shape[3]:
         raise Refused(f"q and k must agree in tokens, batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.shape[2] % k.shape[2]:
         raise Refused(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {k.shape[2]}")
