@@ -40,6 +40,8 @@ LARGE = [
     *((published, mix, 64, 64, 1, 1024) for mix in ("sft", "web")),
 ]
 
+FURTHER = (any_degree, "books", 10, 6, 1)
+
 
 @pytest.fixture(scope="module")
 def gaps():
@@ -65,5 +67,7 @@ def test_balanced_is_near_the_optimum(case, gaps):
     gaps.append(plan.seconds / found.bound - 1 if found.proved else None)
     if case in SMALL:
         assert found.proved
+    if case == FURTHER:
+        pytest.xfail(f"{plan.seconds / found.bound - 1:.2%} above the optimum: no move or swap of documents helps")
     if found.proved:
         assert plan.seconds <= (1 + ABOVE) * found.bound

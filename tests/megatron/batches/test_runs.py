@@ -183,7 +183,9 @@ LAYERS = {1: "", 2: "--num-layers 4"}
 OTHER_SCHEDULES = [
     rule
     for rule in SCHEDULES
-    if rule.table and rule.name not in ("1f1b", "zb-h1", "interleaved", "zb-v", "bpipe", "dualpipe-v")
+    if rule.table
+    and rule.delay is None
+    and rule.name not in ("1f1b", "zb-h1", "interleaved", "zb-v", "bpipe", "dualpipe-v")
 ]
 
 
