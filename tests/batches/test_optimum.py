@@ -68,6 +68,7 @@ def test_balanced_is_near_the_optimum(case, gaps):
     if case in SMALL:
         assert found.proved
     if case == FURTHER:
-        pytest.xfail(f"{plan.seconds / found.bound - 1:.2%} above the optimum: no move or swap of documents helps")
+        # documents 0, 5, 7 on four ranks and 4, 9 on two fill both groups of a slot to the last token but a few
+        pytest.xfail(f"{plan.seconds / found.bound - 1:.2%} above the optimum: two full groups are not found")
     if found.proved:
         assert plan.seconds <= (1 + ABOVE) * found.bound

@@ -126,8 +126,9 @@ def test_attention_is_computed_and_sent_once_and_no_bit_changes(case: str, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS.names)
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_backend_sends_as_much_as_without_recomputation(backend: str, size: int) -> None:
+def test_every_backend_sends_as_much_as_without_recomputation(backend: str) -> None:
+    # on two ranks a grid has one axis
+    size = 4 if BACKENDS.get(backend).needs_grid else 2
     for once, kept, twice in zip(*compare(size, FULL, context(backend, size)), strict=True):
         assert kept == once
         assert kept.log == twice.log
