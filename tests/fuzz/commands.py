@@ -21,6 +21,7 @@ def asked(*words: str) -> tuple[int, str]:
             "The following imports from `dynamic_context.py`",
         ):
             warnings.filterwarnings("ignore", message=said)
+        warnings.filterwarnings("ignore", module=r"megatron\.")
         done = CliRunner().invoke(app, [*words])
     error = done.exception
     if error is None or isinstance(error, SystemExit):
