@@ -231,7 +231,12 @@ def hand_over[T](group: dist.ProcessGroup, source: int, target: int, value: T) -
 
 def _groups_of_all(members: tuple[int, ...]) -> list[tuple[int, ...]]:
     """List the ranks of every group that some process of the run has named; all processes get the same list."""
-    return sorted(set(objects_of_all(members)))
+    world = dist.distributed_c10d._world
+    found = objects_of_all((members, world.group_count))
+    # torch names a group after the number that its process has made, and two groups of one name take each other's
+    # addresses from the store: all processes go on from the same number
+    world.group_count = max(count for _, count in found)
+    return sorted({ranks for ranks, _ in found})
 
 
 def objects_of_all[Object](mine: Object) -> list[Object]:

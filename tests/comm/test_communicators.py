@@ -56,7 +56,8 @@ def subsets_of_a_part() -> tuple[list[str], list[float], list[float]]:
     rank = dist.get_rank()
     own = [dist.new_group(ranks, group_desc="TENSOR_MODEL_PARALLEL_GROUP") for ranks in ([0, 1], [2])][rank == 2]
     assert isinstance(own, dist.ProcessGroup)
-    # a name that only its members make: ranks 0 and 1 are in one group more than rank 2, and have counted one more
+    # a name that only its members make: ranks 0 and 1 are in one group more than rank 2, and have counted one more;
+    # where their next groups are not counted alike, one of rank 2 has the name of one of ranks 0 and 1, and both wait
     if rank < 2:
         dist.new_group([0, 1], use_local_synchronization=True)
     part = GroupFabric(own)
