@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from megatron_cp.batches.assign import Split
 from megatron_cp.batches.blast import consecutive, counts, dealt
-from megatron_cp.batches.flexsp import best_split
+from megatron_cp.batches.branch import branched
 from megatron_cp.batches.homogeneous import homogeneous
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
-from megatron_cp.batches.polish import FEW, exchanged, polished
+from megatron_cp.batches.polish import FEW, polished
 from megatron_cp.batches.problem import BatchProblem, GroupRate
 from megatron_cp.batches.static import static
 
@@ -50,15 +50,9 @@ def balanced(problem: BatchProblem) -> Sequence[Sequence[Share]]:
         return best
 
     def solve(documents: Sequence[int]) -> Split | None:
-        found = _tightest(problem, choices, documents), _split(problem, documents)
-        return min((split for split in found if split), key=lambda split: split.seconds, default=None)
+        return branched(problem, documents, _tightest(problem, choices, documents))
 
     return polished(NAME, problem, best, solve)
-
-
-def _split(problem: BatchProblem, documents: Sequence[int]) -> Split | None:
-    """Return the fastest of many splits of the ranks, each with its documents exchanged among its groups."""
-    return best_split(problem, documents, problem.degrees, problem.lengths, exchanged)
 
 
 def _choices(problem: BatchProblem, length: int) -> list[Choice]:

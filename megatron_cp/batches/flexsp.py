@@ -5,7 +5,7 @@ degrees are powers of two, so that the slowest group is as fast as possible (4.1
 a mixed-integer program; here splits of the ranks are searched, and documents of each are assigned longest first.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from megatron_cp.batches.assign import Split, assign, groups_of
@@ -54,14 +54,11 @@ def best_split(
     documents: Sequence[int],
     degrees: Sequence[int],
     lengths: Sequence[int],
-    improve: Callable[[BatchProblem, Split], Split] | None = None,
 ) -> Split | None:
     """Return the split whose slowest group is fastest, by search; None where no split that is tried has room.
 
     First equal groups of each degree, and some large groups beside small ones. Then, from the best, one group halved
     or two joined, as long as that helps.
-
-    improve: changes the documents of each split that is tried
     """
     tried: set[tuple[int, ...]] = set()
 
@@ -73,7 +70,6 @@ def best_split(
             found = None
             if place(split_of, problem.ranks, problem.per_node) is not None:
                 found = assign(problem, documents, split_of, lengths)
-                found = improve(problem, found) if found and improve else found
             tried.add(split_of)
             if found and (best is None or found.seconds < best.seconds):
                 best = found

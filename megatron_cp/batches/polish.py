@@ -1,7 +1,6 @@
 """Improve the plan of few documents: move one, or swap two, between slots and groups as long as the step shortens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, combinations
 
 from megatron_cp.batches.assign import Split
 from megatron_cp.batches.plan import Share, placed
@@ -62,50 +61,3 @@ def _moves(problem: BatchProblem, sets: Sequence[tuple[int, ...]]) -> Iterator[l
                     moved[here] = tuple(one for one in problem.longest_first if one in {*mine, back} - {at})
                     moved[there] = tuple(one for one in problem.longest_first if one in {*theirs, at} - {back})
                     yield moved
-
-
-def exchanged(problem: BatchProblem, split: Split) -> Split:
-    """Return the split with documents of its slowest group moved or swapped until it gets no faster."""
-    shares = list(split.shares)
-
-    def seconds(share: Share) -> float:
-        lengths = [problem.lengths[at] for at in share.documents]
-        rate = problem.rate[share.degree]
-        return rate.seconds(sum(lengths), sum(length * length for length in lengths)) if lengths else 0.0
-
-    while True:
-        times = [seconds(share) for share in shares]
-        slow = max(range(len(shares)), key=times.__getitem__)
-        for there, ours, theirs in _pairs(problem, shares, slow):
-            one, other = Share(shares[slow].degree, ours), Share(shares[there].degree, theirs)
-            if max(seconds(one), seconds(other)) < BETTER * times[slow]:
-                shares[slow], shares[there] = one, other
-                break
-        else:
-            return Split(times[slow], tuple(shares))
-
-
-def _pairs(
-    problem: BatchProblem, shares: Sequence[Share], slow: int
-) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Yield a group and the documents of the slow one and its own after a move or a swap, where there is room."""
-    degree, mine = shares[slow]
-    for there, (other, theirs) in enumerate(shares):
-        for out in _few(mine) if there != slow else ():
-            for back in ((), *_few(theirs)):
-                ours, others = _without(mine, out) + back, _without(theirs, back) + out
-                if _fits(problem, degree, ours) and _fits(problem, other, others):
-                    yield there, ours, others
-
-
-def _few(documents: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield each document alone, and each two."""
-    return chain(combinations(documents, 1), combinations(documents, 2))
-
-
-def _without(documents: tuple[int, ...], left_out: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(at for at in documents if at not in left_out)
-
-
-def _fits(problem: BatchProblem, degree: int, documents: tuple[int, ...]) -> bool:
-    return sum(problem.lengths[at] for at in documents) <= degree * problem.capacity

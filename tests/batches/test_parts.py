@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_cp.batches import ALGORITHMS
+from megatron_cp.batches.assign import Split
+from megatron_cp.batches.branch import branched
 from megatron_cp.batches.buckets import boundaries, rounded
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
@@ -45,6 +47,19 @@ def test_a_group_waits_for_its_last_rank():
     plan = placed("wait", one, [[Share(1, (0,)), Share(1, (1,))], [Share(2, (2,))]])
     assert plan.spans[1][0].start == one.alone(100, 1)
     assert plan.seconds == one.alone(100, 1) + one.alone(150, 2)
+
+
+def test_groups_that_are_full_but_for_a_few_tokens_are_found():
+    one = problem([138, 112, 108, 101, 98], ranks=6)
+    full = Split(one.rate[5].seconds(459, 50917), (Share(5, (0, 1, 2, 3)), Share(1, (4,))))
+    found = branched(one, range(5), full)
+    assert found.shares == (Share(4, (0, 1, 2)), Share(2, (3, 4)))
+    assert found.seconds == one.rate[4].seconds(358, 138**2 + 112**2 + 108**2) < full.seconds
+    # nothing is faster, and six documents of 100 tokens leave no rank for another
+    assert branched(one, range(5), found) is found
+    assert branched(problem([100] * 6 + [1], ranks=6), range(7), None) is None
+    # groups of two lie inside a node
+    assert branched(problem([150] * 3, ranks=6, degrees=[1, 2], per_node=3), range(3), None) is None
 
 
 @pytest.mark.parametrize("per_node", [1, 2, 3, 4, 8])
