@@ -31,14 +31,14 @@ def batches(
     ] = "",
     seq: Annotated[
         int, typer.Option("--seq-length", parser=tokens, metavar="COUNT", help="Tokens to which documents are cut.")
-    ] = 8192,
+    ] = 4096,
     tokens_per_rank: Annotated[
         int,
         typer.Option("--cp-tokens-per-rank", parser=tokens, metavar="COUNT", help="Most tokens of a rank in a slot."),
-    ] = 4096,
-    documents: Annotated[str, typer.Option("--global-batch-size", help="Documents of a step.")] = "8",
+    ] = 2048,
+    documents: Annotated[str, typer.Option("--global-batch-size", help="Documents of a step.")] = "4",
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each plan, in turns.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are counted.")] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are counted.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of a table.")] = False,
 ) -> None:
     """Train a recipe with a plan and with `static` in turns, and compare the ratio of their times with its prediction.
@@ -67,18 +67,22 @@ def batches(
         words += ["--calculate-per-token-loss", "--save=false", "--save-interval=false", *(flags or [])]
         run = checked(load(name, config.environment(), words))
         ready_corpus(run)
-        found = bench(run, ALGORITHMS.get(plan).name, rounds, steps)
+        found = bench(run, ALGORITHMS.get(plan).name, rounds, steps, _say)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=2))
     else:
         _show(found, rounds)
 
 
+def _say(line: str) -> None:
+    typer.echo(f"[megatron-cp] {line}", err=True)
+
+
 def _calibrated(file: Path) -> str:
     from megatron_cp.bench.calibrate import as_yaml, calibrate
     from megatron_cp.bench.links import measure_links
 
-    typer.echo("[megatron-cp] measures this machine, as megatron-cp calibrate does", err=True)
+    _say("measures this machine, as megatron-cp calibrate does")
     file.write_text(as_yaml(measure_links(), calibrate("float32")), encoding="utf-8")
     return str(file)
 

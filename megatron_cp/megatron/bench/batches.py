@@ -5,7 +5,7 @@ beside the ratio of what their plans predict.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -110,17 +110,24 @@ class BatchResult:
         }
 
 
-def bench(run: Recipe, name: str, rounds: int, count: int) -> BatchResult:
+def bench(
+    run: Recipe, name: str, rounds: int, count: int, say: Callable[[str], None] = lambda line: None
+) -> BatchResult:
     """Train `rounds` times with each plan, `count` counted steps each.
 
     run: a recipe for planned batches, but for the plan's name
+    say: is told before the first training how long all of them take
     Raises ValueError for a plan that runs other documents than the baseline, and RuntimeError where losses differ or a
     training fails.
     """
     if ALGORITHMS.get(name).delays:
         raise Refused(f"--plan {name} keeps documents for later steps, which {BASELINE} does not; take balanced")
     runs = {each: _with(run, each, count) for each in (BASELINE, name)}
-    plans = {each: plans_of(one, each, WARM + count)[WARM:] for each, one in runs.items()}
+    plans = {each: plans_of(one, each, WARM + count) for each, one in runs.items()}
+    seconds = rounds * sum(plan.seconds for each in plans.values() for plan in each)
+    say(
+        f"trains {2 * rounds} times {WARM + count} steps: {seconds:.0f} s by their plans, without loading the libraries"
+    )
     taken: dict[str, list[list[float]]] = {each: [] for each in runs}
     losses: list[float | None] = []
     for turn in range(rounds):
@@ -130,7 +137,7 @@ def bench(run: Recipe, name: str, rounds: int, count: int) -> BatchResult:
             losses = losses or [step.loss for step in found]
             check_losses(each, losses, [step.loss for step in found])
             taken[each].append(step_seconds(found)[WARM:])
-    times = {each: PlannedTimes(plans=plans[each], rounds=taken[each]) for each in runs}
+    times = {each: PlannedTimes(plans=plans[each][WARM:], rounds=taken[each]) for each in runs}
     return BatchResult(name=name, plan=times[name], baseline=times[BASELINE])
 
 

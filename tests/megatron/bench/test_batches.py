@@ -61,7 +61,9 @@ def test_runs_take_turns_and_first_steps_do_not_count(monkeypatch: pytest.Monkey
         ] * 2
 
     monkeypatch.setattr(batches, "trained", trained)
-    found = bench(run_of(corpus), "balanced", 2, 2)
+    said: list[str] = []
+    found = bench(run_of(corpus), "balanced", 2, 2, said.append)
+    assert said[0].startswith("trains 4 times 4 steps: ")
     assert ran == ["static", "balanced", "balanced", "static"]
     assert found.measured == 3.0
     assert found.as_json()["measured_over_predicted"] == 3.0 / found.predicted
