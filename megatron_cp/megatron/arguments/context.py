@@ -46,6 +46,8 @@ from megatron_cp.megatron.run import (
 )
 from megatron_cp.registry import suggest
 
+MEGATRONS_DROPOUT = 0.1  # the rate of attention's dropout where no flag gives one
+
 
 def _in_chunks(source: Any) -> bool:
     """True if attention keeps chunks in host memory."""
@@ -220,8 +222,9 @@ def _check_dropout(args: Any) -> None:
         return
     if kernel == AUTO or not KERNELS.get(kernel).drops:
         names = " or ".join(f"{entry.name} ({entry.needs})" for entry in KERNELS if entry.drops)
+        whose = " (Megatron's default)" if rate == MEGATRONS_DROPOUT else ""
         raise Refused(
-            f"--attention-dropout {rate} needs a kernel that drops weights, got --cp-kernel {kernel}; pass "
+            f"--attention-dropout {rate}{whose} needs a kernel that drops weights, got --cp-kernel {kernel}; pass "
             f"--attention-dropout 0, or --cp-kernel {names}"
         )
     for entry in map(BACKENDS.get, comm_types(args)):

@@ -126,7 +126,8 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
         ({"fp8_dot_product_attention": True}, "attention in FP8 .* leave both out"),
         (
             {"attention_dropout": 0.1},
-            "needs a kernel that drops .* got --cp-kernel auto; pass --attention-dropout 0, or ",
+            r"--attention-dropout 0.1 \(Megatron's default\) needs a kernel that drops .* got --cp-kernel auto; pass "
+            "--attention-dropout 0, or ",
         ),
         (
             {"attention_dropout": 0.1, "cp_kernel": "torch"},
