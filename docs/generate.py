@@ -49,6 +49,7 @@ from megatron_cp.planner.model import model_of
 from megatron_cp.plots import timeline as plot_of_steps
 from megatron_cp.plots import trace as plot_of_traces
 from megatron_cp.recipe import recipe
+from megatron_cp.replicas import OUTERS
 from megatron_cp.tensor import COLLECTIVE, CUBE, ENGINES, GEMMS, MEGATRONS, RING
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
 from megatron_cp.tensor.axes import engines_over
@@ -184,6 +185,11 @@ def experts() -> str:
     head = ["--moe-grouped-product", "what it does", "needs", "source", "file"]
     rows = (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.needs, one.paper] for one in PRODUCTS)
     return table(head, ([*row, linked(file_of(one.load()))] for row, one in zip(rows, PRODUCTS, strict=True)))
+
+
+def outer_optimizers() -> str:
+    head = ["--local-sgd-outer", "what islands go on from", "source"]
+    return table(head, (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.paper] for one in OUTERS))
 
 
 def tensor_traffic() -> str:
@@ -542,6 +548,7 @@ PARTS: dict[str, Callable[[], str]] = {
         engines,
         products,
         experts,
+        outer_optimizers,
         schedule_costs,
         offload_costs,
         pipeline_communicators,

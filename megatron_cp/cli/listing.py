@@ -16,6 +16,7 @@ from megatron_cp.experts import PRODUCTS
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.registry import unknown
+from megatron_cp.replicas import OUTERS
 from megatron_cp.tensor import ENGINES, GEMMS, SCHEMES
 
 
@@ -57,6 +58,7 @@ KINDS: dict[str, Callable[[], Iterator[Listed]]] = {
     "engines": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in ENGINES),
     "products": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in GEMMS),
     "experts": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in PRODUCTS),
+    "outer-optimizers": lambda: (Listed(entry.name, entry.what) for entry in OUTERS),
     "batch-algorithms": lambda: (Listed(entry.name, f"{entry.what}; degrees: {entry.degrees}") for entry in ALGORITHMS),
     "kernels": lambda: (Listed(entry.name, f"{entry.summary}; needs {entry.needs}") for entry in KERNELS),
 }
@@ -70,6 +72,7 @@ FOR = {
     "engines": "--tp-engine",
     "products": "--tp-gemm",
     "experts": "--moe-grouped-product",
+    "outer-optimizers": "--local-sgd-outer",
     "batch-algorithms": "plan-batches --algorithm",
     "kernels": "--cp-kernel",
 }

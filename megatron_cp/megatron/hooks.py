@@ -22,6 +22,8 @@ from megatron_cp.registry import Registry
 SUPPORTED = "0.19."
 FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
 """Hooks that place stages on the V; they are applied for such a schedule only."""
+FOR_ISLANDS = ("island-gradients", "island-step", "island-weights")
+"""Hooks that let the instances of the distributed optimizer train apart."""
 _MARK = "megatron_cp_hook"
 
 
@@ -178,6 +180,34 @@ HOOKS = Registry(
             reason="transformer-engine's linears delay weight gradients only when expert-parallel messages overlap",
             retired_by="a delay_wgrad_compute that any pipeline schedule may use",
             settings=True,
+        ),
+        Hook(
+            name="island-gradients",
+            targets=("megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",),
+            by="megatron_cp.megatron.replicas.islands:keep_gradients",
+            parameters=("self", "ddp_config"),
+            reason="gradients are always added between the instances of the distributed optimizer",
+            retired_by="an option of DistributedDataParallel to keep gradients inside an instance",
+            settings=True,
+        ),
+        Hook(
+            name="island-step",
+            targets=("megatron.training.training:train_step",),
+            by="megatron_cp.megatron.replicas.islands:take_step",
+            parameters=("model", "optimizer", "iteration"),
+            reason="every step adds the losses for the log over all ranks, which islands would wait for",
+            retired_by="a train_step that is told over which ranks to add them, and tells the optimizer its number",
+            settings=True,
+        ),
+        Hook(
+            name="island-weights",
+            targets=(
+                "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params",
+            ),
+            by="megatron_cp.megatron.replicas.islands:hand_on",
+            parameters=("self",),
+            reason="the weights that islands go on from are made between the update and the gather",
+            retired_by="a callback of the distributed optimizer between the two",
         ),
         Hook(
             name="kept-attention",

@@ -33,6 +33,7 @@ from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
 from megatron_cp.pipeline.slices import model_lengths
+from megatron_cp.replicas import AVERAGE, OUTERS, OuterOptimizer
 from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, GEMMS, MEGATRONS, SCHEMES, TORCH
 from megatron_cp.units import is_whole
 
@@ -435,6 +436,63 @@ class ExpertFlags(_Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalSgdFlags(_Flags):
+    """Flags of islands of replicas, which are Megatron's --num-distributed-optimizer-instances."""
+
+    prefix = "local_sgd"
+    title = "Local SGD (megatron-cp)"
+
+    steps: str | None = _flag(
+        None,
+        lambda: "H|SCHEDULE",
+        lambda: (
+            "Let the instances of --num-distributed-optimizer-instances train apart, as islands that average weights "
+            "and moments every H steps. STEP:H,STEP:H changes H at these steps, the first of which is 1: 1:1,1001:8."
+        ),
+    )
+    outer: str = _flag(
+        AVERAGE,
+        lambda: _one_of(*OUTERS.names),
+        lambda: (
+            "With --local-sgd-steps, what islands go on from: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in OUTERS)
+            + "."
+        ),
+    )
+    outer_lr: float | None = _flag(
+        None,
+        lambda: "RATE",
+        lambda: f"Learning rate of --local-sgd-outer {_with_momentum('learning_rate')}.",
+        float,
+    )
+    outer_momentum: float | None = _flag(
+        None,
+        lambda: "DECAY",
+        lambda: f"Momentum of --local-sgd-outer {_with_momentum('momentum')}.",
+        float,
+    )
+
+    @property
+    def outer_optimizer(self) -> OuterOptimizer:
+        """The named one; ValueError for a name that is unknown."""
+        return OUTERS.get(self.outer)
+
+    @property
+    def learning_rate(self) -> float:
+        """The outer optimizer's; its own where none is given."""
+        return self.outer_lr if self.outer_lr is not None else self.outer_optimizer.learning_rate or 0.0
+
+    @property
+    def decay(self) -> float:
+        """The decay of the outer optimizer's momentum; its own where none is given."""
+        return self.outer_momentum if self.outer_momentum is not None else self.outer_optimizer.momentum or 0.0
+
+
+def _with_momentum(default: str) -> str:
+    return ", ".join(f"{entry.name}, by default {getattr(entry, default)}" for entry in OUTERS if entry.remembers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Values of Megatron's arguments for our layers and schedules, read where Megatron calls us and handed down.
 
@@ -455,6 +513,7 @@ class Settings:
     pipeline: PipelineFlags = PipelineFlags()
     tensor: TensorFlags | None = None
     experts: ExpertFlags | None = None
+    local_sgd: LocalSgdFlags = LocalSgdFlags()
     seq_length: int | None = None
     rope_scaling_factor: float | None = None
     slice_lengths: tuple[int, ...] = ()
@@ -475,6 +534,7 @@ class Settings:
             pipeline=flags,
             tensor=TensorFlags.of(args) if hasattr(args, "tp_comm_type") else None,
             experts=ExpertFlags.of(args) if hasattr(args, "moe_grouped_product") else None,
+            local_sgd=LocalSgdFlags.of(args),
             seq_length=getattr(args, "seq_length", None),
             rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
             slice_lengths=_slice_lengths(args, flags) if flags.sliced and flags.schedule else (),

@@ -29,7 +29,7 @@ from megatron_cp.planner.memory import (
 )
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.traffic import StepTraffic, step_traffic
+from megatron_cp.planner.traffic import AVERAGED_BYTES, StepTraffic, step_traffic
 from megatron_cp.planner.work import (
     PassTimes,
     RankConfig,
@@ -483,7 +483,7 @@ def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
     else:
         data = _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
         data += _left(gather, forward, bucket, parallel.overlap_param_gather)
-        data += _between_instances(rank, gradients)
+        data += _between_instances(rank, parameters, gradients)
     owned = parameters / (shards if parallel.distributed_optimizer or parallel.fsdp else 1)
     return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s
 
@@ -508,11 +508,15 @@ def _fsdp(rank: RankConfig, parameters: float, stage: Stage) -> float:
     bucket = min(1.0, BUCKET / parameters)
     once = gather / max(1.0, stage.layers) if gathers else _left(gather, forward, bucket, parallel.overlap_param_gather)
     once += 0.0 if reduces else _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
-    return parallel.micros * each + once + _between_instances(rank, gradients)
+    return parallel.micros * each + once + _between_instances(rank, parameters, gradients)
 
 
-def _between_instances(rank: RankConfig, gradients: float) -> float:
-    """Return the seconds for adding a rank's shard of `gradients` bytes over the instances of the optimizer."""
+def _between_instances(rank: RankConfig, parameters: float, gradients: float) -> float:
+    """Return the seconds for adding a rank's shard of `gradients` bytes over the instances of the optimizer.
+
+    Islands of Local SGD average their shards of weights and moments instead, in a mean of their steps.
+    """
     parallel = rank.parallel
-    stride = parallel.tp * parallel.shards
-    return collective_seconds(rank.cluster, "reduce", gradients / parallel.shards, parallel.instances, stride)
+    stride, steps = parallel.tp * parallel.shards, parallel.local_steps
+    added = (gradients if steps is None else AVERAGED_BYTES * parameters) / parallel.shards
+    return collective_seconds(rank.cluster, "reduce", added, parallel.instances, stride) / (steps or 1)

@@ -25,7 +25,7 @@ MODELLED = _flags(
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
-    pp-slices cp-keep-attention
+    pp-slices cp-keep-attention local-sgd-steps local-sgd-outer
     """
 )
 
@@ -238,6 +238,7 @@ FREE = _flags(
     sft-tokenizer-prompt-format fault-injector-ranks fault-injector-num-ranks fault-injector-fault-types
     fault-injector-fault-probabilities fault-injector-fault-delay fault-injector-delay-start-iteration
     fault-injector-mtti-seconds fault-injector-offset-seconds fault-injector-seed cp-cluster pp-profile-steps
+    local-sgd-outer-lr local-sgd-outer-momentum
     """
 )
 """Flags without effect on a step between checkpoints and evaluations, or with one below what the estimate resolves."""

@@ -47,7 +47,7 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     # fp8 keeps each weight and its transpose, and by default a copy in bf16
     weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
     gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
-    state = parallel.state_bytes or (8 if parallel.precision == "float32" else 12)
+    state = (parallel.state_bytes or (8 if parallel.precision == "float32" else 12)) + parallel.outer_bytes
     owned = dense / parallel.shards + experts * parallel.instances / parallel.expert_shards
     if parallel.fsdp:
         kept = (owned if parallel.is_sharded(kind) else parameters for kind in ("params", "grads", "optim"))

@@ -14,6 +14,8 @@ from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
+from megatron_cp.replicas import AVERAGE, OUTERS
+from megatron_cp.replicas.sync_steps import phases_of
 from megatron_cp.tensor import AUTO, DEFAULT_ENGINE, FLUX, MEGATRONS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 from megatron_cp.tensor.cost import Placing
@@ -54,6 +56,9 @@ class Parallel:
     overlap_p2p: the interleaved schedule sends beside its computation; otherwise each pass waits for its messages
     fsdp, sharding: what fully sharded data parallelism spreads, as --data-parallel-sharding-strategy says it
     instances:   groups of data-parallel and context-parallel ranks, each of which holds a whole of what is sharded
+    local_steps: that instances take on their own between two averages of weights and moments; None where they add
+                 their gradients in every step
+    outer_bytes: of the outer optimizer per parameter of a rank's shard
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     state_bytes: of the optimizer per parameter; None for float32 master weights and moments
@@ -97,6 +102,8 @@ class Parallel:
     fsdp: bool = False
     sharding: str = SHARDINGS[-1]
     instances: int = 1
+    local_steps: int | None = None
+    outer_bytes: int = 0
     fp8_params: bool = False
     fp32_grads: bool = True
     state_bytes: float | None = None
@@ -249,6 +256,8 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         fsdp=bool({"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(given)),
         sharding=recipe.flag("--data-parallel-sharding-strategy", SHARDINGS[-1]),
         instances=recipe.number("--num-distributed-optimizer-instances", 1),
+        local_steps=_local_steps(recipe),
+        outer_bytes=8 if OUTERS.get(recipe.flag("--local-sgd-outer", AVERAGE)).remembers else 0,
         fp8_params="--fp8-param-gather" in given,
         fp32_grads=_fp32_grads(recipe),
         state_bytes=_state_bytes(recipe),
@@ -266,6 +275,12 @@ def _tensor_scheme(recipe: Recipe, ranks: int) -> tuple[str, bool]:
         return scheme, overlap and scheme in (MEGATRONS, AUTO)
     stands_in = scheme == MEGATRONS and ranks > 1 and "--sequence-parallel" in recipe.model_args
     return (FLUX if stands_in else scheme), False
+
+
+def _local_steps(recipe: Recipe) -> int | None:
+    """Return the steps between two averages of Local SGD; of a schedule those of its last phase, the most of a run."""
+    text = recipe.flag("--local-sgd-steps", "")
+    return phases_of(text)[-1].every if text else None
 
 
 def _moves(recipe: Recipe) -> Offload | None:

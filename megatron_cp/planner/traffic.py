@@ -10,6 +10,9 @@ from megatron_cp.planner.work import RankConfig, context_attention, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
 from megatron_cp.tensor.place import cube_side
 
+AVERAGED_BYTES = 12
+"""Bytes a parameter that islands of Local SGD average: its weight and two moments in float32."""
+
 
 class Level(NamedTuple):
     """Bytes sent by tensor, context, pipeline, data and expert parallelism."""
@@ -93,7 +96,11 @@ def _of_replicas(parallel: Parallel, parameters: float) -> tuple[float, float]:
     if parallel.fsdp:
         gathers, scatters = parallel.is_sharded("params"), parallel.is_sharded("grads")
         times = 2 * parallel.micros if gathers else 1, parallel.micros if scatters else 1
-    return times[0] * weights + times[1] * gradients, 2 * gradients / parallel.shards
+    added = gradients / parallel.shards
+    if parallel.local_steps is not None:
+        # weights and two moments in float32, once in so many steps
+        added = AVERAGED_BYTES * parameters / parallel.shards / parallel.local_steps
+    return times[0] * weights + times[1] * gradients, 2 * added
 
 
 def _of_linears(rank: RankConfig, layers: float) -> tuple[float, float]:

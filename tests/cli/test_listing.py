@@ -14,6 +14,7 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.recipe import recipe as recipes
+from megatron_cp.replicas import OUTERS
 from megatron_cp.tensor import ENGINES, GEMMS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 
@@ -34,6 +35,7 @@ TAKEN: dict[str, Callable[[str], object]] = {
     "engines": ENGINES.get,
     "products": GEMMS.get,
     "experts": PRODUCTS.get,
+    "outer-optimizers": OUTERS.get,
     "batch-algorithms": ALGORITHMS.get,
     "kernels": KERNELS.get,
 }

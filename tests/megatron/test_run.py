@@ -11,6 +11,7 @@ from megatron_cp.megatron.arguments.context import add_arguments
 from megatron_cp.megatron.run import (
     AttentionFlags,
     ExpertFlags,
+    LocalSgdFlags,
     PipelineFlags,
     Settings,
     TensorFlags,
@@ -73,6 +74,14 @@ def test_flags_of_experts_go_the_same_way() -> None:
     settings.experts.copy_to(config)
     assert vars(config) == {"moe_grouped_product": "loop"}
     assert ExpertFlags.of(config) == settings.experts
+
+
+def test_flags_of_islands_have_the_outer_optimizers_own_values_by_default() -> None:
+    words = "--local-sgd-steps 4 --local-sgd-outer diloco --local-sgd-outer-lr 0.5".split()
+    found = Settings.of(parsed(*words)).local_sgd
+    assert found == LocalSgdFlags(steps="4", outer="diloco", outer_lr=0.5)
+    assert (found.learning_rate, found.decay) == (0.5, 0.9)
+    assert Settings.of(parsed()).local_sgd == LocalSgdFlags()
 
 
 @pytest.mark.parametrize("name", [*AttentionFlags.names(), *TensorFlags.names(), *ExpertFlags.names()])

@@ -295,3 +295,18 @@ def test_kept_attention_of_a_selective_run_is_that_of_none() -> None:
     cp = "--context-parallel-size 4 --cp-comm-type zigzag"
     kept = estimated(f"{cp} --recompute-granularity selective --cp-keep-attention")
     assert figures(kept) == figures(estimated(cp))
+
+
+def test_islands_average_weights_and_moments_once_in_their_steps() -> None:
+    islands = "--use-distributed-optimizer --num-distributed-optimizer-instances 2"
+    every_step, apart = estimated(islands), estimated(f"{islands} --local-sgd-steps 1:1,9:4")
+    parameters = every_step.worst_memory.weights / 2
+    difference = data_bytes(every_step) - data_bytes(apart)
+    # gradients of four bytes in every step, or twelve in one of four; shards of half the parameters, two islands
+    assert difference == pytest.approx((2 * 4 - 2 * 12 / 4) * parameters / 2 / 2)
+    outer = estimated(f"{islands} --local-sgd-steps 4 --local-sgd-outer nesterov")
+    assert outer.worst_memory.optimizer - apart.worst_memory.optimizer == pytest.approx(8 * parameters / 2)
+
+
+def data_bytes(found: Estimate) -> float:
+    return found.traffic.inside.data + found.traffic.between.data

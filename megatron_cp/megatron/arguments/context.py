@@ -36,6 +36,7 @@ from megatron_cp.megatron.run import (
     HEAD_FIRST,
     AttentionFlags,
     ExpertFlags,
+    LocalSgdFlags,
     PipelineFlags,
     TensorFlags,
     cuts_at_eod,
@@ -114,6 +115,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     PipelineFlags.add_to(parser)
     TensorFlags.add_to(parser)
     ExpertFlags.add_to(parser)
+    LocalSgdFlags.add_to(parser)
     return parser
 
 

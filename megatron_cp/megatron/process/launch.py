@@ -20,7 +20,7 @@ from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus, environment_from_slurm
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
-from megatron_cp.megatron.run import say, uneven_masks, values_of
+from megatron_cp.megatron.run import LocalSgdFlags, say, uneven_masks, values_of
 from megatron_cp.pipeline import on_v
 
 
@@ -50,6 +50,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += ["mtp-layers", "mtp-loss"]
     if layers and values_of(argv, "--cp-keep-attention") is not None:
         names.append("kept-attention")
+    if any(values_of(argv, flag) is not None for flag in LocalSgdFlags.names()):
+        names += ["flags", "checks", *hooks.FOR_ISLANDS]
     if copies_beside(argv):
         names.append("connections")
     if hooks.dataset_helpers_need_no_make():

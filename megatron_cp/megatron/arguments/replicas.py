@@ -1,0 +1,189 @@
+"""Checks of the flags for Local SGD, once Megatron has worked out its sizes."""
+
+from typing import Any
+
+from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
+from megatron_cp.megatron.run import LocalSgdFlags, PipelineFlags, say
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.replicas.sync_steps import Phase, phases_of, syncs
+
+
+def _without_flush(args: Any) -> bool:
+    schedule = PipelineFlags.of(args).schedule
+    return schedule is not None and SCHEDULES.get(schedule).delay is not None
+
+
+UNSUPPORTED = (
+    Unsupported("weights that data-parallel ranks share out", shares_weights_out, "use --use-distributed-optimizer"),
+    Unsupported(
+        "another optimizer than Adam",
+        lambda args: read(args, "optimizer", "adam") != "adam",
+        "pass --optimizer adam",
+    ),
+    Unsupported(
+        "loss scales, which the islands would change apart",
+        lambda args: bool(read(args, "fp16", False)),
+        "pass --bf16 in the place of --fp16",
+    ),
+    Unsupported(
+        "per-token losses, whose count of tokens is of all islands",
+        lambda args: bool(read(args, "calculate_per_token_loss", False)),
+        "leave --calculate-per-token-loss out",
+    ),
+    Unsupported(
+        "experts, which other ranks share than the rest of the model",
+        lambda args: bool(read(args, "num_experts")),
+        "leave --num-experts out",
+    ),
+    Unsupported(
+        "optimizers that keep the weights themselves",
+        lambda args: any(
+            read(args, name, False)
+            for name in (
+                "use_precision_aware_optimizer",
+                "optimizer_cpu_offload",
+                "fp8_param_gather",
+                "fp4_param_gather",
+            )
+        ),
+        "leave --use-precision-aware-optimizer, --optimizer-cpu-offload, --fp8-param-gather and --fp4-param-gather out",
+    ),
+    Unsupported(
+        "updates that a CUDA graph holds",
+        lambda args: bool(read(args, "optimizer_cuda_graph", False)),
+        "leave --optimizer-cuda-graph out",
+    ),
+    Unsupported(
+        "gathers beside the update",
+        lambda args: bool(read(args, "overlap_param_gather_with_optimizer_step", False)),
+        "leave --overlap-param-gather-with-optimizer-step out",
+    ),
+    Unsupported(
+        "pipelines without a flush, which keep earlier weights",
+        _without_flush,
+        "take another --pp-schedule",
+    ),
+    Unsupported(
+        "ends whenever a signal or a clock says so, for the weights are one at a sync only",
+        lambda args: bool(read(args, "exit_signal_handler", False)) or read(args, "exit_duration_in_mins") is not None,
+        "leave --exit-signal-handler and --exit-duration-in-mins out",
+    ),
+    Unsupported(
+        "steps that are skipped, after which islands would meet at different ones",
+        lambda args: bool(read(args, "iterations_to_skip")),
+        "leave --iterations-to-skip out",
+    ),
+    Unsupported(
+        "a number of samples to train on, whose steps are not known beforehand",
+        lambda args: read(args, "train_samples") is not None,
+        "pass --train-iters in the place of --train-samples",
+    ),
+    Unsupported(
+        "the norm of the weights, which is added up over all islands",
+        lambda args: bool(read(args, "log_params_norm", False)),
+        "leave --log-params-norm out",
+    ),
+)
+AT_SYNCS = (
+    ("save_interval", "save"),
+    ("non_persistent_save_interval", "save"),
+    ("save_params_interval", "save"),
+    ("exit_interval", None),
+    ("eval_interval", "eval_iters"),
+    ("check_weight_hash_across_dp_replicas_interval", None),
+)
+"""Intervals of what reads the weights, each with the argument without which it is never reached."""
+
+
+def check_local_sgd(args: Any) -> None:
+    """Refuse what --local-sgd-steps cannot do; ValueError with the rule, the value and a way out."""
+    flags = LocalSgdFlags.of(args)
+    if flags.steps is None:
+        _refuse_alone(flags)
+        return
+    who, phases = f"--local-sgd-steps {flags.steps}", phases_of(flags.steps)
+    refuse(UNSUPPORTED, args, who)
+    _check_outer(args, flags)
+    _check_islands(args, who)
+    _check_syncs(args, who, phases)
+
+
+def complete_local_sgd(args: Any) -> None:
+    """Let no step meet all ranks that need not, and say which still do."""
+    if LocalSgdFlags.of(args).steps is None:
+        return
+    if read(args, "rerun_mode", "disabled") != "disabled":
+        args.rerun_mode = "disabled"
+        say("a run that may repeat a step would ask all islands in every step: --rerun-mode disabled")
+    if read(args, "log_interval"):
+        say(f"--log-interval {args.log_interval}: islands wait for each other at every line of the log too")
+
+
+def _refuse_alone(flags: LocalSgdFlags) -> None:
+    for name, default in vars(LocalSgdFlags()).items():
+        if (value := getattr(flags, name)) != default:
+            flag = f"--local-sgd-{name.replace('_', '-')}"
+            raise Refused(f"{flag} {value} is of islands; pass --local-sgd-steps too, or leave it out")
+
+
+def _check_outer(args: Any, flags: LocalSgdFlags) -> None:
+    entry = flags.outer_optimizer
+    if not entry.remembers:
+        if flags.outer_lr is not None or flags.outer_momentum is not None:
+            raise Refused(
+                f"--local-sgd-outer {entry.name} takes the mean, without --local-sgd-outer-lr and "
+                f"--local-sgd-outer-momentum; leave them out, or pass --local-sgd-outer nesterov"
+            )
+        return
+    if flags.learning_rate <= 0:
+        raise Refused(f"--local-sgd-outer-lr is more than 0, got {flags.learning_rate}; DiLoCo takes 0.7")
+    if not 0 <= flags.decay < 1:
+        raise Refused(f"--local-sgd-outer-momentum is at least 0 and less than 1, got {flags.decay}; DiLoCo takes 0.9")
+    if read(args, "save") is not None:
+        raise Refused(
+            f"--local-sgd-outer {entry.name} keeps a momentum, which checkpoints do not hold; leave --save out, or "
+            f"pass --local-sgd-outer average"
+        )
+
+
+def _check_islands(args: Any, who: str) -> None:
+    count = read(args, "num_distributed_optimizer_instances", 1)
+    if not read(args, "use_distributed_optimizer", False) or count < 2:
+        raise Refused(
+            f"{who} needs islands, the instances of the distributed optimizer: pass --use-distributed-optimizer and "
+            f"--num-distributed-optimizer-instances of 2 or more, got {count}"
+        )
+    if args.data_parallel_size % count:
+        raise Refused(
+            f"{who}: ranks of a context-parallel group stay together, and --num-distributed-optimizer-instances "
+            f"{count} must divide the data-parallel size {args.data_parallel_size}; take a divisor of it"
+        )
+
+
+def _check_syncs(args: Any, who: str, phases: tuple[Phase, ...]) -> None:
+    last = read(args, "train_iters") or 0
+    if last and not syncs(phases, last):
+        raise Refused(
+            f"{who}: islands would end apart, for --train-iters {last} is no sync; "
+            f"{_nearest(phases, last, 'train_iters')}"
+        )
+    for name, needs in AT_SYNCS:
+        every = read(args, name)
+        if not every or (needs and not read(args, needs)):
+            continue
+        for step in range(every, last + 1, every):
+            if not syncs(phases, step):
+                raise Refused(
+                    f"{who}: weights are one at a sync only, and --{name.replace('_', '-')} {every} reads them at step "
+                    f"{step}; {_nearest(phases, step, name)}"
+                )
+
+
+def _nearest(phases: tuple[Phase, ...], step: int, name: str) -> str:
+    later = next(
+        after for after in range(step, step + max(phase.every for phase in phases) + 1) if syncs(phases, after)
+    )
+    if name == "train_iters":
+        return f"train for {later} steps, or choose other ones"
+    return f"the next sync is at {later}; choose a multiple of the steps between syncs"

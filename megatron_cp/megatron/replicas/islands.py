@@ -1,0 +1,173 @@
+"""Islands of Local SGD are the instances of Megatron's distributed optimizer.
+
+Megatron scatters gradients inside an instance and then adds the shards between the instances. The second half is left
+out here. Instead the instances average their shards of weights and moments at some steps, before Megatron hands the
+weights on to the model and gathers them as ever.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_cp.comm import GroupFabric
+from megatron_cp.megatron.run import LocalSgdFlags, Settings, say
+from megatron_cp.replicas.outer import Spread, put_mean
+from megatron_cp.replicas.sync_steps import phases_of, syncs
+
+ISLAND = "megatron_cp_island"
+"""Attribute of a distributed optimizer that holds its Island from the first step on."""
+
+
+def keep_gradients(old: Callable[..., None], settings: Settings, replica: Any, *args: Any, **kwargs: Any) -> None:
+    """Build Megatron's replica, and let gradients be averaged inside its island alone."""
+    old(replica, *args, **kwargs)
+    if settings.local_sgd.steps is None:
+        return
+    config = replica.ddp_config
+    # what Megatron adds between the instances is added over this rank alone
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    for group in (*replica.bucket_groups, *replica.expert_parallel_bucket_groups):
+        group.inter_distributed_optimizer_instance_group = alone
+        for bucket in group.buckets:
+            # Megatron divides by all ranks; where the collective averages, it already does so over the island
+            if not config.average_in_collective:
+                bucket.gradient_scaling_factor *= config.num_distributed_optimizer_instances
+
+
+def take_step(old: Callable[..., Any], settings: Settings, *args: Any, **kwargs: Any) -> Any:
+    """Take a step of training, after which the islands meet where it is a sync.
+
+    Between syncs the losses that Megatron logs are of this rank's island, so that it waits for no other.
+    """
+    if settings.local_sgd.steps is None:
+        return old(*args, **kwargs)
+    given = inspect.signature(old).bind(*args, **kwargs).arguments
+    optimizers = getattr(given["optimizer"], "chained_optimizers", [given["optimizer"]])
+    islands = [_island_of(optimizer, settings.local_sgd) for optimizer in optimizers]
+    step = given["iteration"] + 1
+    meet = syncs(phases_of(settings.local_sgd.steps), step)
+    for island in islands:
+        island.meets = meet
+    groups = get_attr_wrapped_model(given["model"][0], "pg_collection")
+    # the first of two groups that Megatron looks for
+    everyone = getattr(groups, "dp_cp_gtp_remat", None)
+    if not meet:
+        groups.dp_cp_gtp_remat = parallel_state.get_data_parallel_group(
+            with_context_parallel=True, partial_data_parallel=True
+        )
+    try:
+        result = old(*args, **kwargs)
+    finally:
+        groups.dp_cp_gtp_remat = everyone
+    if meet:
+        _report(step, islands)
+    return result
+
+
+def hand_on(old: Callable[..., None], optimizer: Any) -> None:
+    """Hand on the optimizer's weights to the model; at a sync those that all islands go on from."""
+    island = getattr(optimizer, ISLAND, None)
+    if island is not None and island.meets:
+        island.sync()
+    old(optimizer)
+
+
+class Island:
+    """One optimizer's shards of weights and moments on this rank, and what it remembers of the last sync.
+
+    meets:  True while a step runs that ends in a sync
+    spread: how far the islands' weights were apart at the last sync, as this rank sees it
+    waited: seconds that this rank waited for other islands then
+    """
+
+    def __init__(self, optimizer: Any, flags: LocalSgdFlags) -> None:
+        self.meets = False
+        self.spread = Spread(torch.zeros(()), torch.zeros(()))
+        self.waited = 0.0
+        self._optimizer, self._flags = optimizer, flags
+        keeps = flags.outer_optimizer.remembers
+        self._anchors = [weight.detach().clone() for weight in weights_of(optimizer)] if keeps else []
+        self._momenta: list[Tensor | None] = [torch.zeros_like(anchor) for anchor in self._anchors]
+
+    def sync(self) -> None:
+        """Average weights and moments over the islands, and step towards the mean; all islands call it together."""
+        islands = between_islands()
+        device = torch.device(torch.cuda.current_device())
+        began = perf_counter()
+        islands.all_gather(torch.zeros(1, device=device)).tolist()
+        self.waited = perf_counter() - began
+        weights = weights_of(self._optimizer)
+        self.spread = put_mean(weights, islands)
+        for moments in moments_of(self._optimizer, weights).values():
+            put_mean(moments, islands)
+        self._step(weights)
+
+    @torch.no_grad()
+    def _step(self, weights: list[Tensor]) -> None:
+        step = self._flags.outer_optimizer.load()
+        for number, (weight, anchor) in enumerate(zip(weights, self._anchors, strict=False)):
+            stepped = step(weight, anchor, self._momenta[number], self._flags.learning_rate, self._flags.decay)
+            self._momenta[number] = stepped.momentum
+            weight.copy_(stepped.weight)
+            anchor.copy_(stepped.weight)
+
+
+def between_islands() -> GroupFabric:
+    """Return the ranks that hold this rank's shard, one of each island."""
+    return GroupFabric(parallel_state.get_inter_distributed_optimizer_instance_group())
+
+
+def weights_of(optimizer: Any) -> list[Tensor]:
+    """Return this rank's shards of weights in float32; an optimizer of no parameters has none."""
+    kinds = ("shard_fp32_from_float16_groups", "shard_fp32_groups")
+    groups = [group for kind in kinds for group in getattr(optimizer, kind, ())]
+    return [weight for group in groups for weight in group if weight is not None]
+
+
+def moments_of(optimizer: Any, weights: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Return what the optimizer keeps of each weight, by name."""
+    found: dict[str, list[Tensor]] = {}
+    for weight in weights:
+        for name, value in _kept(optimizer.optimizer.state[weight], weight):
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _kept(state: dict[str, Any], weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for name, value in sorted(state.items()):
+        # the count of steps is a tensor too
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            yield name, value
+
+
+def _island_of(optimizer: Any, flags: LocalSgdFlags) -> Island:
+    if not hasattr(optimizer, ISLAND):
+        # after a checkpoint has been loaded
+        setattr(optimizer, ISLAND, Island(optimizer, flags))
+    island: Island = getattr(optimizer, ISLAND)
+    return island
+
+
+def _report(step: int, islands: list[Island]) -> None:
+    """Say how far the islands were apart, and how long the first waited for the last."""
+    distance, norm = (sum(float(getattr(island.spread, name)) for island in islands) for name in Spread._fields)
+    mine = torch.tensor(
+        [distance, norm, sum(island.waited for island in islands)],
+        dtype=torch.float64,
+        device=torch.device(torch.cuda.current_device()),
+    )
+    shards = between_islands().all_gather(mine)
+    inside = GroupFabric(parallel_state.get_intra_distributed_optimizer_instance_group())
+    # island-ranks islands values
+    every = inside.all_gather(shards)
+    distance, norm, _ = every.sum(dim=(0, 1)).tolist()
+    waited = every[..., 2].max().item()
+    apart = (distance / max(norm, 1e-300)) ** 0.5
+    say(f"step {step}: islands {apart:.2e} of the weights' norm apart, waited {waited:.2f} s for the last")
