@@ -37,14 +37,14 @@ def batches(
         typer.Option("--cp-tokens-per-rank", parser=tokens, metavar="COUNT", help="Most tokens of a rank in a slot."),
     ] = 2048,
     documents: Annotated[str, typer.Option("--global-batch-size", help="Documents of a step.")] = "4",
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each plan, in turns.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are counted.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each plan runs a step's documents, in turns.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are counted, each on documents of its own.")] = 6,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of a table.")] = False,
 ) -> None:
-    """Train a recipe with a plan and with `static` in turns, and compare the ratio of their times with its prediction.
+    """Train with a plan and with `static` step by step in turns; compare the ratio of their times with its prediction.
 
-    Losses of all runs are compared first. Documents longer than --cp-tokens-per-rank need groups of several ranks,
-    which `static` forms for all.
+    Weights do not change, and the losses of the same documents are compared first. Documents longer than
+    --cp-tokens-per-rank need groups of several ranks, which `static` forms for all.
     """
     from megatron_cp.megatron.bench.batches import bench
 
@@ -91,7 +91,7 @@ def _show(found: "BatchResult", rounds: int) -> None:
     from megatron_cp.megatron.bench.batches import BASELINE, degrees_in_words
 
     console, steps = Console(width=max(100, Console().width), highlight=False), len(found.plan.plans)
-    table = Table(title=f"{steps} steps of the same {found.plan.tokens:,} tokens, median of {rounds} runs in turns")
+    table = Table(title=f"{steps} steps of the same {found.plan.tokens:,} tokens, median of {rounds} rounds in turns")
     for column in ("plan", "tokens/s", "s/step", "predicted", "measured / predicted"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     table.add_column("groups: degree x number")

@@ -1,7 +1,7 @@
-"""Train one recipe with groups of their own for every microbatch, and with one size for all, in turns.
+"""Train one recipe with groups of their own for every microbatch, and with one size for all, step by step in turns.
 
-All runs read the same documents in the same steps, so that their losses are equal, and the ratio of their times stands
-beside the ratio of what their plans predict.
+Steps on the same documents follow each other without a change of the weights, so that their losses are equal, and the
+ratio of their times stands beside the ratio of what their plans predict.
 """
 
 from collections import Counter
@@ -23,12 +23,14 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.batches.documents import CorpusDocuments
 from megatron_cp.megatron.batches.provider import DEFAULT_SPLIT
 from megatron_cp.megatron.batches.request import problem_of_run
+from megatron_cp.megatron.bench import turns as turns_entry
+from megatron_cp.megatron.bench.turns import BASELINE, turns
 from megatron_cp.recipe.command import command, complete, flag_words, processes
-from megatron_cp.recipe.recipe import Recipe, overridden
+from megatron_cp.recipe.recipe import Recipe, Setting, overridden
+from megatron_cp.runlog import Iteration
 
-BASELINE = "static"
-WARM = 2
-"""First steps of a run, which are not counted."""
+WARM = 1
+"""Documents of first steps, which are not counted."""
 CLOSE = 1e-5
 """Relative difference of the losses of a step, which Megatron prints to seven digits."""
 SEED, VOCABULARY_MULTIPLE = 1234, 128
@@ -40,7 +42,7 @@ class PlannedTimes:
     """Counted steps of one plan.
 
     plans:  of each step
-    rounds: seconds of each step, run by run
+    rounds: seconds of each step, round by round
     """
 
     plans: Sequence[BatchPlan]
@@ -53,7 +55,7 @@ class PlannedTimes:
 
     @cached_property
     def measured(self) -> float:
-        """Seconds of all steps, each the median of its runs."""
+        """Seconds of all steps, each the median of its rounds."""
         return sum(median(times) for times in zip(*self.rounds, strict=True))
 
     @property
@@ -113,45 +115,48 @@ class BatchResult:
 def bench(
     run: Recipe, name: str, rounds: int, count: int, say: Callable[[str], None] = lambda line: None
 ) -> BatchResult:
-    """Train `rounds` times with each plan, `count` counted steps each.
+    """Train on the documents of `count` steps, `rounds` times with each plan.
 
     run: a recipe for planned batches, but for the plan's name
-    say: is told before the first training how long all of them take
+    say: is told before the training how long it takes
     Raises ValueError for a plan that runs other documents than the baseline, and RuntimeError where losses differ or a
     training fails.
     """
     if ALGORITHMS.get(name).delays:
         raise Refused(f"--plan {name} keeps documents for later steps, which {BASELINE} does not; take balanced")
-    runs = {each: _with(run, each, count) for each in (BASELINE, name)}
-    plans = {each: plans_of(one, each, WARM + count) for each, one in runs.items()}
+    order = turns(rounds)
+    steps = str((WARM + count) * len(order))
+    # a step that changes no weight may be run again
+    run = complete(overridden(run, ["--cp-plan", name, "--train-iters", steps, "--lr", "0", "--min-lr", "0"]))
+    plans = {each: plans_of(run, each, WARM + count) for each in (BASELINE, name)}
     seconds = rounds * sum(plan.seconds for each in plans.values() for plan in each)
-    say(
-        f"trains {2 * rounds} times {WARM + count} steps: {seconds:.0f} s by their plans, without loading the libraries"
-    )
-    taken: dict[str, list[list[float]]] = {each: [] for each in runs}
-    losses: list[float | None] = []
-    for turn in range(rounds):
-        for each in list(runs)[:: -1 if turn % 2 else 1]:
-            made = command(runs[each])
-            found = trained(made.words, made.environment)
-            losses = losses or [step.loss for step in found]
-            check_losses(each, losses, [step.loss for step in found])
-            taken[each].append(step_seconds(found)[WARM:])
-    times = {each: PlannedTimes(plans=plans[each][WARM:], rounds=taken[each]) for each in runs}
+    say(f"trains {steps} steps: {seconds:.0f} s by their plans, without loading the libraries")
+    made = command(replace(run, launch={**run.launch, "entry": Setting((turns_entry.__name__,), "bench batches")}))
+    at = made.words.index(turns_entry.__name__) + 1
+    found = trained([*made.words[:at], str(rounds), *made.words[at:]], made.environment)
+    taken = [found[first : first + len(order)] for first in range(0, len(found), len(order))]
+    for each in taken:
+        check_losses(name, [step.loss for step in each])
+    times = {
+        each: PlannedTimes(plans=plans[each][WARM:], rounds=_rounds(taken[WARM:], order, at))
+        for at, each in enumerate(plans)
+    }
     return BatchResult(name=name, plan=times[name], baseline=times[BASELINE])
 
 
-def _with(run: Recipe, name: str, count: int) -> Recipe:
-    return complete(overridden(run, ["--cp-plan", name, "--train-iters", str(WARM + count)]))
+def _rounds(taken: Sequence[Sequence[Iteration]], order: Sequence[int], plan: int) -> list[list[float]]:
+    """Return the seconds of one of the two plans in every round, for each step's documents."""
+    places = [at for at, other in enumerate(order) if other == plan]
+    seconds = [step_seconds(steps) for steps in taken]
+    return [[step[at] for step in seconds] for at in places]
 
 
-def check_losses(name: str, expected: Sequence[float | None], found: Sequence[float | None]) -> None:
-    """Raise WrongResultError unless each step has the loss of the first run's."""
-    for step, (theirs, ours) in enumerate(zip(expected, found, strict=True), start=1):
-        if theirs is None or ours is None or not abs(ours - theirs) <= CLOSE * abs(theirs):
-            raise WrongResultError(
-                f"the loss of step {step} is {ours} with --cp-plan {name}, and {theirs} in the first run"
-            )
+def check_losses(name: str, losses: Sequence[float | None]) -> None:
+    """Raise WrongResultError unless all steps on the same documents have the loss of the first."""
+    first = losses[0]
+    for loss in losses:
+        if first is None or loss is None or not abs(loss - first) <= CLOSE * abs(first):
+            raise WrongResultError(f"the same documents have losses {losses} with {BASELINE} and {name} in turns")
 
 
 def plans_of(run: Recipe, name: str, count: int) -> list[BatchPlan]:
