@@ -50,6 +50,12 @@ def plan(
             "need --transformer-impl local, which the plan's recipe says."
         ),
     ] = MEGATRONS,
+    tp_comm_overlap: Annotated[
+        bool,
+        typer.Option(
+            "--tp-comm-overlap", help="Let TransformerEngine's linears overlap their communication, where they can."
+        ),
+    ] = False,
     pp_offload: Annotated[
         bool, typer.Option("--pp-offload", help="Weigh activations on the host too, where memory is short.")
     ] = False,
@@ -106,6 +112,7 @@ def plan(
         offload=pp_offload,
         slices=tuple(count(one, "--pp-slices") for one in pp_slices.replace(",", " ").split()),
         tensor=_tensor_schemes(tp_schemes),
+        tp_overlap=tp_comm_overlap,
         precision=PLANNED[precision],
         fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
         headroom=headroom,

@@ -42,6 +42,8 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
     yield "--tensor-model-parallel-size", parallel.tp
     if parallel.sp:
         yield "--sequence-parallel", True
+    if parallel.tp_overlap:
+        yield "--tp-comm-overlap", True
     if parallel.tp_scheme != MEGATRONS:
         yield "--tp-comm-type", parallel.tp_scheme
         yield "--transformer-impl", "local"

@@ -77,6 +77,7 @@ class PlanRequest:
     offload:      where memory is short, activations may move to the host beside recomputation
     slices:       numbers of slices of a sequence to weigh beside whole sequences
     tensor:       schemes of tensor parallelism; others than Megatron's own need its local linears
+    tp_overlap:   TransformerEngine's linears overlap their communication, where Megatron's own scheme stays
     fixed:        sizes that are given
     headroom:     share of a GPU's memory that stays free
     """
@@ -92,6 +93,7 @@ class PlanRequest:
     offload: bool = False
     slices: tuple[int, ...] = ()
     tensor: tuple[str, ...] = (MEGATRONS,)
+    tp_overlap: bool = False
     fixed: FixedSizes = ANY_SIZES
     headroom: float = HEADROOM
 
@@ -408,7 +410,7 @@ def _schemes(request: PlanRequest, parallel: Parallel) -> list[Parallel]:
     """Return the split with the tensor-parallel scheme whose linears take least, and as it is if that takes memory."""
     chosen = _least(request, parallel)
     if chosen is None or chosen.placing.scheme == MEGATRONS:
-        return [parallel]
+        return [replace(parallel, tp_overlap=request.tp_overlap and _may_overlap(parallel))]
     name, size = chosen.placing.scheme, chosen.placing.size
     if not SCHEMES.get(name).grid:
         return [replace(parallel, tp_scheme=name)]
@@ -416,6 +418,15 @@ def _schemes(request: PlanRequest, parallel: Parallel) -> list[Parallel]:
     deep = [entry.name for entry in SCHEMES if entry.depth and entry.name in request.tensor]
     name = deep[0] if deep and parallel.cp * parallel.dp > 1 else name
     return [replace(parallel, tp_scheme=name, tp_grid=(size.tokens, size.weights)), parallel]
+
+
+def _may_overlap(parallel: Parallel) -> bool:
+    """Return True if TransformerEngine's linears overlap in this split; then they delay no weight gradients."""
+    return parallel.tp > 1 and parallel.sp and parallel.slices == 1 and not _delays(parallel)
+
+
+def _delays(parallel: Parallel) -> bool:
+    return parallel.schedule is not None and PIPELINES.get(parallel.schedule).split
 
 
 def _least(request: PlanRequest, parallel: Parallel) -> Cheapest | None:
@@ -429,8 +440,9 @@ def _least(request: PlanRequest, parallel: Parallel) -> Cheapest | None:
     if rank.tokens % parallel.tp:
         return None
     moe = request.model.moe_layers == request.model.layers
-    split = parallel.schedule is not None and PIPELINES.get(parallel.schedule).split
-    return cheapest(linears_of(rank, moe), parallel.tp, request.cluster, rank.dtype, split=split, among=among)
+    return cheapest(
+        linears_of(rank, moe), parallel.tp, request.cluster, rank.dtype, split=_delays(parallel), among=among
+    )
 
 
 def _saving(request: PlanRequest, parallel: Parallel) -> list[Parallel]:
@@ -481,7 +493,7 @@ def _plain(parallel: Parallel) -> Parallel:
     sliced = parallel.slices > 1
     if parallel.moves and not sliced and parallel.schedule == megatrons_schedule(parallel.vp):
         parallel = replace(parallel, schedule=None)
-    return replace(parallel, recompute="none", moves=None, tp_scheme=MEGATRONS, tp_grid=None)
+    return replace(parallel, recompute="none", moves=None, tp_scheme=MEGATRONS, tp_grid=None, tp_overlap=False)
 
 
 def _contexts(request: PlanRequest, parallel: Parallel) -> Iterator[Parallel]:

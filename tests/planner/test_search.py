@@ -106,6 +106,18 @@ def test_slices_are_weighed_where_asked(tmp_path: Path) -> None:
     assert "4 slices" in file.read_text()
 
 
+def test_overlap_of_linears_is_taken_where_asked_and_where_no_weight_gradient_waits(tmp_path: Path) -> None:
+    fixed = FixedSizes(tp=8, cp=2, pp=2, dp=1, vp=1, micro_batch=1)
+    asked = replace(request(), backends=("zigzag",), fixed=fixed, tp_overlap=True)
+    (whole,), (split,) = (search(replace(asked, schedules=(name,)), record, 1).options for name in ("1f1b", "zb-h1"))
+    (alone,) = search(replace(asked, schedules=("1f1b",), tp_overlap=False), record, 1).options
+    assert (whole.parallel.tp_overlap, split.parallel.tp_overlap, alone.parallel.tp_overlap) == (True, False, False)
+    assert whole.seconds < alone.seconds
+    file = tmp_path / "planned.yaml"
+    file.write_text(as_recipe(whole, "models/llama3.1-8b"))
+    assert parallel_of(recipe.load(str(file), {"DATA_PATH": "corpus"}), 32) == whole.parallel
+
+
 def test_fixed_sizes_are_the_plans() -> None:
     sizes = {"tp": 4, "cp": 2, "pp": 2, "dp": 2, "vp": 2, "micro_batch": 2}
     fixed = replace(request(), fixed=FixedSizes(**sizes), backends=("zigzag",))
