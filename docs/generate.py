@@ -44,6 +44,7 @@ from megatron_cp.pipeline.passes import without_moves
 from megatron_cp.pipeline.placement import Placement, loop, vee
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.pipeline.slices import flash_shares, fractions, shares
+from megatron_cp.pipeline.vocabulary import BARRIERS, with_head
 from megatron_cp.planner.linear_trace import peak_bytes
 from megatron_cp.planner.model import model_of
 from megatron_cp.plots import timeline as plot_of_steps
@@ -400,6 +401,25 @@ def offload_row(name: str, p: int, m: int, v: int, moves: Offload | None) -> lis
     ]
 
 
+def vocabulary() -> str:
+    """Figures of 1F1B with an LM head on the last rank and over all ranks; F, I and W take one unit of time each."""
+    head = ["p, m", "LM head, T_F", "ideal", "on the last rank", "peak", "1 barrier", "peak", "2 barriers", "peak"]
+    cases = ((4, 24, 0.3), (8, 24, 0.15), (8, 24, 0.6), (8, 24, 2.0), (16, 48, 1.0))
+    return table(head, (vocabulary_row(*case) for case in cases))
+
+
+def vocabulary_row(p: int, m: int, head: float) -> list[str]:
+    runs = [with_vocabulary(p, m, head, barriers) for barriers in (0, *BARRIERS)]
+    figures = [figure for run in runs for figure in (f"{run.makespan:.4g}", f"{max(run.peak):g}")]
+    return [f"{p}, {m}", f"{head:g}", f"{runs[0].work:.4g}", *figures]
+
+
+def with_vocabulary(p: int, m: int, head: float, barriers: int) -> SimulatedStep:
+    """A step of 1F1B with an LM head of so many T_F."""
+    costs = with_head(uniform(place(SCHEDULES.get("1f1b"), p), (1.0, 1.0, 1.0, 0.0)), head, p, barriers)
+    return simulate(build("1f1b", p, m, costs=costs, barriers=barriers), costs)
+
+
 def cells(run: SimulatedStep, rank: int, moves: bool = False) -> list[str]:
     """Capital letters are actions of the first chunk, small ones of the others; - is a move away, + one back."""
     line = [" . "] * round(run.makespan)
@@ -551,6 +571,7 @@ PARTS: dict[str, Callable[[], str]] = {
         outer_optimizers,
         schedule_costs,
         offload_costs,
+        vocabulary,
         pipeline_communicators,
         other_groups,
         recipes,
@@ -594,7 +615,22 @@ class Picture(NamedTuple):
 
 def pictures() -> dict[str, Picture]:
     """Return every picture of the pages that is drawn from a simulation, by its file."""
-    return {"slices-1m.png": slices_of_a_million_tokens(), "trace-zigzag.png": zigzag_on_eight_ranks()}
+    return {
+        "slices-1m.png": slices_of_a_million_tokens(),
+        "trace-zigzag.png": zigzag_on_eight_ranks(),
+        "vocabulary.png": vocabulary_over_four_ranks(),
+    }
+
+
+def vocabulary_over_four_ranks() -> Picture:
+    names = {0: "LM head on the last rank", 1: "over all ranks, one barrier", 2: "over all ranks, two barriers"}
+    steps = {name: with_vocabulary(4, 8, 2.0, barriers) for barriers, name in names.items()}
+    title = "1f1b, p = 4, m = 8, an LM head of 2 T_F; numbers are microbatches"
+    return Picture(
+        [(step.ends, step.peak) for step in steps.values()],
+        lambda file, metadata: plot_of_steps.draw_steps(steps, file, title, metadata),
+        plot_of_steps.__file__,
+    )
 
 
 def slices_of_a_million_tokens() -> Picture:

@@ -20,6 +20,7 @@ from megatron_cp.pipeline.schedule import HOST, BadSchedule, Schedule
 from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.pipeline.slices import SliceShare, flash_shares, flash_times, fractions, shares
+from megatron_cp.pipeline.vocabulary import BARRIERS, with_head
 from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
 
@@ -46,11 +47,14 @@ class SimulationRequest:
     slices: int
     slices_by: str
     attention: float
+    head: float
+    barriers: int
 
     def costs(self, placement: Placement, split: bool = False) -> Costs:
         """Return the same times and memory for every stage of a placement; `split`: of backwards in I and W."""
         move = self.times[0] if self.move is None else self.move
-        return uniform(placement, self.times, self.memory, move=move, slices=self.shares(split))
+        costs = uniform(placement, self.times, self.memory, move=move, slices=self.shares(split))
+        return with_head(costs, self.head * self.times[0], placement.ranks, self.barriers)
 
     def shares(self, split: bool) -> tuple[SliceShare, ...]:
         """Return the parts of a sequence's costs that its slices have."""
@@ -127,6 +131,20 @@ def simulate(
     attention: Annotated[
         float, typer.Option(help="With --slices, the part of T_F that is causal attention of a whole sequence.")
     ] = 0.0,
+    head: Annotated[
+        float,
+        typer.Option(
+            help="Time of the LM head's forward, in T_F; its backward takes twice that. It is on the last rank."
+        ),
+    ] = 0.0,
+    vocab_parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--vocab-parallel",
+            "--pp-vocab-parallel",
+            help="The LM head over all ranks, which wait for each other 1 or 2 times in every microbatch.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the step: .png, .svg, .pdf, or .json for Perfetto.")] = None,
 ) -> None:
@@ -147,7 +165,13 @@ def simulate(
         slices=slices,
         slices_by=slices_by,
         attention=attention,
+        head=head,
+        barriers=vocab_parallel or 0,
     )
+    if vocab_parallel is not None and vocab_parallel not in BARRIERS:
+        raise ValueError(f"--vocab-parallel is the number of barriers in a microbatch, 1 or 2, got {vocab_parallel}")
+    if vocab_parallel and table:
+        raise ValueError("a --table has its own S and T; leave out --vocab-parallel")
     _check_slices(asked, table)
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
@@ -237,6 +261,7 @@ def _run(
         objective=asked.objective,
         moves=asked.moves,
         slices=asked.slices,
+        barriers=asked.barriers,
     )
     return play(schedule, costs)
 
@@ -248,7 +273,7 @@ def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
         if read.to is not None:
             raise ValueError(f"{file} moves activations by itself; leave --pp-offload out")
         schedule = check(offload(schedule, asked.moves))
-    costs = asked.costs(schedule.placement)
+    costs = replace(asked, barriers=schedule.barriers).costs(schedule.placement)
     caps = asked.caps(schedule.placement)
     if caps:
         check_caps(schedule, costs, caps)
@@ -258,6 +283,7 @@ def _load(file: Path, asked: SimulationRequest) -> SimulatedStep:
 def _as_json(run: SimulatedStep) -> dict[str, object]:
     moves = {"moved": run.moved, "moved_to": run.schedule.to} if run.moved else {}
     parts = {"slices": [share.kept for share in run.costs.slices]} if run.costs.slices else {}
+    shared = {"barriers": run.schedule.barriers} if run.schedule.barriers else {}
     kept = {"versions": versions} if (versions := versions_of(run.schedule)) else {}
     return {
         "makespan": run.makespan,
@@ -266,6 +292,7 @@ def _as_json(run: SimulatedStep) -> dict[str, object]:
         "peak": list(run.peak),
         **moves,
         **parts,
+        **shared,
         **kept,
         "actions": [[str(action) for action in actions] for actions in run.schedule.table],
     }
@@ -288,8 +315,14 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         typer.echo(f"versions     {' '.join(map(str, versions))}   of the weights, per rank")
     if run.costs.slices:
         typer.echo(f"slices       {' '.join(f'{share.kept:.3f}' for share in run.costs.slices)}   of a sequence")
+    if run.schedule.barriers:
+        typer.echo(f"LM head      {run.costs.head[0]:.4f} S, {run.costs.head[1]:.4f} T on every rank   {_times(run)}")
     if asked.moves or run.moved or run.schedule.name in LENDERS:
         typer.echo(f"moves        {described(run.schedule)}")
+
+
+def _times(run: SimulatedStep) -> str:
+    return f"{run.schedule.barriers} {'barrier' if run.schedule.barriers == 1 else 'barriers'} in a microbatch"
 
 
 def versions_of(schedule: Schedule) -> list[int]:

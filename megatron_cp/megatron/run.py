@@ -320,6 +320,15 @@ class PipelineFlags(_Flags):
         ),
     )
 
+    vocab_parallel: int | None = _flag(
+        None,
+        lambda: "{1,2}",
+        lambda: (
+            "The LM head over all ranks of the pipeline, which wait for each other 1 or 2 times in every microbatch: "
+            "megatron-cp simulate plays it, and training refuses it so far."
+        ),
+        int,
+    )
     slices: int | None = _flag(
         None,
         lambda: "K",

@@ -25,6 +25,7 @@ from megatron_cp.pipeline.schedules import (
     pipedream,
     zero_bubble,
 )
+from megatron_cp.pipeline.vocabulary import Vocabulary
 from megatron_cp.registry import Registry
 
 
@@ -40,6 +41,7 @@ class Rule:
     takes_warmup: True if `table` takes a warm-up multiplier too
     lends:        True if ranks lend activations to their peers, down to BPipe's limit
     takes_slices: True if `table` takes slices of each sequence too, which then run like microbatches
+    takes_vocabulary: True if `table` takes a vocabulary that lies on all ranks
     overlaps:     True if `table` can write a forward and a backward that run at the same time as one action
     delay:        (p, m) -> how far ranks run ahead of the updates, where steps end without a flush; `table`
                   then takes the step of a run too
@@ -55,6 +57,7 @@ class Rule:
     split: bool = True
     takes_warmup: bool = False
     takes_slices: bool = False
+    takes_vocabulary: bool = False
     lends: bool = False
     overlaps: bool = False
     delay: Callable[[int, int], pipedream.Delay] | None = None
@@ -69,6 +72,7 @@ class Rule:
         overlapped: bool = False,
         slices: int = 1,
         step: pipedream.StepOfRun = pipedream.USUAL,
+        vocabulary: Vocabulary | None = None,
     ) -> Table:
         """Return the rule's table, not checked."""
         assert self.table, f"{self.name} has no table of its own"
@@ -79,6 +83,8 @@ class Rule:
             options["slices"] = slices
         if step != pipedream.USUAL:
             options["step"] = step
+        if vocabulary:
+            options["vocabulary"] = vocabulary
         return tuple(map(tuple, self.table(p, m, v, **options)))
 
 
@@ -106,6 +112,8 @@ def _rule_of(file: Path, _: int) -> Rule:
         raise Refused(f"{file}: stages lie on ranks {where.rank_of}; place them around the ranks, or down and up again")
     if read.to is not None:
         raise Refused(f"{file} moves activations by itself; leave the moves to --pp-offload")
+    if read.barriers:
+        raise Refused(f"{file} has S and T of a vocabulary over all ranks, which only simulate plays; leave them out")
     sizes = (where.ranks, read.micros, where.chunks)
 
     def table(p: int, m: int, v: int) -> Table:
@@ -144,6 +152,7 @@ SCHEDULES = Schedules(
             what="one forward, one backward, flushed every step",
             split=False,
             takes_slices=True,
+            takes_vocabulary=True,
             aliases=("dapple-a", "pipedream-flush"),
         ),
         Rule(

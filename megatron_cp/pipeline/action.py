@@ -14,18 +14,26 @@ FORWARD = "F"
 FULL = "B"
 INPUT = "I"
 WEIGHT = "W"
+LOGITS, LOGITS_BACK = "S", "T"
 SEND_F, RECV_F = "SEND_F", "RECV_F"
 SEND_B, RECV_B = "SEND_B", "RECV_B"
 REDUCE = "REDUCE"
 EVICT, LOAD = "EVICT", "LOAD"
 HOLD, GIVE = "HOLD", "GIVE"
+SHARE, SUM_S, SUM_T = "SHARE", "SUM_S", "SUM_T"
 
-COMPUTE = frozenset({FORWARD, FULL, INPUT, WEIGHT})
+HEAD = frozenset({LOGITS, LOGITS_BACK})
+COMPUTE = frozenset({FORWARD, FULL, INPUT, WEIGHT}) | HEAD
+SUMS = frozenset({SHARE, SUM_S, SUM_T})
 BACKWARD = frozenset({FULL, INPUT})
 MOVES = frozenset({EVICT, LOAD})
 LENDERS = {EVICT: HOLD, LOAD: GIVE}
 """The lender's action for each move of the owner."""
-KINDS = (FORWARD, FULL, INPUT, WEIGHT, SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, EVICT, LOAD, HOLD, GIVE)
+KINDS = (
+    *(FORWARD, FULL, INPUT, WEIGHT, LOGITS, LOGITS_BACK),
+    *(SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, SHARE, SUM_S, SUM_T),
+    *(EVICT, LOAD, HOLD, GIVE),
+)
 
 _FORM = re.compile(rf"(\d{{1,18}})({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d{{0,18}})")
 
@@ -37,7 +45,9 @@ class Action(NamedTuple):
           SEND_F and SEND_B name the stage that made the tensor, RECV_F and RECV_B the stage that uses it;
           REDUCE starts the gradient reduction of a stage and has no microbatch;
           EVICT moves the activations of a microbatch away and LOAD brings them back, HOLD and GIVE are the part of the
-          rank that keeps them meanwhile and name the owner's stage
+          rank that keeps them meanwhile and name the owner's stage;
+          S computes logits and T their weight gradients where the LM head lies on all ranks, SHARE brings all ranks the
+          output of the last stage, SUM_S and SUM_T add up what S and T made; they name the rank's own first stage
     """
 
     stage: int

@@ -43,7 +43,9 @@ def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float
         if costs.hidden:
             forward = sum(costs.forward[stage] for stage in stages)
             work -= costs.hidden * min(forward, work - forward)
-        bounds.append(start + m * work + max(0.0, back - start - _forward_time(stages, m, costs, budget)))
+        # S and T keep nothing, and need no gradient
+        filled = _forward_time(stages, m, costs, budget) + m * sum(costs.head)
+        bounds.append(start + m * work + max(0.0, back - start - filled))
     return max(bounds)
 
 

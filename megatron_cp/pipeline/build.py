@@ -13,6 +13,7 @@ from megatron_cp.pipeline.schedule import PEER, BadSchedule, Schedule
 from megatron_cp.pipeline.schedules.auto import auto
 from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
 from megatron_cp.pipeline.simulate import peaks
+from megatron_cp.pipeline.vocabulary import Vocabulary, check_barriers, shared_out
 from megatron_cp.registry import suggest
 
 
@@ -59,6 +60,7 @@ def build(
     moves: Offload | None = None,
     slices: int = 1,
     step: StepOfRun = USUAL,
+    barriers: int = 0,
 ) -> Schedule:
     """Return the checked table of a schedule.
 
@@ -71,6 +73,7 @@ def build(
     objective:  makespan or span, for `auto`
     moves:      limit of chunks per rank, and where activations beyond it go; caps then hold for what is left
     slices:     parts of every sequence that run like microbatches, each backward after those of later parts
+    barriers:   of every microbatch, 1 or 2, where the LM head lies on all ranks; 0 if it lies on the last one
     step:       of a run, for rules whose steps end without a flush
     Raises ValueError for an unknown name, for sizes the rule does not know, for a cap below the minimum, and, naming
     the nearest m that works, where a rule's table is incomplete or its ranks would wait for each other.
@@ -87,6 +90,10 @@ def build(
         known = ", ".join(other.name for other in SCHEDULES if other.overlaps)
         raise Refused(f"{rule.name} overlaps no forward with a backward; take {known}")
     check_slices(rule, slices)
+    vocabulary = None
+    if barriers:
+        check_vocabulary(rule, barriers, slices, moves)
+        vocabulary = shared_out(barriers, where, costs)
     if rule.table is None:
         if costs is None:
             raise Refused(f"{rule.name} schedules from times; give it costs")
@@ -98,7 +105,7 @@ def build(
             f"{rule.name} keeps activations from one step to the next, where no limit of chunks moves them; leave "
             "--pp-offload out, or take it with 1f1b"
         )
-    schedule = _fixed(rule, where, m, warmup, overlapped, slices, step)
+    schedule = _fixed(rule, where, m, warmup, overlapped, slices, step, vocabulary)
     if moves is not None:
         schedule = check(under(schedule, moves, costs, caps))
     if costs is not None and caps is not None:
@@ -113,6 +120,23 @@ def check_slices(rule: Rule, slices: int) -> None:
     if slices > 1 and not rule.takes_slices:
         known = ", ".join(other.name for other in SCHEDULES if other.takes_slices)
         raise Refused(f"{rule.name} has no order for {slices} slices of a sequence; take one of {known}")
+
+
+def check_vocabulary(rule: Rule, barriers: int, slices: int = 1, moves: Offload | None = None) -> None:
+    """Raise ValueError where a rule has no order for a vocabulary over all ranks, or it comes with another order."""
+    check_barriers(barriers)
+    if not rule.takes_vocabulary:
+        known = ", ".join(other.name for other in SCHEDULES if other.takes_vocabulary)
+        raise Refused(f"{rule.name} has no order for a vocabulary over all ranks; take {known}")
+    if slices > 1:
+        raise Refused(
+            f"a vocabulary over all ranks takes whole sequences, got {slices} slices; leave one of the two out"
+        )
+    if moves is not None:
+        raise Refused(
+            f"a vocabulary over all ranks keeps activations where they are, got a limit of {moves.limit} chunks; leave "
+            "one out"
+        )
 
 
 def lent(rule: Rule, p: int, moves: Offload | None) -> Offload:
@@ -143,9 +167,10 @@ def _fixed(
     overlapped: bool,
     slices: int = 1,
     step: StepOfRun = USUAL,
+    vocabulary: Vocabulary | None = None,
 ) -> Schedule:
     try:
-        return _table(rule, placement, m, warmup, overlapped, slices, step)
+        return _table(rule, placement, m, warmup, overlapped, slices, step, vocabulary)
     except BadSchedule as bad:
         sizes = f"p = {placement.ranks}, m = {m}, v = {placement.chunks}"
         reason = f"has no valid table for {sizes}{_way_out(rule, placement, m, warmup)}; {bad.reason}"
@@ -160,10 +185,22 @@ def _table(
     overlapped: bool = False,
     slices: int = 1,
     step: StepOfRun = USUAL,
+    vocabulary: Vocabulary | None = None,
 ) -> Schedule:
     before, after = rule.delay(placement.ranks, m).ends(m, step) if rule.delay else ((), ())
-    table = rule.make(placement.ranks, m, placement.chunks, warmup, overlapped, slices, step)
-    return check(Schedule(rule.name, placement, m * slices, table, slices=slices, before=before, after=after))
+    table = rule.make(placement.ranks, m, placement.chunks, warmup, overlapped, slices, step, vocabulary)
+    return check(
+        Schedule(
+            rule.name,
+            placement,
+            m * slices,
+            table,
+            slices=slices,
+            before=before,
+            after=after,
+            barriers=vocabulary.barriers if vocabulary else 0,
+        )
+    )
 
 
 def _way_out(rule: Rule, placement: Placement, m: int, warmup: float | None) -> str:

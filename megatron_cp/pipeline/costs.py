@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, INPUT, WEIGHT, Action, Cell, Overlap, halves
+from megatron_cp.pipeline.action import FORWARD, HEAD, INPUT, LOGITS, WEIGHT, Action, Cell, Overlap, halves
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.slices import SliceShare
 
@@ -24,6 +24,7 @@ class Costs:
     unit:  how much of `kept` one rank holds for one whole microbatch (M_B): peaks and caps are counted in it
     slices: parts of a microbatch that run like microbatches of their own, each with its part of everything but `comm`
     move:  time in which `unit` of activations moves to the host or the peer, or back
+    head:   times of S and T of every rank, where the LM head lies on all of them
     hidden: part of the shorter half of an overlap (F+B) that runs behind the longer one; 0 if both take their sum
     """
 
@@ -37,6 +38,7 @@ class Costs:
     hidden: float = 0.0
     move: float = 0.0
     slices: tuple[SliceShare, ...] = ()
+    head: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         for name in ("forward", "input", "weight"):
@@ -49,6 +51,8 @@ class Costs:
             raise Refused(f"the time of a hop cannot be negative, got {self.comm}; the largest is {LARGEST:g}")
         if not 0 <= self.move <= LARGEST:
             raise Refused(f"the time of a move cannot be negative, got {self.move}; the largest is {LARGEST:g}")
+        if not all(0 <= time <= LARGEST for time in self.head):
+            raise Refused(f"times of S and T cannot be negative, got {self.head}; the largest is {LARGEST:g}")
         if not 0 <= self.hidden <= 1:
             raise Refused(f"an overlap hides between 0 and 1 of its shorter half, got {self.hidden}")
         for kept, held in zip(self.kept, self.held, strict=True):
@@ -65,6 +69,8 @@ class Costs:
     def time(self, action: Action) -> float:
         """Return the time of a compute action."""
         stage, kind, _ = action
+        if kind in HEAD:
+            return self.head[kind != LOGITS]
         part = self._part(action)
         if kind == FORWARD:
             return self.forward[stage] * part.forward
@@ -87,7 +93,7 @@ class Costs:
     def work(self, placement: Placement) -> list[float]:
         """Return the compute time of one microbatch on each rank, nothing overlapped."""
         times = [sum(parts) for parts in zip(self.forward, self.input, self.weight, strict=True)]
-        return [sum(times[stage] for stage in stages) for stages in placement.of_rank]
+        return [sum(times[stage] for stage in stages) + sum(self.head) for stages in placement.of_rank]
 
 
 def uniform(

@@ -16,11 +16,16 @@ from megatron_cp.pipeline.action import (
     HOLD,
     INPUT,
     LOAD,
+    LOGITS,
+    LOGITS_BACK,
     RECV_B,
     RECV_F,
     REDUCE,
     SEND_B,
     SEND_F,
+    SHARE,
+    SUM_S,
+    SUM_T,
     WEIGHT,
     Action,
     Cell,
@@ -33,6 +38,8 @@ from megatron_cp.pipeline.receive_early import receive_early
 from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
+from megatron_cp.pipeline.vocabulary import add_sums
+from megatron_cp.pipeline.vocabulary_head import VocabularyHead
 
 StageMicro = tuple[int, int]
 
@@ -77,7 +84,7 @@ def lower(schedule: Schedule) -> Schedule:
 
 def complete(schedule: Schedule) -> Schedule:
     """Return the compute table with reductions and transfers, and receives posted early."""
-    return receive_early(add_transfers(add_reductions(schedule)))
+    return receive_early(add_sums(add_transfers(add_reductions(schedule))))
 
 
 def forward_only(placement: Placement, m: int) -> Schedule:
@@ -110,6 +117,7 @@ class Executor:
     training: True if outputs are kept for a backward
     saved:    the rank's activations, where the table moves them
     carried:  what the step before left, used up by this one; None where steps leave nothing
+    head:     the rank's share of the LM head, where the table has S and T; the last stage's output then goes into it
     observe:  a context around every action, to measure it; waiting for another rank is outside of it
     """
 
@@ -123,10 +131,11 @@ class Executor:
         observe: Observe = lambda action: nullcontext(),
         saved: SavedActivations | None = None,
         carried: Carried | None = None,
+        head: VocabularyHead | None = None,
     ) -> None:
         self._rank_of, self._rank, self._last = placement.rank_of, rank, len(placement.rank_of) - 1
         self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
-        self._saved, self._leaves = saved, carried is not None
+        self._saved, self._leaves, self._head = saved, carried is not None, head
         before = carried or Carried()
         # taken over, so that nothing else keeps what a backward has used
         self._given, self._made, self._arriving = before.given, before.made, before.arriving
@@ -143,6 +152,14 @@ class Executor:
             RECV_B: self._receive_gradient,
             REDUCE: lambda stage, _: stages.reduce(stage),
         }
+        if head:
+            self._handlers |= {
+                LOGITS: lambda _, micro: head.logits(micro),
+                LOGITS_BACK: lambda _, micro: head.weights(micro),
+                SHARE: lambda _, micro: head.share(micro, self._made.get((self._last, micro))),
+                SUM_S: lambda _, micro: head.sum_logits(micro),
+                SUM_T: lambda _, micro: head.sum_gradients(micro),
+            }
         if saved:
             self._handlers |= {EVICT: saved.evict, LOAD: saved.load, HOLD: saved.hold, GIVE: saved.give}
 
@@ -190,6 +207,8 @@ class Executor:
         self._settle(list(self._sending))
         if self._saved:
             self._saved.finish()
+        if self._head:
+            self._head.finish()
         assert self._leaves or not self._arriving, "a message was received and not used"
         assert self._leaves or not (self._training and self._made), "outputs without a backward"
 
@@ -235,6 +254,8 @@ class Executor:
             self._saved.use(stage, micro)
         given, made = self._given.pop((stage, micro), None), self._made.pop((stage, micro))
         gradient = self._gradients.pop((stage, micro), None)
+        if self._head and stage == self._last:
+            gradient = self._head.gradient(micro, made)
         before = self._stages.backward(stage, micro, given, made, gradient, split)
         if stage > 0:
             assert before is not None, f"stage {stage} gave no gradient of its input"

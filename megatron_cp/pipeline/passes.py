@@ -11,9 +11,12 @@ from megatron_cp.pipeline.action import (
     EVICT,
     FORWARD,
     FULL,
+    HEAD,
     INPUT,
     LENDERS,
     LOAD,
+    LOGITS,
+    LOGITS_BACK,
     MOVES,
     RECV_B,
     RECV_F,
@@ -36,7 +39,8 @@ def check(schedule: Schedule) -> Schedule:
 
     Every stage runs on its own rank; every microbatch of every stage has one F, and after it either one B or one I and
     then one W; W's of a stage come in the order of its I's, and no B overtakes them. Activations leave with EVICT
-    between their F and their backward, and are back with LOAD before it. Raises BadSchedule.
+    between their F and their backward, and are back with LOAD before it. Where the LM head lies on all ranks, each of
+    them has one S and then one T of every microbatch, written with its first stage. Raises BadSchedule.
     """
     for rank, actions in enumerate(schedule.table):
         _check_rank(schedule, rank, actions)
@@ -50,9 +54,16 @@ def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
     returned: set[tuple[int, int | None]] = set()
     pending: dict[int, deque[int | None]] = defaultdict(deque)
     away: set[tuple[int, int | None]] = set()
-    place = -1
+    cells, place = tuple(cells), -1
+    seen: set[Action] = set()
     for place, cell in enumerate(cells):
         for action in halves(cell):
+            if action.kind in HEAD:
+                fault = _misplaced_head(schedule, stages[0], action, seen)
+                seen.add(action)
+                if fault:
+                    raise BadSchedule(schedule, f"rank {rank}, {action}: {fault}", [(rank, place)])
+                continue
             fault = _misplaced_move(action, forwarded - returned, away) or _fault(
                 schedule, rank, action, forwarded, returned, pending
             )
@@ -63,8 +74,25 @@ def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
     missing = [Action(stage, FORWARD, micro) for stage, micro in sorted(asked - forwarded)]
     missing += [Action(stage, INPUT, micro) for stage, micro in sorted(expected - returned)]
     missing += [Action(stage, WEIGHT, micro) for stage, micros in pending.items() for micro in micros]
+    if schedule.barriers:
+        wanted = {Action(stages[0], kind, micro) for kind in sorted(HEAD) for micro in range(schedule.micros)}
+        missing += sorted(wanted - seen)
     if missing:
         raise BadSchedule(schedule, f"rank {rank} never runs {', '.join(map(str, missing[:4]))}", [(rank, place)])
+
+
+def _misplaced_head(schedule: Schedule, stage: int, action: Action, seen: set[Action]) -> str | None:
+    if not schedule.barriers:
+        return "the LM head lies on the last rank"
+    if action.stage != stage:
+        return f"S and T of this rank are those of stage {stage}"
+    if action.micro is None or not 0 <= action.micro < schedule.micros:
+        return f"not an action of microbatches 0 to {schedule.micros - 1}"
+    if action in seen:
+        return "runs twice"
+    if action.kind == LOGITS_BACK and action._replace(kind=LOGITS) not in seen:
+        return "runs before its S"
+    return None
 
 
 def _misplaced_move(
@@ -149,15 +177,32 @@ def awaited(schedule: Schedule, action: Action) -> Action | None:
     if kind == WEIGHT:
         return Action(stage, INPUT, micro)
     last = len(schedule.placement.rank_of) - 1
+    if kind == LOGITS_BACK:
+        return action._replace(kind=LOGITS)
+    if kind == LOGITS:
+        return Action(last, FORWARD, micro)
     return Action(stage, FORWARD, micro) if stage == last else Action(stage + 1, INPUT, micro)
 
 
+def barrier(schedule: Schedule, action: Action) -> list[Action]:
+    """Return the S or T of all ranks that must have run before `action`: before a T, and the last stage's backward."""
+    last = len(schedule.placement.rank_of) - 1
+    if action.kind != LOGITS_BACK and (action.kind not in BACKWARD or action.stage != last or not schedule.barriers):
+        return []
+    kind = LOGITS_BACK if schedule.barriers == 2 and action.kind != LOGITS_BACK else LOGITS
+    return [Action(stages[0], kind, action.micro) for stages in schedule.placement.of_rank]
+
+
 def _runnable(schedule: Schedule, cell: Cell, done: set[Action]) -> bool:
-    return all(before is None or before in done for before in _awaited_by(schedule, cell))
+    return done.issuperset(_awaited_by(schedule, cell))
 
 
-def _awaited_by(schedule: Schedule, cell: Cell) -> list[Action | None]:
-    return [awaited(schedule, action) for action in halves(cell)]
+def _awaited_by(schedule: Schedule, cell: Cell) -> list[Action]:
+    found: list[Action] = []
+    for action in halves(cell):
+        before = awaited(schedule, action)
+        found += ([before] if before else []) + barrier(schedule, action)
+    return found
 
 
 def deadlock(schedule: Schedule, places: list[int]) -> BadSchedule:
@@ -165,8 +210,7 @@ def deadlock(schedule: Schedule, places: list[int]) -> BadSchedule:
     stuck = [(rank, place) for rank, place in enumerate(places) if place < len(schedule.table[rank])]
     cells = [(rank, schedule.table[rank][place]) for rank, place in stuck]
     reasons = [
-        f"rank {rank} at {cell} for {' and '.join(map(str, filter(None, _awaited_by(schedule, cell))))}"
-        for rank, cell in cells
+        f"rank {rank} at {cell} for {' and '.join(map(str, _awaited_by(schedule, cell)))}" for rank, cell in cells
     ]
     return BadSchedule(schedule, f"deadlock: {'; '.join(reasons)}", stuck)
 
@@ -209,7 +253,7 @@ def add_reductions(schedule: Schedule) -> Schedule:
 def _reduced(cells: tuple[Cell, ...]) -> Iterator[Cell]:
     last: dict[int, int] = {}
     for place, cell in enumerate(cells):
-        last |= {action.stage: place for action in halves(cell) if action.kind in (FULL, WEIGHT)}
+        last |= {action.stage: place for action in halves(cell) if action.kind in (FULL, WEIGHT, LOGITS_BACK)}
     for place, cell in enumerate(cells):
         yield cell
         for action in halves(cell):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, LENDERS, MOVES, Cell, flat, parse_cell
+from megatron_cp.pipeline.action import FORWARD, FULL, HEAD, INPUT, LENDERS, LOGITS_BACK, MOVES, Cell, flat, parse_cell
 from megatron_cp.pipeline.placement import PLACEMENTS, Placement
 
 HOST, PEER = "host", "peer"
@@ -24,6 +24,8 @@ class Schedule:
     slices: of each sequence: slice i of sequence j is microbatch j * slices + i
     before: forwards of each stage that ran in the step before, of the first microbatches; empty where none did
     after:  forwards of each stage that run for the steps behind this one, microbatches from `micros` on; empty for none
+    barriers: at which all ranks wait for each other in every microbatch, for the LM head lies on all of them; 0 if it
+            lies on the last one
     """
 
     name: str
@@ -34,6 +36,7 @@ class Schedule:
     slices: int = 1
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    barriers: int = 0
 
     @property
     def sequences(self) -> int:
@@ -84,7 +87,18 @@ def parse(text: str, name: str = "table") -> Schedule:
     micros = 1 + max(forwards, default=0)
     moving = any(action.kind in MOVES for cells in table for action in flat(cells))
     to = PEER if any(lent.values()) else HOST if moving else None
-    return Schedule(name, _named(rank_of, len(table)), micros, table, to)
+    return Schedule(name, _named(rank_of, len(table)), micros, table, to, barriers=_barriers(table, rank_of))
+
+
+def _barriers(table: Table, rank_of: tuple[int, ...]) -> int:
+    """Two where the last stage's backwards follow T, one where they follow S, none without these."""
+    actions = list(flat(table[rank_of[-1]]))
+    if not any(action.kind in HEAD for cells in table for action in flat(cells)):
+        return 0
+    places = {action[1:]: place for place, action in enumerate(actions) if action.stage == len(rank_of) - 1}
+    backward = min(places.get((kind, 0), len(actions)) for kind in (FULL, INPUT))
+    own = next((place for place, action in enumerate(actions) if action[1:] == (LOGITS_BACK, 0)), len(actions))
+    return 2 if own < backward else 1
 
 
 def _named(rank_of: tuple[int, ...], p: int) -> Placement:

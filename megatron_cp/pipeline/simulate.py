@@ -12,7 +12,10 @@ from megatron_cp.pipeline.action import (
     EVICT,
     FORWARD,
     FULL,
+    HEAD,
     INPUT,
+    LOGITS,
+    LOGITS_BACK,
     MOVES,
     WEIGHT,
     Action,
@@ -22,12 +25,15 @@ from megatron_cp.pipeline.action import (
     halves,
 )
 from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.meetings import Meetings
 from megatron_cp.pipeline.moves import Links, peaks_over_time
 from megatron_cp.pipeline.passes import deadlock
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 
 OBJECTIVES = ("makespan", "span")
+KEPT = frozenset({WEIGHT, *HEAD})
+"""Kinds that make nothing for a neighbour."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +168,7 @@ class _StepSimulation:
             for work, cells in zip(costs.work(schedule.placement), schedule.table, strict=True)
         ]
         self._saved = costs.saved
+        self._meetings = Meetings(schedule, costs.comm) if schedule.barriers else None
         self._clock = [0.0] * ranks
         self._links = [Links(schedule.to, costs) if schedule.to is not None else None for _ in range(ranks)]
 
@@ -187,8 +194,10 @@ class _StepSimulation:
             starts.append(start)
             ends.append(clock)
             for action in halves(cell):
-                if action.kind != WEIGHT:
+                if action.kind not in KEPT:
                     woken += self._hand_over(action, clock)
+            if self._meetings:
+                woken += self._meetings.ran(cell, rank, clock)
         self._clock[rank], self._latest[rank] = clock, latest
         return woken
 
@@ -198,10 +207,14 @@ class _StepSimulation:
         return self._took(cell.forward) + self._took(cell.backward) - self._saved(cell)
 
     def _cell_start(self, cell: Cell, clock: float, rank: int) -> float | None:
+        if self._meetings:
+            clock = self._meetings.start(cell, clock, rank)
+            if clock == inf:
+                return None
         if isinstance(cell, Overlap):
             start = self._start(cell.forward, clock, rank)
             return None if start is None else self._start(cell.backward, start, rank)
-        return clock if cell.kind == WEIGHT else self._start(cell, clock, rank)
+        return clock if cell.kind in KEPT else self._start(cell, clock, rank)
 
     def _start(self, action: Action, clock: float, rank: int) -> float | None:
         """Return when `action` can start; None, and `rank` falls asleep, if a tensor it needs is not made yet."""
@@ -239,7 +252,9 @@ def _peaks_in_order(schedule: Schedule, costs: Costs) -> tuple[float, ...]:
 def durations(costs: Costs) -> dict[str, tuple[float, ...]]:
     """Return the time of each compute kind on each stage."""
     whole = tuple(a + b for a, b in zip(costs.input, costs.weight, strict=True))
-    return {FORWARD: costs.forward, INPUT: costs.input, WEIGHT: costs.weight, FULL: whole}
+    return {FORWARD: costs.forward, INPUT: costs.input, WEIGHT: costs.weight, FULL: whole} | dict(
+        zip((LOGITS, LOGITS_BACK), ((time,) * len(costs.forward) for time in costs.head), strict=True)
+    )
 
 
 def hops(placement: Placement, costs: Costs) -> tuple[tuple[float, ...], tuple[float, ...]]:

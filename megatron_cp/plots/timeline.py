@@ -16,8 +16,18 @@ if TYPE_CHECKING:
 
     from megatron_cp.pipeline.simulate import SimulatedStep
 
-COLOURS = {"F": "#4c78a8", "B": "#54a24b", "I": "#72b7b2", "W": "#eeca3b", "EVICT": "#e45756", "LOAD": "#b279a2"}
+COLOURS = {
+    "F": "#4c78a8",
+    "B": "#54a24b",
+    "I": "#72b7b2",
+    "W": "#eeca3b",
+    "S": "#ff9da6",
+    "T": "#9d755d",
+    "EVICT": "#e45756",
+    "LOAD": "#b279a2",
+}
 NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+NAMES |= {"S": "logits of a rank's vocabulary", "T": "their weight gradients"}
 NAMES |= {"EVICT": "activations leave", "LOAD": "activations come back"}
 # of a row's height, below its compute
 MOVES_HEIGHT = 0.25

@@ -233,3 +233,32 @@ def test_slices_of_a_sequence():
 def test_slices_that_cannot_be(words, reason):
     with pytest.raises(ValueError, match=reason):
         ask(*f"--schedule 1f1b -p 4 -m 6 {words}".split())
+
+
+def test_head_on_one_rank_and_over_all_of_them(tmp_path):
+    sizes, file = "--schedule 1f1b -p 4 -m 24 --head 0.3", tmp_path / "step.json"
+    assert "makespan     102.6000" in ask(*sizes.split())
+    told = ask(*f"{sizes} --vocab-parallel 1 --plot".split(), str(file))
+    assert "peak (M_B)   5 4 3 2" in told
+    assert "LM head      0.1500 S, 0.0750 T on every rank   1 barrier in a microbatch" in told
+    names = [event.get("cat") for event in json.loads(file.read_text())["traceEvents"]]
+    assert names.count("logits of a rank's vocabulary") == names.count("their weight gradients") == 4 * 24
+    told = json.loads(ask(*f"{sizes} --pp-vocab-parallel 2 --json".split()))
+    assert (told["barriers"], round(told["makespan"], 6), told["peak"]) == (2, 88.4, [6, 5, 4, 3])
+    mine = tmp_path / "mine.txt"
+    mine.write_text("\n".join(map(" ".join, told["actions"])))
+    assert json.loads(ask("--table", str(mine), "--head", "0.3", "--json"))["makespan"] == told["makespan"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--schedule 1f1b -p 4 -m 8 --vocab-parallel 0", "number of barriers in a microbatch, 1 or 2, got 0"),
+        ("--schedule zb-h1 -p 4 -m 8 --vocab-parallel 1", "zb-h1 has no order for a vocabulary over all ranks"),
+        ("--table mine --vocab-parallel 1", "a --table has its own S and T; leave out --vocab-parallel"),
+        ("--schedule 1f1b -p 4 -m 8 --head -1", "the time of the LM head cannot be negative, got -1"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        ask(*words.split())

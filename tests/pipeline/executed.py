@@ -16,6 +16,7 @@ from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
 from megatron_cp.pipeline.schedule import PEER, Schedule
 from megatron_cp.pipeline.schedules.pipedream import Delay
+from megatron_cp.pipeline.vocabulary_head import VocabularyHead
 
 WIDTH = 4
 PATIENCE = 20.0
@@ -94,6 +95,8 @@ class Message:
 class Layers:
     """A rank's stages, one small linear layer each; the last one's output is the loss of a microbatch."""
 
+    has_head = True
+
     def __init__(self, stages: tuple[int, ...], last: int, inputs: Tensor) -> None:
         self._last, self._inputs = last, inputs
         self.weights = {stage: weight_of(stage) for stage in stages}
@@ -105,7 +108,7 @@ class Layers:
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         self.ran.append(Action(stage, "F", micro))
         made = layer(self._inputs[micro] if given is None else given, self.weights[stage])
-        if stage < self._last:
+        if stage < self._last or not self.has_head:
             return made
         loss = made.square().sum()
         self.losses[micro] = loss.item()
@@ -158,10 +161,12 @@ def execute(
     training: bool = True,
     steps: int = 1,
     saved: list[SavedActivations] | None = None,
+    head: "Callable[[Exchange, int], VocabularyHead] | None" = None,
 ) -> list[Layers]:
     """Run the lowered schedule on all ranks; return each rank's layers after the steps.
 
     saved: filled with every rank's activations, where the table moves some
+    head:  returns a rank's share of an LM head, where the table has S and T
     """
     placement, exchange, lends = lowered.placement, Exchange(), lowered.to == PEER
     moves = any(action.kind in MOVES for cells in lowered.table for action in flat(cells))
@@ -180,8 +185,13 @@ def execute(
             if meet:
                 channels.meet(torch.zeros(1))
             with torch.set_grad_enabled(training):
+                own = head(exchange, rank) if head else None
+                if own:
+                    ranks[rank].has_head = False
                 for _ in range(steps):
-                    executor = Executor(placement, rank, ranks[rank], channels, training, saved=activations[rank])
+                    executor = Executor(
+                        placement, rank, ranks[rank], channels, training, saved=activations[rank], head=own
+                    )
                     executor.run(lowered.table[rank])
         except BaseException as error:
             with exchange.changed:

@@ -10,13 +10,20 @@ from megatron_cp.pipeline.action import (
     FORWARD,
     FULL,
     GIVE,
+    HEAD,
     HOLD,
     LENDERS,
     LOAD,
+    LOGITS,
+    LOGITS_BACK,
     RECV_B,
     RECV_F,
     REDUCE,
     SEND_F,
+    SHARE,
+    SUM_S,
+    SUM_T,
+    SUMS,
     WEIGHT,
     Action,
     Overlap,
@@ -52,6 +59,8 @@ def launches(
     number_of = number_of or numbers(schedule.placement, schedule.to == PEER)
     ranks = [list(meeting(number_of, rank)) if meet else [] for rank in range(len(schedule.table))]
     for rank, operations in enumerate(ranks):
+        operations += sums_meeting(schedule, rank) if meet else []
+    for rank, operations in enumerate(ranks):
         operations += _step(schedule, rank, costs, number_of, len(operations), sizes_said(schedule) if first else {})
     return ranks
 
@@ -61,6 +70,20 @@ def meeting(number_of: Numbers, rank: int) -> Iterator[Operation]:
     for channel, number in number_of.items():
         if rank in (channel.source, channel.target):
             yield Operation(f"meeting {channel}", (Message(number, channel.source, channel.target, "meeting"),))
+
+
+def sums_meeting(schedule: Schedule, rank: int) -> Iterator[Operation]:
+    """The first launch of each communicator of all ranks that the LM head over them uses."""
+    used = {cell.kind for cells in schedule.table for cell in cells if isinstance(cell, Action)} & SUMS
+    for kind in sorted(used):
+        yield among_all(f"meeting {kind}", kind, len(schedule.table), rank, "meeting")
+
+
+def among_all(name: str, kind: str, p: int, rank: int, label: object) -> Operation:
+    """A collective of all ranks: none ends before all have started it."""
+    others = [other for other in range(p) if other != rank]
+    ends = sorted([*((rank, other) for other in others), *((other, rank) for other in others)])
+    return Operation(name, tuple(Message(kind, *pair, label) for pair in ends), group=tuple(range(p)))
 
 
 def _step(
@@ -79,6 +102,8 @@ def _step(
     back: dict[tuple[int, int | None], int] = {}
     lent: dict[tuple[int, int | None], int] = {}
     given: list[int] = []
+    summed: dict[tuple[str, int | None], int] = {}
+    last = len(schedule.placement.rank_of) - 1
     for cell in schedule.table[rank]:
         if isinstance(cell, Overlap) or cell.kind in COMPUTE:
             after = [received[brings] for action in halves(cell) if (brings := receive_of(action)) in received]
@@ -88,8 +113,18 @@ def _step(
             if any(action.kind == FORWARD for action in halves(cell)):
                 after += leaving
                 leaving.clear()
+            for stage, kind, micro in halves(cell):
+                backward = kind in BACKWARD and stage == last
+                needs = {LOGITS: SHARE, LOGITS_BACK: SUM_S}.get(kind)
+                needs = (SUM_T if schedule.barriers == 2 else SUM_S) if backward else needs
+                # the last rank has its own output
+                if schedule.barriers and needs and not (needs == SHARE and schedule.placement.rank_of[last] == rank):
+                    after.append(summed[needs, micro])
             seconds = sum(took[action.kind][action.stage] for action in halves(cell)) - costs.saved(cell)
             yield Operation(str(cell), (), tuple(after), seconds)
+        elif cell.kind in SUMS:
+            summed[cell.kind, cell.micro] = place
+            yield among_all(str(cell), cell.kind, len(schedule.table), rank, cell.micro)
         elif cell.kind == REDUCE or (schedule.to != PEER and cell.kind in LENDERS):
             continue
         elif cell.kind in (EVICT, LOAD, HOLD, GIVE):
@@ -152,7 +187,9 @@ def sizes_said(schedule: Schedule) -> Said:
 
 def receive_of(action: Action) -> Action | None:
     """The receive whose message this compute action uses, if that comes from another rank."""
-    return None if action.kind == WEIGHT else action._replace(kind=RECV_F if action.kind == FORWARD else RECV_B)
+    return (
+        None if action.kind in (WEIGHT, *HEAD) else action._replace(kind=RECV_F if action.kind == FORWARD else RECV_B)
+    )
 
 
 def _transfer(placement: Placement, action: Action) -> tuple[PipelineChannel, tuple[str, int, int | None]]:

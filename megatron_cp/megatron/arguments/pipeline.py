@@ -308,6 +308,11 @@ def check_chunks(args: Any) -> None:
 
 def check_costs(flags: PipelineFlags) -> None:
     """Refuse what the flags beside `--pp-schedule` cannot mean together; ValueError in one line."""
+    if flags.vocab_parallel is not None:
+        raise Refused(
+            f"--pp-vocab-parallel {flags.vocab_parallel} is simulated but not trained; leave it out, or give the LM "
+            "head a stage of its own with --pipeline-model-parallel-layout"
+        )
     name, file, steps = flags.schedule, flags.costs, flags.profile_steps
     limit, placement = flags.memory_limit, flags.placement
     for flag, value in (("--pp-placement", placement), ("--pp-costs", file), ("--pp-profile-steps", steps)):

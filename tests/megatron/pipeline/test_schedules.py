@@ -250,6 +250,7 @@ REFUSED = {
     "graphs": (f"{TWO} --pp-schedule zb-h1 --cuda-graph-impl full_iteration", "does not do CUDA graphs"),
     "graphs by an older name": (f"{TWO} --pp-schedule zb-h1 --enable-cuda-graph", "does not do CUDA graphs"),
     "experts": (f"{TWO} --pp-schedule zb-h1 --overlap-moe-expert-parallel-comm", "overlap of expert-parallel"),
+    "vocabulary": (f"{TWO} --pp-schedule 1f1b --pp-vocab-parallel 1", "1 is simulated but not trained; leave it out"),
     "limit without a schedule": (f"{TWO} --pp-offload 2", "--pp-offload 2 needs --pp-schedule"),
     "limit too small": (f"{TWO} --pp-schedule dapple-b --pp-offload 1", "its smallest limit is 2"),
     "no limit": (f"{TWO} --pp-schedule dapple-b --pp-offload two", "a number of chunks from 1 up, or auto, got 'two'"),

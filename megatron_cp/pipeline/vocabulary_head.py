@@ -1,0 +1,229 @@
+"""One rank's share of an LM head that lies on all ranks of a pipeline, and of its loss (arXiv:2411.05288).
+
+With x the output of the last stage and W a rank's rows of the head's weight, of each token
+
+    S      l = x W^T, m = max l, e = exp(l - m), z = sum e, t = the label's l; with one barrier also e W and W[label]
+    SUM_S  M = max m over ranks, Z = sum z exp(m - M): loss = M + log Z - sum t; with one barrier also
+           dx = g (sum e W exp(m - M) / Z - W[label])
+    T      dl = g (e exp(m - M) / Z - 1 at the label), dW = dl^T x; with two barriers also dl W
+    SUM_T  dx = sum dl W
+
+where g is the gradient of a token's loss. It is known with the labels, since a loss is a weighted sum over tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_cp.comm import Transfer
+from megatron_cp.pipeline.action import SHARE, SUM_S, SUM_T
+
+
+class AllRanks(Protocol):
+    """Collectives of all ranks of a pipeline; `kind` names the communicator, with an order of its own."""
+
+    def broadcast(self, kind: str, tensor: Tensor, source: int) -> Transfer: ...
+
+    def gather(self, kind: str, tensor: Tensor) -> tuple[Transfer, list[Tensor]]:
+        """Return the tensors of all ranks, once the transfer is over."""
+        ...
+
+    def gather_on(self, kind: str, tensor: Tensor, target: int) -> tuple[Transfer, list[Tensor]]:
+        """Return the tensors of all ranks on `target`, and none elsewhere."""
+        ...
+
+    def sum_on(self, kind: str, tensor: Tensor, target: int) -> Transfer:
+        """Add up the tensors of all ranks in that of `target`."""
+        ...
+
+
+class Targets(NamedTuple):
+    """Labels of a microbatch, and the gradient of each token's loss; both of one dim, in the order of the output."""
+
+    labels: Tensor
+    gradients: Tensor
+
+
+class Losses(Protocol):
+    """The targets and the losses of the last rank."""
+
+    def targets(self, micro: int) -> Targets: ...
+
+    def found(self, micro: int, losses: Tensor) -> None:
+        """Take the loss of each token."""
+        ...
+
+
+@dataclass
+class _Micro:
+    """One microbatch on its way: its input on all ranks, and what S and T made of it here."""
+
+    arriving: list[Transfer]
+    given: Tensor
+    targets: Targets
+    exponentials: Tensor | None = None
+    statistics: Tensor | None = None
+    partial: Tensor | None = None
+    gathered: tuple[Transfer, list[Tensor]] | None = None
+    partials: tuple[Transfer, list[Tensor]] | None = None
+    scales: Tensor | None = None
+    summing: Transfer | None = None
+    left: int = 1
+
+
+class VocabularyHead:
+    """S, T and their sums on one rank.
+
+    weight:   (rows, h), this rank's rows, from row `first` of the vocabulary on; ranks may have different numbers, or 0
+    add:      adds to the gradient of `weight`
+    buffer:   returns an empty tensor for the output of the last stage for a microbatch, (…, h)
+    losses:   on the last rank, none elsewhere
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        first: int,
+        barriers: int,
+        ranks: AllRanks,
+        place: tuple[int, int],
+        *,
+        add: Callable[[Tensor], None],
+        buffer: Callable[[int], Tensor],
+        losses: Losses | None,
+    ) -> None:
+        self._weight, self._first, self._barriers, self._ranks = weight.detach(), first, barriers, ranks
+        self._rank, self._last = place
+        self._add, self._buffer, self._losses = add, buffer, losses
+        self._micros: dict[int, _Micro] = {}
+        self._sending: tuple[Transfer, Tensor] | None = None
+
+    def share(self, micro: int, output: Tensor | None) -> None:
+        """SHARE: bring the output of the last stage to all ranks, with its labels and the gradients of its losses."""
+        given = self._buffer(micro) if output is None else output.detach().contiguous()
+        tokens = given.shape[:-1].numel()
+        if self._losses:
+            targets = self._losses.targets(micro)
+        else:
+            labels = torch.empty(tokens, dtype=torch.int64, device=given.device)
+            targets = Targets(labels, torch.empty(tokens, dtype=_precise(given), device=given.device))
+        sent = [self._ranks.broadcast(SHARE, tensor, self._last) for tensor in (given, *targets)]
+        self._micros[micro] = _Micro(sent, given.flatten(0, -2), targets, left=1 + (self._rank == self._last))
+
+    def logits(self, micro: int) -> None:
+        """S: the rank's logits and their statistics; with one barrier its part of the input's gradient."""
+        kept = self._micros[micro]
+        for transfer in kept.arriving:
+            transfer.wait()
+        weight, precise = self._weight, _precise(kept.given)
+        logits = (kept.given @ weight.T).to(precise)
+        # a rank without rows has no largest logit
+        largest = logits.amax(1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
+        kept.exponentials = (logits - largest[:, None]).exp()
+        row, ours = self._rows(kept.targets.labels)
+        own = logits.gather(1, row[:, None])[:, 0] * ours if len(weight) else torch.zeros_like(largest)
+        kept.statistics = torch.stack([largest, kept.exponentials.sum(1), own])
+        if self._barriers == 1:
+            of_label = weight[row] * ours[:, None] if len(weight) else torch.zeros_like(kept.given)
+            products = kept.exponentials.to(weight.dtype) @ weight
+            kept.partial = torch.stack([products.to(precise), of_label.to(precise)])
+
+    def sum_logits(self, micro: int) -> None:
+        """SUM_S: bring the statistics to all ranks, and with one barrier the parts of the gradient to the last one."""
+        kept = self._micros[micro]
+        assert kept.statistics is not None
+        kept.gathered = self._ranks.gather(SUM_S, kept.statistics)
+        if kept.partial is not None:
+            kept.partials = self._ranks.gather_on(SUM_S, kept.partial, self._last)
+
+    def weights(self, micro: int) -> None:
+        """T: the gradient of the rank's rows; with two barriers its part of the input's gradient."""
+        kept = self._micros[micro]
+        assert kept.exponentials is not None
+        gradient = kept.exponentials * self._scales(micro)[self._rank][:, None]
+        row, ours = self._rows(kept.targets.labels)
+        if len(self._weight):
+            gradient[torch.arange(len(row), device=row.device), row] -= ours.to(gradient.dtype)
+        gradient = (gradient * kept.targets.gradients[:, None]).to(self._weight.dtype)
+        kept.exponentials = None
+        self._add(gradient.T @ kept.given)
+        if self._barriers == 2:
+            kept.partial = (gradient @ self._weight).to(_precise(kept.given))
+        else:
+            if kept.partials and self._rank != self._last:
+                kept.partials[0].wait()
+            self._leave(micro)
+
+    def sum_gradients(self, micro: int) -> None:
+        """SUM_T: add up the parts of the input's gradient on the last rank."""
+        kept = self._micros[micro]
+        assert kept.partial is not None
+        kept.summing = self._ranks.sum_on(SUM_T, kept.partial, self._last)
+        if self._rank != self._last:
+            # the one before has been sent long ago
+            if self._sending:
+                self._sending[0].wait()
+            self._sending = (kept.summing, kept.partial)
+            self._leave(micro)
+
+    def finish(self) -> None:
+        """Wait for the last sum, at the end of a step."""
+        if self._sending:
+            self._sending[0].wait()
+        self._sending = None
+        assert not self._micros, "a microbatch is without its T"
+
+    def gradient(self, micro: int, output: Tensor) -> Tensor:
+        """Return the gradient of the last stage's output, on the last rank."""
+        kept = self._micros[micro]
+        if self._barriers == 2:
+            assert kept.summing is not None
+            assert kept.partial is not None
+            kept.summing.wait()
+            found = kept.partial
+            kept.left = 1
+        else:
+            assert kept.partials is not None
+            transfer, parts = kept.partials
+            scales = self._scales(micro)
+            transfer.wait()
+            found = sum(scale[:, None] * part[0] - part[1] for scale, part in zip(scales, parts, strict=True))
+            found = found * kept.targets.gradients[:, None]
+            kept.partials = kept.partial = None
+        self._leave(micro)
+        return found.to(output.dtype).view(output.shape)
+
+    def _scales(self, micro: int) -> Tensor:
+        """Return exp(m - M) / Z of each rank and token; the last rank finds the losses on the way."""
+        kept = self._micros[micro]
+        if kept.scales is None:
+            assert kept.gathered is not None
+            transfer, parts = kept.gathered
+            transfer.wait()
+            largest, sums, own = torch.stack(parts).unbind(1)
+            whole = largest.amax(0)
+            scales = (largest - whole).exp()
+            total = (sums * scales).sum(0)
+            kept.scales = scales / total
+            if self._losses:
+                self._losses.found(micro, whole + total.log() - own.sum(0))
+        return kept.scales
+
+    def _rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the row of each label here, 0 for those elsewhere, and which are here."""
+        row = labels - self._first
+        ours = (row >= 0) & (row < len(self._weight))
+        return row.where(ours, torch.zeros_like(row)), ours
+
+    def _leave(self, micro: int) -> None:
+        kept = self._micros[micro]
+        kept.left -= 1
+        if not kept.left:
+            del self._micros[micro]
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

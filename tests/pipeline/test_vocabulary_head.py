@@ -1,0 +1,141 @@
+"""An LM head over all ranks gives the losses and gradients of a whole one, in the order of every table that has it."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from megatron_cp.pipeline.build import build
+from megatron_cp.pipeline.execute import lower
+from megatron_cp.pipeline.vocabulary_head import Targets, VocabularyHead
+from tests.pipeline.executed import WIDTH, Exchange, Message, Peer, execute, inputs_of, layer, weight_of
+from tests.pipeline.test_vocabulary import costs_of
+
+ROWS = {2: [7, 4], 3: [4, 0, 7], 4: [3, 3, 3, 2]}
+VOCABULARY, TOKENS = 11, 2
+
+
+def whole_head() -> Tensor:
+    # large, so that no exponential may be taken of a logit itself
+    return 60 * torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+def targets(micro: int) -> Targets:
+    generator = torch.Generator().manual_seed(1000 + micro)
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    return Targets(labels, torch.rand(TOKENS, dtype=torch.float64, generator=generator))
+
+
+class Both:
+    """Several messages, and what becomes of them once they are there."""
+
+    def __init__(self, messages: list[Message], then=lambda: None) -> None:
+        self._messages, self._then = messages, then
+
+    def done(self) -> bool:
+        return all(message.done() for message in self._messages)
+
+    def wait(self) -> None:
+        for message in self._messages:
+            message.wait()
+        self._then()
+        self._then = lambda: None
+
+
+class Threads:
+    """Collectives of messages between ranks that are threads."""
+
+    def __init__(self, exchange: Exchange, rank: int, p: int) -> None:
+        self._exchange, self._rank, self._p = exchange, rank, p
+
+    def _messages(self, kind: str, tensor: Tensor, into: list[Tensor], targets: range | list[int], sources) -> list:
+        peer, found = Peer(self._exchange, kind, self._rank), []
+        for source in sources:
+            for target in targets:
+                if source != target and self._rank in (source, target):
+                    own = source == self._rank
+                    found.append(peer.send(tensor, target) if own else peer.receive(into[source], source))
+        return found
+
+    def broadcast(self, kind: str, tensor: Tensor, source: int) -> Both:
+        return Both(self._messages(kind, tensor, [tensor] * self._p, range(self._p), [source]))
+
+    def gather(self, kind: str, tensor: Tensor) -> tuple[Both, list[Tensor]]:
+        parts = [tensor if rank == self._rank else torch.empty_like(tensor) for rank in range(self._p)]
+        return Both(self._messages(kind, tensor, parts, range(self._p), range(self._p))), parts
+
+    def gather_on(self, kind: str, tensor: Tensor, target: int) -> tuple[Both, list[Tensor]]:
+        parts = [tensor if rank == self._rank else torch.empty_like(tensor) for rank in range(self._p)]
+        return Both(self._messages(kind, tensor, parts, [target], range(self._p))), parts
+
+    def sum_on(self, kind: str, tensor: Tensor, target: int) -> Both:
+        parts = [tensor.clone() if rank == self._rank else torch.empty_like(tensor) for rank in range(self._p)]
+        messages = self._messages(kind, tensor, parts, [target], range(self._p))
+        return Both(messages, lambda: tensor.copy_(torch.stack(parts).sum(0)) if self._rank == target else None)
+
+
+class Noted:
+    """The last rank's targets, and the losses that it is given."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, Tensor] = {}
+
+    def targets(self, micro: int) -> Targets:
+        return targets(micro)
+
+    def found(self, micro: int, losses: Tensor) -> None:
+        assert micro not in self.losses
+        self.losses[micro] = losses
+
+
+def dense(p: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Losses of each microbatch, and gradients of all stages and of the head."""
+    weights = [*map(weight_of, range(p)), whole_head().requires_grad_()]
+    total, losses = torch.zeros((), dtype=torch.float64), []
+    for micro, made in enumerate(inputs_of(m)):
+        for weight in weights[:-1]:
+            made = layer(made, weight)
+        labels, gradients = targets(micro)
+        losses.append(cross_entropy(made @ weights[-1].T, labels, reduction="none"))
+        total = total + (losses[-1] * gradients).sum()
+    return [loss.detach() for loss in losses], list(torch.autograd.grad(total, weights))
+
+
+@pytest.mark.parametrize("p", ROWS)
+@pytest.mark.parametrize("barriers", [1, 2])
+def test_losses_and_gradients_are_those_of_a_whole_head(barriers: int, p: int) -> None:
+    m, noted, most = 7, Noted(), Counter()
+    gradients = [torch.zeros(rows, WIDTH, dtype=torch.float64) for rows in ROWS[p]]
+    heads = {}
+
+    def head(exchange: Exchange, rank: int) -> VocabularyHead:
+        first = sum(ROWS[p][:rank])
+        heads[rank] = VocabularyHead(
+            whole_head()[first : first + ROWS[p][rank]],
+            first,
+            barriers,
+            Threads(exchange, rank, p),
+            (rank, p - 1),
+            add=gradients[rank].add_,
+            buffer=lambda micro: torch.empty(TOKENS, WIDTH, dtype=torch.float64),
+            losses=noted if rank == p - 1 else None,
+        )
+        return heads[rank]
+
+    lowered = lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers))
+    ranks = execute(lowered, head=head)
+    losses, expected = dense(p, m)
+    assert sorted(noted.losses) == [*range(m)]
+    for micro, loss in enumerate(losses):
+        torch.testing.assert_close(noted.losses[micro], loss, rtol=1e-12, atol=1e-12)
+    found = [*(layers.gradients[stage] for stage, layers in enumerate(ranks)), torch.cat(gradients)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
+    for rank, layers in enumerate(ranks):
+        alive = 0
+        for action in layers.ran:
+            alive += 1 if action.kind == "F" else -1
+            most[rank] = max(most[rank], alive)
+    assert [most[rank] for rank in range(p)] == [min(m, p - rank + barriers) for rank in range(p)]
