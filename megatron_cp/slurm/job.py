@@ -245,15 +245,15 @@ def _check_sizes(recipe: Recipe, nodes: int, ranks: int) -> None:
 
 
 def _derived(recipe: Recipe, ranks: int) -> Iterator[str]:
-    """Yield what a node must give to the ranks, where the recipe's cluster tells it and the job does not ask for it.
+    """Yield what a node must give to the ranks, where it follows from the recipe and the job does not ask for it.
 
-    Ranks on all GPUs of a node get the node: its CPUs and memory too.
+    Ranks on all GPUs of a node of the recipe's cluster get the node: its CPUs and memory too.
     """
-    if not _gpus_used(recipe, ranks) or recipe.cluster is None:
+    if not _gpus_used(recipe, ranks):
         return
     if not _asks(recipe, GPUS):
         yield f"--gpus-per-node={ranks}"
-    if load_cluster(recipe.cluster).ranks_per_node == ranks:
+    if recipe.cluster is not None and load_cluster(recipe.cluster).ranks_per_node == ranks:
         if not _asks(recipe, CPUS):
             yield "--exclusive"
         if not _asks(recipe, MEMORY):
@@ -275,9 +275,10 @@ def _missing(recipe: Recipe, derived: tuple[str, ...]) -> Iterator[str]:
 
 
 def _gpus_used(recipe: Recipe, ranks: int) -> int:
-    """Return the GPUs per node that the ranks use on the recipe's cluster; 0 on CPUs or without a cluster."""
-    on_gpus = recipe.cluster is not None and load_cluster(recipe.cluster).host_bytes_per_s is not None
-    return ranks if on_gpus else 0
+    """Return the GPUs per node that the ranks use, 0 on CPUs: as the cluster says, or else the backend."""
+    if recipe.cluster is None:
+        return ranks if recipe.flag("--distributed-backend", "nccl") == "nccl" else 0
+    return 0 if load_cluster(recipe.cluster).host_bytes_per_s is None else ranks
 
 
 def _python(recipe: Recipe, wrapper: tuple[str, ...]) -> str:

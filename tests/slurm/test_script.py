@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_cp import __version__, config
 from megatron_cp.cli import app
+from megatron_cp.cli.submit import jobs_of
 from megatron_cp.findings import about
 from megatron_cp.recipe import recipe, slurm_flags
 from megatron_cp.slurm.job import job_of
@@ -283,6 +284,45 @@ def test_what_a_node_gives_follows_from_the_cluster_or_is_said_to_be_missing(
     assert set(job.header) == {f"--{line}" for line in asked}
     assert [text.split()[0] for text in job.missing] == missing
     assert job_of(recipe.load("quickstart", {}, job=True)).header == ()
+
+
+LONE = "LAUNCH:\n  --nnodes: 2\n  --nproc-per-node: 8\nMODEL_ARGS:\n  --num-layers: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "header", "gpus"),
+    [
+        ("lone.yaml", ["--gpus-per-node=8"], 8),
+        ("lone.yaml --distributed-backend gloo", [], 0),
+        ("lone.yaml --gpus-per-node=false", [], 8),
+        ("lone.yaml --gres gpu:8", ["--gres=gpu:8"], 8),
+        ("lone.yaml --cluster a100-ib", ["--gpus-per-node=8", "--exclusive", "--mem=0"], 8),
+        ("lone.yaml --cluster=this-cpu", [], 0),
+        ("--partition gpu lone.yaml -t 60", ["--gpus-per-node=8", "--partition=gpu", "--time=60"], 8),
+        ("--partition gpu quickstart", ["--partition=gpu"], 0),
+    ],
+)
+def test_gpus_of_a_node_follow_from_its_ranks_without_a_cluster(
+    write: Write, words: str, header: list[str], gpus: int
+) -> None:
+    write(LONE, "lone.yaml")
+    job = jobs_of(words.split())[0]
+    assert list(job.header) == header
+    assert job.gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("lone.yaml --cluster a100", "no cluster 'a100'; did you mean 'a100-ib'?"),
+        ("lone.yaml --cluster --time 60", "--cluster needs the name of a cluster or a file"),
+        ("--partition gpu", "expected a recipe, got only flags and values: --partition gpu"),
+    ],
+)
+def test_a_job_without_its_cluster_or_recipe_is_refused(write: Write, words: str, error: str) -> None:
+    write(LONE, "lone.yaml")
+    with pytest.raises(ValueError, match=re.escape(error)):
+        jobs_of(words.split())
 
 
 def test_the_file_of_a_site_is_weaker_than_a_recipe_and_stronger_than_nothing(write: Write) -> None:
