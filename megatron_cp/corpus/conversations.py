@@ -126,14 +126,25 @@ class ChatTemplate:
 
 
 def template_text(template: str) -> str:
-    """Return the text of --chat-template, from its file if it names one; ValueError for a file that is not there."""
-    if "{" in template or "\n" in template:
-        return template
+    """Return the text of --chat-template, from its file if it names one.
+
+    Raises ValueError for a file that is not there, and for a text in which no `messages` stand.
+    """
+    text = template if "{" in template or "\n" in template else _file_text(template)
+    if "messages" not in text:
+        raise Refused(
+            f"--chat-template {template!r} is no chat template: it writes the same text for any messages; name a file "
+            f"that loops over `messages`"
+        )
+    return text
+
+
+def _file_text(path: str) -> str:
     try:
-        return Path(template).read_text()
+        return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no UTF-8 text"
-        raise Refused(f"--chat-template {template}: {reason}; name a file with a template of Jinja") from None
+        raise Refused(f"--chat-template {path}: {reason}; name a file with a template of Jinja") from None
 
 
 def check_conversations(paths: Sequence[str]) -> None:

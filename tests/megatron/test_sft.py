@@ -212,6 +212,13 @@ def test_a_template_comes_from_a_file_or_the_command_line(tmp_path: Path) -> Non
         template_text("chat.jinja")
 
 
+@pytest.mark.parametrize("text", ["", "hello"])
+def test_a_file_without_a_template_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "chat").write_text(text)
+    with pytest.raises(Refused, match=r"chat' is no chat template: .*; name a file that loops over `messages`"):
+        template_text(str(tmp_path / "chat"))
+
+
 def test_a_system_message_starts_a_conversation() -> None:
     assert split_at_system(CHAT[1:3] + CHAT + CHAT) == [CHAT[1:3], CHAT, CHAT]
 
