@@ -94,6 +94,7 @@ def complete(args: Any, machine: Machine) -> None:
         args.async_strategy = "mcore"
         say("no GPU with nvidia-resiliency-ext here: --async-strategy mcore")
     _refuse_without_te(args, machine)
+    _refuse_without_gpu(args, machine)
     overlaps = getattr(args, "tp_comm_overlap", False)
     if changed := fill_arguments(args, machine):
         say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
@@ -114,6 +115,15 @@ def _refuse_without_te(args: Any, machine: Machine) -> None:
             raise Refused(
                 f"--{flag} needs transformer-engine, which is not installed; install it or leave the flag out"
             )
+
+
+def _refuse_without_gpu(args: Any, machine: Machine) -> None:
+    flex = getattr(args, "moe_token_dispatcher_type", None) == "flex"
+    if flex and getattr(args, "num_experts", None) and not machine.gpu:
+        raise Refused(
+            "--moe-token-dispatcher-type flex sends tokens by kernels for GPUs (DeepEP, HybridEP, NCCL EP), and this "
+            "machine has none; pass --moe-token-dispatcher-type alltoall"
+        )
 
 
 def check_inputs(args: Any) -> None:

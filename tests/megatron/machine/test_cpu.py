@@ -13,7 +13,7 @@ from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.facts import Machine
 from megatron_cp.megatron.rebind import find
 from tests.megatron.pretraining import pretrain_losses, tiny
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 TARGETS = [target for entry in cpu.REPLACEMENTS for target in entry.targets]
 
@@ -214,6 +214,18 @@ def test_a_gpu_without_transformer_engine_refuses_its_precisions(name: str, flag
         checks._refuse_without_te(args, Machine(gpu=True, te=False))
     checks._refuse_without_te(args, Machine(gpu=True, te=True))
     checks._refuse_without_te(args, Machine(gpu=False, te=False))
+
+
+def test_a_cpu_refuses_a_dispatcher_of_gpu_kernels() -> None:
+    args = SimpleNamespace(moe_token_dispatcher_type="flex", num_experts=4)
+    way_out = "--moe-token-dispatcher-type flex sends .*; pass --moe-token-dispatcher-type alltoall"
+    with pytest.raises(RankError, match=way_out) as refused:
+        run_ranks(2, pretrain_losses, tiny("--num-experts 4 --moe-token-dispatcher-type flex"))
+    assert len(refused.value.errors) == 2
+    with pytest.raises(ValueError, match=way_out):
+        checks._refuse_without_gpu(args, Machine(gpu=False))
+    checks._refuse_without_gpu(args, Machine(gpu=True))
+    checks._refuse_without_gpu(SimpleNamespace(moe_token_dispatcher_type="flex", num_experts=None), Machine(gpu=False))
 
 
 def sharded_losses(flags: list[str]) -> list[float]:
