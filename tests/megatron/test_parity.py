@@ -23,8 +23,8 @@ def context(backend, size):
     return f"--context-parallel-size {size} --cp-comm-type {backend} {grid}"
 
 
-def assert_equal_runs(found, expected):
-    assert [step["iteration"] for step in found] == [1, 2, 3, 4]
+def assert_equal_runs(found, expected, steps=4):
+    assert [step["iteration"] for step in found] == list(range(1, steps + 1))
     for step, other in zip(found, expected, strict=True):
         assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS)
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS)
@@ -330,11 +330,15 @@ def losses_and_value_dims(flags):
     return pretrain_losses(flags), dims
 
 
-def latent_losses(size, *flags):
+def latent(*flags):
     words = tiny(*flags, LATENT, without="--group-query-attention")
     # a head of its own for every query head
     at = words.index("--num-query-groups")
-    found = run_ranks(size, losses_and_value_dims, words[:at] + words[at + 2 :])
+    return words[:at] + words[at + 2 :]
+
+
+def latent_losses(size, *flags):
+    found = run_ranks(size, losses_and_value_dims, latent(*flags))
     assert [dims for _, dims in found] == [{(12, 8)}] * size
     return found[0][0]
 
@@ -356,6 +360,31 @@ def test_multi_latent_attention_equals_one_rank(latent_alone, backend, size):
 def test_multi_latent_attention_beside_other_parallelism_equals_one_rank(latent_alone, case):
     size, parallel, _ = COMBINED[case]
     assert_equal_runs(latent_losses(size, context("zigzag", 2), parallel), latent_alone)
+
+
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type"
+SHARED = "--expert-model-parallel-size 2"
+
+# HybridModel's patterns are in layers/test_hybrid.py
+MODELS = {
+    "experts, all-to-all": (SHARED, f"{EXPERTS} alltoall", tiny),
+    "experts, all-gather": (SHARED, f"{EXPERTS} allgather", tiny),
+    "multi-token prediction": ("", "--mtp-num-layers 1 --calculate-per-token-loss", tiny),
+    "latent attention": ("", "", latent),
+    "q and k layernorm": ("", COMBINED["q and k layernorm"][2], tiny),
+    "windows on some layers": ("", "--window-size 8,0 --window-attn-skip-freq 2", tiny),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MODELS)
+def test_models_on_four_ranks_equal_one_rank_over_five_steps(case):
+    parallel, model, words = MODELS[case]
+    flags = (model, "--train-iters 5")
+    ranks = run_ranks(4, losses_and_value_dims, words(context("zigzag", 4), parallel, *flags))
+    assert all(dims for _, dims in ranks)
+    expected = run_ranks(1, pretrain_losses, words("--cp-comm-type p2p", *flags))[0]
+    assert_equal_runs(ranks[0][0], expected, steps=5)
 
 
 @pytest.mark.slow

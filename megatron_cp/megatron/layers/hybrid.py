@@ -1,8 +1,8 @@
 """Stack spec for HybridModel with context-parallel attention, with and without TransformerEngine.
 
 `--spec megatron_cp.megatron.spec hybrid_stack_spec --hybrid-layer-pattern "*-*-"`; HybridModel takes an object, not a
-function. A GPT layer is the pair `*-`. Without TransformerEngine patterns of attention (`*`) and MLP (`-`) layers are
-built from local parts; with it Megatron's own stack is, its attention replaced.
+function. A GPT layer is the pair `*-`, or `*E` with experts. Without TransformerEngine patterns of attention (`*`), MLP
+(`-`) and expert (`E`) layers are built from local parts; with it Megatron's own stack is, its attention replaced.
 """
 
 from dataclasses import replace
@@ -13,7 +13,11 @@ from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as 
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.layers.norm import Norm
@@ -29,13 +33,13 @@ from megatron_cp.megatron.layers.specs import (
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.run import settings_of_run
 
-LOCAL_SYMBOLS = "*-"
+LOCAL_SYMBOLS = "*-E"
 
 
 class ContextParallelHybridStack(HybridStack):
     """Megatron's stack, with the layers that the config asks for and a final norm that needs no TransformerEngine.
 
-    Raises ValueError for a local stack with other layers than attention and MLP, and as `gpt_layer_spec` does.
+    Raises ValueError for a local stack with other layers than attention, MLP and experts, and as `gpt_layer_spec` does.
     """
 
     def __init__(
@@ -85,7 +89,11 @@ def _local_submodules(config: TransformerConfig, symbols: list[str]) -> HybridSt
             f"without transformer-engine a hybrid pattern may have the layers {' '.join(LOCAL_SYMBOLS)}, "
             f"got {' '.join(foreign)}; install transformer-engine or change --hybrid-layer-pattern"
         )
-    layer = local_layer_spec(config, SpecProvider(config), moe=False).submodules
+    if "E" in symbols and config.num_moe_experts is None:
+        raise Refused("a hybrid pattern with the layer E needs --num-experts; give it, or take - in the place of E")
+    provider = SpecProvider(config)
+    layer = local_layer_spec(config, provider, moe=False).submodules
+    experts = local_layer_spec(config, provider, moe="E" in symbols).submodules
     return HybridStackSubmodules(
         attention_layer=ModuleSpec(
             module=TransformerLayer,
@@ -103,6 +111,13 @@ def _local_submodules(config: TransformerConfig, symbols: list[str]) -> HybridSt
                 mlp=layer.mlp,
                 mlp_bda=layer.mlp_bda,
                 sharded_state_dict_keys_map=norm_keys("pre_mlp_layernorm."),
+            ),
+        ),
+        # the norm before experts is a module of its own in checkpoints of the stock stack
+        moe_layer=ModuleSpec(
+            module=MoETransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=experts.pre_mlp_layernorm, mlp=experts.mlp, mlp_bda=experts.mlp_bda
             ),
         ),
     )

@@ -1,11 +1,13 @@
 """HybridModel through our ready stack spec: attention and MLP layers without TransformerEngine."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_cp.errors import Refused
 from megatron_cp.megatron.layers import hybrid
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
@@ -18,8 +20,11 @@ PATTERN = "--hybrid-layer-pattern *-*- --num-layers 4"
 NAME = "hybrid_stack_spec"
 
 
-def trained(world_size: int, flags: str) -> str:
-    return run_ranks_with_log(world_size, train, f"{PATTERN} {flags}", None, NAME)[1]
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type"
+
+
+def trained(world_size: int, flags: str, pattern: str = PATTERN) -> str:
+    return run_ranks_with_log(world_size, train, f"{pattern} {flags}", None, NAME)[1]
 
 
 def test_spec_is_a_ready_object() -> None:
@@ -34,6 +39,18 @@ def test_trains_the_same_on_several_ranks() -> None:
         log = trained(2, flags)
         assert losses(log) == pytest.approx(losses(whole), rel=1e-6)
         assert grad_norms(log) == pytest.approx(grad_norms(whole), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pattern", "experts"), [("*-*-", ""), ("*E*E", f"{EXPERTS} alltoall")], ids=["*-*-", "*E*E"])
+def test_patterns_on_four_ranks_train_as_on_one_over_five_steps(pattern: str, experts: str) -> None:
+    flags = f"--hybrid-layer-pattern {pattern} --num-layers 4 --train-iters 5 {experts}"
+    whole = trained(1, "--cp-comm-type p2p", flags)
+    log = trained(4, "--context-parallel-size 4" + " --expert-model-parallel-size 2" * bool(experts), flags)
+    assert len(losses(whole)) == 5
+    assert losses(log) == pytest.approx(losses(whole), rel=1e-6)
+    assert grad_norms(log) == pytest.approx(grad_norms(whole), rel=1e-3)
+    assert "[megatron-cp] layers 1, 3: zigzag" in log
 
 
 def _parts(models: list[Any]) -> None:
@@ -64,5 +81,10 @@ def test_missing_transformer_engine_is_said() -> None:
 
 
 def test_other_layers_are_refused_by_name() -> None:
-    with pytest.raises(RankError, match=r"Refused: without transformer-engine .* layers \* -, got M"):
+    with pytest.raises(RankError, match=r"Refused: without transformer-engine .* layers \* - E, got M"):
         run_ranks(1, train, "--hybrid-layer-pattern M-*- --num-layers 4", None, NAME)
+
+
+def test_experts_of_a_pattern_must_be_counted() -> None:
+    with pytest.raises(Refused, match="layer E needs --num-experts; give it, or take - in the place of E"):
+        hybrid._local_submodules(SimpleNamespace(num_moe_experts=None), ["*", "E"])  # type: ignore[arg-type]
