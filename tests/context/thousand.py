@@ -1,6 +1,6 @@
 """Attend a thousand batches of documents that all differ, and see what memory and caches hold on the way.
 
-`python -m tests.context.thousand` does so for every algorithm and prints a table; the tests run some of it.
+`python -m tests.context.thousand` does so for every algorithm and prints a table.
 """
 
 import gc
