@@ -267,19 +267,25 @@ def imply_chunks(args: Any) -> int:
     return chunks
 
 
-def check_schedule(args: Any) -> None:
-    """Refuse what `--pp-schedule` names and this run cannot have; ValueError with the rule, the value and a way out."""
+def check_flags(args: Any) -> None:
+    """Refuse flags of pipelines that no machine can have together; ValueError with the rule and a way out."""
     flags = PipelineFlags.of(args)
     check_costs(flags)
+    size = read(args, "pipeline_model_parallel_size", 1)
+    if flags.schedule is not None and size < 2:
+        raise Refused(
+            f"--pp-schedule {flags.schedule} needs --pipeline-model-parallel-size of at least 2, got {size}; "
+            f"leave --pp-schedule out or use more ranks"
+        )
+
+
+def check_schedule(args: Any) -> None:
+    """Refuse what `--pp-schedule` names and this run cannot have; ValueError with the rule, the value and a way out."""
+    check_flags(args)
+    flags = PipelineFlags.of(args)
     name = flags.schedule
     if name is None:
         return
-    size = read(args, "pipeline_model_parallel_size", 1)
-    if size < 2:
-        raise Refused(
-            f"--pp-schedule {name} needs --pipeline-model-parallel-size of at least 2, got {size}; "
-            f"leave --pp-schedule out or use more ranks"
-        )
     on_the_v = V_UNSUPPORTED if flags.on_v else ()
     unflushed = UNFLUSHED_UNSUPPORTED if SCHEDULES.get(name).delay else ()
     refuse((*UNSUPPORTED, *on_the_v, *unflushed), args, f"--pp-schedule {name}")

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_cp.errors import Refused, refuse_together
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.known_flags import kept_parser
-from megatron_cp.recipe.command import flag_words, runs_through_us
+from megatron_cp.recipe.command import complete, flag_words, runs_through_us
 from megatron_cp.recipe.recipe import TORCHRUN_FLAGS, Recipe, Setting
 from megatron_cp.registry import suggest
 
@@ -30,19 +30,23 @@ def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> N
     """
     known = known or kept_parser()
     check(recipe.model_args, known)
-    words = flag_words(recipe.model_args)
-    from megatron_cp.megatron.arguments import context, pipeline
+    words = flag_words(complete(recipe).model_args)
+    from megatron_cp.megatron.arguments import batches, context, pipeline
     from megatron_cp.megatron.arguments.command_line import SPEC, wants_layers
     from megatron_cp.megatron.machine.facts import installed
     from megatron_cp.megatron.run import has_our_layers
 
     args = known.parse_args(words)
-    if args.spec is None and runs_through_us(recipe) and wants_layers(words, installed("transformer_engine")):
+    through_us = runs_through_us(recipe)
+    if args.spec is None and through_us and wants_layers(words, installed("transformer_engine")):
         # filled in as the launcher does before its own check
         args.spec, args.create_attention_mask_in_dataloader = list(SPEC), False
     try:
         refuse_together(
-            lambda: context.check(args) if has_our_layers(args) else None, lambda: pipeline.check_chunks(args)
+            lambda: context.check(args) if has_our_layers(args) else None,
+            lambda: pipeline.check_flags(args) if through_us else None,
+            lambda: batches.check_plan(args) if through_us else None,
+            lambda: pipeline.check_chunks(args),
         )
     except Refused as error:
         raise Refused(with_places(str(error), recipe)) from None

@@ -50,12 +50,17 @@ def check(args: Any) -> None:
         if here != there:
             raise Refused(
                 f"the checkpoint in {args.load} is of another model: its {name} is {there}, here it is {here}; "
-                f"change --{name.replace('_', '-')} or --load"
+                f"change --{name.replace('_', '-')}, or {_another(args)}"
             )
     _check_layers(args, saved)
     _check_waiting(args, saved)
     if not (args.no_load_optim or args.finetune or saved.no_save_optim):
         check_optimizer(args, saved)
+
+
+def _another(args: Any) -> str:
+    both = args.save is not None and args.save == args.load
+    return "give another --save to start afresh" if both else "give another --load"
 
 
 def _check_layers(args: Any, saved: Any) -> None:
