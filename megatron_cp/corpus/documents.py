@@ -92,7 +92,7 @@ def _read_line(raw: bytes, where: str, unit: str, fields: Sequence[str]) -> str 
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        return Bad(where, f"not JSON: {error.msg} at column {error.colno}")
+        return Bad(where, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return Bad(where, f"not readable as JSON: {error}")
     return _text_of(record, where, fields)

@@ -191,7 +191,7 @@ class _Elements:
             try:
                 _, end = decode(text, position)
             except json.JSONDecodeError as error:
-                self.error = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+                self.error = f"not JSON: {error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
                 return
             except (ValueError, RecursionError) as error:
                 self.error = f"not readable as JSON: {error}"

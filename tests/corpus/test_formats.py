@@ -90,6 +90,7 @@ def test_byte_order_mark_of_a_json_file_is_no_text(tmp_path: Path) -> None:
     [
         ("some text\n", 0, "a.json, line 1: not JSON"),
         ('{"text": "a"}\n{"text": b}\n{"text": "c"}\n', 2, "a.json, line 2: not JSON: .* column 10"),
+        ('{"text": "a"}\n{"text": "b\n', 1, "line 2: not JSON: Unterminated string starting at column 10"),
         ('{"text": a}\n{"text": "b"}\n', 1, "a.json, line 1: not JSON"),
         ('[{"text": "a"},\n {"text": b}]', 1, "a.json, after element 1: not JSON: .* line 2, column 11"),
         ('[{"text": "a"}, {"text": "b"}', 2, "a.json, after element 2: not JSON: the array does not end"),
