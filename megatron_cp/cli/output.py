@@ -1,5 +1,6 @@
 """Output of a training run: all of it in a log beside its checkpoints, and what is shown while it runs."""
 
+import re
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +13,11 @@ from megatron_cp import runlog
 OURS = "[megatron-cp] "
 VALIDATION = " loss at "
 LAST_LINES = 30
+_REFUSAL = re.compile(r"(?:\[rank\d+\]: )?(?:\[megatron-cp\]|megatron-cp:) (.+)")
+_EXCEPTION = re.compile(r"(\[rank\d+\]: )?((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Iteration)(?:: .*)?)")
+# what torchrun itself raises after a rank has failed, or when it is told to stop
+_TORCHRUNS = ("ChildFailedError", "SignalException")
+_KILLED = re.compile(r"\s*traceback : (Signal .+)")
 RECENT_STEPS = 20
 
 
@@ -27,6 +33,8 @@ class Shown(Protocol):
     def error(self, raw: bytes) -> None: ...
 
     def step(self, step: runlog.Iteration) -> None: ...
+
+    def stops(self) -> None: ...
 
     def failed(self) -> None: ...
 
@@ -49,6 +57,9 @@ class EveryLine:
         sys.stderr.buffer.flush()
 
     def step(self, step: runlog.Iteration) -> None:
+        pass
+
+    def stops(self) -> None:
         pass
 
     def failed(self) -> None:
@@ -102,6 +113,9 @@ class ProgressLine:
             self._task, completed=step.number, total=step.of, figures=progress([*self._recent], self._seq)
         )
 
+    def stops(self) -> None:
+        self._progress.update(self._task, figures="interrupted, stops")
+
     def failed(self) -> None:
         for text in self._refusals or self._last:
             self._print(text)
@@ -122,6 +136,30 @@ def progress(recent: Sequence[runlog.Iteration], seq: int) -> str:
     return "  ".join(figures)
 
 
+class Reason:
+    """The reason of a failure, from the errors of all ranks and torchrun as they come."""
+
+    def __init__(self) -> None:
+        self._refusal = ""
+        self._raised: dict[str, str] = {}
+        self._killed = ""
+
+    def error(self, text: str) -> None:
+        """Take a line of the errors, without its end."""
+        if found := _REFUSAL.fullmatch(text):
+            self._refusal = self._refusal or found[1]
+        elif (found := _EXCEPTION.fullmatch(text)) and not found[2].partition(":")[0].endswith(_TORCHRUNS):
+            # the last error of a rank follows those that it was raised from
+            self._raised[found[1] or ""] = f"{found[1] or ''}{found[2]}"
+        elif found := _KILLED.fullmatch(text):
+            self._killed = self._killed or found[1]
+
+    @property
+    def text(self) -> str:
+        """The first refusal, else the error of the rank that failed first, else a rank's signal; empty without any."""
+        return self._refusal or next(iter(self._raised.values()), self._killed)
+
+
 class Record:
     """The record of a run in its folder: everything that it prints, its iterations, and the trainer's summary."""
 
@@ -129,6 +167,7 @@ class Record:
         self.log = folder / runlog.TEXT_NAME
         self.steps: list[runlog.Iteration] = []
         self.summary: dict[str, Any] = {}
+        self.reason = Reason()
         self._iterations = folder / runlog.LOG_NAME
         self._shown = shown
         # unbuffered: two threads write whole lines, and a killed run leaves all that it printed
@@ -144,6 +183,10 @@ class Record:
         """Write a line of our own that is not shown."""
         self._file.write(f"{OURS}{text}\n".encode())
 
+    def stops(self) -> None:
+        """Show that the run is being stopped."""
+        self._shown.stops()
+
     def line(self, raw: bytes) -> None:
         """Take a line of the run's output."""
         self._file.write(raw)
@@ -158,4 +201,5 @@ class Record:
     def error(self, raw: bytes) -> None:
         """Take a line of the run's errors."""
         self._file.write(raw)
+        self.reason.error(raw.decode(errors="replace").rstrip())
         self._shown.error(raw)

@@ -55,9 +55,12 @@ def train(
     folder.
     """
     run = load_checked(name, flags or [])
+    if not run.builds_corpus:
+        ready_corpus(run)
     if _is_done(run, [name, *(flags or [])]):
         return
-    ready_corpus(run)
+    if run.builds_corpus:
+        ready_corpus(run)
     folder = run.save or Path("runs") / run.name
     folder.mkdir(parents=True, exist_ok=True)
     runlog.note_start(folder, _start(run))
@@ -135,8 +138,15 @@ def _is_done(run: Recipe, words: Sequence[str]) -> bool:
     wanted = run.number("--train-iters", 0)
     if done >= wanted > 0 and "--skip-train" not in run.model_args:
         asked = shlex.join(["megatron-cp", "train", *words])
-        more = f"{re.sub(r' --train-iters[ =][0-9]+', '', asked)} --train-iters {2 * wanted}"
-        _say(f"all {wanted} iterations are done and saved in {run.save}; to go on: {more}")
+        short = re.sub(r" --train-iters[ =][0-9]+", "", asked)
+        said = f"all {wanted} iterations are done and saved in {run.save}"
+        if re.search(r" --(?!save\b)", short):
+            _say(
+                f"{said}; the other flags given now were not compared with that run: give another --save to start "
+                f"afresh with them, or more than --train-iters {wanted} to go on"
+            )
+        else:
+            _say(f"{said}; to go on: {short} --train-iters {2 * wanted}; give another --save to start afresh")
         return True
     _say(f"resumes from the checkpoint of iteration {done} in {run.save}; give another --save to start afresh")
     return False
@@ -146,14 +156,20 @@ def _stream(line: Command, folder: Path, shown: Shown) -> tuple[int, list[runlog
     """Run the command, show and keep its output as it comes; return exit status, iterations, summary."""
     with Record(folder, shown) as record:
         record.note(f"{datetime.now().astimezone():%F %T %Z}: {shlex.join(line.words)}")
-        with shown, _started(line, record) as process:
-            assert process.stdout is not None
-            for raw in process.stdout:
-                record.line(raw)
-            status = process.wait()
+        try:
+            with shown, _started(line, record) as process:
+                assert process.stdout is not None
+                for raw in process.stdout:
+                    record.line(raw)
+                status = process.wait()
+        except KeyboardInterrupt:
+            typer.echo(f"megatron-cp: {_interrupted(record.steps, folder)}", err=True)
+            raise typer.Exit(128 + signal.SIGINT) from None
         if status:
             shown.failed()
             typer.echo(f"megatron-cp: the run failed; all that it printed is in {record.log}", err=True)
+            if record.reason.text:
+                typer.echo(f"megatron-cp: {record.reason.text}", err=True)
     # ended by a signal: the number a shell would give
     return (128 - status if status < 0 else status), record.steps, record.summary
 
@@ -176,10 +192,8 @@ def _started(line: Command, record: Record) -> Iterator[subprocess.Popen[bytes]]
     with process, data.ending_on_signals():
         try:
             yield process
-        except KeyboardInterrupt:
-            _stop(process, record)
-            raise typer.Exit(128 + signal.SIGINT) from None
         except BaseException:
+            record.stops()
             _stop(process, record)
             raise
         finally:
@@ -202,6 +216,14 @@ def _stop(process: subprocess.Popen[bytes], record: Record) -> None:
             record.line(raw)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _interrupted(steps: Sequence[runlog.Iteration], folder: Path) -> str:
+    done = runlog.checkpoint_iteration(folder)
+    at = f"at step {steps[-1].number}" if steps else "before its first step was logged"
+    if done is None:
+        return f"interrupted {at}; no checkpoint in {folder}; the same command starts again"
+    return f"interrupted {at}; saved: iteration {done} in {folder}; the same command goes on"
 
 
 def _sum_up(run: Recipe, folder: Path, steps: Sequence[runlog.Iteration], summary: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from megatron_cp import runlog
 from megatron_cp.cli import train
-from megatron_cp.cli.output import ProgressLine, progress
+from megatron_cp.cli.output import ProgressLine, Reason, progress
 from megatron_cp.recipe.command import Command
 
 STEP = (
@@ -77,9 +77,34 @@ def test_a_failure_shows_its_reason(tmp_path: Path, code: str, reason: str, caps
     assert status == 1
     assert reason in shown
     assert "dump" not in shown
-    assert (
-        f"megatron-cp: the run failed; all that it printed is in {tmp_path}/megatron.log\n" == capsys.readouterr().err
+    said = reason.removeprefix("[megatron-cp] ")
+    assert capsys.readouterr().err == (
+        f"megatron-cp: the run failed; all that it printed is in {tmp_path}/megatron.log\nmegatron-cp: {said}"
     )
+
+
+@pytest.mark.parametrize(
+    ("errors", "reason"),
+    [
+        (
+            "a warning\n[megatron-cp] rank 1: refused\n[megatron-cp] rank 0: refused too\nValueError: later\n"
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+            "rank 1: refused",
+        ),
+        (
+            "[rank1]: KeyError: 1\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\n"
+            "[rank0]: RuntimeError: Connection closed by peer\nChildFailedError: it",
+            "[rank1]: torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        ("  exitcode  : -9 (pid: 12)\n  traceback : Signal 9 (SIGKILL) received by PID 12", "Signal 9 (SIGKILL)"),
+        ("torch.distributed.elastic.multiprocessing.api.SignalException: Process 1 got signal: 15", ""),
+    ],
+)
+def test_the_reason_is_what_a_rank_said_first(errors: str, reason: str) -> None:
+    found = Reason()
+    for line in errors.splitlines():
+        found.error(line)
+    assert found.text.removesuffix(" received by PID 12") == reason
 
 
 @pytest.fixture

@@ -99,8 +99,16 @@ def test_a_run_is_logged_summed_up_and_resumed(here: Path, capfdbinary: pytest.C
     shown = capfdbinary.readouterr().out.decode()
     assert shown == (
         "[megatron-cp] all 4 iterations are done and saved in ckpt; "
-        "to go on: megatron-cp train run.yaml --train-iters 8\n"
+        "to go on: megatron-cp train run.yaml --train-iters 8; give another --save to start afresh\n"
     )
+    train.train("run.yaml", ["--train-iters", "4", "--hidden-size", "8"])
+    shown = capfdbinary.readouterr().out.decode()
+    assert shown == (
+        "[megatron-cp] all 4 iterations are done and saved in ckpt; the other flags given now were not compared with "
+        "that run: give another --save to start afresh with them, or more than --train-iters 4 to go on\n"
+    )
+    with pytest.raises(ValueError, match="data prefix 'nowhere'"):
+        train.train("run.yaml", ["--train-iters", "4", "--mock-data=false", "--data-path", "nowhere"])
     assert len((here / "ckpt" / LOG_NAME).read_text().splitlines()) == 4
 
 
@@ -141,11 +149,20 @@ line = Command({{}}, [sys.executable, "-c", {worker!r}])
 train.app.command()(lambda: train._stream(line, Path(), EveryLine()) and None)
 train.app()
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     pid = tmp_path / "pid"
     wait_for(lambda: pid.exists() and pid.read_text())
     process.send_signal(number)
-    assert process.wait(20) == status
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == status
+    if number == signal.SIGINT:
+        assert said == (
+            "megatron-cp: interrupted before its first step was logged; saved: iteration 4 in .; "
+            "the same command goes on\n"
+        )
     assert not alive(int(pid.read_text()))
 
 
@@ -167,6 +184,8 @@ def test_render_prints_what_train_would_run(here: Path) -> None:
         (["--num-layer", "4"], "command line: unknown flag '--num-layer'; did you mean '--num-layers'?"),
         (["--cp-comm-type", "usp"], "--cp-comm-type usp needs two --hierarchical-context-parallel-sizes"),
         (["--data-path", "nowhere"], "data prefix 'nowhere'"),
+        (["--cp-plan", "balanced"], "--cp-plan balanced does not do one context-parallel size for all microbatches"),
+        (["--pp-schedule", "1f1b"], "--pp-schedule 1f1b needs --pipeline-model-parallel-size of at least 2, got 1"),
     ],
 )
 def test_a_refusal_is_one_line_before_anything_starts(here: Path, words: list[str], text: str) -> None:
