@@ -126,7 +126,7 @@ def unknown(kind: str, name: str, known: Iterable[str], place: str = "") -> Refu
     return Refused(f"{where}unknown {kind} {name!r}{suggest(name, names)}; known: {', '.join(names)}")
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest known name, or an empty text."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def suggest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return `; did you mean 'x'?` for the nearest known name, or an empty text where none is as near as `cutoff`."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

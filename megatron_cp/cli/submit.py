@@ -12,12 +12,14 @@ import typer
 from megatron_cp import config
 from megatron_cp.cli.importing import load
 from megatron_cp.cli.train import checked
-from megatron_cp.recipe import recipe
+from megatron_cp.recipe import recipe, slurm_flags
 from megatron_cp.recipe.from_command import is_command
 from megatron_cp.recipe.recipe import overridden
 from megatron_cp.slurm.job import SlurmJob, job_of
 from megatron_cp.slurm.script import script
 
+# flags that an unknown one may mean here
+OTHERS = (*slurm_flags.KNOWN, "--cluster", "--dry-run")
 Words = Annotated[
     list[str],
     typer.Argument(
@@ -79,7 +81,7 @@ def jobs_of(words: Sequence[str], cluster: str | None = None) -> list[SlurmJob]:
 
 
 def _job(run: recipe.Recipe, cluster: str | None) -> SlurmJob:
-    return job_of(checked(replace(run, cluster=cluster) if cluster else run))
+    return job_of(checked(replace(run, cluster=cluster) if cluster else run, OTHERS))
 
 
 def _recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:

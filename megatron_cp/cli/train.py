@@ -77,12 +77,15 @@ def load_checked(name: str, flags: Sequence[str]) -> Recipe:
     return checked(load(name, config.environment(), flags))
 
 
-def checked(run: Recipe) -> Recipe:
-    """Return the recipe if its ranks would accept it; raises ValueError otherwise."""
+def checked(run: Recipe, others: Sequence[str] = ()) -> Recipe:
+    """Return the recipe if its ranks would accept it; raises ValueError otherwise.
+
+    others: flags of the command beside Megatron's and torchrun's, which an unknown one may mean
+    """
     check_processes(run)
     from megatron_cp.megatron.arguments.recipe_flags import check_run
 
-    check_run(run)
+    check_run(run, others=others)
     return run
 
 

@@ -12,6 +12,8 @@ from megatron_cp.runlog import checkpoint_iteration
 from megatron_cp.units import is_whole
 
 RENDEZVOUS_FLAGS = ("--standalone", "--master-addr", "--master-port", "--rdzv-backend", "--rdzv-endpoint")
+# a recipe's settings for finding other nodes are for starting by hand; in a job they follow from SLURM
+FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
 
 
 class Command(NamedTuple):

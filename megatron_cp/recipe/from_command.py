@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from megatron_cp.errors import Refused
 from megatron_cp.recipe import shell, slurm_flags
+from megatron_cp.recipe.command import FROM_SLURM
 from megatron_cp.recipe.file import Section, Setting
 from megatron_cp.recipe.recipe import COMMAND_LINE, ENTRY, TORCHRUN_FLAGS, Recipe, command_line_flags
 
@@ -75,10 +76,11 @@ def imported(words: Sequence[str], environment: Mapping[str, str]) -> Imported:
         words = _split(words[0])
     if not words:
         raise Refused("give a command such as 'torchrun … pretrain_gpt.py …', or the path of a script")
-    name, left_out = "imported", []
+    name, left_out, header = "imported", [], ""
     if Path(words[0]).suffix in SCRIPTS:
         read = _read(Path(words[0]), words[1:], environment)
         launches, left_out, name = read.launches, read.left_out, Path(words[0]).stem
+        header = Path(words[0]).read_text()
     else:
         launches = [shell.Launch(list(words), {})]
     starts = [(start, launch) for launch in launches for start in _starts(launch, environment)]
@@ -98,14 +100,17 @@ def imported(words: Sequence[str], environment: Mapping[str, str]) -> Imported:
     flags = command_line_flags(start.flags)
     empty = [flag for flag, setting in flags.items() if setting.given and setting.values == ("",)]
     refused += [f"not taken: {flag} has an empty value here" for flag in empty]
+    by_hand = [flag for flag in start.launch if flag in FROM_SLURM]
+    launch_flags = {flag: setting for flag, setting in start.launch.items() if flag not in by_hand}
     recipe = Recipe(
         name=name,
         env_vars={key: Setting((value,), COMMAND_LINE) for key, value in taken.items()},
         model_args={flag: setting for flag, setting in flags.items() if flag not in empty},
-        launch={**start.launch, "entry": Setting((start.entry,), COMMAND_LINE)},
+        launch={**launch_flags, "entry": Setting((start.entry,), COMMAND_LINE)},
         data={},
     )
-    return Imported(recipe, [*start.told, *refused, *_not_run(left_out)])
+    told = [*start.told, *_asked_of_sbatch(header), *_found_by_hand(by_hand), *refused, *_unread(recipe)]
+    return Imported(recipe, [*told, *_not_run(left_out)])
 
 
 def as_yaml(made: Imported, source: str) -> str:
@@ -284,6 +289,28 @@ def _variables(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str
     return taken, [
         f"not taken: the variables {', '.join(others)}; add to ENV_VARS what the run needs"
     ] if others else []
+
+
+def _asked_of_sbatch(script: str) -> list[str]:
+    asked = [line.strip() for line in re.findall(r"^#SBATCH[ \t]+([^#\n]+)", script, re.MULTILINE)]
+    return [f"not taken: #SBATCH {', '.join(asked)}; give them to submit, or write them under SLURM:"] if asked else []
+
+
+def _found_by_hand(flags: Sequence[str]) -> list[str]:
+    if not flags:
+        return []
+    return [f"not taken: {', '.join(flags)}; submit takes them from SLURM, give them to train for a start by hand"]
+
+
+def _unread(recipe: Recipe) -> list[str]:
+    """Say which values still name a variable, which nothing reads where the command stood in single quotes."""
+    flags = {**recipe.launch, **recipe.model_args}
+    kept = [f"{flag} {shlex.join(setting.values)}" for flag, setting in flags.items() if "$" in "".join(setting.values)]
+    if not kept:
+        return []
+    return [
+        f"kept as written: {', '.join(kept)}; no shell reads it: write the value, or ${{NAME}} in the recipe's file"
+    ]
 
 
 def _not_run(commands: Sequence[str]) -> list[str]:

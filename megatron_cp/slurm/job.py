@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.recipe import slurm_flags
-from megatron_cp.recipe.command import RENDEZVOUS_FLAGS, complete, corpus_words, runs_through_us
+from megatron_cp.recipe.command import FROM_SLURM, complete, corpus_words, runs_through_us
 from megatron_cp.recipe.recipe import COMMAND_LINE, Recipe, Setting, with_flag
 from megatron_cp.units import is_whole
 
@@ -25,8 +25,6 @@ FREE_GB = 1
 GPUS = ("--gpus-per-node", "--gpus", "--gres", "--gpus-per-task")
 CPUS = ("--cpus-per-task", "--cpus-per-gpu", "--exclusive", "--mincpus")
 MEMORY = ("--mem", "--mem-per-cpu", "--mem-per-gpu")
-# a recipe's settings for finding other nodes are for starting by hand; in a job they follow from SLURM
-FROM_SLURM = (*RENDEZVOUS_FLAGS, "--node-rank", "--rdzv-id", "--rdzv-conf", "--local-addr")
 
 _SIGNAL = re.compile(r"(?:SIG)?(TERM|USR2)@(\d{1,9})", re.ASCII)
 # a container has its own Python, at another path

@@ -63,7 +63,6 @@ def test_a_script_becomes_a_recipe_and_nothing_of_it_runs(tmp_path: Path) -> Non
     assert texts(made.recipe.launch) == {
         "--nproc-per-node": ("8",),
         "--nnodes": ("4",),
-        "--rdzv-backend": ("c10d",),
         "entry": ("pretrain_gpt.py",),
     }
     assert texts(made.recipe.env_vars) == {"CUDA_DEVICE_MAX_CONNECTIONS": ("1",), "NCCL_DEBUG": ("WARN",)}
@@ -80,6 +79,8 @@ def test_a_script_becomes_a_recipe_and_nothing_of_it_runs(tmp_path: Path) -> Non
     }
     assert [line.split(";")[0] for line in made.told] == [
         "not taken: torchrun's --no-python-x",
+        "not taken: #SBATCH --nodes=4",
+        "not taken: --rdzv-backend",
         "not taken: the variables WANDB_API_KEY",
         "not run, and without output here: scontrol, rm, mkdir, source, module, cat, tee",
     ]
@@ -130,7 +131,7 @@ LAUNCH = {"--nproc-per-node": ("2",), "entry": ("x/pretrain_gpt.py",)}
         ("numactl --cpunodebind 0 python x/pretrain_gpt.py --lr 1", {"entry": ("x/pretrain_gpt.py",)}, {}),
         (
             "torchrun --standalone \\\n --nproc_per_node 2 \\\n x/pretrain_gpt.py \\\n --lr 1",
-            {**LAUNCH, "--standalone": ()},
+            LAUNCH,
             {},
         ),
     ],
@@ -166,6 +167,15 @@ def test_a_script_without_one_training_command_is_refused(
 def test_a_command_that_starts_nothing_is_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"check its quotes|give"):
         imported(words, {})
+
+
+def test_what_only_a_node_knows_is_left_out_and_what_no_shell_reads_is_told() -> None:
+    found = "--node-rank $SLURM_NODEID --master-addr $HEAD --master-port 6000 --rdzv-endpoint $HEAD:29500"
+    made = imported([f"torchrun --nnodes 2 {found} --nproc-per-node 8 a.py --save $OUT/x --lr 1"], {})
+    assert texts(made.recipe.launch) == {"--nnodes": ("2",), "--nproc-per-node": ("8",), "entry": ("a.py",)}
+    by_hand, kept = made.told
+    assert by_hand.startswith("not taken: --node-rank, --master-addr, --master-port, --rdzv-endpoint; submit takes")
+    assert kept.startswith("kept as written: --save '$OUT/x'; no shell reads it")
 
 
 def test_a_flag_whose_variable_is_empty_is_told(tmp_path: Path) -> None:

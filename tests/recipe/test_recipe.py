@@ -374,6 +374,8 @@ MODEL_ARGS:
         ("--pp_algorithm", ["--pp_algorithm is a flag of Primus", "use --pp-schedule"]),
         ("--patch-tokenizer-type", ["a flag of Pai-Megatron-Patch", "HuggingFaceTokenizer"]),
         ("--trigger-path", ["a flag of the swiss-ai fork of Megatron", "--exit-signal-handler"]),
+        ("--deepspeed_config", ["a flag of DeepSpeed", "leave it out"]),
+        ("--zero-stage", ["a flag of DeepSpeed", "use --use-distributed-optimizer for 1"]),
         ("--environment", ["a flag of a plugin of sbatch", "write it under SLURM: in the recipe"]),
         ("--uenv", ["a flag of a plugin of sbatch", "write it under SLURM: in the recipe"]),
         ("--num-tokens-to-generate", ["a flag of Megatron's inference scripts", "leave it out: this is pretraining"]),
@@ -397,6 +399,12 @@ def test_every_foreign_flag_is_unknown_here_and_what_replaces_it_is_known(
     for entry in foreign_flags.FOREIGN:
         assert [flag for flag in entry.flags.split() if f"--{flag}" in known] == []
         assert [flag for flag in re.findall(r"--[a-z0-9-]+", entry.instead) if flag not in known] == []
+
+
+@pytest.mark.parametrize("flag", ["--my-company-flag", "--moe-x", "--partion"])
+def test_no_flag_is_suggested_for_one_that_is_like_none(megatron_parser: argparse.ArgumentParser, flag: str) -> None:
+    given = {flag: recipe.Setting(("1",), "run.yaml:1")}
+    assert list(recipe_flags.problems(given, megatron_parser)) == [f"run.yaml:1: unknown flag {flag!r}"]
 
 
 @pytest.mark.parametrize(

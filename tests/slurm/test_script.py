@@ -316,6 +316,7 @@ def test_gpus_of_a_node_follow_from_its_ranks_without_a_cluster(
     [
         ("lone.yaml --cluster a100", "no cluster 'a100'; did you mean 'a100-ib'?"),
         ("lone.yaml --cluster --time 60", "--cluster needs the name of a cluster or a file"),
+        ("lone.yaml --partion gpu", "unknown flag '--partion'; did you mean '--partition'?"),
         ("--partition gpu", "expected a recipe, got only flags and values: --partition gpu"),
     ],
 )

@@ -18,6 +18,7 @@ ZERO_BUBBLE, MINDSPEED = "the zero-bubble fork of Megatron", "MindSpeed"
 PRIMUS, PAI, SWISS_AI, EARLIER = "Primus", "Pai-Megatron-Patch", "the swiss-ai fork of Megatron", "earlier Megatron"
 INFERENCE, MODELOPT = "Megatron's inference scripts", "Megatron's ModelOpt scripts"
 PLUGINS = "a plugin of sbatch"
+DEEPSPEED = "DeepSpeed"
 OMIT, PRETRAINING = "leave it out", "leave it out: this is pretraining"
 
 FOREIGN = (
@@ -69,6 +70,15 @@ FOREIGN = (
     Foreign("dataset", PAI, "use --data-path"),
     Foreign("train-mode", PAI, PRETRAINING),
     Foreign("environment uenv", PLUGINS, "write it under SLURM: in the recipe"),
+    Foreign("deepspeed deepspeed-config deepspeed-mpi no-pipeline-parallel", DEEPSPEED, OMIT),
+    Foreign(
+        "zero-stage",
+        DEEPSPEED,
+        "use --use-distributed-optimizer for 1, --use-megatron-fsdp with --data-parallel-sharding-strategy optim_grads "
+        "for 2, optim_grads_params for 3",
+    ),
+    Foreign("ds-sequence-parallel-size", DEEPSPEED, "use --context-parallel-size with --cp-comm-type ulysses"),
+    Foreign("deepspeed-activation-checkpointing", DEEPSPEED, "use --recompute-granularity"),
     Foreign("trigger-path", SWISS_AI, "use --exit-signal-handler, and touch a file `exit` in the --save folder"),
     Foreign(
         "temperature top_k top_p return-log-probs num-tokens-to-generate top-n-logprobs prompts prompt-file "
@@ -96,6 +106,8 @@ FOREIGN = (
     Foreign("moe-extended-tp", EARLIER, "use --expert-tensor-parallel-size"),
     Foreign("pipeline-model-parallel-split-rank", EARLIER, "leave it out: it split encoder-decoder models"),
 )
+# of so many flags some are a little like any word
+NEAR = 0.8
 _BY_FLAG = {f"--{flag.replace('_', '-')}": entry for entry in FOREIGN for flag in entry.flags.split()}
 
 
@@ -104,4 +116,4 @@ def instead_of(flag: str, known: Iterable[str]) -> str:
     if not flag.startswith("--"):
         return "; a flag begins with two dashes, such as --num-layers"
     entry = _BY_FLAG.get(flag.lower().replace("_", "-"))
-    return f"; {flag} is a flag of {entry.owner}: {entry.instead}" if entry else suggest(flag, known)
+    return f"; {flag} is a flag of {entry.owner}: {entry.instead}" if entry else suggest(flag, known, NEAR)

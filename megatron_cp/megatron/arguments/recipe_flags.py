@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_cp.errors import Refused, refuse_together
@@ -16,20 +16,26 @@ from megatron_cp.registry import suggest
 BARE = 0
 
 
-def check(settings: Mapping[str, Setting], known: argparse.ArgumentParser | None = None) -> None:
-    """Raise ValueError, one line for each flag that Megatron does not have or whose value it would not take."""
-    found = list(problems(settings, known or kept_parser()))
+def check(
+    settings: Mapping[str, Setting], known: argparse.ArgumentParser | None = None, others: Iterable[str] = ()
+) -> None:
+    """Raise ValueError, one line for each flag that Megatron does not have or whose value it would not take.
+
+    others: flags of the command, which may be what is meant by an unknown one
+    """
+    found = list(problems(settings, known or kept_parser(), others))
     if found:
         raise Refused("\n".join(found))
 
 
-def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None) -> None:
+def check_run(recipe: Recipe, known: argparse.ArgumentParser | None = None, others: Iterable[str] = ()) -> None:
     """Check a run before any rank starts; raises ValueError with the rule and a way out for what ranks would refuse.
 
-    The flags themselves are checked first. Runs without our attention are left to Megatron's own checks.
+    The flags themselves are checked first, with `others` as in `check`. Runs without our attention are left to
+    Megatron's own checks.
     """
     known = known or kept_parser()
-    check(recipe.model_args, known)
+    check(recipe.model_args, known, others)
     words = flag_words(complete(recipe).model_args)
     from megatron_cp.megatron.arguments import batches, context, pipeline
     from megatron_cp.megatron.arguments.command_line import SPEC, wants_layers
@@ -65,12 +71,15 @@ def with_places(text: str, recipe: Recipe) -> str:
     return f"{text} ({'; '.join(places)})" if places else text
 
 
-def problems(settings: Mapping[str, Setting], known: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield one line for each wrong flag, beginning with its place in the recipe."""
+def problems(
+    settings: Mapping[str, Setting], known: argparse.ArgumentParser, others: Iterable[str] = ()
+) -> Iterator[str]:
+    """Yield one line for each wrong flag, beginning with its place in the recipe; `others` as in `check`."""
     actions = known._option_string_actions
+    candidates = (*others, *actions, *TORCHRUN_FLAGS)
     for flag, setting in settings.items():
         if flag not in actions:
-            yield f"{setting.place}: unknown flag {flag!r}{instead_of(flag, (*actions, *TORCHRUN_FLAGS))}"
+            yield f"{setting.place}: unknown flag {flag!r}{instead_of(flag, candidates)}"
         elif text := _problem(actions[flag], setting.values):
             yield f"{setting.place}: {flag} {text}"
 
