@@ -222,6 +222,27 @@ HOOKS = Registry(
             settings=True,
         ),
         Hook(
+            name="loss-chunks",
+            targets=(
+                "megatron.core.models.common.language_module.language_module:"
+                "LanguageModule.setup_embeddings_and_output_layer",
+            ),
+            by="megatron_cp.megatron.layers.chunks:put_off_logits",
+            parameters=("self",),
+            reason="models compute all logits before they call their loss; HybridModel takes no output_processor",
+            retired_by="models that hand hidden states and output layer to one function of logits and loss",
+            settings=True,
+        ),
+        Hook(
+            name="accepted-chunks",
+            targets=("megatron.core.transformer.multi_token_prediction:_compute_mtp_acceptance_counts",),
+            by="megatron_cp.megatron.layers.chunks:accepted",
+            parameters=("mtp_logits", "mtp_labels", "loss_mask"),
+            reason="multi-token prediction counts its right tokens from all logits, outside of its loss",
+            retired_by="a loss of multi-token prediction that counts what it predicts right",
+            settings=True,
+        ),
+        Hook(
             name="connections",
             targets=("megatron.training.arguments:get_device_arch_version",),
             by="megatron_cp.megatron.machine.environment:without_one_connection",

@@ -212,6 +212,16 @@ class AttentionFlags(_Flags):
         ),
         bool,
     )
+    loss_chunks: int | None = _flag(
+        None,
+        lambda: "N",
+        lambda: (
+            "Compute output layer and loss in N chunks of a rank's tokens, one after the other, and again in the "
+            "backward pass, so that the logits of one chunk alone are in memory (FPDT, ALST). "
+            "--mlp-chunks-for-training does so with dense MLPs."
+        ),
+        int,
+    )
     self_check: bool = _flag(
         False,
         lambda: "",

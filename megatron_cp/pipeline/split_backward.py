@@ -55,6 +55,15 @@ class WeightQueue:
             self._waiting.clear()
 
     @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Let the linears inside compute their weight gradients in the backward pass, as outside of a step."""
+        before, self.open = self.open, False
+        try:
+            yield
+        finally:
+            self.open = before
+
+    @contextmanager
     def put_off(self, key: Hashable) -> Iterator[None]:
         """Let weight gradients of the backward inside wait until `run(key)`."""
         assert key not in self._waiting, f"{key} runs its backward twice"

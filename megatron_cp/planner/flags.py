@@ -25,7 +25,7 @@ MODELLED = _flags(
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
-    pp-slices cp-keep-attention local-sgd-steps local-sgd-outer
+    pp-slices cp-keep-attention cp-loss-chunks mlp-chunks-for-training local-sgd-steps local-sgd-outer
     """
 )
 
@@ -62,7 +62,7 @@ UNMODELLED = _flags(
     moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms-preprocessing moe-ncclep-static-shape
     moe-ncclep-zero-copy moe-expert-rank-capacity-factor enable-cuda-graph external-cuda-graph cuda-graph-impl
     batch-invariant-mode use-te-activation-func symmetric-ar-type is-hybrid-model mamba-state-dim mamba-head-dim
-    mamba-num-groups mamba-num-heads disable-mamba-mem-eff-path mlp-chunks-for-training transformer-impl
+    mamba-num-groups mamba-num-heads disable-mamba-mem-eff-path transformer-impl
     fine-grained-activation-offloading offload-modules min-offloaded-tensor-size delay-offload-until-cuda-graph
     delta-offload-bytes-across-pp-ranks activation-offload-fraction moe-paged-stash moe-paged-stash-page-size
     moe-paged-stash-buffer-size-factor-cuda moe-paged-stash-buffer-size-factor-cpu

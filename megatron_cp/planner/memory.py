@@ -72,7 +72,8 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
         kept = 1 / parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
         inputs = kept * stored * rank.split_tokens * model.hidden
         return inputs + keys_for_slices(rank, stored) + kept_attention(rank)
-    modules = parallel.recomputed if parallel.recompute == "selective" else ()
+    modules = list(parallel.recomputed) if parallel.recompute == "selective" else []
+    modules += ["mlp"] if parallel.frees_mlp_chunks else []
     # inputs of products are kept in the dtype of the products
     taken = 1 if parallel.precision == "fp8" else stored
     # the inputs of two norms, and of the products that follow
@@ -210,8 +211,15 @@ def rank_memory(
         losses = 1 + model.mtp
         # the stored logits, and their float32 copy that the cross entropy turns into the gradient
         logits = losses * (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
+        if parallel.loss_chunks:
+            # backward makes and frees those of one chunk of one loss
+            logits /= losses * parallel.loss_chunks
     # gradients of the widest layer that is at work
-    buffers = context_attention(rank).live + parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp
+    mlp = parallel.bytes * model.matrices * model.ffn * rank.tokens / parallel.tp
+    if parallel.frees_mlp_chunks and not model.moe_layers:
+        # of one chunk, with what it computes again
+        mlp *= 2 / parallel.mlp_chunks
+    buffers = context_attention(rank).live + mlp
     buffers += _attention_workspace(rank)
     lengths = slice_lengths(rank)
     # of the longest slice; gradients of keys of all but the last wait in float32

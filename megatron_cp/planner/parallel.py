@@ -43,6 +43,8 @@ class Parallel:
     recomputed:  Megatron's names of the modules that "selective" recomputes
     recompute_layers, recompute_method: of "full"; "block" recomputes so many layers of each stage, "uniform" all, and
                  keeps the input of each so many; None for each
+    mlp_chunks, loss_chunks: of a rank's tokens in dense MLPs, and in output layer and loss, which backward computes
+                 again one after the other; 1 and None for whole ones
     keep_attention: recomputation finds the output of attention kept, and repeats neither its forward nor its messages
     layout:      layers of each stage in the model's order; empty where they are divided evenly
     pp_placement: of the stages, for schedule "auto"; None for its own
@@ -85,6 +87,8 @@ class Parallel:
     recompute_method: str = "uniform"
     recompute_layers: int = 1
     keep_attention: bool = False
+    mlp_chunks: int = 1
+    loss_chunks: int | None = None
     layout: tuple[int, ...] = ()
     pp_placement: str | None = None
     schedule: str | None = None
@@ -187,6 +191,16 @@ class Parallel:
         again = self.recompute == "full" or (self.recompute == "selective" and "core_attn" in self.recomputed)
         return again and not self.keep_attention
 
+    def recomputes_mlp(self, moe: bool) -> bool:
+        """Return True if backward computes an MLP, dense or of experts, again."""
+        named = self.recompute == "selective" and ("moe" if moe else "mlp") in self.recomputed
+        return named or (self.frees_mlp_chunks and not moe)
+
+    @property
+    def frees_mlp_chunks(self) -> bool:
+        """True if dense MLPs are computed again chunk by chunk; in FP8 all chunks are kept."""
+        return self.mlp_chunks > 1 and self.precision != "fp8"
+
     @property
     def schedule_name(self) -> str:
         """The pipeline schedule, Megatron's own where none is named."""
@@ -240,6 +254,8 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         recompute_method=recipe.flag("--recompute-method", "uniform"),
         recompute_layers=recipe.number("--recompute-num-layers", 1),
         keep_attention="--cp-keep-attention" in given,
+        mlp_chunks=recipe.number("--mlp-chunks-for-training", 1),
+        loss_chunks=recipe.number("--cp-loss-chunks", 1) if "--cp-loss-chunks" in given else None,
         layout=_layout(recipe, layers, sizes["pp"]),
         pp_placement=recipe.flag("--pp-placement", "") or None,
         schedule=recipe.flag("--pp-schedule", "") or None,

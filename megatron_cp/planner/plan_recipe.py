@@ -67,6 +67,10 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
             yield "--pp-offload-to", parallel.moves.to
     if parallel.keep_attention:
         yield "--cp-keep-attention", True
+    if parallel.mlp_chunks > 1:
+        yield "--mlp-chunks-for-training", parallel.mlp_chunks
+    if parallel.loss_chunks:
+        yield "--cp-loss-chunks", parallel.loss_chunks
     if parallel.balanced_ends:
         yield "--account-for-embedding-in-pipeline-split", True
         yield "--account-for-loss-in-pipeline-split", True

@@ -204,11 +204,12 @@ def recomputed(rank: RankConfig, moe: bool) -> Seconds:
         # two norms are read and written
         elements += 4 * rank.split_tokens * model.hidden
     of_mlp = {"moe", "moe_act", "shared_experts"} if moe else {"mlp"}
-    if ("moe" if moe else "mlp") in modules:
+    whole = parallel.recomputes_mlp(moe)
+    if whole:
         products += _of_mlp(rank, moe)
     elif moe and "shared_experts" in modules:
         products += _of_mlp(rank, moe, shared=True)
-    if modules & of_mlp:
+    if whole or modules & of_mlp:
         width = mlp_width(model, moe) - (model.top_k * model.hidden if moe else 0)
         elements += rank.tokens / parallel.tp * model.matrices * width
     exchange = _exchange(rank) if moe and "moe" in modules else 0.0
@@ -377,4 +378,8 @@ def _head(rank: RankConfig) -> PassTimes:
     # bytes per logit: cast to float32, maximum, difference, exponential, sum; backward: gradient in place, cast back
     loss = Seconds(memory=26 * logits, collectives=forward)
     gradient = Seconds(memory=14 * logits, collectives=backward)
-    return PassTimes(seconds.plus(loss), seconds.plus(gradient), seconds.plus(Seconds(collectives=late)))
+    whole = PassTimes(seconds.plus(loss), seconds.plus(gradient), seconds.plus(Seconds(collectives=late)))
+    if not rank.parallel.loss_chunks:
+        return whole
+    # each chunk is computed again, with its exchanges, and no weight gradient waits
+    return PassTimes(whole.forward, whole.input.plus(whole.weight).plus(whole.forward), Seconds())

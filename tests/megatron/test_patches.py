@@ -23,7 +23,7 @@ SCRIPT = ROOT / "scripts" / "patch_megatron.sh"
 # one run through every call site
 FLAGS = tiny(
     "--pipeline-model-parallel-size 2 --pp-schedule zb-h1 --cp-kernel torch --mtp-num-layers 1 --train-iters 2 "
-    "--recompute-granularity selective --cp-keep-attention"
+    "--recompute-granularity selective --cp-keep-attention --cp-loss-chunks 2"
 )
 
 

@@ -30,6 +30,7 @@ WORDS = {
     "alibi": True,
     "self_check": True,
     "keep_attention": True,
+    "loss_chunks": 4,
     "document_layout": "blocks",
     "plan": "balanced",
     "tokens_per_rank": 4096,

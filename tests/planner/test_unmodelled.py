@@ -310,3 +310,11 @@ def test_islands_average_weights_and_moments_once_in_their_steps() -> None:
 
 def data_bytes(found: Estimate) -> float:
     return found.traffic.inside.data + found.traffic.between.data
+
+
+def test_chunks_of_mlp_and_loss_cost_their_forward_and_save_memory() -> None:
+    whole, chunked = estimated(""), estimated("--cp-loss-chunks 8 --mlp-chunks-for-training 8")
+    assert chunked.worst_memory.logits == pytest.approx(whole.worst_memory.logits / 8)
+    assert chunked.worst_memory.activations < whole.worst_memory.activations
+    assert chunked.worst_memory.buffers < whole.worst_memory.buffers
+    assert whole.parts.products < chunked.parts.products < whole.parts.products * 4 / 3

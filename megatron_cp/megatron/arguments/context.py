@@ -31,6 +31,7 @@ from megatron_cp.megatron.arguments.unsupported import (
     captures_graphs,
     read,
     refuse,
+    shares_weights_out,
 )
 from megatron_cp.megatron.run import (
     HEAD_FIRST,
@@ -54,6 +55,11 @@ def _in_chunks(source: Any) -> bool:
     """True if attention keeps chunks in host memory."""
     flags = AttentionFlags.of(source)
     return flags.chunks is not None or any(BACKENDS.get(name).capabilities.over_time for name in comm_types(source))
+
+
+def _computes_chunks_again(source: Any) -> bool:
+    """True if chunks of MLP or loss keep their inputs alone."""
+    return read(source, "cp_loss_chunks") is not None or (read(source, "mlp_chunks_for_training") or 1) > 1
 
 
 # Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
@@ -97,6 +103,27 @@ UNSUPPORTED = (
         "leave --cp-keep-attention out, or --cuda-graph-impl and --enable-cuda-graph",
     ),
     Unsupported(
+        "chunks of MLP or loss (mlp_chunks_for_training, cp_loss_chunks) in CUDA graphs, which compute nothing again",
+        lambda source: _computes_chunks_again(source) and captures_graphs(source),
+        "leave the chunks out, or --cuda-graph-impl and --enable-cuda-graph",
+    ),
+    Unsupported(
+        "logits in chunks (cp_loss_chunks) of an output layer that data-parallel ranks share out or that puts its "
+        "weight gradient off, or logits that are read from it (logits_save_dir, logits_load_dir)",
+        lambda source: bool(
+            read(source, "cp_loss_chunks") is not None
+            and (
+                shares_weights_out(source)
+                or any(
+                    read(source, name, False)
+                    for name in ("defer_embedding_wgrad_compute", "logits_save_dir", "logits_load_dir")
+                )
+            )
+        ),
+        "leave --cp-loss-chunks out, or --use-megatron-fsdp, --use-torch-fsdp2, --defer-embedding-wgrad-compute, "
+        "--logits-save-dir and --logits-load-dir",
+    ),
+    Unsupported(
         "CUDA graphs with chunks in host memory, which is pinned and copied to on streams of its own",
         lambda source: captures_graphs(source) and _in_chunks(source),
         f"leave --cuda-graph-impl and --enable-cuda-graph out, or take {DEFAULT} without --cp-chunks",
@@ -130,6 +157,7 @@ def check(args: Any) -> None:
     _check_groups(args)
     _check_stripe(args)
     _check_chunks(args)
+    _check_loss_chunks(args)
     _check_cluster(args)
     _check_softcap(args)
     _check_sink(args)
@@ -175,6 +203,18 @@ def _check_chunks(args: Any) -> None:
             )
         if length:
             check_chunks(layout(entry.layout or ZIGZAG, length, cp, flags.stripe), chunks)
+
+
+def _check_loss_chunks(args: Any) -> None:
+    chunks, length = AttentionFlags.of(args).loss_chunks, read(args, "seq_length")
+    if chunks is None:
+        return
+    if chunks < 1:
+        raise Refused(f"--cp-loss-chunks is a number of chunks, 1 or more, got {chunks}; leave it out for all logits")
+    ranks = read(args, "context_parallel_size", 1)
+    ranks *= read(args, "tensor_model_parallel_size", 1) if read(args, "sequence_parallel", False) else 1
+    if length and chunks > (tokens := length // ranks):
+        raise Refused(f"--cp-loss-chunks {chunks} cuts the {tokens} tokens of a rank; use at most {tokens}")
 
 
 def _check_cluster(args: Any) -> None:

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.layers.chunks import free_mlp_chunks
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.specs import (
     SpecProvider,
@@ -70,7 +71,7 @@ class ContextParallelHybridStack(HybridStack):
         self.post_layer_norm = post_layer_norm
         if local and self.post_process and post_layer_norm:
             self.final_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
-        verify_models([self])
+        verify_models(free_mlp_chunks([self]))
 
 
 def _stock_submodules() -> HybridStackSubmodules:

@@ -40,6 +40,7 @@ from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.layers.chunks import free_mlp_chunks
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
@@ -370,7 +371,7 @@ def _mtp_is_ours() -> bool:
 def _attach_hooks(model: Any) -> None:
     # Megatron-Bridge keeps its list to itself and has a method for it
     hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
-    for hook in (place_output_layers, verify_models, hand_on_documents):
+    for hook in (place_output_layers, free_mlp_chunks, verify_models, hand_on_documents):
         # the spec is asked for once per virtual pipeline stage
         if hook in hooks:
             continue

@@ -52,6 +52,9 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names.append("kept-attention")
     if any(values_of(argv, flag) is not None for flag in LocalSgdFlags.names()):
         names += ["flags", "checks", *hooks.FOR_ISLANDS]
+    if layers and values_of(argv, "--cp-loss-chunks") is not None:
+        names.append("loss-chunks")
+        names += ["accepted-chunks"] if values_of(argv, "--mtp-num-layers") is not None else []
     if copies_beside(argv):
         names.append("connections")
     if hooks.dataset_helpers_need_no_make():

@@ -52,6 +52,7 @@ def given(**changes: Any) -> Namespace:
         },
         {"cp_comm_type": ["startrail"], "hierarchical_context_parallel_sizes": [2, 2]},
         {"cp_comm_type": ["p2p", "ring", "fpdt"], "cp_chunks": 4},
+        {"cp_loss_chunks": 16, "mlp_chunks_for_training": 3},
         {"lr_warmup_iters": 10, "train_iters": 11},
         {"lr_warmup_iters": 10, "train_iters": 5, "lr_decay_iters": 20},
     ],
@@ -167,6 +168,15 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
             {"cp_keep_attention": True, "recompute_activations": True, "cuda_graph_impl": "local"},
             "kept attention .* under CUDA graphs.*; leave --cp-keep-attention out, or --cuda-graph-impl",
         ),
+        ({"cp_loss_chunks": 0}, "--cp-loss-chunks is a number of chunks, 1 or more, got 0; leave it out"),
+        ({"cp_loss_chunks": 17}, "cuts the 16 tokens of a rank; use at most 16"),
+        ({"cp_loss_chunks": 9, "sequence_parallel": True}, "cuts the 8 tokens of a rank; use at most 8"),
+        ({"cp_loss_chunks": 2, "enable_cuda_graph": True}, "chunks of MLP or loss .* in CUDA graphs.*; leave the"),
+        ({"mlp_chunks_for_training": 2, "cuda_graph_impl": "local"}, "chunks of MLP or loss .* in CUDA graphs"),
+        *(
+            ({"cp_loss_chunks": 2, name: True}, f"logits in chunks .*; leave --cp-loss-chunks out, or .*{name[:3]}")
+            for name in ("use_megatron_fsdp", "defer_embedding_wgrad_compute", "logits_save_dir")
+        ),
         ({"create_attention_mask_in_dataloader": True}, "--no-create-attention-mask-in-dataloader"),
     ],
 )
@@ -191,6 +201,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_alibi": False,
         "cp_self_check": False,
         "cp_keep_attention": False,
+        "cp_loss_chunks": None,
         "cp_document_layout": "stream",
     }
     assert "zigzag=p2p" in parser.format_help()

@@ -22,6 +22,7 @@ from megatron.training import global_vars
 
 from megatron_cp.megatron.layers import specs
 from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.layers.chunks import free_mlp_chunks
 from megatron_cp.megatron.layers.hybrid import ContextParallelHybridStack
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.packed import hand_on_documents
@@ -71,11 +72,11 @@ def _conventions() -> None:
     ):
         assert_ours(asked, 4)
     # asked twice, as for two virtual stages, and still hooked once
-    assert model.post_wrap_hooks == [place_output_layers, verify_models, hand_on_documents]
+    assert model.post_wrap_hooks == [place_output_layers, free_mlp_chunks, verify_models, hand_on_documents]
     provider = BridgeProvider(num_layers=4, hidden_size=32, num_attention_heads=4, transformer_impl="local")
     for _ in range(2):
         assert_ours(gpt_layer_spec(provider, vp_stage=None), 4)
-    assert provider._post_wrap_hooks == [place_output_layers, verify_models, hand_on_documents]
+    assert provider._post_wrap_hooks == [place_output_layers, free_mlp_chunks, verify_models, hand_on_documents]
 
 
 def test_every_calling_convention_gives_our_layers() -> None:
