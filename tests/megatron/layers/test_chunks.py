@@ -1,6 +1,7 @@
 """Chunks of MLP, output layer and loss: memory falls with their number, and nothing else changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.megatron.run import AttentionFlags, Settings
 from megatron_cp.megatron.spec import gpt_layer_spec
 from tests.cases import slow_unless
+from tests.megatron import spec_run
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.megatron.test_packed import corpus_of_documents
 from tests.megatron.test_parity import assert_equal_runs
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_with_log
 
 HIDDEN, FFN, VOCAB = 16, 56, 512
 CHUNKS = (1, 2, 4, 8)
@@ -112,13 +114,13 @@ CASES = {
     "context": (2, "--context-parallel-size 2 --calculate-per-token-loss"),
     "tensor and sequence": (4, f"--context-parallel-size 2 {TENSOR} --tp-comm-type flux"),
     "tied, zb-h1": (4, f"{PP2} {TENSOR} --pp-schedule zb-h1 --mtp-num-layers 1"),
-    "hybrid": (2, "--context-parallel-size 2 --hybrid-layer-pattern *-*- --num-layers 4"),
     "packed documents, recomputed": (2, f"--context-parallel-size 2 --dataloader-inter-document-masking {FULL}"),
 }
 
 
-def trained(flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Losses, and the calls of each rank that compute a chunk again."""
+@contextmanager
+def counted_chunks() -> Iterator[list[int]]:
+    """Count the calls of this rank that compute a chunk again."""
     calls = [0]
 
     def counting(old: Any) -> Any:
@@ -130,9 +132,15 @@ def trained(flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
 
     done = replace("megatron_cp.megatron.layers.chunks:_computed_again", counting)
     try:
-        return pretrain_losses(flags), calls
+        yield calls
     finally:
         restore(done)
+
+
+def trained(flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Losses, and the calls of each rank that compute a chunk again."""
+    with counted_chunks() as calls:
+        return pretrain_losses(flags), calls
 
 
 @pytest.mark.parametrize("case", slow_unless(["context"], CASES))
@@ -147,3 +155,24 @@ def test_chunks_change_no_loss_and_no_gradient(case: str, tmp_path: Path) -> Non
     assert all(calls == [0] for _, calls in whole)
     assert all(calls[0] > 0 for _, calls in chunked)
     assert_equal_runs(chunked[0][0], whole[0][0])
+
+
+HYBRID = "--context-parallel-size 2 --cp-comm-type zigzag --hybrid-layer-pattern *-*- --num-layers 4"
+
+
+def trained_hybrid(flags: str) -> int:
+    with counted_chunks() as calls:
+        spec_run.train(flags, name="hybrid_stack_spec", hooked=("flags", "checks", "loss-chunks"))
+    return calls[0]
+
+
+@pytest.mark.slow
+def test_chunks_of_a_hybrid_model_change_no_loss_and_no_gradient() -> None:
+    (none, whole), (some, chunked) = (
+        run_ranks_with_log(2, trained_hybrid, f"{HYBRID} {added}") for added in ("", "--cp-loss-chunks 3")
+    )
+    assert none == [0, 0]
+    assert all(some)
+    assert spec_run.losses(chunked) == pytest.approx(spec_run.losses(whole), rel=1e-6)
+    assert spec_run.grad_norms(chunked) == pytest.approx(spec_run.grad_norms(whole), rel=1e-3)
+    assert len(spec_run.losses(whole)) == 4
