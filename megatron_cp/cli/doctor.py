@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_cp.findings import Finding
+from megatron_cp.quiet import without_import_warnings
 
 MARKS = {"ok": "[green]ok[/green]      ", "optional": "[yellow]optional[/yellow]", "broken": "[red]BROKEN[/red]  "}
 
@@ -38,9 +39,14 @@ def doctor(
             preflight.write(found, report)
         _show(found.findings, as_json)
     else:
+        without_import_warnings()
         from megatron_cp.cli.examine import examine
 
-        _show(examine(), as_json)
+        _show(examine(_tell), as_json)
+
+
+def _tell(doing: str) -> None:
+    typer.echo(f"[megatron-cp] {doing}", err=True)
 
 
 def _show(findings: Iterable[Finding], as_json: bool) -> None:

@@ -4,7 +4,7 @@ import importlib.util
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes.util import find_library
 
 from megatron_cp.context import BACKENDS, DEFAULT
@@ -16,8 +16,8 @@ from megatron_cp.pipeline import SCHEDULES
 OLDEST_TE = (2, 5)
 
 
-def examine() -> Iterator[Finding]:
-    """Examine everything, beginning with the cheapest checks."""
+def examine(tell: Callable[[str], None] = lambda doing: None) -> Iterator[Finding]:
+    """Examine everything, beginning with the cheapest checks; `tell` is called before what takes seconds."""
     for look in (
         _python,
         _torch,
@@ -31,6 +31,8 @@ def examine() -> Iterator[Finding]:
         _parity,
         _between,
     ):
+        if look in TAKE_SECONDS:
+            tell(TAKE_SECONDS[look])
         yield from guarded(look.__name__.strip("_").replace("_", " "), look)
 
 
@@ -208,6 +210,13 @@ def _between() -> Iterator[Finding]:
 
     row = bench(Selection((DEFAULT,)), 2, [AttentionShape(512)], rounds=1).rows[-1]
     yield Finding("two processes", "ok", f"zigzag agrees with attention on one rank to {row.max_error:.1e} (float32)")
+
+
+TAKE_SECONDS = {
+    _hooks: "imports Megatron and tries the hooks",
+    _parity: "runs one step of every backend",
+    _between: "starts two processes, and runs one step between them",
+}
 
 
 def _package(name: str, at_least: tuple[int, ...], remedy: str) -> Finding:

@@ -24,6 +24,8 @@ def test_doctor_finds_nothing_broken_and_proves_every_backend():
     assert findings["megatron-core"]["found"].startswith("0.19.")
     assert "agrees" in findings["two processes"]["found"]
     assert all(entry["remedy"] for entry in findings.values() if entry["status"] == "optional")
+    assert "[megatron-cp] starts two processes, and runs one step between them\n" in result.stderr
+    assert "No CUDA runtime" not in result.stderr
 
 
 def test_doctor_fails_with_a_remedy_for_what_is_broken(monkeypatch):
