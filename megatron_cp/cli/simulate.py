@@ -374,9 +374,10 @@ def _compare(names: str, asked: SimulationRequest, as_json: bool) -> None:
         "fastest first; makespan in the unit of --times, bubble: its idle share, span bubble: that of the longest\n"
         "rank's span, bound: the least bubble at these sizes, peak: most that a rank keeps, in M_B of a microbatch"
     )
-    typer.echo(f"{'schedule':<14} v    makespan   bubble  span bubble    bound  peak (M_B)  transfers")
+    width = max(14, *(len(name) + 1 for name, _ in simulations))
+    typer.echo(f"{'schedule':<{width}} v    makespan   bubble  span bubble    bound  peak (M_B)  transfers")
     for name, run in sorted(simulations, key=_makespan):
-        typer.echo(f"{name:<14}{_row(run, asked) if isinstance(run, SimulatedStep) else f' {run}'}")
+        typer.echo(f"{name:<{width}}{_row(run, asked) if isinstance(run, SimulatedStep) else f' {run}'}")
 
 
 def _makespan(named: tuple[str, SimulatedStep | str]) -> float:

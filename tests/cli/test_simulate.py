@@ -55,12 +55,19 @@ def test_comparison_lists_every_schedule_and_why_one_is_missing():
     assert "below the minimum 6 M_B of gpipe" in rows["gpipe"]["error"]
     assert "the nearest m that works is 7" in rows["dualpipe-v"]["error"]
     shown = ask(*"--compare all -p 4 -m 6 --cap 4".split())
-    makespans = [float(row[16:28]) for row in shown.splitlines() if re.match(r"\S.{13} [12] ", row)]
+    head = next(line for line in shown.splitlines() if line.startswith("schedule "))
+    column = head.index(" v ")
+    assert all(len(row.split()[0]) <= column for row in shown.splitlines())
+    makespans = [
+        float(row[column + 2 : head.index("makespan") + 8])
+        for row in shown.splitlines()
+        if re.match(rf"\S.{{{column - 1}}} [12] ", row)
+    ]
     assert len(makespans) > 5
     assert makespans == sorted(makespans)
     assert shown.splitlines()[-1].startswith(("gpipe", "dapple", "zb-h2", "dualpipe-v", "auto"))
-    assert "gpipe          a cap of 4 M_B is below the minimum 6 M_B" in shown
-    assert "1f1b           1      27.000   0.3333       0.3333   0.1429           4         36" in shown
+    assert f"{'gpipe':<{column}} a cap of 4 M_B is below the minimum 6 M_B" in shown
+    assert f"{'1f1b':<{column}} 1      27.000   0.3333       0.3333   0.1429           4         36" in shown
 
 
 def test_table_of_ones_own(tmp_path):

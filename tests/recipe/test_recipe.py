@@ -126,6 +126,9 @@ def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> 
     [
         ("MODEL_ARGS:\n  --lr: [1,\n", "run.yaml:3: not YAML"),
         ("MODEL_ARGS:\n  --a: b\n --c: d\n", "run.yaml:3: not YAML"),
+        ("junk\nMODEL_ARGS:\n", "run.yaml:2: not YAML: a key stands below a text"),
+        ("ENV_VARS: {}\njunk\nMODEL_ARGS:\n", "run.yaml:3: not YAML: a line is no 'key: value'"),
+        ("'a'\n'b'\n", "run.yaml:2: not YAML: expected the end of the file but found a text"),
         ("just words\n", "run.yaml:1: a recipe is a mapping"),
         ("", "run.yaml:1: a recipe is a mapping"),
         ("MODEL_ARG:\n  --lr: 1\n", "run.yaml:1: unknown section 'MODEL_ARG'; did you mean 'MODEL_ARGS'?"),
