@@ -200,9 +200,10 @@ def _show(found: "Estimate") -> None:
     from megatron_cp.planner.estimate import IN_WORDS
 
     parallel, console = found.parallel, Console()
+    algorithm = f" ({parallel.backend})" if parallel.cp > 1 else ""
     console.print(
         f"{found.model.name} on {parallel.world} ranks of {found.cluster.name}: TP {parallel.tp}, PP {parallel.pp} x "
-        f"{parallel.vp}, CP {parallel.cp} ({parallel.backend}), DP {parallel.dp}; {parallel.global_batch} sequences of "
+        f"{parallel.vp}, CP {parallel.cp}{algorithm}, DP {parallel.dp}; {parallel.global_batch} sequences of "
         f"{found.seq} tokens\n"
         f"{found.seconds:.4g} s per step, {found.tokens_per_s_per_gpu:,.0f} tokens/s per rank, "
         f"{found.flops_per_gpu() / 1e12:.4g} TFLOP/s per rank, MFU {found.mfu:.1%}; "

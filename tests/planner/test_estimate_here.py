@@ -72,6 +72,11 @@ def test_small_recipes_are_estimated_for_this_cpu(name):
     assert sum(told["parts_seconds"].values()) == pytest.approx(told["step_seconds"])
 
 
+def test_the_algorithm_is_named_where_there_are_context_ranks():
+    assert "CP 1, DP 1;" in run("tiny-pp2").stdout
+    assert "CP 2 (zigzag), DP 1;" in run("quickstart").stdout
+
+
 def test_a_step_is_told_with_its_memory_and_traffic():
     said = run("quickstart", "--cp-comm-type", "ulysses").stdout
     for words in ("CP 2 (ulysses)", "matrix products", "memory of the fullest rank", "inside the node"):

@@ -24,6 +24,7 @@ from megatron_cp.recipe.command import check_processes, flag_words, processes, r
 from megatron_cp.recipe.recipe import ENTRY, Recipe
 
 if TYPE_CHECKING:
+    from megatron_cp.megatron.arguments.assumed_machine import Gpu
     from megatron_cp.megatron.machine.facts import Machine
 
 # variables of this machine, which say nothing about the cluster
@@ -33,6 +34,9 @@ NOT_TAKEN = ("LD_", "PYTHON", "PATH")
 # Megatron sets these three from --attention-backend, to the values below, and stops when one says otherwise
 SET_BY_MEGATRON = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 BY_BACKEND = {"local": "000", "flash": "100", "fused": "010", "unfused": "001", "auto": "111"}
+
+# transformer-engine's products of low precision need at least this GPU
+LEAST_CAPABILITY = {"--fp8-format": (8, 9), "--fp4-format": (10, 0)}
 
 
 class ClusterRun(NamedTuple):
@@ -94,10 +98,12 @@ def validate(run: ClusterRun) -> list[str]:
 def examine(run: ClusterRun) -> list[str]:
     """Run the checks in a process whose environment is `environment(run)`; see `validate`."""
     from megatron_cp.megatron import hooks
-    from megatron_cp.megatron.arguments.assumed_machine import assumed
+    from megatron_cp.megatron.arguments.assumed_machine import assumed, gpu_of
     from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus
 
     _check_environment(run.recipe)
+    if gpu := gpu_of(run.cluster):
+        _check_precision(run.recipe, gpu)
     ours, words = runs_through_us(run.recipe), flag_words(run.recipe.model_args)
     sys.argv = ["validate", *words]
     names = ["flags", *(["connections"] if ours and copies_beside(words) else [])]
@@ -119,6 +125,17 @@ def _check_environment(recipe: Recipe) -> None:
             raise Refused(
                 f"{setting.place}: {name} is {setting.text!r}, but Megatron sets it to {wanted} for "
                 f"--attention-backend {backend} and stops when it differs; take it out, or pass another backend"
+            )
+
+
+def _check_precision(recipe: Recipe, gpu: "Gpu") -> None:
+    for flag, least in LEAST_CAPABILITY.items():
+        setting = recipe.model_args.get(flag)
+        if setting is not None and gpu.capability < least:
+            needed, found = (".".join(map(str, capability)) for capability in (least, gpu.capability))
+            raise Refused(
+                f"{setting.place}: {flag} needs compute capability {needed}, got {found} of {gpu.name}; leave {flag} "
+                f"out, or take a cluster of later GPUs"
             )
 
 

@@ -178,6 +178,24 @@ def test_upstreams_names_are_valid_with_stock_attention(tmp_path: Path) -> None:
 CHUNKS = "--pipeline-model-parallel-size 2 --context-parallel-size 1 --micro-batch-size 1"
 
 
+@pytest.mark.parametrize(
+    ("cluster", "flags", "refused"),
+    [
+        ("a100-ib", ("--fp8-format", "hybrid"), "command line: --fp8-format needs compute capability 8.9, got 8.0 of"),
+        ("h100-ib", ("--fp8-format", "hybrid"), ""),
+        ("h100-ib", ("--fp4-format", "e2m1"), "command line: --fp4-format needs compute capability 10.0, got 9.0 of"),
+    ],
+)
+def test_low_precision_needs_a_gpu_that_has_it(cluster: str, flags: tuple[str, ...], refused: str) -> None:
+    answer = examined("llama3.1-8b-8k-h100x8", *flags, cluster=cluster)
+    if not refused:
+        assert isinstance(answer, list), answer
+        return
+    assert isinstance(answer, str)
+    assert answer.startswith(refused)
+    assert "\n" not in answer
+
+
 def test_a_layout_of_stages_is_valid() -> None:
     answer = examined("quickstart", *CHUNKS.split(), "--pipeline-model-parallel-layout=Et*2|t*2L", cluster="h100-ib")
     assert isinstance(answer, list), answer
