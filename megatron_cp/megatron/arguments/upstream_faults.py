@@ -24,6 +24,10 @@ def _instances(args: Any) -> bool:
 
 FAULTS = (
     Fault(
+        lambda args: read(args, "save", None) is not None and read(args, "save_interval", 1) is None,
+        "--save {save} says where checkpoints go and not when; add --save-interval",
+    ),
+    Fault(
         lambda args: bool(read(args, "use_megatron_fsdp", False)) and read(args, "pipeline_model_parallel_size", 1) > 1,
         "--use-megatron-fsdp takes the ranks of all stages for its own, got --pipeline-model-parallel-size "
         "{pipeline_model_parallel_size}; use --use-distributed-optimizer with --grad-reduce-in-bf16, or one stage",
