@@ -1,22 +1,13 @@
 """Caches keep what a run uses again and forget what passes by: packed documents bring a new layout with each batch."""
 
 import functools
-import gc
-import importlib
-import pkgutil
-import random
 import tracemalloc
 import weakref
-from pathlib import Path
 
 import pytest
-import torch
 
-import megatron_cp.context
-import megatron_cp.kernels
 from megatron_cp.comm import in_process
 from megatron_cp.context import ALGORITHMS, BACKENDS
-from megatron_cp.context.attend import attend, plan
 from megatron_cp.context.documents import documents
 from megatron_cp.context.layouts import gathered, layout, moves
 from megatron_cp.context.masks import CAUSAL
@@ -24,20 +15,11 @@ from megatron_cp.context.tiles import seen, tiles
 from megatron_cp.grid import Grid
 from tests.context.dense import problem
 from tests.context.test_backends import assert_equals_dense, sharded
+from tests.context.thousand import BATCHES, ROWS, WARM, caches, in_a_process, line
 
-RANKS, BATCHES = 4, 400
+RANKS, LAYOUTS = 4, 400
 FIRST = 1000
 """Small numbers are shared by all that hold them."""
-
-
-def caches():
-    """Every cache of the context and kernel packages."""
-    for package in (megatron_cp.context, megatron_cp.kernels):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
-    packages = (megatron_cp.context.__name__, megatron_cp.kernels.__name__)
-    found = [each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper]
-    return [each for each in found if each.__module__.startswith(packages)]
 
 
 def test_every_cache_has_a_bound():
@@ -71,7 +53,7 @@ def test_memory_does_not_grow_with_layouts_that_are_used_once():
     tiles.cache_clear()
     seen.cache_clear()
     before, _ = tracemalloc.get_traced_memory()
-    for number in range(FIRST + kept, FIRST + kept + BATCHES):
+    for number in range(FIRST + kept, FIRST + kept + LAYOUTS):
         use(number)
     tiles.cache_clear()
     seen.cache_clear()
@@ -86,7 +68,7 @@ def test_memory_does_not_grow_with_layouts_that_are_used_once():
 
 def test_tiles_of_layouts_that_are_used_once_are_forgotten():
     kept = seen.cache_parameters()["maxsize"]
-    for number in range(kept + BATCHES):
+    for number in range(kept + LAYOUTS):
         for each in (seen, tiles):
             each((range(number, number + 2),), (range(number, number + 2),), CAUSAL)
     assert seen.cache_info().currsize == tiles.cache_info().currsize == kept
@@ -106,46 +88,13 @@ def test_layouts_of_one_token_a_rank_share_what_is_cached(backend, order):
         assert_equals_dense(in_process(3, body), task)
 
 
-WARM, TOKENS = 100, 32
-
-
-def batches(fabric, backend, count, cut=False):
-    """Attend `count` batches of documents that differ; the cache entries and resident pages after WARM and all.
-
-    cut: each batch is cut by blocks of its documents, not as one stream
-    """
-    axes = {"inner": fabric.subset([fabric.rank]), "outer": fabric} if BACKENDS.get(backend).needs_grid else {}
-    made, found, numbers = plan(backend, cp=fabric, kernel="reference", **axes), [], random.Random(0)
-    q, k, v = (torch.ones(TOKENS, 1, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
-    for number in range(1, count + 1):
-        packed = documents([0, *sorted(numbers.sample(range(1, 2 * TOKENS), 5)), 2 * TOKENS])
-        if cut:
-            packed = packed.cut_by(packed.planned("blocks", 2))
-        # two layers
-        attend(attend(q, k, v, made, documents=packed), k, v, made, documents=packed).sum().backward()
-        if number in (WARM, count):
-            gc.collect()
-            held = sum(each.cache_info().currsize for each in caches())
-            found.append((held, int(Path("/proc/self/statm").read_text().split()[1])))
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "cut"), [*((name, False) for name in ALGORITHMS), ("all-gather", True), ("usp", True), ("zigzag", True)]
-)
-def test_documents_add_nothing_to_any_cache(backend, cut):
-    for (before, _), (after, _) in in_process(2, lambda fabric: batches(fabric, backend, WARM + 30, cut)):
-        assert before == after
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["zigzag", "usp", "distflash"])
-def test_memory_does_not_grow_over_a_thousand_batches_of_documents(backend):
-    ranks = in_process(2, lambda fabric: batches(fabric, backend, 1000))
-    for (entries, pages), (more_entries, more_pages) in ranks:
-        assert entries == more_entries
-        assert more_pages <= 1.01 * pages
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}{', blocks' if row[1] else ''}")
+def test_memory_does_not_grow_over_a_thousand_batches_of_documents(row):
+    ((warm, last),) = in_a_process([row], (WARM, BATCHES))
+    print(line(row, warm, last))
+    assert 0 < warm.entries == last.entries
+    assert last.resident <= 1.01 * warm.resident
 
 
 def test_results_of_documents_go_with_them():
