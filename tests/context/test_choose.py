@@ -68,6 +68,7 @@ def test_fewer_kv_heads_on_slow_links_make_moving_keys_win():
     assert chosen(problem, slow).options[0].cost.time < 0.7 * simulated(replace(problem, backend="ulysses"), slow)
 
 
+@pytest.mark.slow
 def test_a_window_makes_the_ring_cheap():
     windowed = replace(LONG, window=(4096, 0))
     best = chosen(windowed).options[0]

@@ -47,6 +47,7 @@ def run(folder: Path, *words: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_example_keeps_the_laws(extended: Path) -> None:
     files = [f"tests/context/{law}" for law in LAWS]
     printed = run(extended, "pytest", "-v", "-p", "no:cacheprovider", *files, "-k", CASES)

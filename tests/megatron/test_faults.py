@@ -165,7 +165,13 @@ def die_in_a_save(words: list[str], folder: Path) -> None:
     pretrain_losses(words, False)
 
 
-@pytest.mark.parametrize("mode", ["", IN_THE_BACKGROUND], ids=["over-a-whole-one", "in-the-background"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("", id="over-a-whole-one", marks=pytest.mark.slow),
+        pytest.param(IN_THE_BACKGROUND, id="in-the-background"),
+    ],
+)
 def test_a_save_that_was_killed_is_not_resumed_from(unbroken: tuple[Path, Losses], started: Path, mode: str) -> None:
     if not mode:
         copy(unbroken[0] / "iter_0000004", started)

@@ -92,7 +92,7 @@ COMBINED = {
 CHOSEN = ["tensor and sequence parallel", "pipeline", "distributed optimizer, overlapped", "expert parallel"]
 
 
-@pytest.mark.parametrize("case", slow_unless([*CHOSEN, "per-token loss", "q and k layernorm"], COMBINED))
+@pytest.mark.parametrize("case", slow_unless(CHOSEN, COMBINED))
 def test_combined_with_other_parallelism_equals_one_rank(alone, case):
     world_size, parallel, model = COMBINED[case]
     assert_equal_runs(losses(world_size, context("zigzag", 2), parallel, model), alone(model))
@@ -140,15 +140,18 @@ def test_bf16_trains_as_one_rank_does(alone, backend):
     assert found[-1]["loss"] < found[0]["loss"]
 
 
+@pytest.mark.slow
 def test_layers_may_use_different_backends(alone):
     types = "--context-parallel-size 4 --cp-comm-type zigzag ulysses"
     assert_equal_runs(losses(4, types), alone())
 
 
+@pytest.mark.slow
 def test_context_first_placement_equals_one_rank(alone):
     assert_equal_runs(losses(4, context("usp", 4), "--cp-placement context-first"), alone())
 
 
+@pytest.mark.slow
 def test_stripes_of_several_tokens_equal_one_rank(alone):
     assert_equal_runs(losses(4, context("striped", 4), "--cp-stripe 2"), alone())
 

@@ -67,6 +67,7 @@ def test_patches_are_those_of_the_table_of_hooks() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_patched_tree_trains_as_the_hooks_do_and_comes_back(tree: Path) -> None:
     assert patch_megatron("--check", tree).stdout.startswith("clean: none of the")
     assert patch_megatron("--revert", tree).returncode == 0

@@ -66,6 +66,7 @@ def without_the_hooks(flags: list[str]) -> list[dict[str, Any]]:
     return pretrain_losses(flags)
 
 
+@pytest.mark.slow
 def test_the_gap_that_the_optimizer_hooks_close_is_still_there(saved: Any) -> None:
     folder, _ = saved("distributed")
     with pytest.raises(RankError, match="AssertionError"):

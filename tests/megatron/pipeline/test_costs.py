@@ -48,6 +48,7 @@ def run_and_say(*flags: str):
     return (log, [parameters for _, parameters in ranks]), ours(said)
 
 
+@pytest.mark.slow
 def test_a_schedule_for_measured_costs_trains_as_1f1b(tmp_path):
     steps = "--train-iters 4"
     found, said = run_and_say(*AUTO, steps, f"--pp-profile-steps 2 --save {tmp_path} --save-interval 100")

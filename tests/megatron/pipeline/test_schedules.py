@@ -126,7 +126,7 @@ COMBINED = {
 }
 
 
-CHOSEN = ["tied embeddings", "tensor and sequence parallel", "distributed optimizer"]
+CHOSEN = ["tensor and sequence parallel"]
 
 
 @pytest.mark.parametrize("case", slow_unless(CHOSEN, COMBINED))
@@ -190,11 +190,13 @@ def test_fewer_microbatches_than_ranks_train_as_1f1b(megatrons_own, schedule):
     assert_bit_equal(run(4, few, f"--pp-schedule {schedule}"), megatrons_own(4, few))
 
 
+@pytest.mark.slow
 def test_uneven_stages_train_as_1f1b(megatrons_own):
     uneven = (TWO, "--decoder-first-pipeline-num-layers 3")
     assert_bit_equal(run(2, *uneven, "--pp-schedule zb-h1"), megatrons_own(2, *uneven))
 
 
+@pytest.mark.slow
 def test_a_weight_shared_inside_a_chunk_trains_as_1f1b_but_for_rounding(megatrons_own):
     # the last stage's copy of the tied embedding serves as embedding and twice as head: W adds the uses one by one,
     # autograd adds them to each other first

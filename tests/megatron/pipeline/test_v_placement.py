@@ -92,6 +92,7 @@ def test_combined_with_other_features_trains_as_interleaved(on_loop, case):
     assert_bit_equal(run(world_size, *flags, f"--pp-schedule {schedule}"), on_loop(world_size, *flags))
 
 
+@pytest.mark.slow
 def test_clipped_gradients_differ_by_rounding_only(on_loop):
     (log, values), (other_log, other_values) = run(2, TWO, "--pp-schedule zb-v"), on_loop(2, TWO, CHUNKS)
     assert [step["loss"] for step in log] == pytest.approx([step["loss"] for step in other_log], rel=1e-6)
@@ -99,6 +100,7 @@ def test_clipped_gradients_differ_by_rounding_only(on_loop):
         torch.testing.assert_close(value, other_values[name][0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fewer_microbatches_than_ranks_train_as_one_rank(on_loop):
     few = ("--global-batch-size 2", UNCLIPPED)
     assert_bit_equal(run(2, TWO, *few, "--pp-schedule zb-v"), on_loop(1, *few))
@@ -107,6 +109,7 @@ def test_fewer_microbatches_than_ranks_train_as_one_rank(on_loop):
 EVALUATED = ("--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12", UNCLIPPED)
 
 
+@pytest.mark.slow
 def test_the_last_rank_prints_the_same_losses():
     printed = {}
     for name, flags in {"loop": CHUNKS, "v": "--pp-schedule zb-v"}.items():
