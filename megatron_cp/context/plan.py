@@ -268,7 +268,10 @@ def layouts_for(plan: Plan, tokens: int, packed: Documents | None = None) -> tup
     """Return the positions of the tokens that the ranks of a settled plan hold, and of those that its loop works on."""
 
     def named(name: str) -> Layout:
-        return layouts.layout(name, tokens, plan.cp.size, plan.stripe)
+        try:
+            return layouts.layout(name, tokens, plan.cp.size, plan.stripe)
+        except Refused as refused:
+            raise Refused(f"{refused}; the first dim of q, k and v is the tokens of a rank (s b h d)") from None
 
     cut = None if packed is None else packed.layout
     held = named(plan.layout) if cut is None else cut

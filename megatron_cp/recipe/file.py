@@ -200,7 +200,9 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
             # not .get, which would not ask an Unset
             if found := variables[name]:
                 return found
-        raise Refused(f"variable {name} is not set; set it, or give a default: ${{{name}:-…}}")
+        raise Refused(
+            f"variable {name} is not set; set it, give a default, ${{{name}:-…}}, or a value on the command line"
+        )
 
     rest = _VARIABLE.sub("", text)
     if "${" in rest:

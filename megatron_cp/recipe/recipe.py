@@ -176,7 +176,8 @@ def _recipe(name: str, sections: dict[str, Section], overrides: Sequence[str], j
     given = {name: {key: s for key, s in section.items() if s.given} for name, section in sections.items()}
     for key, found in (item for section in given.values() for item in section.items()):
         if found.problem:
-            raise Refused(f"{found.place}: {key}: {found.problem}")
+            made_by = " (megatron-cp data build makes one)" if key == "--data-path" else ""
+            raise Refused(f"{found.place}: {key}: {found.problem}{made_by}")
     _check_keys(given)
     cluster = given[CLUSTER][CLUSTER].text if given[CLUSTER] else None
     env_vars, model_args, launch, data, slurm = (given[section] for section in SECTIONS)

@@ -137,6 +137,11 @@ def test_a_variable_may_be_missing_where_the_value_is_replaced(write: Write) -> 
         ("MODEL_ARGS:\n  --lr:\n", "run.yaml:2: --lr: no value"),
         ("MODEL_ARGS:\n  --lr: {a: b}\n", "run.yaml:2: a value is one text"),
         ("MODEL_ARGS:\n  --lr: ${LR}\n", "run.yaml:2: --lr: variable LR is not set"),
+        (
+            "MODEL_ARGS:\n  --data-path: ${CORPUS}\n",
+            "run.yaml:2: --data-path: variable CORPUS is not set; set it, give a default, ${CORPUS:-…}, or a value "
+            "on the command line (megatron-cp data build makes one)",
+        ),
         ("MODEL_ARGS:\n  --lr: ${LR-1}\n", "run.yaml:2: --lr: cannot read the variable"),
         ("LAUNCH:\n  --nproc: 1\n", "run.yaml:2: unknown LAUNCH key '--nproc'"),
         ("DATA:\n  --input: x\n  --outptu: y\n", "run.yaml:3: unknown DATA key '--outptu'; did you mean '--output'?"),
