@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cp import config
+from megatron_cp import config, runlog
 from megatron_cp.megatron.machine.environment import advised_for_receives, environment_for_gpus, first_host
 from megatron_cp.megatron.machine.facts import major_capability
 from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.run import values_of
 from tests.megatron.pretraining import SCRIPT, pretrain_losses, script_losses, tiny
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 CONTEXT_PARALLEL = "--cp-comm-type p2p --context-parallel-size"
 
@@ -38,7 +38,11 @@ def reference() -> list[dict]:
 
 def test_training_goes_on_and_learns() -> None:
     # mock data counts upwards: a few steps suffice to see it
-    run = run_ranks(1, pretrain_losses, tiny("--train-iters 40 --lr 1e-2 --no-rope-fusion"))[0]
+    (run,), text = run_ranks_with_log(
+        1, pretrain_losses, tiny("--cp-comm-type p2p --train-iters 40 --lr 1e-2 --no-rope-fusion")
+    )
+    (found,) = filter(None, map(runlog.read_summary, text.splitlines()))
+    assert found["backend"] == "none, one rank holds a sequence"
     assert all(isfinite(step["loss"]) and step["skipped"] == 0 for step in run)
     assert run[-1]["loss"] < run[0]["loss"] - 0.5
 

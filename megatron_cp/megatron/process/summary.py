@@ -26,9 +26,10 @@ def summary(models: Iterable[nn.Module], steps: int, groups: Sequence[Fabric] = 
     where = device_of_run()
     sent = sum(core.plan.sent for core in cores) + sum(fabric.sent for fabric in groups)
     ranks = groups[0] if groups else cores[0].plan.cp
+    backends = dict.fromkeys(core.plan.backend.name for core in cores if groups or core.plan.cp.size > 1)
     most, resident = largest(ranks, torch.device(where), sent, cpu.peak_resident_bytes())
     return {
-        "backend": ", ".join(dict.fromkeys(core.plan.backend.name for core in cores)),
+        "backend": ", ".join(backends) or "none, one rank holds a sequence",
         "kernel": ", ".join(dict.fromkeys(core.kernel(where)[0].name for core in cores)),
         "cp_bytes_per_step": int(most / max(1, steps)),
         "peak_rss_bytes": int(resident),
