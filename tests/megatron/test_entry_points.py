@@ -17,6 +17,7 @@ from megatron_cp.megatron.machine.environment import advised_for_receives, envir
 from megatron_cp.megatron.machine.facts import major_capability
 from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.run import values_of
+from tests.cases import slow_unless
 from tests.megatron.pretraining import SCRIPT, pretrain_losses, script_losses, tiny
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
@@ -63,7 +64,11 @@ def test_training_goes_on_and_learns() -> None:
             "--cp-comm-type p2p --recompute-granularity selective --recompute-modules core_attn",
             marks=pytest.mark.slow,
         ),
-        (2, f"{CONTEXT_PARALLEL} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+        pytest.param(
+            2,
+            f"{CONTEXT_PARALLEL} 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(2, f"{CONTEXT_PARALLEL} 2 --calculate-per-token-loss", marks=pytest.mark.slow),
         (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
     ],
@@ -82,7 +87,7 @@ EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allto
     [
         pytest.param(EXPERTS, 2, "--expert-model-parallel-size 2", marks=pytest.mark.slow),
         (EXPERTS, 4, f"--expert-model-parallel-size 2 {CONTEXT_PARALLEL} 2 --use-distributed-optimizer"),
-        ("--mtp-num-layers 1", 2, "--pipeline-model-parallel-size 2"),
+        pytest.param("--mtp-num-layers 1", 2, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
         pytest.param(
             "--mtp-num-layers 1", 2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow
         ),
@@ -107,7 +112,7 @@ def test_bf16_stays_near_fp32(reference: list[dict]) -> None:
         assert ours["loss"] != theirs["loss"]
 
 
-@pytest.mark.parametrize("flags", ["", f"{CONTEXT_PARALLEL} 2"])
+@pytest.mark.parametrize("flags", slow_unless([f"{CONTEXT_PARALLEL} 2"], ["", f"{CONTEXT_PARALLEL} 2"]))
 def test_an_unmodified_script_trains_as_our_own_does(flags: str) -> None:
     script = run_ranks(2, script_losses, tiny(flags))[0]
     assert len(script) == 4

@@ -138,6 +138,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on(unbroken: tuple[Path, Losses
     assert seen | set(rest) == set(expected)
 
 
+@pytest.mark.slow
 def test_saves_in_the_background_are_whole_and_resume(unbroken: tuple[Path, Losses], tmp_path: Path) -> None:
     _, expected = unbroken
     assert in_process(tmp_path, IN_THE_BACKGROUND) == expected

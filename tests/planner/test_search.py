@@ -162,6 +162,7 @@ MODEL_ARGS:
 """
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_is_planned_in_fp8(tmp_path: Path) -> None:
     own, written = tmp_path / "mixture.yaml", tmp_path / "planned.yaml"
     own.write_text(MIXTURE)

@@ -45,7 +45,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.param("distributed", 1, "", marks=pytest.mark.slow),
         pytest.param("distributed", 4, "--cp-comm-type p2p --context-parallel-size 4", marks=pytest.mark.slow),
         pytest.param("reshardable", 1, "", marks=pytest.mark.slow),
-        ("reshardable", 4, "--cp-comm-type p2p --context-parallel-size 4"),
+        pytest.param("reshardable", 4, "--cp-comm-type p2p --context-parallel-size 4", marks=pytest.mark.slow),
         pytest.param("reshardable", 2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow),
         pytest.param("reshardable", 2, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
         pytest.param("bf16", 2, CP2, marks=pytest.mark.slow),
@@ -105,11 +105,12 @@ def test_every_parameter_has_a_step_count_of_its_own(saved: Any) -> None:
         ("plain", "--hidden-size 64", "is of another model: its hidden_size is 32, here it is 64"),
         ("plain", "--num-layers 4", "its num_layers is 2, here it is 4"),
         ("plain", DISTRIBUTED, "was saved without --use-distributed-optimizer"),
-        ("distributed", "", "was saved with --use-distributed-optimizer"),
-        (
+        pytest.param("distributed", "", "was saved with --use-distributed-optimizer", marks=pytest.mark.slow),
+        pytest.param(
             "distributed",
             f"{DISTRIBUTED} --tensor-model-parallel-size 2",
             "save with --dist-ckpt-optim-fully-reshardable or pass --no-load-optim",
+            marks=pytest.mark.slow,
         ),
     ],
 )

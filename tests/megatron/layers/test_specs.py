@@ -227,7 +227,7 @@ EXPERTS = f"{SGD} --num-experts 4 --moe-layer-freq [0,1] --moe-router-topk 2"
     [
         pytest.param(2, "--context-parallel-size 2", "layers 1-2: zigzag", marks=pytest.mark.slow),
         (2, "--context-parallel-size 2 --cp-comm-type ring a2a", "layer 2: ulysses"),
-        (2, "--tensor-model-parallel-size 2 --sequence-parallel", "CP=1"),
+        pytest.param(2, "--tensor-model-parallel-size 2 --sequence-parallel", "CP=1", marks=pytest.mark.slow),
         pytest.param(2, "--pipeline-model-parallel-size 2", "layer 1: zigzag", marks=pytest.mark.slow),
         pytest.param(
             2,

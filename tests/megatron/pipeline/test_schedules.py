@@ -93,9 +93,7 @@ def test_ranks_that_do_not_meet_beforehand_hang_in_the_first_step(schedule):
     assert len({line.split()[-1] for line in lines}) == 2
 
 
-@pytest.mark.parametrize(
-    "schedule", slow_unless(["interleaved", "izb"], ["interleaved", "breadth-first", "izb", "gis"])
-)
+@pytest.mark.parametrize("schedule", slow_unless(["izb"], ["interleaved", "breadth-first", "izb", "gis"]))
 def test_several_chunks_per_rank_train_as_interleaved(megatrons_own, schedule):
     assert_bit_equal(run(2, TWO, CHUNKS, f"--pp-schedule {schedule}"), megatrons_own(2, TWO, CHUNKS))
 
@@ -227,7 +225,7 @@ def _noting(evaluate, found):
     return noted
 
 
-@pytest.mark.parametrize(("schedule", "chunks"), slow_unless([("izb", CHUNKS)], [("zb-h1", ""), ("izb", CHUNKS)]))
+@pytest.mark.parametrize(("schedule", "chunks"), slow_unless([("zb-h1", "")], [("zb-h1", ""), ("izb", CHUNKS)]))
 def test_evaluation_gives_the_same_loss(schedule, chunks):
     flags = tiny(MODEL, TWO, chunks, "--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12")
     expected = run_ranks(2, evaluated, flags)
