@@ -24,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """Leave slow cases out unless -m or a case's own id asks for them, and keep a module's shared fixtures together."""
+    # the jobs of a SLURM wait more than they compute: beside them the other tests run
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
     for item in items:
         if item.get_closest_marker("xdist_group") is None and _shares_a_fixture(item):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

@@ -68,9 +68,7 @@ CASES = {
     "full": (2, FULL, context("zigzag", 2)),
     "selective": (2, SELECTIVE, context("zigzag", 2)),
     "one layer of two": (2, BLOCK, context("ulysses", 2)),
-    "two layers at once": (2, FULL.replace("layers 1", "layers 2"), context("striped", 2)),
     "four ranks": (4, FULL, context("usp", 4)),
-    "chunks": (2, FULL, f"{context('zigzag', 2)} --cp-chunks 2"),
     "sinks": (2, FULL, f"{context('ulysses', 2)} --softmax-type learnable"),
     "dropout": (2, FULL, f"{context('zigzag', 2)} --attention-dropout 0.1 --cp-kernel reference"),
     "tensor and sequence parallel": (
@@ -78,10 +76,8 @@ CASES = {
         FULL,
         f"{context('zigzag', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
     ),
-    "Megatron's pipeline": (4, FULL, f"{context('zigzag', 2)} {PP2}"),
     "1f1b": (4, FULL, f"{context('zigzag', 2)} {PP2} --pp-schedule 1f1b"),
     "zb-h1": (4, FULL, f"{context('ulysses', 2)} {PP2} --pp-schedule zb-h1"),
-    "zb-h1, selective": (4, SELECTIVE, f"{context('zigzag', 2)} {PP2} --pp-schedule zb-h1"),
     "slices": (4, FULL, f"{context('zigzag', 2)} {PP2} --pp-schedule 1f1b --pp-slices 2"),
     "offload": (
         4,

@@ -168,7 +168,7 @@ def test_bpipe_on_two_ranks_runs_and_says_that_it_gains_nothing(without):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["host", "peer"])
+@pytest.mark.parametrize("to", ["peer"])
 def test_limit_beside_measured_steps(without, to, tmp_path):
     steps = "--train-iters 4"
     found = run(

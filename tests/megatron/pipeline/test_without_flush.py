@@ -200,8 +200,7 @@ def test_resumed_run_equals_the_whole_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [2, 4])
-@pytest.mark.parametrize("name", ["pipedream", "pipedream-vertical"])
+@pytest.mark.parametrize(("name", "at"), [("pipedream", 4), ("pipedream-vertical", 2)])
 def test_many_versions_are_resumed(tmp_path, name, at):
     whole, again, _ = resumed(tmp_path, name, 4, at, "--global-batch-size 2")
     assert_bit_equal((whole[0][at:], whole[1]), again)
