@@ -22,7 +22,7 @@ from megatron_cp.registry import Registry
 SUPPORTED = "0.19."
 FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
 """Hooks that place stages on the V; they are applied for such a schedule only."""
-FOR_ISLANDS = ("island-gradients", "island-step", "island-weights")
+FOR_ISLANDS = ("island-gradients", "island-step", "island-weights", "island-momentum")
 """Hooks that let the instances of the distributed optimizer train apart."""
 _MARK = "megatron_cp_hook"
 
@@ -208,6 +208,15 @@ HOOKS = Registry(
             parameters=("self",),
             reason="the weights that islands go on from are made between the update and the gather",
             retired_by="a callback of the distributed optimizer between the two",
+        ),
+        Hook(
+            name="island-momentum",
+            targets=("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",),
+            by="megatron_cp.megatron.replicas.saved_momentum:with_momentum",
+            parameters=("self", "is_loading", "metadata"),
+            reason="a checkpoint has no place for a momentum of the distributed optimizer that is not Adam's",
+            retired_by="more names in the distributed optimizer's optimizer_state_keys",
+            settings=True,
         ),
         Hook(
             name="kept-attention",

@@ -85,6 +85,24 @@ UNSUPPORTED = (
         "leave --log-params-norm out",
     ),
 )
+UNSAVED = (
+    Unsupported(
+        "checkpoints of other formats than torch_dist, which would not hold its momentum",
+        lambda args: read(args, "ckpt_format", "torch_dist") != "torch_dist",
+        "pass --ckpt-format torch_dist",
+    ),
+    Unsupported(
+        "checkpoints in the order of the model, which would not hold its momentum",
+        lambda args: bool(read(args, "dist_ckpt_optim_fully_reshardable", False)),
+        "leave --dist-ckpt-optim-fully-reshardable out: other CP and DP load the checkpoint all the same",
+    ),
+    Unsupported(
+        "checkpoints on the nodes' own disks, which would not hold its momentum",
+        lambda args: read(args, "non_persistent_ckpt_type") == "local",
+        "leave --non-persistent-ckpt-type local out",
+    ),
+)
+"""Checkpoints that an outer optimizer with a momentum cannot go on from."""
 AT_SYNCS = (
     ("save_interval", "save"),
     ("non_persistent_save_interval", "save"),
@@ -141,10 +159,7 @@ def _check_outer(args: Any, flags: LocalSgdFlags) -> None:
     if not 0 <= flags.decay < 1:
         raise Refused(f"--local-sgd-outer-momentum is at least 0 and less than 1, got {flags.decay}; DiLoCo takes 0.9")
     if read(args, "save") is not None:
-        raise Refused(
-            f"--local-sgd-outer {entry.name} keeps a momentum, which checkpoints do not hold; leave --save out, or "
-            f"pass --local-sgd-outer average"
-        )
+        refuse(UNSAVED, args, f"--local-sgd-outer {entry.name} with --save")
 
 
 def _check_islands(args: Any, who: str) -> None:

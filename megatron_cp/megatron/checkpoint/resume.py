@@ -18,7 +18,7 @@ from megatron_cp import config
 from megatron_cp.batches import ALGORITHMS
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.checkpoint.contents import DESCRIPTION, SIZES, common_state, damage, iterations, unreadable
-from megatron_cp.megatron.run import AttentionFlags, PipelineFlags
+from megatron_cp.megatron.run import AttentionFlags, LocalSgdFlags, PipelineFlags, say
 from megatron_cp.units import is_whole
 
 # what makes two models different; read from the arguments that every checkpoint carries
@@ -56,6 +56,7 @@ def check(args: Any) -> None:
     _check_waiting(args, saved)
     if not (args.no_load_optim or args.finetune or saved.no_save_optim):
         check_optimizer(args, saved)
+        say_momentum(args, saved)
 
 
 def _another(args: Any) -> str:
@@ -95,6 +96,21 @@ def _check_waiting(args: Any, saved: Any) -> None:
                 f"the checkpoint in {args.load} was saved with --cp-plan {there} and {flag} {before}, here it is {now}"
                 f": {lost}; pass {flag} {before}, or --finetune to begin with the first document"
             )
+
+
+def say_momentum(args: Any, saved: Any) -> None:
+    """Say what becomes of the outer momentum of islands where only one of the two runs has one."""
+    here, there = (_outer_of(each) for each in (args, saved))
+    if here and not there:
+        say(f"the checkpoint in {args.load} has no outer momentum: that of --local-sgd-outer {here} begins at zero")
+    if there and not here:
+        say(f"the outer momentum of --local-sgd-outer {there} in {args.load} is left: this run has none")
+
+
+def _outer_of(args: Any) -> str:
+    """Return the name of the outer optimizer, where it has a momentum."""
+    flags = LocalSgdFlags.of(args)
+    return flags.outer_optimizer.name if flags.steps is not None and flags.outer_optimizer.remembers else ""
 
 
 def check_optimizer(args: Any, saved: Any) -> None:

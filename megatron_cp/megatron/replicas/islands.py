@@ -22,7 +22,7 @@ from megatron_cp.replicas.outer import Spread, put_mean
 from megatron_cp.replicas.sync_steps import phases_of, syncs
 
 ISLAND = "megatron_cp_island"
-"""Attribute of a distributed optimizer that holds its Island from the first step on."""
+"""Attribute of a distributed optimizer that holds its Island, once it has been asked for."""
 
 
 def keep_gradients(old: Callable[..., None], settings: Settings, replica: Any, *args: Any, **kwargs: Any) -> None:
@@ -50,11 +50,11 @@ def take_step(old: Callable[..., Any], settings: Settings, *args: Any, **kwargs:
         return old(*args, **kwargs)
     given = inspect.signature(old).bind(*args, **kwargs).arguments
     optimizers = getattr(given["optimizer"], "chained_optimizers", [given["optimizer"]])
-    islands = [_island_of(optimizer, settings.local_sgd) for optimizer in optimizers]
+    islands = [island_of(optimizer, settings.local_sgd) for optimizer in optimizers]
     step = given["iteration"] + 1
     meet = syncs(phases_of(settings.local_sgd.steps), step)
     for island in islands:
-        island.meets = meet
+        island.begin(meet)
     groups = get_attr_wrapped_model(given["model"][0], "pg_collection")
     # the first of two groups that Megatron looks for
     everyone = getattr(groups, "dp_cp_gtp_remat", None)
@@ -82,9 +82,10 @@ def hand_on(old: Callable[..., None], optimizer: Any) -> None:
 class Island:
     """One optimizer's shards of weights and moments on this rank, and what it remembers of the last sync.
 
-    meets:  True while a step runs that ends in a sync
-    spread: how far the islands' weights were apart at the last sync, as this rank sees it
-    waited: seconds that this rank waited for other islands then
+    meets:   True while a step runs that ends in a sync
+    spread:  how far the islands' weights were apart at the last sync, as this rank sees it
+    waited:  seconds that this rank waited for other islands then
+    momenta: of each shard of weights, equal on all islands; empty for an outer optimizer without
     """
 
     def __init__(self, optimizer: Any, flags: LocalSgdFlags) -> None:
@@ -92,9 +93,15 @@ class Island:
         self.spread = Spread(torch.zeros(()), torch.zeros(()))
         self.waited = 0.0
         self._optimizer, self._flags = optimizer, flags
-        keeps = flags.outer_optimizer.remembers
-        self._anchors = [weight.detach().clone() for weight in weights_of(optimizer)] if keeps else []
-        self._momenta: list[Tensor | None] = [torch.zeros_like(anchor) for anchor in self._anchors]
+        self._anchors: list[Tensor] = []
+        kept = weights_of(optimizer) if flags.outer_optimizer.remembers else []
+        self.momenta: dict[Tensor, Tensor] = {weight: torch.zeros_like(weight.detach()) for weight in kept}
+
+    def begin(self, meets: bool) -> None:
+        """Begin a step; the first of a run begins at the weights of a sync, be it a checkpoint's."""
+        self.meets = meets
+        if not self._anchors:
+            self._anchors = [weight.detach().clone() for weight in self.momenta]
 
     def sync(self) -> None:
         """Average weights and moments over the islands, and step towards the mean; all islands call it together."""
@@ -107,14 +114,15 @@ class Island:
         self.spread = put_mean(weights, islands)
         for moments in moments_of(self._optimizer, weights).values():
             put_mean(moments, islands)
-        self._step(weights)
+        self._step()
 
     @torch.no_grad()
-    def _step(self, weights: list[Tensor]) -> None:
+    def _step(self) -> None:
         step = self._flags.outer_optimizer.load()
-        for number, (weight, anchor) in enumerate(zip(weights, self._anchors, strict=False)):
-            stepped = step(weight, anchor, self._momenta[number], self._flags.learning_rate, self._flags.decay)
-            self._momenta[number] = stepped.momentum
+        for (weight, momentum), anchor in zip(self.momenta.items(), self._anchors, strict=True):
+            stepped = step(weight, anchor, momentum, self._flags.learning_rate, self._flags.decay)
+            if stepped.momentum is not None:
+                momentum.copy_(stepped.momentum)
             weight.copy_(stepped.weight)
             anchor.copy_(stepped.weight)
 
@@ -147,9 +155,9 @@ def _kept(state: dict[str, Any], weight: Tensor) -> Iterator[tuple[str, Tensor]]
             yield name, value
 
 
-def _island_of(optimizer: Any, flags: LocalSgdFlags) -> Island:
+def island_of(optimizer: Any, flags: LocalSgdFlags) -> Island:
+    """Return the optimizer's island, made at the first call: by the load of a checkpoint, or by the first step."""
     if not hasattr(optimizer, ISLAND):
-        # after a checkpoint has been loaded
         setattr(optimizer, ISLAND, Island(optimizer, flags))
     island: Island = getattr(optimizer, ISLAND)
     return island

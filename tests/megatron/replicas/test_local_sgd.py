@@ -164,8 +164,9 @@ def test_a_sync_after_every_step_of_sgd_is_data_parallelism(
 @pytest.mark.slow
 def test_resuming_is_the_unbroken_run(tmp_path: Path) -> None:
     flags = tiny(ISLANDS, "--local-sgd-steps 2 --bf16 --overlap-grad-reduce --overlap-param-gather")
+    flags += "--local-sgd-outer diloco --train-iters 6".split()
     unbroken = run_ranks(2, of_own_island, [*flags, "--save", str(tmp_path), "--save-interval", "2"])
     resumed = run_ranks(2, of_own_island, [*flags, "--load", str(tmp_path), "--ckpt-step", "2"])
-    assert [step["iteration"] for step in resumed[0]] == [3, 4]
+    assert [step["iteration"] for step in resumed[0]] == [3, 4, 5, 6]
     for whole, part in zip(unbroken, resumed, strict=True):
         assert part == whole[2:]

@@ -19,6 +19,8 @@ RUN = {
     "eval_iters": 0,
 }
 
+SAVED = {"local_sgd_outer": "nesterov", "save": "here", "save_interval": 4, "ckpt_format": "torch_dist"}
+
 
 def check(**given: object) -> None:
     check_local_sgd(SimpleNamespace(**{**RUN, **given}))
@@ -34,6 +36,7 @@ def check(**given: object) -> None:
         {"save_interval": 3, "eval_interval": 3},
         {"local_sgd_outer": "diloco", "local_sgd_outer_lr": 1.0, "local_sgd_outer_momentum": 0.0},
         {"pp_schedule": "zb-h1", "bf16": True},
+        SAVED,
         {"local_sgd_steps": None, "fp16": True, "num_distributed_optimizer_instances": 1},
     ],
 )
@@ -70,7 +73,9 @@ def test_what_works_is_taken(given: dict[str, object]) -> None:
         ({"local_sgd_outer_lr": 0.7}, "takes the mean, without --local-sgd-outer-lr"),
         ({"local_sgd_outer": "nesterov", "local_sgd_outer_lr": 0.0}, "-lr is more than 0, got 0.0"),
         ({"local_sgd_outer": "nesterov", "local_sgd_outer_momentum": 1.0}, "less than 1, got 1.0"),
-        ({"local_sgd_outer": "nesterov", "save": "here", "save_interval": 4}, "leave --save out"),
+        ({**SAVED, "ckpt_format": "torch"}, "with --save does not do checkpoints.*; pass --ckpt-format torch_dist"),
+        ({**SAVED, "dist_ckpt_optim_fully_reshardable": True}, "leave --dist-ckpt-optim-fully-reshardable out"),
+        ({**SAVED, "non_persistent_ckpt_type": "local"}, "leave --non-persistent-ckpt-type local out"),
         ({"local_sgd_steps": None, "local_sgd_outer": "nesterov"}, "--local-sgd-outer nesterov is of islands"),
         ({"local_sgd_steps": None, "local_sgd_outer_lr": 0.5}, "--local-sgd-outer-lr 0.5 is of islands"),
     ],
