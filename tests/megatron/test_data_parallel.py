@@ -31,6 +31,8 @@ PRESETS = [
     "hsdp",
     "fsdp2",
 ]
+OF_ISLANDS = ["local-sgd", "diloco"]
+"""Presets that do not train as plain replicas do: their outer steps have tests of their own."""
 LEAST = 2048
 """Bytes of a tensor that counts: losses, norms and counts of tokens are smaller."""
 
@@ -200,7 +202,7 @@ def test_gradients_in_bf16_train_beside_a_pipeline() -> None:
         assert step["loss"] == pytest.approx(other["loss"], rel=BF16_LOSS)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *OF_ISLANDS])
 def test_a_preset_is_a_file_to_extend(name: str, tmp_path: Path) -> None:
     run = extended(name, tmp_path)
     sharded = {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(run.model_args)
@@ -209,9 +211,9 @@ def test_a_preset_is_a_file_to_extend(name: str, tmp_path: Path) -> None:
     assert unmodelled(run) == LEFT_OUT.get(name, [])
 
 
-# all are trained above
+# all others are trained above
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero2", "hsdp", "fsdp2"])
+@pytest.mark.parametrize("name", ["hsdp", "fsdp2", *OF_ISLANDS])
 def test_a_run_that_extends_a_preset_is_valid(name: str, tmp_path: Path) -> None:
     extended(name, tmp_path)
     validate.validate(validate.run_of(recipe.load(str(tmp_path / "run.yaml"), Unset({})), None))
