@@ -67,3 +67,6 @@ ready_venv() {
 }
 
 ready_venv
+
+# with it each process compiles all that it imports
+unset PYTHONDONTWRITEBYTECODE

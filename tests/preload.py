@@ -1,7 +1,11 @@
 """What the fork server imports once for all test processes."""
 
+import argparse
 import contextlib
+import functools
 import gc
+import importlib
+import pkgutil
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -9,13 +13,25 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402, F401
 
 with contextlib.suppress(ImportError):
+    import megatron.core.models.mimo
+    import megatron.core.tokenizers.text
     import megatron.training  # noqa: F401
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
 
-    # what every launcher imports, and what its hooks put in
-    import megatron_cp.megatron.arguments.context
-    import megatron_cp.megatron.layers.attention
+    import megatron_cp
     import megatron_cp.megatron.process.launch
-    import megatron_cp.megatron.process.pretrain  # noqa: F401
+
+    # what the launchers and their hooks import in their course
+    for folder in ("kernels", "megatron", "pipeline"):
+        for module in pkgutil.walk_packages([f"{megatron_cp.__path__[0]}/{folder}"], f"megatron_cp.{folder}."):
+            importlib.import_module(module.name)
+
+    # Megatron reads the sources of its settings, for the help of its flags, whenever it makes its parser
+    read, any_factory = ArgumentGroupFactory._get_field_docstrings, object.__new__(ArgumentGroupFactory)
+    read_once = functools.cache(lambda settings: read(any_factory, settings))
+    ArgumentGroupFactory._get_field_docstrings = lambda _, settings: read_once(settings)
+    add_megatron_arguments(argparse.ArgumentParser())
 
 # a collection in a forked process would write to, and so copy, each page of what is imported here
 gc.collect()
