@@ -108,7 +108,7 @@ BACKENDS = Registry(
             what="ring of K and V, balanced under a causal mask",
             traffic=TrafficFormula(full="2(p-1)U", causal="3/4 of it", backward="2(p-1)(U + Ug)"),
             aliases=("p2p",),
-            capabilities=Capabilities(planned=True),
+            capabilities=Capabilities(planned=True, latent=True),
         ),
         Backend(
             name="bidirectional",
@@ -126,6 +126,7 @@ BACKENDS = Registry(
             what="ring of K and V over contiguous pieces",
             traffic=TrafficFormula(full="2(p-1)U", causal="1/2 of it", backward="2(p-1)(U + Ug)"),
             layout="contiguous",
+            capabilities=Capabilities(latent=True),
         ),
         Backend(
             name="striped",
@@ -141,7 +142,7 @@ BACKENDS = Registry(
             ),
             layout="striped",
             # a window on stripes is a multitude of small tiles: never fast, and long to record
-            capabilities=Capabilities(weighed="without window"),
+            capabilities=Capabilities(weighed="without window", latent=True),
         ),
         Backend(
             name="all-gather",

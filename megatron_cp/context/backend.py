@@ -34,6 +34,7 @@ class Capabilities:
                itself, whose backward pass then returns the sink's gradient last; "none": the loop keeps another tuple
     weighed:   considered by backend `auto`: "always", "without window" (but for kernels that take windows) or "never"
     planned:   considered by `megatron-cp plan` where no backend is named
+    latent:    its loop is a plain ring, which may carry the latent of multi-latent attention in the place of K and V
     by_nodes:  what it sends depends on the nodes of the ranks, on which all must agree
     """
 
@@ -50,6 +51,7 @@ class Capabilities:
     sinks: Literal["after", "inside", "none"] = "after"
     weighed: Literal["always", "without window", "never"] = "always"
     planned: bool = False
+    latent: bool = False
     by_nodes: bool = False
 
 

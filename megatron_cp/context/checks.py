@@ -98,6 +98,15 @@ def check_sinks(entry: Backend) -> None:
         )
 
 
+def check_latent(entry: Backend) -> None:
+    """Raise Refused for an algorithm that is no plain ring, in which latents may travel."""
+    if not entry.capabilities.latent:
+        raise Refused(
+            f"backend {entry.name!r} sends keys and values, no latent; use backend "
+            f"{able(lambda other: other.capabilities.latent)}"
+        )
+
+
 def check_softcap(entry: Backend) -> None:
     """Raise Refused for an algorithm that computes scores without a kernel."""
     if not entry.capabilities.softcap:

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_cp.context import keep, sinks
+from megatron_cp.context.algorithms import latent as latent_ring
+from megatron_cp.context.algorithms.latent import Widths
 from megatron_cp.context.alibi import with_positions
 from megatron_cp.context.documents import Documents
 from megatron_cp.context.dropout import DropoutSeed, labelled
 from megatron_cp.context.layouts import Layout
 from megatron_cp.context.loop import Loop
+from megatron_cp.context.packing import with_dim
 from megatron_cp.context.partials import accumulator_dtype
 from megatron_cp.context.plan import Plan, layouts_for, task_for
 from megatron_cp.context.relayout import relayout
@@ -36,6 +39,7 @@ class AttentionCall(NamedTuple):
     merges_sink: the loop merges a sink itself
     seed: of dropped weights; None drops none
     alibi: the slope of each query head; None leaves scores as they are
+    of_tokens: how many of q, k and v are tensors of tokens, which move where the loop wants other positions
     """
 
     loop: Loop[Any]
@@ -46,6 +50,7 @@ class AttentionCall(NamedTuple):
     merges_sink: bool
     seed: DropoutSeed | None = None
     alibi: tuple[float, ...] | None = None
+    of_tokens: int = 3
 
 
 def run(
@@ -58,12 +63,29 @@ def run(
     seed: DropoutSeed | None = None,
 ) -> Tensor:
     """Attend by a plan whose backend is chosen; the caller guarantees that all ranks hold tensors of one shape."""
-    return _Attend.apply(q, k, v, sink, call_for(q, k, v, plan, packed, seed), None)
+    return run_call(q, k, v, sink, call_for(q, k, v, plan, packed, seed))
+
+
+def run_latent(
+    q: Tensor, latent: Tensor, up: Tensor, plan: Plan, sink: Tensor | None = None, packed: Documents | None = None
+) -> Tensor:
+    """Attend to what `up` [h e r] expands from latents s b 1 (r p), by a settled plan; as `run` otherwise."""
+    call = call_for(q, q, with_dim(q, Widths.of(q, latent, up).value), plan, packed)
+    # the weight has no tokens, and no columns are added to queries and latents
+    widest = max(q.shape[3], latent.shape[3])
+    return run_call(q, latent, up, sink, call._replace(loop=latent_ring, of_tokens=2, head_dim=widest))
+
+
+def run_call(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: AttentionCall, kept: keep.KeptCall | None = None
+) -> Tensor:
+    """Return the result of a call; what the forward of a checkpoint has kept of it where there is `kept`."""
+    return _Attend.apply(q, k, v, sink, call, kept)
 
 
 def run_kept(q: Tensor, k: Tensor, v: Tensor, kept: keep.KeptCall, sink: Tensor | None) -> Tensor:
     """Return what the forward of a checkpoint kept of this call, differentiably by q, k and v; nothing is sent."""
-    return _Attend.apply(q, k, v, sink, kept.call, kept)
+    return run_call(q, k, v, sink, kept.call, kept)
 
 
 def call_for(
@@ -92,7 +114,7 @@ def forward_pass(
             q, k = with_positions(q, k, mine, call.alibi, call.task.scale)
         if call.seed is not None:
             q, k = labelled(q, k, mine, call.seed)
-        q, k, v = relayout([last_dim_contiguous(x) for x in (q, k, v)], call.layout, call.task.layout, call.task.fabric)
+        q, k, v = _moved([last_dim_contiguous(x) for x in (q, k, v)], call, call.layout, call.task.layout)
         task = _with_sink(call.task, sink, q)
         out, saved = call.loop.forward(q, k, v, task)
         if task.sink is not None and not call.merges_sink:
@@ -117,10 +139,15 @@ def backward_pass(dout: Tensor, saved: Any, call: AttentionCall, sink: Tensor | 
         if task.sink is not None and not call.merges_sink:
             dsink = [sinks.gradient(dout, saved.out, saved.lse, task.sink)]
         dq = dq if call.factor == 1 else dq * call.factor
-        dq, dk, dv = relayout([dq, dk, dv], task.layout, call.layout, task.fabric)
+        dq, dk, dv = _moved([dq, dk, dv], call, task.layout, call.layout)
         # without columns that are no part of q and k
         dq, dk = dq[..., : call.head_dim], dk[..., : call.head_dim]
         return dq, dk, dv, *(part.to(sink.dtype) for part in dsink if sink is not None)
+
+
+def _moved(tensors: list[Tensor], call: AttentionCall, before: Layout, after: Layout) -> list[Tensor]:
+    count = call.of_tokens
+    return relayout(tensors[:count], before, after, call.task.fabric) + tensors[count:]
 
 
 def _with_sink(task: Task, sink: Tensor | None, like: Tensor) -> Task:

@@ -222,6 +222,16 @@ class AttentionFlags(_Flags):
         ),
         int,
     )
+    latent: bool = _flag(
+        False,
+        lambda: "",
+        lambda: (
+            "With --multi-latent-attention, send the compressed latent of a token in place of the keys and values of "
+            "all heads, and expand it on the rank that attends to it. Takes --cp-comm-type "
+            f"{able(lambda entry: entry.capabilities.latent, str)}, between local linears."
+        ),
+        bool,
+    )
     self_check: bool = _flag(
         False,
         lambda: "",

@@ -365,6 +365,56 @@ def test_multi_latent_attention_beside_other_parallelism_equals_one_rank(latent_
     assert_equal_runs(latent_losses(size, context("zigzag", 2), parallel), latent_alone)
 
 
+def losses_and_sent(flags):
+    """The losses of a run, what the calls of our attention sent on this rank, and how many sent latents."""
+    from megatron_cp.megatron.layers import attention
+
+    sent, calls, plans = 0, 0, {}
+    olds = attention.attend, attention.attend_latent
+
+    def noted(old, of_latents):
+        def call(q, k, v, plan, **options):
+            nonlocal calls
+            calls += of_latents
+            plans[id(plan)] = plan
+            return old(q, k, v, plan, **options)
+
+        return call
+
+    attention.attend, attention.attend_latent = (noted(old, index) for index, old in enumerate(olds))
+    losses = pretrain_losses(flags)
+    return losses, sum(plan.sent for plan in plans.values()), calls
+
+
+def travelling(size, *flags):
+    """The losses of a run whose latents travel, and the bytes that rank 0 sent."""
+    ranks = run_ranks(size, losses_and_sent, latent("--cp-latent", *flags))
+    assert all(calls for _, _, calls in ranks), "no attention of ours sent latents"
+    return ranks[0][0], sum(sent for _, sent, _ in ranks)
+
+
+def test_latents_that_travel_train_as_on_one_rank_and_are_fewer_bytes(latent_alone):
+    losses, sent = travelling(2, context("zigzag", 2))
+    assert_equal_runs(losses, latent_alone)
+    expanded = sum(sent for _, sent, _ in run_ranks(2, losses_and_sent, latent(context("zigzag", 2))))
+    # in float32 both passes: r + p = 20 for h (d + dv) = 80, and gradients as many again
+    assert sent / expanded == 20 / 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "flags"),
+    [
+        ("pipeline", context("zigzag", 2)),
+        ("distributed optimizer, overlapped", context("striped", 2)),
+        ("full recompute", f"{context('ring', 2)} --cp-keep-attention"),
+    ],
+)
+def test_latents_that_travel_beside_other_parallelism_train_as_on_one_rank(latent_alone, case, flags):
+    size, parallel, _ = COMBINED[case]
+    assert_equal_runs(travelling(size, flags, parallel)[0], latent_alone)
+
+
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type"
 SHARED = "--expert-model-parallel-size 2"
 

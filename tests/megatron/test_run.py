@@ -28,6 +28,7 @@ WORDS = {
     "sink": -0.5,
     "softcap": 30.0,
     "alibi": True,
+    "latent": True,
     "self_check": True,
     "keep_attention": True,
     "loss_chunks": 4,

@@ -31,6 +31,7 @@ class Problem:
     document_layout: for these, the positions that the loop works on
     cut: the ranks' tokens have these positions already; else they move there and back inside attention
     ranks_per_node: ranks of a node; None for all of them on one
+    latent: compressed and rotary numbers of a token, where they travel in place of keys and values
     """
 
     backend: str
@@ -53,6 +54,7 @@ class Problem:
     document_layout: str = STREAM
     cut: bool = False
     ranks_per_node: int | None = None
+    latent: tuple[int, int] | None = None
 
     @property
     def mask(self) -> AnyMask:

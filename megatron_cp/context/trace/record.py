@@ -24,6 +24,7 @@ from megatron_cp.context import AUTO, BACKENDS
 from megatron_cp.context.checks import check_documents
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.function import run as attend
+from megatron_cp.context.function import run_latent
 from megatron_cp.context.masks import Mask
 from megatron_cp.context.merging import ASSUMED, BY_TORCH, SEVERAL, Merging
 from megatron_cp.context.partials import accumulator_dtype
@@ -134,7 +135,7 @@ def record_rank(
         ASSUMED.reset(assumed)
 
 
-def _record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+def _record_rank(problem: Problem, me: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     tokens, dtype = problem.seq // problem.ranks, getattr(torch, problem.dtype)
     q, k, v, dout = (
         torch.empty(tokens, 1, heads, problem.head_dim, dtype=dtype, device="meta")
@@ -142,10 +143,18 @@ def _record_rank(problem: Problem, rank: int) -> tuple[tuple[Step, ...], tuple[S
     )
     for tensor in (q, k, v):
         tensor.requires_grad_()
+    if problem.latent is not None:
+        rank, rotary = problem.latent
+        k = torch.empty(tokens, 1, 1, rank + rotary, dtype=dtype, device="meta", requires_grad=True)
+        v = torch.empty(problem.heads, 2 * problem.head_dim - rotary, rank, dtype=dtype, device="meta")
+        v.requires_grad_()
     with Recorder(q, k, v, dout) as recorder:
-        fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), rank, problem.ranks_per_node)
+        fabric = RecordingFabric(recorder, tuple(range(problem.ranks)), me, problem.ranks_per_node)
         made = plan_on(problem, fabric, RecordingKernel(recorder, problem.windows))
-        out = attend(q, k, v, made, packed=problem.packed)
+        if problem.latent is not None:
+            out = run_latent(q, k, v, made, packed=problem.packed)
+        else:
+            out = attend(q, k, v, made, packed=problem.packed)
         forward = recorder.take()
         out.backward(dout)
         return forward, recorder.take()

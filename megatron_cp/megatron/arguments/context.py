@@ -13,6 +13,7 @@ from megatron_cp.context.checks import (
     able,
     check_dropout,
     check_grid,
+    check_latent,
     check_sinks,
     check_softcap,
     takes_document_layout,
@@ -62,12 +63,46 @@ def _computes_chunks_again(source: Any) -> bool:
     return read(source, "cp_loss_chunks") is not None or (read(source, "mlp_chunks_for_training") or 1) > 1
 
 
+def _sends_latents(source: Any) -> bool:
+    """True if the latents of multi-latent attention travel between ranks."""
+    return bool(read(source, "cp_latent", False))
+
+
 # Asked of a TransformerConfig by the attention, of the arguments by `check`: the names are the same in both.
 UNSUPPORTED = (
     Unsupported(
         "a fixed sink (cp_sink) beside that of a softmax_type other than 'vanilla'",
         lambda source: read(source, "softmax_type", "vanilla") != "vanilla" and read(source, "cp_sink") is not None,
         "leave --cp-sink or --softmax-type out",
+    ),
+    Unsupported(
+        "latents that travel (cp_latent) without multi-latent attention, whose keys and values are expanded from them",
+        lambda source: _sends_latents(source) and not read(source, "multi_latent_attention", False),
+        "leave --cp-latent out, or add --multi-latent-attention",
+    ),
+    Unsupported(
+        "latents that travel (cp_latent) with an up-projection that is recomputed, in FP8 or FP4, or a cache of "
+        "latents: attention expands them itself, once more in the backward pass",
+        lambda source: (
+            _sends_latents(source)
+            and bool(
+                "mla_up_proj" in (read(source, "recompute_modules") or ())
+                or any(read(source, name) for name in ("fp8", "fp4", "cache_mla_latents"))
+            )
+        ),
+        "leave --cp-latent out, or --recompute-modules mla_up_proj, --fp8-format, --fp4-format and --cache-mla-latents",
+    ),
+    Unsupported(
+        "latents that travel (cp_latent) with chunks (cp_chunks), ALiBi (cp_alibi), dropped weights or a self-check "
+        "(cp_self_check)",
+        lambda source: (
+            _sends_latents(source)
+            and bool(
+                AttentionFlags.of(source).chunks is not None
+                or any(read(source, name) for name in ("cp_alibi", "attention_dropout", "cp_self_check"))
+            )
+        ),
+        "leave --cp-latent out, or --cp-chunks, --cp-alibi and --cp-self-check, and pass --attention-dropout 0",
     ),
     Unsupported(
         "clipping by the largest logit (qk_clip)",
@@ -162,6 +197,7 @@ def check(args: Any) -> None:
     _check_softcap(args)
     _check_sink(args)
     _check_alibi(args)
+    _check_latent(args)
     _check_dropout(args)
     _check_kept_attention(args)
     _check_document_layout(args)
@@ -255,6 +291,11 @@ def _check_alibi(args: Any) -> None:
     flags = AttentionFlags.of(args)
     if flags.alibi and flags.softcap is not None:
         raise Refused("--cp-alibi is added to scores that --cp-softcap does not cap; leave one of the two out")
+
+
+def _check_latent(args: Any) -> None:
+    for entry in map(BACKENDS.get, comm_types(args) if _sends_latents(args) else ()):
+        check_latent(entry)
 
 
 def _check_dropout(args: Any) -> None:

@@ -26,6 +26,7 @@ from megatron_cp.context.attend import Plan, Sizes, attend, plan
 from megatron_cp.context.auto import default_cluster, settle
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.dropout import DropoutSeed
+from megatron_cp.context.latent import attend_latent
 from megatron_cp.context.self_check import TOKENS, CheckedHeads, Deviation, deviation
 from megatron_cp.context.slices import SlicesInFlight, attend_slice
 from megatron_cp.errors import Refused
@@ -118,13 +119,15 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend: query s b h d, key s b g d, value s b g dv with h a multiple of g, returns s b (h dv).
 
+        With `cp_latent` key is the latent s b 1 (r p), value the weight h e r of the up-projection (`attend_latent`).
         With the documents of a packed stream they are t h d and t g d, and t (h d) is returned. All ranks of the
         context-parallel group communicate. `s` is this rank's share of the sequence.
         """
         self._refuse_call(query, key, attention_mask, attention_bias, packed_seq_params)
         if isinstance(packed_seq_params, PackedStream):
             # t h d -> s b h d, of one sequence
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            query, key = query.unsqueeze(1), key.unsqueeze(1)
+            value = value if self.flags.latent else value.unsqueeze(1)
             return self._attend(query, key, value, attn_mask_type, packed_seq_params).squeeze(1)
         return self._attend(query, key, value, attn_mask_type, None)
 
@@ -145,8 +148,13 @@ class CoreAttention(MegatronModule):
             return out.flatten(2)
         sink = self._fixed_sink if self.softmax_offset is None else self.softmax_offset
         documents = stream and stream.documents
-        seed = self._dropout_seed(query) if self.training and self._drops else None
         agreed = shapes == self._shapes
+        if self.flags.latent:
+            latent = key.squeeze(2)
+            out = attend_latent(query, latent, value, made, sink=sink, documents=documents, agreed=agreed)
+            self._shapes = shapes
+            return out.flatten(2)
+        seed = self._dropout_seed(query) if self.training and self._drops else None
         if stream and stream.group:
             # the plan of the step, on which the ranks have agreed, has all sizes
             made, agreed = replace(made, cp=stream.group), True
@@ -177,6 +185,7 @@ class CoreAttention(MegatronModule):
         why = f"; auto: {self.plan.why}" if self.plan.why else ""
         name = self.plan.backend.name
         what = f"{name} (chosen at the first call)" if name == AUTO_BACKEND else name
+        what += " of the latent" if self.flags.latent else ""
         return f"{what}, kernel {kernel.name} ({reason}), CP={self.plan.cp.size}{axes}{stage}{why}"
 
     def deviation(self, device: torch.device) -> Deviation:

@@ -41,12 +41,21 @@ from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLi
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.chunks import free_mlp_chunks
+from megatron_cp.megatron.layers.latent import LatentSelfAttention, UpProjection
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.machine.environment import refuse_mixed_gpus
-from megatron_cp.megatron.run import Settings, TensorFlags, args_of_run, say, settings_of_run, uneven_masks
+from megatron_cp.megatron.run import (
+    AttentionFlags,
+    Settings,
+    TensorFlags,
+    args_of_run,
+    say,
+    settings_of_run,
+    uneven_masks,
+)
 from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
 from megatron_cp.megatron.tensor.groups import connect_linears
 from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear, place_output_layers
@@ -181,16 +190,16 @@ def _attention(config: TransformerConfig, provider: BackendSpecProvider) -> Modu
 def _latent_attention(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
     """Return the spec of multi-latent attention, DeepSeek-AI 2024, arXiv:2405.04434, section 2.1."""
     latent_norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm") if config.qk_layernorm else IdentityOp
-    column = provider.column_parallel_linear()
+    column, travels = provider.column_parallel_linear(), AttentionFlags.of(config).latent
     return ModuleSpec(
-        module=MLASelfAttention,
+        module=LatentSelfAttention if travels else MLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
             linear_q_down_proj=column,
             linear_q_up_proj=column,
             linear_kv_down_proj=column,
-            linear_kv_up_proj=column,
+            linear_kv_up_proj=UpProjection if travels else column,
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=latent_norm,
@@ -303,6 +312,11 @@ def refuse_implementation(config: TransformerConfig) -> None:
             raise CannotRun(
                 "--transformer-impl transformer_engine needs transformer-engine, which is not installed; "
                 "install it or pass --transformer-impl local"
+            )
+        if AttentionFlags.of(config).latent:
+            raise Refused(
+                "--cp-latent expands latents by a plain weight, and transformer-engine norms them inside its "
+                "up-projection; pass --transformer-impl local, or leave --cp-latent out"
             )
     elif config.transformer_impl != "local":
         raise Refused(

@@ -44,6 +44,7 @@ def given(**changes: Any) -> Namespace:
         {"cp_sink": -1.0},
         {"cp_softcap": 30.0},
         {"cp_alibi": True},
+        {"cp_latent": True, "multi_latent_attention": True},
         {"attention_dropout": 0.1, "cp_kernel": "reference"},
         {
             "cp_comm_type": ["p2p", "usp", "ring"],
@@ -102,6 +103,19 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
             "kernel 'torch' does not cap scores; use 'auto' or one of: flash, ",
         ),
         ({"cp_softcap": 30.0, "cp_comm_type": ["rsa"]}, "backend 'rsa' does not cap scores; use backend 'zigzag' or "),
+        ({"cp_latent": True}, "without multi-latent attention, .*; leave --cp-latent out, or add --multi-latent"),
+        (
+            {"cp_latent": True, "cp_comm_type": ["p2p", "a2a", "ring"]},
+            "'ulysses' sends keys and values, no latent; use",
+        ),
+        (
+            {"cp_latent": True, "multi_latent_attention": True, "cp_self_check": True},
+            r"with chunks .* or a self-check \(cp_self_check\); leave --cp-latent out",
+        ),
+        (
+            {"cp_latent": True, "multi_latent_attention": True, "recompute_modules": ["mla_up_proj"]},
+            "with an up-projection that is recomputed, .*; leave --cp-latent out, or --recompute-modules",
+        ),
         ({"cp_softcap": 30.0, "cp_alibi": True}, "--cp-softcap does not cap; leave one of the two out"),
         ({"cp_sink": float("nan")}, "--cp-sink is a finite logit, got nan; leave it out"),
         ({"cp_document_layout": "block"}, "unknown --cp-document-layout 'block'; did you mean 'blocks'"),
@@ -199,6 +213,7 @@ def test_flags_have_defaults_and_help() -> None:
         "cp_sink": None,
         "cp_softcap": None,
         "cp_alibi": False,
+        "cp_latent": False,
         "cp_self_check": False,
         "cp_keep_attention": False,
         "cp_loss_chunks": None,
