@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS
+from megatron_cp.context.checks import check_latent
 from megatron_cp.context.choose import Record
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
@@ -231,6 +232,10 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
     if model.experts % parallel.ep:
         raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
     _check_sliced(model, parallel)
+    if parallel.latent and not model.latent:
+        raise Refused("--cp-latent sends the latents of multi-latent attention, which this model lacks; leave it out")
+    if parallel.latent:
+        check_latent(BACKENDS.get(parallel.backend))
     if parallel.vp > 1 and parallel.pp == 1:
         raise ValueError(f"virtual stages ({parallel.vp}) need a pipeline; raise pp or set vp to 1")
     if parallel.layout:

@@ -25,7 +25,7 @@ MODELLED = _flags(
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
-    pp-slices cp-keep-attention cp-loss-chunks mlp-chunks-for-training local-sgd-steps local-sgd-outer
+    pp-slices cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps local-sgd-outer
     """
 )
 

@@ -82,7 +82,7 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
         latent = model.latent.q_lora_rank + model.latent.kv_lora_rank + model.latent.qk_pos_emb_head_dim
         whole += latent * (stored + taken) * rank.split_tokens
     mlp, acted = kept_of_mlp(model, modules, moe)
-    queries = 0 if "mla_up_proj" in modules else model.query + model.key_value
+    queries = 0 if "mla_up_proj" in modules else model.query + kept_of_keys(rank)
     split = (queries + (model.matrices - 1) * mlp) * stored + (model.query + acted) * taken
     if parallel.flash:
         # the row statistics of the softmax
@@ -116,8 +116,16 @@ def kept_attention(rank: RankConfig) -> float:
     if entry.capabilities.heads != "none" or (entry.layout and parallel.cp > 1):
         # a KV head that query heads of several ranks need is on each of them
         copies = max(1.0, sharing * parallel.tp / model.kv_heads)
-        width += stored * (2 * model.query + copies * model.key_value)
+        width += stored * (2 * model.query + copies * kept_of_keys(rank))
     return width * rank.tokens / parallel.tp
+
+
+def kept_of_keys(rank: RankConfig) -> int:
+    """Return the width of what a layer keeps to attend to in the backward pass: keys and values, or their latent."""
+    latent = rank.model.latent
+    if latent is None or not rank.parallel.latent:
+        return rank.model.key_value
+    return latent.kv_lora_rank + latent.qk_pos_emb_head_dim
 
 
 def keys_for_slices(rank: RankConfig, size: float) -> float:

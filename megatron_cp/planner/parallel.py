@@ -46,6 +46,7 @@ class Parallel:
     mlp_chunks, loss_chunks: of a rank's tokens in dense MLPs, and in output layer and loss, which backward computes
                  again one after the other; 1 and None for whole ones
     keep_attention: recomputation finds the output of attention kept, and repeats neither its forward nor its messages
+    latent:      multi-latent attention sends its latents in the place of keys and values
     layout:      layers of each stage in the model's order; empty where they are divided evenly
     pp_placement: of the stages, for schedule "auto"; None for its own
     schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
@@ -87,6 +88,7 @@ class Parallel:
     recompute_method: str = "uniform"
     recompute_layers: int = 1
     keep_attention: bool = False
+    latent: bool = False
     mlp_chunks: int = 1
     loss_chunks: int | None = None
     layout: tuple[int, ...] = ()
@@ -254,6 +256,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         recompute_method=recipe.flag("--recompute-method", "uniform"),
         recompute_layers=recipe.number("--recompute-num-layers", 1),
         keep_attention="--cp-keep-attention" in given,
+        latent="--cp-latent" in given,
         mlp_chunks=recipe.number("--mlp-chunks-for-training", 1),
         loss_chunks=recipe.number("--cp-loss-chunks", 1) if "--cp-loss-chunks" in given else None,
         layout=_layout(recipe, layers, sizes["pp"]),

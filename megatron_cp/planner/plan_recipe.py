@@ -67,6 +67,8 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
             yield "--pp-offload-to", parallel.moves.to
     if parallel.keep_attention:
         yield "--cp-keep-attention", True
+    if parallel.latent:
+        yield "--cp-latent", True
     if parallel.mlp_chunks > 1:
         yield "--mlp-chunks-for-training", parallel.mlp_chunks
     if parallel.loss_chunks:

@@ -150,7 +150,11 @@ def _linears(rank: RankConfig, moe: bool) -> PassTimes:
 def _of_attention(rank: RankConfig, up: bool = False) -> Iterator[Product]:
     """Yield the products of one layer's attention; with `up` those of MLA's up-projections alone."""
     t = rank.parallel.placing.size.tokens
-    for weight in rank.model.attention_weights:
+    weights = rank.model.attention_weights
+    if rank.parallel.latent:
+        # the up-projection of keys and values is part of attention's loop
+        del weights[-2]
+    for weight in weights:
         inner = weight.inner / (t if weight.split == "inner" else 1)
         columns = weight.columns / (t if weight.split == "columns" else 1)
         if weight.up or not up:
@@ -263,6 +267,9 @@ def problem_of(rank: RankConfig, windowed: bool = False) -> Problem:
         window=model.window if windowed else None,
         # every CUDA kernel that `auto` takes does
         windows=windowed and rank.cluster.device == "cuda",
+        latent=(model.latent.kv_lora_rank, model.latent.qk_pos_emb_head_dim)
+        if model.latent and parallel.latent
+        else None,
     )
 
 

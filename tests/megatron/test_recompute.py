@@ -91,7 +91,7 @@ CASES = {
         f"{context('zigzag', 2)} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
     "multi-token prediction": (2, FULL, f"{context('zigzag', 2)} --mtp-num-layers 1"),
-    "latent attention": (2, FULL, f"{context('zigzag', 2)} {LATENT}"),
+    "latent attention": (2, FULL, f"{context('zigzag', 2)} {LATENT} --cp-latent"),
     "packed documents": (2, FULL, f"{context('all-gather', 2)} --dataloader-inter-document-masking"),
 }
 

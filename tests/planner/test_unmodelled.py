@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from megatron_cp.cli import app
 from megatron_cp.cli.estimate import estimate_recipe
+from megatron_cp.context.trace.record import record
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Latent, Transformer, model_of
@@ -203,6 +204,21 @@ def test_latent_attention_has_the_published_number_of_parameters() -> None:
     assert DEEPSEEK.parameters / 1e9 == pytest.approx(671, abs=0.5)
     # 14 billion more for one layer of multi-token prediction, of which the embeddings are shared
     assert (replace(DEEPSEEK, mtp=1).parameters - DEEPSEEK.parameters) / 1e9 == pytest.approx(11.5, abs=0.6)
+
+
+def test_latents_that_travel_are_fewer_bytes_and_less_memory() -> None:
+    model = replace(DEEPSEEK, layers=2, experts=0, moe_pattern=())
+    sizes = Parallel(cp=4, micro_batch=1, global_batch=1)
+    expanded, latent = (estimate(model, replace(sizes, latent=sends), H100, 32768, record) for sends in (False, True))
+    of_expanded, of_latent = (sum(level.context for level in each.traffic) for each in (expanded, latent))
+    # r + p in both passes and its gradient for K and V of 128 heads, twice, and their gradients in float32
+    assert of_latent / of_expanded == pytest.approx((512 + 64) * 3 / (128 * 160 * (2 + 2 + 4)), rel=1e-6)
+    saved = expanded.worst_memory.activations - latent.worst_memory.activations
+    assert saved == 2 * 32768 / 4 * 2 * (2 * 128 * 160 - 576)
+    # expanding the tokens of four ranks in each takes longer than its own
+    assert latent.parts.products + latent.parts.attention > expanded.parts.attention
+    with pytest.raises(ValueError, match="latents of multi-latent attention, which this model lacks"):
+        estimate(replace(model, latent=None), replace(sizes, latent=True), H100, 32768)
 
 
 def test_optimizer_state_is_what_its_dtypes_take() -> None:
