@@ -19,7 +19,7 @@ from megatron_cp.context.traffic import TrafficFormula
 from megatron_cp.errors import Refused
 
 LATENT_TRAFFIC = TrafficFormula(full="(p-1)U", causal="3/4 of it", backward="2(p-1)U")
-"""Elements that a rank sends on the head-tail layout, where U = s b (r + p): sizes of one KV head r + p wide."""
+"""Elements that a rank sends on the head-tail layout, where U = s b w: sizes of one KV head that is w wide."""
 
 
 def attend_latent(
