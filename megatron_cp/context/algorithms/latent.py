@@ -43,7 +43,7 @@ class Widths(NamedTuple):
         return cls(rank, rotary, plain, up.shape[1] - plain)
 
 
-class Piece(NamedTuple):
+class LatentBlock(NamedTuple):
     """The tokens of rank `owner` that this rank wants, from its local token `first` on, as latent s b 1 (r p)."""
 
     owner: int
@@ -115,11 +115,11 @@ def compress(dk: Tensor, dv: Tensor, latent: Tensor, up: Tensor, dup: Tensor, wi
     return torch.cat([dcompressed, one], 3)
 
 
-def _pieces(latent: Tensor, way: Route, task: Task) -> Iterator[Piece]:
+def _pieces(latent: Tensor, way: Route, task: Task) -> Iterator[LatentBlock]:
     """Yield the tokens that this rank wants of its own latent, then of every other rank's; the next are in flight."""
     me = task.fabric.rank
     for (shard,) in circulate([Shard(me, 0, [latent])], [way], task.fabric):
         wanted = way.wanted[shard.owner][me]
         (part,) = shard.part(wanted)
-        yield Piece(shard.owner, wanted.start, part)
+        yield LatentBlock(shard.owner, wanted.start, part)
         del shard, part

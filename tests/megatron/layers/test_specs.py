@@ -301,3 +301,11 @@ def test_kernel_flag_reaches_the_attention() -> None:
     flags = "--train-iters 1 --cp-kernel reference"
     (text,) = run_ranks(1, train, flags, _described, "gpt_layer_spec", ("flags",))
     assert "kernel reference" in text
+
+
+def test_latents_between_linears_of_transformer_engine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specs, "HAVE_TE", True)
+    model = config(transformer_impl="transformer_engine")
+    model.cp_latent = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="norms them inside its up-projection; pass --transformer-impl local"):
+        specs.refuse_implementation(model)
