@@ -17,7 +17,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_cp.comm import GroupFabric
-from megatron_cp.megatron.run import LocalSgdFlags, Settings, say
+from megatron_cp.megatron.replicas.arrivals import open_connections, wait_for_all
+from megatron_cp.megatron.run import Settings, say
 from megatron_cp.replicas.outer import Spread, put_mean
 from megatron_cp.replicas.sync_steps import phases_of, syncs
 
@@ -50,11 +51,12 @@ def take_step(old: Callable[..., Any], settings: Settings, *args: Any, **kwargs:
         return old(*args, **kwargs)
     given = inspect.signature(old).bind(*args, **kwargs).arguments
     optimizers = getattr(given["optimizer"], "chained_optimizers", [given["optimizer"]])
-    islands = [island_of(optimizer, settings.local_sgd) for optimizer in optimizers]
+    islands = [island_of(optimizer, settings) for optimizer in optimizers]
     step = given["iteration"] + 1
     meet = syncs(phases_of(settings.local_sgd.steps), step)
+    open_connections(settings.timeout_minutes)
     for island in islands:
-        island.begin(meet)
+        island.begin(step, meet)
     groups = get_attr_wrapped_model(given["model"][0], "pg_collection")
     # the first of two groups that Megatron looks for
     everyone = getattr(groups, "dp_cp_gtp_remat", None)
@@ -88,27 +90,30 @@ class Island:
     momenta: of each shard of weights, equal on all islands; empty for an outer optimizer without
     """
 
-    def __init__(self, optimizer: Any, flags: LocalSgdFlags) -> None:
+    def __init__(self, optimizer: Any, settings: Settings) -> None:
         self.meets = False
+        self._number = 0
         self.spread = Spread(torch.zeros(()), torch.zeros(()))
         self.waited = 0.0
-        self._optimizer, self._flags = optimizer, flags
+        self._optimizer, self._flags, self._minutes = optimizer, settings.local_sgd, settings.timeout_minutes
         self._anchors: list[Tensor] = []
-        kept = weights_of(optimizer) if flags.outer_optimizer.remembers else []
+        kept = weights_of(optimizer) if self._flags.outer_optimizer.remembers else []
         self.momenta: dict[Tensor, Tensor] = {weight: torch.zeros_like(weight.detach()) for weight in kept}
 
-    def begin(self, meets: bool) -> None:
+    def begin(self, step: int, meets: bool) -> None:
         """Begin a step; the first of a run begins at the weights of a sync, be it a checkpoint's."""
-        self.meets = meets
+        self._number, self.meets = step, meets
         if not self._anchors:
             self._anchors = [weight.detach().clone() for weight in self.momenta]
 
     def sync(self) -> None:
-        """Average weights and moments over the islands, and step towards the mean; all islands call it together."""
+        """Average weights and moments over the islands, and step towards the mean; all islands call it together.
+
+        Raises RuntimeError with the islands that are gone.
+        """
         islands = between_islands()
-        device = torch.device(torch.cuda.current_device())
         began = perf_counter()
-        islands.all_gather(torch.zeros(1, device=device)).tolist()
+        wait_for_all(self._number, self._minutes)
         self.waited = perf_counter() - began
         weights = weights_of(self._optimizer)
         self.spread = put_mean(weights, islands)
@@ -155,10 +160,10 @@ def _kept(state: dict[str, Any], weight: Tensor) -> Iterator[tuple[str, Tensor]]
             yield name, value
 
 
-def island_of(optimizer: Any, flags: LocalSgdFlags) -> Island:
+def island_of(optimizer: Any, settings: Settings) -> Island:
     """Return the optimizer's island, made at the first call: by the load of a checkpoint, or by the first step."""
     if not hasattr(optimizer, ISLAND):
-        setattr(optimizer, ISLAND, Island(optimizer, flags))
+        setattr(optimizer, ISLAND, Island(optimizer, settings))
     island: Island = getattr(optimizer, ISLAND)
     return island
 

@@ -37,7 +37,7 @@ def with_momentum(
         return found
     # Megatron writes the description into the checkpoint
     description[MOMENTUM] = True
-    momenta = island_of(optimizer, settings.local_sgd).momenta
+    momenta = island_of(optimizer, settings).momenta
     for shard, name in _shards_in(found["param_state"]):
         part = _beside(shard[name], name, momenta)
         shard[MOMENTUM] = _copied_in(part) if loads else part

@@ -1,6 +1,8 @@
 """Islands train apart and meet at syncs alone; with plain SGD and a sync after every step they are data parallelism."""
 
 import hashlib
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ import torch
 
 from megatron_cp.replicas.outer import sent
 from tests.megatron.pretraining import losses_of_each_iteration, pretrain_losses, start_from_names, tiny
-from tests.ranks import run_ranks
+from tests.ranks import DIED, RankError, run_ranks
 from tests.tolerances import BF16_LOSS, LOSS_DIGITS
 
 ISLANDS = "--use-distributed-optimizer --num-distributed-optimizer-instances 2"
@@ -149,7 +151,6 @@ def replicas() -> list[float]:
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
     [
-        pytest.param("", 10**-LOSS_DIGITS, id="2 x 2"),
         pytest.param("--context-parallel-size 2 --cp-comm-type zigzag", 10**-LOSS_DIGITS, id="cp 2"),
         pytest.param("--pipeline-model-parallel-size 2 --pp-schedule zb-h1", 10**-LOSS_DIGITS, id="zb-h1"),
         pytest.param("--bf16 --overlap-grad-reduce --overlap-param-gather", BF16_LOSS, id="bf16, overlaps"),
@@ -170,3 +171,40 @@ def test_resuming_is_the_unbroken_run(tmp_path: Path) -> None:
     assert [step["iteration"] for step in resumed[0]] == [3, 4, 5, 6]
     for whole, part in zip(unbroken, resumed, strict=True):
         assert part == whole[2:]
+
+
+def killed(flags: list[str]) -> None:
+    """Train; the last island is killed before its third step, and the first one comes late to the next sync."""
+    from megatron_cp.megatron.replicas import islands
+
+    step = islands.take_step
+
+    def of_three(old: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.distributed.get_rank() == 2 and kwargs["iteration"] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if torch.distributed.get_rank() == 0 and kwargs["iteration"] == 3:
+            time.sleep(SLEPT)
+        return step(old, *args, **kwargs)
+
+    islands.take_step = of_three
+    of_own_island(flags)
+
+
+@pytest.mark.slow
+def test_a_dead_island_is_named_at_the_next_sync_and_the_others_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    flags = tiny("--use-distributed-optimizer --local-sgd-steps 2 --local-sgd-outer diloco", BATCH)
+    flags += f"--global-batch-size 6 --log-interval 2 --save {tmp_path} --load {tmp_path} --save-interval 2".split()
+    islands = "--num-distributed-optimizer-instances"
+    with pytest.raises(RankError) as error:
+        run_ranks(3, killed, [*flags, islands, "3"])
+    found = error.value.errors
+    assert found[2].startswith(DIED)
+    for rank in (0, 1):
+        line, _ = found[rank].split("\n", 1)
+        assert line.startswith(f"SystemExit: [megatron-cp] rank {rank}: step 4: island 2 (rank 2) did not come"), found[
+            rank
+        ]
+        assert line.endswith("with --num-distributed-optimizer-instances 2")
+    first, second = run_ranks(2, of_own_island, [*flags, islands, "2"])
+    assert [step["iteration"] for step in first] == [3, 4]
+    assert first[1]["loss"] == second[1]["loss"]
