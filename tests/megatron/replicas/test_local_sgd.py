@@ -1,6 +1,7 @@
 """Islands train apart and meet at syncs alone; with plain SGD and a sync after every step they are data parallelism."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import time
@@ -181,6 +182,9 @@ def killed(flags: list[str]) -> None:
 
     def of_three(old: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.distributed.get_rank() == 2 and kwargs["iteration"] == 2:
+            # the writer of checkpoints would outlive it
+            for child in multiprocessing.active_children():
+                child.kill()
             os.kill(os.getpid(), signal.SIGKILL)
         if torch.distributed.get_rank() == 0 and kwargs["iteration"] == 3:
             time.sleep(SLEPT)
