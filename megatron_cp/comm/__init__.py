@@ -1,10 +1,12 @@
 """How ranks talk: over torch.distributed, between threads of one process, or not at all with a single rank."""
 
 from megatron_cp.comm.distributed import (
+    Collectives,
     GroupFabric,
     Wire,
     backwards,
     collective,
+    collectives,
     connected,
     fabric_of,
     hand_over,
@@ -32,6 +34,7 @@ from megatron_cp.comm.in_process import LocalFabric, in_process
 from megatron_cp.comm.packed import TensorForm, packed, unpacked
 
 __all__ = [
+    "Collectives",
     "Done",
     "Fabric",
     "Gathering",
@@ -49,6 +52,7 @@ __all__ = [
     "axes_of",
     "backwards",
     "collective",
+    "collectives",
     "connected",
     "fabric_of",
     "hand_over",

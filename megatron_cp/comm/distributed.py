@@ -158,7 +158,47 @@ class Wire:
         return _Works([dist.irecv(buffer, group=self._group, group_src=peer)], [])
 
 
+class Collectives:
+    """Collectives over a separate communicator, in the order in which all of its ranks start them."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._rank, self._size, self._group = dist.get_rank(group), dist.get_world_size(group), group
+
+    def broadcast(self, tensor: Tensor, source: int) -> Transfer:
+        work = dist.broadcast(tensor, group=self._group, group_src=source, async_op=True)
+        return _Works([work], [(tensor, source)])
+
+    def gather(self, tensor: Tensor) -> tuple[Transfer, list[Tensor]]:
+        """Return the tensors of all ranks, once the transfer is over."""
+        parts = [torch.empty_like(tensor) for _ in range(self._size)]
+        work = dist.all_gather(parts, tensor, group=self._group, async_op=True)
+        return _Works([work], [(tensor, self._rank)]), parts
+
+    def gather_on(self, tensor: Tensor, target: int) -> tuple[Transfer, list[Tensor]]:
+        """Return the tensors of all ranks on `target`, once the transfer is over, and none elsewhere."""
+        parts = [torch.empty_like(tensor) for _ in range(self._size)] if self._rank == target else []
+        work = dist.gather(tensor, parts or None, group=self._group, group_dst=target, async_op=True)
+        return _Works([work], [(tensor, target)]), parts
+
+    def sum_on(self, tensor: Tensor, target: int) -> Transfer:
+        """Add up the tensors of all ranks in that of `target`; those of the others are lost."""
+        work = dist.reduce(tensor, group=self._group, group_dst=target, async_op=True)
+        return _Works([work], [(tensor, target)])
+
+
 def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None) -> list[Wire]:
+    """Return communicators of the group's ranks for messages; every process of the run calls it, as for `others`."""
+    return [Wire(new) for new in others(group, count, "MESSAGES", timeout)]
+
+
+def collectives(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None) -> list[Collectives]:
+    """Return communicators of the group's ranks for collectives; every process of the run calls it, as for `others`."""
+    return [Collectives(new) for new in others(group, count, "COLLECTIVES", timeout)]
+
+
+def others(
+    group: dist.ProcessGroup, count: int, name: str, timeout: timedelta | None = None
+) -> list[dist.ProcessGroup]:
     """`count` communicators of the group's ranks, numbered as in it, with its options of NCCL and its name in theirs.
 
     Every process of the run calls this together, each with its own group: only then do all agree on the names of the
@@ -167,10 +207,10 @@ def wires(group: dist.ProcessGroup, count: int, timeout: timedelta | None = None
     members = tuple(dist.get_process_group_ranks(group))
     assert list(members) == sorted(members), f"a new group would number the ranks {members} differently"
     made = {
-        ranks: [_another(group, ranks, f"{group.group_desc}_MESSAGES_{number}", timeout) for number in range(count)]
+        ranks: [_another(group, ranks, f"{group.group_desc}_{name}_{number}", timeout) for number in range(count)]
         for ranks in _groups_of_all(members)
     }
-    return [Wire(new) for new in made[members] if isinstance(new, dist.ProcessGroup)]
+    return [new for new in made[members] if isinstance(new, dist.ProcessGroup)]
 
 
 def _another(

@@ -252,6 +252,15 @@ HOOKS = Registry(
             settings=True,
         ),
         Hook(
+            name="shared-vocabulary",
+            targets=("megatron.core.models.gpt.gpt_model:GPTModel.__init__",),
+            by="megatron_cp.megatron.pipeline.vocabulary:share_out",
+            parameters=("self",),
+            reason="the model makes its output layer itself, on the last pipeline stage alone",
+            retired_by="a class of the output layer that a model builder may choose, on every pipeline stage",
+            settings=True,
+        ),
+        Hook(
             name="connections",
             targets=("megatron.training.arguments:get_device_arch_version",),
             by="megatron_cp.megatron.machine.environment:without_one_connection",

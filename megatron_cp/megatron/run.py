@@ -344,8 +344,11 @@ class PipelineFlags(_Flags):
         None,
         lambda: "{1,2}",
         lambda: (
-            "The LM head over all ranks of the pipeline, which wait for each other 1 or 2 times in every microbatch: "
-            "megatron-cp simulate plays it, and training refuses it so far."
+            "With --pp-schedule "
+            + " and ".join(rule.name for rule in SCHEDULES if rule.takes_vocabulary)
+            + ", the rows of the LM head and its loss over all ranks of the pipeline, which wait for each other 1 or 2 "
+            "times in every microbatch; the embedding stays on the first rank. 1 keeps fewer activations and needs "
+            "the memory of a sum of all ranks' gradients on the last one."
         ),
         int,
     )

@@ -38,7 +38,7 @@ from megatron_cp.pipeline.receive_early import receive_early
 from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
-from megatron_cp.pipeline.vocabulary import add_sums
+from megatron_cp.pipeline.vocabulary import add_sums, rounds_of_evaluation
 from megatron_cp.pipeline.vocabulary_head import VocabularyHead
 
 StageMicro = tuple[int, int]
@@ -87,11 +87,18 @@ def complete(schedule: Schedule) -> Schedule:
     return receive_early(add_sums(add_transfers(add_reductions(schedule))))
 
 
-def forward_only(placement: Placement, m: int) -> Schedule:
-    """Return the lowered table of an evaluation: forwards in groups of p microbatches through a rank's stages."""
+def forward_only(placement: Placement, m: int, barriers: int = 0) -> Schedule:
+    """Return the lowered table of an evaluation: forwards in groups of p microbatches through a rank's stages.
+
+    barriers: of an LM head over all ranks, whose S then follow the forwards
+    """
     p = placement.ranks
-    table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
-    return receive_early(add_transfers(Schedule("forward only", placement, m, table)))
+    if barriers:
+        table = tuple(tuple(rounds_of_evaluation(rank, p, m)) for rank in range(p))
+    else:
+        table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
+    schedule = Schedule("forward only", placement, m, table, barriers=barriers)
+    return receive_early(add_sums(add_transfers(schedule)))
 
 
 class _InFlight(NamedTuple):
@@ -156,7 +163,7 @@ class Executor:
             self._handlers |= {
                 LOGITS: lambda _, micro: head.logits(micro),
                 LOGITS_BACK: lambda _, micro: head.weights(micro),
-                SHARE: lambda _, micro: head.share(micro, self._made.get((self._last, micro))),
+                SHARE: self._share,
                 SUM_S: lambda _, micro: head.sum_logits(micro),
                 SUM_T: lambda _, micro: head.sum_gradients(micro),
             }
@@ -237,7 +244,8 @@ class Executor:
         if stage < self._last and self._rank_of[stage + 1] == self._rank:
             self._given[stage + 1, micro] = made.detach().requires_grad_(self._training)
             self._stages.shrink(made)
-        if self._training or (stage < self._last and self._rank_of[stage + 1] != self._rank):
+        used = self._head if stage == self._last else self._rank_of[stage + 1] != self._rank
+        if self._training or used:
             self._made[stage, micro] = made
 
     def _full(self, stage: int, micro: int) -> None:
@@ -255,11 +263,22 @@ class Executor:
         given, made = self._given.pop((stage, micro), None), self._made.pop((stage, micro))
         gradient = self._gradients.pop((stage, micro), None)
         if self._head and stage == self._last:
-            gradient = self._head.gradient(micro, made)
+            gradient = self._head.gradient(micro)
         before = self._stages.backward(stage, micro, given, made, gradient, split)
         if stage > 0:
             assert before is not None, f"stage {stage} gave no gradient of its input"
             self._gradients[stage - 1, micro] = before
+
+    def _share(self, _: int, micro: int) -> None:
+        assert self._head
+        made = self._made.get((self._last, micro))
+        self._head.share(micro, made)
+        if made is None:
+            return
+        if self._training:
+            self._stages.shrink(made)
+        else:
+            del self._made[self._last, micro]
 
     def _send_output(self, stage: int, micro: int) -> None:
         made = self._made[stage, micro] if self._training else self._made.pop((stage, micro))

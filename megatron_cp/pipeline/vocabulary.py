@@ -66,6 +66,16 @@ def rounds(rank: int, p: int, m: int, vocabulary: Vocabulary) -> Iterator[Action
                 yield action._replace(micro=number - lag)
 
 
+def rounds_of_evaluation(rank: int, p: int, m: int) -> Iterator[Action]:
+    """Yield what a rank with one stage runs where nothing is trained: all ranks' S at about the same time."""
+    late = p - 1 - rank
+    for number in range(m + late):
+        if number < m:
+            yield forward(rank, number)
+        if number >= late:
+            yield Action(rank, LOGITS, number - late)
+
+
 def add_sums(schedule: Schedule) -> Schedule:
     """Return the lowered schedule with what all ranks send each other, in the order of microbatches on every rank.
 

@@ -2,9 +2,10 @@
 
 With x the output of the last stage and W a rank's rows of the head's weight, of each token
 
-    S      l = x W^T, m = max l, e = exp(l - m), z = sum e, t = the label's l; with one barrier also e W and W[label]
+    S      l = x W^T, m = max l, e = exp(l - m), z = sum e, t = the label's l; with one barrier also W[label], and e W
+           without the label, so that the two do not cancel out in a low precision
     SUM_S  M = max m over ranks, Z = sum z exp(m - M): loss = M + log Z - sum t; with one barrier also
-           dx = g (sum e W exp(m - M) / Z - W[label])
+           dx = g (sum e W exp(m - M) / Z + (exp(t - M) / Z - 1) W[label])
     T      dl = g (e exp(m - M) / Z - 1 at the label), dW = dl^T x; with two barriers also dl W
     SUM_T  dx = sum dl W
 
@@ -64,12 +65,15 @@ class _Micro:
     arriving: list[Transfer]
     given: Tensor
     targets: Targets
+    shape: torch.Size
+    dtype: torch.dtype
     exponentials: Tensor | None = None
     statistics: Tensor | None = None
     partial: Tensor | None = None
     gathered: tuple[Transfer, list[Tensor]] | None = None
     partials: tuple[Transfer, list[Tensor]] | None = None
     scales: Tensor | None = None
+    of_label: Tensor | None = None
     summing: Transfer | None = None
     left: int = 1
 
@@ -81,6 +85,8 @@ class VocabularyHead:
     add:      adds to the gradient of `weight`
     buffer:   returns an empty tensor for the output of the last stage for a microbatch, (…, h)
     losses:   on the last rank, none elsewhere
+    training: False where a step has no T and no backward, and needs no gradients
+    ready:    is called before S reads the weight
     """
 
     def __init__(
@@ -94,16 +100,20 @@ class VocabularyHead:
         add: Callable[[Tensor], None],
         buffer: Callable[[int], Tensor],
         losses: Losses | None,
+        training: bool = True,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._weight, self._first, self._barriers, self._ranks = weight.detach(), first, barriers, ranks
         self._rank, self._last = place
-        self._add, self._buffer, self._losses = add, buffer, losses
+        self._add, self._buffer, self._losses, self._training, self._ready = add, buffer, losses, training, ready
         self._micros: dict[int, _Micro] = {}
         self._sending: tuple[Transfer, Tensor] | None = None
+        self._evaluated: int | None = None
 
     def share(self, micro: int, output: Tensor | None) -> None:
         """SHARE: bring the output of the last stage to all ranks, with its labels and the gradients of its losses."""
-        given = self._buffer(micro) if output is None else output.detach().contiguous()
+        # a model may hand out its output in another precision than it has computed it in
+        given = self._buffer(micro) if output is None else output.detach().to(self._weight.dtype).contiguous()
         tokens = given.shape[:-1].numel()
         if self._losses:
             targets = self._losses.targets(micro)
@@ -111,13 +121,16 @@ class VocabularyHead:
             labels = torch.empty(tokens, dtype=torch.int64, device=given.device)
             targets = Targets(labels, torch.empty(tokens, dtype=_precise(given), device=given.device))
         sent = [self._ranks.broadcast(SHARE, tensor, self._last) for tensor in (given, *targets)]
-        self._micros[micro] = _Micro(sent, given.flatten(0, -2), targets, left=1 + (self._rank == self._last))
+        form = given if output is None else output
+        uses = 1 + (self._rank == self._last)
+        self._micros[micro] = _Micro(sent, given.flatten(0, -2), targets, form.shape, form.dtype, left=uses)
 
     def logits(self, micro: int) -> None:
         """S: the rank's logits and their statistics; with one barrier its part of the input's gradient."""
         kept = self._micros[micro]
         for transfer in kept.arriving:
             transfer.wait()
+        self._ready()
         weight, precise = self._weight, _precise(kept.given)
         logits = (kept.given @ weight.T).to(precise)
         # a rank without rows has no largest logit
@@ -126,10 +139,14 @@ class VocabularyHead:
         row, ours = self._rows(kept.targets.labels)
         own = logits.gather(1, row[:, None])[:, 0] * ours if len(weight) else torch.zeros_like(largest)
         kept.statistics = torch.stack([largest, kept.exponentials.sum(1), own])
-        if self._barriers == 1:
+        if not self._training:
+            kept.exponentials = None
+        elif self._barriers == 1:
             of_label = weight[row] * ours[:, None] if len(weight) else torch.zeros_like(kept.given)
-            products = kept.exponentials.to(weight.dtype) @ weight
-            kept.partial = torch.stack([products.to(precise), of_label.to(precise)])
+            others = kept.exponentials.to(weight.dtype, copy=True)
+            if len(weight):
+                others[torch.arange(len(row), device=row.device), row] *= ~ours
+            kept.partial = torch.stack([others @ weight, of_label])
 
     def sum_logits(self, micro: int) -> None:
         """SUM_S: bring the statistics to all ranks, and with one barrier the parts of the gradient to the last one."""
@@ -138,6 +155,9 @@ class VocabularyHead:
         kept.gathered = self._ranks.gather(SUM_S, kept.statistics)
         if kept.partial is not None:
             kept.partials = self._ranks.gather_on(SUM_S, kept.partial, self._last)
+        if not self._training:
+            self._evaluate()
+            self._evaluated = micro
 
     def weights(self, micro: int) -> None:
         """T: the gradient of the rank's rows; with two barriers its part of the input's gradient."""
@@ -171,12 +191,13 @@ class VocabularyHead:
 
     def finish(self) -> None:
         """Wait for the last sum, at the end of a step."""
+        self._evaluate()
         if self._sending:
             self._sending[0].wait()
         self._sending = None
         assert not self._micros, "a microbatch is without its T"
 
-    def gradient(self, micro: int, output: Tensor) -> Tensor:
+    def gradient(self, micro: int) -> Tensor:
         """Return the gradient of the last stage's output, on the last rank."""
         kept = self._micros[micro]
         if self._barriers == 2:
@@ -190,11 +211,22 @@ class VocabularyHead:
             transfer, parts = kept.partials
             scales = self._scales(micro)
             transfer.wait()
-            found = sum(scale[:, None] * part[0] - part[1] for scale, part in zip(scales, parts, strict=True))
+            assert kept.of_label is not None
+            found = sum(
+                scale[:, None] * part[0] + (kept.of_label - 1)[:, None] * part[1]
+                for scale, part in zip(scales, parts, strict=True)
+            )
             found = found * kept.targets.gradients[:, None]
             kept.partials = kept.partial = None
         self._leave(micro)
-        return found.to(output.dtype).view(output.shape)
+        return found.to(kept.dtype).view(kept.shape)
+
+    def _evaluate(self) -> None:
+        """Find the losses of the microbatch whose statistics are on their way, where nothing else needs them."""
+        if self._evaluated is not None:
+            self._scales(self._evaluated)
+            del self._micros[self._evaluated]
+        self._evaluated = None
 
     def _scales(self, micro: int) -> Tensor:
         """Return exp(m - M) / Z of each rank and token; the last rank finds the losses on the way."""
@@ -208,6 +240,7 @@ class VocabularyHead:
             scales = (largest - whole).exp()
             total = (sums * scales).sum(0)
             kept.scales = scales / total
+            kept.of_label = (own.sum(0) - whole).exp() / total
             if self._losses:
                 self._losses.found(micro, whole + total.log() - own.sum(0))
         return kept.scales

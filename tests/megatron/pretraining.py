@@ -141,8 +141,14 @@ def weights_from_names(models: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Set every parameter to this rank's part of what its name in the whole model draws; a pre-wrap hook."""
     for model in models:
         for name, parameter in global_names(model):
+            layer: Any = getattr(model, "output_layer", None)
             with torch.no_grad():
-                parameter.copy_(_part(name, parameter, model.config))  # type: ignore[arg-type]
+                if name == "output_layer.weight" and hasattr(layer, "vocabulary"):
+                    # some rows on each rank of the pipeline
+                    whole = _drawn(name, [layer.vocabulary, parameter.shape[1]])
+                    parameter.copy_(whole[layer.first : layer.first + len(parameter)])
+                else:
+                    parameter.copy_(_part(name, parameter, model.config))  # type: ignore[arg-type]
     return models
 
 

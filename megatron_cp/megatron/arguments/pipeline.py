@@ -16,7 +16,7 @@ from megatron_cp.megatron.arguments.unsupported import (
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.build import build, check_slices, kin, place
+from megatron_cp.pipeline.build import build, check_slices, check_vocabulary, kin, place
 from megatron_cp.pipeline.offload import limit_of
 from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.schedule import MOVE_TARGETS, BadSchedule
@@ -151,6 +151,67 @@ SLICES_UNSUPPORTED = (
         "an attention other than megatron-cp's",
         lambda args: bool(read(args, "spec")) and not has_our_layers(args),
         "leave --spec out",
+    ),
+)
+
+VOCABULARY_UNSUPPORTED = (
+    Unsupported(
+        "tensor parallelism, which shares the vocabulary out itself",
+        lambda args: read(args, "tensor_model_parallel_size", 1) > 1,
+        "take --tensor-model-parallel-size 1, or leave --pp-vocab-parallel out",
+    ),
+    Unsupported(
+        "an output layer that is the embedding too",
+        lambda args: not read(args, "untie_embeddings_and_output_weights", False),
+        "pass --untie-embeddings-and-output-weights, or leave --pp-vocab-parallel out",
+    ),
+    Unsupported(
+        "multi-token prediction, whose losses need all logits",
+        lambda args: bool(read(args, "mtp_num_layers")),
+        "leave --mtp-num-layers out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
+        "output layer and loss in chunks, for no rank has all logits anyway",
+        lambda args: read(args, "cp_loss_chunks") is not None,
+        "leave --cp-loss-chunks out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
+        "low precision, whose output layer may be transformer-engine's",
+        lambda args: any(read(args, name) is not None for name in ("fp8", "fp4")),
+        "leave --fp8-format and --fp4-format out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
+        "logits that are scaled",
+        lambda args: bool(read(args, "use_mup", False)),
+        "leave --use-mup out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
+        "models that are built without weights",
+        lambda args: bool(read(args, "init_model_with_meta_device", False)),
+        "leave --init-model-with-meta-device out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
+        "hybrid models",
+        lambda args: bool(read(args, "hybrid_layer_pattern") or read(args, "is_hybrid_model", False)),
+        "leave --pp-vocab-parallel out",
+    ),
+    Unsupported(
+        "batches that a plan makes",
+        lambda args: read(args, "cp_plan") is not None,
+        "leave --cp-plan out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
+        "islands of replicas",
+        lambda args: read(args, "local_sgd_steps") is not None,
+        "leave --local-sgd-steps out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
+        "checkpoints that keep a rank's weights together, for they hold other rows than without it",
+        lambda args: (
+            any(read(args, name) for name in ("save", "load"))
+            and read(args, "ckpt_format", "torch_dist") != "torch_dist"
+        ),
+        "leave --ckpt-format out, torch_dist can be loaded with and without it",
     ),
 )
 
@@ -291,6 +352,8 @@ def check_schedule(args: Any) -> None:
     refuse((*UNSUPPORTED, *on_the_v, *unflushed), args, f"--pp-schedule {name}")
     if flags.sliced:
         refuse(SLICES_UNSUPPORTED, args, f"--pp-slices {flags.slices}")
+    if flags.vocab_parallel is not None:
+        refuse(VOCABULARY_UNSUPPORTED, args, f"--pp-vocab-parallel {flags.vocab_parallel}")
     if flags.moves_activations:
         lending = LENDING_UNSUPPORTED if flags.lends else ()
         mover = f"--pp-offload {flags.offload}" if flags.offload else f"--pp-schedule {name}"
@@ -314,11 +377,6 @@ def check_chunks(args: Any) -> None:
 
 def check_costs(flags: PipelineFlags) -> None:
     """Refuse what the flags beside `--pp-schedule` cannot mean together; ValueError in one line."""
-    if flags.vocab_parallel is not None:
-        raise Refused(
-            f"--pp-vocab-parallel {flags.vocab_parallel} is simulated but not trained; leave it out, or give the LM "
-            "head a stage of its own with --pipeline-model-parallel-layout"
-        )
     name, file, steps = flags.schedule, flags.costs, flags.profile_steps
     limit, placement = flags.memory_limit, flags.placement
     for flag, value in (("--pp-placement", placement), ("--pp-costs", file), ("--pp-profile-steps", steps)):
@@ -339,6 +397,8 @@ def check_costs(flags: PipelineFlags) -> None:
         if name is None:
             raise Refused(f"--pp-slices {flags.slices} needs --pp-schedule; add 1f1b, or leave it out")
         check_slices(SCHEDULES.get(name), flags.slices)
+    if flags.vocab_parallel is not None:
+        _check_vocabulary(flags)
     if name == AUTO and (file is None) == (steps is None):
         raise Refused(
             f"--pp-schedule {AUTO} schedules from times: give one of --pp-costs FILE and "
@@ -360,6 +420,17 @@ def _check_moves(flags: PipelineFlags) -> None:
         )
     if limit_of(limit) is None and flags.memory_limit is None:
         raise Refused(f"--pp-offload {limit} fits --pp-memory-limit, got none; give it, or a number of chunks")
+
+
+def _check_vocabulary(flags: PipelineFlags) -> None:
+    name, barriers = flags.schedule, flags.vocab_parallel
+    assert barriers is not None
+    if name is None:
+        raise Refused(f"--pp-vocab-parallel {barriers} needs --pp-schedule; add 1f1b, or leave it out")
+    try:
+        check_vocabulary(SCHEDULES.get(name), barriers, flags.slices or 1, flags.moves)
+    except Refused as refused:
+        raise Refused(f"--pp-vocab-parallel {barriers}: {refused}") from None
 
 
 def check_table(args: Any) -> None:
@@ -390,6 +461,7 @@ def check_table(args: Any) -> None:
                 caps=caps(settings, placement),
                 moves=settings.pipeline.moves,
                 slices=settings.pipeline.slices or 1,
+                barriers=settings.pipeline.vocab_parallel or 0,
             )
         except BadSchedule as bad:
             raise Refused(f"--pp-schedule {name} {bad.reason}") from bad

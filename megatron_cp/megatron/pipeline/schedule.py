@@ -24,6 +24,7 @@ from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
 from megatron_cp.megatron.pipeline.v_placement import OnLoop, OnV
+from megatron_cp.megatron.pipeline.vocabulary import PipelineCollectives, head_of
 from megatron_cp.megatron.pipeline.without_flush import WithoutFlush
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
@@ -35,6 +36,7 @@ from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
 from megatron_cp.pipeline.schedules.pipedream import USUAL
 from megatron_cp.pipeline.split_backward import WeightQueue
+from megatron_cp.pipeline.vocabulary_head import VocabularyHead
 
 
 def left_to_megatron(
@@ -51,6 +53,7 @@ class Call:
     shape:     of what passes between stages
     tokens_of: each microbatch, in the first dim of the shape, where they differ
     show:      lets the weights be those of a microbatch, where they are kept in versions
+    headless:  True if the last stage ends with hidden states, for the output layer lies on all ranks
     """
 
     forward_step_func: Callable[..., Any]
@@ -68,6 +71,7 @@ class Call:
     tokens: Tensor
     slices: SlicesInFlight | None = None
     show: Callable[[int], None] = lambda micro: None
+    headless: bool = False
     window: int = 0
     forwards: int = 0
     store: list[Any] = field(default_factory=list)
@@ -112,7 +116,7 @@ class ModelStages:
                 micro,
                 # as Megatron's own driver without chunks
                 chunk if len(call.model) > 1 else None,
-                stage == self._last,
+                stage == self._last and not call.headless,
             )
         call.tokens += tokens
         if call.slices and not call.training:
@@ -191,6 +195,8 @@ class Pipeline:
         self._channels: Channels | None = None
         self._tables: Tables
         self._saved: SavedActivations | None = None
+        self._collectives: PipelineCollectives | None = None
+        self._checked = False
         self._queue: WeightQueue | None = None
         self._delayed = False
         self.unflushed: WithoutFlush | None = None
@@ -268,6 +274,8 @@ class Pipeline:
             self._delayed = watch(call.model, self._queue)
             if self.slices:
                 attach(call.model, self.slices)
+            if settings.pipeline.vocab_parallel:
+                self._collectives = PipelineCollectives(call.groups.pp, settings.timeout_minutes)
         if self.slices:
             cut_data(call, self.slices)
         rank, observe = call.groups.pp.rank(), self._observe
@@ -289,7 +297,8 @@ class Pipeline:
         moving = call.training and any(action.kind in (*MOVES, *LENDERS.values()) for action in actions)
         saved = self._saved if moving else None
         carried = unflushed.carried if unflushed else None
-        executor = Executor(placement, rank, stages, self._channels, call.training, observe, saved, carried)
+        head = self._head(call)
+        executor = Executor(placement, rank, stages, self._channels, call.training, observe, saved, carried, head)
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(schedule.table[rank])
@@ -297,6 +306,15 @@ class Pipeline:
             unflushed.end(executor)
         if self.slices:
             self.slices.finish()
+
+    def _head(self, call: Call) -> VocabularyHead | None:
+        """Return the rank's share of the output layer, where it lies on all ranks."""
+        barriers = self.settings.pipeline.vocab_parallel
+        if barriers is None or self._collectives is None:
+            return None
+        check = call.training and not self._checked
+        call.headless, self._checked = True, self._checked or check
+        return head_of(call, barriers, self._collectives, check)
 
     def _begin(self, call: Call, placement: Placement) -> WithoutFlush | None:
         """Return what the steps before left, where the schedule has no flush between steps."""

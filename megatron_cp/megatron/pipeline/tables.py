@@ -45,7 +45,8 @@ class Tables:
 
     def _made(self, micros: int, training: bool, step: StepOfRun) -> Schedule:
         if not training:
-            return forward_only(self._placement, micros * max(1, len(self._settings.slice_lengths)))
+            barriers = self._settings.pipeline.vocab_parallel or 0
+            return forward_only(self._placement, micros * max(1, len(self._settings.slice_lengths)), barriers)
         if step == USUAL:
             return self._usual(micros)
         self.lowered(micros, training)
@@ -64,6 +65,7 @@ class Tables:
             caps=costs.caps(self._settings, where),
             moves=self._settings.pipeline.moves,
             slices=max(1, len(self._settings.slice_lengths)),
+            barriers=self._settings.pipeline.vocab_parallel or 0,
         )
         for line in costs.describe(schedule, known, moving=self._settings.pipeline.moves is not None):
             say(line)

@@ -43,6 +43,7 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += ["schedule", "weight-queue"]
         placement = "".join(values_of(argv, "--pp-placement") or ())
         names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
+        names += ["shared-vocabulary"] if values_of(argv, "--pp-vocab-parallel") is not None else []
         names += ["delayed-weights"] if machine.te else []
     elif values_of(argv, "--cp-plan") is not None:
         names.append("schedule")

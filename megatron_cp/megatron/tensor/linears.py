@@ -161,9 +161,11 @@ def place_output_layers[Model: nn.Module](models: list[Model]) -> list[Model]:
     checkpoint stay as they are; so does an output layer that keeps its weight gradients back, or has a bias.
     """
     for layer in output_layers(models):
+        if type(layer) is not ColumnParallelLinear or not layer.sequence_parallel:
+            continue
         config = layer.config
         flags = TensorFlags.of(config)
-        if type(layer) is not ColumnParallelLinear or not flags.ours or not layer.sequence_parallel:
+        if not flags.ours:
             continue
         if layer.bias is not None or config.defer_embedding_wgrad_compute:
             continue

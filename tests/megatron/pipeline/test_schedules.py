@@ -106,7 +106,6 @@ COMBINED = {
     "tensor and sequence parallel": (4, TWO_CHUNKS, ("--tensor-model-parallel-size 2 --sequence-parallel",)),
     "tensor parallel, biases": (4, ONE_CHUNK, ("--tensor-model-parallel-size 2 --add-qkv-bias",)),
     "context parallel": (4, TWO_CHUNKS, ("--context-parallel-size 2 --cp-comm-type zigzag",)),
-    "data parallel": (4, ONE_CHUNK, ()),
     "data parallel, overlapped": (4, ONE_CHUNK, ("--overlap-grad-reduce",)),
     "distributed optimizer": (
         4,
@@ -250,7 +249,19 @@ REFUSED = {
     "graphs": (f"{TWO} --pp-schedule zb-h1 --cuda-graph-impl full_iteration", "does not do CUDA graphs"),
     "graphs by an older name": (f"{TWO} --pp-schedule zb-h1 --enable-cuda-graph", "does not do CUDA graphs"),
     "experts": (f"{TWO} --pp-schedule zb-h1 --overlap-moe-expert-parallel-comm", "overlap of expert-parallel"),
-    "vocabulary": (f"{TWO} --pp-schedule 1f1b --pp-vocab-parallel 1", "1 is simulated but not trained; leave it out"),
+    **{
+        f"vocabulary, {name}": (f"{TWO} --pp-vocab-parallel 1 {flags}", text)
+        for name, flags, text in (
+            ("no schedule", "", "1 needs --pp-schedule; add 1f1b"),
+            ("barriers", "--pp-schedule 1f1b --pp-vocab-parallel 3", "takes 1 or 2 barriers, got 3"),
+            ("zb-h1", "--pp-schedule zb-h1", "zb-h1 has no order for a vocabulary over all ranks; take 1f1b"),
+            ("slices", "--pp-schedule 1f1b --pp-slices 2", "takes whole sequences, got 2 slices"),
+            ("moves", "--pp-schedule 1f1b --pp-offload 2", "keeps activations where they are, got a limit of 2"),
+            ("tensor", "--pp-schedule 1f1b --tensor-model-parallel-size 2", "does not do tensor parallelism"),
+            ("mtp", "--pp-schedule 1f1b --mtp-num-layers 1", "does not do multi-token prediction"),
+            ("legacy", "--pp-schedule 1f1b --ckpt-format torch --save somewhere", "torch_dist can be loaded with and"),
+        )
+    },
     "limit without a schedule": (f"{TWO} --pp-offload 2", "--pp-offload 2 needs --pp-schedule"),
     "limit too small": (f"{TWO} --pp-schedule dapple-b --pp-offload 1", "its smallest limit is 2"),
     "no limit": (f"{TWO} --pp-schedule dapple-b --pp-offload two", "a number of chunks from 1 up, or auto, got 'two'"),
