@@ -29,7 +29,7 @@ from megatron_cp.context.trace.merge_cost import merge_cost
 from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.simulate import simulate as simulate_pass
 from megatron_cp.context.trace.stretch import stretching
-from megatron_cp.experts import PRODUCTS
+from megatron_cp.experts import EXCHANGES, PRODUCTS
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.kernels import KERNELS
@@ -186,6 +186,12 @@ def experts() -> str:
     head = ["--moe-grouped-product", "what it does", "needs", "source", "file"]
     rows = (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.needs, one.paper] for one in PRODUCTS)
     return table(head, ([*row, linked(file_of(one.load()))] for row, one in zip(rows, PRODUCTS, strict=True)))
+
+
+def exchanges() -> str:
+    head = ["--moe-comm-type", "what it does", "messages to other nodes", "source"]
+    rows = (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.messages, one.paper] for one in EXCHANGES)
+    return table(head, rows)
 
 
 def outer_optimizers() -> str:
@@ -568,6 +574,7 @@ PARTS: dict[str, Callable[[], str]] = {
         engines,
         products,
         experts,
+        exchanges,
         outer_optimizers,
         schedule_costs,
         offload_costs,

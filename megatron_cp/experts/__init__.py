@@ -1,4 +1,4 @@
-"""Registry of the ways to multiply the tokens of a rank's experts by their weights.
+"""Registries of experts: how a rank multiplies the tokens of its experts, and how tokens travel to their experts.
 
 Pure: a way is imported with its first use.
 """
@@ -12,7 +12,17 @@ from megatron_cp.registry import Registry
 if TYPE_CHECKING:
     from megatron_cp.experts.product import GroupedProduct
 
-__all__ = ["AUTO", "GROUPED_MM", "LOOP", "PRODUCTS", "ExpertProduct"]
+__all__ = [
+    "AUTO",
+    "EXCHANGES",
+    "GROUPED_MM",
+    "LOOP",
+    "MEGATRONS",
+    "PRODUCTS",
+    "TWO_HOP",
+    "ExpertExchange",
+    "ExpertProduct",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,21 @@ class ExpertProduct:
     paper: str
     what: str
     needs: str = "nothing"
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertExchange:
+    """One way for tokens to travel to experts of other ranks and back.
+
+    what:     one line for tables
+    messages: that a rank sends to other nodes in one exchange, of m nodes with n ranks each
+    """
+
+    name: str
+    paper: str
+    what: str
+    messages: str
     aliases: tuple[str, ...] = ()
 
 
@@ -68,6 +93,31 @@ PRODUCTS = Registry(
             load=_loop,
             paper="the experts one by one, as Megatron's SequentialMLP",
             what="a product for each expert that has tokens; activation and autograd once for all experts",
+        ),
+    ],
+)
+
+MEGATRONS = "megatron"
+"""The exchange of Megatron's own dispatcher."""
+
+TWO_HOP = "two-hop"
+"""The exchange inside nodes and then between them."""
+
+EXCHANGES = Registry(
+    "exchange of experts",
+    [
+        ExpertExchange(
+            name=MEGATRONS,
+            paper="Megatron-LM",
+            what="the dispatcher that --moe-token-dispatcher-type names",
+            messages="(m - 1) n with alltoall",
+        ),
+        ExpertExchange(
+            name=TWO_HOP,
+            paper="Tutel (arXiv:2206.03382), DeepSpeed-MoE (arXiv:2201.05596)",
+            what="the alltoall dispatcher, whose tokens travel inside their node first and then between nodes",
+            messages="m - 1",
+            aliases=("2dh",),
         ),
     ],
 )

@@ -23,7 +23,8 @@ from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import PRODUCTS
+from megatron_cp.experts import EXCHANGES, PRODUCTS
+from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES, TABLE_FILE, on_v
@@ -465,6 +466,26 @@ class ExpertFlags(_Flags):
             "and says why."
         ),
     )
+    comm_type: str = _flag(
+        MEGATRONS_EXCHANGE,
+        lambda: _one_of(*EXCHANGES.names),
+        lambda: (
+            "How tokens travel to experts of other ranks and back: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in EXCHANGES)
+            + "."
+        ),
+    )
+    ranks_per_node: int | None = _flag(
+        None,
+        lambda: "N",
+        lambda: "With --moe-comm-type two-hop, ranks on a node; by default as many as torchrun has started there.",
+        int,
+    )
+
+    @property
+    def exchanges(self) -> bool:
+        """True if tokens do not travel as Megatron's own dispatchers send them; ValueError for a name unknown."""
+        return EXCHANGES.get(self.comm_type).name != MEGATRONS_EXCHANGE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,10 +71,11 @@ def test_flags_of_linears_go_the_same_way() -> None:
 
 
 def test_flags_of_experts_go_the_same_way() -> None:
-    settings, config = Settings.of(parsed("--moe-grouped-product", "loop")), SimpleNamespace()
-    assert settings.experts == ExpertFlags(grouped_product="loop")
+    words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4".split()
+    settings, config = Settings.of(parsed(*words)), SimpleNamespace()
+    assert settings.experts == ExpertFlags(grouped_product="loop", comm_type="two-hop", ranks_per_node=4)
     settings.experts.copy_to(config)
-    assert vars(config) == {"moe_grouped_product": "loop"}
+    assert vars(config) == {"moe_grouped_product": "loop", "moe_comm_type": "two-hop", "moe_ranks_per_node": 4}
     assert ExpertFlags.of(config) == settings.experts
 
 

@@ -15,7 +15,7 @@ from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.batches import check_plan, imply_loader
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
-from megatron_cp.megatron.arguments.experts import check_experts
+from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, imply_dispatcher
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
 from megatron_cp.megatron.arguments.replicas import check_local_sgd, complete_local_sgd
@@ -67,6 +67,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     settle_tensor(args, lambda: default_cluster("cuda" if machine.gpu and torch.cuda.is_available() else "cpu"))
     check_tensor(args)
     check_experts(args)
+    check_exchange(args)
     refuse_upstream_faults(args)
     with as_refusals():
         result = old(args, *rest, **kwargs)
@@ -87,6 +88,7 @@ def complete(args: Any, machine: Machine) -> None:
     if getattr(args, "reset_position_ids", False) and getattr(args, "position_embedding_type", "") == "rope":
         say("--reset-position-ids has no effect on rotary positions, which give scores by distances alone")
     imply_loader(args)
+    imply_dispatcher(args)
     complete_local_sgd(args)
     if chunks := imply_chunks(args):
         say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from megatron_cp import config
 from megatron_cp.errors import Refused
-from megatron_cp.experts import AUTO, LOOP, PRODUCTS
+from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PRODUCTS
 from megatron_cp.experts.grouped_mm import ROW_BYTES
+from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import ExpertFlags, has_our_layers
+from megatron_cp.megatron.run import ExpertFlags, has_our_layers, say
 
 UNSUPPORTED = (
     Unsupported(
@@ -53,6 +55,77 @@ UNSUPPORTED = (
         "pass --moe-router-topk 1 or leave --moe-apply-probs-on-input out",
     ),
 )
+
+UNEXCHANGED = (
+    Unsupported(
+        "the overlap of shared experts, which run beside Megatron's own exchange",
+        lambda args: bool(read(args, "moe_shared_expert_overlap", False)),
+        "leave --moe-shared-expert-overlap out",
+    ),
+    Unsupported(
+        "messages that overlap other microbatches or weight gradients",
+        lambda args: any(
+            read(args, name, False)
+            for name in ("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad")
+        ),
+        "leave --overlap-moe-expert-parallel-comm and --overlap-dispatch-backward-with-experts-wgrad out",
+    ),
+    Unsupported(
+        "CUDA graphs, which know no number of tokens",
+        captures_graphs,
+        "leave --cuda-graph-impl and --enable-cuda-graph out",
+    ),
+)
+"""Options that an exchange of ours does not serve."""
+
+
+def imply_dispatcher(args: Any) -> None:
+    """Take the alltoall dispatcher, whose exchange is ours, instead of Megatron's default."""
+    if ExpertFlags.of(args).exchanges and read(args, "moe_token_dispatcher_type") == "allgather":
+        args.moe_token_dispatcher_type = "alltoall"
+        say(f"--moe-comm-type {args.moe_comm_type}: --moe-token-dispatcher-type alltoall")
+
+
+def check_exchange(args: Any) -> None:
+    """Refuse what an exchange of ours cannot do; ValueError with the rule and a way out."""
+    flags = ExpertFlags.of(args)
+    who = f"--moe-comm-type {EXCHANGES.get(flags.comm_type).name}"
+    if not flags.exchanges:
+        if flags.ranks_per_node is not None:
+            raise Refused(
+                f"--moe-ranks-per-node {flags.ranks_per_node} is of an exchange between nodes; add --moe-comm-type "
+                "two-hop, or leave it out"
+            )
+        return
+    if not read(args, "num_experts"):
+        raise Refused(f"{who} is of experts; add --num-experts, or leave it out")
+    if (dispatcher := read(args, "moe_token_dispatcher_type")) != "alltoall":
+        raise Refused(
+            f"{who} is of the dispatcher alltoall, got --moe-token-dispatcher-type {dispatcher}; pass alltoall"
+        )
+    if not has_our_layers(args):
+        raise Refused(
+            f"{who} needs a layer spec of megatron-cp, got --spec {' '.join(read(args, 'spec') or ['none'])}; pass "
+            "--spec megatron_cp.megatron.spec gpt_layer_spec"
+        )
+    refuse(UNEXCHANGED, args, who)
+    _check_nodes(args, flags.ranks_per_node)
+
+
+def _check_nodes(args: Any, per_node: int | None) -> None:
+    if per_node is not None and per_node < 1:
+        raise Refused(f"--moe-ranks-per-node must be at least 1, got {per_node}")
+    per_node = per_node or int(config.variable("LOCAL_WORLD_SIZE") or 0) or args.world_size
+    step = read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)
+    span = args.expert_model_parallel_size * step
+    # the ranks of one group are as far apart as its experts have tensor-parallel ranks
+    ranks_of_a_node(
+        *(
+            [member // per_node for member in range(rank, first + span, step)]
+            for first in range(0, args.world_size, span)
+            for rank in range(first, first + step)
+        )
+    )
 
 
 def check_experts(args: Any) -> None:

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.experts.dispatcher import connect_experts
 from megatron_cp.megatron.layers.chunks import free_mlp_chunks
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.specs import (
@@ -29,6 +30,7 @@ from megatron_cp.megatron.layers.specs import (
     local_layer_spec,
     norm_keys,
     refuse_implementation,
+    with_exchange,
     with_our_attention,
 )
 from megatron_cp.megatron.layers.verify import verify_models
@@ -57,10 +59,11 @@ class ContextParallelHybridStack(HybridStack):
         check_unmodified_script()
         # Megatron makes the stack from its config alone
         copy_settings(settings_of_run(), config)
+        connect_experts(config)
         local = config.transformer_impl == "local"
         super().__init__(
             config=config,
-            submodules=_local_submodules(config, layer_type_list or []) if local else _stock_submodules(),
+            submodules=_local_submodules(config, layer_type_list or []) if local else _stock_submodules(config),
             pre_process=pre_process,
             layer_type_list=layer_type_list,
             pp_layer_offset=pp_layer_offset,
@@ -74,12 +77,13 @@ class ContextParallelHybridStack(HybridStack):
         verify_models(free_mlp_chunks([self]))
 
 
-def _stock_submodules() -> HybridStackSubmodules:
+def _stock_submodules(config: TransformerConfig) -> HybridStackSubmodules:
     stock: Any = stock_stack_spec.submodules
     return replace(
         stock,
         attention_layer=with_our_attention(stock.attention_layer),
         mla_layer=with_our_attention(stock.mla_layer),
+        moe_layer=with_exchange(stock.moe_layer, config),
     )
 
 

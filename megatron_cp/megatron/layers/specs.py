@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.arguments.command_line import check_script
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
+from megatron_cp.megatron.experts.dispatcher import connect_experts, exchanging
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
 from megatron_cp.megatron.hooks import HOOKS, is_on
@@ -123,8 +124,9 @@ def gpt_layer_spec(
     check_unmodified_script(vp_stage)
     _check_gpus(vp_stage)
     connect_linears(transformer)
+    connect_experts(transformer)
     if transformer.transformer_impl == "transformer_engine":
-        return with_our_attention(_stock_spec(model, transformer, vp_stage))
+        return with_exchange(with_our_attention(_stock_spec(model, transformer, vp_stage)), transformer)
     return local_block_spec(transformer, SpecProvider(transformer), vp_stage)
 
 
@@ -140,7 +142,7 @@ def mtp_block_spec(
         return None
     if transformer.transformer_impl == "transformer_engine":
         stock = get_gpt_decoder_layer_specs(transformer, True, transformer.normalization, transformer.qk_l2_norm)
-        last = with_our_attention(stock[-1])
+        last = with_exchange(with_our_attention(stock[-1]), transformer)
         return get_gpt_mtp_block_spec(transformer, last, use_transformer_engine=True, vp_stage=vp_stage)
     provider = SpecProvider(transformer)
     last = local_layer_specs(transformer, provider)[-1]
@@ -213,11 +215,12 @@ def _mlp(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) ->
     if not moe and TensorFlags.of(config).comm_type == CUBE and config.tensor_model_parallel_size > 1:
         linears = MLPSubmodules(linear_fc1=CubeParallelLinear, linear_fc2=CubeParallelLinear)
         return partial(CubeMLP.as_mlp_submodule, submodules=linears)
-    return get_mlp_module_spec_for_backend(
+    mlp = get_mlp_module_spec_for_backend(
         backend=provider,
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm and moe,
     )
+    return exchanging(mlp, config)
 
 
 def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) -> list[ModuleSpec]:
@@ -247,6 +250,14 @@ def with_our_attention[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spe
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_layer_with_our_attention(layer) for layer in spec.layer_specs or ()])
     return _layer_with_our_attention(spec)
+
+
+def with_exchange[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec, config: TransformerConfig) -> Spec:
+    """Return a layer, or block of layers, whose experts have the exchange that the config asks for."""
+    if isinstance(spec, TransformerBlockSubmodules):
+        return replace(spec, layer_specs=[with_exchange(layer, config) for layer in spec.layer_specs or ()])
+    parts: Any = spec.submodules
+    return replace(spec, submodules=replace(parts, mlp=exchanging(parts.mlp, config)))
 
 
 def _layer_with_our_attention(layer: ModuleSpec) -> ModuleSpec:

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
 
 from megatron_cp.comm import fabric_of, values_of_all
 from megatron_cp.errors import CannotRun
+from megatron_cp.experts import TWO_HOP
+from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, TwoHopDispatcher
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
-from megatron_cp.megatron.run import AttentionFlags, TensorFlags
+from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, TensorFlags
 from megatron_cp.megatron.tensor.linears import OutputLinear, output_layers
 
 LINE = 400
@@ -27,7 +30,7 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
 
     Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
     would see only this rank's tokens, or cut the sequence in another way. The same holds for linears, where
-    --tp-comm-type asks for ours, and for local experts, where --moe-grouped-gemm does.
+    --tp-comm-type asks for ours, for local experts, where --moe-grouped-gemm does, and for their --moe-comm-type.
     """
     cores = core_attentions(models)
     foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
@@ -37,7 +40,8 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
     device = device_of_run()
-    parts = [*verify_linears(models), *verify_experts(models, device), *check_attention(models, cores, device)]
+    parts = [*verify_linears(models), *verify_experts(models, device), *verify_exchange(models)]
+    parts += check_attention(models, cores, device)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         for line in (*banner(cores, device), *parts):
             print(f"[megatron-cp] {line}", flush=True)
@@ -135,6 +139,31 @@ def verify_experts(models: Iterable[nn.Module], device: str) -> list[str]:
         raise CannotRun(f"some experts run one by one beside --moe-grouped-gemm: {', '.join(foreign)}; check --spec")
     ours = [module for _, module in experts if isinstance(module, GroupedMLP)]
     return sorted({f"experts: {module.describe(device)}" for module in ours})
+
+
+def verify_exchange(models: Iterable[nn.Module]) -> list[str]:
+    """Return a line for how tokens travel to experts of other ranks; none where Megatron's dispatcher sends them.
+
+    Raises RuntimeError naming layers with Megatron's exchange where the model's config asks for ours.
+    """
+    layers = [
+        (name, module)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, MoELayer) and ExpertFlags.of(module.config).exchanges
+    ]
+    if foreign := [name for name, module in layers if not isinstance(module, ExchangingLayer)]:
+        raise CannotRun(
+            f"some layers keep Megatron's exchange beside --moe-comm-type: {', '.join(foreign)}; check --spec"
+        )
+    found = {layer.token_dispatcher for _, layer in layers}
+    return sorted(
+        {
+            "exchange of experts: "
+            + (each.describe() if isinstance(each, TwoHopDispatcher) else f"{TWO_HOP}, one rank, which has all experts")
+            for each in found
+        }
+    )
 
 
 def _local_and_grouped(config: Any) -> bool:

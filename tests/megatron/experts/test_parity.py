@@ -26,15 +26,17 @@ PP2 = "--pipeline-model-parallel-size 2 --pp-schedule zb-h1 --num-layers 4 --glo
 class Run(NamedTuple):
     """Losses and norms of a run, and on one rank the classes of its experts and what their products computed.
 
-    computed: linears of all experts of a layer, forward, by the product's name
-    waited:   weight gradients of all experts that a W computed
-    banner:   lines about experts of all ranks
+    computed:  linears of all experts of a layer, forward, by the product's name
+    waited:    weight gradients of all experts that a W computed
+    exchanged: exchanges of rows in two hops, forward and backward
+    banner:    lines about experts of all ranks
     """
 
     log: list
     experts: set[str]
     computed: dict[str, int]
     waited: int
+    exchanged: int
     banner: tuple[str, ...] = ()
 
 
@@ -43,6 +45,7 @@ def trained_with_experts(flags):
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from megatron_cp.megatron.experts import grouped_mlp
+    from megatron_cp.megatron.experts.dispatcher import ExchangingLayer
     from megatron_cp.megatron.process import pretrain
     from megatron_cp.megatron.process.launch import launched
     from megatron_cp.pipeline.split_backward import WeightQueue
@@ -67,7 +70,10 @@ def trained_with_experts(flags):
     computed = {}
     for product in filter(None, (getattr(module, "product", None) for module in experts)):
         computed[product.name] = computed.get(product.name, 0) + product.calls
-    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited))
+    modules = [module for model in built for module in model.modules()]
+    exchanges = [module.token_dispatcher.exchange for module in modules if isinstance(module, ExchangingLayer)]
+    exchanged = sum(exchange.calls for exchange in exchanges)
+    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited), exchanged)
 
 
 def run(world_size, *flags, without=""):
@@ -75,7 +81,9 @@ def run(world_size, *flags, without=""):
     if grouped and (reason := lacking("cpu", torch.bfloat16 if "--bf16" in flags else torch.float32)):
         pytest.skip(f"grouped-mm {reason}")
     ranks, log = run_ranks_with_log(world_size, trained_with_experts, tiny(MOE, *flags, without=without))
-    lines = tuple(line for line in log.splitlines() if line.startswith("[megatron-cp] experts"))
+    lines = tuple(
+        line for line in log.splitlines() if line.startswith(("[megatron-cp] experts", "[megatron-cp] exchange"))
+    )
     return [found._replace(banner=lines) for found in ranks]
 
 
@@ -189,3 +197,25 @@ def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, s
     kinds = tuple({"GroupedMLP" if flags else "SequentialMLP"} for flags in (saved, loaded))
     assert (first.experts, second.experts) == kinds
     assert_equal([*first.log, *second.log], apart(1))
+
+
+EP4 = "--expert-model-parallel-size 4 --global-batch-size 8"
+TWO_HOPS = "--moe-comm-type two-hop"
+SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 0.5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "flags", "said"),
+    [
+        (2, EP2, "", "two-hop, 2 ranks on one node, which is Megatron's exchange"),
+        (4, EP4, f"--moe-ranks-per-node 2 {SHARED}", "two-hop, 2 nodes of 2"),
+    ],
+    ids=["EP 2 on one node", "EP 4, shared experts, tokens dropped"],
+)
+def test_two_hops_train_as_megatrons_own_exchange(apart, ranks, parallel, flags, said):
+    found = run(ranks, parallel, TWO_HOPS, flags)
+    assert_equal(found[0].log, apart(ranks, parallel, SHARED) if flags else apart(1))
+    # tokens and probabilities there, tokens home, and as much backward, of 2 layers in 4 iterations
+    assert {each.exchanged for each in found} == {6 * 2 * 4}
+    assert found[0].banner == (f"[megatron-cp] exchange of experts: {said}",)

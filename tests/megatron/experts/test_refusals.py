@@ -1,11 +1,11 @@
-"""What --moe-grouped-gemm without TransformerEngine and --moe-grouped-product cannot do is refused in one line."""
+"""What --moe-grouped-gemm without TransformerEngine, its product and an exchange cannot do is refused in one line."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_cp.megatron.arguments.command_line import wants_layers
-from megatron_cp.megatron.arguments.experts import check_experts
+from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, imply_dispatcher
 
 RUN = {
     "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
@@ -94,3 +94,72 @@ def test_what_does_not_work_is_refused_with_a_way_out(given, message):
 def test_without_transformer_engine_the_flag_asks_for_our_layers(words, te, ours):
     assert wants_layers(["--num-experts", "8", *words], te) == ours
     assert not wants_layers(["--num-experts", "8", *words], te=True)
+
+
+EXCHANGED = {
+    **RUN,
+    "moe_comm_type": "two-hop",
+    "moe_token_dispatcher_type": "alltoall",
+    "world_size": 16,
+    "expert_model_parallel_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"moe_comm_type": "megatron", "moe_token_dispatcher_type": "flex", "moe_shared_expert_overlap": True},
+        {"moe_comm_type": "2dh"},
+        {"moe_ranks_per_node": 1},
+        {"moe_ranks_per_node": 4},
+        {"moe_ranks_per_node": 16},
+        {"moe_ranks_per_node": 4, "tensor_model_parallel_size": 2},
+        {"moe_ranks_per_node": 2, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 4},
+        {"moe_ranks_per_node": 3, "expert_model_parallel_size": 1},
+        {"transformer_impl": "transformer_engine", "moe_grouped_gemm": False},
+    ],
+)
+def test_two_hops_that_work_are_taken(given):
+    check_exchange(SimpleNamespace(**{**EXCHANGED, **given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"moe_comm_type": "two-hops"}, "unknown exchange of experts 'two-hops'; did you mean 'two-hop'"),
+        (
+            {"moe_comm_type": "megatron", "moe_ranks_per_node": 4},
+            "--moe-ranks-per-node 4 is of an exchange between nodes; add --moe-comm-type two-hop, or leave it out",
+        ),
+        ({"num_experts": None}, "--moe-comm-type two-hop is of experts; add --num-experts, or leave it out"),
+        ({"moe_token_dispatcher_type": "flex"}, "got --moe-token-dispatcher-type flex; pass alltoall"),
+        ({"spec": None}, "got --spec none; pass --spec megatron_cp.megatron.spec gpt_layer_spec"),
+        ({"moe_shared_expert_overlap": True}, "leave --moe-shared-expert-overlap out"),
+        ({"overlap_moe_expert_parallel_comm": True}, "leave --overlap-moe-expert-parallel-comm and"),
+        ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl"),
+        ({"moe_ranks_per_node": 0}, "--moe-ranks-per-node must be at least 1, got 0"),
+        ({"moe_ranks_per_node": 3}, "on each node, got 1 and 2 and 3; change --expert-model-parallel-size"),
+        ({"moe_ranks_per_node": 12}, "on each node, got 4 and 8; change"),
+    ],
+)
+def test_two_hops_that_do_not_work_are_refused_with_a_way_out(given, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check_exchange(SimpleNamespace(**{**EXCHANGED, **given}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "taken"),
+    [
+        ("two-hop", "allgather", "alltoall"),
+        ("two-hop", "flex", "flex"),
+        ("megatron", "allgather", "allgather"),
+    ],
+)
+def test_an_exchange_implies_the_alltoall_dispatcher(asked, given, taken, capsys):
+    args = SimpleNamespace(moe_comm_type=asked, moe_token_dispatcher_type=given)
+    imply_dispatcher(args)
+    assert args.moe_token_dispatcher_type == taken
+    assert ("--moe-comm-type two-hop: --moe-token-dispatcher-type alltoall" in capsys.readouterr().out) == (
+        taken == "alltoall"
+    )

@@ -8,6 +8,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.experts.dispatcher import ExchangingLayer
 from megatron_cp.megatron.layers import hybrid
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.norm import Norm
@@ -65,8 +66,9 @@ def test_final_norm_and_attention_are_ours() -> None:
     run_ranks(1, train, f"{PATTERN} --train-iters 1", _parts, NAME)
 
 
-def test_with_transformer_engine_the_stock_stack_gets_our_attention() -> None:
-    edited = hybrid._stock_submodules()
+def test_with_transformer_engine_the_stock_stack_gets_our_attention_and_exchange() -> None:
+    edited = hybrid._stock_submodules(SimpleNamespace(moe_comm_type="two-hop"))  # type: ignore[arg-type]
+    assert edited.moe_layer.submodules.mlp.func is ExchangingLayer
     attention = edited.attention_layer.submodules.self_attention.submodules
     assert attention.core_attention is TECoreAttention
     stock = hybrid.stock_stack_spec.submodules.attention_layer.submodules.self_attention.submodules
