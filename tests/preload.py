@@ -22,10 +22,13 @@ with contextlib.suppress(ImportError):
     import megatron_cp
     import megatron_cp.megatron.process.launch
 
-    # what the launchers and their hooks import in their course
-    for folder in ("kernels", "megatron", "pipeline"):
+    # what the launchers and their hooks import in their course, but no kernel of Triton's, which a run may interpret
+    for folder in ("megatron", "pipeline"):
         for module in pkgutil.walk_packages([f"{megatron_cp.__path__[0]}/{folder}"], f"megatron_cp.{folder}."):
             importlib.import_module(module.name)
+    import megatron_cp.kernels.fused
+    import megatron_cp.kernels.packages
+    import megatron_cp.kernels.torch_sdpa
 
     # Megatron reads the sources of its settings, for the help of its flags, whenever it makes its parser
     read, any_factory = ArgumentGroupFactory._get_field_docstrings, object.__new__(ArgumentGroupFactory)
