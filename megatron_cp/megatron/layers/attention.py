@@ -149,16 +149,14 @@ class CoreAttention(MegatronModule):
         sink = self._fixed_sink if self.softmax_offset is None else self.softmax_offset
         documents = stream and stream.documents
         agreed = shapes == self._shapes
-        if self.flags.latent:
-            latent = key.squeeze(2)
-            out = attend_latent(query, latent, value, made, sink=sink, documents=documents, agreed=agreed)
-            self._shapes = shapes
-            return out.flatten(2)
-        seed = self._dropout_seed(query) if self.training and self._drops else None
         if stream and stream.group:
             # the plan of the step, on which the ranks have agreed, has all sizes
             made, agreed = replace(made, cp=stream.group), True
-        out = attend(query, key, value, made, sink=sink, documents=documents, agreed=agreed, dropout_seed=seed)
+        if self.flags.latent:
+            out = attend_latent(query, key.squeeze(2), value, made, sink=sink, documents=documents, agreed=agreed)
+        else:
+            seed = self._dropout_seed(query) if self.training and self._drops else None
+            out = attend(query, key, value, made, sink=sink, documents=documents, agreed=agreed, dropout_seed=seed)
         self._shapes = shapes
         # s b h d -> s b (h d)
         return out.flatten(2)
