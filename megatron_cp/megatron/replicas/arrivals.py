@@ -30,7 +30,7 @@ def wait_for_all(step: int, timeout_minutes: int | None) -> None:
     ranks = tuple(dist.get_process_group_ranks(group))
     hosts = _hosts(ranks, timeout_minutes)
     store = dist.distributed_c10d._get_default_store()
-    store.set(_arrival(step, dist.get_rank()), "")
+    store.set(_arrival(dist.get_rank()), str(step))
     others = [island for island in range(hosts.size) if island != hosts.rank]
     messages: dict[int, Transfer] = {}
     failed = []
@@ -44,7 +44,7 @@ def wait_for_all(step: int, timeout_minutes: int | None) -> None:
             message.wait()
         except RuntimeError:
             failed.append(island)
-    gone = [island for island in sorted(failed) if not store.check([_arrival(step, ranks[island])])]
+    gone = [island for island in sorted(failed) if _last_arrival(store, ranks[island]) != step]
     if failed:
         raise CannotRun(_line(step, gone or failed, ranks))
 
@@ -57,8 +57,13 @@ def _hosts(ranks: tuple[int, ...], timeout_minutes: int | None) -> GroupFabric:
     return GroupFabric(made)
 
 
-def _arrival(step: int, rank: int) -> str:
-    return f"megatron_cp/sync/{step}/{rank}"
+def _arrival(rank: int) -> str:
+    return f"megatron_cp/sync/{rank}"
+
+
+def _last_arrival(store: dist.Store, rank: int) -> int:
+    """Return the step of the last sync that a rank has come to, 0 before the first."""
+    return int(store.get(_arrival(rank))) if store.check([_arrival(rank)]) else 0
 
 
 def _line(step: int, gone: list[int], ranks: tuple[int, ...]) -> str:
