@@ -126,6 +126,17 @@ def _recording(train_step: Any, log: list[dict[str, Any]]) -> Any:
     return recorded
 
 
+def noting(evaluate: Any, found: list[dict[str, float]]) -> Any:
+    """Megatron's evaluate, which adds the losses of each evaluation to the list."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        found.append({name: float(loss) for name, loss in result[0].items()})
+        return result
+
+    return noted
+
+
 def from_the_rank_with_losses(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     logs: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(logs, log)

@@ -207,21 +207,12 @@ def test_a_weight_shared_inside_a_chunk_trains_as_1f1b_but_for_rounding(megatron
 def evaluated(flags):
     """Training with an evaluation at the end; the losses that evaluation printed are returned by the last stage."""
     found = []
-    done = replace("megatron.training.training:evaluate", lambda old: _noting(old, found))
+    done = replace("megatron.training.training:evaluate", lambda old: pretraining.noting(old, found))
     try:
         log, _ = trained(flags)
     finally:
         restore(done)
     return log, found
-
-
-def _noting(evaluate, found):
-    def noted(*args, **kwargs):
-        result = evaluate(*args, **kwargs)
-        found.append({name: float(loss) for name, loss in result[0].items()})
-        return result
-
-    return noted
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), slow_unless([("zb-h1", "")], [("zb-h1", ""), ("izb", CHUNKS)]))

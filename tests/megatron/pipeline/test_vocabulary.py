@@ -32,7 +32,7 @@ def trained(flags):
     found, Counting.most = [], 0
     done = [
         replace("megatron_cp.megatron.pipeline.schedule:Executor", lambda _: Counting),
-        replace("megatron.training.training:evaluate", lambda old: _noting(old, found)),
+        replace("megatron.training.training:evaluate", lambda old: pretraining.noting(old, found)),
     ]
     try:
         log, parameters = pretraining.trained(flags)
@@ -40,15 +40,6 @@ def trained(flags):
         for each in done:
             restore(each)
     return log, dict(parameters), Counting.most, found
-
-
-def _noting(evaluate, found):
-    def noted(*args, **kwargs):
-        result = evaluate(*args, **kwargs)
-        found.append({name: float(loss) for name, loss in result[0].items()})
-        return result
-
-    return noted
 
 
 def losses_of(logs):
