@@ -15,7 +15,7 @@ from megatron_cp.pipeline.build import build, check_caps, place
 from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
 from megatron_cp.pipeline.offload import Offload, described, limit_of, offload
 from megatron_cp.pipeline.passes import check
-from megatron_cp.pipeline.placement import PLACEMENTS, Placement
+from megatron_cp.pipeline.placement import ONE_PIPE, Placement
 from megatron_cp.pipeline.schedule import HOST, BadSchedule, Schedule
 from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
@@ -44,6 +44,7 @@ class SimulationRequest:
     warmup: float | None
     moves: Offload | None
     move: float | None
+    sync: float
     slices: int
     slices_by: str
     attention: float
@@ -54,7 +55,8 @@ class SimulationRequest:
         """Return the same times and memory for every stage of a placement; `split`: of backwards in I and W."""
         move = self.times[0] if self.move is None else self.move
         costs = uniform(placement, self.times, self.memory, move=move, slices=self.shares(split))
-        return with_head(costs, self.head * self.times[0], placement.ranks, self.barriers)
+        costs = replace(costs, sync=self.sync)
+        return with_head(costs, self.head * self.times[0], placement.ranks, self.barriers, placement.pipes)
 
     def shares(self, split: bool) -> tuple[SliceShare, ...]:
         """Return the parts of a sequence's costs that its slices have."""
@@ -124,6 +126,12 @@ def simulate(
     move_time: Annotated[
         float | None, typer.Option(help="Time of moving M_B one way, in the unit of --times. [default: T_F]")
     ] = None,
+    sync_time: Annotated[
+        float,
+        typer.Option(
+            help="Time of adding up the gradients of a stage that two ranks hold a copy of, in the unit of --times."
+        ),
+    ] = 0.0,
     slices: Annotated[
         int, typer.Option(help="Parts of every sequence that go through the pipeline one after the other.")
     ] = 1,
@@ -162,6 +170,7 @@ def simulate(
         warmup=warmup,
         moves=_moves(pp_offload, pp_offload_to),
         move=move_time,
+        sync=sync_time,
         slices=slices,
         slices_by=slices_by,
         attention=attention,
@@ -284,7 +293,9 @@ def _as_json(run: SimulatedStep) -> dict[str, object]:
     moves = {"moved": run.moved, "moved_to": run.schedule.to} if run.moved else {}
     parts = {"slices": [share.kept for share in run.costs.slices]} if run.costs.slices else {}
     shared = {"barriers": run.schedule.barriers} if run.schedule.barriers else {}
-    kept = {"versions": versions} if (versions := versions_of(run.schedule)) else {}
+    kept: dict[str, object] = {"versions": versions} if (versions := versions_of(run.schedule)) else {}
+    pipes = run.schedule.placement.pipes
+    kept |= {"copies": pipes} if pipes > 1 else {}
     return {
         "makespan": run.makespan,
         "bubble": run.bubble,
@@ -311,6 +322,8 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         f"transfers    {run.transfers}\n"
         f"peak (M_B)   {' '.join(f'{peak:g}' for peak in run.peak)}"
     )
+    if placement.pipes > 1:
+        typer.echo(f"copies       {placement.pipes} of the model; the makespan ends when their gradients are added up")
     if versions := versions_of(run.schedule):
         typer.echo(f"versions     {' '.join(map(str, versions))}   of the weights, per rank")
     if run.costs.slices:
@@ -345,7 +358,7 @@ def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, Si
     """Yield each schedule of `names` with its simulation, or the reason why it cannot be simulated."""
     for name in SCHEDULES.names if names == "all" else [name.strip() for name in names.split(",")]:
         rule = SCHEDULES.get(name)
-        for placement in PLACEMENTS if rule.table is None else [rule.placement]:
+        for placement in ONE_PIPE if rule.table is None else [rule.placement]:
             label = rule.name if rule.table else f"{rule.name} ({placement})"
             own = replace(asked, v=rule.chunks or (2 if placement == "v" else asked.v))
             try:

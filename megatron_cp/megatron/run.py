@@ -31,7 +31,7 @@ from megatron_cp.pipeline import SCHEDULES, TABLE_FILE, on_v
 from megatron_cp.pipeline.costs_file import Model
 from megatron_cp.pipeline.offload import AUTO as LIMIT_FROM_MEMORY
 from megatron_cp.pipeline.offload import Offload, limit_of
-from megatron_cp.pipeline.placement import PLACEMENTS
+from megatron_cp.pipeline.placement import ONE_PIPE
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
 from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.replicas import AVERAGE, OUTERS, OuterOptimizer
@@ -293,7 +293,7 @@ class PipelineFlags(_Flags):
     )
     placement: str | None = _flag(
         None,
-        lambda: _one_of(*PLACEMENTS),
+        lambda: _one_of(*ONE_PIPE),
         lambda: (
             "With --pp-schedule auto, whether stages go around the ranks, which is the default, or down and up again."
         ),

@@ -9,11 +9,12 @@ from typing import Any
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline import table_file
 from megatron_cp.pipeline.action import INPUT, WEIGHT, Cell, flat
-from megatron_cp.pipeline.placement import PLACEMENTS
+from megatron_cp.pipeline.placement import ONE_PIPE
 from megatron_cp.pipeline.schedule import Table
 from megatron_cp.pipeline.schedules import (
     bpipe,
     breadth_first,
+    chimera,
     controllable_memory,
     dapple,
     dualpipe,
@@ -34,7 +35,7 @@ class Rule:
     """One schedule.
 
     table:        (p, m, v) -> per rank the compute actions; None for `auto`, which also needs times and memory
-    placement:    loop or v
+    placement:    loop or v; bidirectional where two copies of the model go through the ranks
     chunks:       the only v it supports, None where v is the user's choice
     usual:        the v it takes when none is given
     split:        True if it needs the backward split into I and W
@@ -62,6 +63,11 @@ class Rule:
     overlaps: bool = False
     delay: Callable[[int, int], pipedream.Delay] | None = None
     aliases: tuple[str, ...] = ()
+
+    @property
+    def two_copies(self) -> bool:
+        """True if ranks hold parts of two copies of the model, which `simulate` plays and nothing trains."""
+        return self.placement not in ONE_PIPE
 
     def make(
         self,
@@ -108,7 +114,9 @@ def _rule_of(file: Path, _: int) -> Rule:
     """Return the rule that knows the one table of `file`; a file that is written again is read again."""
     read = table_file.read(file)
     where, kinds = read.placement, {action.kind for cells in read.table for action in flat(cells)}
-    if where.name not in PLACEMENTS:
+    if where.pipes > 1:
+        raise Refused(f"{file} has two pipes in opposite directions, which only simulate plays; make it one pipe")
+    if where.name not in ONE_PIPE:
         raise Refused(f"{file}: stages lie on ranks {where.rank_of}; place them around the ranks, or down and up again")
     if read.to is not None:
         raise Refused(f"{file} moves activations by itself; leave the moves to --pp-offload")
@@ -283,6 +291,29 @@ SCHEDULES = Schedules(
             overlaps=True,
         ),
         Rule(
+            name="chimera",
+            table=chimera.chimera,
+            paper="arXiv:2107.06925",
+            what="half of the microbatches go up the ranks, through a second copy of the model",
+            placement="bidirectional",
+            split=False,
+        ),
+        Rule(
+            name="chimera-zb",
+            table=chimera.chimera_zb,
+            paper="arXiv:2107.06925 with arXiv:2401.10241",
+            what="chimera, W fills the gaps",
+            placement="bidirectional",
+        ),
+        Rule(
+            name="dualpipe",
+            table=dualpipe.dualpipe,
+            paper="arXiv:2412.19437, 3.2.1",
+            what="zero bubble in both directions, through two copies of the model",
+            placement="bidirectional",
+            overlaps=True,
+        ),
+        Rule(
             name="2bw",
             table=pipedream.without_flush,
             paper="arXiv:2006.09503, 3.1",
@@ -317,6 +348,17 @@ SCHEDULES = Schedules(
     ],
     group="megatron_cp.schedules",
 )
+
+
+def trained(name: str) -> Rule:
+    """Return the entry called `name`; raise Refused for one that nothing trains with."""
+    rule = SCHEDULES.get(name)
+    if rule.two_copies:
+        raise Refused(
+            f"{name} holds two copies of the model on the ranks, which megatron-cp simulate plays and nothing trains; "
+            "take zb-v, which idles as little with one"
+        )
+    return rule
 
 
 def on_v(name: str | None, placement: str | None = None) -> bool:

@@ -1,7 +1,7 @@
 """Bounds of all schedules: the shortest makespan, and the least memory of a step."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
 from math import inf
 
 from megatron_cp.pipeline.costs import Costs
@@ -12,7 +12,10 @@ from megatron_cp.pipeline.simulate import hops
 
 def least_memory(placement: Placement, costs: Costs) -> float:
     """Return the smallest cap, in M_B, under which a step can end: one microbatch in all chunks of the fullest rank."""
-    return max(sum(costs.kept[stage] for stage in stages) for stages in placement.of_rank) / costs.unit
+    kept: dict[tuple[int, int], float] = defaultdict(float)
+    for stage, rank in enumerate(placement.rank_of):
+        kept[placement.pipe_of(stage), rank] += costs.kept[stage]
+    return max(kept.values()) / costs.unit
 
 
 def bound_of(schedule: Schedule, costs: Costs, caps: Sequence[float] | None = None) -> float:
@@ -33,18 +36,17 @@ def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float
     than the share `costs.hidden` of its forwards or backwards.
     """
     arrivals = _first_arrivals(placement, costs)
-    # the last stage has all slices of a sequence before the first of them comes back
-    returns = _first_returns(placement, costs, arrivals[-1] + costs.forward[-1])
+    returns = _first_returns(placement, costs, arrivals)
     bounds = []
     for rank, (stages, work) in enumerate(zip(placement.of_rank, costs.work(placement), strict=True)):
         start = min(arrivals[stage] for stage in stages)
         back = min(returns[stage] for stage in stages)
         budget = (caps[rank] if caps else inf) * costs.unit
         if costs.hidden:
-            forward = sum(costs.forward[stage] for stage in stages)
+            forward = sum(costs.forward[stage] for stage in stages) / placement.pipes
             work -= costs.hidden * min(forward, work - forward)
         # S and T keep nothing, and need no gradient
-        filled = _forward_time(stages, m, costs, budget) + m * sum(costs.head)
+        filled = _forward_time(stages, m // placement.pipes, costs, budget) + m * sum(costs.head)
         bounds.append(start + m * work + max(0.0, back - start - filled))
     return max(bounds)
 
@@ -53,16 +55,27 @@ def _first_arrivals(placement: Placement, costs: Costs) -> list[float]:
     """Return when each stage can start its first forward."""
     forward_hops, _ = hops(placement, costs)
     part = costs.slices[0].forward if costs.slices else 1.0
-    steps = [time * part + hop for time, hop in zip(costs.forward, forward_hops, strict=True)]
-    return list(accumulate(steps[:-1], initial=0.0))
+    arrivals: list[float] = []
+    for stage in range(len(placement.rank_of)):
+        before = stage - 1
+        way = costs.forward[before] * part + forward_hops[before]
+        arrivals.append(0.0 if placement.first(stage) else arrivals[before] + way)
+    return arrivals
 
 
-def _first_returns(placement: Placement, costs: Costs, end: float) -> list[float]:
-    """Return when each stage can start its first input gradient; the last stage's first forward is over at `end`."""
+def _first_returns(placement: Placement, costs: Costs, arrivals: Sequence[float]) -> list[float]:
+    """Return when each stage can start its first input gradient, from the arrivals of the first forwards."""
     _, backward_hops = hops(placement, costs)
     part = costs.slices[-1].input if costs.slices else 1.0
-    steps = [time * part + hop for time, hop in zip(costs.input, backward_hops, strict=True)]
-    return list(accumulate(steps[:0:-1], initial=end))[::-1]
+    returns = list(arrivals)
+    for stage in reversed(range(len(returns))):
+        if placement.last(stage):
+            # the last stage has all slices of a sequence before the first of them comes back
+            returns[stage] += costs.forward[stage]
+        else:
+            after = stage + 1
+            returns[stage] = returns[after] + (costs.input[after] * part + backward_hops[after])
+    return returns
 
 
 def _forward_time(stages: Sequence[int], m: int, costs: Costs, budget: float) -> float:

@@ -8,7 +8,7 @@ from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.list_schedule import EPSILON
 from megatron_cp.pipeline.offload import Offload, balanced, under
 from megatron_cp.pipeline.passes import check
-from megatron_cp.pipeline.placement import PLACEMENTS, Placement
+from megatron_cp.pipeline.placement import ONE_PIPE, PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import PEER, BadSchedule, Schedule
 from megatron_cp.pipeline.schedules.auto import auto
 from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
@@ -20,16 +20,17 @@ from megatron_cp.registry import suggest
 def place(rule: Rule, p: int, v: int | None = None, placement: str | None = None) -> Placement:
     """Return where `rule` puts its stages; `v` and `placement` default to what the rule implies.
 
-    Raises ValueError for p < 2 and for a v or placement that the rule does not support.
+    Raises ValueError for p < 2, for a v or placement that the rule does not support, and for an odd p on two pipes.
     """
     if p < 2:
         raise Refused(f"a pipeline needs at least 2 ranks, got p = {p}")
     name = placement or rule.placement
-    if name not in PLACEMENTS:
-        raise Refused(f"unknown placement {name!r}{suggest(name, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}")
+    known = PLACEMENTS if rule.table else ONE_PIPE
+    if name not in known:
+        raise Refused(f"unknown placement {name!r}{suggest(name, known)}; known: {', '.join(known)}")
     if name != rule.placement and rule.table is not None:
         raise Refused(
-            f"{rule.name} is a rule of placement {rule.placement!r}, got {name!r}; auto knows every placement"
+            f"{rule.name} is a rule of placement {rule.placement!r}, got {name!r}; auto knows {' and '.join(ONE_PIPE)}"
         )
     chunks = v if v is not None else max(rule.usual, 2 if name == "v" else 1)
     if chunks < 1:
@@ -219,6 +220,6 @@ def _nearest(m: int, p: int) -> Iterator[int]:
 def _works(rule: Rule, placement: Placement, m: int, warmup: float | None) -> bool:
     try:
         _table(rule, placement, m, warmup)
-    except BadSchedule:
+    except Refused:
         return False
     return True

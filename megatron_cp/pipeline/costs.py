@@ -25,6 +25,7 @@ class Costs:
     slices: parts of a microbatch that run like microbatches of their own, each with its part of everything but `comm`
     move:  time in which `unit` of activations moves to the host or the peer, or back
     head:   times of S and T of every rank, where the LM head lies on all of them
+    sync:   time in which two ranks add up the gradients of a stage that both hold a copy of
     hidden: part of the shorter half of an overlap (F+B) that runs behind the longer one; 0 if both take their sum
     """
 
@@ -39,6 +40,7 @@ class Costs:
     move: float = 0.0
     slices: tuple[SliceShare, ...] = ()
     head: tuple[float, float] = (0.0, 0.0)
+    sync: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("forward", "input", "weight"):
@@ -51,6 +53,8 @@ class Costs:
             raise Refused(f"the time of a hop cannot be negative, got {self.comm}; the largest is {LARGEST:g}")
         if not 0 <= self.move <= LARGEST:
             raise Refused(f"the time of a move cannot be negative, got {self.move}; the largest is {LARGEST:g}")
+        if not 0 <= self.sync <= LARGEST:
+            raise Refused(f"the time of a sync cannot be negative, got {self.sync}; the largest is {LARGEST:g}")
         if not all(0 <= time <= LARGEST for time in self.head):
             raise Refused(f"times of S and T cannot be negative, got {self.head}; the largest is {LARGEST:g}")
         if not 0 <= self.hidden <= 1:
@@ -91,9 +95,11 @@ class Costs:
         return self.move * self.kept_by(action)[0] / self.unit
 
     def work(self, placement: Placement) -> list[float]:
-        """Return the compute time of one microbatch on each rank, nothing overlapped."""
+        """Return the compute time of one microbatch on each rank, nothing overlapped; the mean over pipes."""
         times = [sum(parts) for parts in zip(self.forward, self.input, self.weight, strict=True)]
-        return [sum(times[stage] for stage in stages) + sum(self.head) for stages in placement.of_rank]
+        return [
+            sum(times[stage] for stage in stages) / placement.pipes + sum(self.head) for stages in placement.of_rank
+        ]
 
 
 def uniform(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -29,6 +29,7 @@ from megatron_cp.pipeline.action import (
     WEIGHT,
     Action,
     Cell,
+    forward,
     halves,
 )
 from megatron_cp.pipeline.channels import Channels
@@ -90,15 +91,32 @@ def complete(schedule: Schedule) -> Schedule:
 def forward_only(placement: Placement, m: int, barriers: int = 0) -> Schedule:
     """Return the lowered table of an evaluation: forwards in groups of p microbatches through a rank's stages.
 
+    With several pipes they go in order of the stages they have behind them and their place in their pipe.
     barriers: of an LM head over all ranks, whose S then follow the forwards
     """
     p = placement.ranks
+    if placement.pipes > 1:
+        return receive_early(add_transfers(_forward_both_ways(placement, m)))
     if barriers:
         table = tuple(tuple(rounds_of_evaluation(rank, p, m)) for rank in range(p))
     else:
         table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
     schedule = Schedule("forward only", placement, m, table, barriers=barriers)
     return receive_early(add_sums(add_transfers(schedule)))
+
+
+def _forward_both_ways(placement: Placement, m: int) -> Schedule:
+    empty = Schedule("forward only", placement, m, ())
+
+    def step(action: Action) -> int:
+        # one more than that of the stage before, so that no ranks wait for each other
+        return (action.micro or 0) - empty.micros_of(action.stage).start + action.stage % placement.length
+
+    table = (
+        sorted((forward(stage, micro) for stage in stages for micro in empty.micros_of(stage)), key=step)
+        for stages in placement.of_rank
+    )
+    return replace(empty, table=tuple(map(tuple, table)))
 
 
 class _InFlight(NamedTuple):
@@ -140,7 +158,7 @@ class Executor:
         carried: Carried | None = None,
         head: VocabularyHead | None = None,
     ) -> None:
-        self._rank_of, self._rank, self._last = placement.rank_of, rank, len(placement.rank_of) - 1
+        self._placement, self._rank_of, self._rank = placement, placement.rank_of, rank
         self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
         self._saved, self._leaves, self._head = saved, carried is not None, head
         before = carried or Carried()
@@ -241,10 +259,11 @@ class Executor:
             made = self._stages.forward(stage, micro, given)
         if self._training and given is not None:
             self._given[stage, micro] = given
-        if stage < self._last and self._rank_of[stage + 1] == self._rank:
+        last = self._placement.last(stage)
+        if not last and self._rank_of[stage + 1] == self._rank:
             self._given[stage + 1, micro] = made.detach().requires_grad_(self._training)
             self._stages.shrink(made)
-        used = self._head if stage == self._last else self._rank_of[stage + 1] != self._rank
+        used = self._head if last else self._rank_of[stage + 1] != self._rank
         if self._training or used:
             self._made[stage, micro] = made
 
@@ -262,23 +281,24 @@ class Executor:
             self._saved.use(stage, micro)
         given, made = self._given.pop((stage, micro), None), self._made.pop((stage, micro))
         gradient = self._gradients.pop((stage, micro), None)
-        if self._head and stage == self._last:
+        if self._head and self._placement.last(stage):
             gradient = self._head.gradient(micro)
         before = self._stages.backward(stage, micro, given, made, gradient, split)
-        if stage > 0:
+        if not self._placement.first(stage):
             assert before is not None, f"stage {stage} gave no gradient of its input"
             self._gradients[stage - 1, micro] = before
 
     def _share(self, _: int, micro: int) -> None:
         assert self._head
-        made = self._made.get((self._last, micro))
+        last = self._placement.length - 1
+        made = self._made.get((last, micro))
         self._head.share(micro, made)
         if made is None:
             return
         if self._training:
             self._stages.shrink(made)
         else:
-            del self._made[self._last, micro]
+            del self._made[last, micro]
 
     def _send_output(self, stage: int, micro: int) -> None:
         made = self._made[stage, micro] if self._training else self._made.pop((stage, micro))

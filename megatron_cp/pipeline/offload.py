@@ -126,7 +126,7 @@ def under(schedule: Schedule, plan: Offload, costs: Costs | None, caps: Sequence
 
 def described(schedule: Schedule) -> str:
     """Return in words how much a table moves, and which rank has no peer to move it to."""
-    chunks, p = schedule.micros * len(schedule.placement.rank_of), schedule.placement.ranks
+    chunks, p = schedule.micros * schedule.placement.length, schedule.placement.ranks
     moved = sum(action.kind == EVICT for cells in schedule.table for action in flat(cells))
     most = max(most_kept(schedule))
     if not moved:

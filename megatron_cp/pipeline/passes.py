@@ -70,7 +70,7 @@ def _check_rank(schedule: Schedule, rank: int, cells: Iterable[Cell]) -> None:
             if fault:
                 raise BadSchedule(schedule, f"rank {rank}, {action}: {fault}", [(rank, place)])
     asked = {(stage, micro) for stage in stages for micro in schedule.forwards(stage)}
-    expected = {(stage, micro) for stage in stages for micro in range(schedule.micros)}
+    expected = {(stage, micro) for stage in stages for micro in schedule.micros_of(stage)}
     missing = [Action(stage, FORWARD, micro) for stage, micro in sorted(asked - forwarded)]
     missing += [Action(stage, INPUT, micro) for stage, micro in sorted(expected - returned)]
     missing += [Action(stage, WEIGHT, micro) for stage, micros in pending.items() for micro in micros]
@@ -124,9 +124,11 @@ def _fault(
         return None
     if stage not in schedule.placement.of_rank[rank]:
         return f"stage {stage} is not on this rank"
-    end = schedule.forwards(stage).stop if kind == FORWARD else schedule.micros
-    if kind not in COMPUTE or micro is None or not 0 <= micro < end:
-        return f"not a compute action of microbatches 0 to {end - 1}"
+    first, end = schedule.micros_of(stage).start, schedule.micros_of(stage).stop
+    if kind == FORWARD:
+        end = schedule.forwards(stage).stop
+    if kind not in COMPUTE or micro is None or not first <= micro < end:
+        return f"not a compute action of microbatches {first} to {end - 1}"
     if kind == FORWARD:
         fault = "runs twice" if key in forwarded else None
         forwarded.add(key)
@@ -173,15 +175,14 @@ def awaited(schedule: Schedule, action: Action) -> Action | None:
     """Return the action that must have run before `action`, besides its rank's earlier ones; a backward by its I."""
     stage, kind, micro = action
     if kind == FORWARD:
-        return Action(stage - 1, FORWARD, micro) if stage else None
+        return None if schedule.placement.first(stage) else Action(stage - 1, FORWARD, micro)
     if kind == WEIGHT:
         return Action(stage, INPUT, micro)
-    last = len(schedule.placement.rank_of) - 1
     if kind == LOGITS_BACK:
         return action._replace(kind=LOGITS)
     if kind == LOGITS:
-        return Action(last, FORWARD, micro)
-    return Action(stage, FORWARD, micro) if stage == last else Action(stage + 1, INPUT, micro)
+        return Action(schedule.placement.length - 1, FORWARD, micro)
+    return Action(stage, FORWARD, micro) if schedule.placement.last(stage) else Action(stage + 1, INPUT, micro)
 
 
 def barrier(schedule: Schedule, action: Action) -> list[Action]:
@@ -226,7 +227,7 @@ def merge(schedule: Schedule) -> Schedule:
 
 def _stays_on_rank(placement: Placement, stage: int) -> bool:
     """True if no other rank uses the input gradient of `stage`."""
-    return stage == 0 or placement.rank_of[stage - 1] == placement.rank_of[stage]
+    return placement.first(stage) or placement.rank_of[stage - 1] == placement.rank_of[stage]
 
 
 def _merged(cells: Iterable[Cell], mergeable: Callable[[int], bool]) -> Iterator[Cell]:
@@ -307,8 +308,8 @@ def _behind(cells: Iterable[Cell]) -> dict[Cell, list[Action]]:
 
 def _transfer(schedule: Schedule, rank: int, action: Action) -> Iterator[tuple[int, Action, Action]]:
     stage, kind, micro = action
-    rank_of = schedule.placement.rank_of
-    if kind == FORWARD and stage + 1 < len(rank_of) and rank_of[stage + 1] != rank:
+    where, rank_of = schedule.placement, schedule.placement.rank_of
+    if kind == FORWARD and not where.last(stage) and rank_of[stage + 1] != rank:
         yield rank_of[stage + 1], Action(stage, SEND_F, micro), Action(stage + 1, RECV_F, micro)
-    if kind in BACKWARD and stage > 0 and rank_of[stage - 1] != rank:
+    if kind in BACKWARD and not where.first(stage) and rank_of[stage - 1] != rank:
         yield rank_of[stage - 1], Action(stage, SEND_B, micro), Action(stage - 1, RECV_B, micro)

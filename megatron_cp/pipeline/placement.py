@@ -4,13 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_cp.errors import Refused
+
 
 @dataclass(frozen=True)
 class Placement:
-    """The rank of every stage; `of_rank` lists a rank's stages in chunk order."""
+    """The rank of every stage; `of_rank` lists a rank's stages in chunk order.
+
+    pipes: copies of the model, each with microbatches of its own; the stages of one follow those of another
+    """
 
     name: str
     rank_of: tuple[int, ...]
+    pipes: int = 1
 
     @cached_property
     def ranks(self) -> int:
@@ -19,8 +25,25 @@ class Placement:
 
     @cached_property
     def chunks(self) -> int:
-        """v: stages of one rank."""
-        return len(self.rank_of) // self.ranks
+        """v: stages of one rank in one pipe."""
+        return self.length // self.ranks
+
+    @cached_property
+    def length(self) -> int:
+        """Stages of one pipe, which are the parts of the model."""
+        return len(self.rank_of) // self.pipes
+
+    def first(self, stage: int) -> bool:
+        """Return True if microbatches enter their pipe at `stage`."""
+        return stage % self.length == 0
+
+    def last(self, stage: int) -> bool:
+        """Return True if microbatches turn round at `stage`, where their loss is."""
+        return self.first(stage + 1)
+
+    def pipe_of(self, stage: int) -> int:
+        """Return the pipe to which `stage` belongs."""
+        return stage // self.length
 
     @cached_property
     def of_rank(self) -> tuple[tuple[int, ...], ...]:
@@ -41,4 +64,19 @@ def vee(p: int, v: int = 2) -> Placement:
     return Placement("v", tuple(rank for chunk in range(v) for rank in (down[::-1] if chunk % 2 else down)))
 
 
-PLACEMENTS: dict[str, Callable[[int, int], Placement]] = {"loop": loop, "v": vee}
+def bidirectional(p: int, v: int = 1) -> Placement:
+    """Put one copy of the model down the ranks and one up them, as Chimera (arXiv:2107.06925) and DualPipe do.
+
+    Raises ValueError for an odd p.
+    """
+    if p % 2:
+        raise Refused(
+            f"two pipes in opposite directions need an even number of ranks, got p = {p}: the rank in the middle would "
+            "hold both copies of one stage; take zb-v"
+        )
+    down = loop(p, v).rank_of
+    return Placement("bidirectional", down + tuple(p - 1 - rank for rank in down), pipes=2)
+
+
+ONE_PIPE: dict[str, Callable[[int, int], Placement]] = {"loop": loop, "v": vee}
+PLACEMENTS: dict[str, Callable[[int, int], Placement]] = {**ONE_PIPE, "bidirectional": bidirectional}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import FORWARD, FULL, HEAD, INPUT, LENDERS, LOGITS_BACK, MOVES, Cell, flat, parse_cell
-from megatron_cp.pipeline.placement import PLACEMENTS, Placement
+from megatron_cp.pipeline.placement import ONE_PIPE, Placement, bidirectional
 
 HOST, PEER = "host", "peer"
 MOVE_TARGETS = (HOST, PEER)
@@ -43,9 +43,17 @@ class Schedule:
         """Whole microbatches of one step."""
         return self.micros // self.slices
 
+    def micros_of(self, stage: int) -> range:
+        """Return the microbatches that go through this stage: an equal share for each pipe, in order."""
+        share, pipe = self.micros // self.placement.pipes, self.placement.pipe_of(stage)
+        return range(pipe * share, (pipe + 1) * share)
+
     def forwards(self, stage: int) -> range:
         """Return the microbatches whose forwards on this stage are in the table."""
-        return range(self._in_flight(self.before, stage), self.micros + self._in_flight(self.after, stage))
+        micros = self.micros_of(stage)
+        return range(
+            micros.start + self._in_flight(self.before, stage), micros.stop + self._in_flight(self.after, stage)
+        )
 
     def begun(self, stage: int) -> range:
         """Return the microbatches whose forwards on this stage ran before the table begins."""
@@ -87,7 +95,15 @@ def parse(text: str, name: str = "table") -> Schedule:
     micros = 1 + max(forwards, default=0)
     moving = any(action.kind in MOVES for cells in table for action in flat(cells))
     to = PEER if any(lent.values()) else HOST if moving else None
-    return Schedule(name, _named(rank_of, len(table)), micros, table, to, barriers=_barriers(table, rank_of))
+    placement = _named(rank_of, len(table), two_pipes=_apart(table, len(rank_of) // 2))
+    return Schedule(name, placement, micros, table, to, barriers=_barriers(table, rank_of))
+
+
+def _apart(table: Table, half: int) -> bool:
+    """Return True if no microbatch goes through both halves of the stages: two pipes, not one V."""
+    forwards = [action for cells in table for action in flat(cells) if action.kind == FORWARD]
+    first, second = ({a.micro for a in forwards if (a.stage < half) == before} for before in (True, False))
+    return bool(first and second) and not first & second
 
 
 def _barriers(table: Table, rank_of: tuple[int, ...]) -> int:
@@ -101,8 +117,10 @@ def _barriers(table: Table, rank_of: tuple[int, ...]) -> int:
     return 2 if own < backward else 1
 
 
-def _named(rank_of: tuple[int, ...], p: int) -> Placement:
-    known = [make(p, len(rank_of) // p) for make in PLACEMENTS.values()]
+def _named(rank_of: tuple[int, ...], p: int, two_pipes: bool) -> Placement:
+    known = [make(p, len(rank_of) // p) for make in ONE_PIPE.values()]
+    if two_pipes and p % 2 == 0:
+        known.insert(0, bidirectional(p, len(rank_of) // p // 2))
     return next((placement for placement in known if placement.rank_of == rank_of), Placement("custom", rank_of))
 
 

@@ -24,6 +24,7 @@ from megatron_cp.pipeline.action import (
     flat,
     halves,
 )
+from megatron_cp.pipeline.copies import added_up
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.meetings import Meetings
 from megatron_cp.pipeline.moves import Links, peaks_over_time
@@ -52,8 +53,13 @@ class SimulatedStep:
 
     @cached_property
     def makespan(self) -> float:
-        """The time from the first start to the last end over all ranks, for which a synchronous optimizer waits."""
-        return max(ends[-1] for ends in self.ends) - min(starts[0] for starts in self.starts)
+        """The time from the first start to the last end over all ranks, for which a synchronous optimizer waits.
+
+        Where ranks hold several copies of the model it ends when their gradients have been added up.
+        """
+        copies = self.schedule.placement.pipes > 1
+        last = added_up(self.schedule, self.costs, self.ends) if copies else max(ends[-1] for ends in self.ends)
+        return last - min(starts[0] for starts in self.starts)
 
     @cached_property
     def span(self) -> float:
@@ -87,7 +93,7 @@ class SimulatedStep:
         """The number of tensors that pass between different ranks."""
         rank_of = self.schedule.placement.rank_of
         hops = sum(here != there for here, there in pairwise(rank_of))
-        return 2 * hops * self.schedule.micros
+        return 2 * hops * self.schedule.micros // self.schedule.placement.pipes
 
     def objective(self, name: str) -> float:
         """Return the makespan, or with `span` the longest span of a rank."""
@@ -155,11 +161,13 @@ class _StepSimulation:
         self.table = schedule.table
         self.starts: list[list[float]] = [[] for _ in range(ranks)]
         self.ends: list[list[float]] = [[] for _ in range(ranks)]
-        self._last = len(schedule.placement.rank_of) - 1
+        self._placement = schedule.placement
         self._duration, self._time = durations(costs), costs.time if costs.slices else None
         self._hop = hops(schedule.placement, costs)
         self._made: dict[tuple[int, bool, int | None], float] = {
-            (stage, False, micro): 0.0 for stage in range(self._last + 1) for micro in schedule.begun(stage)
+            (stage, False, micro): 0.0
+            for stage in range(len(schedule.placement.rank_of))
+            for micro in schedule.begun(stage)
         }
         self._asleep: dict[tuple[int, bool, int | None], int] = {}
         # how late a rank may be, before it runs anything, for its work still to end below the bar
@@ -219,11 +227,13 @@ class _StepSimulation:
     def _start(self, action: Action, clock: float, rank: int) -> float | None:
         """Return when `action` can start; None, and `rank` falls asleep, if a tensor it needs is not made yet."""
         stage, kind, micro = action
+        if kind == FORWARD and self._placement.first(stage):
+            return clock
         if kind == FORWARD:
             key = (stage - 1, False, micro)
         else:
-            key = (stage + 1, True, micro) if stage < self._last else (stage, False, micro)
-        arrival = self._made.get(key, 0.0 if key[0] < 0 else inf)
+            key = (stage, False, micro) if self._placement.last(stage) else (stage + 1, True, micro)
+        arrival = self._made.get(key, inf)
         if arrival == inf:
             self._asleep[key] = rank
             return None

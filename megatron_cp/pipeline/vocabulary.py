@@ -106,11 +106,12 @@ def _summed(schedule: Schedule, cells: Iterable[Cell]) -> Iterator[Cell]:
             yield Action(stage, SUM_T, micro)
 
 
-def with_head(costs: Costs, time: float, ranks: int, barriers: int = 0) -> Costs:
+def with_head(costs: Costs, time: float, ranks: int, barriers: int = 0, pipes: int = 1) -> Costs:
     """Return the costs of stages with an LM head behind the last one.
 
     time:     of its forward for one microbatch; logits, input gradient and weight gradient take as long each
     barriers: of a head over all ranks; 0 for one on the last rank
+    pipes:    each of which has a head on its last stage
     Raises ValueError for a time below 0.
     """
     if time < 0:
@@ -120,6 +121,7 @@ def with_head(costs: Costs, time: float, ranks: int, barriers: int = 0) -> Costs
         return replace(costs, head=(2 * part, part) if barriers == 1 else (part, 2 * part))
 
     def behind(times: tuple[float, ...]) -> tuple[float, ...]:
-        return *times[:-1], times[-1] + time
+        length = len(times) // pipes
+        return tuple(each + time * ((stage + 1) % length == 0) for stage, each in enumerate(times))
 
     return replace(costs, forward=behind(costs.forward), input=behind(costs.input), weight=behind(costs.weight))

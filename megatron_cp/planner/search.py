@@ -18,6 +18,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES as PIPELINES
+from megatron_cp.pipeline import trained
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
@@ -245,6 +246,8 @@ def _check(request: PlanRequest) -> None:
             f"{late[0]} trains on weights that lack updates, so that its time says too little; leave it out, and "
             "estimate a recipe with it"
         )
+    for name in request.schedules:
+        trained(name)
     per_node = cluster.ranks_per_node
     if gpus > per_node and cluster.between is None:
         raise ValueError(

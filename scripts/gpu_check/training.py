@@ -111,7 +111,7 @@ def inputs_of(micro: int, device: str) -> Tensor:
 
 def pipeline(device: str) -> Iterator[Row]:
     """Run every schedule on two processes that share the device, and compare the gradients with those of one."""
-    names = [rule.name for rule in SCHEDULES if rule.table and not rule.lends and not rule.delay]
+    names = [rule.name for rule in SCHEDULES if rule.table and not (rule.lends or rule.delay or rule.two_copies)]
     names += ["dapple-b, at most 2 chunks", "gis, at most 2 chunks"]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")

@@ -15,6 +15,7 @@ from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.execute import forward_only, lower
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.passes import check
+from megatron_cp.pipeline.placement import PLACEMENTS
 from megatron_cp.pipeline.simulate import simulate
 from tests.fuzz.commands import assert_said_by_us
 from tests.fuzz.conftest import Cases
@@ -34,7 +35,7 @@ HOSTILE_SECONDS = st.sampled_from([0.0, 1.0, 1e-9, 1e308, -1.0, math.nan, math.i
     m=st.integers(1, 4).map(lambda n: 6 * n) | st.integers(0, 24),
     v=mostly(None, st.integers(0, 4)),
     warmup=mostly(None, st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, -1.0, math.nan, math.inf])),
-    placement=mostly(None, st.sampled_from(["loop", "v", "x"])),
+    placement=mostly(None, st.sampled_from([*PLACEMENTS, "x"])),
     overlapped=mostly(False, st.just(True)),
     times=st.integers(0, 9).flatmap(lambda draw: st.tuples(*[SECONDS if draw else HOSTILE_SECONDS] * 4)),
     memory=st.tuples(st.floats(0.1, 10), st.floats(0, 1)),
@@ -76,7 +77,7 @@ def test_schedule_is_right_or_refused(
         check(made)
         where = made.placement
         done = [half for row in made.table for cell in row for half in halves(cell) if half.kind == FORWARD]
-        assert len(done) == len(set(done)) == len(where.rank_of) * m
+        assert len(done) == len(set(done)) == where.length * m
         step = simulate(made, costs)
         assert math.isfinite(step.makespan)
         assert step.makespan >= bound_of(made, costs) * (1 - 1e-9)

@@ -48,5 +48,5 @@ def chunk_units(name: str, p: int, m: int) -> tuple[float, float]:
     return round((run.makespan - 3 * m) * v, 9), round(max(run.peak) * v, 9)
 
 
-# those that move activations are built from these and have tests of their own
-FIXED = [rule.name for rule in SCHEDULES if rule.table and not rule.lends and not rule.delay]
+# those that move activations are built from these, and others of other steps: all have tests of their own
+FIXED = [rule.name for rule in SCHEDULES if rule.table and not (rule.lends or rule.delay or rule.two_copies)]

@@ -15,10 +15,10 @@ from megatron_cp.megatron.arguments.unsupported import (
 )
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
-from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline import SCHEDULES, trained
 from megatron_cp.pipeline.build import build, check_slices, check_vocabulary, kin, place
 from megatron_cp.pipeline.offload import limit_of
-from megatron_cp.pipeline.placement import PLACEMENTS
+from megatron_cp.pipeline.placement import ONE_PIPE
 from megatron_cp.pipeline.schedule import MOVE_TARGETS, BadSchedule
 from megatron_cp.registry import suggest
 
@@ -331,6 +331,8 @@ def imply_chunks(args: Any) -> int:
 def check_flags(args: Any) -> None:
     """Refuse flags of pipelines that no machine can have together; ValueError with the rule and a way out."""
     flags = PipelineFlags.of(args)
+    if flags.schedule is not None:
+        _check_trained(flags.schedule)
     check_costs(flags)
     size = read(args, "pipeline_model_parallel_size", 1)
     if flags.schedule is not None and size < 2:
@@ -338,6 +340,13 @@ def check_flags(args: Any) -> None:
             f"--pp-schedule {flags.schedule} needs --pipeline-model-parallel-size of at least 2, got {size}; "
             f"leave --pp-schedule out or use more ranks"
         )
+
+
+def _check_trained(name: str) -> None:
+    try:
+        trained(name)
+    except Refused as refused:
+        raise Refused(f"--pp-schedule {refused}") from None
 
 
 def check_schedule(args: Any) -> None:
@@ -382,9 +391,9 @@ def check_costs(flags: PipelineFlags) -> None:
     for flag, value in (("--pp-placement", placement), ("--pp-costs", file), ("--pp-profile-steps", steps)):
         if value is not None and name != AUTO:
             raise Refused(f"{flag} {value} needs --pp-schedule {AUTO}, got {name or 'none'}; leave one of the two out")
-    if placement is not None and placement not in PLACEMENTS:
+    if placement is not None and placement not in ONE_PIPE:
         raise Refused(
-            f"unknown --pp-placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
+            f"unknown --pp-placement {placement!r}{suggest(placement, ONE_PIPE)}; known: {', '.join(ONE_PIPE)}"
         )
     if steps is not None and steps < 2:
         raise Refused(f"--pp-profile-steps must be 2 or more, the first step only warms up, got {steps}")

@@ -238,6 +238,7 @@ def _rules(placement: Placement) -> list[Rule]:
         if rule.table
         and not rule.lends
         and not rule.delay
+        and not rule.two_copies
         and PLACEMENTS[rule.placement](placement.ranks, rule.chunks or placement.chunks) == placement
     ]
 

@@ -1,11 +1,16 @@
-"""DualPipeV: DeepSeek-V3's DualPipe (arXiv:2412.19437) cut in half, one direction on the V.
+"""DualPipe of DeepSeek-V3 (arXiv:2412.19437, 3.2.1), and DualPipeV, which is one half of it on the V.
 
-The second of two ranks with 5 microbatches, which holds stages 1 and 2 (steps 1, 3, 5 and 7 are of the other ranks):
+DualPipeV on the second of two ranks with 5 microbatches, which holds stages 1 and 2 (steps 1, 3, 5 and 7 are of the
+other ranks):
 
     step 2   1F0 2F0 1F1 2F1
     step 4   1F2 2B0 2F2+1B0   1F3+2B1 2F3+1B1   1F4+2B2 2F4+1B2
     step 6   2B3 1B3 2I4 1I4
     step 8   2W4 1W4
+
+In DualPipe two copies of the model go through the same ranks, one down and one up. The two ranks that are equally far
+from the ends do what one rank of DualPipeV does: what this one calls its first chunk is their stage of the pipe that
+starts at their end, and its second chunk their stage of the other pipe.
 """
 
 from collections import deque
@@ -13,6 +18,7 @@ from collections.abc import Iterator
 
 from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action, Cell, Overlap
 from megatron_cp.pipeline.placement import vee
+from megatron_cp.pipeline.schedules.chimera import shared_out
 
 KindChunk = tuple[str, int]
 
@@ -24,6 +30,20 @@ def dualpipe_v(p: int, m: int, v: int = 2, overlapped: bool = False) -> list[lis
     overlapped: write a forward and the backward that DualPipe runs beside it as one action
     """
     return [_count(_steps(rank, p, m), stages, overlapped) for rank, stages in enumerate(vee(p).of_rank)]
+
+
+def dualpipe(p: int, m: int, v: int = 1, overlapped: bool = False) -> list[list[Cell]]:
+    """Return the eight steps of DualPipe for two pipes. Needs even p and m, m >= 2p.
+
+    Idle (p / 2 - 1) T_F for equal times and without overlap, peak p + 1.
+    """
+    empty = shared_out(p, m)
+    orders: list[list[Cell]] = []
+    for rank, (down, up) in enumerate(empty.placement.of_rank):
+        from_end, near, far = (rank, down, up) if rank < p // 2 else (p - 1 - rank, up, down)
+        starts = (empty.micros_of(near).start, empty.micros_of(far).start)
+        orders.append(_count(_steps(from_end, p // 2, m // 2), (near, far), overlapped, starts))
+    return orders
 
 
 def _steps(rank: int, p: int, m: int) -> Iterator[tuple[KindChunk, ...]]:
@@ -61,9 +81,11 @@ def _drain(rank: int) -> Iterator[KindChunk]:
         yield (FULL if place < whole else INPUT), 1 - place % 2
 
 
-def _count(steps: Iterator[tuple[KindChunk, ...]], stages: tuple[int, ...], overlapped: bool) -> list[Cell]:
-    """Number each chunk's forwards and backwards in microbatch order; a W belongs to the oldest I."""
-    forwards, backwards = [0, 0], [0, 0]
+def _count(
+    steps: Iterator[tuple[KindChunk, ...]], stages: tuple[int, ...], overlapped: bool, starts: tuple[int, int] = (0, 0)
+) -> list[Cell]:
+    """Number each chunk's forwards and backwards in microbatch order from its start; a W belongs to the oldest I."""
+    forwards, backwards = list(starts), list(starts)
     waiting: deque[Action] = deque()
     cells: list[Cell] = []
     for step in steps:

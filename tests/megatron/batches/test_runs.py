@@ -185,6 +185,7 @@ OTHER_SCHEDULES = [
     for rule in SCHEDULES
     if rule.table
     and rule.delay is None
+    and not rule.two_copies
     and rule.name not in ("1f1b", "zb-h1", "interleaved", "zb-v", "bpipe", "dualpipe-v")
 ]
 
