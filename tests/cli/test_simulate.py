@@ -47,10 +47,22 @@ def test_versions_of_weights_in_words_and_in_json():
     assert json.loads(ask(*words.split(), "--json"))["versions"] == [3, 2, 2, 1]
 
 
+def test_two_copies_of_the_model_in_words_and_in_json():
+    words = "--schedule chimera-zb -p 4 -m 8 --sync-time 2"
+    told = ask(*words.split())
+    assert "copies       2 of the model; the makespan ends when their gradients are added up" in told
+    assert "placement bidirectional" in told
+    assert "transfers    48" in told
+    found = json.loads(ask(*words.split(), "--json"))
+    assert (found["copies"], found["makespan"]) == (2, 29)
+    alone = json.loads(ask(*"--schedule chimera-zb -p 4 -m 8 --json".split()))
+    assert (alone["makespan"], alone["actions"]) == (25, found["actions"])
+
+
 def test_comparison_lists_every_schedule_and_why_one_is_missing():
     told = json.loads(ask(*"--compare all -p 4 -m 6 --cap 4 --json".split()))
     rows = {row["schedule"]: row for row in told}
-    assert {"gpipe", "1f1b", "zb-h2", "izb", "zb-v", "dualpipe-v", "auto (loop)", "auto (v)"} <= set(rows)
+    assert {"gpipe", "1f1b", "zb-h2", "izb", "zb-v", "dualpipe-v", "chimera", "auto (loop)", "auto (v)"} <= set(rows)
     assert rows["1f1b"]["makespan"] == 27
     assert "below the minimum 6 M_B of gpipe" in rows["gpipe"]["error"]
     assert "the nearest m that works is 7" in rows["dualpipe-v"]["error"]
@@ -65,7 +77,7 @@ def test_comparison_lists_every_schedule_and_why_one_is_missing():
     ]
     assert len(makespans) > 5
     assert makespans == sorted(makespans)
-    assert shown.splitlines()[-1].startswith(("gpipe", "dapple", "zb-h2", "dualpipe-v", "auto"))
+    assert shown.splitlines()[-1].startswith(("gpipe", "dapple", "zb-h2", "dualpipe", "auto"))
     assert f"{'gpipe':<{column}} a cap of 4 M_B is below the minimum 6 M_B" in shown
     assert f"{'1f1b':<{column}} 1      27.000   0.3333       0.3333   0.1429           4         36" in shown
 
@@ -196,6 +208,10 @@ def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
         ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --move-time=-1", "the time of a move cannot be negative"),
         ("--schedule 1f1b -p 4 -m 8 --pp-offload 2 --cap 1", "below the minimum 2 M_B of 1f1b"),
         ("--schedule 1f1b -p 4 -m 8 --pp-offload-to peer", "--pp-offload-to peer is about what --pp-offload N moves"),
+        ("--schedule chimera -p 5 -m 8", "need an even number of ranks, got p = 5"),
+        ("--schedule dualpipe -p 4 -m 9", "half of the microbatches go down the ranks and half go up, got m = 9"),
+        ("--schedule chimera -p 4 -m 8 --sync-time=-1", "the time of a sync cannot be negative"),
+        ("--schedule auto -p 4 -m 8 --placement bidirectional", "unknown placement 'bidirectional'"),
         ("--schedule bpipe -p 4 -m 8 --pp-offload 2", "bpipe has a limit of its own, 3 chunks"),
     ],
 )

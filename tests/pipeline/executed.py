@@ -93,13 +93,16 @@ class Message:
 
 
 class Layers:
-    """A rank's stages, one small linear layer each; the last one's output is the loss of a microbatch."""
+    """A rank's stages, one small linear layer each; the output of a pipe's last one is the loss of a microbatch.
+
+    length: stages of a pipe; those of several pipes are copies of the same layers
+    """
 
     has_head = True
 
-    def __init__(self, stages: tuple[int, ...], last: int, inputs: Tensor) -> None:
-        self._last, self._inputs = last, inputs
-        self.weights = {stage: weight_of(stage) for stage in stages}
+    def __init__(self, stages: tuple[int, ...], length: int, inputs: Tensor) -> None:
+        self._length, self._inputs = length, inputs
+        self.weights = {stage: weight_of(stage % length) for stage in stages}
         self.gradients = {stage: torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for stage in stages}
         self.losses: dict[int, float] = {}
         self.ran: list[Action] = []
@@ -108,7 +111,7 @@ class Layers:
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         self.ran.append(Action(stage, "F", micro))
         made = layer(self._inputs[micro] if given is None else given, self.weights[stage])
-        if stage < self._last or not self.has_head:
+        if (stage + 1) % self._length or not self.has_head:
             return made
         loss = made.square().sum()
         self.losses[micro] = loss.item()
@@ -171,7 +174,7 @@ def execute(
     placement, exchange, lends = lowered.placement, Exchange(), lowered.to == PEER
     moves = any(action.kind in MOVES for cells in lowered.table for action in flat(cells))
     activations: list[SavedActivations | None] = [None] * placement.ranks
-    ranks = [Layers(stages, len(placement.rank_of) - 1, inputs_of(lowered.micros)) for stages in placement.of_rank]
+    ranks = [Layers(stages, placement.length, inputs_of(lowered.micros)) for stages in placement.of_rank]
 
     def run(rank: int) -> None:
         peers = [Peer(exchange, number, rank) for number in range(len(communicators(placement, lends)))]
@@ -212,7 +215,7 @@ def execute(
 
 def sequential(placement: Placement, micros: int) -> tuple[dict[int, float], dict[int, Tensor]]:
     """The losses by microbatch and the gradients by stage, of one microbatch after another on one rank."""
-    stages = range(len(placement.rank_of))
+    stages = range(placement.length)
     weights = [weight_of(stage) for stage in stages]
     totals = [torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for _ in stages]
     losses = {}
@@ -259,7 +262,7 @@ class Stale:
                 channels.meet(torch.zeros(1))
                 for number, step in enumerate(steps):
                     version = partial(self._version, rank, number)
-                    layers = _Versioned((rank,), self._p - 1, inputs[number * self._m :], version)
+                    layers = _Versioned((rank,), self._p, inputs[number * self._m :], version)
                     executor = Executor(placement, rank, layers, channels, carried=carried)
                     executor.run(step.table[rank])
                     carried = executor.leave(self._m)
@@ -285,8 +288,8 @@ class Stale:
 class _Versioned(Layers):
     """A rank's stage on the weights of each microbatch's batch."""
 
-    def __init__(self, stages: tuple[int, ...], last: int, inputs: Tensor, version: Callable[[int], Tensor]) -> None:
-        super().__init__(stages, last, inputs)
+    def __init__(self, stages: tuple[int, ...], length: int, inputs: Tensor, version: Callable[[int], Tensor]) -> None:
+        super().__init__(stages, length, inputs)
         self._version = version
 
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:

@@ -121,6 +121,11 @@ def test_slices_are_refused_where_training_refuses_them(changes, reason):
         of(replace(SLICED, **changes), LONG, 2**18)
 
 
+def test_a_schedule_that_nothing_trains_with_is_refused():
+    with pytest.raises(ValueError, match="dualpipe holds two copies of the model on the ranks"):
+        Parallel(tp=8, sp=True, pp=4, schedule="dualpipe")
+
+
 def test_more_slices_than_a_sequence_has_are_refused():
     for slices in (8, 10**12):
         with pytest.raises(ValueError, match="take at most 4 slices"):

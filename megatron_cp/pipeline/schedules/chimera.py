@@ -32,8 +32,11 @@ def chimera(p: int, m: int, v: int = 1, backward: int = 2, flight: int | None = 
 
 
 def chimera_zb(p: int, m: int, v: int = 1) -> list[list[Action]]:
-    """Split the backwards: I first, then F; W fills what is left. Idle (p / 2 - 1) T_F for equal times, peak p + 1."""
-    return _Play(p, m, {FORWARD: 1, INPUT: 1, WEIGHT: 1}, p, p + 1).orders()
+    """Split the backwards: I first, then F; W fills what is left. Peak p + 1.
+
+    Idle (p / 2 - 1) T_F for equal times with m = p or m >= 2p, but for p = 16 and m = 32 two units more.
+    """
+    return _Play(p, m, {FORWARD: 1, INPUT: 1, WEIGHT: 1}, p // 2, p + 1).orders()
 
 
 def shared_out(p: int, m: int) -> Schedule:
