@@ -42,6 +42,7 @@ from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.offload import Offload, balanced
 from megatron_cp.pipeline.passes import without_moves
 from megatron_cp.pipeline.placement import Placement, loop, vee
+from megatron_cp.pipeline.schedule import BadSchedule
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.pipeline.slices import flash_shares, fractions, shares
 from megatron_cp.pipeline.vocabulary import BARRIERS, with_head
@@ -407,6 +408,28 @@ def offload_row(name: str, p: int, m: int, v: int, moves: Offload | None) -> lis
     ]
 
 
+def two_pipes() -> str:
+    """Idle time and peak of schedules on two pipes and of the others beside them; F, I and W take one unit of time."""
+    sizes = ((4, 8), (8, 8), (8, 16), (8, 24), (16, 48))
+    head = ["schedule", "copies of the weights", *(f"p = {p}, m = {m}" for p, m in sizes)]
+    names = [rule.name for rule in SCHEDULES if rule.two_copies]
+    return table(head, (two_pipes_row(name, sizes) for name in ("1f1b", "izb", "zb-v", *names)))
+
+
+def two_pipes_row(name: str, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    copies = 2 if SCHEDULES.get(name).two_copies else 1
+    return [f"`{name}`", str(copies), *(idle_and_peak(name, p, m) for p, m in sizes)]
+
+
+def idle_and_peak(name: str, p: int, m: int) -> str:
+    try:
+        schedule = build(name, p, m)
+    except BadSchedule:
+        return "no table"
+    run = simulate(schedule, uniform(schedule.placement, (1.0, 1.0, 1.0, 0.0)))
+    return f"{run.makespan - run.work:g}, {max(run.peak):g}"
+
+
 def vocabulary() -> str:
     """Figures of 1F1B with an LM head on the last rank and over all ranks; F, I and W take one unit of time each."""
     head = ["p, m", "LM head, T_F", "ideal", "on the last rank", "peak", "1 barrier", "peak", "2 barriers", "peak"]
@@ -578,6 +601,7 @@ PARTS: dict[str, Callable[[], str]] = {
         outer_optimizers,
         schedule_costs,
         offload_costs,
+        two_pipes,
         vocabulary,
         pipeline_communicators,
         other_groups,
