@@ -48,7 +48,7 @@ def shared_out(p: int, m: int) -> Schedule:
 
 
 class _Choice(NamedTuple):
-    """What a free rank can take; the smallest goes first.
+    """A pass that a free rank can take; the smallest goes first.
 
     turn: backwards before forwards before W's
     left: stages that the microbatch still has before it in this direction; for a W, its number
