@@ -12,10 +12,10 @@ from megatron_cp.pipeline.simulate import hops
 
 def least_memory(placement: Placement, costs: Costs) -> float:
     """Return the smallest cap, in M_B, under which a step can end: one microbatch in all chunks of the fullest rank."""
-    kept: dict[tuple[int, int], float] = defaultdict(float)
+    kept: dict[tuple[int, int], list[float]] = defaultdict(list)
     for stage, rank in enumerate(placement.rank_of):
-        kept[placement.pipe_of(stage), rank] += costs.kept[stage]
-    return max(kept.values()) / costs.unit
+        kept[placement.pipe_of(stage), rank].append(costs.kept[stage])
+    return max(map(sum, kept.values())) / costs.unit
 
 
 def bound_of(schedule: Schedule, costs: Costs, caps: Sequence[float] | None = None) -> float:
