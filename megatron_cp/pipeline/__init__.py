@@ -35,7 +35,7 @@ class Rule:
     """One schedule.
 
     table:        (p, m, v) -> per rank the compute actions; None for `auto`, which also needs times and memory
-    placement:    loop or v; bidirectional where two copies of the model go through the ranks
+    placement:    loop or v; two-way where two copies of the model go through the ranks
     chunks:       the only v it supports, None where v is the user's choice
     usual:        the v it takes when none is given
     split:        True if it needs the backward split into I and W
@@ -295,7 +295,7 @@ SCHEDULES = Schedules(
             table=chimera.chimera,
             paper="arXiv:2107.06925",
             what="half of the microbatches go up the ranks, through a second copy of the model",
-            placement="bidirectional",
+            placement="two-way",
             split=False,
         ),
         Rule(
@@ -303,14 +303,14 @@ SCHEDULES = Schedules(
             table=chimera.chimera_zb,
             paper="arXiv:2107.06925 with arXiv:2401.10241",
             what="chimera, W fills the gaps",
-            placement="bidirectional",
+            placement="two-way",
         ),
         Rule(
             name="dualpipe",
             table=dualpipe.dualpipe,
             paper="arXiv:2412.19437, 3.2.1",
             what="zero bubble in both directions, through two copies of the model",
-            placement="bidirectional",
+            placement="two-way",
             overlaps=True,
         ),
         Rule(

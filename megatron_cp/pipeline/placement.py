@@ -64,7 +64,7 @@ def vee(p: int, v: int = 2) -> Placement:
     return Placement("v", tuple(rank for chunk in range(v) for rank in (down[::-1] if chunk % 2 else down)))
 
 
-def bidirectional(p: int, v: int = 1) -> Placement:
+def two_way(p: int, v: int = 1) -> Placement:
     """Put one copy of the model down the ranks and one up them, as Chimera (arXiv:2107.06925) and DualPipe do.
 
     Raises ValueError for an odd p.
@@ -75,8 +75,8 @@ def bidirectional(p: int, v: int = 1) -> Placement:
             "hold both copies of one stage; take zb-v"
         )
     down = loop(p, v).rank_of
-    return Placement("bidirectional", down + tuple(p - 1 - rank for rank in down), pipes=2)
+    return Placement("two-way", down + tuple(p - 1 - rank for rank in down), pipes=2)
 
 
 ONE_PIPE: dict[str, Callable[[int, int], Placement]] = {"loop": loop, "v": vee}
-PLACEMENTS: dict[str, Callable[[int, int], Placement]] = {**ONE_PIPE, "bidirectional": bidirectional}
+PLACEMENTS: dict[str, Callable[[int, int], Placement]] = {**ONE_PIPE, "two-way": two_way}

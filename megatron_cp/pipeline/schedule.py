@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import FORWARD, FULL, HEAD, INPUT, LENDERS, LOGITS_BACK, MOVES, Cell, flat, parse_cell
-from megatron_cp.pipeline.placement import ONE_PIPE, Placement, bidirectional
+from megatron_cp.pipeline.placement import ONE_PIPE, Placement, two_way
 
 HOST, PEER = "host", "peer"
 MOVE_TARGETS = (HOST, PEER)
@@ -120,7 +120,7 @@ def _barriers(table: Table, rank_of: tuple[int, ...]) -> int:
 def _named(rank_of: tuple[int, ...], p: int, two_pipes: bool) -> Placement:
     known = [make(p, len(rank_of) // p) for make in ONE_PIPE.values()]
     if two_pipes and p % 2 == 0:
-        known.insert(0, bidirectional(p, len(rank_of) // p // 2))
+        known.insert(0, two_way(p, len(rank_of) // p // 2))
     return next((placement for placement in known if placement.rank_of == rank_of), Placement("custom", rank_of))
 
 

@@ -51,7 +51,7 @@ def test_two_copies_of_the_model_in_words_and_in_json():
     words = "--schedule chimera-zb -p 4 -m 8 --sync-time 2"
     told = ask(*words.split())
     assert "copies       2 of the model; the makespan ends when their gradients are added up" in told
-    assert "placement bidirectional" in told
+    assert "placement two-way" in told
     assert "transfers    48" in told
     found = json.loads(ask(*words.split(), "--json"))
     assert (found["copies"], found["makespan"]) == (2, 29)
@@ -211,7 +211,7 @@ def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
         ("--schedule chimera -p 5 -m 8", "need an even number of ranks, got p = 5"),
         ("--schedule dualpipe -p 4 -m 9", "half of the microbatches go down the ranks and half go up, got m = 9"),
         ("--schedule chimera -p 4 -m 8 --sync-time=-1", "the time of a sync cannot be negative"),
-        ("--schedule auto -p 4 -m 8 --placement bidirectional", "unknown placement 'bidirectional'"),
+        ("--schedule auto -p 4 -m 8 --placement two-way", "unknown placement 'two-way'"),
         ("--schedule bpipe -p 4 -m 8 --pp-offload 2", "bpipe has a limit of its own, 3 chunks"),
     ],
 )

@@ -13,7 +13,7 @@ from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.execute import forward_only, lower
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.passes import add_reductions, add_transfers, check, merge
-from megatron_cp.pipeline.placement import Placement, bidirectional, vee
+from megatron_cp.pipeline.placement import Placement, two_way, vee
 from megatron_cp.pipeline.profile import lower_split
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule, parse
 from megatron_cp.pipeline.schedules.chimera import chimera, chimera_zb
@@ -35,7 +35,7 @@ PLAYED = slow_unless([(2, 4), (4, 8)], [(2, 4), (4, 8), (4, 10), (6, 14), (8, 16
 
 
 def run_of(p: int, m: int, orders: list, times: tuple[float, ...] = UNIT) -> SimulatedStep:
-    schedule = check(Schedule("two pipes", bidirectional(p), m, tuple(map(tuple, orders))))
+    schedule = check(Schedule("two pipes", two_way(p), m, tuple(map(tuple, orders))))
     return simulate(schedule, uniform(schedule.placement, times))
 
 
@@ -198,13 +198,13 @@ def test_sums_of_two_ranks_do_not_run_at_the_same_time() -> None:
 
 
 def test_a_head_lies_behind_the_last_stage_of_each_pipe() -> None:
-    costs = with_head(uniform(bidirectional(4), UNIT), 0.5, 4, pipes=2)
+    costs = with_head(uniform(two_way(4), UNIT), 0.5, 4, pipes=2)
     assert costs.forward == (1, 1, 1, 1.5) * 2
-    assert costs.work(bidirectional(4)) == [3 + 0.75, 3, 3, 3 + 0.75]
+    assert costs.work(two_way(4)) == [3 + 0.75, 3, 3, 3 + 0.75]
 
 
 def test_a_rank_of_two_pipes_keeps_one_microbatch_of_one_of_them_at_least() -> None:
-    assert least_memory(bidirectional(4), uniform(bidirectional(4), UNIT, (3.0, 2.0))) == 1.0
+    assert least_memory(two_way(4), uniform(two_way(4), UNIT, (3.0, 2.0))) == 1.0
 
 
 def test_moves_of_activations_go_with_two_pipes() -> None:
@@ -215,10 +215,10 @@ def test_moves_of_activations_go_with_two_pipes() -> None:
 
 
 def test_two_pipes_and_the_v_are_told_apart_by_their_microbatches() -> None:
-    assert bidirectional(4).rank_of == vee(4).rank_of
+    assert two_way(4).rank_of == vee(4).rank_of
     assert parse(build("zb-v", 4, 8).text()).placement == vee(4)
-    assert parse(build("chimera-zb", 4, 8).text()).placement == bidirectional(4)
-    assert bidirectional(2, 2) == Placement("bidirectional", (0, 1, 0, 1, 1, 0, 1, 0), pipes=2)
+    assert parse(build("chimera-zb", 4, 8).text()).placement == two_way(4)
+    assert two_way(2, 2) == Placement("two-way", (0, 1, 0, 1, 1, 0, 1, 0), pipes=2)
 
 
 # what is refused
@@ -264,5 +264,5 @@ def test_nothing_trains_with_two_copies(name: str, tmp_path) -> None:
 
 
 def test_auto_puts_its_stages_on_no_two_pipes() -> None:
-    with pytest.raises(ValueError, match="unknown placement 'bidirectional'; known: loop, v"):
-        place(SCHEDULES.get("auto"), 4, placement="bidirectional")
+    with pytest.raises(ValueError, match="unknown placement 'two-way'; known: loop, v"):
+        place(SCHEDULES.get("auto"), 4, placement="two-way")

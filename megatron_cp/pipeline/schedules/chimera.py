@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import FORWARD, FULL, INPUT, WEIGHT, Action
-from megatron_cp.pipeline.placement import bidirectional
+from megatron_cp.pipeline.placement import two_way
 from megatron_cp.pipeline.schedule import Schedule
 
 
@@ -41,7 +41,7 @@ def chimera_zb(p: int, m: int, v: int = 1) -> list[list[Action]]:
 
 def shared_out(p: int, m: int) -> Schedule:
     """Return the empty table of two pipes; raises ValueError for an odd p or m."""
-    where = bidirectional(p)
+    where = two_way(p)
     if m % 2:
         raise Refused(f"half of the microbatches go down the ranks and half go up, got m = {m}; take {m + 1}")
     return Schedule("two pipes", where, m, ())
