@@ -7,7 +7,7 @@ import pytest
 from tests.docs.pages import DOCS, TEXT, blocks
 from tests.ranks import run_ranks
 
-RANKS = {"own_loop.py": 2, "on_a_grid.py": 4, "packed.py": 2}
+RANKS = {"own_loop.py": 2, "on_a_grid.py": 4, "packed.py": 2, "frames.py": 2}
 
 
 def run_example(path: str) -> None:
