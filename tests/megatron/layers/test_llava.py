@@ -34,8 +34,10 @@ def config(heads: int, ranks: int, **changes: Any) -> TransformerConfig:
     )
 
 
-def arguments(ranks: int) -> dict[str, Any]:
-    language, vision, projection = config(4, ranks), config(2, 1), config(4, 1)
+def arguments(ranks: int, tensor: int = 1) -> dict[str, Any]:
+    sizes = {"tensor_model_parallel_size": tensor}
+    language = config(4, ranks, **sizes, sequence_parallel=tensor > 1)
+    vision, projection = config(2, 1, **sizes), config(4, 1, **sizes)
     vision.vision_model_type = "internvit"
     projection.ffn_hidden_size = 24
     specs = llava_specs(language, vision)
@@ -69,19 +71,20 @@ def batch(step: int) -> tuple[Any, ...]:
     return images, ids, torch.arange(text).expand(2, -1), None, labels, mask
 
 
-def trained(ranks: int) -> dict[str, Any]:
-    """Losses and gradient norms of three steps, and what is refused."""
+def trained(ranks: int, tensor: int = 1, steps: int = 3) -> dict[str, Any]:
+    """Losses and gradient norms of some steps, tiles that this rank encodes, and what is refused."""
     dist.init_process_group("gloo")
     with cpu_runtime():
-        parallel_state.initialize_model_parallel(context_parallel_size=ranks)
+        parallel_state.initialize_model_parallel(tensor, context_parallel_size=ranks)
         model_parallel_cuda_manual_seed(1)
         torch.manual_seed(1)
-        model = ContextParallelLLaVA(**arguments(ranks))
+        model = ContextParallelLLaVA(**arguments(ranks, tensor))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        found: dict[str, Any] = {"losses": [], "norms": [], "tokens": []}
-        for step in range(3):
+        found: dict[str, Any] = {"losses": [], "norms": [], "tokens": [], "tiles": []}
+        model.vision_model.register_forward_pre_hook(lambda _, args: found["tiles"].append(len(args[0])))
+        for step in range(steps):
             losses, mask = model(*batch(step))
-            if ranks == 1 and step == 0:
+            if ranks == tensor == 1 and step == 0:
                 # even lengths need no pads, and upstream's own forward takes them
                 assert_equal(LLaVAModel.forward(model, *batch(step)), (losses, mask))
             loss = (losses * mask).sum()
@@ -122,7 +125,10 @@ def refusals(model: ContextParallelLLaVA) -> list[str]:
 
 def test_llava_trains_on_two_ranks_as_on_one() -> None:
     (alone,) = run_ranks(1, trained, 1)
-    for found in run_ranks(2, trained, 2):
+    parts = run_ranks(2, trained, 2)
+    # one of one tile is encoded on each rank, by the first for the sake of its gradients: of zeros
+    assert [found["tiles"] for found in parts] == [[1, 1, 1], [2, 2, 1]]
+    for found in parts:
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
         for ours, theirs in zip(found["norms"], alone["norms"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
@@ -131,6 +137,14 @@ def test_llava_trains_on_two_ranks_as_on_one() -> None:
         packed, long = found["refused"]
         assert "deals tiles of whole samples in training, got imgs_sizes; leave it out, or use" in packed
         assert "do not fit into 12 tokens of a sequence, which has room for 12 of 15: no rank can take" in long
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_llava_under_sequence_parallelism_has_the_loss_of_one_rank(ranks: int) -> None:
+    (alone,) = run_ranks(1, trained, 1, 1, 1)
+    for found in run_ranks(2 * ranks, trained, ranks, 2, 1):
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
