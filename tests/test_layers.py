@@ -32,6 +32,7 @@ PURE = sorted(
         "megatron_cp.recipe.command",
         "megatron_cp.config",
         "megatron_cp.context",
+        "megatron_cp.context.frames",
         "megatron_cp.context.layouts",
         "megatron_cp.context.tiles",
         "megatron_cp.context.choose",

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_cp.comm import Fabric, values_of_all, word_of
 from megatron_cp.context.agreement import agree, refused_by_all
@@ -27,7 +26,7 @@ from megatron_cp.context.frames import (
     shares,
     tokens_of,
 )
-from megatron_cp.context.function import refuse_transforms
+from megatron_cp.context.function import differentiable_once, refuse_transforms
 from megatron_cp.context.inputs import check_dense
 from megatron_cp.context.layouts import Layout, PlannedLayout, layout, length
 from megatron_cp.context.plan import Plan, check_plan
@@ -233,7 +232,7 @@ class _Redeal(torch.autograd.Function):
         return tuple(rows)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (leaving,), (sends, recvs, count, uses) = ctx.saved_tensors, ctx.counts
         wanted = [grad for grad, want in zip(grads, ctx.wants, strict=True) if want]
