@@ -28,8 +28,8 @@ NAMED = sorted(
         for path in re.findall(r"(?<![\w./-])(?:scripts|configs|megatron_cp|docs|tests|patches)/[\w./-]*\w", text)
     }
 )
-FOREIGN = ("NamedTuple", "Protocol", "ValueError")
-"""Classes of Python's own."""
+FOREIGN = ("DeviceMesh", "NamedTuple", "None", "Protocol", "ValueError")
+"""Names of Python's and torch's own."""
 MADE = ("docs/_build",)
 """Folders that a command makes."""
 
