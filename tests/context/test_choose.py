@@ -32,10 +32,19 @@ def simulated(problem, cluster=H100):
     return sum(simulate(run, cluster).time for run in (trace.forward, trace.backward))
 
 
-@pytest.mark.parametrize("grid", [None, Grid(2, 2)], ids=str)
 @pytest.mark.parametrize(
-    ("causal", "window"),
-    slow_unless([(True, None)], [(True, None), (False, None), (True, (128, 0)), (False, (16, 16))]),
+    ("causal", "window", "grid"),
+    slow_unless(
+        [(True, None, Grid(2, 2))],
+        [
+            (True, None, Grid(2, 2)),
+            (True, None, None),
+            (False, None, Grid(2, 2)),
+            (True, (128, 0), None),
+            (False, (16, 16), Grid(2, 2)),
+        ],
+    ),
+    ids=str,
 )
 def test_first_and_second_are_the_fastest_of_all_that_take_the_problem(causal, window, grid):
     problem = replace(SHORT, causal=causal, window=window, grid=grid)
