@@ -4,6 +4,8 @@ from megatron_cp.quiet import without_import_warnings
 
 if __name__ == "__main__":
     without_import_warnings()
+    from megatron_cp.megatron.process.ending import ended_together
     from megatron_cp.megatron.process.launch import main
 
-    main()
+    with ended_together():
+        main()

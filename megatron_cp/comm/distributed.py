@@ -297,6 +297,11 @@ def connected(rank: int, size: int, port: int, device: torch.device) -> Iterator
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     assert dist.group.WORLD is not None
     yield GroupFabric(dist.group.WORLD)
+    leave_together()
+
+
+def leave_together() -> None:
+    """Wait for all processes of the run and end its groups."""
     dist.barrier()
     dist.destroy_process_group()
 

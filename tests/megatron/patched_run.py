@@ -4,7 +4,6 @@ Prints, from rank 0, one line of JSON: where Megatron lies, the hooks in force, 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import megatron.core
@@ -13,6 +12,7 @@ from megatron_cp.config import variable
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.process import pretrain
+from megatron_cp.megatron.process.ending import ended_together
 from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names
 
 
@@ -28,4 +28,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ended_together():
+        main()
