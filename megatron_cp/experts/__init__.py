@@ -1,4 +1,5 @@
-"""Registries of experts: how a rank multiplies the tokens of its experts, and how tokens travel to their experts.
+"""Registries of experts: how a rank multiplies the tokens of its experts, how tokens travel to them, and where copies
+of busy experts are placed.
 
 Pure: a way is imported with its first use.
 """
@@ -11,6 +12,7 @@ from megatron_cp.registry import Registry
 
 if TYPE_CHECKING:
     from megatron_cp.experts.product import GroupedProduct
+    from megatron_cp.experts.slots import Counts, SlotCosts, SlotPlan
 
 __all__ = [
     "AUTO",
@@ -18,11 +20,15 @@ __all__ = [
     "GROUPED_MM",
     "LOOP",
     "MEGATRONS",
+    "PLACEMENTS",
     "PRODUCTS",
     "TWO_HOP",
     "ExpertExchange",
+    "ExpertPlacement",
     "ExpertProduct",
 ]
+
+type Propose = "Callable[[SlotPlan, Counts, SlotCosts], SlotPlan]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,41 @@ class ExpertExchange:
     what: str
     messages: str
     aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlacement:
+    """One policy for the copies of experts in spare slots.
+
+    load: imports its `propose`, a pure function of the plan in force, the counts that it goes by, and costs
+    keep: share of what it went by before in what it goes by now
+    what: one line for tables
+    """
+
+    name: str
+    load: Callable[[], Propose]
+    keep: float
+    paper: str
+    what: str
+    aliases: tuple[str, ...] = ()
+
+
+def _fastermoe() -> Propose:
+    from megatron_cp.experts.fastermoe import propose
+
+    return propose
+
+
+def _flexmoe() -> Propose:
+    from megatron_cp.experts.flexmoe import propose
+
+    return propose
+
+
+def _lina() -> Propose:
+    from megatron_cp.experts.lina import propose
+
+    return propose
 
 
 def _grouped_mm() -> "type[GroupedProduct]":
@@ -118,6 +159,33 @@ EXCHANGES = Registry(
             what="the alltoall dispatcher, whose tokens travel inside their node first and then between nodes",
             messages="m - 1",
             aliases=("2dh",),
+        ),
+    ],
+)
+
+PLACEMENTS = Registry(
+    "placement of experts",
+    [
+        ExpertPlacement(
+            name="fastermoe",
+            load=_fastermoe,
+            keep=0.0,
+            paper="FasterMoE (PPoPP 2022)",
+            what="copies of the busiest experts on every rank, as many as are fastest for the last step's load",
+        ),
+        ExpertPlacement(
+            name="flexmoe",
+            load=_flexmoe,
+            keep=0.5,
+            paper="FlexMoE (arXiv:2304.03946)",
+            what="the plan in force, changed by expand, shrink and migrate while the load is uneven",
+        ),
+        ExpertPlacement(
+            name="lina",
+            load=_lina,
+            keep=0.9,
+            paper="Lina (USENIX ATC 2023)",
+            what="as many copies as an expert is popular in the mean of many steps, in all slots",
         ),
     ],
 )
