@@ -158,7 +158,7 @@ EXCHANGES = Registry(
             paper="Tutel (arXiv:2206.03382), DeepSpeed-MoE (arXiv:2201.05596)",
             what="the alltoall dispatcher, whose tokens travel inside their node first and then between nodes",
             messages="m - 1",
-            aliases=("2dh",),
+            aliases=("2dh", "deepspeed-moe"),
         ),
     ],
 )

@@ -23,7 +23,7 @@ from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import EXCHANGES, PRODUCTS
+from megatron_cp.experts import EXCHANGES, PRODUCTS, TWO_HOP
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
@@ -482,10 +482,29 @@ class ExpertFlags(_Flags):
         int,
     )
 
+    pieces: int = _flag(
+        1,
+        lambda: "N",
+        lambda: (
+            "Cut routed tokens into N pieces: while experts compute one, the next is on its way, forward and backward."
+        ),
+        int,
+    )
+
+    @property
+    def two_hops(self) -> bool:
+        """True if tokens travel inside nodes and then between them; ValueError for a name unknown."""
+        return EXCHANGES.get(self.comm_type).name == TWO_HOP
+
     @property
     def exchanges(self) -> bool:
         """True if tokens do not travel as Megatron's own dispatchers send them; ValueError for a name unknown."""
-        return EXCHANGES.get(self.comm_type).name != MEGATRONS_EXCHANGE
+        return self.two_hops or self.pieces != 1
+
+    @property
+    def exchange_node(self) -> int | None:
+        """Ranks that an exchange takes for a node: one where it has one hop; None where it asks."""
+        return self.ranks_per_node if self.two_hops else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,11 +71,16 @@ def test_flags_of_linears_go_the_same_way() -> None:
 
 
 def test_flags_of_experts_go_the_same_way() -> None:
-    words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4".split()
+    words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4 --moe-pieces 2".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
-    assert settings.experts == ExpertFlags(grouped_product="loop", comm_type="two-hop", ranks_per_node=4)
+    assert settings.experts == ExpertFlags(grouped_product="loop", comm_type="two-hop", ranks_per_node=4, pieces=2)
     settings.experts.copy_to(config)
-    assert vars(config) == {"moe_grouped_product": "loop", "moe_comm_type": "two-hop", "moe_ranks_per_node": 4}
+    assert vars(config) == {
+        "moe_grouped_product": "loop",
+        "moe_comm_type": "two-hop",
+        "moe_ranks_per_node": 4,
+        "moe_pieces": 2,
+    }
     assert ExpertFlags.of(config) == settings.experts
 
 

@@ -8,7 +8,7 @@ from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PRODUCTS
 from megatron_cp.experts.grouped_mm import ROW_BYTES
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import ExpertFlags, has_our_layers, say
+from megatron_cp.megatron.run import ExpertFlags, PipelineFlags, has_our_layers, say
 
 UNSUPPORTED = (
     Unsupported(
@@ -78,24 +78,59 @@ UNEXCHANGED = (
 )
 """Options that an exchange of ours does not serve."""
 
+UNCUT = (
+    Unsupported(
+        "inputs padded to a capacity, of which each piece would have another",
+        lambda args: bool(read(args, "moe_pad_expert_input_to_capacity", False)),
+        "leave --moe-pad-expert-input-to-capacity out",
+    ),
+    Unsupported(
+        "products in FP8 or FP4, whose scales count the calls of a layer",
+        lambda args: any(read(args, name) for name in ("fp8", "fp4")),
+        "leave --fp8-format and --fp4-format out",
+    ),
+    Unsupported(
+        "Megatron's own delay of weight gradients, which knows one call of a layer",
+        lambda args: bool(read(args, "delay_wgrad_compute", False)),
+        "leave --delay-wgrad-compute out",
+    ),
+    Unsupported(
+        "split schedules with transformer-engine's experts, which know one call of a layer",
+        lambda args: read(args, "transformer_impl", "local") != "local" and PipelineFlags.of(args).splits,
+        "pass --transformer-impl local, or a schedule without W",
+    ),
+    Unsupported(
+        "weights that data-parallel ranks share out",
+        shares_weights_out,
+        "use --use-distributed-optimizer",
+    ),
+    Unsupported(
+        "the offload of experts' activations",
+        lambda args: bool({"expert_fc1", "moe_act"} & set(read(args, "offload_modules") or ())),
+        "leave expert_fc1 and moe_act out of --offload-modules",
+    ),
+)
+"""Options that pieces do not serve."""
+
 
 def imply_dispatcher(args: Any) -> None:
     """Take the alltoall dispatcher, whose exchange is ours, instead of Megatron's default."""
     if ExpertFlags.of(args).exchanges and read(args, "moe_token_dispatcher_type") == "allgather":
         args.moe_token_dispatcher_type = "alltoall"
-        say(f"--moe-comm-type {args.moe_comm_type}: --moe-token-dispatcher-type alltoall")
+        say(f"{_asked(args)}: --moe-token-dispatcher-type alltoall")
 
 
 def check_exchange(args: Any) -> None:
     """Refuse what an exchange of ours cannot do; ValueError with the rule and a way out."""
-    flags = ExpertFlags.of(args)
-    who = f"--moe-comm-type {EXCHANGES.get(flags.comm_type).name}"
+    flags, who = ExpertFlags.of(args), _asked(args)
+    if flags.ranks_per_node is not None and not flags.two_hops:
+        raise Refused(
+            f"--moe-ranks-per-node {flags.ranks_per_node} is of an exchange between nodes; add --moe-comm-type "
+            "two-hop, or leave it out"
+        )
+    if flags.pieces < 1:
+        raise Refused(f"--moe-pieces must be at least 1, got {flags.pieces}")
     if not flags.exchanges:
-        if flags.ranks_per_node is not None:
-            raise Refused(
-                f"--moe-ranks-per-node {flags.ranks_per_node} is of an exchange between nodes; add --moe-comm-type "
-                "two-hop, or leave it out"
-            )
         return
     if not read(args, "num_experts"):
         raise Refused(f"{who} is of experts; add --num-experts, or leave it out")
@@ -109,7 +144,17 @@ def check_exchange(args: Any) -> None:
             "--spec megatron_cp.megatron.spec gpt_layer_spec"
         )
     refuse(UNEXCHANGED, args, who)
-    _check_nodes(args, flags.ranks_per_node)
+    if flags.pieces > 1:
+        refuse(UNCUT, args, f"--moe-pieces {flags.pieces}")
+    if flags.two_hops:
+        _check_nodes(args, flags.ranks_per_node)
+
+
+def _asked(args: Any) -> str:
+    flags = ExpertFlags.of(args)
+    if flags.two_hops or flags.pieces == 1:
+        return f"--moe-comm-type {EXCHANGES.get(flags.comm_type).name}"
+    return f"--moe-pieces {flags.pieces}"
 
 
 def _check_nodes(args: Any, per_node: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Megatron's all-to-all dispatcher with another exchange, and the layer of experts that has it."""
+"""Megatron's all-to-all dispatcher with another exchange or in pieces, and the layer of experts that has it."""
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -8,25 +8,28 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, maybe_move_tensor_to_cpu
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
+from megatron_cp.experts import MEGATRONS
 from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, sent_home, sent_there
 from megatron_cp.experts.nodes import ranks_of_a_node
+from megatron_cp.experts.pieces import PieceLoop, in_pieces
+from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import ExpertFlags
 
 
 class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
-    """Sends tokens and probabilities to their experts in two hops; all else is Megatron's.
+    """Sends tokens and probabilities to their experts in two hops, or one; all else is Megatron's.
 
     A rank needs the counts of all ranks of its node: they gather them, W numbers each, beside Megatron's own gather.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.exchange = TwoHopExchange(*hops_of(self.ep_group, ExpertFlags.of(self.config).ranks_per_node))
+        self.exchange = TwoHopExchange(*hops_of(self.ep_group, ExpertFlags.of(self.config).exchange_node))
         self._leaving: Any = None
         self._plan: HopPlan | None = None
 
@@ -39,9 +42,7 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
 
     def token_dispatch(self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens for this rank's experts and their probabilities, in order of the rank they come from."""
-        per_expert: Tensor = self.tokens_per_expert  # type: ignore[has-type]
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", per_expert)
-        self._plan = self.exchange.plan(*self._counts(len(permutated_local_input_tokens)))
+        self._plan = self.planned(len(permutated_local_input_tokens))
         return (
             sent_there(self.exchange, self._plan, permutated_local_input_tokens),
             sent_there(self.exchange, self._plan, permuted_probs),
@@ -52,8 +53,16 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
         assert self._plan is not None, "tokens come home after they were sent"
         return sent_home(self.exchange, self._plan, hidden_states)
 
+    def planned(self, rows: int) -> HopPlan:
+        """Return the plan for so many rows of this rank, once the host has their counts."""
+        per_expert: Tensor = self.tokens_per_expert  # type: ignore[has-type]
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", per_expert)
+        return self.exchange.plan(*self._counts(rows))
+
     def describe(self) -> str:
         """Return how the ranks of a group lie on nodes."""
+        if not ExpertFlags.of(self.config).two_hops:
+            return MEGATRONS
         nodes, per_node = self.exchange.between.size, self.exchange.inside.size
         if nodes == 1:
             return f"two-hop, {per_node} ranks on one node, which is Megatron's exchange"
@@ -76,6 +85,70 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
         return result
 
 
+class PieceDispatcher(MoETokenDispatcher):
+    """Cuts routed tokens into pieces, each with a dispatcher of its own, and sends them while experts compute others.
+
+    The counts of all pieces are gathered and their tokens sorted before the first leaves.
+    """
+
+    def __init__(self, parts: Sequence[TwoHopDispatcher], pg_collection: Any) -> None:
+        super().__init__(parts[0].config, pg_collection)
+        self.parts, self.exchange = parts, parts[0].exchange
+        self._shape = torch.Size()
+
+    def dispatch_preprocess(  # type: ignore[override]
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return rows and probabilities of each piece, in order of the expert that they are for."""
+        self._shape = hidden_states.shape
+        whole = (hidden_states.reshape(-1, self._shape[-1]), routing_map, probs)
+        pieces = zip(*(each.tensor_split(len(self.parts)) for each in whole), strict=True)
+        found = [part.dispatch_preprocess(*piece) for part, piece in zip(self.parts, pieces, strict=True)]
+        return [rows for rows, _ in found], [of_rows for _, of_rows in found]
+
+    def token_dispatch(self, hidden_states: Any, probs: Any) -> Any:
+        """Return what it is given: pieces leave in `through`."""
+        return hidden_states, probs
+
+    def through(self, experts: Any, rows: Sequence[Tensor], probs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return what the experts of all ranks have made of the rows of each piece."""
+        loop = PieceLoop(
+            self.exchange,
+            [part.planned(len(each)) for part, each in zip(self.parts, rows, strict=True)],
+            [partial(_compute, part, experts) for part in self.parts],
+            torch.is_grad_enabled(),
+        )
+        return in_pieces(loop, rows, probs, _weights_in_autograd(experts))
+
+    def token_combine(self, hidden_states: Any) -> Any:
+        """Return what it is given: pieces have come home in `through`."""
+        return hidden_states
+
+    def combine_postprocess(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """Return the tokens of all pieces in their order."""
+        pairs = zip(self.parts, hidden_states, strict=True)
+        return torch.cat([part.combine_postprocess(rows) for part, rows in pairs]).view(self._shape)
+
+    def describe(self) -> str:
+        """Return the exchange of each piece and their number."""
+        return f"{self.parts[0].describe()}, in {len(self.parts)} pieces"
+
+
+def _compute(part: TwoHopDispatcher, experts: Any, rows: Tensor, probs: Tensor) -> Tensor:
+    x, sizes, of_rows = part.dispatch_postprocess(rows, probs)
+    output, bias = experts(x, sizes, of_rows)
+    assert bias is None, "experts add their biases themselves"
+    result: Tensor = part.combine_preprocess(output)
+    return result
+
+
+def _weights_in_autograd(experts: Any) -> list[Tensor]:
+    """Return the parameters whose gradients are not left to the queue of a split schedule, which takes matrices."""
+    queue = bound_queue()
+    queued = queue is not None and queue.open
+    return [weight for weight in experts.parameters() if weight.requires_grad and not (queued and weight.dim() > 1)]
+
+
 class ExchangingLayer(MoELayer):
     """Megatron's layer of experts with our exchange, where several ranks share the experts."""
 
@@ -85,9 +158,19 @@ class ExchangingLayer(MoELayer):
         if not isinstance(stock, MoEAlltoAllTokenDispatcher) or stock.ep_size == 1:
             return
         groups = kwargs.get("pg_collection") or get_default_pg_collection()
-        self.token_dispatcher = TwoHopDispatcher(
-            self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=groups
-        )
+        parts = [
+            TwoHopDispatcher(
+                self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=groups
+            )
+            for _ in range(ExpertFlags.of(self.config).pieces)
+        ]
+        self.token_dispatcher = parts[0] if len(parts) == 1 else PieceDispatcher(parts, groups)
+
+    def routed_experts_compute(self, hidden_states: Any, probs: Any) -> Any:
+        """Return the experts' outputs and no bias; with pieces they have come home already."""
+        if isinstance(self.token_dispatcher, PieceDispatcher):
+            return self.token_dispatcher.through(self.experts, hidden_states, probs), None
+        return super().routed_experts_compute(hidden_states, probs)
 
 
 def exchanging(mlp: Any, config: Any) -> Any:
@@ -104,7 +187,7 @@ def connect_experts(config: Any) -> None:
         return
     group = parallel_state.get_expert_model_parallel_group()
     if group.size() > 1:
-        hops_of(group, flags.ranks_per_node)
+        hops_of(group, flags.exchange_node)
 
 
 # a model has one group of ranks that share its experts

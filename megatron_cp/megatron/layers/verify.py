@@ -13,7 +13,7 @@ from torch import nn
 from megatron_cp.comm import fabric_of, values_of_all
 from megatron_cp.errors import CannotRun
 from megatron_cp.experts import TWO_HOP
-from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, TwoHopDispatcher
+from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, PieceDispatcher, TwoHopDispatcher
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
@@ -154,16 +154,19 @@ def verify_exchange(models: Iterable[nn.Module]) -> list[str]:
     ]
     if foreign := [name for name, module in layers if not isinstance(module, ExchangingLayer)]:
         raise CannotRun(
-            f"some layers keep Megatron's exchange beside --moe-comm-type: {', '.join(foreign)}; check --spec"
+            f"some layers keep Megatron's exchange beside --moe-comm-type or --moe-pieces: {', '.join(foreign)}; "
+            "check --spec"
         )
-    found = {layer.token_dispatcher for _, layer in layers}
-    return sorted(
-        {
-            "exchange of experts: "
-            + (each.describe() if isinstance(each, TwoHopDispatcher) else f"{TWO_HOP}, one rank, which has all experts")
-            for each in found
-        }
-    )
+    return sorted({f"exchange of experts: {_exchange_of(layer)}" for _, layer in layers})
+
+
+def _exchange_of(layer: MoELayer) -> str:
+    dispatcher = layer.token_dispatcher
+    if isinstance(dispatcher, (TwoHopDispatcher, PieceDispatcher)):
+        return dispatcher.describe()
+    flags = ExpertFlags.of(layer.config)
+    asked = TWO_HOP if flags.two_hops else f"{flags.pieces} pieces"
+    return f"{asked}, one rank, which has all experts"
 
 
 def _local_and_grouped(config: Any) -> bool:
