@@ -200,22 +200,25 @@ def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, s
 
 
 EP4 = "--expert-model-parallel-size 4 --global-batch-size 8"
-TWO_HOPS = "--moe-comm-type two-hop"
+TWO_HOPS = "--moe-comm-type two-hop --moe-ranks-per-node 2"
 SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 0.5"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "flags", "said"),
+    ("ranks", "flags", "alike", "said", "calls"),
     [
-        (2, EP2, "", "two-hop, 2 ranks on one node, which is Megatron's exchange"),
-        (4, EP4, f"--moe-ranks-per-node 2 {SHARED}", "two-hop, 2 nodes of 2"),
+        (2, f"{EP2} {GROUPED} {OVERLAPPED} --moe-pieces 2", (1,), "megatron, in 2 pieces", 2),
+        (4, f"{PP2} {EP2} --moe-pieces 2", (2, PP2), "megatron, in 2 pieces", 4),
+        (4, f"{EP4} {SHARED} {TWO_HOPS}", (4, EP4, SHARED), "two-hop, 2 nodes of 2", 1),
+        (4, f"{EP4} {SHARED} {TWO_HOPS} --moe-pieces 3", (4, EP4, SHARED), "two-hop, 2 nodes of 2, in 3 pieces", 3),
     ],
-    ids=["EP 2 on one node", "EP 4, shared experts, tokens dropped"],
+    ids=["pieces, overlapped", "pieces, zb-h1", "two hops, shared experts, tokens dropped", "the same in pieces"],
 )
-def test_two_hops_train_as_megatrons_own_exchange(apart, ranks, parallel, flags, said):
-    found = run(ranks, parallel, TWO_HOPS, flags)
-    assert_equal(found[0].log, apart(ranks, parallel, SHARED) if flags else apart(1))
-    # tokens and probabilities there, tokens home, and as much backward, of 2 layers in 4 iterations
-    assert {each.exchanged for each in found} == {6 * 2 * 4}
-    assert found[0].banner == (f"[megatron-cp] exchange of experts: {said}",)
+def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags, alike, said, calls):
+    found = run(ranks, flags)
+    assert_equal(found[0].log, apart(*alike))
+    # tokens and probabilities there, tokens home, and as much backward, of 2 layers in 4 iterations; `calls` for the
+    # pieces of all microbatches
+    assert {each.exchanged for each in found} == {6 * 2 * 4 * calls}
+    assert f"[megatron-cp] exchange of experts: {said}" in {line for each in found for line in each.banner}

@@ -103,6 +103,7 @@ EXCHANGED = {
     "world_size": 16,
     "expert_model_parallel_size": 8,
 }
+PIECES = {"moe_comm_type": "megatron", "moe_pieces": 2}
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,14 @@ EXCHANGED = {
         {"moe_ranks_per_node": 2, "expert_tensor_parallel_size": 2, "expert_model_parallel_size": 4},
         {"moe_ranks_per_node": 3, "expert_model_parallel_size": 1},
         {"transformer_impl": "transformer_engine", "moe_grouped_gemm": False},
+        {"moe_comm_type": "deepspeed-moe", "moe_pieces": 4},
+        # nodes are of no interest
+        {**PIECES, "expert_model_parallel_size": 3},
+        {**PIECES, "pp_schedule": "zb-h1", "moe_expert_capacity_factor": 1.0},
+        {**PIECES, "transformer_impl": "transformer_engine", "pp_schedule": "1f1b"},
     ],
 )
-def test_two_hops_that_work_are_taken(given):
+def test_two_hops_and_pieces_that_work_are_taken(given):
     check_exchange(SimpleNamespace(**{**EXCHANGED, **given}))
 
 
@@ -140,26 +146,38 @@ def test_two_hops_that_work_are_taken(given):
         ({"moe_ranks_per_node": 0}, "--moe-ranks-per-node must be at least 1, got 0"),
         ({"moe_ranks_per_node": 3}, "on each node, got 1 and 2 and 3; change --expert-model-parallel-size"),
         ({"moe_ranks_per_node": 12}, "on each node, got 4 and 8; change"),
+        ({"moe_pieces": 0}, "--moe-pieces must be at least 1, got 0"),
+        ({"moe_comm_type": "megatron", "moe_pieces": 0}, "--moe-pieces must be at least 1, got 0"),
+        ({**PIECES, "num_experts": None}, "--moe-pieces 2 is of experts; add --num-experts, or leave it out"),
+        ({**PIECES, "moe_ranks_per_node": 4}, "add --moe-comm-type two-hop, or leave it out"),
+        ({**PIECES, "moe_shared_expert_overlap": True}, "--moe-pieces 2 does not do the overlap of shared experts"),
+        ({"moe_pieces": 2, "moe_pad_expert_input_to_capacity": True}, "leave --moe-pad-expert-input-to-capacity out"),
+        ({**PIECES, "fp8": "hybrid"}, "leave --fp8-format and --fp4-format out"),
+        ({**PIECES, "delay_wgrad_compute": True}, "leave --delay-wgrad-compute out"),
+        ({**PIECES, "transformer_impl": "transformer_engine", "pp_schedule": "zb-h1"}, "or a schedule without W"),
+        ({**PIECES, "use_torch_fsdp2": True}, "use --use-distributed-optimizer"),
+        ({**PIECES, "offload_modules": ["moe_act"]}, "leave expert_fc1 and moe_act out of --offload-modules"),
     ],
 )
-def test_two_hops_that_do_not_work_are_refused_with_a_way_out(given, message):
+def test_two_hops_and_pieces_that_do_not_work_are_refused_with_a_way_out(given, message):
     with pytest.raises(ValueError, match=message) as refused:
         check_exchange(SimpleNamespace(**{**EXCHANGED, **given}))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("asked", "given", "taken"),
+    ("asked", "pieces", "given", "taken", "who"),
     [
-        ("two-hop", "allgather", "alltoall"),
-        ("two-hop", "flex", "flex"),
-        ("megatron", "allgather", "allgather"),
+        ("two-hop", 1, "allgather", "alltoall", "--moe-comm-type two-hop"),
+        ("2dh", 2, "allgather", "alltoall", "--moe-comm-type two-hop"),
+        ("megatron", 2, "allgather", "alltoall", "--moe-pieces 2"),
+        ("two-hop", 1, "flex", "flex", None),
+        ("megatron", 1, "allgather", "allgather", None),
     ],
 )
-def test_an_exchange_implies_the_alltoall_dispatcher(asked, given, taken, capsys):
-    args = SimpleNamespace(moe_comm_type=asked, moe_token_dispatcher_type=given)
+def test_an_exchange_implies_the_alltoall_dispatcher(asked, pieces, given, taken, who, capsys):
+    args = SimpleNamespace(moe_comm_type=asked, moe_pieces=pieces, moe_token_dispatcher_type=given)
     imply_dispatcher(args)
     assert args.moe_token_dispatcher_type == taken
-    assert ("--moe-comm-type two-hop: --moe-token-dispatcher-type alltoall" in capsys.readouterr().out) == (
-        taken == "alltoall"
-    )
+    said = capsys.readouterr().out
+    assert f"{who}: --moe-token-dispatcher-type alltoall" in said if who else not said
