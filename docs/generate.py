@@ -29,7 +29,7 @@ from megatron_cp.context.trace.merge_cost import merge_cost
 from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.simulate import simulate as simulate_pass
 from megatron_cp.context.trace.stretch import stretching
-from megatron_cp.experts import EXCHANGES, PRODUCTS
+from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.kernels import KERNELS
@@ -193,6 +193,11 @@ def exchanges() -> str:
     head = ["--moe-comm-type", "what it does", "messages to other nodes", "source"]
     rows = (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.messages, one.paper] for one in EXCHANGES)
     return table(head, rows)
+
+
+def placements() -> str:
+    head = ["plan-experts --policy", "what it does", "source", "file"]
+    return table(head, ([f"`{one.name}`", one.what, one.paper, linked(file_of(one.load()))] for one in PLACEMENTS))
 
 
 def outer_optimizers() -> str:
@@ -598,6 +603,7 @@ PARTS: dict[str, Callable[[], str]] = {
         products,
         experts,
         exchanges,
+        placements,
         outer_optimizers,
         schedule_costs,
         offload_costs,

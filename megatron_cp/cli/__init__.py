@@ -21,6 +21,7 @@ from megatron_cp.cli import (
     listing,
     plan,
     plan_batches,
+    plan_experts,
     render,
     report,
     simulate,
@@ -53,6 +54,7 @@ app.command("trace")(trace.trace)
 app.command("estimate", context_settings=ANYWHERE)(estimate.estimate)
 app.command("plan")(plan.plan)
 app.command("plan-batches")(plan_batches.plan_batches)
+app.command("plan-experts")(plan_experts.plan_experts)
 app.command("calibrate")(calibrate.calibrate)
 app.command("critical-path")(critical_path.show)
 app.command("inspect")(inspect.inspect)

@@ -1,0 +1,80 @@
+"""`megatron-cp plan-experts`: the load of ranks before and after copies of busy experts, by each policy."""
+
+import json
+import random
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cp.errors import Refused
+from megatron_cp.experts import PLACEMENTS
+from megatron_cp.experts.load import zipf
+from megatron_cp.hardware.cluster_file import load_cluster
+
+BEFORE = "none"
+
+
+def plan_experts(
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")] = 64,
+    ranks: Annotated[
+        int, typer.Option("--ranks", "--expert-model-parallel-size", min=1, help="Ranks that share them.")
+    ] = 8,
+    spare: Annotated[int, typer.Option(min=0, help="Slots of a rank beside its own experts.")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="Tokens of all ranks, each as often as routed.")] = 131072,
+    skew: Annotated[float, typer.Option(min=0, help="Exponent of Zipf's law; 0 for equal loads.")] = 1.2,
+    seed: Annotated[
+        int | None, typer.Option(help="Which experts are the busy ones; by default the first, all on the first ranks.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 4096,
+    ffn: Annotated[int, typer.Option(min=1, help="Width of an expert.")] = 1536,
+    cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")] = "dgx-h100",
+    policy: Annotated[str, typer.Option(help=f"With commas; all by default: {', '.join(PLACEMENTS.names)}.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of a table.")] = False,
+) -> None:
+    """Place copies of busy experts by each policy, and print the load of the ranks before and after.
+
+    Loads follow Zipf's law, and tokens of all ranks choose alike. Nothing is run; times are a layer's, forward and
+    backward, from the rates of the cluster.
+    """
+    from megatron_cp.experts.slot_costs import copy_bytes, slot_costs
+    from megatron_cp.experts.slots import SlotPlan, Slots, load_of
+
+    if experts % ranks:
+        raise Refused(f"--experts must be a multiple of --ranks {ranks}, got {experts}; change one of them")
+    names = [PLACEMENTS.get(name).name for name in policy.replace(",", " ").split()] or PLACEMENTS.names
+    loads = zipf(experts, rows, skew)
+    if seed is not None:
+        random.Random(seed).shuffle(loads)
+    counts = [[each / ranks for each in loads] for _ in range(ranks)]
+    costs = slot_costs(hidden, ffn, ranks, load_cluster(cluster))
+    empty = SlotPlan.empty(Slots(experts, ranks, spare))
+    plans = {BEFORE: empty} | {name: PLACEMENTS.get(name).load()(empty, counts, costs) for name in names}
+    found = []
+    for name, plan in plans.items():
+        load = load_of(plan, counts)
+        lent = max(*load.lends, *load.hosts) * copy_bytes(hidden, ffn)
+        found.append(
+            {
+                "policy": name,
+                "copies": plan.copies,
+                "uneven": load.uneven,
+                "sent_rows": sum(load.leaving),
+                "lent_bytes": lent,
+                "seconds": load.seconds(costs),
+                "digest": plan.digest,
+                "guests": [list(guests) for guests in plan.guests],
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    title = f"{experts} experts on {ranks} ranks of {cluster} with {spare} spare slots each, {rows:,} rows"
+    table = Table("policy", title=f"{title}, Zipf {skew:g}, h = {hidden}, f = {ffn}", title_justify="left")
+    for column in ("copies", "busiest / mean", "rows sent", "most MB of copies", "ms"):
+        table.add_column(column, justify="right")
+    for row in found:
+        cells = (f"{row['copies']}", f"{row['uneven']:.2f}", f"{row['sent_rows']:,.0f}")
+        table.add_row(row["policy"], *cells, f"{row['lent_bytes'] / 1e6:.0f}", f"{row['seconds'] * 1e3:.3g}")
+    Console().print(table)
