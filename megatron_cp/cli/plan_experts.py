@@ -64,7 +64,7 @@ def plan_experts(
                 "lent_bytes": lent,
                 "seconds": load.seconds(costs),
                 "digest": plan.digest,
-                "guests": [list(guests) for guests in plan.guests],
+                "hosted": [list(hosted) for hosted in plan.hosted],
             }
         )
     if as_json:

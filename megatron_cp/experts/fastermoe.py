@@ -20,7 +20,7 @@ def propose(plan: SlotPlan, counts: Counts, costs: SlotCosts) -> SlotPlan:
         # among equals the lowest number
         chosen = max(able, key=lambda expert: (load.rows[plan.slots.home(expert)], rows[expert], -expert))
         for rank in _others(found, chosen):
-            found = found.with_guest(chosen, rank)
+            found = found.with_copy(chosen, rank)
         load = load_of(found, counts)
         if (seconds := load.seconds(costs)) < fastest:
             best, fastest = found, seconds

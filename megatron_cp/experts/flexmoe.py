@@ -7,7 +7,7 @@ rank one more copy, in a free slot or in the place of another copy; shrink takes
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megatron_cp.experts.slots import Counts, Load, SlotCosts, SlotPlan, expert_load, load_of
+from megatron_cp.experts.slots import Counts, SlotCosts, SlotLoad, SlotPlan, expert_load, load_of
 
 EVEN = 1.05
 """Rows of the busiest rank over the mean, up to which the plan is left as it is."""
@@ -16,7 +16,7 @@ PATIENCE = 1000
 """Changes that are looked at without a faster plan before the way ends."""
 
 
-class _Change(NamedTuple):
+class SlotChange(NamedTuple):
     """A copy that comes, where an expert is named, and one that goes."""
 
     comes: tuple[int, int] | None
@@ -29,13 +29,13 @@ def propose(plan: SlotPlan, counts: Counts, costs: SlotCosts) -> SlotPlan:
     The way goes on through plans that are slower, for a while (PATIENCE), and comes to none twice.
     """
     load, seen, without = load_of(plan, counts), {plan}, 0
-    best, lowest = plan, _rank(load, costs)
+    best, lowest = plan, _key(load, costs)
     if load.uneven <= EVEN:
         return plan
     while without < PATIENCE:
         ways = ((change, _applied(plan, change)) for change in _changes(plan, load))
         moves = [
-            (_rank(changed, costs), number, after, changed)
+            (_key(changed, costs), number, after, changed)
             for number, (change, after) in enumerate(ways)
             if after not in seen and (changed := _loaded(plan, after, load, counts, change))
         ]
@@ -49,41 +49,41 @@ def propose(plan: SlotPlan, counts: Counts, costs: SlotCosts) -> SlotPlan:
     return best
 
 
-def _rank(load: Load, costs: SlotCosts) -> tuple[float, float]:
+def _key(load: SlotLoad, costs: SlotCosts) -> tuple[float, float]:
     """Return what a move has to lower; where two ranks are the busiest, the one of them that it helps counts too."""
     # sums and differences of fractions are equal but for rounding
     return float(f"{load.seconds(costs):.9g}"), float(f"{sum(rows * rows for rows in load.rows):.9g}")
 
 
-def _changes(plan: SlotPlan, load: Load) -> Iterator[_Change]:
+def _changes(plan: SlotPlan, load: SlotLoad) -> Iterator[SlotChange]:
     ranks = range(plan.slots.ranks)
-    copies = [(guest, rank) for rank in ranks for guest in plan.guests[rank]]
+    copies = [(other, rank) for rank in ranks for other in plan.hosted[rank]]
     for copy in copies:
-        yield _Change(None, copy)
+        yield SlotChange(None, copy)
     for expert in _concerned(plan, load):
         for rank in ranks:
             if plan.takes(expert, rank):
-                yield _Change((expert, rank), None)
-            for guest, where in copies:
-                freed = where == rank and expert not in plan.guests[rank] and plan.slots.home(expert) != rank
-                moved = guest == expert and plan.takes(expert, rank)
+                yield SlotChange((expert, rank), None)
+            for other, where in copies:
+                freed = where == rank and expert not in plan.hosted[rank] and plan.slots.home(expert) != rank
+                moved = other == expert and plan.takes(expert, rank)
                 if freed or moved:
-                    yield _Change((expert, rank), (guest, where))
+                    yield SlotChange((expert, rank), (other, where))
 
 
-def _concerned(plan: SlotPlan, load: Load) -> list[int]:
+def _concerned(plan: SlotPlan, load: SlotLoad) -> list[int]:
     """Return the experts of the rank that computes most and of the one that most rows come to."""
     busiest, drawing = (column.index(max(column)) for column in (load.rows, load.arriving))
     return [expert for expert in range(plan.slots.experts) if {busiest, drawing} & {*plan.hosts(expert)}]
 
 
-def _applied(plan: SlotPlan, change: _Change) -> SlotPlan:
+def _applied(plan: SlotPlan, change: SlotChange) -> SlotPlan:
     if change.goes:
-        plan = plan.without_guest(*change.goes)
-    return plan.with_guest(*change.comes) if change.comes else plan
+        plan = plan.without_copy(*change.goes)
+    return plan.with_copy(*change.comes) if change.comes else plan
 
 
-def _loaded(plan: SlotPlan, after: SlotPlan, load: Load, counts: Counts, change: _Change) -> Load:
+def _loaded(plan: SlotPlan, after: SlotPlan, load: SlotLoad, counts: Counts, change: SlotChange) -> SlotLoad:
     """Return the load after a change, of whose experts alone it is computed."""
     for expert in sorted({copy[0] for copy in change if copy}):
         load = load.plus(expert_load(counts, expert, plan.hosts(expert)), -1)

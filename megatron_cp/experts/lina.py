@@ -28,6 +28,6 @@ def propose(plan: SlotPlan, counts: Counts, costs: SlotCosts) -> SlotPlan:
             if not able:
                 break
             rank = min(able, key=lambda rank: (load[rank], rank))
-            found = found.with_guest(expert, rank)
+            found = found.with_copy(expert, rank)
             load[rank] += rows[expert] / numbers[expert]
     return found

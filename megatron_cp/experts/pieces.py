@@ -18,7 +18,7 @@ from megatron_cp.experts.exchange import HopPlan, TwoHopExchange
 Tensors = tuple[Tensor, ...]
 
 
-class Flight(NamedTuple):
+class RowsOnTheWay(NamedTuple):
     """Rows on their way; `over` is None where they have arrived."""
 
     rows: Tensors
@@ -34,16 +34,16 @@ class Flight(NamedTuple):
         return self.rows
 
 
-def started(send: Callable[[Tensor], Tensor], rows: Tensors) -> Flight:
+def started(send: Callable[[Tensor], Tensor], rows: Tensors) -> RowsOnTheWay:
     """Send rows beside what is computed: on a GPU on one stream, in the order of these calls; elsewhere at once."""
     if not rows[0].is_cuda:
-        return Flight(tuple(send(each) for each in rows))
+        return RowsOnTheWay(tuple(send(each) for each in rows))
     stream = _stream(rows[0].device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for each in rows:
             each.record_stream(stream)
-        return Flight(tuple(send(each) for each in rows), stream.record_event())
+        return RowsOnTheWay(tuple(send(each) for each in rows), stream.record_event())
 
 
 @lru_cache(8)
@@ -53,9 +53,9 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def in_turn(
     pieces: int,
-    there: Callable[[int], Flight],
+    there: Callable[[int], RowsOnTheWay],
     compute: Callable[[int, Tensors], Tensors],
-    home: Callable[[int, Tensors], Flight],
+    home: Callable[[int, Tensors], RowsOnTheWay],
 ) -> list[Tensors]:
     """Return what comes home of each piece.
 
@@ -83,11 +83,11 @@ class PieceLoop(NamedTuple):
     experts: Sequence[Callable[[Tensor, Tensor], Tensor]]
     keeps: bool
 
-    def there(self, piece: int, rows: Tensors) -> Flight:
+    def there(self, piece: int, rows: Tensors) -> RowsOnTheWay:
         """Start the way to the experts."""
         return started(partial(self.exchange.there, plan=self.plans[piece]), rows)
 
-    def home(self, piece: int, rows: Tensors) -> Flight:
+    def home(self, piece: int, rows: Tensors) -> RowsOnTheWay:
         """Start the way back."""
         return started(partial(self.exchange.home, plan=self.plans[piece]), rows)
 

@@ -1,4 +1,4 @@
-"""What rows and copies of experts cost on a cluster."""
+"""Costs of rows and of copies of experts on a cluster."""
 
 from megatron_cp.experts.slots import SlotCosts
 from megatron_cp.hardware.cluster import Cluster

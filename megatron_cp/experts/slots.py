@@ -28,11 +28,11 @@ class Slots(NamedTuple):
 class SlotPlan(NamedTuple):
     """Where copies of experts are.
 
-    guests: for each rank, the experts of others that it hosts, in the order of their numbers
+    hosted: for each rank, the experts of others that it hosts, in the order of their numbers
     """
 
     slots: Slots
-    guests: tuple[tuple[int, ...], ...]
+    hosted: tuple[tuple[int, ...], ...]
 
     @classmethod
     def empty(cls, slots: Slots) -> "SlotPlan":
@@ -47,28 +47,28 @@ class SlotPlan(NamedTuple):
     @property
     def copies(self) -> int:
         """Copies on all ranks."""
-        return sum(map(len, self.guests))
+        return sum(map(len, self.hosted))
 
     def hosts(self, expert: int) -> tuple[int, ...]:
         """Return the ranks that have an expert: its own, and those that host it."""
-        others = (rank for rank, guests in enumerate(self.guests) if expert in guests)
+        others = (rank for rank, hosted in enumerate(self.hosted) if expert in hosted)
         return (self.slots.home(expert), *others)
 
-    def with_guest(self, expert: int, rank: int) -> "SlotPlan":
+    def with_copy(self, expert: int, rank: int) -> "SlotPlan":
         """Return the plan with one more copy."""
-        return self._changed(rank, tuple(sorted((*self.guests[rank], expert))))
+        return self._changed(rank, tuple(sorted((*self.hosted[rank], expert))))
 
-    def without_guest(self, expert: int, rank: int) -> "SlotPlan":
+    def without_copy(self, expert: int, rank: int) -> "SlotPlan":
         """Return the plan with one copy less."""
-        return self._changed(rank, tuple(guest for guest in self.guests[rank] if guest != expert))
+        return self._changed(rank, tuple(other for other in self.hosted[rank] if other != expert))
 
     def takes(self, expert: int, rank: int) -> bool:
         """Return True if a rank has a free slot and has the expert in none."""
-        guests = self.guests[rank]
-        return len(guests) < self.slots.spare and expert not in guests and self.slots.home(expert) != rank
+        hosted = self.hosted[rank]
+        return len(hosted) < self.slots.spare and expert not in hosted and self.slots.home(expert) != rank
 
-    def _changed(self, rank: int, guests: tuple[int, ...]) -> "SlotPlan":
-        return self._replace(guests=(*self.guests[:rank], guests, *self.guests[rank + 1 :]))
+    def _changed(self, rank: int, hosted: tuple[int, ...]) -> "SlotPlan":
+        return self._replace(hosted=(*self.hosted[:rank], hosted, *self.hosted[rank + 1 :]))
 
 
 class SlotCosts(NamedTuple):
@@ -84,9 +84,12 @@ class SlotCosts(NamedTuple):
     lent: float
 
 
-class Load(NamedTuple):
-    """What each rank has to do for some experts: rows that it computes, sends away and gets from others; copies that
-    it lends and hosts.
+class SlotLoad(NamedTuple):
+    """Work of each rank for some experts.
+
+    rows:              that it computes
+    leaving, arriving: rows that it sends to others and gets from them
+    lends, hosts:      copies of its own experts elsewhere, and of others' here
     """
 
     rows: tuple[float, ...]
@@ -106,14 +109,14 @@ class Load(NamedTuple):
         copies = max(max(self.lends), max(self.hosts))
         return max(self.rows) * costs.row + travelling * costs.sent + copies * costs.lent
 
-    def plus(self, other: "Load", sign: int = 1) -> "Load":
+    def plus(self, other: "SlotLoad", sign: int = 1) -> "SlotLoad":
         """Return the sum, or the difference."""
         pairs = zip(self, other, strict=True)
         columns = (tuple(mine + sign * more for mine, more in zip(*pair, strict=True)) for pair in pairs)
-        return Load(*columns)  # type: ignore[arg-type]
+        return SlotLoad(*columns)  # type: ignore[arg-type]
 
 
-def load_of(plan: SlotPlan, counts: Counts) -> Load:
+def load_of(plan: SlotPlan, counts: Counts) -> SlotLoad:
     """Return the load of all experts.
 
     A rank keeps the rows of an expert that it has, and deals out those of others among the ranks that have them.
@@ -125,13 +128,13 @@ def load_of(plan: SlotPlan, counts: Counts) -> Load:
     return total
 
 
-def expert_load(counts: Counts, expert: int, hosts: Sequence[int]) -> Load:
+def expert_load(counts: Counts, expert: int, hosts: Sequence[int]) -> SlotLoad:
     """Return the load of one expert that these ranks have, the first of them its own."""
     ranks = range(len(counts))
     strangers = [0.0 if rank in hosts else counts[rank][expert] for rank in ranks]
     share = sum(strangers) / len(hosts)
     arriving = tuple(share if rank in hosts else 0.0 for rank in ranks)
-    return Load(
+    return SlotLoad(
         rows=tuple(arriving[rank] + (counts[rank][expert] if rank in hosts else 0.0) for rank in ranks),
         leaving=tuple(strangers),
         arriving=arriving,

@@ -22,7 +22,7 @@ def test_every_policy_is_beside_the_load_without_copies():
     assert (before["policy"], before["copies"], before["lent_bytes"]) == ("none", 0, 0)
     assert [row["policy"] for row in found] == PLACEMENTS.names
     for row in found:
-        assert row["copies"] == sum(map(len, row["guests"]))
+        assert row["copies"] == sum(map(len, row["hosted"]))
         assert row["uneven"] < before["uneven"]
         assert row["lent_bytes"] % copy_bytes(4096, 1536) == 0
     # a policy that looks at times makes none longer

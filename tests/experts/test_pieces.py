@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_cp.comm import SingleFabric, in_process
 from megatron_cp.experts.exchange import TwoHopExchange
-from megatron_cp.experts.pieces import Flight, PieceLoop, in_pieces, in_turn
+from megatron_cp.experts.pieces import PieceLoop, RowsOnTheWay, in_pieces, in_turn
 from tests.tolerances import EXACT
 
 HIDDEN, TOKENS = 4, 12
@@ -22,7 +22,7 @@ def test_the_next_piece_leaves_before_one_is_computed():
     def noted(what):
         def run(piece, *_):
             done.append((what, piece))
-            return (torch.zeros(1),) if what == "experts" else Flight((torch.zeros(1),))
+            return (torch.zeros(1),) if what == "experts" else RowsOnTheWay((torch.zeros(1),))
 
         return run
 

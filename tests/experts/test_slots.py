@@ -34,7 +34,7 @@ def drawn(slots, seed):
 
 
 def all_plans(slots):
-    for guests in itertools.product(
+    for hosted in itertools.product(
         *(
             [
                 chosen
@@ -46,12 +46,12 @@ def all_plans(slots):
             for rank in range(slots.ranks)
         )
     ):
-        yield SlotPlan(slots, guests)
+        yield SlotPlan(slots, hosted)
 
 
 def shadows(plan):
     """True if every copy is on every rank."""
-    hosted = {expert for guests in plan.guests for expert in guests}
+    hosted = {expert for hosted in plan.hosted for expert in hosted}
     return all(len(plan.hosts(expert)) == plan.slots.ranks for expert in hosted)
 
 
@@ -60,10 +60,10 @@ def proposed(name, counts, slots, costs=ROWS_ALONE, plan=None):
 
 
 def assert_valid(plan):
-    for rank, guests in enumerate(plan.guests):
-        assert len(guests) <= plan.slots.spare
-        assert list(guests) == sorted(set(guests))
-        assert all(plan.slots.home(guest) != rank for guest in guests)
+    for rank, hosted in enumerate(plan.hosted):
+        assert len(hosted) <= plan.slots.spare
+        assert list(hosted) == sorted(set(hosted))
+        assert all(plan.slots.home(other) != rank for other in hosted)
 
 
 @pytest.mark.parametrize("costs", COSTS)
@@ -122,7 +122,7 @@ def test_a_load_without_rows_is_even(name):
 
 def test_flexmoe_keeps_a_plan_whose_load_is_even():
     slots = Slots(4, 2, 1)
-    plan = SlotPlan.empty(slots).with_guest(0, 1)
+    plan = SlotPlan.empty(slots).with_copy(0, 1)
     assert proposed("flexmoe", alike([10, 10, 10, 10], 2), slots, plan=SlotPlan.empty(slots)).copies == 0
     assert proposed("flexmoe", alike([20, 20, 10, 10], 2), slots, plan=plan) is plan
 
@@ -138,7 +138,7 @@ def test_a_row_of_a_rank_that_has_a_copy_does_not_travel():
     counts = [[4, 0], [6, 2]]
     load = load_of(SlotPlan.empty(slots), counts)
     assert (load.rows, load.leaving, load.arriving) == ((10.0, 2.0), (0.0, 6.0), (6.0, 0.0))
-    load = load_of(SlotPlan.empty(slots).with_guest(0, 1), counts)
+    load = load_of(SlotPlan.empty(slots).with_copy(0, 1), counts)
     assert (load.rows, load.leaving, load.lends, load.hosts) == ((4.0, 8.0), (0.0, 0.0), (1, 0), (0, 1))
 
 
