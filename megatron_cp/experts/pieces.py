@@ -62,7 +62,8 @@ def in_turn(
     The next piece leaves before one is computed, which goes home before the one after the next leaves: every rank sends
     in the same order, and two pieces are on a rank at a time.
     """
-    coming, returning = there(0), []
+    coming = there(0)
+    returning: list[RowsOnTheWay] = []
     for piece in range(pieces):
         following = there(piece + 1) if piece + 1 < pieces else coming
         returning.append(home(piece, compute(piece, coming.landed())))
