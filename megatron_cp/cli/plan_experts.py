@@ -2,7 +2,7 @@
 
 import json
 import random
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -51,7 +51,7 @@ def plan_experts(
     costs = slot_costs(hidden, ffn, ranks, load_cluster(cluster))
     empty = SlotPlan.empty(Slots(experts, ranks, spare))
     plans = {BEFORE: empty} | {name: PLACEMENTS.get(name).load()(empty, counts, costs) for name in names}
-    found = []
+    found: list[dict[str, Any]] = []
     for name, plan in plans.items():
         load = load_of(plan, counts)
         lent = max(*load.lends, *load.hosts) * copy_bytes(hidden, ffn)

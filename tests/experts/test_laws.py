@@ -99,7 +99,7 @@ def test_a_product_of_all_experts_is_each_experts_own(name, case):
 
 @pytest.mark.parametrize(
     ("name", "inputs", "outputs"),
-    [(LOOP, 3, 2), (LOOP, 1, 1), (LOOP, 64, 4), (GROUPED_MM, 4, 4), (GROUPED_MM, 64, 4), (GROUPED_MM, 4, 64)],
+    [(LOOP, 3, 2), (LOOP, 1, 1), (GROUPED_MM, 64, 4), (GROUPED_MM, 4, 64)],
 )
 def test_any_widths_do(name, inputs, outputs):
     sizes = SIZES["uneven"]

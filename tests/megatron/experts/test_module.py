@@ -20,7 +20,6 @@ BIASED = {"add_bias_linear": True, "expert_model_parallel_size": 2}
 ONE_EACH = {"moe_router_topk": 1, "moe_router_pre_softmax": True}
 VARIANTS = {
     "gated": GATED,
-    "plain": {},
     "clamped, with an offset": {**GATED, "activation_func_clamp_value": 0.5, "glu_linear_offset": 1.0},
     "probabilities on the input": {**GATED, "moe_apply_probs_on_input": True, **ONE_EACH},
     "biases": {**GATED, **BIASED},
