@@ -1,4 +1,7 @@
-"""`megatron-cp import`: make a recipe from a command line or a script; and load either where a recipe may stand."""
+"""`megatron-cp import`: make a recipe from a command line, a script or another system's config.
+
+A command or a script may also stand where a recipe may.
+"""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,14 +12,16 @@ import typer
 
 from megatron_cp import config
 from megatron_cp.recipe import recipe
-from megatron_cp.recipe.from_command import as_yaml, imported, is_command
+from megatron_cp.recipe.from_command import as_yaml, imported, is_command, whole
 from megatron_cp.recipe.recipe import Recipe
 
 Words = Annotated[
     list[str],
     typer.Argument(
-        metavar="COMMAND…|SCRIPT [ARGUMENT…]",
-        help="A command such as torchrun … pretrain_gpt.py …, in quotes or not, or a bash script that starts one.",
+        metavar="COMMAND…|SCRIPT [ARGUMENT…]|CONFIG [KEY=VALUE…] [--flag VALUE…]",
+        help="A command such as torchrun … pretrain_gpt.py …, in quotes or not, or a bash script that starts one; or a "
+        "config: DeepSpeed's .json, Colossal-AI's .py, NeMo's or Megatron-Bridge's .yaml, or their overrides a.b=c, "
+        "with flags of Megatron and torchrun that win over it.",
     ),
 ]
 
@@ -24,21 +29,27 @@ Words = Annotated[
 def import_command(
     words: Words,
     write: Annotated[Path | None, typer.Option(help="Write the recipe to this file instead of printing it.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A model of `megatron-cp list models` that the recipe extends."),
+    ] = None,
 ) -> None:
-    """Make a recipe from the command or the bash script that starts training today, its flags unchanged.
+    """Make a recipe from what starts training today: a command, a bash script, or another system's config.
 
-    Nothing that the script runs is run: launchers are recorded, other commands are left out and named on stderr, and so
-    are flags that Megatron does not have.
+    Megatron's flags are taken unchanged; keys of other systems are mapped, approximated, refused or ignored, each named
+    on stderr and at the top of the recipe with the reason. Nothing of a script or config is run: launchers are
+    recorded, other commands are left out and named, and so are flags that Megatron does not have.
     """
     from megatron_cp.megatron.arguments.known_flags import kept_parser
     from megatron_cp.megatron.arguments.recipe_flags import problems
 
     if write and write.exists():
         raise ValueError(f"{write} exists; name another file or remove it")
-    made = imported(words, config.environment())
+    made = imported(words, config.environment(), model)
     source = words[0] if len(words) == 1 else shlex.join(words)
     text = as_yaml(made, source if "\n" not in source else source.split("\n")[0].rstrip("\\ ") + " …")
-    for line in (*made.told, *problems(made.recipe.model_args, kept_parser())):
+    flags = {flag: setting for flag, setting in made.recipe.model_args.items() if setting.given}
+    for line in (*made.told, *problems(flags, kept_parser())):
         typer.echo(f"megatron-cp: {line}", err=True)
     if write is None:
         typer.echo(text, nl=False)
@@ -57,4 +68,4 @@ def load(name: str, variables: Mapping[str, str], flags: Sequence[str] = ()) -> 
     made = imported([name, *flags], config.environment())
     for line in made.told:
         typer.echo(f"megatron-cp: {line}", err=True)
-    return made.recipe
+    return whole(made, variables)

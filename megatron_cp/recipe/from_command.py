@@ -1,9 +1,10 @@
-"""Make a recipe from what a user starts training with today: a command line, or a bash script."""
+"""Make a recipe from what a user starts training with today: a command line, a bash script, another system's config."""
 
 import io
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from megatron_cp.errors import Refused
 from megatron_cp.recipe import shell, slurm_flags
 from megatron_cp.recipe.command import FROM_SLURM
 from megatron_cp.recipe.file import Section, Setting
-from megatron_cp.recipe.recipe import COMMAND_LINE, ENTRY, TORCHRUN_FLAGS, Recipe, command_line_flags
+from megatron_cp.recipe.foreign.overrides import is_pair
+from megatron_cp.recipe.from_config import Translated, translated_file, translated_flags, translated_pairs
+from megatron_cp.recipe.recipe import COMMAND_LINE, ENTRY, TORCHRUN_FLAGS, Recipe, command_line_flags, load
 
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".sub", ".job")
 # variables that change how a step runs, and no name, path or secret of the user's
@@ -37,6 +40,17 @@ _RANKS = re.compile(
     r"(MASTER_(ADDR|PORT)|(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|NNODES|NUM_NODES|GPUS_PER_NODE|SLURM_.*|PMI.*|OMPI_.*)"
 )
 _BARE = ("--standalone", "--no-python", "--run-path", "--module", "-m")
+# DeepSpeed's launcher, as torchrun's flags
+_DEEPSPEED = {"--num-gpus": "--nproc-per-node", "--num-nodes": "--nnodes"}
+_DEEPSPEED_BARE = (
+    "--no-local-rank",
+    "--no-ssh",
+    "--no-ssh-check",
+    "--force-multi",
+    "--enable-each-rank-log",
+    "--module",
+)
+CONFIGS = (".json", ".py", ".yaml", ".yml")
 _MODULES = ("torch.distributed.run", "torch.distributed.launch")
 # words that may stand before the command that they start
 _BEFORE = ("exec", "nohup", "command", "time", "sudo")
@@ -45,10 +59,14 @@ _WITH_FLAGS = ("srun", "mpirun", "mpiexec", "numactl", "nsys", "apptainer", "sin
 
 
 class Imported(NamedTuple):
-    """A recipe made from a command, and a line for each thing that it does not have."""
+    """A recipe made from a command, and a line for each thing that it does not have.
+
+    extends: shipped files that its flags stand on
+    """
 
     recipe: Recipe
     told: list[str]
+    extends: tuple[str, ...] = ()
 
 
 class _Start(NamedTuple):
@@ -62,20 +80,24 @@ class _Start(NamedTuple):
 
 def is_command(word: str) -> bool:
     """True for a word that begins a command line or names a script, where a recipe might stand."""
-    return _program(word) in ("torchrun", "python", *_WITH_FLAGS) or Path(word).suffix in SCRIPTS
+    return _program(word) in ("torchrun", "python", "deepspeed", *_WITH_FLAGS) or Path(word).suffix in SCRIPTS
 
 
-def imported(words: Sequence[str], environment: Mapping[str, str]) -> Imported:
-    """Return the recipe of a command line, or of the one training command that a script would start.
+def imported(words: Sequence[str], environment: Mapping[str, str], model: str | None = None) -> Imported:
+    """Return the recipe of a command line, of the one training command that a script would start, or of a config.
 
-    words:       the command; or a script's path and its arguments; or one text with all of them
+    words:       the command; or a script's path and its arguments; or one text with all of them; or the path of a
+        config, or overrides `a.b=c`, and flags that win over it
     environment: that a script is read in
+    model:       a shipped model that the recipe extends
     Raises ValueError where there is no training command, or more than one.
     """
     if len(words) == 1 and not _is_file(words[0]):
         words = _split(words[0])
     if not words:
-        raise Refused("give a command such as 'torchrun … pretrain_gpt.py …', or the path of a script")
+        raise Refused("give a command such as 'torchrun … pretrain_gpt.py …', or the path of a script or config")
+    if is_pair(words[0]) or (Path(words[0]).suffix in CONFIGS and _is_file(words[0])):
+        return _of_config(words, model)
     name, left_out, header = "imported", [], ""
     if Path(words[0]).suffix in SCRIPTS:
         read = _read(Path(words[0]), words[1:], environment)
@@ -97,7 +119,8 @@ def imported(words: Sequence[str], environment: Mapping[str, str]) -> Imported:
         )
     start, launch = starts[0]
     taken, refused = _variables(launch.environment)
-    flags = command_line_flags(start.flags)
+    made = _translated(start, model)
+    start, flags = made.start, made.flags
     empty = [flag for flag, setting in flags.items() if setting.given and setting.values == ("",)]
     refused += [f"not taken: {flag} has an empty value here" for flag in empty]
     by_hand = [flag for flag in start.launch if flag in FROM_SLURM]
@@ -110,7 +133,53 @@ def imported(words: Sequence[str], environment: Mapping[str, str]) -> Imported:
         data={},
     )
     told = [*start.told, *_asked_of_sbatch(header), *_found_by_hand(by_hand), *refused, *_unread(recipe)]
-    return Imported(recipe, [*told, *_not_run(left_out)])
+    return Imported(recipe, [*told, *_not_run(left_out)], made.extends)
+
+
+class _Made(NamedTuple):
+    """A start whose flags are Megatron's, and the files that they stand on."""
+
+    start: _Start
+    flags: Section
+    extends: tuple[str, ...]
+
+
+def _translated(start: _Start, model: str | None) -> _Made:
+    """Translate the words of a command that are not Megatron's: overrides, and DeepSpeed's flags."""
+    pairs = [word for word in start.flags if is_pair(word)]
+    if pairs or "--deepspeed" not in start.flags:
+        done = translated_pairs(start.entry, start.flags, start.launch, model) if pairs else None
+    else:
+        done = translated_flags(command_line_flags(start.flags), start.launch, model)
+    if done is None:
+        return _Made(start, command_line_flags(start.flags), (f"models/{model}",) if model else ())
+    entry = ENTRY if pairs else start.entry
+    return _Made(
+        start._replace(launch=done.launch, entry=entry, told=[*start.told, *done.told]), done.flags, done.extends
+    )
+
+
+def _of_config(words: Sequence[str], model: str | None) -> Imported:
+    """Return the recipe of a config's file, or of overrides alone, and of the flags after it."""
+    done: Translated = translated_file(words, model)
+    recipe = Recipe(
+        name="imported" if is_pair(words[0]) else Path(words[0]).stem,
+        env_vars={},
+        model_args=done.flags,
+        launch=done.launch,
+        data={},
+    )
+    return Imported(recipe, [*done.told, *_unread(recipe)], done.extends)
+
+
+def whole(made: Imported, variables: Mapping[str, str]) -> Recipe:
+    """Return the recipe over the files that it extends."""
+    if not made.extends:
+        return made.recipe
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{made.recipe.name}.yaml"
+        file.write_text(as_yaml(made, "a config"), encoding="utf-8")
+        return load(str(file), variables)
 
 
 def as_yaml(made: Imported, source: str) -> str:
@@ -121,9 +190,11 @@ def as_yaml(made: Imported, source: str) -> str:
     sections = {"ENV_VARS": recipe.env_vars, "LAUNCH": recipe.launch, "MODEL_ARGS": recipe.model_args}
     yaml = YAML()
     yaml.width = 4096
+    if made.extends:
+        text.write(f"extends: [{', '.join(made.extends)}]\n")
     yaml.dump(
         {
-            name: {key: _value(setting.values) for key, setting in section.items()}
+            name: {key: _value(setting.values) if setting.given else False for key, setting in section.items()}
             for name, section in sections.items()
             if section
         },
@@ -245,6 +316,8 @@ def _start(words: Sequence[str]) -> _Start | None:
         if len(rest) > 1 and rest[1] not in _MODULES:
             return _with_entry({}, rest, [])
         rest = rest[2:]
+    elif program == "deepspeed":
+        return _deepspeed(rest)
     elif program != "torchrun":
         return None
     launch: Section = {}
@@ -268,6 +341,24 @@ def _start(words: Sequence[str]) -> _Start | None:
         else:
             told.append(f"not taken: torchrun's {shlex.join([flag, *values])}")
     return _with_entry(launch, rest, told)
+
+
+def _deepspeed(rest: list[str]) -> _Start | None:
+    """Read `deepspeed FLAGS SCRIPT --deepspeed …`."""
+    launch: Section = {}
+    told = []
+    while rest and rest[0].startswith("-"):
+        flag, equals, value = rest.pop(0).partition("=")
+        flag = flag.replace("_", "-")
+        bare = flag in _DEEPSPEED_BARE or not rest or rest[0].startswith("-") or rest[0].endswith(".py")
+        values = [value] if equals else [] if bare else [rest.pop(0)]
+        if flag in _DEEPSPEED and values:
+            launch[_DEEPSPEED[flag]] = Setting(tuple(values), COMMAND_LINE)
+        else:
+            told.append(f"not taken: deepspeed's {shlex.join([flag, *values])}")
+    found = _with_entry(launch, rest, told)
+    # DeepSpeed's config may also be given to a script that needs no --deepspeed
+    return found and found._replace(flags=[*found.flags, *(() if "--deepspeed" in found.flags else ("--deepspeed",))])
 
 
 def _with_entry(launch: Section, words: Sequence[str], told: list[str]) -> _Start | None:

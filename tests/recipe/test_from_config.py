@@ -1,0 +1,172 @@
+"""Configs of other systems become recipes; each key is mapped, approximated, refused or ignored, and always named."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_cp.megatron.arguments import validate
+from megatron_cp.megatron.arguments.known_flags import kept_parser
+from megatron_cp.megatron.arguments.recipe_flags import problems
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.foreign import BRIDGE, DEEPSPEED, NEMO, SYSTEMS
+from megatron_cp.recipe.foreign.keys import ForeignConfig, Key, Outcome, flat, read, words
+from megatron_cp.recipe.foreign.overrides import model_of, system_of, values_of
+from megatron_cp.recipe.foreign.python_config import assignments
+from megatron_cp.recipe.from_command import Imported, as_yaml, imported, whole
+from megatron_cp.recipe.recipe import TORCHRUN_FLAGS, Recipe
+from tests.megatron.arguments.test_validate import verdict
+from tests.ranks import run_ranks
+from tests.recipe.foreign_configs import CASES, Case
+
+ALL = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+def made(case: Case, folder: Path) -> Imported:
+    return imported(case.write(folder), {"PATH": "/usr/bin:/bin"}, case.model)
+
+
+def named(told: list[str], outcome: str) -> set[str]:
+    """Return the keys that lines of this outcome name."""
+    return {line.removeprefix(f"{outcome}: ").split(" ")[0] for line in told if line.startswith(f"{outcome}: ")}
+
+
+def texts(one: Recipe) -> dict[str, tuple[str, ...]]:
+    return {flag: setting.values for flag, setting in (*one.model_args.items(), *one.launch.items())}
+
+
+@ALL
+def test_a_config_becomes_a_recipe(case: Case, tmp_path: Path) -> None:
+    done = made(case, tmp_path)
+    for outcome in ("refused", "approximated", "unknown"):
+        assert named(done.told, outcome) == set(getattr(case, outcome)), outcome
+    assert done.extends == case.extends
+    found = texts(done.recipe)
+    assert {flag: found.get(flag) for flag in words(case.becomes)} == words(case.becomes)
+    file = tmp_path / "made.yaml"
+    file.write_text(as_yaml(done, "a config"))
+    assert texts(recipe.load(str(file), {})) == texts(whole(done, {}))
+
+
+@ALL
+def test_no_key_is_left_out_silently(case: Case, tmp_path: Path) -> None:
+    told = "\n".join(made(case, tmp_path).told)
+    config = case.config.get("ConfigContainer", case.config)
+    for key in flat(config):
+        sections = [key.rsplit(".", cut)[0].replace("_config", "") for cut in range(key.count(".") + 1)]
+        assert any(section in told.replace("_config", "") for section in sections), key
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore")
+def test_flags_are_known_and_take_their_values(case: Case, tmp_path: Path) -> None:
+    given = {flag: s for flag, s in made(case, tmp_path).recipe.model_args.items() if s.given}
+    assert list(problems(given, kept_parser())) == []
+
+
+@pytest.mark.slow
+def test_recipes_validate(tmp_path: Path) -> None:
+    answers = {}
+    for case in CASES:
+        folder = tmp_path / case.name
+        folder.mkdir()
+        try:
+            run = validate.run_of(whole(made(case, folder), {}), case.cluster)
+            (answers[case.name],) = run_ranks(1, verdict, run)
+        except ValueError as error:
+            answers[case.name] = str(error)
+    assert {name: answer for name, answer in answers.items() if isinstance(answer, str)} == {}
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=[system.name for system in SYSTEMS])
+def test_tables_name_flags_that_there_are_and_each_key_once(system) -> None:
+    known = {*kept_parser()._option_string_actions, *TORCHRUN_FLAGS}
+    rows: tuple[Key, ...] = system.keys
+    told = " ".join(f"{row.becomes} {row.note}" for row in rows)
+    flags = set(re.findall(r"--[a-z0-9][\w-]*", told))
+    own = {name for row in rows for name in row.names}
+    assert {flag for flag in flags if flag not in known | own} == set()
+    names = [name for row in rows for name in row.names]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_flags_given_by_hand_win_and_that_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"gradient_clipping": 1.0, "optimizer": {"params": {"lr": 1e-3}}}))
+    done = imported([str(file), "--lr", "2e-4", "--clip-grad", "1.0"], {})
+    assert texts(done.recipe) == {"--lr": ("2e-4",), "--clip-grad": ("1.0",)}
+    assert done.told[-1] == "ignored: optimizer.params.lr: --lr 2e-4 given by hand counts"
+
+
+def test_two_keys_for_one_flag_are_told() -> None:
+    config = {"optimizer": {"params": {"lr": 1}}, "scheduler": {"params": {"warmup_max_lr": 2}}}
+    done = read(DEEPSPEED, ForeignConfig(config))
+    assert done.flags["--lr"] == ("1",)
+    assert done.entries[1].taken.note == "--lr 1 of a key above counts"
+
+
+def test_a_python_config_is_read_and_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import os\n"
+        f"os.system('touch {tmp_path}/ran')\n"
+        "A: int = 2\nB = A * 3 // 2\nC = dict(x=A, y={'z': [1, (2, B)]}, m=AMP.NAIVE, t=Adam)\n"
+        f"D = open('{tmp_path}/ran', 'w')\nE = C['y']\nF = dict(**C)\nG = 'a' * 10\nH = 1 / 0\nI = -1\n"
+    )
+    found = assignments(file)
+    assert not (tmp_path / "ran").exists()
+    computed = {name for name, value in found.items() if type(value).__name__ == "Computed"}
+    assert computed == {"D", "F", "G", "H"}
+    assert found["C"] == {"x": 2, "y": {"z": [1, [2, 3]]}, "m": "AMP.NAIVE", "t": "Adam"}
+    assert (found["B"], found["E"], found["I"]) == (3, {"z": [1, [2, 3]]}, -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("a.json", '{"train_batch_size": SIZE}', "not JSON"),
+        ("b.json", "[1]", "expected a mapping"),
+        ("c.json", '{"a": 1}', "no key of DeepSpeed among a"),
+        ("d.py", "x = (\n", "cannot read this as Python"),
+        ("e.py", "lr = 1\n", "no key of Colossal-AI among lr"),
+        ("f.yaml", "MODEL_ARGS: {--lr: 1}\n", "is a recipe already"),
+        ("g.yaml", "a: {b: 1}\n", "no key of NeMo or Megatron-Bridge among a.b"),
+        ("h.yaml", "- 1\n", "expected sections"),
+    ],
+)
+def test_what_is_no_config_is_refused_in_one_line(name: str, text: str, error: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=error) as refused:
+        imported([str(tmp_path / name)], {})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("model.num_layers=2", "model.num_layers", 2),
+        ("++optim.lr=3e-4", "optim.lr", 3e-4),
+        ("checkpoint.save=null", "checkpoint.save", None),
+        ("dataset.blend=[a,b]", "dataset.blend", ["a", "b"]),
+        ("a.b={c: [}", "a.b", "{c: [}"),
+    ],
+)
+def test_overrides_are_read_as_yaml(word: str, key: str, value: object) -> None:
+    assert values_of([word]) == {key: value}
+
+
+def test_whose_overrides_and_which_model() -> None:
+    assert system_of({"model.num_layers": 2, "train.train_iters": 1}) is BRIDGE
+    assert system_of({"model.num_layers": 2, "trainer.max_steps": 1}) is NEMO
+    shipped = [name.rpartition("/")[2] for name in recipe.shipped("models")]
+    assert model_of("llama31_405b_pretrain_config", shipped) == "llama3.1-405b"
+    assert model_of("llama3_8b", shipped) == "llama3-8b"
+    assert model_of("unknown_1b", shipped) is None
+
+
+@pytest.mark.parametrize("value", ["auto", "???", "${multiply:${a}, 2}"])
+def test_values_of_another_program_are_refused_by_name(value: str) -> None:
+    (entry, *_) = read(DEEPSPEED, ForeignConfig({"gradient_clipping": value})).entries
+    assert entry.taken.outcome == Outcome.REFUSED
+    assert "--clip-grad" in entry.taken.note
