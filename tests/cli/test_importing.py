@@ -79,3 +79,40 @@ def test_what_is_missing_is_said(words: list[str], error: str) -> None:
     assert done.exit_code == 1
     with pytest.raises(ValueError, match=error):
         raise done.exception or AssertionError(done.output)
+
+
+def test_a_config_of_another_system_becomes_a_recipe_over_a_shipped_model(tmp_path: Path) -> None:
+    config, file = tmp_path / "ds.json", tmp_path / "run.yaml"
+    config.write_text('{"train_batch_size": 8, "fp16": {"enabled": true}, "zero_optimization": {"stage": 3}, "a": 1}')
+    words = ("--model", "llama3-8b", str(config), "--micro-batch-size", "1", "--nproc-per-node", "8")
+    told = run("import", "--write", str(file), *words)[1]
+    assert "DeepSpeed: 2 mapped, 2 approximated, 1 unknown" in told
+    assert "unknown: a 1: not in the table, left out" in told
+    assert "# approximated: zero_optimization.stage 3: gradients are added in float32" in file.read_text()
+    made = recipe.load(str(file), {})
+    assert made.flag("--data-parallel-sharding-strategy", "") == "optim_grads_params"
+    assert (made.flag("--num-layers", ""), made.flag("--global-batch-size", "")) == ("32", "8")
+    assert "--fp16" in made.model_args
+    assert "--bf16" not in made.model_args
+
+
+def test_a_command_of_another_system_stands_where_a_recipe_may() -> None:
+    command = "torchrun --nproc-per-node 8 pretrain.py --recipe llama3_8b_pretrain_config model.context_parallel_size=2"
+    rendered, told = run("render", *command.split())
+    assert "-m megatron_cp.pretrain_gpt" in rendered
+    assert "--context-parallel-size 2" in rendered
+    assert "--num-layers 32" in rendered
+    assert "not taken: pretrain.py, in whose place runs megatron_cp.pretrain_gpt" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--model", "no-such", "model.num_layers=2"), "no recipe 'models/no-such'"),
+        (("model.num_layers=2", "more"), "expected SECTION.KEY=VALUE, got 'more'"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(words: tuple[str, ...], error: str) -> None:
+    done = CliRunner().invoke(app, ["import", *words])
+    with pytest.raises(ValueError, match=error):
+        raise done.exception or AssertionError(done.output)

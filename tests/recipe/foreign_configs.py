@@ -445,7 +445,8 @@ COLOSSAL_AI = (
             "model": {"type": "gpt3", "checkpoint": True, "dtype": "torch.half"},
         },
         f"{GPT} --nproc-per-node 8 --nnodes 12",
-        "--pipeline-model-parallel-size 24 --tensor-model-parallel-size 4 --micro-batch-size 2 --num-layers 96",
+        "--pipeline-model-parallel-size 24 --tensor-model-parallel-size 4 --tp-comm-type 2d --micro-batch-size 2 "
+        "--num-layers 96",
         refused=("NUM_EPOCHS",),
         approximated=("model.type", "parallel.tensor.mode", "clip_grad_norm"),
     ),

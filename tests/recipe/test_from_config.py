@@ -76,7 +76,8 @@ def test_recipes_validate(tmp_path: Path) -> None:
             (answers[case.name],) = run_ranks(1, verdict, run)
         except ValueError as error:
             answers[case.name] = str(error)
-    assert {name: answer for name, answer in answers.items() if isinstance(answer, str)} == {}
+    refused = [f"{name}: {answer}" for name, answer in answers.items() if isinstance(answer, str)]
+    assert not refused, "\n".join(refused)
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=[system.name for system in SYSTEMS])

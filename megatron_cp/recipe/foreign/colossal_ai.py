@@ -23,6 +23,9 @@ from megatron_cp.recipe.foreign.keys import (
 )
 
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+# what these linears stand on: tokens spread over the ranks between them, Megatron's own layers, no biases
+SPREAD: Flags = {"--sequence-parallel": (), "--transformer-impl": ("local",), "--disable-bias-linear": ()}
+NO_BIASES = "linears have no biases"
 IMAGES = "images are not trained here"
 EPOCHS = "runs are counted in steps: give --train-iters"
 # Titans' models by their names: layers, width, heads
@@ -60,18 +63,20 @@ def _schemes(found: Any, config: ForeignConfig) -> Answer:
         return Answer({})
     if mode == "sequence":
         return Answer({"--cp-comm-type": ("rsa",)})
-    if mode == "2d":
-        return near({"--tp-comm-type": ("2d",)}, "embedding and output layer are cut over all ranks as in 1d")
+    if mode == "2d" or (mode == "2.5d" and config.number("parallel.tensor.depth") in (None, 1)):
+        return near({"--tp-comm-type": ("2d",), **SPREAD}, f"{NO_BIASES}; embedding and output layer as in 1d")
     if mode == "3d":
-        return near({"--tp-comm-type": ("3d",)}, "MLPs on the cube; attention, embedding and output layer as in 1d")
+        return near(
+            {"--tp-comm-type": ("3d",), **SPREAD}, f"{NO_BIASES}; attention, embedding and output layer as in 1d"
+        )
     if mode != "2.5d":
         return not_here("the modes are 1d, 2d, 2.5d, 3d and sequence")
     size, depth = config.number("parallel.tensor.size"), config.number("parallel.tensor.depth") or 1
     if not size or size % depth:
         return not_here("its depth does not divide its size: give --tensor-model-parallel-size and --tp-comm-type 2.5d")
     return near(
-        {TP: (str(size // depth),), CP: (str(depth),), "--tp-comm-type": ("2.5d",)},
-        "the depth is context parallelism, over which tokens are split and weights repeated",
+        {TP: (str(size // depth),), CP: (str(depth),), "--tp-comm-type": ("2.5d",), **SPREAD},
+        f"{NO_BIASES}; the depth is context parallelism, over which tokens are split and weights repeated",
     )
 
 
@@ -82,9 +87,8 @@ def _depth(found: Any, config: ForeignConfig) -> Answer:
 
 
 def _tensor_size(found: Any, config: ForeignConfig) -> Answer:
-    if _mode(config) == "2.5d":
-        return Answer({})
-    return _size(found, config)
+    deep = _mode(config) == "2.5d" and config.number("parallel.tensor.depth") not in (None, 1)
+    return Answer({}) if deep else _size(found, config)
 
 
 def _level(found: Any, config: ForeignConfig) -> Answer:
@@ -196,10 +200,11 @@ SYSTEM = System(
         ),
         derived(
             "parallel.tensor.mode",
-            f"1d: nothing; 2d, 3d: --tp-comm-type; 2.5d: {TP} SIZE/DEPTH {CP} DEPTH --tp-comm-type 2.5d; sequence: "
+            f"1d: nothing; 2d, 3d: --tp-comm-type MODE; 2.5d: {TP} SIZE/DEPTH {CP} DEPTH --tp-comm-type 2.5d; "
+            "these three with --sequence-parallel --transformer-impl local --disable-bias-linear; sequence: "
             "--cp-comm-type rsa",
             _schemes,
-            "2d, 2.5d and 3d are approximated: embedding and output layer as in 1d, a depth is context parallelism",
+            "2d, 2.5d and 3d are approximated: no biases, embedding and output layer as in 1d",
         ),
         derived("parallel.tensor.depth", "with mode 2.5d", _depth, how=Outcome.MAPPED),
         ignored("parallel.data", "data-parallel ranks are those that are left"),

@@ -334,7 +334,7 @@ def derived(
     return Key(tuple(names.split()), becomes, taken, how or "by value", note)
 
 
-def near(flags: Flags, note: str, extends: str = "") -> Answer:
+def near(flags: Mapping[str, tuple[str, ...]], note: str, extends: str = "") -> Answer:
     """Return flags that are nearly the same, with the difference."""
     return Answer(flags, Outcome.APPROXIMATED, note, extends)
 

@@ -23,6 +23,13 @@ from megatron_cp.recipe.foreign.keys import (
 )
 from megatron_cp.recipe.foreign.transformer import FP8_VALUES, chunks, fields, precision
 
+# checkpoints are made so often, or where the run is evaluated
+SAVE_INTERVALS = (
+    "exp_manager.checkpoint_callback_params.every_n_train_steps",
+    "log.ckpt.every_n_train_steps",
+    "trainer.val_check_interval",
+)
+
 
 def _accumulate(found: Any, _: ForeignConfig) -> Answer:
     if int(found) == 1:
@@ -31,7 +38,11 @@ def _accumulate(found: Any, _: ForeignConfig) -> Answer:
 
 
 def _save(found: Any, config: ForeignConfig) -> Answer:
-    return near({"--save": (str(found),), "--load": (str(found),)}, "checkpoints lie in the folder itself")
+    flags = {"--save": (str(found),), "--load": (str(found),)}
+    steps = config.number(*SAVE_INTERVALS)
+    if steps:
+        return near({**flags, "--save-interval": (str(steps),)}, "checkpoints lie in the folder itself, all are kept")
+    return near(flags, "checkpoints lie in the folder itself, all are kept: give --save-interval")
 
 
 def _eval_interval(found: Any, _: ForeignConfig) -> Answer:
@@ -140,7 +151,12 @@ FIRST = (
         section=True,
     ),
     ignored("run cluster hydra defaults training stages base_results_dir data_dir", "of NeMo's launcher", section=True),
-    derived("exp_manager.explicit_log_dir exp_manager.exp_dir", "--save VALUE --load VALUE", _save, "approximated"),
+    derived(
+        "exp_manager.explicit_log_dir exp_manager.exp_dir",
+        "--save VALUE --load VALUE --save-interval",
+        _save,
+        Outcome.APPROXIMATED,
+    ),
     value("exp_manager.wandb_logger_kwargs.project", "--wandb-project"),
     value("exp_manager.wandb_logger_kwargs.name exp_manager.name", "--wandb-exp-name"),
     value("exp_manager.checkpoint_callback_params.every_n_train_steps", "--save-interval"),
@@ -281,7 +297,12 @@ def _second() -> list[Key]:
         value("optim.lr_scheduler.warmup_steps", "--lr-warmup-iters"),
         value("optim.lr_scheduler.min_lr", "--min-lr"),
         derived("optim.lr_scheduler.constant_steps", "--lr-decay-iters", _constant, "max_steps - VALUE, approximated"),
-        derived("log.log_dir log.explicit_log_dir log.dir", "--save VALUE --load VALUE", _save, "approximated"),
+        derived(
+            "log.log_dir log.explicit_log_dir log.dir",
+            "--save VALUE --load VALUE --save-interval",
+            _save,
+            "approximated",
+        ),
         value("log.ckpt.every_n_train_steps", "--save-interval"),
         ignored("log resume", "Megatron resumes from --load, and keeps all checkpoints", section=True),
         refused("peft", "all weights are trained", section=True),

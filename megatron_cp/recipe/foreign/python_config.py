@@ -35,12 +35,9 @@ def assignments(file: Path) -> dict[str, Any]:
         ) from None
     found: dict[str, Any] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and node.value is not None:
-            targets = node.targets
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            targets = [node.target]
-        else:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
+        targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else [node.target]
         value = _value(node.value, found)
         found |= {target.id: value for target in targets if isinstance(target, ast.Name)}
     return found
