@@ -51,6 +51,8 @@ from megatron_cp.planner.model import model_of
 from megatron_cp.plots import timeline as plot_of_steps
 from megatron_cp.plots import trace as plot_of_traces
 from megatron_cp.recipe import recipe
+from megatron_cp.recipe.foreign import SYSTEMS
+from megatron_cp.recipe.foreign.keys import Key
 from megatron_cp.replicas import OUTERS
 from megatron_cp.tensor import COLLECTIVE, CUBE, ENGINES, GEMMS, MEGATRONS, RING
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
@@ -493,6 +495,21 @@ def megatrons_schedule(one: recipe.Recipe) -> str:
     return "Megatron's interleaved" if chunks & set(one.model_args) else "Megatron's 1F1B"
 
 
+def imports(name: str) -> str:
+    """Keys of another system, and what each becomes."""
+    system = next(one for one in SYSTEMS if one.name == name)
+    return table(["key", "becomes", "", "why, or how far"], map(import_row, system.keys))
+
+
+def import_row(row: Key) -> list[str]:
+    def flags(text: str) -> str:
+        return re.sub(r"--[a-z0-9][\w-]*", r"`\g<0>`", text)
+
+    # flags of other projects are no flags here
+    keys = ", ".join(f"`{name.removeprefix('--')}{'.*' if row.section else ''}`" for name in row.names)
+    return [keys, flags(row.becomes), row.how, flags(row.note)]
+
+
 def clusters() -> str:
     head = ["cluster", "attention", "matrix products", "memory", "GPUs of a node", "links inside", "links between"]
     return table(head, (cluster_row(load_cluster(name)) for name in shipped_clusters()))
@@ -624,7 +641,7 @@ PARTS: dict[str, Callable[[], str]] = {
 SLOW = ("batch-mixes", "batch-claims")
 """Parts that take more than a second or two."""
 
-NAMED_PARTS: dict[str, Callable[..., str]] = {"traffic": traffic, "walk": walk, "output": output}
+NAMED_PARTS: dict[str, Callable[..., str]] = {"traffic": traffic, "walk": walk, "output": output, "import": imports}
 
 
 def part(name: str) -> str:

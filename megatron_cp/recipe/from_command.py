@@ -16,7 +16,7 @@ from megatron_cp.recipe import shell, slurm_flags
 from megatron_cp.recipe.command import FROM_SLURM
 from megatron_cp.recipe.file import Section, Setting
 from megatron_cp.recipe.foreign.overrides import is_pair
-from megatron_cp.recipe.from_config import Translated, translated_file, translated_flags, translated_pairs
+from megatron_cp.recipe.from_config import CONFIG_FLAGS, Translated, translated_file, translated_flags, translated_pairs
 from megatron_cp.recipe.recipe import COMMAND_LINE, ENTRY, TORCHRUN_FLAGS, Recipe, command_line_flags, load
 
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".sub", ".job")
@@ -147,11 +147,11 @@ class _Made(NamedTuple):
 def _translated(start: _Start, model: str | None) -> _Made:
     """Translate the words of a command that are not Megatron's: overrides, and DeepSpeed's flags."""
     pairs = [word for word in start.flags if is_pair(word)]
-    if pairs or "--deepspeed" not in start.flags:
-        done = translated_pairs(start.entry, start.flags, start.launch, model) if pairs else None
-    else:
+    if pairs:
+        done = translated_pairs(start.entry, start.flags, start.launch, model)
+    elif any(word.partition("=")[0] in ("--deepspeed", *CONFIG_FLAGS) for word in start.flags):
         done = translated_flags(command_line_flags(start.flags), start.launch, model)
-    if done is None:
+    else:
         return _Made(start, command_line_flags(start.flags), (f"models/{model}",) if model else ())
     entry = ENTRY if pairs else start.entry
     return _Made(

@@ -9,13 +9,13 @@ from megatron_cp.errors import Refused
 from megatron_cp.recipe.file import Section, Setting
 from megatron_cp.recipe.foreign import COLOSSAL_AI, DEEPSPEED, MEGATRON_DEEPSPEED
 from megatron_cp.recipe.foreign.deepspeed import as_values, flags_of_command
-from megatron_cp.recipe.foreign.keys import Flags, ForeignConfig, Reading, System, read
+from megatron_cp.recipe.foreign.keys import Flags, ForeignConfig, Reading, System, flat, read
 from megatron_cp.recipe.foreign.overrides import is_pair, model_of, system_of, values_in, values_of
 from megatron_cp.recipe.foreign.python_config import assignments
 from megatron_cp.recipe.recipe import COMMAND_LINE, ENTRY, TORCHRUN_FLAGS, command_line_flags, find, shipped
 from megatron_cp.units import is_whole
 
-_CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config")
+CONFIG_FLAGS = ("--deepspeed_config", "--deepspeed-config")
 # flags of NeMo's and Bridge's scripts: of a config beside the overrides, and of a recipe inside them
 _FILE_FLAGS, _NAME_FLAGS = ("--config-file",), ("--factory", "--recipe", "--recipe-name")
 
@@ -41,7 +41,7 @@ def translated_file(words: Sequence[str], model: str | None) -> Translated:
     if file is not None and file.suffix == ".json":
         system, values = DEEPSPEED, _json(file)
     elif file is not None and file.suffix == ".py":
-        system, values = COLOSSAL_AI, _python(file)
+        system, values = COLOSSAL_AI, assignments(file)
     else:
         values = {**(values_in(file) if file else {}), **values_of(named)}
         system, named = system_of(values), []
@@ -56,7 +56,7 @@ def translated_flags(flags: Section, launch: Section, model: str | None) -> Tran
     """Return what the flags of a Megatron-DeepSpeed command become, with the JSON that it names."""
     given = {flag: setting.values for flag, setting in flags.items() if setting.given}
     own, others = flags_of_command(given)
-    name = next((" ".join(own[flag]) for flag in _CONFIG_FLAGS if flag in own), "")
+    name = next((" ".join(own[flag]) for flag in CONFIG_FLAGS if flag in own), "")
     told, values = [], {}
     if name and Path(name).is_file():
         values = _json(Path(name))
@@ -137,6 +137,7 @@ def _processes(launch: Section) -> int | None:
 def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        flat(found if isinstance(found, dict) else {})
     except OSError as error:
         raise Refused(f"cannot read {file}: {error.strerror}") from None
     except RecursionError:
@@ -146,7 +147,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Refused(f"{file}: expected a mapping of keys to values, as DeepSpeed's config is")
     return found
-
-
-def _python(file: Path) -> dict[str, Any]:
-    return assignments(file)

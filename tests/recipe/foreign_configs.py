@@ -201,12 +201,13 @@ DEEPSPEED = (
         f"{RUN} --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 2048 "
         "--max-position-embeddings 2048",
         "--num-experts 128 --expert-model-parallel-size 64 --moe-aux-loss-coeff 0.01 --moe-expert-capacity-factor 1.0 "
-        "--moe-layer-freq 2",
+        "--moe-layer-freq 2 --moe-router-topk 1 --moe-router-pre-softmax",
         words="deepspeed --num_gpus 8 --num_nodes 8 pretrain_gpt.py --deepspeed --deepspeed_config CONFIG "
         "--num-experts 128 --moe-expert-parallel-size 64 --moe-loss-coeff 0.01 --moe-train-capacity-factor 1.0 "
         "--moe-eval-capacity-factor 1.0 --moe-min-capacity 4 --expert-interval 2 --mlp-type standard "
         "--create-moe-param-group",
         refused=("--moe-eval-capacity-factor", "--moe-min-capacity"),
+        approximated=("--num-experts",),
     ),
     # DeepSpeedExamples, Megatron-LM/scripts/ds_zero-offload_10B_config.json
     Case(

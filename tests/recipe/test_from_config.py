@@ -88,6 +88,7 @@ def test_tables_name_flags_that_there_are_and_each_key_once(system) -> None:
     flags = set(re.findall(r"--[a-z0-9][\w-]*", told))
     own = {name for row in rows for name in row.names}
     assert {flag for flag in flags if flag not in known | own} == set()
+    assert [row.names for row in rows if row.how == Outcome.MAPPED and not row.becomes] == []
     names = [name for row in rows for name in row.names]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
@@ -171,3 +172,56 @@ def test_values_of_another_program_are_refused_by_name(value: str) -> None:
     (entry, *_) = read(DEEPSPEED, ForeignConfig({"gradient_clipping": value})).entries
     assert entry.taken.outcome == Outcome.REFUSED
     assert "--clip-grad" in entry.taken.note
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "flags", "outcome"),
+    [
+        ("dataset.blend", [["a", "b"], [1, 2]], "--data-path 1 a 2 b", Outcome.MAPPED),
+        ("dataset.blend", [["a"], None], "--data-path a", Outcome.MAPPED),
+        ("dataset.blend", ["a", "b"], "--data-path a b", Outcome.MAPPED),
+        ("model.virtual_pipeline_model_parallel_size", 1, "", Outcome.MAPPED),
+        ("model.activation_func", "torch.nn.functional.silu", "--swiglu", Outcome.MAPPED),
+        ("model.sequence_parallel", "perhaps", "", Outcome.REFUSED),
+        ("mixed_precision", "bf16_with_fp8_current_scaling_mixed", None, Outcome.MAPPED),
+        ("model.cuda_graph_impl", "none", "", Outcome.MAPPED),
+        ("checkpoint.save", None, "", Outcome.IGNORED),
+        ("peft.dim", 8, "", Outcome.REFUSED),
+    ],
+    ids=lambda value: None if isinstance(value, str) else repr(value),
+)
+def test_values_of_bridge(key: str, value: object, flags: str | None, outcome: Outcome) -> None:
+    done = read(BRIDGE, ForeignConfig({key: value}))
+    assert done.entries[0].taken.outcome == outcome
+    if flags is not None:
+        assert done.flags == words(flags)
+
+
+@pytest.mark.parametrize(
+    ("values", "flags"),
+    [
+        ({"trainer.max_time": "00:01:30:59"}, "--exit-duration-in-mins 90"),
+        ({"trainer.devices": -1}, ""),
+        ({"model.fp8": True, "model.fp8_margin": 1}, "--fp8-format hybrid --fp8-margin 1"),
+        ({"model.fp8": False, "model.fp8_margin": 1}, ""),
+        ({"trainer.precision": 16, "model.native_amp_init_scale": 4096}, "--fp16 --initial-loss-scale 4096"),
+        ({"trainer.val_check_interval": 0.5}, ""),
+        ({"model.data.data_prefix": [0.5, "a", 0.5, "b"]}, "--data-path 0.5 a 0.5 b"),
+        ({"resume.restore_config.path": "/x"}, ""),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_values_of_nemo(values: dict[str, object], flags: str) -> None:
+    assert read(NEMO, ForeignConfig(values)).flags == words(flags)
+
+
+def test_secrets_and_line_breaks_stay_out_of_the_summary() -> None:
+    told = read(DEEPSPEED, ForeignConfig({"wandb": {"api_key": "hidden"}, "x\ny": "a\nb"})).told()
+    assert "hidden" not in "".join(told)
+    assert not [line for line in told if "\n" in line]
+
+
+def test_a_word_of_another_section_is_no_override() -> None:
+    done = imported(["torchrun --nproc-per-node 2 a.py --data-path v1.2=x --lr 1"], {})
+    assert texts(done.recipe)["entry"] == ("a.py",)
+    assert done.told == []

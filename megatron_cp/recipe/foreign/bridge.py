@@ -1,6 +1,5 @@
 """Megatron-Bridge's overrides: sections of its ConfigContainer, as words `a.b=c` or in YAML."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_cp.recipe.foreign.keys import (
@@ -20,7 +19,7 @@ from megatron_cp.recipe.foreign.keys import (
     text,
     value,
 )
-from megatron_cp.recipe.foreign.transformer import fields, precision
+from megatron_cp.recipe.foreign.transformer import FP8_VALUES, fields, precision
 
 
 def _fsdp(found: Any, config: ForeignConfig) -> Answer:
@@ -40,14 +39,17 @@ def _length(found: Any, _: ForeignConfig) -> Answer:
     return Answer({"--seq-length": (text(int(found)),)})
 
 
+def _blend(found: Any, _: ForeignConfig) -> Answer:
+    paths, weights = found if isinstance(found, list) and found and isinstance(found[0], list) else (found, None)
+    several = paths if isinstance(paths, list) else [paths]
+    if weights is None:
+        return Answer({"--data-path": tuple(map(str, several))})
+    pairs = zip(weights, several, strict=True)
+    return Answer({"--data-path": tuple(str(word) for pair in pairs for word in pair)})
+
+
 def _tokenizer_model(found: Any, _: ForeignConfig) -> Answer:
     return Answer({"--tokenizer-model": (str(found),)})
-
-
-def _precision(found: Any, config: ForeignConfig) -> Answer:
-    if isinstance(found, Mapping):
-        return Answer({}, Outcome.IGNORED, "follows from other flags")
-    return precision(found, config)
 
 
 KEYS = (
@@ -73,7 +75,7 @@ KEYS = (
     derived("dataset.sequence_length dataset.seq_length", "--seq-length VALUE", _length, how=Outcome.MAPPED),
     *same("dataset", "num_workers split data_path dataloader_type"),
     *switches("dataset", "reset_position_ids reset_attention_mask eod_mask_loss"),
-    value("dataset.blend dataset.train_data_path", "--data-path"),
+    derived("dataset.blend dataset.train_data_path", "--data-path VALUES", _blend, how=Outcome.MAPPED),
     value("dataset.path_to_cache", "--data-cache-path"),
     value("dataset.random_seed rng.seed", "--seed"),
     ignored(
@@ -147,13 +149,23 @@ KEYS = (
     derived(
         "mixed_precision mixed_precision.name",
         "--bf16, --fp16, --fp8-format, --fp8-recipe",
-        _precision,
-        "by name; other keys of the section are ignored",
-    )._replace(section=True),
+        precision,
+        "by name",
+        Outcome.MAPPED,
+    ),
+    *same(
+        "mixed_precision",
+        f"{FP8_VALUES} num_layers_at_start_in_bf16 num_layers_at_end_in_bf16",
+    ),
+    switch("mixed_precision.first_last_layers_bf16", "--first-last-layers-bf16"),
+    ignored(
+        "mixed_precision.params_dtype mixed_precision.pipeline_dtype mixed_precision.autocast_dtype "
+        "mixed_precision.autocast_enabled mixed_precision._target_",
+        "follows from other flags",
+    ),
     switch("mixed_precision.bf16", "--bf16"),
     switch("mixed_precision.fp16", "--fp16"),
     value("mixed_precision.fp8", "--fp8-format"),
-    value("mixed_precision.fp8_recipe", "--fp8-recipe"),
     switch("mixed_precision.fp8_param_gather mixed_precision.fp8_param", "--fp8-param-gather"),
     switch("comm_overlap.tp_comm_overlap", "--tp-comm-overlap"),
     switch("comm_overlap.overlap_grad_reduce", "--overlap-grad-reduce"),

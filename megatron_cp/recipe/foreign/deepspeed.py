@@ -7,7 +7,6 @@ from megatron_cp.recipe.foreign.keys import (
     Answer,
     Flags,
     ForeignConfig,
-    Key,
     Outcome,
     System,
     choice,
@@ -21,6 +20,7 @@ from megatron_cp.recipe.foreign.keys import (
     switch,
     text,
     value,
+    when,
     words,
 )
 
@@ -33,7 +33,6 @@ NO_PIPELINE = (
 OTHER_RANKS = "shards of other groups: extend training/hsdp, whose groups shard everything inside them"
 NO_WEIGHTS_ON_HOST = "weights stay on the GPU: take more ranks; --cp-chunks and --pp-offload move activations"
 NO_HOST = "not proved beside Megatron-FSDP: with stage 1 optimizer states may be on the host"
-NOT_ON = "of a part that is off"
 
 
 def replicas(config: ForeignConfig) -> int | None:
@@ -96,24 +95,15 @@ def _accumulation(found: Any, config: ForeignConfig) -> Answer:
     return Answer({"--micro-batch-size": (str(batch // (int(found) * ranks)),)})
 
 
-def _when(switch_key: str, key: Key) -> Key:
-    """Return a row that counts only where another key is true."""
-
-    def taken(found: Any, config: ForeignConfig) -> Answer:
-        on = config.values.get(switch_key, False)
-        if on == "auto" or is_true(on):
-            return key.read(found, config)
-        return Answer({}, Outcome.IGNORED, NOT_ON)
-
-    return key._replace(read=taken)
-
-
 def _loss_scale(found: Any, _: ForeignConfig) -> Answer:
     return Answer({} if float(found) == 0 else {"--loss-scale": (text(found),)})
 
 
 def _initial_scale(found: Any, _: ForeignConfig) -> Answer:
-    return Answer({"--initial-loss-scale": (str(2 ** int(found)),)})
+    power = int(found)
+    if not 0 <= power <= 64:
+        raise ValueError(power)
+    return Answer({"--initial-loss-scale": (str(2**power),)})
 
 
 def _warmup(found: Any, _: ForeignConfig) -> Answer:
@@ -173,6 +163,11 @@ def _sequence_parallel(found: Any, config: ForeignConfig) -> Answer:
     return Answer({CP: (text(int(found)),), "--cp-comm-type": (backend,)})
 
 
+def _wandb(found: Any, config: ForeignConfig) -> Answer:
+    name = config.values.get("wandb.group") or found
+    return Answer({"--wandb-project": (str(found),), "--wandb-exp-name": (str(name),)})
+
+
 _FP16 = "fp16.enabled"
 _OF_ZERO = "zero_optimization."
 KEYS = (
@@ -194,19 +189,19 @@ KEYS = (
     switch("wall_clock_breakdown", "--timing-log-level 2"),
     # precision
     switch("fp16.enabled", "--fp16"),
-    _when(_FP16, derived("fp16.loss_scale", "0: nothing; else --loss-scale VALUE", _loss_scale, how=Outcome.MAPPED)),
-    _when(
+    when(_FP16, derived("fp16.loss_scale", "0: nothing; else --loss-scale VALUE", _loss_scale, how=Outcome.MAPPED)),
+    when(
         _FP16,
         derived("fp16.initial_scale_power", "--initial-loss-scale 2^VALUE", _initial_scale, how=Outcome.MAPPED),
     ),
-    _when(_FP16, value("fp16.loss_scale_window", "--loss-scale-window")),
-    _when(_FP16, value("fp16.hysteresis", "--hysteresis")),
-    _when(_FP16, value("fp16.min_loss_scale", "--min-loss-scale")),
+    when(_FP16, value("fp16.loss_scale_window", "--loss-scale-window")),
+    when(_FP16, value("fp16.hysteresis", "--hysteresis")),
+    when(_FP16, value("fp16.min_loss_scale", "--min-loss-scale")),
     refused("fp16.auto_cast", "Megatron keeps the whole model in half precision"),
-    refused("fp16.fp16_master_weights_and_grads", "master weights are float32"),
+    refused("fp16.fp16_master_weights_and_grads bf16.bf16_master_weights_and_grads", "master weights are float32"),
     ignored("fp16.consecutive_hysteresis", "Megatron counts overflows in its own way"),
     switch("bf16.enabled bfloat16.enabled", "--bf16"),
-    ignored("bf16.immediate_grad_update bf16.check_grad_overflow bf16.bf16_master_weights_and_grads", "memory only"),
+    ignored("bf16.immediate_grad_update bf16.check_grad_overflow", "checks and memory only"),
     refused("amp", "apex's amp: choose fp16 or bf16", section=True),
     choice(
         "data_types.grad_accum_dtype communication_data_type",
@@ -233,7 +228,7 @@ KEYS = (
     value("optimizer.params.eps", "--adam-eps"),
     value("optimizer.params.momentum", "--sgd-momentum"),
     refused("optimizer.params.amsgrad optimizer.legacy_fusion", "no such Adam in Megatron"),
-    switch("optimizer.params.adam_w_mode", ""),
+    choice("optimizer.params.adam_w_mode", {"true": ""}, other="weight decay is decoupled, as in AdamW"),
     ignored("optimizer.params.torch_adam", "the kernel of Adam only"),
     ignored("optimizer.params.max_grad_norm", "gradient_clipping counts"),
     choice("optimizer.params.bias_correction", {"true": "", "1": ""}, other="Megatron's Adam always corrects its bias"),
@@ -366,6 +361,7 @@ KEYS = (
         section=True,
     ),
     refused("sparse_gradients", "gradients of embeddings are dense"),
+    refused("seq_parallel_communication_data_type", "messages are in the model's dtype", neutral=("bf16",)),
     refused("hybrid_engine", "generation is not part of training here", section=True),
     refused("autotuning", "use `megatron-cp plan`", section=True),
     refused("elasticity", "a run has one size; its checkpoints load on others", section=True),
@@ -374,8 +370,8 @@ KEYS = (
     ignored("flops_profiler", "one rate for the whole step", section=True),
     value("tensorboard.output_path", "--tensorboard-dir"),
     ignored("tensorboard.enabled tensorboard.job_name", "--tensorboard-dir turns it on"),
-    value("wandb.project", "--wandb-project"),
-    value("wandb.group", "--wandb-exp-name", near="a group of runs there, the run's name here"),
+    derived("wandb.project", "--wandb-project VALUE --wandb-exp-name GROUP", _wandb, how=Outcome.MAPPED),
+    ignored("wandb.group", "the run's name, beside wandb.project"),
     value("wandb.team", "--wandb-entity"),
     ignored("wandb.enabled", "--wandb-project turns it on"),
     ignored("csv_monitor comms_logger comet dump_state memory_breakdown", "logs of DeepSpeed's own", section=True),
@@ -383,7 +379,7 @@ KEYS = (
     ignored("checkpoint nebula datastates_ckpt", "Megatron's checkpoints have flags of their own", section=True),
     ignored(
         "prescale_gradients gradient_predivide_factor disable_allgather dataloader_drop_last compile graph_harvesting "
-        "use_data_before_expert_parallelism seq_parallel_communication_data_type timers",
+        "use_data_before_expert_parallelism timers",
         "the order in which DeepSpeed computes or sends",
         section=True,
     ),
@@ -400,6 +396,16 @@ SYSTEM = System(
         ),
     ),
 )
+
+
+NO_DROPPING = "--disable-moe-token-dropping"
+# flags of Megatron-DeepSpeed whose defaults are not Megatron's: the flag here and that default
+_EXPERTS = {
+    "--topk": ("--moe-router-topk", "1"),
+    "--moe-loss-coeff": ("--moe-aux-loss-coeff", "0.1"),
+    "--moe-train-capacity-factor": ("--moe-expert-capacity-factor", "1.0"),
+    "--expert-interval": ("--moe-layer-freq", "2"),
+}
 
 
 def _tokens(flag: str) -> Any:
@@ -419,11 +425,23 @@ def _fpdt_chunk(found: Any, config: ForeignConfig) -> Answer:
     return Answer({"--cp-chunks": (str(length // int(found)),)})
 
 
-def _experts(found: Any, _: ForeignConfig) -> Answer:
+def _experts(found: Any, config: ForeignConfig) -> Answer:
     several = found if isinstance(found, list | tuple) else [found]
     if len(set(map(str, several))) > 1:
         return not_here("all layers have the same number of experts: give --num-experts")
-    return Answer({} if int(several[0]) == 1 else {"--num-experts": (text(int(several[0])),)})
+    if int(several[0]) == 1:
+        return Answer({})
+    flags: Flags = {"--num-experts": (text(int(several[0])),), "--moe-router-pre-softmax": ()}
+    flags |= {flag: (default,) for name, (flag, default) in _EXPERTS.items() if name not in config.values}
+    if NO_DROPPING in config.values:
+        flags.pop("--moe-expert-capacity-factor", None)
+    return near(flags, "Megatron's router with the defaults of DeepSpeed's gate")
+
+
+def _capacity(found: Any, config: ForeignConfig) -> Answer:
+    if NO_DROPPING in config.values:
+        return Answer({}, Outcome.IGNORED, "no tokens are dropped")
+    return Answer({"--moe-expert-capacity-factor": (text(found),)})
 
 
 def _groups(found: Any, _: ForeignConfig) -> Answer:
@@ -482,18 +500,23 @@ FLAGS = (
     ignored("--log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard", "always logged"),
     ignored("--log-optimizer-states-to-tensorboard", "not logged here"),
     # experts
-    derived("--num-experts", "1: nothing; else --num-experts VALUE", _experts, how=Outcome.MAPPED),
+    derived(
+        "--num-experts",
+        "1: nothing; else --num-experts VALUE --moe-router-pre-softmax, and the four below with DeepSpeed's defaults",
+        _experts,
+        "approximated: Megatron's router",
+    ),
     value("--moe-expert-parallel-size", "--expert-model-parallel-size"),
     value("--topk", "--moe-router-topk"),
     value("--moe-loss-coeff", "--moe-aux-loss-coeff"),
-    value("--moe-train-capacity-factor", "--moe-expert-capacity-factor"),
+    derived("--moe-train-capacity-factor", "--moe-expert-capacity-factor VALUE", _capacity, how=Outcome.MAPPED),
     value("--expert-interval", "--moe-layer-freq"),
+    ignored(NO_DROPPING, "no capacity, and no tokens are dropped"),
     refused("--moe-eval-capacity-factor --moe-min-capacity", "one capacity for training and evaluation"),
     ignored("--create-moe-param-group --enable-expert-tensor-parallelism --use-tutel", "how DeepSpeed computes"),
     choice(
         "--mlp-type", {"standard": ""}, other="no residual experts: --moe-shared-expert-intermediate-size is nearest"
     ),
-    switch("--disable-moe-token-dropping", ""),
     # what changes what is trained
     refused(
         "--curriculum-learning --curriculum-learning-legacy --data-efficiency-curriculum-learning --random-ltd "

@@ -15,6 +15,8 @@ from megatron_cp.registry import suggest
 
 type Flags = dict[str, tuple[str, ...]]
 
+# keys whose values stay out of terminals and files
+_SECRET = re.compile(r"(key|token|secret|password)$", re.IGNORECASE)
 NONE: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
@@ -136,7 +138,7 @@ class Reading(NamedTuple):
             lines.append(f"mapped: {', '.join(mapped)}")
         for outcome in (Outcome.APPROXIMATED, Outcome.REFUSED, Outcome.UNKNOWN):
             lines += [
-                f"{outcome}: {entry.key} {_plain(entry.value)}: {entry.taken.note}"
+                f"{outcome}: {entry.key} {_plain(entry.key, entry.value)}: {entry.taken.note}"
                 for entry in self.entries
                 if entry.taken.outcome == outcome
             ]
@@ -144,7 +146,8 @@ class Reading(NamedTuple):
         for entry in self.entries:
             if entry.taken.outcome == Outcome.IGNORED:
                 by_note.setdefault(entry.taken.note, []).append(entry.key)
-        return [*lines, *(f"ignored: {', '.join(keys)}: {note}" for note, keys in by_note.items())]
+        lines += [f"ignored: {', '.join(keys)}: {note}" for note, keys in by_note.items()]
+        return [" ".join(line.split()) for line in lines]
 
 
 def read(system: System, config: ForeignConfig) -> Reading:
@@ -204,7 +207,7 @@ def _taken(system: System, row: Key | None, key: str, value: Any, config: Foreig
         return Answer({}, Outcome.REFUSED, f"computed elsewhere: give {row.becomes or 'its value'} by hand")
     try:
         return row.read(value, config)
-    except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError):
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
         return Answer({}, Outcome.REFUSED, f"cannot be read as {row.becomes or 'a value of this key'}")
 
 
@@ -228,7 +231,9 @@ class Computed(NamedTuple):
         return self.source
 
 
-def _plain(value: Any) -> str:
+def _plain(key: str, value: Any) -> str:
+    if _SECRET.search(key):
+        return "(not shown)"
     if isinstance(value, Mapping):
         return f"({len(flat(value))} keys)"
     return value if isinstance(value, str) and len(value) < 60 else shown(str(value)).strip("'\"")
@@ -332,6 +337,18 @@ def derived(
 ) -> Key:
     """Return a row for a value that is computed; its note is for tables."""
     return Key(tuple(names.split()), becomes, taken, how or "by value", note)
+
+
+def when(switch_key: str, key: Key) -> Key:
+    """Return a row that counts only where another key is true."""
+
+    def taken(found: Any, config: ForeignConfig) -> Answer:
+        on = config.values.get(switch_key, False)
+        if on == "auto" or is_true(on):
+            return key.read(found, config)
+        return Answer({}, Outcome.IGNORED, f"{switch_key} is off")
+
+    return key._replace(read=taken)
 
 
 def near(flags: Mapping[str, tuple[str, ...]], note: str, extends: str = "") -> Answer:

@@ -1,5 +1,6 @@
 """NeMo's configs: the YAML files of its first version, and overrides of its second, as words `a.b=c` or in YAML."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_cp.recipe.foreign.keys import (
@@ -20,6 +21,7 @@ from megatron_cp.recipe.foreign.keys import (
     switches,
     text,
     value,
+    when,
 )
 from megatron_cp.recipe.foreign.transformer import FP8_VALUES, chunks, fields, precision
 
@@ -29,6 +31,13 @@ SAVE_INTERVALS = (
     "log.ckpt.every_n_train_steps",
     "trainer.val_check_interval",
 )
+
+
+def _count(flag: str) -> Callable[[Any, ForeignConfig], Answer]:
+    def taken(found: Any, _: ForeignConfig) -> Answer:
+        return Answer({flag: (text(int(found)),)}) if int(found) > 0 else not_here(f"no number: give {flag}")
+
+    return taken
 
 
 def _accumulate(found: Any, _: ForeignConfig) -> Answer:
@@ -131,10 +140,10 @@ def _window(found: Any, config: ForeignConfig) -> Answer:
 
 
 FIRST = (
-    value("trainer.num_nodes", "--nnodes"),
-    value("trainer.devices", "--nproc-per-node"),
+    derived("trainer.num_nodes", "--nnodes VALUE", _count("--nnodes"), how=Outcome.MAPPED),
+    derived("trainer.devices", "--nproc-per-node VALUE", _count("--nproc-per-node"), how=Outcome.MAPPED),
     derived("trainer.precision trainer.plugins.precision", "--bf16 or --fp16", precision, how=Outcome.MAPPED),
-    value("trainer.max_steps", "--train-iters"),
+    derived("trainer.max_steps", "--train-iters VALUE", _count("--train-iters"), how=Outcome.MAPPED),
     value("trainer.log_every_n_steps", "--log-interval"),
     derived("trainer.val_check_interval", "--eval-interval VALUE", _eval_interval, "a share of an epoch is refused"),
     derived("trainer.limit_val_batches", "--eval-iters VALUE", _eval_iters, "a share of all batches is refused"),
@@ -145,10 +154,8 @@ FIRST = (
     ignored(
         "trainer.logger trainer.enable_checkpointing trainer.use_distributed_sampler trainer.replace_sampler_ddp "
         "trainer.accelerator trainer.benchmark trainer.enable_model_summary trainer.limit_test_batches "
-        "trainer.num_sanity_val_steps trainer.callbacks trainer.strategy trainer.enable_progress_bar name "
-        "restore_from_path",
+        "trainer.num_sanity_val_steps trainer.callbacks trainer.strategy trainer.enable_progress_bar name",
         "of Lightning's trainer",
-        section=True,
     ),
     ignored("run cluster hydra defaults training stages base_results_dir data_dir", "of NeMo's launcher", section=True),
     derived(
@@ -161,6 +168,8 @@ FIRST = (
     value("exp_manager.wandb_logger_kwargs.name exp_manager.name", "--wandb-exp-name"),
     value("exp_manager.checkpoint_callback_params.every_n_train_steps", "--save-interval"),
     switch("exp_manager.log_step_timing", "--log-throughput", near="a line for each log interval"),
+    refused("exp_manager.ema", "no moving average of weights", section=True),
+    refused("exp_manager.create_early_stopping_callback", "a run ends at --train-iters"),
     ignored("exp_manager", "Megatron resumes from --load, and keeps all checkpoints", section=True),
     *same("model", "micro_batch_size global_batch_size rampup_batch_size seed"),
     value("model.gc_interval", "--manual-gc-interval", near="with --manual-gc"),
@@ -178,15 +187,15 @@ FIRST = (
         },
         other="the activations are gelu, swiglu and squared-relu",
     ),
-    switch("model.megatron_amp_O2", ""),
-    switch("model.use_scaled_init_method", ""),
+    ignored("model.megatron_amp_O2", "gradients and optimizer are in float32 beside half precision"),
+    choice("model.use_scaled_init_method", {"true": ""}, other="output layers always start smaller"),
     choice(
         "model.transformer_engine",
         {"true": "--transformer-impl transformer_engine", "false": "--transformer-impl local"},
     ),
     derived("model.fp8", "true: --fp8-format hybrid, or e4m3 with fp8_e4m3", _fp8, how=Outcome.MAPPED),
     ignored("model.fp8_e4m3 model.fp8_hybrid", "model.fp8 counts"),
-    ignored(" ".join(f"model.{name}" for name in FP8_VALUES.split()), "of fp8, which its recipe sets"),
+    *(when("model.fp8", row) for row in same("model", FP8_VALUES)),
     switch("model.ub_tp_comm_overlap", "--tp-comm-overlap"),
     refused("model.ub_tp_comm_overlap_cfg", "give --tp-comm-overlap-cfg FILE", section=True),
     derived("model.native_amp_init_scale", "--initial-loss-scale VALUE", _scale, "with fp16 only"),
@@ -304,6 +313,7 @@ def _second() -> list[Key]:
             "approximated",
         ),
         value("log.ckpt.every_n_train_steps", "--save-interval"),
+        refused("resume.restore_config resume.resume_from_path", "checkpoints of NeMo are not read", section=True),
         ignored("log resume", "Megatron resumes from --load, and keeps all checkpoints", section=True),
         refused("peft", "all weights are trained", section=True),
     ]

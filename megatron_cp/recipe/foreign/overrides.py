@@ -17,13 +17,15 @@ from megatron_cp.yaml_file import parse, shown
 
 _PAIR = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
 _WHOLE = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+_SECTIONS = frozenset(name.partition(".")[0] for system in (BRIDGE, NEMO) for row in system.keys for name in row.names)
 # all settings of a run stand in this section of some files
 _ROOTS = ("ConfigContainer", "training")
 
 
 def is_pair(word: str) -> bool:
-    """True for a word such as model.num_layers=2."""
-    return _PAIR.fullmatch(word) is not None
+    """True for a word such as model.num_layers=2, in a section that one of the two systems has."""
+    match = _PAIR.fullmatch(word)
+    return match is not None and match[1].partition(".")[0] in _SECTIONS
 
 
 def values_of(words: Iterable[str]) -> dict[str, Any]:
