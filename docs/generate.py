@@ -52,7 +52,7 @@ from megatron_cp.plots import timeline as plot_of_steps
 from megatron_cp.plots import trace as plot_of_traces
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.foreign import SYSTEMS
-from megatron_cp.recipe.foreign.keys import Key
+from megatron_cp.recipe.foreign.keys import Key, Outcome
 from megatron_cp.replicas import OUTERS
 from megatron_cp.tensor import COLLECTIVE, CUBE, ENGINES, GEMMS, MEGATRONS, RING
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
@@ -498,7 +498,23 @@ def megatrons_schedule(one: recipe.Recipe) -> str:
 def imports(name: str) -> str:
     """Keys of another system, and what each becomes."""
     system = next(one for one in SYSTEMS if one.name == name)
-    return table(["key", "becomes", "", "why, or how far"], map(import_row, system.keys))
+    own = [row for row in system.keys if not is_namesake(row)]
+    sections: dict[str, list[str]] = {}
+    for row in system.keys:
+        if row not in own:
+            section, _, field = row.names[0].rpartition(".")
+            sections.setdefault(section, []).append(f"`{field}`")
+    namesakes = [
+        [f"`{section}.`: {', '.join(fields)}", "the flag of the same name", Outcome.MAPPED, ""]
+        for section, fields in sections.items()
+    ]
+    return table(["key", "becomes", "", "why, or how far"], [*map(import_row, own), *namesakes])
+
+
+def is_namesake(row: Key) -> bool:
+    """True for a row whose one key has the name of its flag."""
+    flag = f"--{row.names[0].rpartition('.')[2].replace('_', '-')}"
+    return len(row.names) == 1 and row.becomes in (f"{flag} VALUE", f"true: {flag}") and row.how == Outcome.MAPPED
 
 
 def import_row(row: Key) -> list[str]:

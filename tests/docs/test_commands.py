@@ -142,7 +142,13 @@ def test_commands_in_running_text_have_their_options(page: str, code: str) -> No
 
 @pytest.mark.parametrize(
     ("page", "flag"),
-    sorted({(page, flag) for page, code in inline_code() for flag in re.findall(r"^--[a-z-]*[a-z](?![a-z-])", code)}),
+    sorted(
+        {
+            (page, flag)
+            for page, code in inline_code()
+            for flag in re.findall(r"^--[a-z0-9-]*[a-z0-9](?![a-z0-9-])", code)
+        }
+    ),
 )
 def test_flags_in_running_text_are_known(page: str, flag: str) -> None:
     options = {option for one in (ROOT_COMMAND, *COMMANDS.values()) for param in one.params for option in param.opts}
