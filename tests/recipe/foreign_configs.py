@@ -474,7 +474,8 @@ COLOSSAL_AI = (
         refused=("NUM_EPOCHS", "model.type"),
         approximated=(
             "zero.model_config.tensor_placement_policy",
-            "zero.model_config.shard_strategy",
+            "zero.model_config",
+            "zero.optimizer_config",
             "clip_grad_norm",
         ),
     ),

@@ -225,3 +225,11 @@ def test_a_word_of_another_section_is_no_override() -> None:
     done = imported(["torchrun --nproc-per-node 2 a.py --data-path v1.2=x --lr 1"], {})
     assert texts(done.recipe)["entry"] == ("a.py",)
     assert done.told == []
+
+
+def test_chunks_of_colossal_ai_are_stage_three_where_only_running_would_show_how(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text("zero = dict(model_config=dict(shard_strategy=TensorShardStrategy()), optimizer_config=dict())\n")
+    done = imported([str(file)], {})
+    assert done.extends == ("training/zero3",)
+    assert named(done.told, "approximated") == {"zero.model_config", "zero.optimizer_config", "clip_grad_norm"}

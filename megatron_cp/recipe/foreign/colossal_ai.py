@@ -228,8 +228,11 @@ SYSTEM = System(
             "cpu is approximated beside a pipeline, refused beside Megatron-FSDP; auto is refused",
         ),
         derived(
-            "zero.model_config.shard_strategy", "extends training/zero3", _chunks, "approximated, also where computed"
-        ),
+            "zero.model_config zero.optimizer_config",
+            "extends training/zero3",
+            _chunks,
+            "approximated; ignored beside zero.level",
+        )._replace(section=True),
         derived(
             "zero.offload_optimizer_config.device zero.cpu_offload",
             f"cpu: {OFFLOAD}",
@@ -242,7 +245,7 @@ SYSTEM = System(
             neutral=("cuda", "none"),
         ),
         ignored(
-            "zero.offload_optimizer_config zero.offload_param_config zero.optimizer_config zero.model_config",
+            "zero.offload_optimizer_config zero.offload_param_config",
             "buffers of Colossal-AI's own",
             section=True,
         ),
