@@ -20,8 +20,6 @@ from tests.megatron.arguments.test_validate import verdict
 from tests.ranks import run_ranks
 from tests.recipe.foreign_configs import CASES, Case
 
-ALL = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-
 
 def made(case: Case, folder: Path) -> Imported:
     return imported(case.write(folder), {"PATH": "/usr/bin:/bin"}, case.model)
@@ -36,7 +34,8 @@ def texts(one: Recipe) -> dict[str, tuple[str, ...]]:
     return {flag: setting.values for flag, setting in (*one.model_args.items(), *one.launch.items())}
 
 
-@ALL
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.filterwarnings("ignore")
 def test_a_config_becomes_a_recipe(case: Case, tmp_path: Path) -> None:
     done = made(case, tmp_path)
     for outcome in ("refused", "approximated", "unknown"):
@@ -47,22 +46,12 @@ def test_a_config_becomes_a_recipe(case: Case, tmp_path: Path) -> None:
     file = tmp_path / "made.yaml"
     file.write_text(as_yaml(done, "a config"))
     assert texts(recipe.load(str(file), {})) == texts(whole(done, {}))
-
-
-@ALL
-def test_no_key_is_left_out_silently(case: Case, tmp_path: Path) -> None:
-    told = "\n".join(made(case, tmp_path).told)
-    config = case.config.get("ConfigContainer", case.config)
-    for key in flat(config):
-        sections = [key.rsplit(".", cut)[0].replace("_config", "") for cut in range(key.count(".") + 1)]
-        assert any(section in told.replace("_config", "") for section in sections), key
-
-
-@ALL
-@pytest.mark.filterwarnings("ignore")
-def test_flags_are_known_and_take_their_values(case: Case, tmp_path: Path) -> None:
-    given = {flag: s for flag, s in made(case, tmp_path).recipe.model_args.items() if s.given}
+    given = {flag: setting for flag, setting in done.recipe.model_args.items() if setting.given}
     assert list(problems(given, kept_parser())) == []
+    told = "\n".join(done.told).replace("_config", "")
+    for key in flat(case.config.get("ConfigContainer", case.config)):
+        sections = [key.rsplit(".", cut)[0].replace("_config", "") for cut in range(key.count(".") + 1)]
+        assert any(section in told for section in sections), f"{key} is left out silently"
 
 
 @pytest.mark.slow
