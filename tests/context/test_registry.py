@@ -19,8 +19,8 @@ NAMING = (
     *("context/__init__.py", "context/algorithms/", "context/layouts.py"),
     # an engine of tensor parallelism is called ring too
     *("tensor/__init__.py", "tensor/ring.py"),
-    # a table of what to use in place of other projects' flags
-    "megatron/arguments/foreign_flags.py",
+    # tables of what to use in place of other projects' flags and keys
+    *("megatron/arguments/foreign_flags.py", "recipe/foreign/"),
 )
 NAMES = "|".join(sorted(map(re.escape, ALGORITHMS), key=len, reverse=True))
 # 'name' in quotes, or after a word that asks for a backend
