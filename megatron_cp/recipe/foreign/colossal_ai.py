@@ -265,7 +265,8 @@ SYSTEM = System(
             "SEQ_LEN SEQ_LENGTH", "--seq-length VALUE --max-position-embeddings VALUE", _length, how=Outcome.MAPPED
         ),
         value("HIDDEN_SIZE", "--hidden-size"),
-        derived("DEPTH NUM_LAYERS", "--num-layers VALUE", _layers, "unless it is the depth of mode 2.5d"),
+        value("NUM_LAYERS", "--num-layers"),
+        derived("DEPTH", "--num-layers VALUE", _layers, "unless it is the depth of mode 2.5d"),
         value("NUM_HEADS NUM_ATTENTION_HEADS", "--num-attention-heads"),
         derived("MLP_RATIO", "--ffn-hidden-size VALUE times HIDDEN_SIZE", _ffn, how=Outcome.MAPPED),
         value("VOCAB_SIZE", "--vocab-size"),
