@@ -317,7 +317,7 @@ def other_groups() -> str:
             for size in grids
         ),
         *(grouped(f"linears of {CUBE}", ranks, partial(cube_engines, engine=RING)) for ranks in (8, 27)),
-        ["stages on the V", "any", "1", "1", "`_BACKWARDS`"],
+        ["stages on the V, or on two pipes", "any", "1", "1", "`_BACKWARDS`"],
     ]
     return table(["of a group", "ranks", "process groups", "of a rank", "named as it, with"], rows)
 

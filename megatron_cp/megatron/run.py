@@ -391,6 +391,11 @@ class PipelineFlags(_Flags):
         return on_v(self.schedule, self.placement)
 
     @property
+    def two_copies(self) -> bool:
+        """True if the schedule sends microbatches through two copies of the model."""
+        return self.schedule is not None and SCHEDULES.get(self.schedule).two_copies
+
+    @property
     def splits(self) -> bool:
         """True if the schedule splits backwards into input and weight gradients."""
         return self.schedule is not None and SCHEDULES.get(self.schedule).split

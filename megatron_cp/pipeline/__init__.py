@@ -66,7 +66,7 @@ class Rule:
 
     @property
     def two_copies(self) -> bool:
-        """True if ranks hold parts of two copies of the model, which `simulate` plays and nothing trains."""
+        """True if ranks hold parts of two copies of the model."""
         return self.placement not in ONE_PIPE
 
     def make(
@@ -350,13 +350,13 @@ SCHEDULES = Schedules(
 )
 
 
-def trained(name: str) -> Rule:
-    """Return the entry called `name`; raise Refused for one that nothing trains with."""
+def estimated(name: str) -> Rule:
+    """Return the entry called `name`; raise Refused for one whose memory and time are not estimated."""
     rule = SCHEDULES.get(name)
     if rule.two_copies:
         raise Refused(
-            f"{name} holds two copies of the model on the ranks, which megatron-cp simulate plays and nothing trains; "
-            "take zb-v, which idles as little with one"
+            f"{name} holds two copies of the model on the ranks, which megatron-cp simulate plays and no estimate "
+            "knows; take zb-v, which idles as little with one"
         )
     return rule
 

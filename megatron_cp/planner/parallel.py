@@ -9,7 +9,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
-from megatron_cp.pipeline import SCHEDULES, trained
+from megatron_cp.pipeline import SCHEDULES, estimated
 from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.recipe.command import processes
@@ -145,7 +145,7 @@ class Parallel:
             )
         BACKENDS.get(self.backend)
         assert self.placing.size.grid.ranks == self.tp
-        trained(self.schedule_name)
+        estimated(self.schedule_name)
 
     @property
     def placing(self) -> Placing:

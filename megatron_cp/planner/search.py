@@ -18,7 +18,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES as PIPELINES
-from megatron_cp.pipeline import trained
+from megatron_cp.pipeline import estimated
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
@@ -247,7 +247,7 @@ def _check(request: PlanRequest) -> None:
             "estimate a recipe with it"
         )
     for name in request.schedules:
-        trained(name)
+        estimated(name)
     per_node = cluster.ranks_per_node
     if gpus > per_node and cluster.between is None:
         raise ValueError(

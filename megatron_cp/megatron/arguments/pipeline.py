@@ -15,7 +15,7 @@ from megatron_cp.megatron.arguments.unsupported import (
 )
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
 from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
-from megatron_cp.pipeline import SCHEDULES, trained
+from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, check_slices, check_vocabulary, kin, place
 from megatron_cp.pipeline.offload import limit_of
 from megatron_cp.pipeline.placement import ONE_PIPE
@@ -308,6 +308,67 @@ V_UNSUPPORTED = (
     ),
 )
 
+COPIES_UNSUPPORTED = (
+    Unsupported(
+        "the distributed optimizer, which would keep the states of both copies",
+        lambda args: bool(read(args, "use_distributed_optimizer", False)),
+        "leave --use-distributed-optimizer out, or take zb-v",
+    ),
+    Unsupported(
+        "an output layer that is the embedding too, of which there would be four",
+        lambda args: not read(args, "untie_embeddings_and_output_weights", False),
+        "pass --untie-embeddings-and-output-weights, or take zb-v",
+    ),
+    Unsupported(
+        "multi-token prediction, whose losses Megatron collects on the last rank",
+        lambda args: bool(read(args, "mtp_num_layers")),
+        "leave --mtp-num-layers out, or take a schedule on the loop",
+    ),
+    Unsupported(
+        "a balance of experts that each rank keeps for its own copy",
+        lambda args: (
+            bool(read(args, "moe_router_enable_expert_bias", False))
+            or "quantile_balancing" in str(read(args, "moe_router_load_balancing_type", ""))
+        ),
+        "leave --moe-router-enable-expert-bias and quantile_balancing out, or take zb-v",
+    ),
+    Unsupported(
+        "activations that move, for a peer has activations of its own in the same place",
+        lambda args: PipelineFlags.of(args).moves_activations,
+        "leave --pp-offload out, or take zb-v",
+    ),
+    Unsupported(
+        "batches that a plan makes, whose numbers of microbatches may be odd",
+        lambda args: read(args, "cp_plan") is not None,
+        "leave --cp-plan out, or take zb-v",
+    ),
+    Unsupported(
+        "optimizers other than Adam and SGD on one device",
+        lambda args: (
+            read(args, "optimizer", "adam") not in ("adam", "sgd") or bool(read(args, "optimizer_cpu_offload", False))
+        ),
+        "take --optimizer adam or sgd, without --optimizer-cpu-offload",
+    ),
+    Unsupported(
+        "models that are built without weights",
+        lambda args: bool(read(args, "init_model_with_meta_device", False)),
+        "leave --init-model-with-meta-device out, or take zb-v",
+    ),
+    Unsupported(
+        "weights that data-parallel ranks share out",
+        shares_weights_out,
+        "give every rank its weights whole, or take zb-v",
+    ),
+    Unsupported(
+        "checkpoints that keep a rank's chunks together, for they hold both copies",
+        lambda args: (
+            any(read(args, name) for name in ("save", "load"))
+            and read(args, "ckpt_format", "torch_dist") != "torch_dist"
+        ),
+        "leave --ckpt-format out, torch_dist can be loaded under any schedule",
+    ),
+)
+
 
 SAYS_CHUNKS = (
     "num_virtual_stages_per_pipeline_rank",
@@ -331,8 +392,6 @@ def imply_chunks(args: Any) -> int:
 def check_flags(args: Any) -> None:
     """Refuse flags of pipelines that no machine can have together; ValueError with the rule and a way out."""
     flags = PipelineFlags.of(args)
-    if flags.schedule is not None:
-        _check_trained(flags.schedule)
     check_costs(flags)
     size = read(args, "pipeline_model_parallel_size", 1)
     if flags.schedule is not None and size < 2:
@@ -340,13 +399,6 @@ def check_flags(args: Any) -> None:
             f"--pp-schedule {flags.schedule} needs --pipeline-model-parallel-size of at least 2, got {size}; "
             f"leave --pp-schedule out or use more ranks"
         )
-
-
-def _check_trained(name: str) -> None:
-    try:
-        trained(name)
-    except Refused as refused:
-        raise Refused(f"--pp-schedule {refused}") from None
 
 
 def check_schedule(args: Any) -> None:
@@ -358,7 +410,8 @@ def check_schedule(args: Any) -> None:
         return
     on_the_v = V_UNSUPPORTED if flags.on_v else ()
     unflushed = UNFLUSHED_UNSUPPORTED if SCHEDULES.get(name).delay else ()
-    refuse((*UNSUPPORTED, *on_the_v, *unflushed), args, f"--pp-schedule {name}")
+    copies = COPIES_UNSUPPORTED if flags.two_copies else ()
+    refuse((*UNSUPPORTED, *on_the_v, *unflushed, *copies), args, f"--pp-schedule {name}")
     if flags.sliced:
         refuse(SLICES_UNSUPPORTED, args, f"--pp-slices {flags.slices}")
     if flags.vocab_parallel is not None:
@@ -459,6 +512,13 @@ def check_table(args: Any) -> None:
     refuse_cap(settings, placement, known.costs)
     if rule.table is None:
         return
+    evaluated = _evaluated(args) if rule.two_copies else []
+    for micros in evaluated:
+        if micros % 2:
+            raise Refused(
+                f"--pp-schedule {name} sends half of the microbatches down the ranks and half up, got {micros} in an "
+                f"evaluation (--eval-global-batch-size {args.eval_global_batch_size}); take an even number of them"
+            )
     for micros in micros_of(args):
         try:
             build(
@@ -476,6 +536,13 @@ def check_table(args: Any) -> None:
             raise Refused(f"--pp-schedule {name} {bad.reason}") from bad
         except ValueError as error:
             raise Refused(f"--pp-schedule {name}: {error}") from None
+
+
+def _evaluated(args: Any) -> list[int]:
+    """Return the number of microbatches of an evaluation, where the run has any."""
+    if not (read(args, "eval_iters") or read(args, "full_validation")):
+        return []
+    return [args.eval_global_batch_size // (args.data_parallel_size * args.eval_micro_batch_size)]
 
 
 def micros_of(args: Any) -> list[int]:

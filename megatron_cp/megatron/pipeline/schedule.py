@@ -23,6 +23,7 @@ from megatron_cp.megatron.pipeline.slices import SlicedData, attach, in_slices, 
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
+from megatron_cp.megatron.pipeline.two_way import TwoWay
 from megatron_cp.megatron.pipeline.v_placement import OnLoop, OnV
 from megatron_cp.megatron.pipeline.vocabulary import PipelineCollectives, head_of
 from megatron_cp.megatron.pipeline.without_flush import WithoutFlush
@@ -91,7 +92,12 @@ class ModelStages:
     """Stages of this rank as an executor runs them: the n-th of `stages` is the n-th model chunk."""
 
     def __init__(
-        self, call: Call, placed: OnLoop | OnV, stages: tuple[int, ...], last: int, queue: WeightQueue | None
+        self,
+        call: Call,
+        placed: OnLoop,
+        stages: tuple[int, ...],
+        last: Callable[[int], bool],
+        queue: WeightQueue | None,
     ) -> None:
         self._call, self._placed, self._last, self._queue = call, placed, last, queue
         self._chunk = {stage: chunk for chunk, stage in enumerate(stages)}
@@ -116,7 +122,7 @@ class ModelStages:
                 micro,
                 # as Megatron's own driver without chunks
                 chunk if len(call.model) > 1 else None,
-                stage == self._last and not call.headless,
+                self._last(stage) and not call.headless,
             )
         call.tokens += tokens
         if call.slices and not call.training:
@@ -190,7 +196,7 @@ class Pipeline:
     ) -> None:
         self._rule = SCHEDULES.get(name)
         self.settings = settings or Settings()
-        self._placed = OnV() if self.settings.pipeline.on_v else OnLoop()
+        self._placed = _placed(self.settings)
         self._observe = observe
         self._channels: Channels | None = None
         self._tables: Tables
@@ -240,7 +246,9 @@ class Pipeline:
         )
         call = Call(
             forward_step_func=forward_step_func,
-            data_iterator=data_iterator if isinstance(data_iterator, list) else [data_iterator],
+            data_iterator=self._placed.feed(
+                data_iterator if isinstance(data_iterator, list) else [data_iterator], chunks, num_microbatches
+            ),
             model=chunks,
             micros=num_microbatches,
             config=config,
@@ -261,7 +269,9 @@ class Pipeline:
 
     def _run(self, call: Call) -> None:
         settings = self.settings
-        placement = place(self._rule, call.groups.pp.size(), len(call.model), settings.pipeline.placement)
+        placement = place(
+            self._rule, call.groups.pp.size(), len(call.model) // self._placed.pipes, settings.pipeline.placement
+        )
         if self._channels is None:
             # the first step: sizes of the pipeline and the model are known only now
             lends = settings.pipeline.lends or self._rule.lends
@@ -292,8 +302,7 @@ class Pipeline:
         puts_off = self._delayed or any(action.kind == INPUT for action in actions)
         assert self._queue or not puts_off, "the hook weight-queue is not in force"
         queue = self._queue if puts_off else None
-        last = len(placement.rank_of) - 1
-        stages = ModelStages(call, self._placed, placement.of_rank[rank], last, queue)
+        stages = ModelStages(call, self._placed, placement.of_rank[rank], placement.last, queue)
         moving = call.training and any(action.kind in (*MOVES, *LENDERS.values()) for action in actions)
         saved = self._saved if moving else None
         carried = unflushed.carried if unflushed else None
@@ -329,12 +338,21 @@ class Pipeline:
     def _finalize(self, call: Call) -> None:
         config = call.config
         if config.finalize_model_grads_func is not None:
+            if config.calculate_per_token_loss:
+                self._placed.add_tokens(call.tokens, call.groups.pp)
             config.finalize_model_grads_func(
                 call.model,
                 call.tokens if config.calculate_per_token_loss else None,
                 pg_collection=self._placed.groups_to_finalize(call.groups, call.model),
                 force_all_reduce=call.force_all_reduce,
             )
+            self._placed.add_gradients(call.model, call.groups.pp)
+
+
+def _placed(settings: Settings) -> OnLoop:
+    if settings.pipeline.two_copies:
+        return TwoWay()
+    return OnV() if settings.pipeline.on_v else OnLoop()
 
 
 def cut_data(call: Call, slices: SlicesInFlight) -> None:

@@ -44,7 +44,12 @@ def seen_as(rank: int) -> Iterator[None]:
 
 
 class OnLoop:
-    """Stages on the loop, as Megatron places them."""
+    """Stages on the loop, as Megatron places them.
+
+    pipes: copies of the model on the ranks
+    """
+
+    pipes = 1
 
     def seen(self, chunk: Any) -> AbstractContextManager[None]:
         """Return a context for a forward of this model chunk; the loop needs none."""
@@ -54,12 +59,22 @@ class OnLoop:
         """Return the groups in which gradients are reduced at the end of a step."""
         return groups
 
+    def feed(self, iterators: list[Any], chunks: list[Any], micros: int) -> list[Any]:
+        """Return the data iterator of each model chunk, which Megatron has made."""
+        return iterators
+
+    def add_tokens(self, tokens: Tensor, group: Any) -> None:
+        """Leave the tokens as one last stage has counted them."""
+
+    def add_gradients(self, chunks: list[Any], group: Any) -> None:
+        """Leave the gradients of the only copy of each weight."""
+
     def to_last_rank(self, store: list[Any], group: Any, micros: int | None) -> list[Any]:
         """Return what the last stage left behind, which the pipeline's last rank prints and logs."""
         return store
 
 
-class OnV:
+class OnV(OnLoop):
     """Stages on the V, where the last one is on the pipeline's first rank."""
 
     def __init__(self) -> None:

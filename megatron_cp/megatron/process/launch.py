@@ -21,7 +21,7 @@ from megatron_cp.megatron.machine.environment import copies_beside, environment_
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
 from megatron_cp.megatron.run import LocalSgdFlags, say, uneven_masks, values_of
-from megatron_cp.pipeline import on_v
+from megatron_cp.pipeline import SCHEDULES, on_v
 
 
 class Features(NamedTuple):
@@ -43,6 +43,7 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += ["schedule", "weight-queue"]
         placement = "".join(values_of(argv, "--pp-placement") or ())
         names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
+        names += hooks.FOR_TWO_COPIES if schedule and SCHEDULES.get(schedule[0]).two_copies else ()
         names += ["shared-vocabulary"] if values_of(argv, "--pp-vocab-parallel") is not None else []
         names += ["delayed-weights"] if machine.te else []
     elif values_of(argv, "--cp-plan") is not None:

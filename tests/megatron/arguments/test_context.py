@@ -7,7 +7,6 @@ import pytest
 
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table
-from megatron_cp.pipeline import SCHEDULES
 
 GOOD = {
     "cp_comm_type": ["p2p"],
@@ -255,12 +254,6 @@ def test_slices_refuse_buffers_of_whole_sequences() -> None:
     check_schedule(scheduled("1f1b", pp_slices=4, tensor_model_parallel_size=2))
     with pytest.raises(ValueError, match=r"--pp-slices 4 .*leave --tp-comm-overlap out, or --pp-slices"):
         check_schedule(scheduled("1f1b", pp_slices=4, tensor_model_parallel_size=2, tp_comm_overlap=True))
-
-
-@pytest.mark.parametrize("name", [rule.name for rule in SCHEDULES if rule.two_copies])
-def test_schedules_with_two_copies_of_the_model_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--pp-schedule {name} holds two copies of the model .* take zb-v"):
-        check_schedule(scheduled(name))
 
 
 # Megatron's size for such a run is one microbatch per rank, which none of its steps has
