@@ -22,8 +22,8 @@ from megatron_cp.registry import Registry
 SUPPORTED = "0.19."
 FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
 """Hooks that place stages on the V; they are applied for such a schedule only."""
-FOR_TWO_COPIES = ("two-way-stages",)
-"""Hooks that build two copies of the model; they are applied for such a schedule only."""
+FOR_TWO_COPIES = ("v-stages",)
+"""Hooks for two copies of the model, of which one runs up the ranks as the V does."""
 FOR_ISLANDS = ("island-gradients", "island-step", "island-weights", "island-momentum")
 """Hooks that let the instances of the distributed optimizer train apart."""
 _MARK = "megatron_cp_hook"
@@ -150,19 +150,10 @@ HOOKS = Registry(
         Hook(
             name="v-stages",
             targets=("megatron.training.models.dist_utils:build_virtual_pipeline_stages",),
-            by="megatron_cp.megatron.pipeline.v_placement:build_stages",
+            by="megatron_cp.megatron.pipeline.two_way:build_stages",
             parameters=("build_model_func", "pg_collection", "vp_size"),
             reason="layers, embedding and head of a chunk are decided from its rank along the loop",
             retired_by="process groups that a model builder may choose for every chunk",
-            settings=True,
-        ),
-        Hook(
-            name="two-way-stages",
-            targets=("megatron.training.models.dist_utils:build_virtual_pipeline_stages",),
-            by="megatron_cp.megatron.pipeline.two_way:build_copies",
-            parameters=("build_model_func", "pg_collection", "vp_size"),
-            reason="without a virtual pipeline a rank gets one stage of one copy of the model",
-            retired_by="a model builder that may add stages of another copy to a rank's chunks",
             settings=True,
         ),
         Hook(

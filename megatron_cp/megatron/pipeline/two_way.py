@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_cp.comm import GroupFabric, Wire, backwards
 from megatron_cp.errors import CannotRun, Refused
+from megatron_cp.megatron.pipeline import v_placement
 from megatron_cp.megatron.pipeline.v_placement import OnV, seen_as
 from megatron_cp.megatron.run import Settings
 
@@ -44,7 +45,7 @@ class TwoWay(OnV):
     def feed(self, iterators: list[Any], chunks: list[Any], micros: int) -> list[Any]:
         """Return an iterator for each chunk: the first half of the microbatches goes down, the second up.
 
-        Raises RuntimeError for a model that `build_copies` did not build, ValueError for an odd number of microbatches.
+        Raises RuntimeError for a model that `build_stages` did not build, ValueError for an odd number of microbatches.
         """
         if len(chunks) != self.pipes:
             raise CannotRun(
@@ -83,12 +84,12 @@ class TwoWay(OnV):
         return store + found if group.rank() == group.size() - 1 else found
 
 
-def build_copies(
+def build_stages(
     old: Callable[..., Any], settings: Settings, build: Callable[..., Any], groups: Any, vp_size: int | None, *args: Any
 ) -> Any:
-    """Build this rank's stages of both copies, with the same weights as on its peer."""
+    """Build this rank's stages of both copies, with the same weights as on its peer; or the stages of one copy."""
     if not settings.pipeline.two_copies:
-        return old(build, groups, vp_size, *args)
+        return v_placement.build_stages(old, settings, build, groups, vp_size, *args)
     mine = copy.copy(groups)
     mine.pp = backwards(groups.pp)
     down = old(build, groups, vp_size, *args)

@@ -143,11 +143,12 @@ def pipeline_of(chunk: Any) -> Any:
 
 
 def build_stages(
-    old: Callable[..., Any], settings: Settings, build: Callable[..., Any], groups: Any, vp_size: int, *args: Any
+    old: Callable[..., Any], settings: Settings, build: Callable[..., Any], groups: Any, vp_size: int | None, *args: Any
 ) -> Any:
     """Build this rank's chunks as stages on the V; tied embeddings start out equal."""
     if not settings.pipeline.on_v:
         return old(build, groups, vp_size, *args)
+    assert vp_size, "a rank has chunks on the V"
     other_way = backwards(groups.pp)
     own, p = groups.pp.rank(), groups.pp.size()
 
