@@ -22,10 +22,14 @@ def train(
     inspect: Callable[[list[Any]], Any] | None = None,
     name: str = "gpt_layer_spec",
     hooked: tuple[str, ...] = (),
+    without: str = "",
 ) -> Any:
-    """Train the tiny model with `flags` through our spec called `name`; what `inspect` says of the built model."""
+    """Train the tiny model with `flags` through our spec called `name`; what `inspect` says of the built model.
+
+    without: flags of the tiny model that take no value, to be left out
+    """
     spec = f"--spec megatron_cp.megatron.spec {name}"
-    sys.argv = ["pretrain_gpt.py", *tiny(PLAIN, spec, flags)]
+    sys.argv = ["pretrain_gpt.py", *tiny(PLAIN, spec, flags, without=without)]
     with cpu.cpu_runtime(), hooks.apply(("dataset-helpers", *hooked)):
         return _train(inspect)
 

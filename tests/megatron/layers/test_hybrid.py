@@ -1,5 +1,6 @@
 """HybridModel through our ready stack spec: attention and MLP layers without TransformerEngine."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.experts.dispatcher import ExchangingLayer
 from megatron_cp.megatron.layers import hybrid
 from megatron_cp.megatron.layers.attention import CoreAttention
+from megatron_cp.megatron.layers.latent import LatentSelfAttention
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.spec import hybrid_stack_spec
 from tests.megatron.spec_run import grad_norms, losses, train
+from tests.megatron.test_parity import LATENT
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 PATTERN = "--hybrid-layer-pattern *-*- --num-layers 4"
@@ -52,6 +55,26 @@ def test_patterns_on_four_ranks_train_as_on_one_over_five_steps(pattern: str, ex
     assert losses(log) == pytest.approx(losses(whole), rel=1e-6)
     assert grad_norms(log) == pytest.approx(grad_norms(whole), rel=1e-3)
     assert "[megatron-cp] layers 1, 3: zigzag" in log
+
+
+@pytest.mark.slow
+def test_latents_of_a_pattern_with_experts_resume_at_another_degree(tmp_path: Path) -> None:
+    model = f"--hybrid-layer-pattern *E*E --num-layers 4 --num-query-groups 4 {LATENT} {EXPERTS} alltoall"
+    flags = f"{model} --cp-comm-type zigzag --cp-latent"
+    save = f"--context-parallel-size 2 --save {tmp_path} --save-interval 2"
+    how = (_sends_latents, NAME, ("flags", "checks"), "--group-query-attention")
+    _, unbroken = run_ranks_with_log(2, train, f"{flags} {save}", *how)
+    _, resumed = run_ranks_with_log(1, train, f"{flags} --load {tmp_path} --ckpt-step 2", *how)
+    assert len(losses(unbroken)) == 4
+    third, fourth = losses(unbroken)[2:]
+    # Megatron prints the mean of a run's first two losses as the second one
+    assert losses(resumed) == pytest.approx([third, (third + fourth) / 2], rel=1e-6)
+    assert grad_norms(resumed) == pytest.approx(grad_norms(unbroken)[2:], rel=1e-3)
+
+
+def _sends_latents(models: list[Any]) -> None:
+    layers = models[0].module.decoder.layers
+    assert [type(layer.self_attention) for layer in layers[::2]] == [LatentSelfAttention] * 2
 
 
 def _parts(models: list[Any]) -> None:
