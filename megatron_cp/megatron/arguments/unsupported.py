@@ -53,7 +53,7 @@ PARTS_OF_SEQUENCES = (
             read(args, "position_embedding_type", "learned_absolute") not in ("rope", "learned_absolute", "none")
             or bool(read(args, "multi_latent_attention", False))
         ),
-        "pass --position-embedding-type rope, without --multi-latent-attention",
+        "pass --position-embedding-type rope, without --multi-latent-attention and --cp-latent",
     ),
     Unsupported(
         "layers other than attention that look back, such as Mamba's",

@@ -75,7 +75,7 @@ def test_schedules_pass_or_are_refused(schedule: str) -> None:
         ({"num_experts": 4, "expert_model_parallel_size": 2}, "pass --moe-token-dispatcher-type alltoall"),
         ({"overlap_moe_expert_parallel_comm": True}, "leave --overlap-moe-expert-parallel-comm out"),
         ({"position_embedding_type": "yarn"}, "pass --position-embedding-type rope"),
-        ({"multi_latent_attention": True}, "without --multi-latent-attention"),
+        ({"multi_latent_attention": True, "cp_latent": True}, "without --multi-latent-attention and --cp-latent"),
         ({"hybrid_layer_pattern": "M*"}, "attention layers alone"),
         ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl out"),
         ({"use_megatron_fsdp": True}, "use --use-distributed-optimizer"),
