@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_cp.cli.options import Causal, ContextRanks, HeadDim, Heads, KvHeads, WholeSequence
 from megatron_cp.cli.trace_linears import AskedLinears, layer_of, trace_linears
 from megatron_cp.context import AUTO, BACKENDS, PLACEMENTS
-from megatron_cp.context.checks import able, check_placement
+from megatron_cp.context.checks import able, check_latent, check_placement
 from megatron_cp.context.choose import on_nodes
 from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.document_layouts import NAMES, STREAM
@@ -76,6 +76,14 @@ Cut = Annotated[
     bool,
     typer.Option("--cut", help="The batch is cut by --document-layout; else tokens move there and back in attention."),
 ]
+Latent = Annotated[
+    tuple[int, int] | None,
+    typer.Option(
+        metavar="RANK ROTARY",
+        help="Compressed and rotary numbers of a token's latent: also tell what --cp-latent sends in place of keys and "
+        f"values, with {able(lambda entry: entry.capabilities.latent, str)}. Proof, tables and pictures are of these.",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="Of the tensors; must be the one that the cluster's rates hold for.")]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Time this trace's kernel calls on this machine, instead of the rates.")
@@ -86,12 +94,16 @@ Plots = Annotated[
 
 
 class Costed(NamedTuple):
-    """A recorded trace with its proof, and both passes as simulated on a cluster."""
+    """A recorded trace with its proof, and both passes as simulated on a cluster.
+
+    latents: the trace of the same attention over latents, where these are asked for
+    """
 
     trace: Trace
     proof: "Proof"
     runs: Mapping[str, SimulatedPass]
     cluster: Cluster
+    latents: Trace | None
 
 
 def trace(
@@ -141,6 +153,7 @@ def trace(
     documents: DocumentLengths = None,
     document_layout: DocumentLayout = STREAM,
     cut: Cut = False,
+    latent: Latent = None,
     dtype: Dtype = None,
     measure: Measure = False,
     plot: Plots = None,
@@ -188,9 +201,10 @@ def trace(
         cut=cut,
     )
     _check_document_layout(problem)
+    _check_latent(problem, latent)
     problem, chosen = _settled(problem, hardware)
     problem = on_nodes(problem, hardware.ranks_per_node)
-    costed = _costed(problem, hardware, measure)
+    costed = _costed(problem, latent, hardware, measure)
     for file in plot or []:
         _draw(costed, file)
         typer.echo(f"picture: {file}", err=True)
@@ -204,7 +218,7 @@ def trace(
         raise typer.Exit(1)
 
 
-def _costed(problem: Problem, hardware: Cluster, measure: bool) -> Costed:
+def _costed(problem: Problem, latent: tuple[int, int] | None, hardware: Cluster, measure: bool) -> Costed:
     from megatron_cp.context.trace.proof import prove, small
     from megatron_cp.context.trace.record import record
 
@@ -212,7 +226,8 @@ def _costed(problem: Problem, hardware: Cluster, measure: bool) -> Costed:
     proof = prove(small(problem))
     seconds = _measured(recorded) if measure else None
     runs = {name: simulate(run, hardware, seconds) for name, run in _passes(recorded).items()}
-    return Costed(recorded, proof, runs, hardware)
+    latents = None if latent is None else record(replace(problem, latent=latent))
+    return Costed(recorded, proof, runs, hardware, latents)
 
 
 def _settled(problem: Problem, hardware: Cluster) -> tuple[Problem, dict[str, str]]:
@@ -244,6 +259,25 @@ def _check_document_layout(problem: Problem) -> None:
     if problem.documents is None and (problem.cut or problem.document_layout != STREAM):
         given = "--cut" if problem.cut else f"--document-layout {problem.document_layout}"
         raise ValueError(f"{given} needs --documents, got none; name a corpus or the tokens of each document")
+
+
+def _check_latent(problem: Problem, latent: tuple[int, int] | None) -> None:
+    """Raise Refused for a latent that no attention of this problem has."""
+    if latent is None:
+        return
+    check_latent(BACKENDS.get(problem.backend))
+    rank, rotary = latent
+    if rank < 1 or not 0 <= rotary <= problem.head_dim:
+        raise Refused(
+            f"--latent takes 1 or more compressed numbers and 0 to --head-dim {problem.head_dim} rotary ones, got "
+            f"{rank} {rotary}"
+        )
+    if problem.kv_heads != problem.heads or problem.chunks is not None:
+        given = f"--kv-heads {problem.kv_heads}" if problem.chunks is None else f"--chunks {problem.chunks}"
+        raise Refused(
+            f"--latent {rank} {rotary} expands to keys of all --heads {problem.heads} at once, got {given}; "
+            "leave it out"
+        )
 
 
 def _documents(given: str, seq: int) -> Documents:
@@ -325,6 +359,7 @@ def _as_json(costed: Costed) -> dict[str, Any]:
         "documents": packed and [len(each.q) for each in packed.sets],
         "cluster": costed.cluster.name,
         "relayout": recorded.relayout,
+        "latents": {name: run.sent for name, run in _passes(costed.latents).items()} if costed.latents else None,
     }
     return {**head, **passes, **asked}
 
@@ -365,6 +400,16 @@ def _show(costed: Costed) -> None:
         console.print(f"{name}: {max(calls)} kernel calls on the rank with most, {sum(calls)} on all", highlight=False)
     if any(recorded.relayout):
         console.print(f"of what is sent, {max(recorded.relayout) / 2**20:.1f} MiB per rank bring tokens into place")
+    if costed.latents:
+        theirs = _passes(costed.latents)
+        for name, run in _passes(recorded).items():
+            ours, least = max(run.sent) / 2**20, max(theirs[name].sent) / 2**20
+            console.print(
+                f"{name}: with --cp-latent {least:.1f} MiB are sent by the rank with most, in place of {ours:.1f} MiB "
+                "of the keys and values that are costed here",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _between_kernels(costed: Costed, name: str) -> str:

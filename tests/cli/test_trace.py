@@ -63,6 +63,17 @@ def test_a_window_costs_less():
     assert sum(window["sent"]) < sum(full["sent"])
 
 
+def test_what_latents_send_is_said_beside_keys_and_values():
+    words = ("--backend", "zigzag", *SMALL, "--kv-heads", "8", "--latent", "32", "16")
+    found = json.loads(run(*words, "--json").stdout)
+    for name in ("forward", "backward"):
+        assert 0 < sum(found["latents"][name]) < sum(found[name]["sent"])
+    # of 48 numbers, in place of the keys and values of 8 heads of 64
+    assert sum(found["latents"]["forward"]) / sum(found["forward"]["sent"]) == 48 / (2 * 8 * 64)
+    sent = max(found["latents"]["forward"]) / 2**20
+    assert f"forward: with --cp-latent {sent:.1f} MiB are sent by the rank with most, in place of" in run(*words).stdout
+
+
 def test_tables_say_what_was_proved():
     result = run("--backend", "ring", *SMALL, "--causal")
     assert result.exit_code == 0, result.output
@@ -172,6 +183,9 @@ def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, m
         (["--backend", "startrail", "--hierarchical-context-parallel-sizes", "4", "1"], "possible are 1, 2, backend"),
         (["--layout", "zigzak"], "unknown layout 'zigzak'; did you mean 'zigzag'"),
         (["--backend", "rsa", "--seq", str(2**31)], "'rsa' holds whole rows of scores, 3.69e+19 bytes on a rank"),
+        (["--backend", "ulysses", "--latent", "32", "16"], "'ulysses' sends keys and values, no latent; use backend"),
+        (["--latent", "32", "65"], "--latent takes 1 or more compressed numbers and 0 to --head-dim 64 rotary ones"),
+        (["--latent", "32", "16"], "expands to keys of all --heads 8 at once, got --kv-heads 2; leave it out"),
         (["--cut"], "--cut needs --documents, got none"),
         (["--document-layout", "block"], "unknown document layout 'block'; did you mean 'blocks'"),
         (["--dtype", "float32"], "the rates of cluster 'h100-ib' hold for bfloat16"),
