@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from megatron_cp.recipe.foreign.deepspeed import CP, NO_HOST, NO_WEIGHTS_ON_HOST, OFFLOAD, PP, TP, sharded, stage
+from megatron_cp.recipe.foreign.deepspeed import (
+    CP,
+    NO_HOST,
+    NO_WEIGHTS_ON_HOST,
+    OFFLOAD,
+    PP,
+    TP,
+    batch_sizes,
+    sharded,
+    stage,
+)
 from megatron_cp.recipe.foreign.keys import (
     Absent,
     Answer,
@@ -129,13 +139,9 @@ def _batch(found: Any, config: ForeignConfig) -> Answer:
     micros = config.number("NUM_MICRO_BATCHES") or 1
     if int(found) % micros:
         return not_here(f"{found} sequences do not divide by {micros} microbatches: give --micro-batch-size")
-    flags: Flags = {"--micro-batch-size": (str(int(found) // micros),)}
-    if config.number("--global-batch-size", "GLOBAL_BATCH_SIZE"):
-        return Answer(flags)
-    ranks, steps = _replicas(config), config.number("gradient_accumulation") or 1
-    if ranks is None:
-        return near(flags, "no global batch size without the number of processes: give --global-batch-size")
-    return Answer({**flags, "--global-batch-size": (str(int(found) * steps * ranks),)})
+    whole = config.number("--global-batch-size", "GLOBAL_BATCH_SIZE")
+    steps = config.number("gradient_accumulation") or 1
+    return batch_sizes(int(found) // micros, int(found) * steps, _replicas(config), whole)
 
 
 def _micros(found: Any, config: ForeignConfig) -> Answer:

@@ -75,13 +75,24 @@ def _global_batch(found: Any, config: ForeignConfig) -> Answer:
 
 
 def _micro_batch(found: Any, config: ForeignConfig) -> Answer:
-    flags: Flags = {"--micro-batch-size": (text(int(found)),)}
-    if config.number("train_batch_size", "--global-batch-size"):
+    whole = config.number("train_batch_size", "--global-batch-size")
+    steps = config.number("gradient_accumulation_steps") or 1
+    return batch_sizes(int(found), int(found) * steps, replicas(config), whole)
+
+
+def batch_sizes(micro: int, of_rank: int, ranks: int | None, whole: int | None) -> Answer:
+    """Return flags of a micro batch, and of the global batch where no key gives it.
+
+    of_rank: sequences of one data-parallel rank in a step
+    ranks:   that are data-parallel; None where the number of processes is not known
+    whole:   the global batch that another key gives
+    """
+    flags: Flags = {"--micro-batch-size": (str(micro),)}
+    if whole:
         return Answer(flags)
-    ranks, steps = replicas(config), config.number("gradient_accumulation_steps") or 1
     if ranks is None:
         return near(flags, "no global batch size without the number of processes: give --global-batch-size")
-    return Answer({**flags, "--global-batch-size": (str(int(found) * steps * ranks),)})
+    return Answer({**flags, "--global-batch-size": (str(of_rank * ranks),)})
 
 
 def _accumulation(found: Any, config: ForeignConfig) -> Answer:
