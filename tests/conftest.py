@@ -35,6 +35,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
+@pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)
+def pytest_groups_keep_their_names(items: list[pytest.Function]) -> None:
+    """Name an item with its group, as pytest-xdist 3.8 means to: since pytest 9.2 its assignment has no effect."""
+    for item in items:
+        if (named := vars(item).get("_nodeid")) and hasattr(item, "_id"):
+            item._id = type(item._id).parse(named)
+
+
 def _shares_a_fixture(item: pytest.Function) -> bool:
     """True if a fixture of the module, made once for all who ask, is among this test's."""
     definitions = item._fixtureinfo.name2fixturedefs.values()
