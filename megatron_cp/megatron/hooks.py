@@ -263,6 +263,14 @@ HOOKS = Registry(
             settings=True,
         ),
         Hook(
+            name="document-stages",
+            targets=("megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder.__init__",),
+            by="megatron_cp.megatron.layers.packed:built_on_all_stages",
+            parameters=("cls", "sizes", "is_built_on_rank", "config"),
+            reason="every stage's attention needs the ends of documents, and scripts build no dataset in between",
+            retired_by="scripts that build datasets of packed documents on every pipeline stage",
+        ),
+        Hook(
             name="connections",
             targets=("megatron.training.arguments:get_device_arch_version",),
             by="megatron_cp.megatron.machine.environment:without_one_connection",

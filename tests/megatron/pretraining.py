@@ -75,12 +75,24 @@ def trained(flags: list[str]) -> tuple[list[dict[str, Any]], list[tuple[str, tor
     return log, [(name, weight.detach().clone()) for chunk in built for name, weight in global_names(chunk)]
 
 
-def script_losses(flags: list[str]) -> list[dict[str, Any]]:
-    """Train an unmodified script of upstream's kind through the launcher, from Megatron's own initial weights."""
+def script_losses(flags: list[str], named_weights: bool = False) -> list[dict[str, Any]]:
+    """Train an unmodified script of upstream's kind through the launcher, from Megatron's own initial weights.
+
+    With `named_weights` every topology starts from the same model.
+    """
     sys.argv = ["launch", SCRIPT, *flags]
-    with losses_of_each_iteration() as log:
+    with contextlib.ExitStack() as undo:
+        if named_weights:
+            target = "megatron.training.argument_utils:gpt_config_from_args"
+            undo.callback(restore, replace(target, lambda old: lambda args: _started_from_names(old(args))))
+        log = undo.enter_context(losses_of_each_iteration())
         launch.main()
         return from_the_rank_with_losses(log)
+
+
+def _started_from_names(config: Any) -> Any:
+    start_from_names(config)
+    return config
 
 
 def one_gather_at_a_time() -> None:

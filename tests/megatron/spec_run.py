@@ -1,5 +1,6 @@
 """Train as upstream's pretrain_gpt.py does with `--spec`: no hook of ours but the wheel's missing Makefile."""
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -23,18 +24,20 @@ def train(
     name: str = "gpt_layer_spec",
     hooked: tuple[str, ...] = (),
     without: str = "",
+    entry: str = "megatron_cp.megatron.process.pretrain:datasets",
 ) -> Any:
     """Train the tiny model with `flags` through our spec called `name`; what `inspect` says of the built model.
 
     without: flags of the tiny model that take no value, to be left out
+    entry: the provider of datasets, in the module of the `forward_step`
     """
     spec = f"--spec megatron_cp.megatron.spec {name}"
     sys.argv = ["pretrain_gpt.py", *tiny(PLAIN, spec, flags, without=without)]
     with cpu.cpu_runtime(), hooks.apply(("dataset-helpers", *hooked)):
-        return _train(inspect)
+        return _train(inspect, *entry.split(":"))
 
 
-def _train(inspect: Callable[[list[Any]], Any] | None) -> Any:
+def _train(inspect: Callable[[list[Any]], Any] | None, module: str, provider: str) -> Any:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -44,8 +47,7 @@ def _train(inspect: Callable[[list[Any]], Any] | None) -> Any:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_cp.megatron.process.pretrain import datasets, forward_step
-
+    entry = importlib.import_module(module)
     args = parse_and_validate_args()
     config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
     seen: list[Any] = []
@@ -56,7 +58,8 @@ def _train(inspect: Callable[[list[Any]], Any] | None) -> Any:
 
     config.pre_wrap_hooks.append(weights_from_names)
     config.post_wrap_hooks.append(look)
-    pretrain(pretrain_cfg_container_from_args(args, config), datasets, ModelType.encoder_or_decoder, forward_step)
+    container = pretrain_cfg_container_from_args(args, config)
+    pretrain(container, getattr(entry, provider), ModelType.encoder_or_decoder, entry.forward_step)
     return seen[0] if seen else None
 
 

@@ -1,7 +1,9 @@
 """Packed documents through the real pretrain(): the same losses and gradient norms however the stream is cut."""
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,17 @@ from megatron_cp.context.layouts import layout
 from megatron_cp.context.masks import CAUSAL
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
+from megatron_cp.megatron.layers import specs
 from megatron_cp.megatron.layers.packed import PackedStream, cut_stream, hand_on_documents, positions, stream_of
 from megatron_cp.megatron.process.eod_documents import ends_at
 from tests.cases import slow_unless
-from tests.megatron.pretraining import pretrain_losses, tiny
+from tests.megatron import spec_run
+from tests.megatron.pretraining import pretrain_losses, script_losses, tiny
 from tests.megatron.test_parity import LATENT, assert_equal_runs, context
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 PACKED = "--dataloader-inter-document-masking"
+ENTRY = "tests.megatron.pretrain_script:provider"
 
 
 def counted(flags: list[str]) -> tuple[list[dict[str, Any]], int]:
@@ -188,6 +193,67 @@ CASES = {
 def test_packed_documents_train_alike_on_all_ranks(alone: Any, data: str, name: str) -> None:
     flags, reference, ranks = CASES[name]
     assert_equal_runs(losses(ranks, data, flags), alone(*([reference] if reference else [])))
+
+
+# flags of the run through the launcher, those of the run on one rank that it equals, ranks
+SCRIPTS = {
+    "two ranks": ("--context-parallel-size 2 --cp-comm-type p2p", "", 2),
+    # which has no dataset of its own
+    "middle stage": (f"--pipeline-model-parallel-size 3 {THREE}", THREE, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unmodified_script_trains_on_packed_documents(alone: Any, data: str, name: str) -> None:
+    flags, reference, ranks = SCRIPTS[name]
+    run = run_ranks(ranks, script_losses, packed_run(data, PACKED, flags), True)[0]
+    assert_equal_runs(run, alone(*([reference] if reference else [])))
+
+
+@pytest.mark.slow
+def test_a_layer_spec_alone_trains_on_packed_documents(alone: Any, data: str) -> None:
+    flags = f"{data} {PACKED} --context-parallel-size 2 --cp-comm-type p2p"
+    _, log = run_ranks_with_log(2, spec_run.train, flags, None, "gpt_layer_spec", (), "--mock-data", ENTRY)
+    steps = alone()
+    # as Megatron prints them: the mean of the first two losses in the second place
+    first, second, *rest = (step["loss"] for step in steps)
+    assert spec_run.losses(log) == pytest.approx([first, (first + second) / 2, *rest], rel=1e-6)
+    assert spec_run.grad_norms(log) == pytest.approx([step["grad_norm"] for step in steps], abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("packed", "stages", "chunks", "refuses"),
+    [
+        (True, 3, None, True),
+        (True, 2, 2, True),
+        (True, 2, None, False),
+        (True, 1, None, False),
+        (False, 3, None, False),
+    ],
+)
+def test_documents_on_stages_without_data_are_refused(
+    packed: bool, stages: int, chunks: int | None, refuses: bool
+) -> None:
+    args = SimpleNamespace(
+        dataloader_inter_document_masking=packed,
+        pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=chunks,
+    )
+    with pytest.raises(Refused, match="start the script through megatron_cp.launch") if refuses else nullcontext():
+        specs._refuse_documents_between_ends(args)
+
+
+@pytest.mark.slow
+def test_a_layer_spec_alone_refuses_them_on_every_rank() -> None:
+    flags = f"{PACKED} --pipeline-model-parallel-size 3 --num-layers 3"
+    with pytest.raises(RankError) as refused:
+        run_ranks(3, spec_run.train, flags, None, "gpt_layer_spec", (), "", ENTRY)
+    lines = {message.splitlines()[0] for message in refused.value.errors.values()}
+    assert len(refused.value.errors) == 3
+    assert [line.partition(":")[0] for line in lines] == ["Refused"]
+    assert "on 3 pipeline stages" in str(lines)
+    assert "through megatron_cp.launch" in str(lines)
 
 
 GATHERED = "--context-parallel-size 2 --cp-comm-type all-gather"

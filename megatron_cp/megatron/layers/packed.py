@@ -10,11 +10,12 @@ Several samples are one stream, t 1 h in the model, while the buffers of every p
 same memory, so that the hook views what comes from the stage before as the one, and what leaves as the other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
@@ -43,6 +44,17 @@ class PackedStream(PackedSeqParams):
     samples: int = 1
     in_slice: PackedSlice | None = None
     group: Fabric | None = None
+
+
+def built_on_all_stages(
+    old: Callable[..., None], builder: Any, cls: Any, sizes: Any, is_built_on_rank: Callable[[], bool], config: Any
+) -> None:
+    """Make Megatron's builder of datasets, which builds those of packed documents on every pipeline stage."""
+
+    def anywhere() -> bool:
+        return is_built_on_rank() or parallel_state.get_tensor_model_parallel_rank() == 0
+
+    old(builder, cls, sizes, anywhere if getattr(config, "inter_document_masking", False) else is_built_on_rank, config)
 
 
 def hand_on_documents[Model: nn.Module](models: list[Model]) -> list[Model]:

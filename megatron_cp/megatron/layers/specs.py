@@ -354,8 +354,22 @@ def check_unmodified_script(vp_stage: int | None = None) -> None:
     args = args_of_run()
     if args is not None:
         refuse_upstream_faults(args)
+        _refuse_documents_between_ends(args)
     if not vp_stage and (warning := uneven_masks(sys.argv[1:])):
         say(warning)
+
+
+def _refuse_documents_between_ends(args: Any) -> None:
+    if not getattr(args, "dataloader_inter_document_masking", False) or is_on(HOOKS.get("document-stages")):
+        return
+    stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    if stages <= 2:
+        return
+    raise Refused(
+        f"--dataloader-inter-document-masking on {stages} pipeline stages: a script of Megatron's builds no dataset on "
+        "the stages between the first and the last, whose attention needs the ends of documents; start the script "
+        "through megatron_cp.launch, or run megatron_cp.pretrain_gpt instead of it"
+    )
 
 
 def _check_gpus(vp_stage: int | None) -> None:

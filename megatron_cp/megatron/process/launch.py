@@ -48,6 +48,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += ["delayed-weights"] if machine.te else []
     elif values_of(argv, "--cp-plan") is not None:
         names.append("schedule")
+    if layers and values_of(argv, "--dataloader-inter-document-masking") is not None:
+        names.append("document-stages")
     if layers and values_of(argv, "--mtp-num-layers") is not None:
         names += ["mtp-layers", "mtp-loss"]
     if layers and values_of(argv, "--cp-keep-attention") is not None:
