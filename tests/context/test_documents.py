@@ -21,9 +21,10 @@ from megatron_cp.context.trace.proof import prove, small
 from megatron_cp.context.trace.record import record
 from megatron_cp.grid import most_square
 from tests.cases import slow_unless
+from tests.context.dense import Problem as Attention
 from tests.context.dense import dense, problem, relative_error
 from tests.context.problems import grids
-from tests.context.test_backends import assert_equals_dense
+from tests.context.test_backends import assert_equals_dense, whole
 from tests.tolerances import EXACT
 
 TOKENS = 24
@@ -123,7 +124,8 @@ def packed_problem(kind, ranks):
     ("ranks", "kind"),
     slow_unless(
         [(3, "causal"), (3, "prefix")],
-        [*((ranks, kind) for ranks in (3, 8) for kind in KINDS), *((ranks, "causal") for ranks in (2, 4, 5, 6, 7))],
+        # every kind on 2 to 8 ranks, in one stream: tests/context/test_together.py
+        [*((3, kind) for kind in KINDS), (8, "causal")],
     ),
 )
 @pytest.mark.parametrize("backend", ALGORITHMS)
@@ -133,17 +135,34 @@ def test_backend_equals_dense_on_packed_documents(backend, ranks, kind):
     assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, made, backend, grid)), task)
 
 
+THOUSAND = [*accumulate([1, 2, 7, 100, 1000, 2, 1, 7, 100, 1, 1, 37], initial=0)]
+"""Ends of documents of one to a thousand tokens."""
+
+
+@cache
+def thousand():
+    return problem(THOUSAND[-1] + 12 * 8, 8, 2, causal=True, batch=1)
+
+
+@cache
+def dense_document(start, stop):
+    return dense(Attention(*(x[start:stop] for x in thousand()[:4]), causal=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("backend", ALGORITHMS)
-def test_backend_equals_dense_on_documents_of_one_to_a_thousand_tokens(backend, ranks):
-    lengths = [1, 2, 7, 100, 1000, 2, 1, 7, 100, 1, 1, 37]
-    total = -(-sum(lengths) // 48) * 48
-    cu = [*accumulate(lengths, initial=0), total]
-    made = Case(documents(cu), same_document(cu, total).tril())
-    task = problem(total, 8, 2, causal=False, batch=1)._replace(packed=made.pairs)
-    grid = grid_of(backend, ranks)
-    assert_equals_dense(in_process(ranks, lambda fabric: sharded(fabric, task, made, backend, grid, "torch")), task)
+def test_backend_equals_dense_on_documents_of_one_to_a_thousand_tokens(backend):
+    for ranks in range(2, 9):
+        total = -(-THOUSAND[-1] // (12 * ranks)) * 12 * ranks
+        made = Case(documents([*THOUSAND, total]), torch.empty(0))
+        task = Attention(*(x[:total] for x in thousand()[:4]), causal=True)
+        grid = grid_of(backend, ranks)
+        parts = in_process(ranks, lambda fabric: sharded(fabric, task, made, backend, grid, "torch"))  # noqa: B023
+        each = [dense_document(*ends) for ends in pairwise([*THOUSAND, total]) if ends[0] < ends[1]]
+        expected = map(torch.cat, zip(*each, strict=True))
+        found = max(relative_error(one, other) for one, other in zip(whole(parts), expected, strict=True))
+        print(f"{backend:<14} 1 to 1,000 tokens, P={ranks}: {found:.1e}")
+        assert found <= EXACT
 
 
 @pytest.mark.parametrize("outside", ["contiguous", "striped"])
