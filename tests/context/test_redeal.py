@@ -100,7 +100,7 @@ def test_frames_go_to_every_layout(layout):
 def test_frames_and_heads_on_a_grid_equal_one_rank():
     """USP behind the encoder, as in LongVILA: heads for tokens inside, a ring outside."""
     whole = batch_of(24, 7)
-    tokens, places, pixels, text, _, weight = whole
+    tokens, places, pixels, text, dout, weight = whole
 
     def body(fabric):
         inner, outer = (
@@ -109,16 +109,24 @@ def test_frames_and_heads_on_a_grid_equal_one_rank():
         )
         how = plan("usp", cp=fabric, inner=inner, outer=outer, kernel="reference")
         deal = deal_frames(how, tokens, places, seq=24, batch=BATCH)
-        encoded = torch.tanh(torch.cat([pixels[frame] for frame in deal.mine]) @ weight)
-        x = place_frames(encoded, shard(text, how), deal, how)
-        # two heads, as many as the inner axis has ranks
-        return torch.tensor(indices("zigzag", 24, 4, fabric.rank)), attend(
-            *[x.unsqueeze(2).repeat(1, 1, 2, 1)] * 3, how
-        )
+        seen = [pixels[frame].clone().requires_grad_() for frame in deal.mine]
+        own, ours = shard(text, how).requires_grad_(), weight.clone().requires_grad_()
+        x = place_frames(torch.tanh(torch.cat(seen) @ ours), own, deal, how)
+        # two heads, as many as the inner axis has ranks; each has half of the gradient of one
+        out = attend(*[x.unsqueeze(2).repeat(1, 1, 2, 1)] * 3, how)
+        grads = torch.autograd.grad(out, (own, ours, *seen), shard(dout, how).unsqueeze(2).repeat(1, 1, 2, 1) / 2)
+        return torch.tensor(indices("zigzag", 24, 4, fabric.rank)), deal.mine, out.detach(), grads
 
-    expected = dense(*whole)[0]
-    for mine, out in in_process(4, body):
+    expected, dpixels, dtext, dweight = dense(*whole)
+    dpixels, found = dpixels.split(tokens), torch.zeros_like(dweight)
+    for mine, frames, out, (own, ours, *seen) in in_process(4, body):
         assert relative_error(out, expected[mine].unsqueeze(2).repeat(1, 1, 2, 1)) <= EXACT
+        assert relative_error(own, dtext[mine]) <= EXACT
+        for frame, grad in zip(frames, seen, strict=True):
+            assert relative_error(grad, dpixels[frame]) <= EXACT
+        found += ours
+    # the ranks share the encoder's weight
+    assert relative_error(found, dweight) <= EXACT
 
 
 def test_a_frame_shown_often_has_the_sum_of_its_gradients_rounded_once():

@@ -8,6 +8,8 @@ import pytest
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.latent import LATENT_TRAFFIC
 from megatron_cp.context.traffic import LocalSizes
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.command import flag_words
 from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
@@ -412,6 +414,7 @@ SHARED = "--expert-model-parallel-size 2"
 
 # HybridModel's patterns are in layers/test_hybrid.py
 MODELS = {
+    "dense": ("", "", tiny),
     "experts, all-to-all": (SHARED, f"{EXPERTS} alltoall", tiny),
     "experts, all-gather": (SHARED, f"{EXPERTS} allgather", tiny),
     "multi-token prediction": ("", "--mtp-num-layers 1 --calculate-per-token-loss", tiny),
@@ -430,6 +433,26 @@ def test_models_on_four_ranks_equal_one_rank_over_five_steps(case):
     assert all(dims for _, dims in ranks)
     expected = run_ranks(1, pretrain_losses, words("--cp-comm-type p2p", *flags))[0]
     assert_equal_runs(ranks[0][0], expected, steps=5)
+
+
+# the preset as it is, but for the corpus, shorter sequences and fewer of them
+GPT_OSS = (
+    "--mock-data --split=false --save=false --save-interval=false --seq-length 192 --micro-batch-size 2 "
+    "--global-batch-size 2 --train-iters 5 --lr-warmup-iters 1"
+)
+
+
+@pytest.mark.slow
+def test_the_preset_in_the_style_of_gpt_oss_trains_as_on_one_rank():
+    runs = []
+    for size in (1, 2):
+        run = recipe.load("quickstart-sinks", {}, [*GPT_OSS.split(), "--context-parallel-size", str(size)])
+        found = run_ranks(size, losses_and_sinks, flag_words(run.model_args))
+        assert size == 1 or all(calls > 0 for _, calls in found)
+        runs.append([step["loss"] for step in found[0][0]])
+    print("quickstart-sinks:", *(f"{loss:.6f}" for loss in runs[1]))
+    assert runs[1] == pytest.approx(runs[0], rel=10**-LOSS_DIGITS)
+    assert runs[1][-1] < runs[1][0]
 
 
 @pytest.mark.slow

@@ -85,8 +85,8 @@ def complete(args: Any, machine: Machine) -> None:
     if has_our_layers(args) and args.create_attention_mask_in_dataloader:
         args.create_attention_mask_in_dataloader = False
         say("our attention reads no mask tensor: --no-create-attention-mask-in-dataloader")
-    if getattr(args, "reset_position_ids", False) and getattr(args, "position_embedding_type", "") == "rope":
-        say("--reset-position-ids has no effect on rotary positions, which give scores by distances alone")
+    if note := note_on_positions(args):
+        say(note)
     imply_loader(args)
     imply_dispatcher(args)
     complete_local_sgd(args)
@@ -102,6 +102,13 @@ def complete(args: Any, machine: Machine) -> None:
         say(f"this machine has no {'transformer-engine' if machine.gpu else 'GPU'}: {' '.join(changed)}")
     if overlaps and args.transformer_impl == "local":
         stand_in_for_overlap(args)
+
+
+def note_on_positions(args: Any) -> str:
+    """Say that positions which restart change no score; empty where they may."""
+    if getattr(args, "reset_position_ids", False) and getattr(args, "position_embedding_type", "") == "rope":
+        return "--reset-position-ids has no effect on rotary positions, which give scores by distances alone"
+    return ""
 
 
 def _refuse_without_te(args: Any, machine: Machine) -> None:

@@ -22,6 +22,7 @@ from megatron_cp.context.document_layouts import AUTO as AUTO_LAYOUT
 from megatron_cp.context.document_layouts import NAMES as DOCUMENT_LAYOUTS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import ZIGZAG, check_chunks, layout
+from megatron_cp.context.masks import mask
 from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -195,6 +196,7 @@ def check(args: Any) -> None:
     _check_loss_chunks(args)
     _check_cluster(args)
     _check_softcap(args)
+    _check_window(args)
     _check_sink(args)
     _check_alibi(args)
     _check_latent(args)
@@ -275,6 +277,13 @@ def _check_softcap(args: Any) -> None:
     check_caps(flags.kernel)
     for entry in map(BACKENDS.get, comm_types(args)):
         check_softcap(entry)
+
+
+def _check_window(args: Any) -> None:
+    try:
+        mask(causal=True, window=getattr(args, "window_size", None))
+    except Refused as error:
+        raise Refused(f"--window-size: {error}") from None
 
 
 def _check_sink(args: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_cp.megatron.arguments.checks import note_on_positions
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.pipeline import check_schedule, check_table
 
@@ -41,6 +42,7 @@ def given(**changes: Any) -> Namespace:
         {"cp_kernel": "reference"},
         {"cp_plan": "balanced", "cp_cluster": "h100-ib"},
         {"softmax_type": "learnable"},
+        {"window_size": (-1, 0)},
         {"cp_sink": -1.0},
         {"cp_softcap": 30.0},
         {"cp_alibi": True},
@@ -116,6 +118,7 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
             {"cp_latent": True, "multi_latent_attention": True, "recompute_modules": ["mla_up_proj"]},
             "with an up-projection that is recomputed, .*; leave --cp-latent out, or --recompute-modules",
         ),
+        ({"window_size": (-2, 0)}, r"--window-size: a window's limits are 0 or more, or -1 for none, got \(-2, 0\)"),
         ({"cp_softcap": 30.0, "cp_alibi": True}, "--cp-softcap does not cap; leave one of the two out"),
         ({"cp_sink": float("nan")}, "--cp-sink is a finite logit, got nan; leave it out"),
         ({"cp_document_layout": "block"}, "unknown --cp-document-layout 'block'; did you mean 'blocks'"),
@@ -198,6 +201,21 @@ def test_what_cannot_be_done_is_refused_in_one_line(changes: dict[str, Any], wor
     with pytest.raises(ValueError, match=words) as caught:
         check(given(**changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "noted"),
+    [
+        ({"reset_position_ids": True, "position_embedding_type": "rope"}, True),
+        ({"reset_position_ids": True, "position_embedding_type": "learned_absolute"}, False),
+        ({"reset_position_ids": False, "position_embedding_type": "rope"}, False),
+    ],
+)
+def test_positions_that_restart_without_effect_are_noted_and_never_refused(
+    changes: dict[str, Any], noted: bool
+) -> None:
+    check(given(**changes))
+    assert ("--reset-position-ids has no effect on rotary positions" in note_on_positions(given(**changes))) == noted
 
 
 def test_flags_have_defaults_and_help() -> None:
