@@ -52,7 +52,7 @@ def built_on_all_stages(
     """Make Megatron's builder of datasets, which builds those of packed documents on every pipeline stage."""
 
     def anywhere() -> bool:
-        return is_built_on_rank() or parallel_state.get_tensor_model_parallel_rank() == 0
+        return is_built_on_rank() or bool(parallel_state.get_tensor_model_parallel_rank() == 0)
 
     old(builder, cls, sizes, anywhere if getattr(config, "inter_document_masking", False) else is_built_on_rank, config)
 
