@@ -19,11 +19,11 @@ All of these only say "not before", so a step is a graph of events: a cycle is a
 time that the step takes.
 """
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import accumulate, chain, permutations
 from typing import NamedTuple
 
 
@@ -68,7 +68,9 @@ class Rules(NamedTuple):
 
 ALL_RULES = [Rules(eager, one_queue) for eager in (False, True) for one_queue in (False, True)]
 
-Event = tuple[str, int, int]
+# of every operation, by the place in this list
+EVENTS = ("launch", "start", "end")
+START, END = 1, 2
 
 
 class DeadlockError(Exception):
@@ -84,29 +86,24 @@ def play(ranks: Sequence[Sequence[Operation]], rules: Rules, hop: float = 0.0) -
 
     Raises DeadlockError, or MismatchError where the two sides of a connection disagree on the order of messages.
     """
-    before = _events(ranks, rules)
-    after: dict[Event, list[Event]] = defaultdict(list)
-    for event, needed in before.items():
-        for earlier in needed:
-            after[earlier].append(event)
-    missing = {event: len(needed) for event, needed in before.items()}
-    ready = deque(event for event, count in missing.items() if not count)
-    times: dict[Event, float] = {}
+    after, missing = _events(ranks, rules)
+    took = [0.0] * len(after)
+    for number, operation in enumerate(chain.from_iterable(ranks)):
+        took[3 * number + END] = hop if operation.messages else operation.seconds
+    times = [0.0] * len(after)
+    ready = [event for event, count in enumerate(missing) if not count]
     while ready:
-        event = ready.popleft()
-        kind, rank, place = event
-        took = 0.0
-        if kind == "end":
-            operation = ranks[rank][place]
-            took = hop if operation.messages else operation.seconds
-        times[event] = took + max((times[earlier] for earlier in before[event]), default=0.0)
+        event = ready.pop()
+        times[event] = time = times[event] + took[event]
         for later in after[event]:
+            if times[later] < time:
+                times[later] = time
             missing[later] -= 1
             if not missing[later]:
                 ready.append(later)
-    if len(times) < len(before):
-        raise DeadlockError(_stuck(ranks, times))
-    return max(times.values())
+    if any(missing):
+        raise DeadlockError(_stuck(ranks, missing))
+    return max(times)
 
 
 class Tally:
@@ -140,37 +137,57 @@ class Tally:
             yield f"p = {ranks}, {mode}: {plays} plays, {self.deadlocks[ranks, rules]} deadlocks"
 
 
-def _events(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[Event, list[Event]]:
-    """Every operation's launch, start and end, each with the events that it comes after."""
+def _first_events(ranks: Sequence[Sequence[Operation]]) -> list[int]:
+    """The number of each rank's first event; its operations follow with three events each, as EVENTS has them."""
+    return [3 * count for count in accumulate(map(len, ranks), initial=0)][:-1]
+
+
+def _events(ranks: Sequence[Sequence[Operation]], rules: Rules) -> tuple[list[list[int]], list[int]]:
+    """By the number of an event, the events that come after it, and how many it comes after."""
     other = _partners(ranks)
     met = _meetings(ranks, rules)
-    before: dict[Event, list[Event]] = {}
+    base = _first_events(ranks)
+    count = 3 * sum(map(len, ranks))
+    after: list[list[int]] = [[] for _ in range(count)]
+    missing = [0] * count
+
+    def need(event: int, earlier: int) -> None:
+        after[earlier].append(event)
+        missing[event] += 1
+
     for rank, operations in enumerate(ranks):
+        first = base[rank]
         compute: int | None = None
         last: dict[Hashable, int] = {}
         for place, operation in enumerate(operations):
-            previous = [("launch", rank, place - 1)] if place else []
+            launch = first + 3 * place
+            start, end = launch + START, launch + END
+            if place:
+                need(launch, launch - 3)
+                if operations[place - 1].blocks:
+                    need(launch, end - 3)
+                if rules.one_queue:
+                    need(start, start - 3)
             # the host of the other side has launched all that comes before its own first message
-            peers = [("launch", peer, at - 1) for peer, at in met.get((rank, place), ()) if at]
-            if place and operations[place - 1].blocks:
-                previous.append(("end", rank, place - 1))
-            before["launch", rank, place] = [*previous, *peers]
-            starts = [("launch", rank, place), *(("end", rank, earlier) for earlier in operation.after)]
+            for peer, at in met.get((rank, place), ()):
+                if at:
+                    need(launch, base[peer] + 3 * (at - 1))
+            need(start, launch)
+            for earlier in operation.after:
+                need(start, first + 3 * earlier + END)
             if compute is not None:
-                starts.append(("end", rank, compute))
-            if rules.one_queue and place:
-                starts.append(("start", rank, place - 1))
+                need(start, compute)
             if operation.messages:
                 stream = _stream(operation, rules)
                 if stream in last:
-                    starts.append(("end", rank, last[stream]))
-                last[stream] = place
+                    need(start, last[stream])
+                last[stream] = end
             else:
-                compute = place
-            before["start", rank, place] = starts
-            ends = [("start", *side) for side in other.get((rank, place), ())]
-            before["end", rank, place] = [("start", rank, place), *ends]
-    return before
+                compute = end
+            need(end, start)
+            for peer, at in other.get((rank, place), ()):
+                need(end, base[peer] + 3 * at + START)
+    return after, missing
 
 
 def _stream(operation: Operation, rules: Rules) -> Hashable:
@@ -218,13 +235,14 @@ def _meetings(ranks: Sequence[Sequence[Operation]], rules: Rules) -> dict[tuple[
     return met
 
 
-def _stuck(ranks: Sequence[Sequence[Operation]], times: dict[Event, float]) -> str:
+def _stuck(ranks: Sequence[Sequence[Operation]], missing: Sequence[int]) -> str:
     """The first operation of each rank that waits, and how far it came."""
     lines = []
-    for rank, operations in enumerate(ranks):
+    for rank, (first, operations) in enumerate(zip(_first_events(ranks), ranks, strict=True)):
         for place, operation in enumerate(operations):
-            missing = next((kind for kind in ("launch", "start", "end") if (kind, rank, place) not in times), None)
-            if missing:
-                lines.append(f"rank {rank} waits for the {missing} of {operation.name}")
+            event = first + 3 * place
+            waits = next((kind for kind, count in zip(EVENTS, missing[event : event + 3], strict=True) if count), None)
+            if waits:
+                lines.append(f"rank {rank} waits for the {waits} of {operation.name}")
                 break
     return "; ".join(lines)

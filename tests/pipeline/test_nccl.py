@@ -33,7 +33,8 @@ def lowered(schedule: Schedule) -> Iterator[Schedule]:
 
 
 def assert_runs(schedule: Schedule, tally: Tally) -> None:
-    for table in lowered(schedule):
+    # a step whose backwards are all in two halves is measured as it is
+    for table in dict.fromkeys(lowered(schedule)):
         tally.play(launches(table))
 
 
@@ -49,19 +50,24 @@ def test_no_searched_schedule_deadlocks(p: int, tally: Tally) -> None:
         assert_runs(build("auto", p, 2 * p, v, costs=uniform(loop(p, v), (1.0, 1.2, 0.8, 0.1))), tally)
 
 
+def several_chunks(p: int) -> list[tuple[int, int]]:
+    """Chunks per rank and microbatches: those of each kind, not each with each."""
+    return [(1, p + 1), (1, 2 * p), (2, p), (2, p + 1), (2, 3 * p), (3, p), (3, 2 * p)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("p", range(2, 9))
 @pytest.mark.parametrize("name", FIXED)
 def test_no_schedule_deadlocks_at_any_size(name: str, p: int, tally: Tally) -> None:
+    chunks = SCHEDULES.get(name).chunks
     played = 0
-    for v in [SCHEDULES.get(name).chunks] if SCHEDULES.get(name).chunks else [1, 2, 3]:
-        for m in (p, p + 1, 2 * p, 3 * p):
-            try:
-                schedule = build(name, p, m, v)
-            except ValueError:
-                continue
-            assert_runs(schedule, tally)
-            played += 1
+    for v, m in [(chunks, m) for m in (p, p + 1, 2 * p, 3 * p)] if chunks else several_chunks(p):
+        try:
+            schedule = build(name, p, m, v)
+        except ValueError:
+            continue
+        assert_runs(schedule, tally)
+        played += 1
     assert played >= 2
 
 
