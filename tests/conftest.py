@@ -3,10 +3,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401  the hook finds it by name
 from tests.nccl import Tally
+from tests.typecheck import check_shapes
 
 # a shell that runs the tests in its background has them ignore SIGINT, which some send to what they start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -15,10 +14,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 type Write = Callable[..., str]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --check-shapes."""
+    parser.addoption("--check-shapes", action="store_true", help="check the shapes in the signatures of attention")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Check the shapes in signatures, but in the slow set, which puts the same calls to more sizes in half the time."""
-    if config.option.markexpr != "slow":
-        install_import_hook(["megatron_cp.context"], "tests.typecheck.check")
+    """Check shapes where it is asked for, as tests/context/test_shapes.py does: calls take twice as long."""
+    if config.getoption("--check-shapes"):
+        check_shapes()
 
 
 @pytest.hookimpl(tryfirst=True)

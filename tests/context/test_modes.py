@@ -506,8 +506,8 @@ def refused_in_a_graph():
     dist.init_process_group("gloo")
     fabric, lines = GroupFabric(dist.group.WORLD), []
     how, q = plan("zigzag", cp=fabric), torch.randn(8, 1, 4, 8, requires_grad=True)
-    wrong = [{"sink": torch.zeros(3)}, {"sink": float("nan")}, {"documents": [0, 9, 7]}]
-    right = [{"sink": torch.zeros(4)}, {"sink": 0.0}, {"documents": [0, 9, 16]}]
+    wrong = [{"sink": torch.zeros(3)}, {"documents": [0, 9, 7]}]
+    right = [{"sink": torch.zeros(4)}, {"documents": [0, 9, 16]}]
     for brought in wrong if fabric.rank == 1 else right:
         torch._dynamo.reset()
         with pytest.raises(ValueError, match="rank 1: ") as refused:
@@ -526,9 +526,7 @@ def refused_in_a_graph():
 def test_a_compiled_call_that_one_rank_refuses_is_refused_by_all():
     lines, others = run_ranks(2, refused_in_a_graph)
     assert lines == others
-    for line, rule in zip(
-        lines[:-1], ["sink must have a logit for each", "sink must be a number", "cu_seqlens"], strict=True
-    ):
+    for line, rule in zip(lines[:-1], ["sink must have a logit for each", "cu_seqlens"], strict=True):
         assert line.startswith(f"rank 1: {rule}")
 
 

@@ -22,7 +22,7 @@ Case = tuple[tuple[bool, tuple[int, int] | None], int | None]
 """A mask, and the number of chunks."""
 
 CAUSAL: Case = ((True, None), None)
-CASES: list[Case] = [*product(MASKS, (None, 2))]
+CASES: list[Case] = [*zip(MASKS, (2, None, 2, None), strict=True)]
 
 
 def traces(backend: str, ranks: int, cases: Iterable[Case]) -> Iterator[Trace]:
