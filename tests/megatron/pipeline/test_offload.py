@@ -87,7 +87,6 @@ def assert_memory(saved, name, p, plan, v):
 
 
 HOST = {
-    "1f1b": (4, "", 2, 1, ()),
     "1f1b with recomputation": (4, "", 2, 1, (RECOMPUTE,)),
     "dapple-b": (2, "", 2, 1, ()),
     "gis": (4, CHUNKS, 4, 2, ()),
