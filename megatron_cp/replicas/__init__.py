@@ -1,4 +1,4 @@
-"""Registry of the ways in which islands of replicas go on from the mean of their weights, after steps of their own.
+"""Registries of how replicas meet: what islands go on from after steps of their own, and how messages are quantised.
 
 Pure: the arithmetic is imported with its first use.
 """
@@ -12,7 +12,7 @@ from megatron_cp.registry import Registry
 if TYPE_CHECKING:
     from megatron_cp.replicas.outer import OuterStep
 
-__all__ = ["AVERAGE", "NESTEROV", "OUTERS", "OuterOptimizer"]
+__all__ = ["AVERAGE", "INT4", "INT8", "NESTEROV", "OUTERS", "QUANTISATIONS", "OuterOptimizer", "Quantisation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,49 @@ OUTERS = Registry(
             learning_rate=0.7,
             momentum=0.9,
             aliases=("diloco",),
+        ),
+    ],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How numbers are quantised for a message.
+
+    bits:  of a number
+    block: numbers that share a scale of 4 bytes
+    keeps: True if what it rounds off is kept and added in the next step
+    """
+
+    name: str
+    bits: int
+    block: int
+    paper: str
+    what: str
+    keeps: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+INT8 = "int8"
+INT4 = "int4"
+
+QUANTISATIONS = Registry(
+    "quantisation",
+    [
+        Quantisation(
+            name=INT8,
+            bits=8,
+            block=256,
+            paper="ZeRO++ (arXiv:2306.10209)",
+            what="8 bits a number, a scale for each 256",
+        ),
+        Quantisation(
+            name=INT4,
+            bits=4,
+            block=64,
+            paper="ZeRO++ (arXiv:2306.10209), error feedback (arXiv:1901.09847)",
+            what="4 bits a number, a scale for each 64; what is rounded off is kept and added in the next step",
+            keeps=True,
         ),
     ],
 )
