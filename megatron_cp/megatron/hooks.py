@@ -26,6 +26,8 @@ FOR_TWO_COPIES = ("v-stages",)
 """Hooks for two copies of the model, of which one runs up the ranks as the V does."""
 FOR_ISLANDS = ("island-gradients", "island-step", "island-weights", "island-momentum")
 """Hooks that let the instances of the distributed optimizer train apart."""
+FOR_QUANTISED = ("quantised-buckets", "quantised-gradients", "quantised-weights")
+"""Hooks that quantise messages of the distributed optimizer."""
 _MARK = "megatron_cp_hook"
 
 
@@ -219,6 +221,31 @@ HOOKS = Registry(
             reason="a checkpoint has no place for a momentum of the distributed optimizer that is not Adam's",
             retired_by="more names in the distributed optimizer's optimizer_state_keys",
             settings=True,
+        ),
+        Hook(
+            name="quantised-buckets",
+            targets=("megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",),
+            by="megatron_cp.megatron.replicas.quantised:mark_buckets",
+            parameters=("self", "ddp_config", "module"),
+            reason="a reduce-scatter is not told which elements of a bucket are of norms and embeddings",
+            retired_by="a collective of DistributedDataParallel's choice that is handed the bucket",
+            settings=True,
+        ),
+        Hook(
+            name="quantised-gradients",
+            targets=("megatron.core.distributed.param_and_grad_buffer:reduce_scatter_with_fp32_accumulation",),
+            by="megatron_cp.megatron.replicas.quantised:scatter_gradients",
+            parameters=("output_tensor", "input_tensor", "op", "group", "async_op"),
+            reason="the reduce-scatter of gradients is one of two, by a flag",
+            retired_by="a reduce-scatter that DistributedDataParallelConfig names",
+        ),
+        Hook(
+            name="quantised-weights",
+            targets=("megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_param_sync",),
+            by="megatron_cp.megatron.replicas.quantised:gather_weights",
+            parameters=("self", "force_sync"),
+            reason="the gather of weights runs inside a coalescing manager, which hands on no results to decode",
+            retired_by="an all-gather that DistributedDataParallelConfig names, outside of the coalescing manager",
         ),
         Hook(
             name="kept-attention",

@@ -34,7 +34,7 @@ from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.placement import ONE_PIPE
 from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
 from megatron_cp.pipeline.slices import model_lengths
-from megatron_cp.replicas import AVERAGE, OUTERS, OuterOptimizer
+from megatron_cp.replicas import AVERAGE, OUTERS, QUANTISATIONS, OuterOptimizer, Quantisation
 from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, GEMMS, MEGATRONS, SCHEMES, TORCH
 from megatron_cp.units import is_whole
 
@@ -570,6 +570,45 @@ def _with_momentum(default: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantisedFlags(_Flags):
+    """Flags of quantised messages between replicas, with the names that DeepSpeed gives them."""
+
+    prefix = "zero_quantized"
+    title = "ZeRO++ (megatron-cp)"
+
+    gradients: str | None = _flag(
+        None,
+        lambda: _one_of(*QUANTISATIONS.names),
+        lambda: (
+            "Reduce gradients over nodes in two hops, quantised but for those of norms, biases, embeddings, output "
+            "layers, routers and experts; " + "; ".join(f"{entry.name}: {entry.what}" for entry in QUANTISATIONS) + "."
+        ),
+    )
+    weights: bool = _flag(
+        False,
+        lambda: "",
+        lambda: "Gather weights over nodes in two hops, in int8 but for the same; optimizers keep them in float32.",
+        bool,
+    )
+    ranks_per_node: int | None = _flag(
+        None,
+        lambda: "N",
+        lambda: "Ranks on a node for the two; by default as many as torchrun has started there.",
+        int,
+    )
+
+    @property
+    def asked(self) -> bool:
+        """True if anything is quantised."""
+        return self.gradients is not None or self.weights
+
+    @property
+    def of_gradients(self) -> Quantisation | None:
+        """The named one; ValueError for a name that is unknown."""
+        return None if self.gradients is None else QUANTISATIONS.get(self.gradients)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Values of Megatron's arguments for our layers and schedules, read where Megatron calls us and handed down.
 
@@ -591,6 +630,7 @@ class Settings:
     tensor: TensorFlags | None = None
     experts: ExpertFlags | None = None
     local_sgd: LocalSgdFlags = LocalSgdFlags()
+    quantised: QuantisedFlags = QuantisedFlags()
     seq_length: int | None = None
     rope_scaling_factor: float | None = None
     slice_lengths: tuple[int, ...] = ()
@@ -612,6 +652,7 @@ class Settings:
             tensor=TensorFlags.of(args) if hasattr(args, "tp_comm_type") else None,
             experts=ExpertFlags.of(args) if hasattr(args, "moe_grouped_product") else None,
             local_sgd=LocalSgdFlags.of(args),
+            quantised=QuantisedFlags.of(args),
             seq_length=getattr(args, "seq_length", None),
             rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
             slice_lengths=_slice_lengths(args, flags) if flags.sliced and flags.schedule else (),

@@ -18,6 +18,7 @@ from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, imply_dispatcher
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
+from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
 from megatron_cp.megatron.arguments.replicas import check_local_sgd, complete_local_sgd
 from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor, stand_in_for_overlap
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
@@ -72,6 +73,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     with as_refusals():
         result = old(args, *rest, **kwargs)
     check_local_sgd(args)
+    check_quantised(args)
     check_table(args)
     if machine.inputs:
         check_inputs(args)
@@ -90,6 +92,7 @@ def complete(args: Any, machine: Machine) -> None:
     imply_loader(args)
     imply_dispatcher(args)
     complete_local_sgd(args)
+    complete_quantised(args)
     if chunks := imply_chunks(args):
         say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
     if args.async_save and args.async_strategy == "nvrx" and not (machine.gpu and machine.nvrx):

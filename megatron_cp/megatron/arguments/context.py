@@ -41,6 +41,7 @@ from megatron_cp.megatron.run import (
     ExpertFlags,
     LocalSgdFlags,
     PipelineFlags,
+    QuantisedFlags,
     TensorFlags,
     cuts_at_eod,
     on_stripes,
@@ -179,6 +180,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     TensorFlags.add_to(parser)
     ExpertFlags.add_to(parser)
     LocalSgdFlags.add_to(parser)
+    QuantisedFlags.add_to(parser)
     return parser
 
 

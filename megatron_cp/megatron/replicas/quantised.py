@@ -1,0 +1,159 @@
+"""Quantised messages of Megatron's distributed optimizer: gradients as they are reduced, and weights as gathered.
+
+Each bucket of a replica is marked with its parts once the replica is built; buckets of experts are not, and travel as
+ever.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
+
+from megatron_cp.comm import Done, GroupFabric, Handle
+from megatron_cp.megatron.run import Settings, say
+from megatron_cp.replicas import INT8, QUANTISATIONS, Quantisation
+from megatron_cp.replicas.parts import Part, Stretch, parts_of
+from megatron_cp.replicas.two_hops import Hops, Left, all_gather, hops_of, nothing_left, reduce_scatter
+
+BUCKET = "megatron_cp_bucket"
+"""Attribute of a bucket's gradients that holds its Bucket."""
+
+EXACT = ("embeddings", "embedding", "output_layer", "router")
+"""Words in the names of matrices that are not quantised; vectors, such as norms and biases, never are."""
+
+
+class Bucket(NamedTuple):
+    """How a bucket of a replica travels.
+
+    gradients: None where Megatron reduces them as ever
+    weights:   None where it gathers them as ever
+    left:      what the last reduction left over, where it is kept
+    """
+
+    parts: tuple[Part, ...]
+    hops: Hops
+    gradients: Quantisation | None
+    weights: Quantisation | None
+    left: Left | None
+
+
+def mark_buckets(old: Callable[..., None], settings: Settings, replica: Any, *args: Any, **kwargs: Any) -> None:
+    """Build Megatron's replica and mark its buckets."""
+    old(replica, *args, **kwargs)
+    flags = settings.quantised
+    if not flags.asked:
+        return
+    gradients = flags.of_gradients
+    weights = QUANTISATIONS.get(INT8) if flags.weights else None
+    hops = connect(replica.intra_dp_cp_group, flags.ranks_per_node)
+    names = {parameter: name for name, parameter in replica.module.named_parameters()}
+    for group in replica.bucket_groups:
+        for bucket in group.buckets:
+            parts = parts_of(
+                list(_stretches(bucket, names)), bucket.grad_data.numel(), replica.intra_dp_cp_group.size()
+            )
+            kept = gradients is not None and gradients.keeps
+            left = nothing_left(parts, hops, gradients, bucket.grad_data.device) if gradients and kept else None
+            # Megatron hands on this very tensor, and nothing else of the bucket
+            setattr(bucket.grad_data, BUCKET, Bucket(parts, hops, gradients, weights, left))
+
+
+def is_exact(name: str, parameter: Tensor) -> bool:
+    """Return True if elements of a parameter are not quantised, by its name and number of dims."""
+    return parameter.dim() < 2 or any(word in EXACT for word in name.split("."))
+
+
+def _stretches(bucket: Any, names: dict[Any, str]) -> Iterator[Stretch]:
+    for parameter, (start, stop) in sorted(bucket.param_to_index.items(), key=lambda item: item[1]):
+        yield Stretch(start, stop, is_exact(names[parameter], parameter))
+
+
+# the replicas of a rank share one group
+@lru_cache(2)
+def connect(group: ProcessGroup, per_node: int | None) -> Hops:
+    """Return the hops of a group of data-parallel and context-parallel ranks; all processes of the run call it at once.
+
+    per_node: ranks of the whole run on a node; None for torchrun's LOCAL_WORLD_SIZE
+    """
+    whole = GroupFabric(group)
+    nodes = whole.nodes if per_node is None else tuple(rank // per_node for rank in get_process_group_ranks(group))
+    hops = hops_of(whole, nodes)
+    for fabric in (hops.inside, hops.between):
+        # messages of a few ranks of a new communicator would wait for those that have none
+        fabric.all_gather(torch.zeros(1, device=torch.device(torch.cuda.current_device())))
+        fabric.sent = 0
+    say(f"gradients and weights are quantised over {hops.between.size} nodes of {hops.inside.size} ranks")
+    return hops
+
+
+def scatter_gradients(
+    old: Callable[..., Any],
+    output_tensor: Tensor,
+    input_tensor: Tensor,
+    op: Any,
+    group: ProcessGroup,
+    async_op: bool,
+) -> Any:
+    """Reduce the gradients of a bucket and put the sum of this rank's part, `output_tensor`, in its place in it."""
+    bucket: Bucket | None = getattr(input_tensor, BUCKET, None)
+    if bucket is None or bucket.gradients is None:
+        return old(output_tensor, input_tensor, op, group, async_op)
+    assert op == torch.distributed.ReduceOp.SUM
+    quantisation = bucket.gradients
+    handle = _beside(
+        async_op, lambda: reduce_scatter(input_tensor, bucket.parts, bucket.hops, quantisation, bucket.left)
+    )
+    return handle if async_op else None
+
+
+def gather_weights(old: Callable[..., None], group: Any, force_sync: bool = False) -> None:
+    """Gather the weights of a group of buckets after the optimizer's step."""
+    marked = [(each, getattr(each.grad_data, BUCKET, None)) for each in group.buckets]
+    waits = force_sync and group.param_gather_handle is not None
+    if waits or any(bucket is None or bucket.weights is None for _, bucket in marked):
+        # Megatron also waits for a gather of ours
+        old(group, force_sync)
+        return
+    assert group.param_gather_handle is None
+    overlaps = group.ddp_config.overlap_param_gather
+
+    def gather() -> None:
+        for each, bucket in marked:
+            all_gather(each.param_data, bucket.parts, bucket.hops, bucket.weights)
+
+    handle = _beside(overlaps and not force_sync, gather)
+    group.param_gather_handle = handle if overlaps and not force_sync else None
+    if force_sync and overlaps:
+        group._post_param_sync()
+    group.param_gather_dispatched = True
+
+
+class _Event:
+    """Work on another stream of a GPU, which the current stream waits for."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
+
+
+def _beside(overlaps: bool, work: Callable[[], None]) -> Handle:
+    """Do the work, on a GPU beside what follows if it `overlaps`; hosts alone have done it when this returns."""
+    if not (overlaps and torch.cuda.is_available()):
+        work()
+        return Done()
+    stream = _stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+        return _Event()
+
+
+@lru_cache(1)
+def _stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,187 @@
+"""Quantised messages train as plain ones do, for the bytes of the formulas; what they cannot do is refused."""
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
+from megatron_cp.megatron.run import QuantisedFlags
+from megatron_cp.replicas.two_hops import Sent, sent_to_gather, sent_to_reduce
+from tests.megatron.pretraining import pretrain_losses, tiny
+from tests.ranks import run_ranks
+
+RUN = {
+    "zero_quantized_gradients": "int8",
+    "zero_quantized_weights": True,
+    "zero_quantized_ranks_per_node": None,
+    "use_distributed_optimizer": True,
+    "data_parallel_size": 2,
+    "context_parallel_size": 1,
+    "bf16": True,
+}
+
+
+def check(**given: object) -> None:
+    check_quantised(SimpleNamespace(**{**RUN, **given}))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"zero_quantized_weights": False, "bf16": False},
+        {"zero_quantized_gradients": None, "ddp_average_in_collective": True},
+        {"data_parallel_size": 1, "context_parallel_size": 2},
+        {"zero_quantized_gradients": None, "zero_quantized_weights": False, "fp16": True, "data_parallel_size": 1},
+        {"zero_quantized_ranks_per_node": 4, "zero_quantized_gradients": "int4"},
+    ],
+)
+def test_what_works_is_taken(given: dict[str, object]) -> None:
+    check(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"use_distributed_optimizer": False},
+            "--zero-quantized-gradients int8 does not do .*; pass --use-distributed",
+        ),
+        ({"use_megatron_fsdp": True}, "use --use-distributed-optimizer in their place"),
+        ({"local_sgd_steps": "4"}, "does not do Local SGD; leave --local-sgd-steps out"),
+        ({"num_distributed_optimizer_instances": 2}, "leave --num-distributed-optimizer-instances out"),
+        ({"fp16": True}, "pass --bf16 in the place of --fp16"),
+        ({"fp8_param_gather": True}, "leave --fp8-param-gather and"),
+        ({"optimizer": "muon"}, "pass --optimizer adam"),
+        ({"ddp_average_in_collective": True}, "leave --ddp-average-in-collective out"),
+        ({"bf16": False}, "--zero-quantized-weights does not do float32 weights.*; pass --bf16"),
+        ({"use_precision_aware_optimizer": True}, "leave --use-precision-aware-optimizer"),
+        ({"optimizer_cpu_offload": True}, "and --optimizer-cpu-offload out"),
+        ({"overlap_param_gather_with_optimizer_step": True}, "leave --overlap-param-gather-with-optimizer-step out"),
+        ({"data_parallel_size": 1}, "has nothing to send: .* are 1"),
+        ({"zero_quantized_gradients": None, "data_parallel_size": 1}, "--zero-quantized-weights has nothing to send"),
+        ({"zero_quantized_gradients": "int3"}, "unknown quantisation 'int3'"),
+        ({"zero_quantized_ranks_per_node": 0}, "is 1 or more, got 0"),
+        (
+            {
+                "zero_quantized_gradients": None,
+                "zero_quantized_weights": False,
+                "zero_quantized_ranks_per_node": 4,
+            },
+            "--zero-quantized-ranks-per-node 4 is of quantised messages",
+        ),
+    ],
+)
+def test_what_does_not_is_refused_in_one_line(given: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        check(**given)
+    assert "\n" not in str(error.value)
+
+
+def test_gradients_imply_the_reduce_scatter_that_they_take_the_place_of(capsys: pytest.CaptureFixture[str]) -> None:
+    args = SimpleNamespace(**RUN)
+    complete_quantised(args)
+    assert args.ddp_reduce_scatter_with_fp32_accumulation
+    assert "--ddp-reduce-scatter-with-fp32-accumulation" in capsys.readouterr().out
+    args = SimpleNamespace(**{**RUN, "zero_quantized_gradients": None})
+    complete_quantised(args)
+    assert not hasattr(args, "ddp_reduce_scatter_with_fp32_accumulation")
+
+
+def test_flags_without_a_name_ask_for_nothing() -> None:
+    assert not QuantisedFlags().asked
+    assert QuantisedFlags(weights=True).asked
+    kept = QuantisedFlags(gradients="int4").of_gradients
+    assert kept is not None
+    assert kept.keeps
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "exact"),
+    [
+        ("decoder.layers.0.mlp.linear_fc1.weight", 2, False),
+        ("decoder.layers.0.self_attention.linear_qkv.bias", 1, True),
+        ("decoder.final_layernorm.weight", 1, True),
+        ("embedding.word_embeddings.weight", 2, True),
+        ("output_layer.weight", 2, True),
+        ("decoder.layers.1.mlp.router.weight", 2, True),
+    ],
+)
+def test_norms_biases_embeddings_and_routers_stay_exact(name: str, dims: int, exact: bool) -> None:
+    from megatron_cp.megatron.replicas.quantised import is_exact
+
+    assert is_exact(f"module.{name}", torch.zeros((2,) * dims)) is exact
+
+
+class Quantised(NamedTuple):
+    """A run on one rank.
+
+    sent:    bytes inside nodes and between them, and those of the formula, of every reduction and every gather
+    weights: a digest of each bucket after a gather
+    """
+
+    log: list[dict[str, Any]]
+    reduced: list[tuple[Sent, Sent]]
+    gathered: list[tuple[Sent, Sent]]
+    weights: list[str]
+
+
+def quantised(flags: list[str]) -> Quantised:
+    """Train and count."""
+    from megatron_cp.megatron.replicas import quantised as adapter
+
+    found = Quantised([], [], [], [])
+
+    def counting(move: Any, formula: Any, sent: list[tuple[Sent, Sent]]) -> Any:
+        def counted(whole: Any, parts: Any, hops: Any, quantisation: Any, *rest: Any) -> None:
+            before = hops.inside.sent, hops.between.sent
+            move(whole, parts, hops, quantisation, *rest)
+            now = Sent(hops.inside.sent - before[0], hops.between.sent - before[1])
+            sent.append((now, formula(parts, hops.ranks, quantisation, whole.dtype, hops.own)))
+            if sent is found.gathered:
+                # elements between parameters are no weights, and are not sent
+                slices = [each for part in parts for each in (*part.coded, *part.plain)]
+                kept = torch.cat([whole[each] for each in slices])
+                found.weights.append(hashlib.sha256(kept.view(torch.uint8).numpy().tobytes()).hexdigest())
+
+        return counted
+
+    adapter.reduce_scatter = counting(adapter.reduce_scatter, sent_to_reduce, found.reduced)
+    adapter.all_gather = counting(adapter.all_gather, sent_to_gather, found.gathered)
+    return found._replace(log=pretrain_losses(flags))
+
+
+DP = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --global-batch-size 8"
+NODES = "--zero-quantized-ranks-per-node 2"
+WITHIN = 1e-3
+
+
+def losses(*flags: str) -> tuple[list[float], list[Quantised]]:
+    runs = run_ranks(4, quantised, tiny(DP, "--train-iters 10", *flags))
+    return [step["loss"] for step in runs[0].log], runs
+
+
+@pytest.fixture(scope="module")
+def replicas() -> list[float]:
+    return losses()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    ["--zero-quantized-gradients int8", "--zero-quantized-gradients int8 --zero-quantized-weights"],
+    ids=["gradients", "gradients and weights"],
+)
+def test_quantised_replicas_train_as_plain_ones_do(replicas: list[float], flags: str) -> None:
+    found, runs = losses(NODES, flags)
+    assert found[0] == replicas[0]
+    assert found[1:] != replicas[1:]
+    assert found == pytest.approx(replicas, rel=WITHIN)
+    for run in runs:
+        assert len(run.reduced) >= 10
+        assert all(sent == formula for sent, formula in (*run.reduced, *run.gathered))
+        assert run.weights == runs[0].weights
+    assert bool(runs[0].gathered) == ("weights" in flags)
