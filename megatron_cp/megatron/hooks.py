@@ -224,9 +224,9 @@ HOOKS = Registry(
         ),
         Hook(
             name="quantised-buckets",
-            targets=("megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",),
+            targets=("megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.__init__",),
             by="megatron_cp.megatron.replicas.quantised:mark_buckets",
-            parameters=("self", "ddp_config", "module"),
+            parameters=("self", "data_parallel_group", "param_to_name"),
             reason="a reduce-scatter is not told which elements of a bucket are of norms and embeddings",
             retired_by="a collective of DistributedDataParallel's choice that is handed the bucket",
             settings=True,

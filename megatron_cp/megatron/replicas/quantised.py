@@ -1,9 +1,9 @@
 """Quantised messages of Megatron's distributed optimizer: gradients as they are reduced, and weights as gathered.
 
-Each bucket of a replica is marked with its parts once the replica is built; buckets of experts are not, and travel as
-ever.
+Each bucket of a buffer is marked with its parts once the buffer is built; those of experts are not, and travel as ever.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -40,25 +40,23 @@ class Bucket(NamedTuple):
     left: Left | None
 
 
-def mark_buckets(old: Callable[..., None], settings: Settings, replica: Any, *args: Any, **kwargs: Any) -> None:
-    """Build Megatron's replica and mark its buckets."""
-    old(replica, *args, **kwargs)
+def mark_buckets(old: Callable[..., None], settings: Settings, buffer: Any, *args: Any, **kwargs: Any) -> None:
+    """Build a buffer of a replica's weights and gradients, and mark its buckets."""
+    old(buffer, *args, **kwargs)
     flags = settings.quantised
-    if not flags.asked:
+    if not flags.asked or not all(getattr(parameter, "allreduce", True) for parameter in buffer.params):
         return
+    given = inspect.signature(old).bind(buffer, *args, **kwargs).arguments
     gradients = flags.of_gradients
     weights = QUANTISATIONS.get(INT8) if flags.weights else None
-    hops = connect(replica.intra_dp_cp_group, flags.ranks_per_node)
-    names = {parameter: name for name, parameter in replica.module.named_parameters()}
-    for group in replica.bucket_groups:
-        for bucket in group.buckets:
-            parts = parts_of(
-                list(_stretches(bucket, names)), bucket.grad_data.numel(), replica.intra_dp_cp_group.size()
-            )
-            kept = gradients is not None and gradients.keeps
-            left = nothing_left(parts, hops, gradients, bucket.grad_data.device) if gradients and kept else None
-            # Megatron hands on this very tensor, and nothing else of the bucket
-            setattr(bucket.grad_data, BUCKET, Bucket(parts, hops, gradients, weights, left))
+    group = buffer.data_parallel_group
+    hops = connect(group, flags.ranks_per_node)
+    for bucket in buffer.buckets:
+        grads = bucket.grad_data
+        parts = parts_of(list(_stretches(bucket, given["param_to_name"])), grads.numel(), group.size())
+        left = nothing_left(parts, hops, gradients, grads.device) if gradients and gradients.keeps else None
+        # Megatron hands on this very tensor, and nothing else of the bucket
+        setattr(grads, BUCKET, Bucket(parts, hops, gradients, weights, left))
 
 
 def is_exact(name: str, parameter: Tensor) -> bool:
@@ -104,7 +102,8 @@ def scatter_gradients(
     assert op == torch.distributed.ReduceOp.SUM
     quantisation = bucket.gradients
     handle = _beside(
-        async_op, lambda: reduce_scatter(input_tensor, bucket.parts, bucket.hops, quantisation, bucket.left)
+        async_op and input_tensor.is_cuda,
+        lambda: reduce_scatter(input_tensor, bucket.parts, bucket.hops, quantisation, bucket.left),
     )
     return handle if async_op else None
 
@@ -124,7 +123,8 @@ def gather_weights(old: Callable[..., None], group: Any, force_sync: bool = Fals
         for each, bucket in marked:
             all_gather(each.param_data, bucket.parts, bucket.hops, bucket.weights)
 
-    handle = _beside(overlaps and not force_sync, gather)
+    on_gpu = all(each.param_data.is_cuda for each, _ in marked)
+    handle = _beside(overlaps and not force_sync and on_gpu, gather)
     group.param_gather_handle = handle if overlaps and not force_sync else None
     if force_sync and overlaps:
         group._post_param_sync()
@@ -143,8 +143,8 @@ class _Event:
 
 
 def _beside(overlaps: bool, work: Callable[[], None]) -> Handle:
-    """Do the work, on a GPU beside what follows if it `overlaps`; hosts alone have done it when this returns."""
-    if not (overlaps and torch.cuda.is_available()):
+    """Do the work, on a stream of its own if it `overlaps` what follows on a GPU."""
+    if not overlaps:
         work()
         return Done()
     stream = _stream(torch.cuda.current_device())

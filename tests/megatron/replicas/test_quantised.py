@@ -185,3 +185,104 @@ def test_quantised_replicas_train_as_plain_ones_do(replicas: list[float], flags:
         assert all(sent == formula for sent, formula in (*run.reduced, *run.gathered))
         assert run.weights == runs[0].weights
     assert bool(runs[0].gathered) == ("weights" in flags)
+
+
+class Model(torch.nn.Module):
+    """A matrix, a norm and an embedding, whose gradients are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(24, 16)
+        self.linear = torch.nn.Linear(48, 40, bias=False)
+        self.norm = torch.nn.LayerNorm(33)
+
+
+class Synced(NamedTuple):
+    """What a rank has after a reduction of gradients and a gather of weights.
+
+    gradients: the sum of its part, and the elements of parameters among them
+    weights:   of all ranks
+    """
+
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    sent: list[int]
+
+
+def synced(flags: QuantisedFlags, overlaps: bool) -> Synced:
+    """Reduce and gather once through Megatron's own replica, without training."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_cp.megatron import hooks
+    from megatron_cp.megatron.machine import cpu
+    from megatron_cp.megatron.replicas import quantised as adapter
+    from megatron_cp.megatron.run import Settings
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(0)
+    model = Model().bfloat16()
+    hooks.settings_of_run = lambda: Settings(quantised=flags)
+    with cpu.cpu_runtime(), hooks.apply(hooks.FOR_QUANTISED):
+        replica = DistributedDataParallel(
+            TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=overlaps,
+                overlap_param_gather=overlaps,
+                reduce_scatter_with_fp32_accumulation=flags.gradients is not None,
+            ),
+            model,
+        )
+        for seed, weight in enumerate(model.parameters()):
+            weight.main_grad.copy_(drawn(weight, 10 * rank + seed))
+        replica.finish_grad_sync()
+        found: dict[str, torch.Tensor] = {}
+        for group in replica.bucket_groups:
+            for bucket in group.buckets:
+                size = len(bucket.grad_data) // torch.distributed.get_world_size()
+                for name, weight in model.named_parameters():
+                    first, last = bucket.param_to_index[weight]
+                    low, high = max(first, rank * size), min(last, (rank + 1) * size)
+                    found[name] = torch.full((weight.numel(),), torch.nan)
+                    found[name][max(low - first, 0) : max(high - first, 0)] = bucket.grad_data[low : max(low, high)]
+                # the optimizer would have written the own part alone
+                bucket.param_data[: rank * size] = torch.nan
+                bucket.param_data[(rank + 1) * size :] = torch.nan
+        replica.start_param_sync()
+        for group in replica.bucket_groups if overlaps else ():
+            group.finish_param_sync()
+        hops = adapter.connect(replica.intra_dp_cp_group, flags.ranks_per_node)
+        weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        torch.distributed.barrier()
+    return Synced(found, weights, [hops.inside.sent, hops.between.sent])
+
+
+def drawn(like: torch.Tensor, seed: int) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlaps", [False, True], ids=["in turn", "overlaps"])
+def test_a_replica_of_megatrons_sums_gradients_and_gathers_equal_weights(overlaps: bool) -> None:
+    flags = QuantisedFlags(gradients="int8", weights=True, ranks_per_node=2)
+    runs = run_ranks(4, synced, flags, overlaps)
+    torch.manual_seed(0)
+    model = Model().bfloat16()
+    for seed, (name, weight) in enumerate(model.named_parameters()):
+        exact = name != "linear.weight"
+        mean = sum(drawn(weight, 10 * rank + seed) for rank in range(4)).flatten() / 4
+        parts = torch.stack([run.gradients[name] for run in runs])
+        # each element is of one rank
+        assert parts.isfinite().sum(0).eq(1).all()
+        torch.testing.assert_close(parts.nansum(0), mean, rtol=1e-5, atol=1e-6 if exact else 0.03)
+        assert exact or not parts.nansum(0).equal(mean)
+        for run in runs:
+            assert run.weights[name].equal(runs[0].weights[name])
+        error = (runs[0].weights[name].float() - weight.float()).abs().max()
+        assert error == 0 if exact else 0 < error <= weight.abs().max() / 127
+    assert all(min(run.sent) > 0 for run in runs)
