@@ -53,7 +53,7 @@ from megatron_cp.plots import trace as plot_of_traces
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.foreign import SYSTEMS
 from megatron_cp.recipe.foreign.keys import Key, Outcome
-from megatron_cp.replicas import OUTERS
+from megatron_cp.replicas import OUTERS, QUANTISATIONS
 from megatron_cp.tensor import COLLECTIVE, CUBE, ENGINES, GEMMS, MEGATRONS, RING
 from megatron_cp.tensor import SCHEMES as SCHEMES_OF_TENSORS
 from megatron_cp.tensor.axes import engines_over
@@ -205,6 +205,12 @@ def placements() -> str:
 def outer_optimizers() -> str:
     head = ["--local-sgd-outer", "what islands go on from", "source"]
     return table(head, (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.paper] for one in OUTERS))
+
+
+def quantisations() -> str:
+    head = ["--zero-quantized-gradients", "how numbers travel", "bytes a number", "source"]
+    rows = ((one, one.bits / 8 + 4 / one.block) for one in QUANTISATIONS)
+    return table(head, ([f"`{one.name}`", one.what, f"{size:.3f}", one.paper] for one, size in rows))
 
 
 def tensor_traffic() -> str:
@@ -638,6 +644,7 @@ PARTS: dict[str, Callable[[], str]] = {
         exchanges,
         placements,
         outer_optimizers,
+        quantisations,
         schedule_costs,
         offload_costs,
         two_pipes,

@@ -16,7 +16,7 @@ from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.registry import unknown
-from megatron_cp.replicas import OUTERS
+from megatron_cp.replicas import OUTERS, QUANTISATIONS
 from megatron_cp.tensor import ENGINES, GEMMS, SCHEMES
 
 
@@ -61,6 +61,7 @@ KINDS: dict[str, Callable[[], Iterator[Listed]]] = {
     "exchanges": lambda: (Listed(entry.name, entry.what) for entry in EXCHANGES),
     "placements": lambda: (Listed(entry.name, entry.what) for entry in PLACEMENTS),
     "outer-optimizers": lambda: (Listed(entry.name, entry.what) for entry in OUTERS),
+    "quantisations": lambda: (Listed(entry.name, entry.what) for entry in QUANTISATIONS),
     "batch-algorithms": lambda: (Listed(entry.name, f"{entry.what}; degrees: {entry.degrees}") for entry in ALGORITHMS),
     "kernels": lambda: (Listed(entry.name, f"{entry.summary}; needs {entry.needs}") for entry in KERNELS),
 }
@@ -77,6 +78,7 @@ FOR = {
     "exchanges": "--moe-comm-type",
     "placements": "plan-experts --policy",
     "outer-optimizers": "--local-sgd-outer",
+    "quantisations": "--zero-quantized-gradients",
     "batch-algorithms": "plan-batches --algorithm",
     "kernels": "--cp-kernel",
 }

@@ -14,7 +14,7 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.recipe import recipe as recipes
-from megatron_cp.replicas import OUTERS
+from megatron_cp.replicas import OUTERS, QUANTISATIONS
 from megatron_cp.tensor import ENGINES, GEMMS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 
@@ -38,6 +38,7 @@ TAKEN: dict[str, Callable[[str], object]] = {
     "exchanges": EXCHANGES.get,
     "placements": PLACEMENTS.get,
     "outer-optimizers": OUTERS.get,
+    "quantisations": QUANTISATIONS.get,
     "batch-algorithms": ALGORITHMS.get,
     "kernels": KERNELS.get,
 }

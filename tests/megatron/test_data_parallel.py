@@ -33,6 +33,8 @@ PRESETS = [
 ]
 OF_ISLANDS = ["local-sgd", "diloco"]
 """Presets that do not train as plain replicas do: their outer steps have tests of their own."""
+QUANTISED = ["zero-plus-plus"]
+"""Presets that train nearly as plain replicas do: test_quantised.py holds how near."""
 LEAST = 2048
 """Bytes of a tensor that counts: losses, norms and counts of tokens are smaller."""
 
@@ -202,7 +204,7 @@ def test_gradients_in_bf16_train_beside_a_pipeline() -> None:
         assert step["loss"] == pytest.approx(other["loss"], rel=BF16_LOSS)
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *OF_ISLANDS])
+@pytest.mark.parametrize("name", [*PRESETS, *OF_ISLANDS, *QUANTISED])
 def test_a_preset_is_a_file_to_extend(name: str, tmp_path: Path) -> None:
     run = extended(name, tmp_path)
     sharded = {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(run.model_args)
@@ -213,7 +215,7 @@ def test_a_preset_is_a_file_to_extend(name: str, tmp_path: Path) -> None:
 
 # all others are trained above
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hsdp", "fsdp2", *OF_ISLANDS])
+@pytest.mark.parametrize("name", ["hsdp", "fsdp2", *OF_ISLANDS, *QUANTISED])
 def test_a_run_that_extends_a_preset_is_valid(name: str, tmp_path: Path) -> None:
     extended(name, tmp_path)
     validate.validate(validate.run_of(recipe.load(str(tmp_path / "run.yaml"), Unset({})), None))
@@ -222,6 +224,7 @@ def test_a_run_that_extends_a_preset_is_valid(name: str, tmp_path: Path) -> None
 LEFT_OUT = {
     "zero1-bf16-gradients": ["--ddp-reduce-scatter-with-fp32-accumulation"],
     "fsdp2": ["--no-gradient-accumulation-fusion"],
+    "zero-plus-plus": ["--zero-quantized-gradients int8", "--zero-quantized-weights"],
 }
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.replicas import without_flush
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, say
 
@@ -39,6 +40,11 @@ OF_BOTH = (
         "optimizers that share out whole layers",
         lambda args: read(args, "optimizer", "adam") not in ("adam", "sgd"),
         "pass --optimizer adam",
+    ),
+    Unsupported(
+        "pipelines without a flush, which keep earlier weights",
+        without_flush,
+        "take another --pp-schedule",
     ),
 )
 OF_GRADIENTS = (

@@ -9,7 +9,8 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.replicas.sync_steps import Phase, phases_of, syncs
 
 
-def _without_flush(args: Any) -> bool:
+def without_flush(args: Any) -> bool:
+    """Return True for a pipeline schedule that keeps earlier weights."""
     schedule = PipelineFlags.of(args).schedule
     return schedule is not None and SCHEDULES.get(schedule).delay is not None
 
@@ -61,7 +62,7 @@ UNSUPPORTED = (
     ),
     Unsupported(
         "pipelines without a flush, which keep earlier weights",
-        _without_flush,
+        without_flush,
         "take another --pp-schedule",
     ),
     Unsupported(

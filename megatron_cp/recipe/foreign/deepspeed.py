@@ -333,7 +333,7 @@ KEYS = (
     refused(
         f"{_OF_ZERO}zero_quantized_weights {_OF_ZERO}zero_quantized_gradients "
         f"{_OF_ZERO}zero_quantized_nontrainable_weights",
-        "nothing is quantised between ranks; --grad-reduce-in-bf16 halves gradients, --local-sgd-steps sends rarely",
+        "for ZeRO's first stage alone: give --zero-quantized-gradients int8 and --zero-quantized-weights beside it",
     ),
     refused(f"{_OF_ZERO}zenflow", "no such optimizer steps here", section=True),
     ignored("zero_allow_untested_optimizer zero_force_ds_cpu_optimizer", "a check of DeepSpeed's own"),

@@ -56,6 +56,7 @@ def test_what_works_is_taken(given: dict[str, object]) -> None:
         ({"fp16": True}, "pass --bf16 in the place of --fp16"),
         ({"fp8_param_gather": True}, "leave --fp8-param-gather and"),
         ({"optimizer": "muon"}, "pass --optimizer adam"),
+        ({"pp_schedule": "2bw"}, "take another --pp-schedule"),
         ({"ddp_average_in_collective": True}, "leave --ddp-average-in-collective out"),
         ({"bf16": False}, "--zero-quantized-weights does not do float32 weights.*; pass --bf16"),
         ({"use_precision_aware_optimizer": True}, "leave --use-precision-aware-optimizer"),
