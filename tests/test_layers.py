@@ -48,6 +48,7 @@ PURE = sorted(
         "megatron_cp.recipe.recipe",
         "megatron_cp.registry",
         "megatron_cp.replicas",
+        "megatron_cp.replicas.parts",
         "megatron_cp.replicas.sync_steps",
         "megatron_cp.tensor",
         "megatron_cp.tensor.tesseract",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Stretch(NamedTuple):
+class ParameterSpan(NamedTuple):
     """The elements of one parameter in a buffer; `exact` ones, such as norms' and embeddings', are not quantised."""
 
     start: int
@@ -12,7 +12,7 @@ class Stretch(NamedTuple):
     exact: bool = False
 
 
-class Part(NamedTuple):
+class RankPart(NamedTuple):
     """Elements of a buffer that one rank reduces and owns, those that are quantised and the others.
 
     A block holds elements of one parameter alone; elements between parameters are in no part.
@@ -22,7 +22,7 @@ class Part(NamedTuple):
     plain: tuple[slice, ...]
 
 
-def parts_of(stretches: Sequence[Stretch], elements: int, ranks: int) -> tuple[Part, ...]:
+def parts_of(spans: Sequence[ParameterSpan], elements: int, ranks: int) -> tuple[RankPart, ...]:
     """Cut a buffer of so many elements into equal parts, one a rank; ValueError where that does not come out even."""
     if elements % ranks:
         raise ValueError(f"a buffer of {elements} elements has no {ranks} equal parts")
@@ -30,12 +30,12 @@ def parts_of(stretches: Sequence[Stretch], elements: int, ranks: int) -> tuple[P
     parts = []
     for first in range(0, elements, size) if size else ():
         kept: dict[bool, list[slice]] = {True: [], False: []}
-        for start, stop, exact in stretches:
+        for start, stop, exact in spans:
             low, high = max(start, first), min(stop, first + size)
             if low < high:
                 kept[exact].append(slice(low, high))
-        parts.append(Part(tuple(kept[False]), tuple(kept[True])))
-    return tuple(parts) if size else (Part((), ()),) * ranks
+        parts.append(RankPart(tuple(kept[False]), tuple(kept[True])))
+    return tuple(parts) if size else (RankPart((), ()),) * ranks
 
 
 def rows_of(slices: Sequence[slice], block: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cp.comm import Fabric
 from megatron_cp.replicas import Quantisation
 from megatron_cp.replicas.blocks import LEFT, Coded, Coding, Plain
-from megatron_cp.replicas.parts import Part, places_of, rows_of
+from megatron_cp.replicas.parts import RankPart, places_of, rows_of
 
 
 class Hops(NamedTuple):
@@ -46,7 +46,7 @@ class Left(NamedTuple):
     between: Tensor
 
 
-def nothing_left(parts: Sequence[Part], hops: Hops, quantisation: Quantisation, device: torch.device) -> Left:
+def nothing_left(parts: Sequence[RankPart], hops: Hops, quantisation: Quantisation, device: torch.device) -> Left:
     """Return zeros for a buffer: 2 bytes an element, and as many for each of those that this rank adds up."""
     block = quantisation.block
     counts = _counts([part.coded for part in parts], hops, block)
@@ -59,7 +59,7 @@ def nothing_left(parts: Sequence[Part], hops: Hops, quantisation: Quantisation, 
 
 @torch.no_grad()
 def reduce_scatter(
-    whole: Tensor, parts: Sequence[Part], hops: Hops, quantisation: Quantisation, left: Left | None = None
+    whole: Tensor, parts: Sequence[RankPart], hops: Hops, quantisation: Quantisation, left: Left | None = None
 ) -> None:
     """Put the sum over all ranks of this rank's part of `whole` [elements] in its place; all ranks call it together.
 
@@ -84,7 +84,7 @@ def _hop(rows: Tensor, counts: Sequence[int], own: int, fabric: Fabric, coding: 
 
 
 @torch.no_grad()
-def all_gather(whole: Tensor, parts: Sequence[Part], hops: Hops, quantisation: Quantisation) -> None:
+def all_gather(whole: Tensor, parts: Sequence[RankPart], hops: Hops, quantisation: Quantisation) -> None:
     """Put each rank's part of `whole` [elements] in its place on all ranks, which call it together.
 
     All ranks have equal bits after it: the own part, too, is what its codes say.
@@ -120,7 +120,7 @@ class Sent(NamedTuple):
 
 
 def sent_to_reduce(
-    parts: Sequence[Part], ranks: Sequence[Sequence[int]], quantisation: Quantisation, dtype: torch.dtype, own: int
+    parts: Sequence[RankPart], ranks: Sequence[Sequence[int]], quantisation: Quantisation, dtype: torch.dtype, own: int
 ) -> Sent:
     """Return what rank `own` sends in `reduce_scatter`; `ranks` is the rank at each `[place][node]`.
 
@@ -139,7 +139,7 @@ def sent_to_reduce(
 
 
 def sent_to_gather(
-    parts: Sequence[Part], ranks: Sequence[Sequence[int]], quantisation: Quantisation, dtype: torch.dtype, own: int
+    parts: Sequence[RankPart], ranks: Sequence[Sequence[int]], quantisation: Quantisation, dtype: torch.dtype, own: int
 ) -> Sent:
     """Return what rank `own` sends in `all_gather`: its part to other nodes, those of its place inside."""
     inside = between = 0
@@ -152,7 +152,7 @@ def sent_to_gather(
 
 
 def _codings(
-    parts: Sequence[Part], quantisation: Quantisation, dtype: torch.dtype
+    parts: Sequence[RankPart], quantisation: Quantisation, dtype: torch.dtype
 ) -> Iterator[tuple[Coding, list[tuple[slice, ...]]]]:
     """Yield how elements travel, and each part's; nothing for a kind that no part has."""
     for coding, slices in (

@@ -4,19 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cp.replicas.parts import Part, Stretch, parts_of, places_of, rows_of
+from megatron_cp.replicas.parts import RankPart, ParameterSpan, parts_of, places_of, rows_of
 
 
 @given(
     gaps=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.booleans()), max_size=6), ranks=st.integers(1, 7)
 )
 def test_parts_hold_each_element_once(gaps: list[tuple[int, int, bool]], ranks: int) -> None:
-    stretches, at = [], 0
+    spans, at = [], 0
     for gap, size, exact in gaps:
-        stretches.append(Stretch(at + gap, at + gap + size, exact))
+        spans.append(ParameterSpan(at + gap, at + gap + size, exact))
         at += gap + size
     elements = -(-at // ranks) * ranks
-    parts = parts_of(stretches, elements, ranks)
+    parts = parts_of(spans, elements, ranks)
     assert len(parts) == ranks
     for exact in (False, True):
         found = [
@@ -26,12 +26,12 @@ def test_parts_hold_each_element_once(gaps: list[tuple[int, int, bool]], ranks: 
             for element in range(each.start, each.stop)
             if rank * elements // ranks <= element < (rank + 1) * elements // ranks
         ]
-        assert found == [at for one in stretches if one.exact == exact for at in range(one.start, one.stop)]
+        assert found == [at for one in spans if one.exact == exact for at in range(one.start, one.stop)]
 
 
 def test_blocks_hold_elements_of_one_parameter() -> None:
-    (part,) = parts_of([Stretch(0, 10), Stretch(10, 20), Stretch(20, 24, exact=True)], 24, 1)
-    assert part == Part((slice(0, 10), slice(10, 20)), (slice(20, 24),))
+    (part,) = parts_of([ParameterSpan(0, 10), ParameterSpan(10, 20), ParameterSpan(20, 24, exact=True)], 24, 1)
+    assert part == RankPart((slice(0, 10), slice(10, 20)), (slice(20, 24),))
     assert rows_of(part.coded, 8) == 4
 
 

@@ -5,7 +5,7 @@ import torch
 
 from megatron_cp.comm import in_process
 from megatron_cp.replicas import QUANTISATIONS
-from megatron_cp.replicas.parts import Stretch, parts_of, places_of
+from megatron_cp.replicas.parts import ParameterSpan, parts_of, places_of
 from megatron_cp.replicas.two_hops import (
     Sent,
     all_gather,
@@ -18,7 +18,12 @@ from megatron_cp.replicas.two_hops import (
 from tests.replicas.test_blocks import heavy
 
 # matrices, a norm among them, elements between parameters, and an embedding over several parts
-STRETCHES = [Stretch(0, 700), Stretch(704, 720, exact=True), Stretch(720, 1000), Stretch(1001, 1800, exact=True)]
+SPANS = [
+    ParameterSpan(0, 700),
+    ParameterSpan(704, 720, exact=True),
+    ParameterSpan(720, 1000),
+    ParameterSpan(1001, 1800, exact=True),
+]
 ELEMENTS = 1920
 NODES = [(1, 1), (2, 2), (4, 2), (4, 1), (6, 3), (6, 4)]
 INT8, INT4 = QUANTISATIONS.get("int8"), QUANTISATIONS.get("int4")
@@ -31,7 +36,7 @@ def drawn(rank: int, elements: int = ELEMENTS) -> torch.Tensor:
 @pytest.mark.parametrize("quantisation", [INT8, INT4], ids=["int8", "int4"])
 @pytest.mark.parametrize(("ranks", "per_node"), NODES)
 def test_a_reduction_adds_up_and_sends_what_the_formula_says(quantisation, ranks: int, per_node: int) -> None:
-    parts = parts_of(STRETCHES, ELEMENTS, ranks)
+    parts = parts_of(SPANS, ELEMENTS, ranks)
 
     def reduce(fabric):
         hops = hops_of(fabric, fabric.nodes)
@@ -57,7 +62,7 @@ def test_a_reduction_adds_up_and_sends_what_the_formula_says(quantisation, ranks
 
 def test_whole_blocks_take_the_bytes_of_the_paper() -> None:
     # two nodes of two ranks: 4 parts of 4 blocks
-    parts, places = parts_of([Stretch(0, 4096)], 4096, 4), places_of([0, 0, 1, 1])
+    parts, places = parts_of([ParameterSpan(0, 4096)], 4096, 4), places_of([0, 0, 1, 1])
     message = 256 + 4
     assert sent_to_reduce(parts, places, INT8, torch.float32, 0) == Sent(2 * 4 * message, 4 * message)
     assert sent_to_gather(parts, places, INT8, torch.bfloat16, 0) == Sent(2 * 4 * message, 4 * message)
@@ -67,7 +72,7 @@ def test_whole_blocks_take_the_bytes_of_the_paper() -> None:
 
 @pytest.mark.parametrize(("ranks", "per_node"), NODES)
 def test_a_gather_leaves_equal_bits_on_all_ranks(ranks: int, per_node: int) -> None:
-    parts = parts_of(STRETCHES, ELEMENTS, ranks)
+    parts = parts_of(SPANS, ELEMENTS, ranks)
     size = ELEMENTS // ranks
 
     def gather(fabric):
@@ -83,7 +88,7 @@ def test_a_gather_leaves_equal_bits_on_all_ranks(ranks: int, per_node: int) -> N
     places = places_of([rank // per_node for rank in range(ranks)])
     for rank, (whole, sent) in enumerate(found):
         assert sent == sent_to_gather(parts, places, INT8, torch.bfloat16, rank)
-        for start, stop, exact in STRETCHES:
+        for start, stop, exact in SPANS:
             assert whole[start:stop].equal(found[0][0][start:stop])
             error = (whole[start:stop].float() - expected[start:stop].float()).abs().max()
             assert error <= (0 if exact else drawn(0).abs().max() / 127)
@@ -100,7 +105,7 @@ def test_the_errors_of_one_hop_and_of_two(name: str, per_node: int) -> None:
 
 
 def relative_error(name: str, per_node: int, ranks: int = 16, elements: int = 16 * 1024) -> float:
-    parts = parts_of([Stretch(0, elements)], elements, ranks)
+    parts = parts_of([ParameterSpan(0, elements)], elements, ranks)
 
     def gradient(rank: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(rank)
@@ -122,7 +127,7 @@ def relative_error(name: str, per_node: int, ranks: int = 16, elements: int = 16
 @pytest.mark.parametrize("per_node", [1, 2])
 def test_what_int4_leaves_over_comes_in_later_steps(per_node: int) -> None:
     ranks, steps = 4, 16
-    parts = parts_of(STRETCHES, ELEMENTS, ranks)
+    parts = parts_of(SPANS, ELEMENTS, ranks)
 
     def train(fabric):
         hops = hops_of(fabric, fabric.nodes)

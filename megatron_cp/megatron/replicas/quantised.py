@@ -15,13 +15,13 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from megatron_cp.comm import Done, GroupFabric, Handle
 from megatron_cp.megatron.run import Settings, say
 from megatron_cp.replicas import INT8, QUANTISATIONS, Quantisation
-from megatron_cp.replicas.parts import Part, Stretch, parts_of
+from megatron_cp.replicas.parts import RankPart, ParameterSpan, parts_of
 from megatron_cp.replicas.two_hops import Hops, Left, all_gather, hops_of, nothing_left, reduce_scatter
 
 BUCKET = "megatron_cp_bucket"
 """Attribute of a bucket's gradients that holds its Bucket."""
 
-EXACT = ("embeddings", "embedding", "output_layer", "router")
+EXACT = ("embedding", "output_layer", "router")
 """Words in the names of matrices that are not quantised; vectors, such as norms and biases, never are."""
 
 
@@ -33,7 +33,7 @@ class Bucket(NamedTuple):
     left:      what the last reduction left over, where it is kept
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[RankPart, ...]
     hops: Hops
     gradients: Quantisation | None
     weights: Quantisation | None
@@ -48,12 +48,13 @@ def mark_buckets(old: Callable[..., None], settings: Settings, buffer: Any, *arg
         return
     given = inspect.signature(old).bind(buffer, *args, **kwargs).arguments
     gradients = flags.of_gradients
-    weights = QUANTISATIONS.get(INT8) if flags.weights else None
+    # where weights are float32, the optimizer has no others beside
+    weights = QUANTISATIONS.get(INT8) if flags.weights and buffer.param_dtype == torch.bfloat16 else None
     group = buffer.data_parallel_group
     hops = connect(group, flags.ranks_per_node)
     for bucket in buffer.buckets:
         grads = bucket.grad_data
-        parts = parts_of(list(_stretches(bucket, given["param_to_name"])), grads.numel(), group.size())
+        parts = parts_of(list(_spans(bucket, given["param_to_name"])), grads.numel(), group.size())
         left = nothing_left(parts, hops, gradients, grads.device) if gradients and gradients.keeps else None
         # Megatron hands on this very tensor, and nothing else of the bucket
         setattr(grads, BUCKET, Bucket(parts, hops, gradients, weights, left))
@@ -64,9 +65,9 @@ def is_exact(name: str, parameter: Tensor) -> bool:
     return parameter.dim() < 2 or any(word in EXACT for word in name.split("."))
 
 
-def _stretches(bucket: Any, names: dict[Any, str]) -> Iterator[Stretch]:
+def _spans(bucket: Any, names: dict[Any, str]) -> Iterator[ParameterSpan]:
     for parameter, (start, stop) in sorted(bucket.param_to_index.items(), key=lambda item: item[1]):
-        yield Stretch(start, stop, is_exact(names[parameter], parameter))
+        yield ParameterSpan(start, stop, is_exact(names[parameter], parameter))
 
 
 # the replicas of a rank share one group
