@@ -5,7 +5,7 @@ from typing import Any
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.replicas import without_flush
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, say
+from megatron_cp.megatron.run import LocalSgdFlags, PipelineFlags, QuantisedFlags, say
 
 GRADIENTS = "--zero-quantized-gradients"
 WEIGHTS = "--zero-quantized-weights"
@@ -44,6 +44,11 @@ OF_BOTH = (
     Unsupported(
         "pipelines without a flush, which keep earlier weights",
         without_flush,
+        "take another --pp-schedule",
+    ),
+    Unsupported(
+        "pipelines of two copies, which would be rounded apart",
+        lambda args: PipelineFlags.of(args).two_copies,
         "take another --pp-schedule",
     ),
 )

@@ -57,6 +57,7 @@ def test_what_works_is_taken(given: dict[str, object]) -> None:
         ({"fp8_param_gather": True}, "leave --fp8-param-gather and"),
         ({"optimizer": "muon"}, "pass --optimizer adam"),
         ({"pp_schedule": "2bw"}, "take another --pp-schedule"),
+        ({"pp_schedule": "chimera"}, "two copies.*; take another --pp-schedule"),
         ({"ddp_average_in_collective": True}, "leave --ddp-average-in-collective out"),
         ({"bf16": False}, "--zero-quantized-weights does not do float32 weights.*; pass --bf16"),
         ({"use_precision_aware_optimizer": True}, "leave --use-precision-aware-optimizer"),
