@@ -159,10 +159,11 @@ def quantised(flags: list[str]) -> Quantised:
 DP = "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --global-batch-size 8"
 NODES = "--zero-quantized-ranks-per-node 2"
 WITHIN = 1e-3
+STEPS = 30
 
 
 def losses(*flags: str) -> tuple[list[float], list[Quantised]]:
-    runs = run_ranks(4, quantised, tiny(DP, "--train-iters 10", *flags))
+    runs = run_ranks(4, quantised, tiny(DP, f"--train-iters {STEPS}", *flags))
     return [step["loss"] for step in runs[0].log], runs
 
 
@@ -173,17 +174,18 @@ def replicas() -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags",
-    ["--zero-quantized-gradients int8", "--zero-quantized-gradients int8 --zero-quantized-weights"],
+    ("flags", "near"),
+    [("--zero-quantized-gradients int8", STEPS), ("--zero-quantized-gradients int8 --zero-quantized-weights", 10)],
     ids=["gradients", "gradients and weights"],
 )
-def test_quantised_replicas_train_as_plain_ones_do(replicas: list[float], flags: str) -> None:
+def test_quantised_replicas_train_as_plain_ones_do(replicas: list[float], flags: str, near: int) -> None:
     found, runs = losses(NODES, flags)
     assert found[0] == replicas[0]
     assert found[1:] != replicas[1:]
-    assert found == pytest.approx(replicas, rel=WITHIN)
+    assert found[:near] == pytest.approx(replicas[:near], rel=WITHIN)
+    print(f"{flags}: off by {abs(found[-1] / replicas[-1] - 1):.1e} at step {STEPS}")
     for run in runs:
-        assert len(run.reduced) >= 10
+        assert len(run.reduced) >= STEPS
         assert all(sent == formula for sent, formula in (*run.reduced, *run.gathered))
         assert run.weights == runs[0].weights
     assert bool(runs[0].gathered) == ("weights" in flags)
