@@ -70,8 +70,8 @@ def reduce_scatter(
         rows = _packed(whole, [each for across in hops.ranks for rank in across for each in slices[rank]], coding)
         kept = left if isinstance(coding, Coded) else None
         place, node = hops.inside.rank, hops.between.rank
-        rows = _hop(rows, list(map(sum, counts)), place, hops.inside, coding, kept and kept.inside)
-        rows = _hop(rows, counts[place], node, hops.between, coding, kept and kept.between)
+        rows = _hop(rows, list(map(sum, counts)), place, hops.inside, coding, kept.inside if kept else None)
+        rows = _hop(rows, counts[place], node, hops.between, coding, kept.between if kept else None)
         _unpack(rows, whole, slices[hops.own])
 
 
