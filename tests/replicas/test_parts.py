@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cp.replicas.parts import RankPart, ParameterSpan, parts_of, places_of, rows_of
+from megatron_cp.replicas.parts import ParameterSpan, RankPart, parts_of, places_of, rows_of
 
 
 @given(

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from megatron_cp.comm import Done, GroupFabric, Handle
 from megatron_cp.megatron.run import Settings, say
 from megatron_cp.replicas import INT8, QUANTISATIONS, Quantisation
-from megatron_cp.replicas.parts import RankPart, ParameterSpan, parts_of
+from megatron_cp.replicas.parts import ParameterSpan, RankPart, parts_of
 from megatron_cp.replicas.two_hops import Hops, Left, all_gather, hops_of, nothing_left, reduce_scatter
 
 BUCKET = "megatron_cp_bucket"
