@@ -40,7 +40,7 @@ def hops_of(fabric: Fabric, nodes: Sequence[int]) -> Hops:
 
 
 class Left(NamedTuple):
-    """What quantised numbers left over at each hop, for the next reduction of the same buffer (arXiv:1901.09847)."""
+    """Rests of quantised numbers at each hop, for the next reduction of the same buffer (arXiv:1901.09847)."""
 
     inside: Tensor
     between: Tensor

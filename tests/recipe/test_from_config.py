@@ -156,6 +156,29 @@ def test_whose_overrides_and_which_model() -> None:
     assert model_of("unknown_1b", shipped) is None
 
 
+@pytest.mark.parametrize(
+    ("more", "becomes", "told"),
+    [
+        ({}, "--zero-quantized-gradients int8 --zero-quantized-weights", ["approximated", "mapped"]),
+        ({"zero_optimization.stage": 3}, "", ["refused", "refused"]),
+        (
+            {"zero_optimization.stage": 3, "pipeline.stages": 2},
+            "--zero-quantized-gradients int8 --zero-quantized-weights",
+            ["approximated", "mapped"],
+        ),
+        ({"fp16.enabled": True}, "", ["refused", "refused"]),
+    ],
+    ids=["stage 1", "stage 3", "beside a pipeline", "fp16"],
+)
+def test_quantised_messages_of_deepspeed(more: dict[str, object], becomes: str, told: list[str]) -> None:
+    keys = ("zero_optimization.zero_quantized_gradients", "zero_optimization.zero_quantized_weights")
+    done = read(DEEPSPEED, ForeignConfig({"zero_optimization.stage": 1, **dict.fromkeys(keys, True), **more}))
+    assert {flag: done.flags[flag] for flag in done.flags if "quantized" in flag} == words(becomes)
+    assert [entry.taken.outcome for entry in done.entries if entry.key in keys] == told
+    entry, *_ = read(DEEPSPEED, ForeignConfig({"zero_optimization.zero_hpz_partition_size": 8})).entries
+    assert (entry.taken.outcome, "training/hsdp" in entry.taken.note) == (Outcome.REFUSED, True)
+
+
 @pytest.mark.parametrize("value", ["auto", "???", "${multiply:${a}, 2}"])
 def test_values_of_another_program_are_refused_by_name(value: str) -> None:
     (entry, *_) = read(DEEPSPEED, ForeignConfig({"gradient_clipping": value})).entries

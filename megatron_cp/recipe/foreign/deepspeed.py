@@ -1,5 +1,6 @@
 """DeepSpeed's JSON config (Rasley et al., KDD 2020), and the flags of Megatron-DeepSpeed."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_cp.recipe.foreign.keys import (
@@ -146,6 +147,20 @@ def _bucket(found: Any, config: ForeignConfig) -> Answer:
     return near(
         {"--ddp-bucket-size": (text(int(found)),)}, "a bucket holds whole parameters, at least so many elements"
     )
+
+
+def _quantised(taken: Answer) -> Callable[[Any, ForeignConfig], Answer]:
+    def read(found: Any, config: ForeignConfig) -> Answer:
+        if not is_true(found):
+            return Answer({})
+        level = config.number("zero_optimization.stage")
+        if not level or sharded(level, pipeline_of(config)):
+            return not_here("Megatron-FSDP has collectives of its own: take stage 1")
+        if is_true(config.values.get("fp16.enabled", False)):
+            return not_here("take bf16 in the place of fp16")
+        return taken
+
+    return read
 
 
 def _offload(found: Any, config: ForeignConfig) -> Answer:
@@ -330,11 +345,19 @@ KEYS = (
     refused(f"{_OF_ZERO}zero_hpz_partition_size", OTHER_RANKS, neutral=(1,)),
     refused(f"{_OF_ZERO}mics_shard_size", OTHER_RANKS, neutral=(-1,)),
     refused(f"{_OF_ZERO}mics_hierarchical_params_gather", OTHER_RANKS),
-    refused(
-        f"{_OF_ZERO}zero_quantized_weights {_OF_ZERO}zero_quantized_gradients "
-        f"{_OF_ZERO}zero_quantized_nontrainable_weights",
-        "for ZeRO's first stage alone: give --zero-quantized-gradients int8 and --zero-quantized-weights beside it",
+    derived(
+        f"{_OF_ZERO}zero_quantized_gradients",
+        "--zero-quantized-gradients int8",
+        _quantised(near({"--zero-quantized-gradients": ("int8",)}, "8 bits a number, there 4")),
+        "approximated with stage 1, and beside a pipeline: 8 bits a number, there 4; refused with 2 and 3, and fp16",
     ),
+    derived(
+        f"{_OF_ZERO}zero_quantized_weights",
+        "--zero-quantized-weights",
+        _quantised(Answer({"--zero-quantized-weights": ()})),
+        "mapped with stage 1, and beside a pipeline; refused with 2 and 3, and fp16",
+    ),
+    refused(f"{_OF_ZERO}zero_quantized_nontrainable_weights", "frozen weights travel in the model's dtype"),
     refused(f"{_OF_ZERO}zenflow", "no such optimizer steps here", section=True),
     ignored("zero_allow_untested_optimizer zero_force_ds_cpu_optimizer", "a check of DeepSpeed's own"),
     ignored("aio", "of states on disk, which are not here", section=True),
