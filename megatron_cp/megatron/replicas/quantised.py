@@ -111,7 +111,7 @@ def scatter_gradients(
 
 def gather_weights(old: Callable[..., None], group: Any, force_sync: bool = False) -> None:
     """Gather the weights of a group of buckets after the optimizer's step."""
-    marked = [(each, getattr(each.grad_data, BUCKET, None)) for each in group.buckets]
+    marked: list[tuple[Any, Any]] = [(each, getattr(each.grad_data, BUCKET, None)) for each in group.buckets]
     waits = force_sync and group.param_gather_handle is not None
     if waits or any(bucket is None or bucket.weights is None for _, bucket in marked):
         # Megatron also waits for a gather of ours
