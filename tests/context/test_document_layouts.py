@@ -101,7 +101,7 @@ LAWS = [
 @pytest.mark.parametrize(
     ("backend", "ranks", "kind", "name"),
     slow_unless(
-        [(backend, 3, "causal", BLOCKS) for backend in ("zigzag", "all-gather", "ring", "usp", "fpdt")],
+        [(backend, 3, "causal", BLOCKS) for backend in ("zigzag", "all-gather", "fpdt")],
         [(backend, *law) for backend in ALGORITHMS for law in LAWS],
     ),
 )
@@ -157,7 +157,7 @@ def mixed_streams(tokens, count):
 STREAMS = 131072
 
 
-@pytest.mark.parametrize("ranks", [8, 32, 64])
+@pytest.mark.parametrize("ranks", slow_unless([8], [8, 32, 64]))
 def test_balanced_blocks_share_the_work_of_a_long_tail_and_receive_little(ranks):
     most = mean = received = largest = 0.0
     for cu in mixed_streams(STREAMS, 6):
@@ -190,7 +190,7 @@ def seen_elsewhere(made, held, ranks):
 
 @pytest.mark.parametrize(
     ("ranks", "kind"),
-    slow_unless([(4, "causal")], [(ranks, kind) for ranks in (4, 8) for kind in ("causal", "window", "other keys")]),
+    slow_unless([(4, "causal")], [(4, "causal"), (8, "causal"), (4, "window"), (8, "other keys")]),
 )
 def test_all_gather_receives_the_keys_that_are_seen_and_sends_their_gradients_back(ranks, kind):
     made = case(kind, ranks)

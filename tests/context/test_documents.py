@@ -123,7 +123,7 @@ def packed_problem(kind, ranks):
 @pytest.mark.parametrize(
     ("ranks", "kind"),
     slow_unless(
-        [(3, "causal"), (3, "prefix")],
+        [(3, "prefix")],
         # every kind on 2 to 8 ranks, in one stream: tests/context/test_together.py
         [*((3, kind) for kind in KINDS), (8, "causal")],
     ),
@@ -152,7 +152,9 @@ def dense_document(start, stop):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ALGORITHMS)
 def test_backend_equals_dense_on_documents_of_one_to_a_thousand_tokens(backend):
-    for ranks in range(2, 9):
+    # two of the sizes 2 to 8; every size has four algorithms
+    number = list(ALGORITHMS).index(backend)
+    for ranks in (2 + number % 7, 2 + (number + 3) % 7):
         total = -(-THOUSAND[-1] // (12 * ranks)) * 12 * ranks
         made = Case(documents([*THOUSAND, total]), torch.empty(0))
         task = Attention(*(x[:total] for x in thousand()[:4]), causal=True)
@@ -202,7 +204,7 @@ def test_the_proof_notices_documents_that_are_not_masked(monkeypatch):
     assert "may not see key" in prove(asked).problem
 
 
-@pytest.mark.parametrize("backend", slow_unless(["zigzag", "all-gather"], ALGORITHMS))
+@pytest.mark.parametrize("backend", slow_unless(["zigzag"], ALGORITHMS))
 def test_a_trace_counts_the_pairs_of_documents(backend):
     made = case("causal", 4)
     asked = Problem(backend, 4, TOKENS * 4, 8, 2, grid=grid_of(backend, 4), documents=made.packed)

@@ -140,12 +140,15 @@ def refusals(backends):
     return found
 
 
+# each on one number of ranks
+GRIDS = [entry.name for entry in BACKENDS if entry.needs_grid]
+OTHERS = [name for name in BACKENDS.names if name not in GRIDS]
+FEW, SOME = OTHERS[::2], OTHERS[1::2]
+
+
 @pytest.mark.parametrize(
     ("ranks", "backends"),
-    slow_unless(
-        [(2, ["zigzag"])],
-        [(2, ["zigzag"]), *((ranks, BACKENDS.names) for ranks in (1, 2, 3, 4))],
-    ),
+    slow_unless([(2, ["zigzag"])], [(2, ["zigzag"]), (1, BACKENDS.names), (2, FEW), (3, SOME), (4, GRIDS)]),
 )
 def test_unfit_inputs_are_one_line_on_every_rank(ranks, backends):
     first, *others = run_ranks(ranks, refusals, backends)

@@ -96,7 +96,7 @@ def test_every_kind_of_sink_equals_dense(backend, kind):
 
 
 @pytest.mark.parametrize(
-    "backend", slow_unless(["ring", "usp"], [e.name for e in BACKENDS if e.capabilities.chunks and e.name != AUTO])
+    "backend", slow_unless(["ring"], [e.name for e in BACKENDS if e.capabilities.chunks and e.name != AUTO])
 )
 def test_a_sink_in_chunks_equals_dense(backend):
     task, sink, grid = problem(64, HEADS, KV_HEADS, causal=True), SINKS["learned"], grid_for(backend, 4)

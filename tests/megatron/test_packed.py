@@ -2,6 +2,7 @@
 
 import random
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from megatron_cp.megatron.process.eod_documents import ends_at
 from tests.cases import slow_unless
 from tests.megatron import spec_run
 from tests.megatron.pretraining import pretrain_losses, script_losses, tiny
-from tests.megatron.test_parity import LATENT, assert_equal_runs, context
+from tests.megatron.test_parity import LATENT, PIPELINE, RECOMPUTED, TENSOR, assert_equal_runs, context, layers_of
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 
 PACKED = "--dataloader-inter-document-masking"
@@ -121,34 +122,17 @@ def test_documents_change_the_losses(alone: Any, data: str) -> None:
 ONE = "--micro-batch-size 1"
 THREE = f"{ONE} --num-layers 3"
 SIX = f"{ONE} --num-layers 6 --global-batch-size 6"
-RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 # flags of the run, those of the run on one rank that it equals, ranks
 CASES = {
-    "zigzag": ("--context-parallel-size 2", "", 2),
     "pipeline, zb-h1, distributed optimizer": (
         "--context-parallel-size 2 --pipeline-model-parallel-size 2 --pp-schedule zb-h1 --use-distributed-optimizer",
         "",
         4,
     ),
-    "pipeline, one sample": (
-        f"--context-parallel-size 2 --pipeline-model-parallel-size 2 {ONE} --pp-schedule zb-h1",
-        "",
-        4,
-    ),
-    "pipeline, four samples": (
-        "--pipeline-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 8",
+    "pipeline, tensor and sequence parallel, four samples": (
+        f"{PIPELINE} {TENSOR} --micro-batch-size 4 --global-batch-size 8",
         "--global-batch-size 8",
-        2,
-    ),
-    "pipeline, tensor and sequence parallel": (
-        "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
-        "",
-        8,
-    ),
-    "middle stage, two samples": (
-        "--pipeline-model-parallel-size 3 --num-layers 3",
-        THREE,
-        3,
+        4,
     ),
     "interleaved, two samples": (
         "--context-parallel-size 2 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
@@ -161,34 +145,31 @@ CASES = {
         "--num-layers 4 --global-batch-size 8",
         2,
     ),
-    "middle stage, zb-h1": (f"--pipeline-model-parallel-size 3 --pp-schedule zb-h1 {THREE}", THREE, 3),
+    "middle stage, zb-h1, two samples": (
+        "--pipeline-model-parallel-size 3 --pp-schedule zb-h1 --num-layers 3",
+        THREE,
+        3,
+    ),
     "middle stage, interleaved": (
         f"--pipeline-model-parallel-size 3 --num-virtual-stages-per-pipeline-rank 2 {SIX}",
         SIX,
         3,
     ),
-    "tensor and sequence parallel": (
-        "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
-        "",
-        4,
-    ),
-    "recomputed": (f"--context-parallel-size 2 {RECOMPUTED}", "", 2),
+    "tensor and sequence parallel": (f"--context-parallel-size 2 {TENSOR}", "", 4),
 }
 
 
-@pytest.mark.parametrize(
-    "name", slow_unless(["zigzag", "pipeline, zb-h1, distributed optimizer"], CASES), ids=lambda name: name
-)
+@pytest.mark.parametrize("name", slow_unless(["pipeline, zb-h1, distributed optimizer"], CASES), ids=lambda name: name)
 def test_packed_documents_train_alike_on_all_ranks(alone: Any, data: str, name: str) -> None:
     flags, reference, ranks = CASES[name]
     assert_equal_runs(losses(ranks, data, flags), alone(*([reference] if reference else [])))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKENDS.names)
-def test_packed_documents_train_alike_on_four_ranks_of_every_backend(alone: Any, data: str, name: str) -> None:
+def test_packed_documents_train_alike_in_layers_of_every_backend(alone: Any, data: str) -> None:
+    flags, model = layers_of(BACKENDS.names, 4)
     two = "--train-iters 2"
-    assert_equal_runs(losses(4, data, context(name, 4), two), alone(two), steps=2)
+    assert_equal_runs(losses(4, data, flags, two), alone(model, two), steps=2)
 
 
 @pytest.mark.slow
@@ -263,46 +244,20 @@ GATHERED = "--context-parallel-size 2 --cp-comm-type all-gather"
 # flags, flags of the run on one rank, ranks, the batch is cut by its documents
 LAID = {
     "blocks": (f"{GATHERED} --cp-document-layout blocks", "", 2, True),
-    "blocks, four ranks": (
-        "--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout blocks",
-        "",
-        4,
-        True,
-    ),
-    "blocks, pipeline": (
-        f"{GATHERED} --cp-document-layout blocks --pipeline-model-parallel-size 2 {ONE} --pp-schedule zb-h1 "
+    "blocks, middle stage, zb-h1, distributed optimizer": (
+        f"{GATHERED} --cp-document-layout blocks --pipeline-model-parallel-size 3 {THREE} --pp-schedule zb-h1 "
         "--use-distributed-optimizer",
-        "",
-        4,
-        True,
-    ),
-    "blocks, middle stage": (
-        f"{GATHERED} --cp-document-layout blocks --pipeline-model-parallel-size 3 {THREE}",
         THREE,
         6,
         True,
     ),
-    "blocks, tensor and sequence parallel": (
-        f"{GATHERED} --cp-document-layout blocks --tensor-model-parallel-size 2 --sequence-parallel",
-        "",
-        4,
-        True,
-    ),
-    "blocks, recomputed": (f"{GATHERED} --cp-document-layout blocks {RECOMPUTED}", "", 2, True),
-    "blocks, learned positions": (
-        f"{GATHERED} --cp-document-layout blocks --position-embedding-type learned_absolute",
+    "blocks, tensor and sequence parallel, recomputed, learned positions": (
+        f"{GATHERED} --cp-document-layout blocks {TENSOR} {RECOMPUTED} --position-embedding-type learned_absolute",
         "--position-embedding-type learned_absolute",
-        2,
-        True,
-    ),
-    "blocks of a ring": ("--context-parallel-size 4 --cp-document-layout blocks", "", 4, True),
-    "blocks, usp": (
-        "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2 "
-        "--cp-document-layout blocks",
-        "",
         4,
         True,
     ),
+    "blocks, a ring and usp": (f"{context('zigzag usp', 4)} --cp-document-layout blocks", "", 4, True),
     "document": ("--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout document", "", 4, True),
     "auto": (f"{GATHERED} --cp-document-layout auto", "", 2, None),
     # tokens move inside attention
@@ -367,11 +322,12 @@ def test_samples_are_one_stream_in_a_stage_and_apart_between_stages() -> None:
 
 # documents end at EOD tokens: flags, ranks
 AT_EOD = {
-    "two ranks": ("--context-parallel-size 2", 2),
-    "pipeline": ("--context-parallel-size 2 --pipeline-model-parallel-size 2 --pp-schedule zb-h1", 4),
-    "tensor and sequence parallel": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
-    "blocks": ("--context-parallel-size 2 --cp-comm-type all-gather --cp-document-layout blocks", 2),
-    "masked": ("--context-parallel-size 2 --eod-mask-loss --reset-position-ids", 2),
+    "pipeline": (f"--context-parallel-size 2 {PIPELINE} --pp-schedule zb-h1", 4),
+    "blocks": (f"{GATHERED} --cp-document-layout blocks", 2),
+    "masked, tensor and sequence parallel": (
+        f"--context-parallel-size 2 {TENSOR} --eod-mask-loss --reset-position-ids",
+        4,
+    ),
 }
 STOCK_MASK = "--reset-attention-mask --position-embedding-type learned_absolute"
 
@@ -389,15 +345,27 @@ def with_eod(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"--data-path {prefix} --split 100,0,0 --seq-length 64 --max-position-embeddings 64"
 
 
+@pytest.fixture(scope="module")
+def under_a_mask(with_eod: str) -> Any:
+    """Runs of Megatron's own on one rank, by their flags, each made once."""
+
+    @cache
+    def run(*flags: str) -> list[dict[str, Any]]:
+        masked = tiny(with_eod, STOCK_MASK, *flags, without="--mock-data --no-create-attention-mask-in-dataloader")
+        ((found, ours),) = run_ranks(1, counted, masked)
+        assert not ours
+        return found
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AT_EOD)
-def test_documents_that_end_at_eod_train_as_under_a_mask_tensor(with_eod: str, name: str) -> None:
+def test_documents_that_end_at_eod_train_as_under_a_mask_tensor(under_a_mask: Any, with_eod: str, name: str) -> None:
     flags, ranks = AT_EOD[name]
     flags = f"{STOCK_MASK} {flags}"
     shared = [word for word in flags.split() if word in ("--eod-mask-loss", "--reset-position-ids")]
-    masked = tiny(with_eod, STOCK_MASK, *shared, without="--mock-data --no-create-attention-mask-in-dataloader")
-    ((expected, ours),) = run_ranks(1, counted, masked)
-    assert not ours
+    expected = under_a_mask(*shared)
     results = run_ranks(ranks, counted, packed_run(with_eod, flags, "--cp-kernel auto"))
     assert all(packed for _, packed in results), "attention saw one document"
     assert_equal_runs(results[0][0], expected)

@@ -22,9 +22,22 @@ def losses(world_size, *flags):
     return run_ranks(world_size, pretrain_losses, tiny(*flags))[0]
 
 
+TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
+PIPELINE = "--pipeline-model-parallel-size 2"
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
 def context(backend, size):
-    grid = f"--hierarchical-context-parallel-sizes {GRID[size]}" if BACKENDS.get(backend).needs_grid else ""
+    """Flags of a backend, or of one for each layer in turn."""
+    needed = any(BACKENDS.get(name).needs_grid for name in backend.split())
+    grid = f"--hierarchical-context-parallel-sizes {GRID[size]}" if needed else ""
     return f"--context-parallel-size {size} --cp-comm-type {backend} {grid}"
+
+
+def layers_of(backends, size):
+    """Flags of a model with a layer of each backend on this many ranks, and of the same model on one."""
+    model = f"--num-layers {len(backends)}"
+    return f"{context(' '.join(backends), size)} {model}", model
 
 
 def assert_equal_runs(found, expected, steps=4):
@@ -54,11 +67,12 @@ def test_losses_fall(alone):
 
 # one of each way into the adapter: blocks that travel, heads that are split, both on a grid, chunks, auto
 BY_DEFAULT = [("zigzag", 4), ("ulysses", 2), ("usp", 4), ("fpdt", 2), ("auto", 2)]
-ONE_WAY = ["ulysses"]
+WAYS = ["zigzag", "ulysses", "fpdt", "all-gather"]
 
 
 @pytest.mark.parametrize(
-    ("backend", "size"), slow_unless(BY_DEFAULT, [(name, size) for name in BACKENDS.names for size in (2, 4)])
+    ("backend", "size"),
+    slow_unless(BY_DEFAULT, [*BY_DEFAULT, *((name, 2) for name in BACKENDS.names if (name, 2) not in BY_DEFAULT)]),
 )
 def test_context_parallel_equals_one_rank(alone, backend, size):
     assert_equal_runs(losses(size, context(backend, size)), alone())
@@ -67,24 +81,16 @@ def test_context_parallel_equals_one_rank(alone, backend, size):
 COMBINED = {
     "tensor and sequence parallel": (4, "--tensor-model-parallel-size 2 --sequence-parallel", ""),
     "pipeline": (4, "--pipeline-model-parallel-size 2", ""),
-    "distributed optimizer": (4, "--use-distributed-optimizer", ""),
     "distributed optimizer, overlapped": (
         4,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
         "",
-    ),
-    "experts": (
-        2,
-        "",
-        "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall",
     ),
     "expert parallel": (
         4,
         "--expert-model-parallel-size 2",
         "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall",
     ),
-    "per-token loss": (2, "", "--calculate-per-token-loss"),
-    "selective recompute": (2, "--recompute-granularity selective --recompute-modules core_attn", ""),
     "full recompute": (2, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", ""),
     # Adam's first step is the sign of a gradient, and some gradients of these norms are 0 but for rounding
     "q and k layernorm": (2, "", "--qk-layernorm --adam-eps 1e-5"),
@@ -92,11 +98,11 @@ COMBINED = {
 }
 
 
-# the others are parts of these, or trained in test_entry_points
-CHOSEN = ["tensor and sequence parallel", "pipeline", "distributed optimizer, overlapped", "expert parallel"]
+# the others are trained in test_entry_points, recomputation in test_recompute
+CHOSEN = ["pipeline", "distributed optimizer, overlapped", "expert parallel", "q and k layernorm", "layernorm"]
 
 
-@pytest.mark.parametrize("case", slow_unless(CHOSEN, COMBINED))
+@pytest.mark.parametrize("case", slow_unless(["pipeline"], CHOSEN))
 def test_combined_with_other_parallelism_equals_one_rank(alone, case):
     world_size, parallel, model = COMBINED[case]
     assert_equal_runs(losses(world_size, context("zigzag", 2), parallel, model), alone(model))
@@ -104,12 +110,9 @@ def test_combined_with_other_parallelism_equals_one_rank(alone, case):
 
 PREDICTIONS = {
     "one layer": (2, "", "--mtp-num-layers 1"),
-    "per-token loss": (2, "", "--mtp-num-layers 1 --calculate-per-token-loss"),
-    "two layers": (4, "--context-parallel-size 4", "--mtp-num-layers 2"),
     "two layers, per-token loss": (4, "--context-parallel-size 4", "--mtp-num-layers 2 --calculate-per-token-loss"),
     "tensor and sequence parallel": (4, "--tensor-model-parallel-size 2 --sequence-parallel", "--mtp-num-layers 1"),
     "pipeline": (4, "--pipeline-model-parallel-size 2 --pp-schedule zb-h1", "--mtp-num-layers 1"),
-    "distributed optimizer": (4, "--use-distributed-optimizer", "--mtp-num-layers 1"),
 }
 
 
@@ -128,7 +131,7 @@ def losses_over_the_whole_sequence(flags):
         restore(counted)
 
 
-@pytest.mark.parametrize("case", slow_unless(["one layer", "per-token loss"], PREDICTIONS))
+@pytest.mark.parametrize("case", slow_unless(["one layer"], PREDICTIONS))
 def test_multi_token_prediction_equals_one_rank(alone, case):
     world_size, parallel, model = PREDICTIONS[case]
     ranks = run_ranks(world_size, losses_over_the_whole_sequence, tiny(context("zigzag", 2), parallel, model))
@@ -136,7 +139,8 @@ def test_multi_token_prediction_equals_one_rank(alone, case):
     assert ranks[-1][1] > 0, "the last pipeline stage has these layers"
 
 
-@pytest.mark.parametrize("backend", slow_unless(ONE_WAY, BACKENDS.names))
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", WAYS)
 def test_bf16_trains_as_one_rank_does(alone, backend):
     found, expected = losses(2, context(backend, 2), "--bf16"), alone("--bf16")
     for step, other in zip(found, expected, strict=True):
@@ -145,9 +149,9 @@ def test_bf16_trains_as_one_rank_does(alone, backend):
 
 
 @pytest.mark.slow
-def test_layers_may_use_different_backends(alone):
-    types = "--context-parallel-size 4 --cp-comm-type zigzag ulysses"
-    assert_equal_runs(losses(4, types), alone())
+def test_layers_of_every_backend_equal_one_rank(alone):
+    flags, model = layers_of(BACKENDS.names, 4)
+    assert_equal_runs(losses(4, flags), alone(model))
 
 
 @pytest.mark.slow
@@ -160,7 +164,8 @@ def test_stripes_of_several_tokens_equal_one_rank(alone):
     assert_equal_runs(losses(4, context("striped", 4), "--cp-stripe 2"), alone())
 
 
-@pytest.mark.parametrize("backend", slow_unless(ONE_WAY, BACKENDS.names))
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", WAYS)
 def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
     # the second layer sees everything
     window = "--window-size 8,0 --window-attn-skip-freq 2"
@@ -198,7 +203,6 @@ def test_a_run_checks_itself_and_trains_as_without(alone):
 
 ALIBI = "--cp-alibi --position-embedding-type none"
 WITH_ALIBI = {
-    "two ranks": (2, context("zigzag", 2)),
     "heads, tensor and sequence parallel": (
         4,
         f"{context('ulysses', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
@@ -232,7 +236,6 @@ def test_alibi_equals_one_rank(alone, case):
 
 DROPPED = "--attention-dropout 0.3 --cp-kernel reference"
 DROPPING = {
-    "two ranks": (2, context("zigzag", 2)),
     "heads, recomputed": (
         2,
         f"{context('ulysses', 2)} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
@@ -292,10 +295,8 @@ def test_learned_sinks_equal_stock_attention_on_one_rank(alone, backend, size):
     assert_sinks_train(alone, size, context(backend, size))
 
 
-@pytest.mark.parametrize("size", slow_unless([2], [2, 4]))
-@pytest.mark.parametrize(
-    "model", slow_unless(["--softmax-type off-by-one"], ["--softmax-type off-by-one", "--cp-sink 0.0"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "size"), [("--softmax-type off-by-one", 2), ("--cp-sink 0.0", 4)])
 def test_off_by_one_equals_stock_attention_on_one_rank(alone, model, size):
     found = run_ranks(size, losses_and_sinks, tiny(context("zigzag", size), model))
     assert all(calls > 0 for _, calls in found)

@@ -65,7 +65,6 @@ SELECTIVE = "--recompute-granularity selective"
 PP2 = "--pipeline-model-parallel-size 2"
 # ranks, how attention is recomputed, the rest of the run
 CASES = {
-    "full": (2, FULL, context("zigzag", 2)),
     "selective": (2, SELECTIVE, context("zigzag", 2)),
     "one layer of two": (2, BLOCK, context("ulysses", 2)),
     "four ranks": (4, FULL, context("usp", 4)),
@@ -76,7 +75,6 @@ CASES = {
         FULL,
         f"{context('zigzag', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
     ),
-    "1f1b": (4, FULL, f"{context('zigzag', 2)} {PP2} --pp-schedule 1f1b"),
     "zb-h1": (4, FULL, f"{context('ulysses', 2)} {PP2} --pp-schedule zb-h1"),
     "slices": (4, FULL, f"{context('zigzag', 2)} {PP2} --pp-schedule 1f1b --pp-slices 2"),
     "offload": (
@@ -102,7 +100,7 @@ def compare(ranks: int, recompute: str, others: str, data: str = "") -> list[lis
     if LATENT in others:
         without, others = "--group-query-attention", f"{others} --num-query-groups 4"
     return [
-        run_ranks(ranks, trained, tiny(others, data, added, without=without))
+        run_ranks(ranks, trained, tiny(others, data, added, "--train-iters 2", without=without))
         for added in ("", f"{recompute} --cp-keep-attention", recompute)
     ]
 

@@ -22,7 +22,7 @@ from megatron_cp.megatron.process.conversation_samples import packed_sample
 from tests.cases import slow_unless
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.megatron.test_packed import counted, laid
-from tests.megatron.test_parity import assert_equal_runs
+from tests.megatron.test_parity import PIPELINE, RECOMPUTED, TENSOR, assert_equal_runs, context
 from tests.ranks import run_ranks
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -77,26 +77,15 @@ AHEAD = "--mtp-num-layers 1 --calculate-per-token-loss"
 # flags of the run, those of the run on one rank that it equals, ranks
 CASES = {
     "two ranks": (TWO, "", 2),
-    "four ranks": ("--context-parallel-size 4", "", 4),
-    "pipeline, distributed optimizer": (
-        f"{TWO} --pipeline-model-parallel-size 2 {ONE} --use-distributed-optimizer",
+    "four ranks, ulysses and all-gather": (context("ulysses all-gather", 4), "", 4),
+    "zb-h1, distributed optimizer": (
+        f"{TWO} {PIPELINE} {ONE} --pp-schedule zb-h1 --use-distributed-optimizer",
         ONE,
         4,
     ),
-    "zb-h1": (f"{TWO} --pipeline-model-parallel-size 2 {ONE} --pp-schedule zb-h1", ONE, 4),
     "middle stage": (f"--pipeline-model-parallel-size 3 {ONE} --num-layers 3", f"{ONE} --num-layers 3", 3),
-    "tensor and sequence parallel": (f"{TWO} --tensor-model-parallel-size 2 --sequence-parallel", "", 4),
-    "recomputed": (
-        f"{TWO} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        "",
-        2,
-    ),
-    "mean over tokens": (f"{TWO} --calculate-per-token-loss", "--calculate-per-token-loss", 2),
-    "pipeline, two samples": (f"{TWO} --pipeline-model-parallel-size 2 --pp-schedule zb-h1", "", 4),
-    "tokens ahead": (f"{TWO} --mtp-num-layers 1 --calculate-per-token-loss", AHEAD, 2),
-    "tokens ahead, pipeline": (f"{TWO} --pipeline-model-parallel-size 2 {AHEAD} --pp-schedule zb-h1", AHEAD, 4),
-    "ulysses": (f"{TWO} --cp-comm-type ulysses", "", 2),
-    "all-gather": (f"{TWO} --cp-comm-type all-gather", "", 2),
+    "tensor and sequence parallel, recomputed": (f"{TWO} {TENSOR} {RECOMPUTED}", "", 4),
+    "pipeline, two samples, tokens ahead": (f"{TWO} {PIPELINE} {AHEAD} --pp-schedule zb-h1", AHEAD, 4),
 }
 
 
@@ -106,13 +95,12 @@ def test_conversations_train_alike_on_all_ranks(alone: Any, data: str, name: str
     assert_equal_runs(losses(ranks, data, flags), alone(reference))
 
 
+# on four ranks; the other layouts take the same way: test_packed.py
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["blocks", "document", "auto"])
-def test_conversations_cut_by_their_documents_train_as_on_one_rank(alone: Any, data: str, layout: str) -> None:
-    flags = f"--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout {layout}"
+def test_conversations_cut_by_their_documents_train_as_on_one_rank(alone: Any, data: str) -> None:
+    flags = "--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout blocks"
     results = run_ranks(4, laid, sft_run(data, flags))
-    assert {name for _, calls in results for _, name in calls} == {layout}
-    assert layout == "auto" or {cut for _, calls in results for cut, _ in calls} == {True}
+    assert {call for _, calls in results for call in calls} == {(True, "blocks")}
     assert_equal_runs(next(run for run, _ in results if run), alone())
 
 

@@ -154,25 +154,25 @@ def test_a_length_that_changes_on_one_rank_is_found_by_all() -> None:
     assert run_ranks(2, _one_rank_grows) == [["", "", text, "", text, ""]] * 2
 
 
-def _against_stock(layer_scaling: bool) -> bool:
-    """The stock module on the same inputs, layer 2 of a model with or without query-key layer scaling."""
+def _against_stock() -> bool:
+    """Compare with the stock module on the same inputs, layer 2 of a model without and with query-key layer scaling."""
     torch.distributed.init_process_group("gloo")
     with cpu_runtime():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
-        settings = config(apply_query_key_layer_scaling=layer_scaling, masked_softmax_fusion=False)
-        groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
-        stock = DotProductAttention(settings, 2, AttnMaskType.causal, "self", pg_collection=groups)
-        mask = torch.ones(S, S).triu(1).bool()[None, None]
-        theirs = results(lambda q, k, v, _: stock(q.float(), k.float(), v.float(), mask).double())
-        ours = results(attention(settings, groups, layer_number=2))
-    assert_equal(ours, theirs, tolerance=1e-6)
+        groups, mask = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"]), torch.ones(S, S).triu(1).bool()
+        for layer_scaling in (False, True):
+            settings = config(apply_query_key_layer_scaling=layer_scaling, masked_softmax_fusion=False)
+            stock = DotProductAttention(settings, 2, AttnMaskType.causal, "self", pg_collection=groups)
+            theirs = results(
+                lambda q, k, v, _, stock=stock: stock(q.float(), k.float(), v.float(), mask[None, None]).double()
+            )
+            assert_equal(results(attention(settings, groups, layer_number=2)), theirs, tolerance=1e-6)
     return True
 
 
-@pytest.mark.parametrize("layer_scaling", [False, True])
-def test_equals_stock_attention(layer_scaling: bool) -> None:
-    assert run_ranks(1, _against_stock, layer_scaling) == [True]
+def test_equals_stock_attention() -> None:
+    assert run_ranks(1, _against_stock) == [True]
 
 
 def _sinks_of_stock(softmax_type: str) -> list[Any]:
@@ -223,11 +223,17 @@ def test_a_fixed_sink_of_zero_is_off_by_one() -> None:
     assert not torch.equal(fixed[0], plain[0])
 
 
-def _sharded(comm_type: str | None, sizes: list[int] | None, mask: AttnMaskType) -> list[Tensor]:
+def _sharded(sizes: list[int] | None, cases: list[tuple[str | None, AttnMaskType]]) -> list[str]:
+    """How the modules of these comm types and masks describe themselves, after a comparison with dense attention."""
     torch.distributed.init_process_group("gloo")
     world = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(context_parallel_size=world, hierarchical_context_parallel_sizes=sizes)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"])
+    return [_equal_to_dense(groups, comm_type, mask) for comm_type, mask in cases]
+
+
+def _equal_to_dense(groups: ProcessGroupCollection, comm_type: str | None, mask: AttnMaskType) -> str:
+    world = torch.distributed.get_world_size()
     module = attention(config(context_parallel_size=world), groups, cp_comm_type=comm_type, attn_mask_type=mask)
     mine = torch.tensor([token for run in layout("zigzag", S, world)[torch.distributed.get_rank()] for token in run])
     whole = inputs()
@@ -241,19 +247,19 @@ def _sharded(comm_type: str | None, sizes: list[int] | None, mask: AttnMaskType)
         [out.detach(), q.grad, k.grad, v.grad],
         [dense_out.detach()[mine], *(tensor.grad[mine] for tensor in whole[:3])],
     )
-    return [module.describe("cpu")]
+    return module.describe("cpu")
 
 
-@pytest.mark.parametrize("comm_type", [None, "p2p", "ring", "all_gather", "a2a"])
-def test_two_ranks_equal_dense(comm_type: str | None) -> None:
-    described = run_ranks(2, _sharded, comm_type, None, AttnMaskType.causal)
+def test_two_ranks_equal_dense() -> None:
+    cases = [(comm_type, AttnMaskType.causal) for comm_type in (None, "p2p", "ring", "all_gather", "a2a")]
+    described = run_ranks(2, _sharded, None, cases)
     assert described[0] == described[1]
-    assert described[0][0].endswith("CP=2")
+    assert all(text.endswith("CP=2") for text in described[0])
 
 
-@pytest.mark.parametrize("mask", [AttnMaskType.causal, AttnMaskType.no_mask])
-def test_usp_takes_megatrons_hierarchical_groups(mask: AttnMaskType) -> None:
-    assert "CP=4 = 2 inner * 2 outer" in run_ranks(4, _sharded, "usp", [2, 2], mask)[0][0]
+def test_usp_takes_megatrons_hierarchical_groups() -> None:
+    cases = [("usp", mask) for mask in (AttnMaskType.causal, AttnMaskType.no_mask)]
+    assert all("CP=4 = 2 inner * 2 outer" in text for text in run_ranks(4, _sharded, [2, 2], cases)[0])
 
 
 @pytest.mark.parametrize(
