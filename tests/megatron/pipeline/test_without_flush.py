@@ -110,12 +110,12 @@ def assert_bit_equal(found, expected):
         assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
-def assert_late(name, p, batch, *flags, world=None, steps=5):
+def assert_late(name, p, batch, *flags, world=None, steps=5, saved=""):
     """Runs equal the test double's, bit for bit, and keep the versions and graphs that the schedule says."""
     words = (MODEL, f"--pipeline-model-parallel-size {p} --global-batch-size {batch}", *flags)
     m = batch // 2 * p // (world or p)
     delay = SCHEDULES.get(name).delay(p, m)
-    found = run(world or p, ours, tiny(*words, f"--pp-schedule {name}"))
+    found = run(world or p, ours, tiny(*words, f"--pp-schedule {name}", saved))
     assert_bit_equal(found, run(world or p, late, tiny(*words), delay.behind))
     copies = (world or p) // p
     for rank, (ends,) in enumerate(found[2]):
@@ -141,55 +141,48 @@ def test_late_weights_part_from_flushed_steps_after_the_first_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "batch"),
-    [("2bw", 6), ("pipedream", 2), ("pipedream-vertical", 4)],
-)
-def test_four_stages_train_as_megatron_on_earlier_weights(name, batch):
-    assert_late(name, 4, batch, "--train-iters 7", steps=7)
+def test_four_stages_train_as_megatron_on_earlier_weights():
+    assert_late("2bw", 4, 6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["--bf16", "--bf16 --use-distributed-optimizer", "--overlap-grad-reduce"])
-def test_two_pipelines_train_as_megatron_on_earlier_weights(precision):
-    assert_late("2bw", 2, 8, precision, world=4)
+def test_two_pipelines_train_as_megatron_on_earlier_weights():
+    assert_late("2bw", 2, 8, "--bf16 --use-distributed-optimizer --overlap-grad-reduce", world=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
-        "--context-parallel-size 2 --cp-comm-type zigzag --calculate-per-token-loss",
-        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--context-parallel-size 2 --cp-comm-type zigzag --calculate-per-token-loss "
         "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01",
+        "--tensor-model-parallel-size 2 --sequence-parallel --bf16",
     ],
 )
 def test_other_parallelism_trains_as_megatron_on_earlier_weights(flags):
-    world = 2 if "experts" in flags else 4
-    found = run(world, ours, tiny(MODEL, TWO, flags, "--pp-schedule 2bw"))
-    assert_bit_equal(found, run(world, late, tiny(MODEL, TWO, flags), (1, 1)))
+    found = run(4, ours, tiny(MODEL, TWO, flags, "--pp-schedule 2bw"))
+    assert_bit_equal(found, run(4, late, tiny(MODEL, TWO, flags), (1, 1)))
 
 
-SAVED = "--global-batch-size 8"
-
-
-def resumed(folder, name, p, at, *flags):
-    """A run of five steps that saved after step `at`, and one that goes on from there."""
-    words = (MODEL, f"--pipeline-model-parallel-size {p}", *flags, f"--pp-schedule {name}")
-    whole = run(p, ours, tiny(*words, f"--save {folder} --save-interval {at}"))
+def resumed(folder, name, p, at, batch, *flags):
+    """A run of five steps on earlier weights that saved after step `at`, and one that goes on from there."""
+    whole = assert_late(name, p, batch, *flags, saved=f"--save {folder} --save-interval {at}")
     (Path(folder) / "latest_checkpointed_iteration.txt").write_text(str(at))
+    words = (MODEL, f"--pipeline-model-parallel-size {p} --global-batch-size {batch}", *flags, f"--pp-schedule {name}")
     ranks, said = run_ranks_with_log(p, ours, tiny(*words, f"--load {folder}"))
     log = next(found[0] for found in ranks if found[0][0]["loss"] is not None)
-    return whole, (log, [found[1] for found in ranks]), said
+    again = (log, [found[1] for found in ranks])
+    assert_bit_equal((whole[0][at:], whole[1]), again)
+    return again, said
 
 
 @pytest.mark.slow
 def test_resumed_run_equals_the_whole_one(tmp_path):
-    whole, again, said = resumed(tmp_path, "2bw", 2, 3, SAVED)
-    assert_bit_equal((whole[0][3:], whole[1]), again)
+    buffers = "--bf16 --use-distributed-optimizer"
+    again, said = resumed(tmp_path, "2bw", 2, 3, 8, buffers)
     assert f"earlier weights from {tmp_path}/iter_0000003" in said
     # another schedule takes the newest weights alone, and without the earlier ones training goes on
-    once = (MODEL, TWO, SAVED, "--override-opt-param-scheduler")
+    once = (MODEL, TWO, buffers, "--global-batch-size 8 --override-opt-param-scheduler")
     saves = f"--save {tmp_path}/1f1b --save-interval 9 --train-iters 4"
     plain, *_ = run(2, ours, tiny(*once, f"--pp-schedule 1f1b --load {tmp_path}", saves))
     assert [step["iteration"] for step in plain] == [4]
@@ -200,16 +193,9 @@ def test_resumed_run_equals_the_whole_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "at"), [("pipedream", 4), ("pipedream-vertical", 2)])
-def test_many_versions_are_resumed(tmp_path, name, at):
-    whole, again, _ = resumed(tmp_path, name, 4, at, "--global-batch-size 2")
-    assert_bit_equal((whole[0][at:], whole[1]), again)
-
-
-@pytest.mark.slow
-def test_buffers_of_the_distributed_optimizer_are_resumed(tmp_path):
-    whole, again, _ = resumed(tmp_path, "2bw", 2, 3, SAVED, "--bf16 --use-distributed-optimizer")
-    assert_bit_equal((whole[0][3:], whole[1]), again)
+@pytest.mark.parametrize(("name", "batch", "at"), [("pipedream", 2, 4), ("pipedream-vertical", 4, 2)])
+def test_many_versions_train_as_megatron_on_earlier_weights_and_are_resumed(tmp_path, name, batch, at):
+    resumed(tmp_path, name, 4, at, batch)
 
 
 REFUSED = {
