@@ -2,6 +2,7 @@
 
 import sys
 import time
+import traceback
 
 import torch
 from megatron.core.pipeline_parallel import schedules
@@ -32,12 +33,13 @@ def fail_in_iteration_3():
 
 
 def train(flags):
-    """Train with these flags until the failure."""
+    """Train with these flags until the failure, and print what each rank then says."""
     fail_in_iteration_3()
     sys.argv = ["pretrain_gpt", *flags]
-    with launched(flags):
-        pretrain.run(prepare=start_from_names)
-
-
-if __name__ == "__main__":
-    train(sys.argv[1:])
+    try:
+        with launched(flags):
+            pretrain.run(prepare=start_from_names)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise

@@ -1,6 +1,5 @@
 """The CPU runtime: torch.cuda answers for the CPU inside, and everything is as before outside."""
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,15 +225,3 @@ def test_a_cpu_refuses_a_dispatcher_of_gpu_kernels() -> None:
         checks._refuse_without_gpu(args, Machine(gpu=False))
     checks._refuse_without_gpu(args, Machine(gpu=True))
     checks._refuse_without_gpu(SimpleNamespace(moe_token_dispatcher_type="flex", num_experts=None), Machine(gpu=False))
-
-
-def sharded_losses(flags: list[str]) -> list[float]:
-    # Megatron refuses FSDP with it
-    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")
-    return [step["loss"] for step in pretrain_losses(flags, named_weights=False)]
-
-
-def test_torchs_sharded_data_parallelism_trains_as_replicas_do() -> None:
-    flags = tiny("--context-parallel-size 2")
-    sharded = run_ranks(2, sharded_losses, [*flags, "--use-torch-fsdp2", "--ckpt-format", "torch_dist"])
-    assert sharded[0] == pytest.approx(run_ranks(2, sharded_losses, flags)[0], rel=1e-6)
