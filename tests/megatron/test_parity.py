@@ -15,16 +15,12 @@ from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import RankError, run_ranks, run_ranks_with_log
 from tests.tolerances import BF16_LOSS, GRAD_NORM_DIGITS, LOSS_DIGITS
 
-GRID = {2: "2 1", 4: "2 2"}
+# startrail takes teams whose square divides the ranks
+GRID = {2: "1 2", 4: "2 2"}
 
 
 def losses(world_size, *flags):
     return run_ranks(world_size, pretrain_losses, tiny(*flags))[0]
-
-
-TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
-PIPELINE = "--pipeline-model-parallel-size 2"
-RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 def context(backend, size):
@@ -32,12 +28,6 @@ def context(backend, size):
     needed = any(BACKENDS.get(name).needs_grid for name in backend.split())
     grid = f"--hierarchical-context-parallel-sizes {GRID[size]}" if needed else ""
     return f"--context-parallel-size {size} --cp-comm-type {backend} {grid}"
-
-
-def layers_of(backends, size):
-    """Flags of a model with a layer of each backend on this many ranks, and of the same model on one."""
-    model = f"--num-layers {len(backends)}"
-    return f"{context(' '.join(backends), size)} {model}", model
 
 
 def assert_equal_runs(found, expected, steps=4):
@@ -66,53 +56,45 @@ def test_losses_fall(alone):
 
 
 # one of each way into the adapter: blocks that travel, heads that are split, both on a grid, chunks, auto
-BY_DEFAULT = [("zigzag", 4), ("ulysses", 2), ("usp", 4), ("fpdt", 2), ("auto", 2)]
-WAYS = ["zigzag", "ulysses", "fpdt", "all-gather"]
+ONE_WAY = ("zigzag", "ulysses", "usp", "fpdt", "auto")
+
+
+def layers_of(backends, size):
+    """Flags of a model with a layer of each backend on this many ranks, and of the same model on one."""
+    model = f"--num-layers {len(backends)}"
+    return f"{context(' '.join(backends), size)} {model}", model
 
 
 @pytest.mark.parametrize(
-    ("backend", "size"),
-    slow_unless(BY_DEFAULT, [*BY_DEFAULT, *((name, 2) for name in BACKENDS.names if (name, 2) not in BY_DEFAULT)]),
+    ("backends", "size"), slow_unless([(ONE_WAY, 4)], [(ONE_WAY, 4), *((BACKENDS.names, size) for size in (2, 4))])
 )
-def test_context_parallel_equals_one_rank(alone, backend, size):
-    assert_equal_runs(losses(size, context(backend, size)), alone())
+def test_context_parallel_equals_one_rank(alone, backends, size):
+    flags, model = layers_of(backends, size)
+    assert_equal_runs(losses(size, flags), alone(model))
 
 
-COMBINED = {
-    "tensor and sequence parallel": (4, "--tensor-model-parallel-size 2 --sequence-parallel", ""),
-    "pipeline": (4, "--pipeline-model-parallel-size 2", ""),
-    "distributed optimizer, overlapped": (
-        4,
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-        "",
-    ),
-    "expert parallel": (
-        4,
-        "--expert-model-parallel-size 2",
-        "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0 --moe-token-dispatcher-type alltoall",
-    ),
-    "full recompute": (2, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", ""),
-    # Adam's first step is the sign of a gradient, and some gradients of these norms are 0 but for rounding
-    "q and k layernorm": (2, "", "--qk-layernorm --adam-eps 1e-5"),
-    "layernorm": (2, "", "--normalization LayerNorm"),
-}
+TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
+PIPELINE = "--pipeline-model-parallel-size 2"
+OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+# tensor and expert parallelism are trained in test_entry_points, recomputation in test_recompute
+COMBINED = [(PIPELINE, ""), (OPTIMIZER, "--normalization LayerNorm")]
 
 
-# the others are trained in test_entry_points, recomputation in test_recompute
-CHOSEN = ["pipeline", "distributed optimizer, overlapped", "expert parallel", "q and k layernorm", "layernorm"]
-
-
-@pytest.mark.parametrize("case", slow_unless(["pipeline"], CHOSEN))
-def test_combined_with_other_parallelism_equals_one_rank(alone, case):
-    world_size, parallel, model = COMBINED[case]
-    assert_equal_runs(losses(world_size, context("zigzag", 2), parallel, model), alone(model))
+@pytest.mark.parametrize(("parallel", "model"), slow_unless([COMBINED[0]], COMBINED))
+def test_combined_with_other_parallelism_equals_one_rank(alone, parallel, model):
+    assert_equal_runs(losses(4, context("zigzag", 2), parallel, model), alone(model))
 
 
 PREDICTIONS = {
     "one layer": (2, "", "--mtp-num-layers 1"),
     "two layers, per-token loss": (4, "--context-parallel-size 4", "--mtp-num-layers 2 --calculate-per-token-loss"),
-    "tensor and sequence parallel": (4, "--tensor-model-parallel-size 2 --sequence-parallel", "--mtp-num-layers 1"),
-    "pipeline": (4, "--pipeline-model-parallel-size 2 --pp-schedule zb-h1", "--mtp-num-layers 1"),
+    "tensor and sequence parallel, distributed optimizer": (
+        4,
+        f"{TENSOR} --use-distributed-optimizer",
+        "--mtp-num-layers 1",
+    ),
+    "pipeline": (4, f"{PIPELINE} --pp-schedule zb-h1", "--mtp-num-layers 1"),
 }
 
 
@@ -140,36 +122,26 @@ def test_multi_token_prediction_equals_one_rank(alone, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", WAYS)
-def test_bf16_trains_as_one_rank_does(alone, backend):
-    found, expected = losses(2, context(backend, 2), "--bf16"), alone("--bf16")
+def test_bf16_trains_as_one_rank_does(alone):
+    flags, model = layers_of(BACKENDS.names, 2)
+    found, expected = losses(2, flags, "--bf16"), alone(model, "--bf16")
     for step, other in zip(found, expected, strict=True):
         assert step["loss"] == pytest.approx(other["loss"], rel=BF16_LOSS)
     assert found[-1]["loss"] < found[0]["loss"]
 
 
 @pytest.mark.slow
-def test_layers_of_every_backend_equal_one_rank(alone):
-    flags, model = layers_of(BACKENDS.names, 4)
-    assert_equal_runs(losses(4, flags), alone(model))
+def test_a_placement_and_stripes_of_several_tokens_equal_one_rank(alone):
+    flags = f"{context('usp striped', 4)} --cp-placement context-first --cp-stripe 2"
+    assert_equal_runs(losses(4, flags), alone())
 
 
 @pytest.mark.slow
-def test_context_first_placement_equals_one_rank(alone):
-    assert_equal_runs(losses(4, context("usp", 4), "--cp-placement context-first"), alone())
-
-
-@pytest.mark.slow
-def test_stripes_of_several_tokens_equal_one_rank(alone):
-    assert_equal_runs(losses(4, context("striped", 4), "--cp-stripe 2"), alone())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", WAYS)
-def test_sliding_window_equals_stock_attention_on_one_rank(alone, backend):
-    # the second layer sees everything
-    window = "--window-size 8,0 --window-attn-skip-freq 2"
-    assert_equal_runs(losses(2, context(backend, 2), window), alone(window))
+def test_sliding_window_equals_stock_attention_on_one_rank(alone):
+    flags, model = layers_of(BACKENDS.names, 2)
+    # the last layer sees everything
+    window = f"--window-size 8,0 --window-attn-skip-freq {len(BACKENDS.names)}"
+    assert_equal_runs(losses(2, flags, window), alone(model, window))
 
 
 def losses_after_a_check(flags, wrong):
@@ -205,12 +177,11 @@ ALIBI = "--cp-alibi --position-embedding-type none"
 WITH_ALIBI = {
     "heads, tensor and sequence parallel": (
         4,
-        f"{context('ulysses', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
+        f"{context('ulysses all-gather', 2)} {TENSOR}",
     ),
     "pipeline, recomputed": (
         4,
-        f"{context('all-gather', 2)} --pipeline-model-parallel-size 2 --pp-schedule 1f1b "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        f"{context('zigzag', 2)} {PIPELINE} --pp-schedule 1f1b {RECOMPUTED}",
     ),
 }
 
@@ -238,11 +209,11 @@ DROPPED = "--attention-dropout 0.3 --cp-kernel reference"
 DROPPING = {
     "heads, recomputed": (
         2,
-        f"{context('ulysses', 2)} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        f"{context('ulysses', 2)} {RECOMPUTED}",
     ),
     "tensor and sequence parallel": (
         4,
-        f"{context('all-gather', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
+        f"{context('zigzag all-gather', 2)} {TENSOR}",
     ),
 }
 
@@ -285,14 +256,15 @@ def assert_sinks_train(alone, size, *flags, model=SINKS):
     assert_equal_runs(found[0][0], alone(model))
 
 
-@pytest.mark.parametrize(
-    ("backend", "size"),
-    slow_unless(
-        [("ulysses", 2)], [("zigzag", 4), ("ulysses", 2), ("fpdt", 2), ("usp", 4), ("all-gather", 2), ("rsa", 2)]
-    ),
-)
-def test_learned_sinks_equal_stock_attention_on_one_rank(alone, backend, size):
-    assert_sinks_train(alone, size, context(backend, size))
+def test_learned_sinks_equal_stock_attention_on_one_rank(alone):
+    assert_sinks_train(alone, 2, context("ulysses", 2))
+
+
+@pytest.mark.slow
+def test_learned_sinks_of_layers_of_several_backends_equal_one_rank(alone):
+    # of each two layers one sees a window
+    backends = " ".join(f"{name} {name}" for name in ("zigzag", "fpdt", "usp", "all-gather", "rsa"))
+    assert_sinks_train(alone, 4, context(backends, 4), model=f"{SINKS} --num-layers 10")
 
 
 @pytest.mark.slow
@@ -304,17 +276,13 @@ def test_off_by_one_equals_stock_attention_on_one_rank(alone, model, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["tensor and sequence parallel", "distributed optimizer, overlapped", "full recompute"]
-)
-def test_learned_sinks_beside_other_parallelism_equal_one_rank(alone, case):
-    size, parallel, _ = COMBINED[case]
-    assert_sinks_train(alone, size, context("zigzag", 2), parallel)
+def test_learned_sinks_beside_other_parallelism_equal_one_rank(alone):
+    assert_sinks_train(alone, 4, context("zigzag", 2), TENSOR, OPTIMIZER, RECOMPUTED)
 
 
 @pytest.mark.slow
 def test_learned_sinks_in_a_schedule_of_ours_equal_one_rank(alone):
-    assert_sinks_train(alone, 4, context("zigzag", 2), "--pipeline-model-parallel-size 2 --pp-schedule zb-h1")
+    assert_sinks_train(alone, 4, context("zigzag", 2), f"{PIPELINE} --pp-schedule zb-h1")
 
 
 # keys of 8 + 4, values of 8
@@ -356,25 +324,23 @@ def latent_alone():
     return latent_losses(1, "--cp-comm-type p2p")
 
 
-# all-gather is in test_packed.py
+# zigzag is among MODELS, all-gather in test_packed.py
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "size"), [("zigzag", 2), ("ulysses", 4), ("fpdt", 2)])
-def test_multi_latent_attention_equals_one_rank(latent_alone, backend, size):
-    assert_equal_runs(latent_losses(size, context(backend, size)), latent_alone)
+def test_multi_latent_attention_equals_one_rank(latent_alone):
+    assert_equal_runs(latent_losses(4, context("ulysses fpdt", 4)), latent_alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "flags"),
+    "flags",
     [
-        ("pipeline", context("zigzag", 2)),
-        ("distributed optimizer, overlapped", context("striped", 2)),
-        ("full recompute", f"{context('ring', 2)} --cp-keep-attention"),
+        f"{context('zigzag', 2)} {PIPELINE}",
+        f"{context('striped ring', 2)} {OPTIMIZER} {RECOMPUTED} --cp-keep-attention",
     ],
+    ids=["pipeline", "distributed optimizer, recomputed"],
 )
-def test_latents_beside_other_parallelism_equal_one_rank(latent_alone, case, flags):
-    size, parallel, _ = COMBINED[case]
-    losses, sent = travelling(size, flags, parallel)
+def test_latents_beside_other_parallelism_equal_one_rank(latent_alone, flags):
+    losses, sent = travelling(4, flags)
     assert all(sent), "no attention of ours sent latents"
     assert_equal_runs(losses, latent_alone)
 
@@ -416,12 +382,19 @@ SHARED = "--expert-model-parallel-size 2"
 # HybridModel's patterns are in layers/test_hybrid.py
 MODELS = {
     "dense": ("", "", tiny),
-    "experts, all-to-all": (SHARED, f"{EXPERTS} alltoall", tiny),
-    "experts, all-gather": (SHARED, f"{EXPERTS} allgather", tiny),
+    # Adam's first step is the sign of a gradient, and some gradients of these norms are 0 but for rounding
+    "experts, all-to-all; q and k layernorm": (
+        SHARED,
+        f"{EXPERTS} alltoall --qk-layernorm --adam-eps 1e-5",
+        tiny,
+    ),
+    "experts, all-gather; windows on some layers": (
+        SHARED,
+        f"{EXPERTS} allgather --window-size 8,0 --window-attn-skip-freq 2",
+        tiny,
+    ),
     "multi-token prediction": ("", "--mtp-num-layers 1 --calculate-per-token-loss", tiny),
     "latent attention": ("", "", latent),
-    "q and k layernorm": ("", COMBINED["q and k layernorm"][2], tiny),
-    "windows on some layers": ("", "--window-size 8,0 --window-attn-skip-freq 2", tiny),
 }
 
 
