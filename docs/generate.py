@@ -29,7 +29,7 @@ from megatron_cp.context.trace.merge_cost import merge_cost
 from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.simulate import simulate as simulate_pass
 from megatron_cp.context.trace.stretch import stretching
-from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS
+from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS, ROUTERS
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
 from megatron_cp.kernels import KERNELS
@@ -195,6 +195,12 @@ def exchanges() -> str:
     head = ["--moe-comm-type", "what it does", "messages to other nodes", "source"]
     rows = (["`" + "`, `".join((one.name, *one.aliases)) + "`", one.what, one.messages, one.paper] for one in EXCHANGES)
     return table(head, rows)
+
+
+def routers() -> str:
+    head = ["--moe-router", "what it does", "preset to extend", "source"]
+    presets = {one.name: f"`{one.preset}`" if one.preset else "" for one in ROUTERS}
+    return table(head, ([f"`{one.name}`", one.what, presets[one.name], one.paper] for one in ROUTERS))
 
 
 def placements() -> str:
@@ -642,6 +648,7 @@ PARTS: dict[str, Callable[[], str]] = {
         products,
         experts,
         exchanges,
+        routers,
         placements,
         outer_optimizers,
         quantisations,

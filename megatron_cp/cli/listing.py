@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_cp.batches import ALGORITHMS
 from megatron_cp.config import configs_folder
 from megatron_cp.context import BACKENDS
-from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS
+from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS, ROUTERS
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.registry import unknown
@@ -59,6 +59,7 @@ KINDS: dict[str, Callable[[], Iterator[Listed]]] = {
     "products": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in GEMMS),
     "experts": lambda: (Listed(entry.name, f"{entry.what}; needs {entry.needs}") for entry in PRODUCTS),
     "exchanges": lambda: (Listed(entry.name, entry.what) for entry in EXCHANGES),
+    "routers": lambda: (Listed(entry.name, entry.what) for entry in ROUTERS),
     "placements": lambda: (Listed(entry.name, entry.what) for entry in PLACEMENTS),
     "outer-optimizers": lambda: (Listed(entry.name, entry.what) for entry in OUTERS),
     "quantisations": lambda: (Listed(entry.name, entry.what) for entry in QUANTISATIONS),
@@ -76,6 +77,7 @@ FOR = {
     "products": "--tp-gemm",
     "experts": "--moe-grouped-product",
     "exchanges": "--moe-comm-type",
+    "routers": "--moe-router",
     "placements": "plan-experts --policy",
     "outer-optimizers": "--local-sgd-outer",
     "quantisations": "--zero-quantized-gradients",

@@ -1,5 +1,5 @@
-"""Registries of experts: how a rank multiplies the tokens of its experts, how tokens travel to them, and where copies
-of busy experts are placed.
+"""Registries of experts: how a rank multiplies the tokens of its experts, how tokens travel to them, which of them a
+token sees, and where copies of busy experts are placed.
 
 Pure: a way is imported with its first use.
 """
@@ -18,14 +18,18 @@ __all__ = [
     "AUTO",
     "EXCHANGES",
     "GROUPED_MM",
+    "GSHARD",
     "LOOP",
     "MEGATRONS",
     "PLACEMENTS",
     "PRODUCTS",
+    "ROUTERS",
+    "SWITCH",
     "TWO_HOP",
     "ExpertExchange",
     "ExpertPlacement",
     "ExpertProduct",
+    "ExpertRouter",
 ]
 
 type Propose = "Callable[[SlotPlan, Counts, SlotCosts], SlotPlan]"
@@ -76,6 +80,23 @@ class ExpertPlacement:
     keep: float
     paper: str
     what: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRouter:
+    """One rule for the experts that a token sees.
+
+    what:    one line for tables
+    choices: experts of a token, at most; None for as many as --moe-router-topk says
+    preset:  the file of configs/ that has its flags; empty where there is none
+    """
+
+    name: str
+    paper: str
+    what: str
+    choices: int | None = None
+    preset: str = ""
     aliases: tuple[str, ...] = ()
 
 
@@ -159,6 +180,37 @@ EXCHANGES = Registry(
             what="the alltoall dispatcher, whose tokens travel inside their node first and then between nodes",
             messages="m - 1",
             aliases=("2dh", "deepspeed-moe"),
+        ),
+    ],
+)
+
+SWITCH = "switch"
+"""The router with one expert of a token, and a capacity."""
+
+GSHARD = "gshard"
+"""The router with two experts of a token, the second by chance, and a capacity."""
+
+ROUTERS = Registry(
+    "router of experts",
+    [
+        ExpertRouter(
+            name=MEGATRONS,
+            paper="Megatron-LM",
+            what="Megatron's own router, as its --moe-router-… flags say",
+        ),
+        ExpertRouter(
+            name=SWITCH,
+            paper="Switch Transformers (arXiv:2101.03961)",
+            what="one expert of a token, which takes the first that come, up to its capacity",
+            choices=1,
+            preset="training/switch",
+        ),
+        ExpertRouter(
+            name=GSHARD,
+            paper="GShard (arXiv:2006.16668)",
+            what="two experts of a token, the second by chance; an expert takes the first that come of each group",
+            choices=2,
+            preset="training/gshard",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import EXCHANGES, PRODUCTS, TWO_HOP
+from megatron_cp.experts import EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
@@ -495,6 +495,25 @@ class ExpertFlags(_Flags):
         ),
         int,
     )
+    router: str = _flag(
+        MEGATRONS_EXCHANGE,
+        lambda: _one_of(*ROUTERS.names),
+        lambda: "The experts that a token sees: " + "; ".join(f"{entry.name}: {entry.what}" for entry in ROUTERS) + ".",
+    )
+    group_tokens: int | None = _flag(
+        None,
+        lambda: "N",
+        lambda: (
+            f"With --moe-router {' or '.join(entry.name for entry in ROUTERS if entry.choices)}, consecutive tokens of "
+            "a sample that share out an expert's capacity; by default all tokens of a rank in a microbatch."
+        ),
+        int,
+    )
+
+    @property
+    def drops(self) -> bool:
+        """True if experts take tokens as they come, by a router of ours; ValueError for a name unknown."""
+        return ROUTERS.get(self.router).choices is not None
 
     @property
     def two_hops(self) -> bool:

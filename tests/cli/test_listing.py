@@ -9,7 +9,7 @@ from megatron_cp.batches import ALGORITHMS
 from megatron_cp.cli import app
 from megatron_cp.cli.listing import KINDS
 from megatron_cp.context import BACKENDS
-from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS
+from megatron_cp.experts import EXCHANGES, PLACEMENTS, PRODUCTS, ROUTERS
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import KERNELS
 from megatron_cp.pipeline import SCHEDULES
@@ -36,6 +36,7 @@ TAKEN: dict[str, Callable[[str], object]] = {
     "products": GEMMS.get,
     "experts": PRODUCTS.get,
     "exchanges": EXCHANGES.get,
+    "routers": ROUTERS.get,
     "placements": PLACEMENTS.get,
     "outer-optimizers": OUTERS.get,
     "quantisations": QUANTISATIONS.get,

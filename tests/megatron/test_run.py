@@ -72,14 +72,19 @@ def test_flags_of_linears_go_the_same_way() -> None:
 
 def test_flags_of_experts_go_the_same_way() -> None:
     words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4 --moe-pieces 2".split()
+    words += "--moe-router switch --moe-group-tokens 64".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
-    assert settings.experts == ExpertFlags(grouped_product="loop", comm_type="two-hop", ranks_per_node=4, pieces=2)
+    assert settings.experts == ExpertFlags(
+        grouped_product="loop", comm_type="two-hop", ranks_per_node=4, pieces=2, router="switch", group_tokens=64
+    )
     settings.experts.copy_to(config)
     assert vars(config) == {
         "moe_grouped_product": "loop",
         "moe_comm_type": "two-hop",
         "moe_ranks_per_node": 4,
         "moe_pieces": 2,
+        "moe_router": "switch",
+        "moe_group_tokens": 64,
     }
     assert ExpertFlags.of(config) == settings.experts
 

@@ -15,7 +15,7 @@ from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.batches import check_plan, imply_loader
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
-from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, imply_dispatcher
+from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, check_router, imply_dispatcher
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
 from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
@@ -69,6 +69,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     check_tensor(args)
     check_experts(args)
     check_exchange(args)
+    check_router(args)
     refuse_upstream_faults(args)
     with as_refusals():
         result = old(args, *rest, **kwargs)

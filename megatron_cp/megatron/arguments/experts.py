@@ -1,10 +1,11 @@
 """Checks of the flags for experts, before the model is built."""
 
+import math
 from typing import Any
 
 from megatron_cp import config
 from megatron_cp.errors import Refused
-from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PRODUCTS
+from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PRODUCTS, ROUTERS, ExpertRouter
 from megatron_cp.experts.grouped_mm import ROW_BYTES
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
@@ -112,6 +113,58 @@ UNCUT = (
 )
 """Options that pieces do not serve."""
 
+UNROUTED = (
+    Unsupported(
+        "gates other than a softmax",
+        lambda args: read(args, "moe_router_score_function", "softmax") != "softmax",
+        "pass --moe-router-score-function softmax",
+    ),
+    Unsupported(
+        "balance other than by a loss",
+        lambda args: not set(_balances(args)) <= {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"},
+        "pass --moe-router-load-balancing-type aux_loss",
+    ),
+    Unsupported(
+        "biases of experts",
+        lambda args: bool(read(args, "moe_router_enable_expert_bias", False)),
+        "leave --moe-router-enable-expert-bias out",
+    ),
+    Unsupported(
+        "groups of experts",
+        lambda args: any(
+            read(args, name)
+            for name in ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices")
+        ),
+        "leave --moe-router-num-groups and --moe-router-group-topk out",
+    ),
+    Unsupported(
+        "scaled gates",
+        lambda args: bool(read(args, "moe_router_topk_scaling_factor")),
+        "leave --moe-router-topk-scaling-factor out",
+    ),
+    Unsupported(
+        "inputs padded to the capacity, of which no expert is sent more than it gets",
+        lambda args: bool(read(args, "moe_pad_expert_input_to_capacity", False)),
+        "leave --moe-pad-expert-input-to-capacity out",
+    ),
+    Unsupported(
+        "routers of transformer-engine",
+        lambda args: bool(read(args, "moe_router_fusion", False)),
+        "leave --moe-router-fusion out",
+    ),
+    Unsupported(
+        "experts that were recorded",
+        lambda args: bool(read(args, "moe_enable_routing_replay", False)),
+        "leave --moe-enable-routing-replay out",
+    ),
+    Unsupported(
+        "CUDA graphs, which know no number of tokens",
+        captures_graphs,
+        "leave --cuda-graph-impl and --enable-cuda-graph out",
+    ),
+)
+"""Options that a router of ours does not serve."""
+
 
 def imply_dispatcher(args: Any) -> None:
     """Take the alltoall dispatcher, whose exchange is ours, instead of Megatron's default."""
@@ -185,6 +238,64 @@ def check_experts(args: Any) -> None:
     refuse(UNSUPPORTED, args, "--moe-grouped-gemm with --transformer-impl local")
     if name not in (AUTO, LOOP):
         _check_alignment(args, name)
+
+
+def check_router(args: Any) -> None:
+    """Refuse what a router of ours cannot do; ValueError with the rule and a way out."""
+    flags = ExpertFlags.of(args)
+    entry, size = ROUTERS.get(flags.router), flags.group_tokens
+    if size is not None and (not flags.drops or size < 1):
+        raise Refused(
+            f"--moe-group-tokens needs at least 1 token and a --moe-router that drops tokens, got {size} and "
+            f"{entry.name}; change them, or leave it out"
+        )
+    if not flags.drops:
+        return
+    who = f"--moe-router {entry.name}"
+    if not read(args, "num_experts"):
+        raise Refused(f"{who} is of experts; add --num-experts, or leave it out")
+    if not has_our_layers(args):
+        raise Refused(
+            f"{who} needs a layer spec of megatron-cp, got --spec {' '.join(read(args, 'spec') or ['none'])}; pass "
+            "--spec megatron_cp.megatron.spec gpt_layer_spec"
+        )
+    refuse(UNROUTED, args, who)
+    _check_choices(args, who, entry)
+    if size is not None:
+        _check_groups(args, size)
+
+
+def _check_choices(args: Any, who: str, entry: ExpertRouter) -> None:
+    if (choices := read(args, "moe_router_topk", 2)) != entry.choices:
+        raise Refused(
+            f"{who} takes --moe-router-topk {entry.choices}, got {choices}; pass {entry.choices}, or extend "
+            f"{entry.preset}"
+        )
+    before = bool(read(args, "moe_router_pre_softmax", False))
+    if before and entry.choices != 1:
+        raise Refused(f"{who} has gates with a sum of 1, got --moe-router-pre-softmax; leave it out")
+    factor = read(args, "moe_expert_capacity_factor")
+    if factor is None or factor <= 0:
+        raise Refused(
+            f"{who} needs a --moe-expert-capacity-factor above 0, got {factor}; pass 1.25, or extend {entry.preset}"
+        )
+
+
+def _check_groups(args: Any, size: int) -> None:
+    cp, length = read(args, "context_parallel_size", 1), read(args, "seq_length") or size
+    tp = read(args, "tensor_model_parallel_size", 1) if read(args, "sequence_parallel", False) else 1
+    # the shortest stretch of consecutive tokens that a rank has, in the layouts of a stream but stripes
+    stretch = length // math.lcm(2 * cp, cp * tp) if cp > 1 else length // tp
+    if stretch % size:
+        raise Refused(
+            f"--moe-group-tokens must divide the {stretch} consecutive tokens that a rank has at least, got {size}; "
+            "change it, --seq-length or the sizes of context and tensor parallelism"
+        )
+
+
+def _balances(args: Any) -> list[str]:
+    kinds = read(args, "moe_router_load_balancing_type") or []
+    return [kinds] if isinstance(kinds, str) else kinds
 
 
 def _refuse_alone(args: Any, name: str, local: bool) -> None:

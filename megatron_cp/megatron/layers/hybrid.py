@@ -30,8 +30,8 @@ from megatron_cp.megatron.layers.specs import (
     local_layer_spec,
     norm_keys,
     refuse_implementation,
-    with_exchange,
     with_our_attention,
+    with_our_experts,
 )
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.run import settings_of_run
@@ -83,7 +83,7 @@ def _stock_submodules(config: TransformerConfig) -> HybridStackSubmodules:
         stock,
         attention_layer=with_our_attention(stock.attention_layer),
         mla_layer=with_our_attention(stock.mla_layer),
-        moe_layer=with_exchange(stock.moe_layer, config),
+        moe_layer=with_our_experts(stock.moe_layer, config),
     )
 
 

@@ -39,6 +39,7 @@ from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_fault
 from megatron_cp.megatron.experts.dispatcher import connect_experts, exchanging
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
+from megatron_cp.megatron.experts.router import routing
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.chunks import free_mlp_chunks
@@ -126,7 +127,7 @@ def gpt_layer_spec(
     connect_linears(transformer)
     connect_experts(transformer)
     if transformer.transformer_impl == "transformer_engine":
-        return with_exchange(with_our_attention(_stock_spec(model, transformer, vp_stage)), transformer)
+        return with_our_experts(with_our_attention(_stock_spec(model, transformer, vp_stage)), transformer)
     return local_block_spec(transformer, SpecProvider(transformer), vp_stage)
 
 
@@ -142,7 +143,7 @@ def mtp_block_spec(
         return None
     if transformer.transformer_impl == "transformer_engine":
         stock = get_gpt_decoder_layer_specs(transformer, True, transformer.normalization, transformer.qk_l2_norm)
-        last = with_exchange(with_our_attention(stock[-1]), transformer)
+        last = with_our_experts(with_our_attention(stock[-1]), transformer)
         return get_gpt_mtp_block_spec(transformer, last, use_transformer_engine=True, vp_stage=vp_stage)
     provider = SpecProvider(transformer)
     last = local_layer_specs(transformer, provider)[-1]
@@ -220,7 +221,7 @@ def _mlp(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) ->
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm and moe,
     )
-    return exchanging(mlp, config)
+    return exchanging(routing(mlp, config), config)
 
 
 def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) -> list[ModuleSpec]:
@@ -252,12 +253,12 @@ def with_our_attention[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spe
     return _layer_with_our_attention(spec)
 
 
-def with_exchange[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec, config: TransformerConfig) -> Spec:
-    """Return a layer, or block of layers, whose experts have the exchange that the config asks for."""
+def with_our_experts[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec, config: TransformerConfig) -> Spec:
+    """Return a layer, or block of layers, whose experts have the router and exchange that the config asks for."""
     if isinstance(spec, TransformerBlockSubmodules):
-        return replace(spec, layer_specs=[with_exchange(layer, config) for layer in spec.layer_specs or ()])
+        return replace(spec, layer_specs=[with_our_experts(layer, config) for layer in spec.layer_specs or ()])
     parts: Any = spec.submodules
-    return replace(spec, submodules=replace(parts, mlp=exchanging(parts.mlp, config)))
+    return replace(spec, submodules=replace(parts, mlp=exchanging(routing(parts.mlp, config), config)))
 
 
 def _layer_with_our_attention(layer: ModuleSpec) -> ModuleSpec:

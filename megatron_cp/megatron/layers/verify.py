@@ -15,6 +15,7 @@ from megatron_cp.errors import CannotRun
 from megatron_cp.experts import TWO_HOP
 from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, PieceDispatcher, TwoHopDispatcher
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
+from megatron_cp.megatron.experts.router import FirstComeRouter
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
 from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, TensorFlags
@@ -30,7 +31,8 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
 
     Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
     would see only this rank's tokens, or cut the sequence in another way. The same holds for linears, where
-    --tp-comm-type asks for ours, for local experts, where --moe-grouped-gemm does, and for their --moe-comm-type.
+    --tp-comm-type asks for ours, for local experts, where --moe-grouped-gemm does, and for exchange and router of
+    experts, where --moe-comm-type, --moe-pieces and --moe-router do.
     """
     cores = core_attentions(models)
     foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
@@ -40,7 +42,7 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
     device = device_of_run()
-    parts = [*verify_linears(models), *verify_experts(models, device), *verify_exchange(models)]
+    parts = [*verify_linears(models), *verify_experts(models, device), *verify_exchange(models), *verify_router(models)]
     parts += check_attention(models, cores, device)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         for line in (*banner(cores, device), *parts):
@@ -158,6 +160,22 @@ def verify_exchange(models: Iterable[nn.Module]) -> list[str]:
             "check --spec"
         )
     return sorted({f"exchange of experts: {_exchange_of(layer)}" for _, layer in layers})
+
+
+def verify_router(models: Iterable[nn.Module]) -> list[str]:
+    """Return a line for the experts that a token sees; none where Megatron's router chooses them.
+
+    Raises RuntimeError naming layers with Megatron's router where the model's config asks for ours.
+    """
+    layers = [
+        (name, module)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, MoELayer) and ExpertFlags.of(module.config).drops
+    ]
+    if foreign := [name for name, module in layers if not isinstance(module.router, FirstComeRouter)]:
+        raise CannotRun(f"some layers keep Megatron's router beside --moe-router: {', '.join(foreign)}; check --spec")
+    return sorted({f"router of experts: {layer.router.describe()}" for _, layer in layers})
 
 
 def _exchange_of(layer: MoELayer) -> str:

@@ -1,11 +1,11 @@
-"""What --moe-grouped-gemm without TransformerEngine, its product and an exchange cannot do is refused in one line."""
+"""What --moe-grouped-gemm without TransformerEngine, an exchange and a router cannot do is refused in one line."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_cp.megatron.arguments.command_line import wants_layers
-from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, imply_dispatcher
+from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, check_router, imply_dispatcher
 
 RUN = {
     "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
@@ -181,3 +181,66 @@ def test_an_exchange_implies_the_alltoall_dispatcher(asked, pieces, given, taken
     assert args.moe_token_dispatcher_type == taken
     said = capsys.readouterr().out
     assert f"{who}: --moe-token-dispatcher-type alltoall" in said if who else not said
+
+
+ROUTED = {
+    **RUN,
+    "moe_router": "gshard",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_expert_capacity_factor": 1.0,
+    "seq_length": 256,
+}
+SWITCH = {"moe_router": "switch", "moe_router_topk": 1, "moe_router_pre_softmax": True}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"moe_group_tokens": 64, "context_parallel_size": 2},
+        {
+            "moe_group_tokens": 32,
+            "context_parallel_size": 2,
+            "tensor_model_parallel_size": 4,
+            "sequence_parallel": True,
+        },
+        {"moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"]},
+        SWITCH,
+        {"moe_router": "megatron", "moe_router_score_function": "sigmoid", "moe_router_num_groups": 2},
+    ],
+)
+def test_routers_that_work_are_taken(given):
+    check_router(SimpleNamespace(**{**ROUTED, **given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"moe_router": "swich"}, "unknown router of experts 'swich'; did you mean 'switch'"),
+        ({"moe_group_tokens": 0}, "at least 1 token and a --moe-router that drops tokens, got 0 and gshard; change"),
+        ({"moe_router": "megatron", "moe_group_tokens": 64}, "that drops tokens, got 64 and megatron; change them"),
+        ({"num_experts": None}, "--moe-router gshard is of experts; add --num-experts, or leave it out"),
+        ({"spec": None}, "got --spec none; pass --spec megatron_cp.megatron.spec gpt_layer_spec"),
+        ({"moe_router_score_function": "sigmoid"}, "pass --moe-router-score-function softmax"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "pass --moe-router-load-balancing-type aux_loss"),
+        ({"moe_router_num_groups": 2}, "leave --moe-router-num-groups and --moe-router-group-topk out"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "leave --moe-router-topk-scaling-factor out"),
+        ({"moe_pad_expert_input_to_capacity": True}, "leave --moe-pad-expert-input-to-capacity out"),
+        ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl"),
+        ({"moe_router_topk": 8}, "takes --moe-router-topk 2, got 8; pass 2, or extend training/gshard"),
+        ({**SWITCH, "moe_router_topk": 2}, "takes --moe-router-topk 1, got 2; pass 1, or extend training/switch"),
+        ({"moe_router_pre_softmax": True}, "has gates with a sum of 1, got --moe-router-pre-softmax; leave it out"),
+        (
+            {"moe_expert_capacity_factor": None},
+            "a --moe-expert-capacity-factor above 0, got None; pass 1.25, or extend",
+        ),
+        (
+            {"moe_group_tokens": 64, "context_parallel_size": 4},
+            "must divide the 32 consecutive tokens that a rank has at least, got 64; change it, --seq-length or",
+        ),
+    ],
+)
+def test_routers_that_do_not_work_are_refused_with_a_way_out(given, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check_router(SimpleNamespace(**{**ROUTED, **given}))
+    assert "\n" not in str(refused.value)
