@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "DEEPSPEED_MOE",
     "EXCHANGES",
     "GROUPED_MM",
     "GSHARD",
@@ -187,6 +188,9 @@ EXCHANGES = Registry(
 SWITCH = "switch"
 """The router with one expert of a token, and a capacity."""
 
+DEEPSPEED_MOE = "deepspeed-moe"
+"""The router with one expert of a token and a capacity, beside an MLP that sees all tokens."""
+
 GSHARD = "gshard"
 """The router with two experts of a token, the second by chance, and a capacity."""
 
@@ -211,6 +215,13 @@ ROUTERS = Registry(
             what="two experts of a token, the second by chance; an expert takes the first that come of each group",
             choices=2,
             preset="training/gshard",
+        ),
+        ExpertRouter(
+            name=DEEPSPEED_MOE,
+            paper="DeepSpeed-MoE (arXiv:2201.05596)",
+            what="one expert of a token as with switch, beside an MLP that sees all tokens; a learned share of each",
+            choices=1,
+            preset="training/deepspeed-moe",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP
+from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
@@ -514,6 +514,11 @@ class ExpertFlags(_Flags):
     def drops(self) -> bool:
         """True if experts take tokens as they come, by a router of ours; ValueError for a name unknown."""
         return ROUTERS.get(self.router).choices is not None
+
+    @property
+    def mixes(self) -> bool:
+        """True if a token's expert shares its output with an MLP; ValueError for a name unknown."""
+        return ROUTERS.get(self.router).name == DEEPSPEED_MOE
 
     @property
     def two_hops(self) -> bool:

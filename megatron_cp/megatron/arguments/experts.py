@@ -165,6 +165,30 @@ UNROUTED = (
 )
 """Options that a router of ours does not serve."""
 
+UNMIXED = (
+    Unsupported(
+        "the overlap of its MLP, which runs beside Megatron's exchange",
+        lambda args: bool(read(args, "moe_shared_expert_overlap", False)),
+        "leave --moe-shared-expert-overlap out",
+    ),
+    Unsupported(
+        "probabilities on the input, of which a share of the output is no part",
+        lambda args: bool(read(args, "moe_apply_probs_on_input", False)),
+        "leave --moe-apply-probs-on-input out",
+    ),
+    Unsupported(
+        "its MLP computed again alone, for a gate would get two gradients in a step",
+        lambda args: "shared_experts" in (read(args, "recompute_modules") or ()),
+        "leave shared_experts out of --recompute-modules, or take moe",
+    ),
+    Unsupported(
+        "weights that data-parallel ranks share out",
+        shares_weights_out,
+        "use --use-distributed-optimizer",
+    ),
+)
+"""Options that a router beside an MLP does not serve."""
+
 
 def imply_dispatcher(args: Any) -> None:
     """Take the alltoall dispatcher, whose exchange is ours, instead of Megatron's default."""
@@ -261,6 +285,8 @@ def check_router(args: Any) -> None:
         )
     refuse(UNROUTED, args, who)
     _check_choices(args, who, entry)
+    if flags.mixes:
+        _check_mlp(args, who)
     if size is not None:
         _check_groups(args, size)
 
@@ -278,6 +304,17 @@ def _check_choices(args: Any, who: str, entry: ExpertRouter) -> None:
     if factor is None or factor <= 0:
         raise Refused(
             f"{who} needs a --moe-expert-capacity-factor above 0, got {factor}; pass 1.25, or extend {entry.preset}"
+        )
+
+
+def _check_mlp(args: Any, who: str) -> None:
+    refuse(UNMIXED, args, who)
+    width = read(args, "moe_shared_expert_intermediate_size")
+    gate = "a gate" if read(args, "moe_shared_expert_gate", False) else "no gate"
+    if not width or gate == "no gate":
+        raise Refused(
+            f"{who} needs --moe-shared-expert-intermediate-size, the width of its MLP, and --moe-shared-expert-gate, "
+            f"got {width} and {gate}; pass both"
         )
 
 

@@ -17,6 +17,7 @@ from megatron_cp.experts import MEGATRONS
 from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, sent_home, sent_there
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
+from megatron_cp.megatron.experts.residual import ResidualLayer
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import ExpertFlags
 
@@ -149,7 +150,7 @@ def _weights_in_autograd(experts: Any) -> list[Tensor]:
     return [weight for weight in experts.parameters() if weight.requires_grad and not (queued and weight.dim() > 1)]
 
 
-class ExchangingLayer(MoELayer):
+class ExchangingLayer(ResidualLayer):
     """Megatron's layer of experts with our exchange, where several ranks share the experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -174,10 +175,11 @@ class ExchangingLayer(MoELayer):
 
 
 def exchanging(mlp: Any, config: Any) -> Any:
-    """Return what builds a layer of experts with the exchange that the config asks for; any other builder as it is."""
-    if not ExpertFlags.of(config).exchanges or not isinstance(mlp, partial) or mlp.func is not MoELayer:
+    """Return what builds a layer of experts with the exchange or MLP that the config asks for; others as they are."""
+    flags = ExpertFlags.of(config)
+    if not (flags.exchanges or flags.mixes) or not isinstance(mlp, partial) or mlp.func is not MoELayer:
         return mlp
-    return partial(ExchangingLayer, *mlp.args, **mlp.keywords)
+    return partial(ExchangingLayer if flags.exchanges else ResidualLayer, *mlp.args, **mlp.keywords)
 
 
 def connect_experts(config: Any) -> None:

@@ -23,6 +23,7 @@ from megatron_cp.experts.gshard import dispatched
 from megatron_cp.experts.turns import Turns
 from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, args_of_run
 
+
 class FirstComeRouter(TopKRouter):
     """Megatron's router with another way to drop tokens, and with a balance of first choices alone.
 

@@ -15,6 +15,7 @@ from megatron_cp.errors import CannotRun
 from megatron_cp.experts import TWO_HOP
 from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, PieceDispatcher, TwoHopDispatcher
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
+from megatron_cp.megatron.experts.residual import ResidualLayer
 from megatron_cp.megatron.experts.router import FirstComeRouter
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
@@ -173,9 +174,14 @@ def verify_router(models: Iterable[nn.Module]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, MoELayer) and ExpertFlags.of(module.config).drops
     ]
-    if foreign := [name for name, module in layers if not isinstance(module.router, FirstComeRouter)]:
+    if foreign := [name for name, module in layers if not _routes(module)]:
         raise CannotRun(f"some layers keep Megatron's router beside --moe-router: {', '.join(foreign)}; check --spec")
     return sorted({f"router of experts: {layer.router.describe()}" for _, layer in layers})
+
+
+def _routes(layer: MoELayer) -> bool:
+    mixes = ExpertFlags.of(layer.config).mixes
+    return isinstance(layer.router, FirstComeRouter) and (not mixes or isinstance(layer, ResidualLayer))
 
 
 def _exchange_of(layer: MoELayer) -> str:

@@ -191,6 +191,12 @@ ROUTED = {
     "seq_length": 256,
 }
 SWITCH = {"moe_router": "switch", "moe_router_topk": 1, "moe_router_pre_softmax": True}
+BESIDE = {
+    **SWITCH,
+    "moe_router": "deepspeed-moe",
+    "moe_shared_expert_intermediate_size": 48,
+    "moe_shared_expert_gate": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +212,8 @@ SWITCH = {"moe_router": "switch", "moe_router_topk": 1, "moe_router_pre_softmax"
         },
         {"moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"]},
         SWITCH,
+        BESIDE,
+        {**BESIDE, "moe_pieces": 2, "recompute_modules": ["moe"]},
         {"moe_router": "megatron", "moe_router_score_function": "sigmoid", "moe_router_num_groups": 2},
     ],
 )
@@ -229,6 +237,13 @@ def test_routers_that_work_are_taken(given):
         ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl"),
         ({"moe_router_topk": 8}, "takes --moe-router-topk 2, got 8; pass 2, or extend training/gshard"),
         ({**SWITCH, "moe_router_topk": 2}, "takes --moe-router-topk 1, got 2; pass 1, or extend training/switch"),
+        ({**BESIDE, "moe_router_topk": 2}, "takes --moe-router-topk 1, got 2; pass 1, or extend training/deep"),
+        ({**BESIDE, "moe_shared_expert_intermediate_size": None}, "the width of its MLP, .* got None and a gate; pass"),
+        ({**BESIDE, "moe_shared_expert_gate": False}, "--moe-shared-expert-gate, got 48 and no gate; pass both"),
+        ({**BESIDE, "moe_shared_expert_overlap": True}, "leave --moe-shared-expert-overlap out"),
+        ({**BESIDE, "moe_apply_probs_on_input": True}, "leave --moe-apply-probs-on-input out"),
+        ({**BESIDE, "recompute_modules": ["shared_experts"]}, "leave shared_experts out of --recompute-modules, or"),
+        ({**BESIDE, "use_megatron_fsdp": True}, "use --use-distributed-optimizer"),
         ({"moe_router_pre_softmax": True}, "has gates with a sum of 1, got --moe-router-pre-softmax; leave it out"),
         (
             {"moe_expert_capacity_factor": None},

@@ -14,6 +14,12 @@ SPREAD = {"CP": {"context_parallel_size": 2}, "TP": {"tensor_model_parallel_size
 ROUTERS = {
     "switch": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
     "gshard": {"moe_router_topk": 2},
+    "deepspeed-moe": {
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+        "moe_shared_expert_intermediate_size": 12,
+        "moe_shared_expert_gate": True,
+    },
 }
 
 
@@ -133,6 +139,7 @@ def _on(ranks):
             found[router, "said"] = type(layer.router).__name__, layer.router.describe()
             layer.eval()
             found[router, "evaluated"] = _ran(layer, mine[0], False)[2].detach()
+        found["mixed"] = _mixed(ranks)
         found["draws"] = _layer(_config("gshard", expert_model_parallel_size=ranks)).router._draws(TOKENS, 1, CPU)
         for name, sizes in SPREAD.items() if ranks == 2 else ():
             parallel_state.destroy_model_parallel()
@@ -140,6 +147,20 @@ def _on(ranks):
             found[name] = _drawn(sizes)
         torch.distributed.barrier()
     return found
+
+
+def _mixed(ranks):
+    """What a layer makes of a sample with its MLP, and the same from MLP and experts apart."""
+    from megatron_cp.megatron.experts.residual import ResidualLayer
+
+    ours, apart = (_layer(_config(router, expert_model_parallel_size=ranks)) for router in ("deepspeed-moe", "switch"))
+    assert isinstance(ours, ResidualLayer)
+    assert not isinstance(apart, ResidualLayer)
+    x, _ = _sample(0)
+    found, experts, mlp = ours(x)[0], apart(x)[0], ours.shared_experts
+    share = torch.sigmoid(x @ mlp.gate_weight.t())
+    mlp.use_shared_expert_gate = False
+    return found.detach(), (share * mlp(x) + (1 - share) * experts).detach()
 
 
 def _drawn(sizes):
@@ -169,10 +190,11 @@ def _close(ours, theirs):
 def test_what_is_recomputed_is_routed_as_the_first_time(one, router):
     plain, again = one[router], one[router, "recomputed"]
     assert one[router, "said"] == ("FirstComeRouter", f"{router}, capacity factor 0.75, groups of 8")
-    for name in ("outputs", "inputs", "sent"):
+    for name in ("outputs", "sent"):
         for ours, theirs in zip(again[name], plain[name], strict=True):
             assert torch.equal(ours, theirs)
-    assert _close(again["router"], plain["router"])
+    for ours, theirs in zip([*again["inputs"], again["router"]], [*plain["inputs"], plain["router"]], strict=True):
+        assert _close(ours, theirs)
     assert (plain["again"], plain["calls"]) == ([0, 0], 2)
     assert (again["again"], again["calls"]) == ([1, 1], 4)
 
@@ -206,11 +228,15 @@ def test_ranks_of_a_sequence_draw_for_their_tokens_what_one_rank_draws(one, two,
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_tokens_are_dropped_by_arrival_in_each_group(one, router):
-    capacity = 2 if router == "switch" else 3
+    capacity = 3 if router == "gshard" else 2
     for sent in one[router]["sent"]:
         assert sent.view(-1, GROUP, EXPERTS).sum(1).max() == capacity
     chosen = [sent.sum(1) for sent in one[router]["sent"]]
     assert all(0 in per_token for per_token in chosen)
     # evaluation leaves nothing to chance
     same = torch.equal(one[router, "evaluated"], one[router]["outputs"][0])
-    assert same == (router == "switch")
+    assert same == (router != "gshard")
+
+
+def test_an_mlp_and_the_expert_of_a_token_have_shares_with_a_sum_of_one(one):
+    assert _close(*one["mixed"])
