@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_cp.experts import DEEPSPEED_MOE, ROUTERS
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments import validate
 from megatron_cp.megatron.arguments.assumed_machine import assumed, gpu_of
@@ -83,6 +84,23 @@ def test_every_model_is_valid_on_two_nodes(write: Write, name: str) -> None:
     )
     answer = examined(
         write(f"extends: [{name}, training/pretrain, training/gpus]\nCLUSTER: dgx-h100-ib\nMODEL_ARGS: {sizes}\n"),
+        *("--context-parallel-size", "2", "--cp-comm-type", "zigzag", "--nnodes", "2", "--nproc-per-node", "8"),
+        *("--micro-batch-size", "1", "--global-batch-size", "16"),
+    )
+    assert isinstance(answer, list), answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", [entry.preset for entry in ROUTERS if entry.preset])
+def test_every_router_is_valid_on_two_nodes(write: Write, preset: str) -> None:
+    sizes = "--expert-model-parallel-size: 8"
+    if preset == ROUTERS.get(DEEPSPEED_MOE).preset:
+        sizes += ", --moe-shared-expert-intermediate-size: 14336"
+    answer = examined(
+        write(
+            f"extends: [models/mixtral-8x7b, training/pretrain, training/gpus, {preset}]\nCLUSTER: dgx-h100-ib\n"
+            f"MODEL_ARGS: {{{sizes}}}\n"
+        ),
         *("--context-parallel-size", "2", "--cp-comm-type", "zigzag", "--nnodes", "2", "--nproc-per-node", "8"),
         *("--micro-batch-size", "1", "--global-batch-size", "16"),
     )

@@ -29,6 +29,7 @@ class Run(NamedTuple):
     computed:  linears of all experts of a layer, forward, by the product's name
     waited:    weight gradients of all experts that a W computed
     exchanged: exchanges of rows in two hops, forward and backward
+    routed:    microbatches that routers of ours routed, and routed again
     banner:    lines about experts of all ranks
     """
 
@@ -37,12 +38,14 @@ class Run(NamedTuple):
     computed: dict[str, int]
     waited: int
     exchanged: int
+    routed: int = 0
     banner: tuple[str, ...] = ()
 
 
 def trained_with_experts(flags):
     """Train from named weights and look at the experts afterwards."""
     from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from megatron_cp.megatron.experts import grouped_mlp
     from megatron_cp.megatron.experts.dispatcher import ExchangingLayer
@@ -73,7 +76,8 @@ def trained_with_experts(flags):
     modules = [module for model in built for module in model.modules()]
     exchanges = [module.token_dispatcher.exchange for module in modules if isinstance(module, ExchangingLayer)]
     exchanged = sum(exchange.calls for exchange in exchanges)
-    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited), exchanged)
+    routed = sum(getattr(module.router, "calls", 0) for module in modules if isinstance(module, MoELayer))
+    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited), exchanged, routed)
 
 
 def run(world_size, *flags, without=""):
@@ -113,7 +117,7 @@ def product_of(flags):
     return "grouped-mm" if "--moe-grouped-product" in flags else "loop"
 
 
-# 2 linears of 2 layers, of 2 microbatches in 4 iterations, unless the microbatches are other ranks' or run twice
+# 2 linears of 2 layers, of 2 microbatches in 4 iterations, unless the microbatches are other ranks'
 CASES = {
     "one rank": (1, "", 32),
     "EP 2, grouped-mm": (2, f"{EP2} --moe-grouped-product megablocks", 16),
@@ -122,9 +126,6 @@ CASES = {
         f"{TP2} {EP2} --expert-tensor-parallel-size 1 {OVERLAPPED}",
         16,
     ),
-    "CP 2 x EP 2": (2, f"--context-parallel-size 2 {EP2}", 32),
-    "EP 2, recomputed activation": (2, f"{EP2} --recompute-granularity selective --recompute-modules moe_act", 16),
-    "full recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 64),
 }
 
 
@@ -180,17 +181,60 @@ def test_bf16_differs_by_rounding_alone(apart):
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=BF16_STEP)
 
 
+# an expert has places for as many tokens of a group of 8 as an even share
+ONE_OF_A_TOKEN = "--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 1.0 --moe-group-tokens 8"
+SWITCH = f"--moe-router switch {ONE_OF_A_TOKEN}"
+GSHARD = "--moe-router gshard --moe-expert-capacity-factor 1.0 --moe-group-tokens 8"
+BESIDE = (
+    f"--moe-router deepspeed-moe {ONE_OF_A_TOKEN} --moe-shared-expert-intermediate-size 48 --moe-shared-expert-gate"
+)
+# router, flags beside it, microbatches of layers that a rank routes, linears of all experts that it computes
+ROUTED = {
+    "switch, EP 2, overlapped, recomputed activation": (
+        SWITCH,
+        f"{EP2} {GROUPED} {OVERLAPPED} --recompute-granularity selective --recompute-modules moe_act",
+        8,
+        16,
+    ),
+    "gshard, CP 2 x EP 2, full recompute": (
+        GSHARD,
+        f"--context-parallel-size 2 {EP2} {GROUPED} --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+        32,
+        64,
+    ),
+    "gshard, PP 2": (GSHARD, "--pipeline-model-parallel-size 2 --pp-schedule 1f1b", 8, 0),
+    "deepspeed-moe, EP 2 in 2 pieces": (BESIDE, f"{EP2} --moe-pieces 2", 8, 0),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("saved", "loaded"), [(GROUPED, ""), ("", GROUPED)], ids=["at once to apart", "back"])
-def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, saved, loaded):
+@pytest.mark.parametrize("case", ROUTED)
+def test_a_router_trains_as_on_one_rank(apart, case):
+    router, flags, routed, computed = ROUTED[case]
+    ranks = run(2, router, flags)
+    assert_equal(ranks[0].log, apart(1, router))
+    for found in ranks:
+        assert found.routed == routed
+        assert sum(found.computed.values()) == computed
+        assert found.experts == {"GroupedMLP" if computed else "SequentialMLP"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saved", "loaded", "router"),
+    [(GROUPED, "", ()), ("", GROUPED, (GSHARD,))],
+    ids=["at once to apart", "back, with draws of steps and not of a run"],
+)
+def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, saved, loaded, router):
     length = "--lr-decay-iters 4"
     save = f"--train-iters 2 {length} --save {tmp_path} --save-interval 2"
     load = f"{length} --load {tmp_path} --use-checkpoint-opt-param-scheduler"
-    first = run(2, saved, EP2, DISTRIBUTED, save)[0]
-    second = run(2, loaded, EP2, DISTRIBUTED, load)[0]
+    first = run(2, saved, EP2, DISTRIBUTED, save, *router)[0]
+    second = run(2, loaded, EP2, DISTRIBUTED, load, *router)[0]
     kinds = tuple({"GroupedMLP" if flags else "SequentialMLP"} for flags in (saved, loaded))
     assert (first.experts, second.experts) == kinds
-    assert_equal([*first.log, *second.log], apart(1))
+    assert_equal([*first.log, *second.log], apart(1, *router))
 
 
 EP4 = "--expert-model-parallel-size 4 --global-batch-size 8"
@@ -204,10 +248,10 @@ SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 
     [
         (2, f"{EP2} {GROUPED} {OVERLAPPED} --moe-pieces 2", (1,), "megatron, in 2 pieces", 2),
         (4, f"{PP2} {EP2} --moe-pieces 2", (2, PP2), "megatron, in 2 pieces", 4),
-        (4, f"{EP4} {SHARED} {TWO_HOPS}", (4, EP4, SHARED), "two-hop, 2 nodes of 2", 1),
         (4, f"{EP4} {SHARED} {TWO_HOPS} --moe-pieces 3", (4, EP4, SHARED), "two-hop, 2 nodes of 2, in 3 pieces", 3),
     ],
-    ids=["pieces, overlapped", "pieces, zb-h1", "two hops, shared experts, tokens dropped", "the same in pieces"],
+    # two hops of a whole layer are compared with Megatron's exchange in test_pieces
+    ids=["pieces, overlapped", "pieces, zb-h1", "two hops in pieces, shared experts, tokens dropped"],
 )
 def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags, alike, said, calls):
     found = run(ranks, flags)
