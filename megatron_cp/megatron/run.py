@@ -509,6 +509,14 @@ class ExpertFlags(_Flags):
         ),
         int,
     )
+    layer_experts: str | None = _flag(
+        None,
+        lambda: "LAYER:EXPERTS,…",
+        lambda: (
+            "Experts of a layer and of all later ones, multiples of --num-experts, which the layers before have: "
+            "13:64,23:128 (DeepSpeed-MoE's pyramid)."
+        ),
+    )
 
     @property
     def drops(self) -> bool:

@@ -55,6 +55,7 @@ UNMODELLED = _flags(
     moe-router-padding-for-quantization moe-router-padding-for-fp8 moe-router-num-groups moe-router-group-topk
     use-grouped-gemm-for-dense-mlp moe-grouped-gemm moe-single-grouped-weight moe-single-grouped-bias
     moe-grouped-product moe-comm-type moe-ranks-per-node moe-pieces moe-router moe-group-tokens
+    moe-layer-experts
     moe-token-dispatcher-type moe-enable-deepep moe-flex-dispatcher-backend moe-permute-fusion-into-hybridep
     moe-hybridep-pad-uneven-dispatch-inputs moe-expert-capacity-factor moe-pad-expert-input-to-capacity
     moe-layer-recompute moe-permute-fusion moe-router-fusion moe-apply-probs-on-input moe-latent-size

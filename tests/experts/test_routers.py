@@ -6,6 +6,8 @@ import torch
 from megatron_cp.experts.draws import uniform
 from megatron_cp.experts.first_come import capacity_of, first_come, from_groups, in_groups
 from megatron_cp.experts.gshard import dispatched
+from megatron_cp.experts.pyramid import experts_of_layers
+from megatron_cp.experts.residual import expert_share
 from megatron_cp.experts.turns import Turn, Turns
 
 GROUPS, TOKENS, EXPERTS = 3, 40, 5
@@ -111,3 +113,35 @@ def test_a_microbatch_that_is_computed_again_keeps_its_turn():
             torch.set_rng_state(states[at])
             assert turns.take(4) == first[at]
         assert [turns.take(4), turns.take(5), turns.take(5)] == [Turn(4, 3), Turn(5, 0), Turn(5, 1)]
+
+
+def test_an_expert_has_the_share_that_its_mlp_leaves():
+    x, gate = torch.randn(6, 2, 3), torch.randn(1, 3)
+    # the paper's softmax, of rows whose difference is the gate
+    rows = torch.cat([torch.zeros_like(gate), gate])
+    assert torch.allclose(expert_share(x, gate), (x @ rows.t()).softmax(-1)[..., :1].view(-1, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(None, [4] * 6), ("3:8", [4, 4, 8, 8, 8, 8]), ("2:8,6:16", [4, 8, 8, 8, 8, 16])]
+)
+def test_later_layers_have_more_experts(text, expected):
+    assert experts_of_layers(text, 4, 6) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8", "is LAYER:EXPERTS,…, such as 13:64,23:128, got 8; change it"),
+        ("3:", "got 3:; change it"),
+        ("3:8,x:16", "got 3:8,x:16; change it"),
+        ("3:0", "got 3:0; change it"),
+        ("1:8", "needs layers in rising order, from 2 to 6, got 1:8; change them"),
+        ("3:8,3:16", "rising order"),
+        ("7:8", "from 2 to 6, got 7:8"),
+        ("3:6", "needs multiples of --num-experts 4, got 6; change one of the two"),
+    ],
+)
+def test_what_is_no_pyramid_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        experts_of_layers(text, 4, 6)

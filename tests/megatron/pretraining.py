@@ -178,26 +178,29 @@ def weights_from_names(models: list[torch.nn.Module]) -> list[torch.nn.Module]:
 def global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """This chunk's parameters with the layer's number in the whole model and the expert's in the whole layer."""
     numbers = {name: module.layer_number - 1 for name, module in model.named_modules() if _is_layer(name, module)}
+    experts = {
+        name: module.num_local_experts for name, module in model.named_modules() if hasattr(module, "num_local_experts")
+    }
     for name, parameter in model.named_parameters():
+        local = experts.get(name.partition(".local_experts")[0])
         layer = re.match(r"decoder\.layers\.\d+", name)
         if layer:
             name = f"decoder.layers.{numbers[layer[0]]}{name.removeprefix(layer[0])}"
         if getattr(model, "share_embeddings_and_output_weights", False) and name == "output_layer.weight":
             # the last stage's copy of a tied embedding
             name = "embedding.word_embeddings.weight"
-        yield re.sub(r"(?<=local_experts\.)\d+", _global_expert(model.config), name), parameter  # type: ignore[arg-type]
+        yield re.sub(r"(?<=local_experts\.)\d+", _global_expert(local), name), parameter
 
 
 def _is_layer(name: str, module: Any) -> bool:
     return re.fullmatch(r"decoder\.layers\.\d+", name) is not None and hasattr(module, "layer_number")
 
 
-def _global_expert(config: Any) -> Any:
+def _global_expert(local: Any) -> Any:
     from megatron.core import parallel_state
 
-    if config.num_moe_experts is None:
+    if local is None:
         return lambda match: match[0]
-    local = config.num_moe_experts // config.expert_model_parallel_size
     first = local * parallel_state.get_expert_model_parallel_rank()
     return lambda match: str(first + int(match[0]))
 

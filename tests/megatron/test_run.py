@@ -72,10 +72,16 @@ def test_flags_of_linears_go_the_same_way() -> None:
 
 def test_flags_of_experts_go_the_same_way() -> None:
     words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4 --moe-pieces 2".split()
-    words += "--moe-router switch --moe-group-tokens 64".split()
+    words += "--moe-router switch --moe-group-tokens 64 --moe-layer-experts 2:16".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
     assert settings.experts == ExpertFlags(
-        grouped_product="loop", comm_type="two-hop", ranks_per_node=4, pieces=2, router="switch", group_tokens=64
+        grouped_product="loop",
+        comm_type="two-hop",
+        ranks_per_node=4,
+        pieces=2,
+        router="switch",
+        group_tokens=64,
+        layer_experts="2:16",
     )
     settings.experts.copy_to(config)
     assert vars(config) == {
@@ -85,6 +91,7 @@ def test_flags_of_experts_go_the_same_way() -> None:
         "moe_pieces": 2,
         "moe_router": "switch",
         "moe_group_tokens": 64,
+        "moe_layer_experts": "2:16",
     }
     assert ExpertFlags.of(config) == settings.experts
 

@@ -15,7 +15,14 @@ from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.batches import check_plan, imply_loader
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
-from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, check_router, imply_dispatcher
+from megatron_cp.megatron.arguments.experts import (
+    check_exchange,
+    check_experts,
+    check_layers,
+    check_router,
+    imply_dispatcher,
+    imply_layers,
+)
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
 from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
@@ -70,6 +77,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     check_experts(args)
     check_exchange(args)
     check_router(args)
+    check_layers(args)
     refuse_upstream_faults(args)
     with as_refusals():
         result = old(args, *rest, **kwargs)
@@ -92,6 +100,7 @@ def complete(args: Any, machine: Machine) -> None:
         say(note)
     imply_loader(args)
     imply_dispatcher(args)
+    imply_layers(args)
     complete_local_sgd(args)
     complete_quantised(args)
     if chunks := imply_chunks(args):

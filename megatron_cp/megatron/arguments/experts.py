@@ -8,6 +8,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PRODUCTS, ROUTERS, ExpertRouter
 from megatron_cp.experts.grouped_mm import ROW_BYTES
 from megatron_cp.experts.nodes import ranks_of_a_node
+from megatron_cp.experts.pyramid import FLAG, experts_of_layers
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import ExpertFlags, PipelineFlags, has_our_layers, say
 
@@ -189,12 +190,67 @@ UNMIXED = (
 )
 """Options that a router beside an MLP does not serve."""
 
+UNLIKE = (
+    Unsupported(
+        "transformer-engine's layers",
+        lambda args: read(args, "transformer_impl", "local") != "local",
+        "pass --transformer-impl local",
+    ),
+    Unsupported(
+        "a hybrid pattern of layers",
+        lambda args: bool(read(args, "hybrid_layer_pattern")),
+        "leave --hybrid-layer-pattern out",
+    ),
+    Unsupported(
+        "biases of experts, which Megatron updates as one tensor of all layers",
+        lambda args: (
+            bool(read(args, "moe_router_enable_expert_bias", False)) or "quantile_balancing" in _balances(args)
+        ),
+        "leave --moe-router-enable-expert-bias out, and pass --moe-router-load-balancing-type aux_loss",
+    ),
+    Unsupported(
+        "weights of a dense model",
+        lambda args: bool(read(args, "moe_use_upcycling", False)),
+        "leave --moe-use-upcycling out",
+    ),
+    Unsupported(
+        "weights that data-parallel ranks share out",
+        shares_weights_out,
+        "use --use-distributed-optimizer",
+    ),
+)
+"""Options that layers with different numbers of experts do not serve."""
+
 
 def imply_dispatcher(args: Any) -> None:
     """Take the alltoall dispatcher, whose exchange is ours, instead of Megatron's default."""
     if ExpertFlags.of(args).exchanges and read(args, "moe_token_dispatcher_type") == "allgather":
         args.moe_token_dispatcher_type = "alltoall"
         say(f"{_asked(args)}: --moe-token-dispatcher-type alltoall")
+
+
+def imply_layers(args: Any) -> None:
+    """Name layers with different numbers of experts one by one, so that checkpoints do not stack their weights."""
+    frequency, layers = read(args, "moe_layer_freq", 1), read(args, "num_layers")
+    if ExpertFlags.of(args).layer_experts is not None and layers and isinstance(frequency, int):
+        args.moe_layer_freq = [int(index % frequency == 0) for index in range(layers)]
+        say(f"{FLAG}: --moe-layer-freq names each of {layers} layers")
+
+
+def check_layers(args: Any) -> None:
+    """Refuse layers with different numbers of experts where they cannot be; ValueError with the rule and a way out."""
+    asked, experts, layers = ExpertFlags.of(args).layer_experts, read(args, "num_experts"), read(args, "num_layers")
+    if asked is None:
+        return
+    if not experts or not layers:
+        raise Refused(f"{FLAG} {asked} is of layers of experts; add --num-experts and --num-layers, or leave it out")
+    if not has_our_layers(args):
+        raise Refused(
+            f"{FLAG} needs a layer spec of megatron-cp, got --spec {' '.join(read(args, 'spec') or ['none'])}; pass "
+            "--spec megatron_cp.megatron.spec gpt_layer_spec"
+        )
+    refuse(UNLIKE, args, FLAG)
+    experts_of_layers(asked, experts, layers)
 
 
 def check_exchange(args: Any) -> None:

@@ -1,7 +1,7 @@
 """Layer specs with context-parallel attention, for Megatron, Megatron-Bridge and slime."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,11 +34,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_cp.errors import CannotRun, Refused
+from megatron_cp.experts.pyramid import experts_of_layers
 from megatron_cp.megatron.arguments.command_line import check_script
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.experts.dispatcher import connect_experts, exchanging
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
+from megatron_cp.megatron.experts.pyramid import with_experts
 from megatron_cp.megatron.experts.router import routing
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
@@ -51,6 +53,7 @@ from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.machine.environment import refuse_mixed_gpus
 from megatron_cp.megatron.run import (
     AttentionFlags,
+    ExpertFlags,
     Settings,
     TensorFlags,
     args_of_run,
@@ -155,11 +158,17 @@ def mtp_layers(old: Callable[..., Any], settings: Settings, *args: Any, **kwargs
     return (mtp_block_spec if settings.our_layers else old)(*args, **kwargs)
 
 
-def local_layer_spec(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) -> ModuleSpec:
-    """Return the spec of one decoder layer, dense or with experts, of the provider's parts."""
+def local_layer_spec(
+    config: TransformerConfig, provider: BackendSpecProvider, moe: bool, experts: int | None = None
+) -> ModuleSpec:
+    """Return the spec of one decoder layer, dense or with experts, of the provider's parts.
+
+    experts: of the layer, where the model has other layers with other numbers
+    """
     norm = provider.layer_norm(rms_norm=config.normalization == "RMSNorm")
     # the norm of multi-latent attention is a module of its own in every checkpoint
     fused_norms = ["pre_mlp_layernorm."] if config.multi_latent_attention else NORM_KEYS
+    mlp = _mlp(config, provider, moe)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -167,7 +176,7 @@ def local_layer_spec(config: TransformerConfig, provider: BackendSpecProvider, m
             self_attention=(_latent_attention if config.multi_latent_attention else _attention)(config, provider),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_mlp(config, provider, moe),
+            mlp=mlp if not moe or experts in (None, config.num_moe_experts) else with_experts(mlp, experts),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=norm_keys(*fused_norms),
         ),
@@ -226,8 +235,9 @@ def _mlp(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) ->
 
 def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) -> list[ModuleSpec]:
     """Return the specs of all decoder layers of the model, in order."""
-    specs = {moe: local_layer_spec(config, provider, moe) for moe in set(_moe_layers(config))}
-    return [specs[moe] for moe in _moe_layers(config)]
+    kinds = list(zip(_moe_layers(config), _experts_of_layers(config), strict=True))
+    specs = {kind: local_layer_spec(config, provider, *kind) for kind in set(kinds)}
+    return [specs[kind] for kind in kinds]
 
 
 def local_block_spec(
@@ -283,6 +293,13 @@ def _moe_layers(config: TransformerConfig) -> list[bool]:
     if len(frequency) != config.num_layers:
         raise Refused(f"moe_layer_freq needs {config.num_layers} entries, one per layer, got {len(frequency)}")
     return [bool(entry) for entry in frequency]
+
+
+def _experts_of_layers(config: TransformerConfig) -> Sequence[int | None]:
+    asked = ExpertFlags.of(config).layer_experts
+    if asked is None or config.num_moe_experts is None:
+        return [None] * config.num_layers
+    return experts_of_layers(asked, config.num_moe_experts, config.num_layers)
 
 
 def _transformer_config(model: Any, config: TransformerConfig | None) -> TransformerConfig:

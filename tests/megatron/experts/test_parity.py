@@ -30,6 +30,7 @@ class Run(NamedTuple):
     waited:    weight gradients of all experts that a W computed
     exchanged: exchanges of rows in two hops, forward and backward
     routed:    microbatches that routers of ours routed, and routed again
+    local:     experts of each layer on this rank
     banner:    lines about experts of all ranks
     """
 
@@ -39,6 +40,7 @@ class Run(NamedTuple):
     waited: int
     exchanged: int
     routed: int = 0
+    local: tuple[int, ...] = ()
     banner: tuple[str, ...] = ()
 
 
@@ -77,7 +79,8 @@ def trained_with_experts(flags):
     exchanges = [module.token_dispatcher.exchange for module in modules if isinstance(module, ExchangingLayer)]
     exchanged = sum(exchange.calls for exchange in exchanges)
     routed = sum(getattr(module.router, "calls", 0) for module in modules if isinstance(module, MoELayer))
-    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited), exchanged, routed)
+    local = tuple(module.num_local_experts for module in experts)
+    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited), exchanged, routed, local)
 
 
 def run(world_size, *flags, without=""):
@@ -187,6 +190,7 @@ SWITCH = f"--moe-router switch {ONE_OF_A_TOKEN}"
 GSHARD = "--moe-router gshard --moe-expert-capacity-factor 1.0 --moe-group-tokens 8"
 BESIDE = (
     f"--moe-router deepspeed-moe {ONE_OF_A_TOKEN} --moe-shared-expert-intermediate-size 48 --moe-shared-expert-gate"
+    " --moe-layer-experts 2:16"
 )
 # router, flags beside it, microbatches of layers that a rank routes, linears of all experts that it computes
 ROUTED = {
@@ -218,6 +222,8 @@ def test_a_router_trains_as_on_one_rank(apart, case):
         assert found.routed == routed
         assert sum(found.computed.values()) == computed
         assert found.experts == {"GroupedMLP" if computed else "SequentialMLP"}
+        if router == BESIDE:
+            assert found.local == (4, 8)
 
 
 @pytest.mark.slow

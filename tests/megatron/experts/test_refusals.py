@@ -5,7 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_cp.megatron.arguments.command_line import wants_layers
-from megatron_cp.megatron.arguments.experts import check_exchange, check_experts, check_router, imply_dispatcher
+from megatron_cp.megatron.arguments.experts import (
+    check_exchange,
+    check_experts,
+    check_layers,
+    check_router,
+    imply_dispatcher,
+    imply_layers,
+)
 
 RUN = {
     "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
@@ -259,3 +266,40 @@ def test_routers_that_do_not_work_are_refused_with_a_way_out(given, message):
     with pytest.raises(ValueError, match=message) as refused:
         check_router(SimpleNamespace(**{**ROUTED, **given}))
     assert "\n" not in str(refused.value)
+
+
+PYRAMID = {**RUN, "moe_layer_experts": "3:16", "num_layers": 4, "moe_router_load_balancing_type": ["aux_loss"]}
+
+
+@pytest.mark.parametrize("given", [{}, {"moe_layer_experts": "2:16,4:8"}, {"moe_layer_experts": None, "spec": None}])
+def test_layers_with_different_numbers_of_experts_are_taken(given):
+    check_layers(SimpleNamespace(**{**PYRAMID, **given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_experts": None}, "--moe-layer-experts 3:16 is of layers of experts; add --num-experts and --num-layers"),
+        ({"spec": None}, "got --spec none; pass --spec megatron_cp.megatron.spec gpt_layer_spec"),
+        ({"transformer_impl": "transformer_engine"}, "pass --transformer-impl local"),
+        ({"hybrid_layer_pattern": "*E*E"}, "leave --hybrid-layer-pattern out"),
+        ({"moe_router_enable_expert_bias": True}, "leave --moe-router-enable-expert-bias out, and pass"),
+        ({"moe_router_load_balancing_type": ["quantile_balancing"]}, "pass --moe-router-load-balancing-type aux_loss"),
+        ({"use_torch_fsdp2": True}, "use --use-distributed-optimizer"),
+        ({"moe_layer_experts": "5:16"}, "needs layers in rising order, from 2 to 4, got 5:16; change them"),
+    ],
+)
+def test_layers_that_cannot_differ_are_refused_with_a_way_out(given, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check_layers(SimpleNamespace(**{**PYRAMID, **given}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "frequency", "taken"), [("3:16", 1, [1, 1, 1, 1]), ("3:16", 2, [1, 0, 1, 0]), (None, 2, 2)]
+)
+def test_layers_with_different_numbers_of_experts_are_named_one_by_one(asked, frequency, taken, capsys):
+    args = SimpleNamespace(moe_layer_experts=asked, moe_layer_freq=frequency, num_layers=4)
+    imply_layers(args)
+    assert args.moe_layer_freq == taken
+    assert ("--moe-layer-freq names each of 4 layers" in capsys.readouterr().out) == (asked is not None)

@@ -117,6 +117,14 @@ def test_virtual_stages_get_their_own_layers_in_interleaved_order() -> None:
     assert run_ranks(2, _slices) == [[[True], [False]], [[False], [True]]]
 
 
+def test_layers_from_some_number_on_have_more_experts_where_asked_for() -> None:
+    model = config(transformer_impl="local", num_moe_experts=4, moe_ffn_hidden_size=64, add_bias_linear=False)
+    model.moe_layer_experts = "3:8"  # type: ignore[attr-defined]
+    mlps: list[Any] = [layer.submodules.mlp for layer in specs.local_layer_specs(model, specs.SpecProvider(model))]
+    assert [mlp.func is MoELayer for mlp in mlps[:2]] == [True, True]
+    assert {mlp.args for mlp in mlps[2:]} == {(mlps[2].args[0], 8)}
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(True, Norm), (False, IdentityOp)])
 def test_query_key_norm_is_ours_when_asked_for(asked: bool, expected: type) -> None:
     spec = specs.local_layer_spec(config(qk_layernorm=asked), specs.SpecProvider(), moe=False)
