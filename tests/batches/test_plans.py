@@ -19,7 +19,7 @@ from tests.batches.problems import mix, problem, random_problems
 from tests.cases import slow_unless
 
 laws = hypothesis.settings(max_examples=15, derandomize=True, deadline=None, database=None)
-more = hypothesis.settings(max_examples=400, derandomize=True, deadline=None, database=None)
+more = hypothesis.settings(max_examples=150, derandomize=True, deadline=None, database=None)
 algorithms = pytest.mark.parametrize("name", ALGORITHMS.names)
 
 

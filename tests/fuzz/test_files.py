@@ -40,7 +40,7 @@ TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, m
 RECIPES = sorted((configs_folder() / "recipes").glob("*.yaml"))
 CLUSTERS = sorted((configs_folder() / "clusters").glob("*.yaml"))
 # a case of these takes a second or more
-FEW = settings(max_examples=cases or 8)
+FEW = settings(max_examples=cases or 3)
 TABLE = """0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3
 1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3
 """
