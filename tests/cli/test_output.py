@@ -12,7 +12,7 @@ from rich.console import Console
 
 from megatron_cp import runlog
 from megatron_cp.cli import train
-from megatron_cp.cli.output import ProgressLine, Reason, progress
+from megatron_cp.cli.output import EveryLine, ProgressLine, Reason, progress
 from megatron_cp.recipe.command import Command
 
 STEP = (
@@ -141,10 +141,16 @@ def read(terminal: int) -> bytes:
         return b""
 
 
-def test_verbose_shows_all_on_a_terminal(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_verbose_shows_all_on_a_terminal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = []
+
+    def stream(line: Command, folder: Path, shown: object) -> tuple[int, list[runlog.Iteration], dict[str, object]]:
+        kinds.append(type(shown))
+        return 1, [], {}
+
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with pytest.raises(train.typer.Exit):
-        train.train("run.yaml", verbose=True)
-    assert "seq_length" in capfd.readouterr().out
+    monkeypatch.setattr(train, "_stream", stream)
+    for verbose in (True, False):
+        with pytest.raises(train.typer.Exit):
+            train.train("run.yaml", verbose=verbose)
+    assert kinds == [EveryLine, ProgressLine]
