@@ -350,17 +350,6 @@ SCHEDULES = Schedules(
 )
 
 
-def estimated(name: str) -> Rule:
-    """Return the entry called `name`; raise Refused for one whose memory and time are not estimated."""
-    rule = SCHEDULES.get(name)
-    if rule.two_copies:
-        raise Refused(
-            f"{name} holds two copies of the model on the ranks, which megatron-cp simulate plays and no estimate "
-            "knows; take zb-v, which idles as little with one"
-        )
-    return rule
-
-
 def on_v(name: str | None, placement: str | None = None) -> bool:
     """Return True if this schedule places its stages on the V; `placement` is the user's choice for `auto`."""
     return name is not None and (placement or SCHEDULES.get(name).placement) == "v"

@@ -30,7 +30,7 @@ from megatron_cp.planner.memory import (
 )
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.traffic import AVERAGED_BYTES, StepTraffic, step_traffic
+from megatron_cp.planner.traffic import AVERAGED_BYTES, StepTraffic, step_traffic, to_peer
 from megatron_cp.planner.work import (
     PassTimes,
     RankConfig,
@@ -175,7 +175,7 @@ def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse,
         seq=seq,
         parts=parts,
         memory=memory,
-        traffic=step_traffic(rank, each[slowest].layers),
+        traffic=step_traffic(rank, each[slowest].layers / parallel.copies),
     )
 
 
@@ -201,8 +201,8 @@ def _held(cluster: Cluster, memory: Sequence[MemoryUse], headroom: float) -> boo
 class Stage(NamedTuple):
     """A pipeline stage, or all stages of a rank.
 
-    layers: number of its layers
-    work:   times of one microbatch
+    layers: number of its layers, with those of the second copy where ranks have two
+    work:   times of one microbatch, a mean over the copies
     kept:   bytes that it keeps of a microbatch from forward to backward
     """
 
@@ -232,6 +232,7 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
     if model.experts % parallel.ep:
         raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
     _check_sliced(model, parallel)
+    _check_copies(model, parallel)
     if parallel.latent and not model.latent:
         raise Refused("--cp-latent sends the latents of multi-latent attention, which this model lacks; leave it out")
     if parallel.latent:
@@ -267,13 +268,34 @@ def _check_sliced(model: Transformer, parallel: Parallel) -> None:
         )
 
 
+def _check_copies(model: Transformer, parallel: Parallel) -> None:
+    """Refuse with two copies of the model what no training with them does."""
+    if parallel.copies == 1:
+        return
+    unable = {
+        "multi-token prediction": bool(model.mtp),
+        "activations that move (--pp-offload)": parallel.moves is not None,
+        "fully sharded data parallelism": parallel.fsdp,
+    }
+    if told := [what for what, asked in unable.items() if asked]:
+        raise Refused(f"{parallel.schedule} holds two copies of the model, without {told[0]}; take zb-v")
+
+
 def _of_ranks(rank: RankConfig, stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages of each pipeline rank, added up."""
     parallel = rank.parallel
     if parallel.pp == 1:
         return [stages[0]]
-    placed = _placement(parallel).of_rank
-    return [sum((stages[at] for at in mine), start=Stage(0.0, PassTimes(), 0.0)) for mine in placed]
+    placed, share = _placement(parallel).of_rank, 1 / parallel.copies
+    whole = [sum((stages[at] for at in mine), start=Stage(0.0, PassTimes(), 0.0)) for mine in placed]
+    return [stage._replace(work=PassTimes().plus(stage.work, share)) for stage in whole]
+
+
+def _holds_ends(parallel: Parallel, at: int) -> tuple[bool, bool]:
+    """Return True where a pipeline rank holds an embedding, and where it holds an output layer."""
+    first, last = at == 0, at == parallel.pp - 1
+    # the second copy begins where the first one ends
+    return (first, last) if parallel.copies == 1 else (first or last, first or last)
 
 
 def slowest_stage(rank: RankConfig) -> Stage:
@@ -297,7 +319,7 @@ def _stages(rank: RankConfig) -> list[Stage]:
     stages[0] = stages[0]._replace(work=stages[0].work.plus(first))
     end = stages[-1].work.plus(last)
     stages[-1] = stages[-1]._replace(work=end.plus(mtp(rank), model.mtp) if model.mtp else end)
-    return stages
+    return stages * parallel.copies
 
 
 def _stage(rank: RankConfig, one: PassTimes, layers: int) -> Stage:
@@ -338,7 +360,8 @@ def _mean_layer(rank: RankConfig) -> PassTimes:
 
 
 LONG = 3
-"""Microbatches per pipeline rank that are simulated; each further one adds the slowest rank's work."""
+"""Microbatches per pipeline rank that are simulated; each further one adds the slowest rank's work, in two pipes as
+much as each of p more adds."""
 
 
 def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
@@ -347,8 +370,12 @@ def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
     if parallel.pp == 1:
         return parallel.micros * stages[0].seconds
     schedule, costs = _played(rank, stages)
-    slowest = max(costs.work(schedule.placement))
-    return simulate(schedule, costs).objective(parallel.objective) + (parallel.micros - schedule.sequences) * slowest
+    seconds, more = simulate(schedule, costs).objective(parallel.objective), parallel.micros - schedule.sequences
+    if parallel.copies == 1 or not more:
+        return seconds + more * max(costs.work(schedule.placement))
+    # where two pipes get in each other's way, they wait again for every p microbatches
+    longer = _table(parallel.schedule_name, parallel.pp, schedule.sequences + parallel.pp, parallel.vp, None, 1)
+    return seconds + more * (simulate(longer, costs).objective(parallel.objective) - seconds) / parallel.pp
 
 
 def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
@@ -363,7 +390,7 @@ def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
             kept = _kept_beside_keys(rank, stages, schedule, costs)
     versions = _versions(rank)
     return tuple(
-        rank_memory(rank, stage.layers, most, at == 0, at == last, versions[at])
+        rank_memory(rank, stage.layers, most, *_holds_ends(rank.parallel, at), versions[at])
         for at, (stage, most) in enumerate(zip(_of_ranks(rank, stages), kept, strict=True))
     )
 
@@ -474,7 +501,7 @@ ADAM_BYTES = 34
 def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
     """Return the seconds of one pipeline rank for exposed transfers of gradients and weights, and for the optimizer."""
     parallel, cluster = rank.parallel, rank.cluster
-    dense, experts = stage_parameters(rank.model, parallel, stage.layers, at == 0, at == parallel.pp - 1)
+    dense, experts = stage_parameters(rank.model, parallel, stage.layers, *_holds_ends(parallel, at))
     weights, gradients, _ = parameter_bytes(parallel, dense, experts)
     parameters = dense + experts
     shards = parallel.shards
@@ -489,6 +516,7 @@ def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
         data = _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
         data += _left(gather, forward, bucket, parallel.overlap_param_gather)
         data += _between_instances(rank, parameters, gradients)
+        data += _between_copies(rank, to_peer(parallel, dense, experts), at)
     owned = parameters / (shards if parallel.distributed_optimizer or parallel.fsdp else 1)
     return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s
 
@@ -514,6 +542,19 @@ def _fsdp(rank: RankConfig, parameters: float, stage: Stage) -> float:
     once = gather / max(1.0, stage.layers) if gathers else _left(gather, forward, bucket, parallel.overlap_param_gather)
     once += 0.0 if reduces else _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
     return parallel.micros * each + once + _between_instances(rank, parameters, gradients)
+
+
+def _between_copies(rank: RankConfig, size: float, at: int) -> float:
+    """Return the seconds for adding up `size` bytes of gradients with the rank that has the same stages.
+
+    Both send theirs at once, after all backwards, and read two and write one of what they add.
+    """
+    if not size:
+        return 0.0
+    parallel, cluster = rank.parallel, rank.cluster
+    stride = parallel.world // parallel.pp
+    link = cluster.link(at * stride, (parallel.pp - 1 - at) * stride)
+    return link.hop_seconds(size) + 3 * size / cluster.touch_bytes_per_s
 
 
 def _between_instances(rank: RankConfig, parameters: float, gradients: float) -> float:

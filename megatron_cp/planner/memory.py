@@ -16,7 +16,7 @@ from megatron_cp.planner.work import RankConfig, context_attention, linears_of, 
 class MemoryUse(NamedTuple):
     """Bytes of one rank.
 
-    weights, gradients, optimizer: as Megatron keeps them, and all versions of weights that a schedule needs
+    weights, gradients, optimizer: as Megatron keeps them, of all copies and versions of weights that a schedule needs
     activations: kept from forward to backward, of every microbatch in flight
     logits:      of one microbatch, with the cross entropy's copies
     buffers:     of context parallelism and of one layer at work
@@ -48,7 +48,7 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
     gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
     state = (parallel.state_bytes or (8 if parallel.precision == "float32" else 12)) + parallel.outer_bytes
-    owned = dense / parallel.shards + experts * parallel.instances / parallel.expert_shards
+    owned = of_shards(parallel, dense, experts)
     if parallel.fsdp:
         kept = (owned if parallel.is_sharded(kind) else parameters for kind in ("params", "grads", "optim"))
         weights, gradients, states = (size * count for size, count in zip((weight, gradient, state), kept, strict=True))
@@ -56,6 +56,11 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     if parallel.distributed_optimizer:
         return parameters * weight, parameters * gradient, state * owned
     return parameters * weight, parameters * gradient, parameters * state
+
+
+def of_shards(parallel: Parallel, dense: float, experts: float) -> float:
+    """Return the parameters of one rank's shards, where `dense` and `experts` are spread over data-parallel ranks."""
+    return dense / parallel.shards + experts * parallel.instances / parallel.expert_shards
 
 
 def mean_layer_bytes(rank: RankConfig) -> float:
@@ -162,13 +167,13 @@ def kept_of_mlp(model: Transformer, modules: Sequence[str], moe: bool) -> tuple[
 def stage_parameters(
     model: Transformer, parallel: Parallel, layers: float, first: bool, last: bool
 ) -> tuple[float, float]:
-    """Return the dense and expert parameters of a rank with `layers` layers.
+    """Return the dense and expert parameters of a rank with `layers` layers, those of all copies.
 
-    first, last: add the embedding, or the final norm and the output layer
+    first, last: add the embedding, or the final norm and the output layer; a tied one is one weight without a pipeline
     """
     share = layers / model.layers
     ends = (int(first) + int(last)) * model.embedding_parameters
-    if first and last and model.tied:
+    if first and last and model.tied and parallel.pp == 1:
         ends = model.embedding_parameters
     experts = model.expert_parameters / (parallel.ep * parallel.expert_tp)
     rest = model.hidden + model.mtp * model.mtp_parameters if last else 0
@@ -208,7 +213,7 @@ def _attention_workspace(rank: RankConfig) -> float:
 def rank_memory(
     rank: RankConfig, layers: float, activations: float, first: bool, last: bool, versions: int = 1
 ) -> MemoryUse:
-    """Return the largest memory of a pipeline rank with `layers` layers.
+    """Return the largest memory of a pipeline rank with `layers` layers, those of all copies.
 
     activations: most bytes that it keeps at once, of all microbatches in flight
     versions:    of the weights

@@ -9,7 +9,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
-from megatron_cp.pipeline import SCHEDULES, estimated
+from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.recipe.command import processes
@@ -145,7 +145,7 @@ class Parallel:
             )
         BACKENDS.get(self.backend)
         assert self.placing.size.grid.ranks == self.tp
-        estimated(self.schedule_name)
+        SCHEDULES.get(self.schedule_name)
 
     @property
     def placing(self) -> Placing:
@@ -207,6 +207,11 @@ class Parallel:
     def schedule_name(self) -> str:
         """The pipeline schedule, Megatron's own where none is named."""
         return self.schedule or megatrons_schedule(self.vp)
+
+    @property
+    def copies(self) -> int:
+        """Copies of the model on the ranks of a pipeline; each rank holds a stage of every one."""
+        return 2 if self.pp > 1 and SCHEDULES.get(self.schedule_name).two_copies else 1
 
 
 def megatrons_schedule(chunks: int) -> str:

@@ -18,7 +18,6 @@ from megatron_cp.errors import Refused
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES as PIPELINES
-from megatron_cp.pipeline import estimated
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
@@ -246,8 +245,6 @@ def _check(request: PlanRequest) -> None:
             f"{late[0]} trains on weights that lack updates, so that its time says too little; leave it out, and "
             "estimate a recipe with it"
         )
-    for name in request.schedules:
-        estimated(name)
     per_node = cluster.ranks_per_node
     if gpus > per_node and cluster.between is None:
         raise ValueError(
@@ -450,7 +447,8 @@ def _least(request: PlanRequest, parallel: Parallel) -> Cheapest | None:
 
 def _saving(request: PlanRequest, parallel: Parallel) -> list[Parallel]:
     saving = []
-    if request.offload and parallel.pp > 1:
+    # with two copies activations do not move
+    if request.offload and parallel.pp > 1 and parallel.copies == 1:
         name = parallel.schedule_name
         for limit in sorted({2, max(2, parallel.pp * parallel.vp // 2)}, reverse=True):
             saving.append(replace(parallel, schedule=name, moves=Offload(limit)))
@@ -464,7 +462,7 @@ def _may_fit(request: PlanRequest, parallel: Parallel) -> bool:
     """True if weights, gradients and optimizer of a middle stage fit; a quick test without a simulation."""
     if request.cluster.memory_bytes is None:
         return True
-    layers = request.model.layers / parallel.pp
+    layers = parallel.copies * request.model.layers / parallel.pp
     dense, experts = stage_parameters(request.model, parallel, layers, False, False)
     state = sum(parameter_bytes(parallel, dense, experts))
     return state + request.cluster.reserved_bytes < (1 - request.headroom) * request.cluster.memory_bytes

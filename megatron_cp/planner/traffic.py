@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.planner.memory import parameter_bytes, stage_parameters
+from megatron_cp.planner.memory import of_shards, parameter_bytes, stage_parameters
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.work import RankConfig, context_attention, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
@@ -36,7 +36,7 @@ class StepTraffic(NamedTuple):
 
 
 def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
-    """Return the traffic of a rank with `layers` layers."""
+    """Return the traffic of a rank with `layers` layers of one copy of the model."""
     parallel, model = rank.parallel, rank.model
     micros = parallel.micros
     grid = parallel.placing.size
@@ -44,7 +44,7 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     attention = context_attention(rank)
     sequences = micros * parallel.micro_batch * layers
     hops = 2 * parallel.vp if parallel.pp > 1 else 0
-    dense, experts = stage_parameters(model, parallel, layers, parallel.pp == 1, parallel.pp == 1)
+    dense, experts = stage_parameters(model, parallel, parallel.copies * layers, parallel.pp == 1, parallel.pp == 1)
     shards = parallel.shards
     data, between_instances = _of_replicas(parallel, dense + experts)
     routed = model.top_k * model.hidden * parallel.bytes * rank.split_tokens * layers * model.moe_layers / model.layers
@@ -68,11 +68,28 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     sent = _around(between_instances, parallel.instances)
     inside["data"] += sent * (1 - away)
     between["data"] += sent * away
+    if sent := to_peer(parallel, dense, experts):
+        # of the pairs of ranks that with both ends lies farthest apart
+        away = _share_between(rank, 2, parallel.world - parallel.world // parallel.pp)
+        inside["data"] += sent * (1 - away)
+        between["data"] += sent * away
     # weights are gathered by neighbours
     away = _share_between(rank, grid.weights, 1)
     inside["tensor"] += micros * weights_axis * (1 - away)
     between["tensor"] += micros * weights_axis * away
     return StepTraffic(Level(**inside), Level(**between))
+
+
+def to_peer(parallel: Parallel, dense: float, experts: float) -> float:
+    """Return the bytes of gradients that a rank sends to the other one that has its stages; 0 with one copy.
+
+    With the distributed optimizer these are the gradients of its shards.
+    """
+    if parallel.copies == 1:
+        return 0.0
+    added = of_shards(parallel, dense, experts) if parallel.distributed_optimizer else dense + experts
+    _, gradients, _ = parameter_bytes(parallel, added, 0.0)
+    return gradients
 
 
 def _share_attended_again(parallel: Parallel, layers: float) -> float:

@@ -121,9 +121,69 @@ def test_slices_are_refused_where_training_refuses_them(changes, reason):
         of(replace(SLICED, **changes), LONG, 2**18)
 
 
-def test_a_schedule_that_nothing_trains_with_is_refused():
-    with pytest.raises(ValueError, match="dualpipe holds two copies of the model on the ranks"):
-        Parallel(tp=8, sp=True, pp=4, schedule="dualpipe")
+TWO_PIPES = Parallel(tp=8, sp=True, pp=4, dp=2, global_batch=16, schedule="dualpipe")
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_two_copies_take_the_memory_of_both_stages(distributed):
+    two, one = (
+        of(replace(TWO_PIPES, distributed_optimizer=distributed, schedule=name)) for name in ("dualpipe", "1f1b")
+    )
+    for at, (here, peer) in enumerate(zip(one.memory, reversed(one.memory), strict=True)):
+        for kind in ("weights", "gradients", "optimizer"):
+            assert getattr(two.memory[at], kind) == pytest.approx(getattr(here, kind) + getattr(peer, kind))
+        # p + 1 microbatches, where the last rank of 1F1B keeps one; inputs of norms only until I
+        assert 4 < two.memory[at].activations / one.memory[-1].activations <= 5 + 1e-9
+        assert two.memory[at].logits == max(here.logits, peer.logits)
+
+
+def test_both_copies_of_a_tied_embedding_take_memory():
+    tied = replace(LLAMA, tied=True)
+    for found, expected in zip(of(TWO_PIPES, tied).memory, of(TWO_PIPES).memory, strict=True):
+        assert found.weights == expected.weights
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_gradients_of_two_copies_are_added_up_after_the_step(distributed):
+    parallel = replace(TWO_PIPES, distributed_optimizer=distributed, dp=1, global_batch=8)
+    two, link = of(parallel), H100.between
+    size = two.memory[0].gradients
+    assert two.parts.data == pytest.approx(link.hop_seconds(size) + 3 * size / H100.touch_bytes_per_s)
+    assert two.traffic.between.data == pytest.approx(two.memory[1].gradients)
+
+
+def test_two_copies_add_up_shards_where_the_optimizer_has_shards():
+    two, one = (of(replace(TWO_PIPES, schedule=name)).traffic for name in ("dualpipe", "1f1b"))
+    # of a parameter 2 bytes are gathered and 4 scattered, half of them by each rank; of two copies' a shard's 4 too
+    assert two.inside.data + two.between.data == pytest.approx((one.inside.data + one.between.data) * (6 + 4) / 3)
+
+
+@pytest.mark.parametrize("name", ["chimera", "chimera-zb", "dualpipe"])
+def test_steps_of_many_microbatches_in_two_pipes_are_as_long_as_played(name, monkeypatch):
+    parallel = replace(TWO_PIPES, schedule=name, global_batch=2 * 26)
+    found = of(parallel)
+    monkeypatch.setattr("megatron_cp.planner.estimate.LONG", 100)
+    assert found.parts.total == pytest.approx(of(parallel).parts.total)
+
+
+def test_two_copies_do_as_much_work_as_one():
+    two, one = (of(replace(TWO_PIPES, schedule=name)) for name in ("dualpipe", "zb-h1"))
+    assert two.parts.attention == pytest.approx(one.parts.attention)
+    # the slowest rank has half of the output layer's microbatches
+    assert two.parts.products < one.parts.products
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"moves": Offload(2)}, "dualpipe holds two copies of the model, without activations that move"),
+        ({"fsdp": True}, "dualpipe holds two copies of the model, without fully sharded data parallelism; take zb-v"),
+        ({"global_batch": 18}, "half of the microbatches go down the ranks and half go up, got m = 9"),
+    ],
+)
+def test_two_copies_are_refused_what_training_refuses_them(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        of(replace(TWO_PIPES, **changes))
 
 
 def test_more_slices_than_a_sequence_has_are_refused():

@@ -124,6 +124,19 @@ def test_overlap_of_linears_is_taken_where_asked_and_where_no_weight_gradient_wa
     assert parallel_of(recipe.load(str(file), {"DATA_PATH": "corpus"}), 32) == whole.parallel
 
 
+def test_two_copies_of_the_model_are_weighed_where_asked(tmp_path: Path) -> None:
+    sizes = FixedSizes(tp=8, cp=1, pp=4, micro_batch=1)
+    two, offloading = (
+        search(replace(request(), schedules=("chimera-zb",), fixed=sizes, offload=offload), record, 1).best
+        for offload in (False, True)
+    )
+    assert two.parallel.schedule == "chimera-zb"
+    assert two.parallel == offloading.parallel
+    file = tmp_path / "planned.yaml"
+    file.write_text(as_recipe(two, "models/llama3.1-8b"))
+    assert parallel_of(recipe.load(str(file), {"DATA_PATH": "corpus"}), 32) == two.parallel
+
+
 def test_fixed_sizes_are_the_plans() -> None:
     sizes = {"tp": 4, "cp": 2, "pp": 2, "dp": 2, "vp": 2, "micro_batch": 2}
     fixed = replace(request(), fixed=FixedSizes(**sizes), backends=("zigzag",))
@@ -223,7 +236,6 @@ def test_a_batch_is_one_that_ranks_can_share(gpus: int, asked: int, batch: int) 
         ("--cluster h10-ib", "did you mean 'h100-ib'"),
         ("--backends zigzig", "did you mean 'zigzag'"),
         ("--schedules 1f1bb", "did you mean '1f1b'"),
-        ("--schedules 1f1b,chimera", "chimera holds two copies of the model on the ranks"),
         ("--cluster dgx-h100 --gpus 16", "dgx-h100 is one node of 8 GPUs, got 16"),
         ("--cluster dgx-h100 --model llama3.1-405b", "8 GPUs of dgx-h100; .*; no number of them can hold it"),
         ("--gpus 12", "12 GPUs must be a whole number of nodes of 8; ask for 8 or 16"),
