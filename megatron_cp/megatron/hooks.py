@@ -22,7 +22,7 @@ from megatron_cp.registry import Registry
 SUPPORTED = "0.19."
 FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
 """Hooks that place stages on the V; they are applied for such a schedule only."""
-FOR_TWO_COPIES = ("v-stages",)
+FOR_TWO_COPIES = ("v-stages", "v-tied-embeddings")
 """Hooks for two copies of the model, of which one runs up the ranks as the V does."""
 FOR_ISLANDS = ("island-gradients", "island-step", "island-weights", "island-momentum")
 """Hooks that let the instances of the distributed optimizer train apart."""
@@ -172,8 +172,8 @@ HOOKS = Registry(
             targets=("megatron.core.distributed.finalize_model_grads:_allreduce_word_embedding_grads",),
             by="megatron_cp.megatron.pipeline.v_placement:add_tied_gradients",
             parameters=("model",),
-            reason="the two copies of a tied embedding are expected on two ranks, and on the V they are on one",
-            retired_by="a sum over the copies of this rank before those of the embedding group are reduced",
+            reason="both ends of a tied embedding are expected on two ranks; on the V and in two pipes they are on one",
+            retired_by="a sum over both ends of this rank before those of the embedding group are reduced",
             settings=True,
         ),
         Hook(

@@ -24,7 +24,13 @@ from megatron_cp.megatron.arguments.experts import (
     imply_layers,
 )
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
-from megatron_cp.megatron.arguments.pipeline import check_chunks, check_schedule, check_table, imply_chunks
+from megatron_cp.megatron.arguments.pipeline import (
+    check_chunks,
+    check_schedule,
+    check_table,
+    imply_buckets,
+    imply_chunks,
+)
 from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
 from megatron_cp.megatron.arguments.replicas import check_local_sgd, complete_local_sgd
 from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor, stand_in_for_overlap
@@ -105,6 +111,7 @@ def complete(args: Any, machine: Machine) -> None:
     complete_quantised(args)
     if chunks := imply_chunks(args):
         say(f"--pp-schedule {args.pp_schedule}: --num-virtual-stages-per-pipeline-rank {chunks}")
+    imply_buckets(args)
     if args.async_save and args.async_strategy == "nvrx" and not (machine.gpu and machine.nvrx):
         args.async_strategy = "mcore"
         say("no GPU with nvidia-resiliency-ext here: --async-strategy mcore")

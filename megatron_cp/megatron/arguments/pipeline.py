@@ -308,16 +308,17 @@ V_UNSUPPORTED = (
     ),
 )
 
+WHOLE_STAGE = 1 << 62
+"""Elements of a bucket that no stage fills: all of its gradients are in one."""
+
 COPIES_UNSUPPORTED = (
     Unsupported(
-        "the distributed optimizer, which would keep the states of both copies",
-        lambda args: bool(read(args, "use_distributed_optimizer", False)),
-        "leave --use-distributed-optimizer out, or take zb-v",
-    ),
-    Unsupported(
-        "an output layer that is the embedding too, of which there would be four",
-        lambda args: not read(args, "untie_embeddings_and_output_weights", False),
-        "pass --untie-embeddings-and-output-weights, or take zb-v",
+        "buckets of gradients beside the distributed optimizer, for Megatron cuts them on the first rank alone",
+        lambda args: (
+            bool(read(args, "use_distributed_optimizer", False))
+            and (read(args, "ddp_num_buckets") is not None or read(args, "ddp_bucket_size") not in (None, WHOLE_STAGE))
+        ),
+        "leave --ddp-num-buckets and --ddp-bucket-size out, or take zb-v",
     ),
     Unsupported(
         "multi-token prediction, whose losses Megatron collects on the last rank",
@@ -387,6 +388,17 @@ def imply_chunks(args: Any) -> int:
         return 0
     args.num_virtual_stages_per_pipeline_rank = chunks
     return chunks
+
+
+def imply_buckets(args: Any) -> None:
+    """Keep each stage in one bucket of gradients where ranks of a pipeline add up shards of the same stage.
+
+    Megatron cuts the first rank's into several when it overlaps their reduction, and so its shards differ from its
+    peer's.
+    """
+    unsaid = all(read(args, option) is None for option in ("ddp_bucket_size", "ddp_num_buckets"))
+    if unsaid and PipelineFlags.of(args).two_copies and read(args, "use_distributed_optimizer", False):
+        args.ddp_bucket_size = WHOLE_STAGE
 
 
 def check_flags(args: Any) -> None:

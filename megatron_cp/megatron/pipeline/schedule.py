@@ -346,7 +346,7 @@ class Pipeline:
                 pg_collection=self._placed.groups_to_finalize(call.groups, call.model),
                 force_all_reduce=call.force_all_reduce,
             )
-            self._placed.add_gradients(call.model, call.groups.pp)
+            self._placed.add_gradients(call.model, call.groups.pp, call.force_all_reduce)
 
 
 def _placed(settings: Settings) -> OnLoop:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
@@ -65,18 +66,22 @@ class TwoWay(OnV):
         """Add up the tokens of both pipes, which their last stages have counted."""
         tokens.copy_(GroupFabric(group).all_gather(tokens.view(1)).sum())
 
-    def add_gradients(self, chunks: list[Any], group: Any) -> None:
+    def add_gradients(self, chunks: list[Any], group: Any, whole: bool) -> None:
         """Give both copies of each stage the sum of their gradients; all ranks of the pipeline come to this together.
 
-        Both are added by the same sum of two terms, so that they stay equal bit for bit.
+        Both are added by the same sum of two terms, so that they stay equal bit for bit. At the ends of the pipeline a
+        tied embedding is in both chunks, and gets the sum of the two sums.
+
+        whole: True if data-parallel ranks hold all of the reduced gradients in spite of a distributed optimizer
         """
         fabric, peer = GroupFabric(group), _peer(group)
-        for chunk in _by_stage(chunks, group):
-            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                for ours in buffer.grad_data.split(PIECE):
-                    theirs = torch.empty_like(ours)
-                    fabric.exchange([(ours, peer)], [(theirs, peer)]).wait()
-                    ours.add_(theirs)
+        in_order = list(_by_stage(chunks, group))
+        for reduced in (part for chunk in in_order for part in _reduced(chunk, whole)):
+            for ours in reduced.split(PIECE):
+                theirs = torch.empty_like(ours)
+                fabric.exchange([(ours, peer)], [(theirs, peer)]).wait()
+                ours.add_(theirs)
+        v_placement.add_up_tied(in_order)
 
     def to_last_rank(self, store: list[Any], group: Any, micros: int | None) -> list[Any]:
         """Send what the last stage of the pipe up left behind to the pipeline's last rank, behind its own."""
@@ -111,6 +116,24 @@ def _peer(group: Any) -> int:
 def _by_stage(chunks: list[Any], group: Any) -> Iterator[Any]:
     """Yield the chunk down the ranks and the one up them, the earlier stage first: the peer has them in this order."""
     yield from chunks if group.rank() < _peer(group) else reversed(chunks)
+
+
+def _reduced(chunk: Any, whole: bool) -> Iterator[Tensor]:
+    """Yield the gradients of a chunk that this rank holds reduced: all, or with a distributed optimizer its shards.
+
+    The peer's are the same parameters: each chunk has one bucket, and a tied embedding one of its own.
+    """
+    for buffers, groups in (
+        (chunk.buffers, chunk.bucket_groups),
+        (chunk.expert_parallel_buffers, chunk.expert_parallel_bucket_groups),
+    ):
+        for buffer in buffers:
+            if whole or not chunk.ddp_config.use_distributed_optimizer:
+                yield buffer.grad_data
+                continue
+            shards = groups[0].intra_distributed_optimizer_instance_size
+            for bucket in buffer.buckets:
+                yield shard_buffer(bucket.grad_data, shards)[groups[0].intra_distributed_optimizer_instance_rank]
 
 
 def _start_equal(chunks: list[Any], group: Any) -> None:

@@ -66,7 +66,7 @@ class OnLoop:
     def add_tokens(self, tokens: Tensor, group: Any) -> None:
         """Leave the tokens as one last stage has counted them."""
 
-    def add_gradients(self, chunks: list[Any], group: Any) -> None:
+    def add_gradients(self, chunks: list[Any], group: Any, whole: bool) -> None:
         """Leave the gradients of the only copy of each weight."""
 
     def to_last_rank(self, store: list[Any], group: Any, micros: int | None) -> list[Any]:
@@ -182,13 +182,19 @@ def add_tied_gradients(
     old: Callable[..., Any], settings: Settings, chunks: list[Any], *args: Any, **kwargs: Any
 ) -> None:
     """Give both tied weights the sum of their gradients, which the loop's first and last rank reduce to each other."""
-    if not settings.pipeline.on_v:
-        return old(chunks, *args, **kwargs)
+    if settings.pipeline.on_v:
+        add_up_tied(chunks)
+    elif not settings.pipeline.two_copies:
+        # with two copies the sums over them come first
+        old(chunks, *args, **kwargs)
+
+
+def add_up_tied(chunks: list[Any]) -> None:
+    """Give both tied weights the sum of their gradients, where the first and the last of these chunks have them."""
     if pair := tied(chunks):
         ours, copied = pair[0].main_grad, pair[1].main_grad  # type: ignore[attr-defined]
         ours.add_(copied)
         copied.copy_(ours)
-    return None
 
 
 def feed_stages(old: Callable[..., Any], settings: Settings, provider: Any) -> Any:
