@@ -235,7 +235,8 @@ class Pairs(NamedTuple):
         """Return the figures of the pairs."""
         measured, run = self.ours, self.ours.run
         schedule, costs = measured.schedule, measured.costs
-        own = [sum(costs.kept[stage] for stage in mine) for mine in schedule.placement.of_rank]
+        pipes = schedule.placement.pipes
+        own = [sum(costs.kept[stage] for stage in mine) / pipes for mine in schedule.placement.of_rank]
         ours, theirs = self._times(measured.steps), self._times(self.baseline_steps)
         return ScheduleResult(
             schedule=schedule.name,

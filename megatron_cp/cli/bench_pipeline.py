@@ -29,7 +29,9 @@ NO_VERDICT = (
 def pipeline(
     schedule: Annotated[
         list[str] | None,
-        typer.Option(help=f"Schedule on the loop; may be repeated. By default {' and '.join(DEFAULT)}."),
+        typer.Option(
+            help=f"Schedule on the loop, or of two copies; may be repeated. By default {' and '.join(DEFAULT)}."
+        ),
     ] = None,
     ranks: Annotated[
         int, typer.Option("-p", min=2, help="Processes of this machine, one pipeline stage or more each.")
@@ -85,13 +87,11 @@ def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers:
             raise ValueError(f"{rule.name} is 1f1b with moves, whose memory this bench does not see; take 1f1b")
         if rule.delay:
             raise ValueError(f"{rule.name} trains on other weights than Megatron's own schedules; take 1f1b")
-        if rule.placement != "loop" or rule.table is None:
+        if not (rule.placement == "loop" or rule.two_copies) or rule.table is None:
             raise ValueError(f"{rule.name} has no counterpart among Megatron's own schedules; take one on the loop")
         where = place(rule, p, rule.chunks or v)
-        if layers % len(where.rank_of):
-            raise ValueError(
-                f"{layers} layers cannot be divided evenly among {len(where.rank_of)} stages of {rule.name}"
-            )
+        if layers % where.length:
+            raise ValueError(f"{layers} layers cannot be divided evenly among {where.length} stages of {rule.name}")
         odd = next((m for m in micros if where.chunks > 1 and m % p), None)
         if odd:
             near = max(p, round(odd / p) * p)
@@ -113,6 +113,9 @@ def _show(rows: "list[ScheduleResult]", title: str) -> None:
     for row in rows:
         times = " ".join(f"{name} {time:.1f}" for name, time in row.times.items())
         console.print(f"{row.schedule}, m = {row.micros}, medians: {times} T_comm {row.T_comm:.2f}", highlight=False)
+    if two := [row.schedule for row in rows if SCHEDULES.get(row.schedule).two_copies]:
+        names = ", ".join(dict.fromkeys(two))
+        console.print(f"{names}: the sums over both copies come after the step and are not in it", highlight=False)
     for line in _against_interleaved(rows):
         console.print(line, highlight=False, soft_wrap=True)
     share = min(row.core_share for row in rows)

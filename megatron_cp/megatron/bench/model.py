@@ -1,6 +1,6 @@
 """A GPT of Megatron's, cut into stages on the loop, for measurements without `pretrain()`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from megatron_cp.bench.pipeline import GptSize
 from megatron_cp.megatron import hooks
 from megatron_cp.megatron.machine import cpu
+from megatron_cp.megatron.pipeline import two_way
+from megatron_cp.megatron.run import Settings
 
 VOCABULARY = 512
 HEAD_DIM = 64
@@ -44,9 +47,9 @@ class ModelChunks:
 
     def __init__(self, size: GptSize, v: int, overlap: bool = False) -> None:
         parallel_state.set_virtual_pipeline_model_parallel_world_size(v if v > 1 else None)
-        self._size = size
+        self.size = size
         config = config_of(size, v)
-        self.model = [_chunk(config, size, number if v > 1 else None, overlap) for number in range(v)]
+        self.model = self._built(config, v, overlap)
         config.finalize_model_grads_func = finalize_model_grads
         if overlap:
             functions = [chunk.no_sync for chunk in self.model]
@@ -55,16 +58,23 @@ class ModelChunks:
         self._tokens = torch.randint(VOCABULARY, (BATCHES, 1, size.seq + 1), generator=generator).cuda()
         self._positions = torch.arange(size.seq)[None].cuda()
 
+    def _built(self, config: TransformerConfig, v: int, overlap: bool) -> list[Any]:
+        numbers: Sequence[int | None] = range(v) if v > 1 else (None,)
+        return [_reducing(config, _stage(config, self.size, number), overlap) for number in numbers]
+
+    def _feeds(self, m: int) -> list[Iterator[Tensor]]:
+        return [iter(self._tokens[:m]) for _ in self.model]
+
     def step(self, function: Callable[..., Any], m: int) -> list[float]:
         """Run one step of a forward-backward function; return the losses of the microbatches, on the last rank."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         losses = function(
             forward_step_func=self._forward_step,
-            data_iterator=[iter(self._tokens[:m]) for _ in self.model],
+            data_iterator=self._feeds(m),
             model=self.model,
             num_microbatches=m,
-            seq_length=self._size.seq,
+            seq_length=self.size.seq,
             micro_batch_size=1,
             forward_only=False,
         )
@@ -86,6 +96,40 @@ class ModelChunks:
         # Megatron's block would keep the input of its last forward alive after its last use
         chunk.module.set_input_tensor(None)
         return output, _loss
+
+
+class TwoCopies(ModelChunks):
+    """The same model with a second copy up the ranks, as a schedule with two pipes trains it."""
+
+    def __init__(self, one_copy: ModelChunks, settings: Settings) -> None:
+        self._one_copy, self._settings = one_copy, settings
+        super().__init__(one_copy.size, 1)
+
+    def _built(self, config: TransformerConfig, v: int, overlap: bool) -> list[Any]:
+        def stage(_: Any, groups: ProcessGroupCollection, __: Any) -> list[Any]:
+            return [_stage(config, self.size, None, groups)]
+
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        stages = two_way.build_stages(stage, self._settings, stage, groups, None)
+        chunks = [_reducing(config, one, overlap) for one in stages]
+        with torch.no_grad():
+            for ours, theirs in zip(chunks[0].parameters(), self._one_copy.model[0].parameters(), strict=True):
+                ours.copy_(theirs)
+        two_way.start_equal(chunks, groups.pp)
+        return chunks
+
+    def _feeds(self, m: int) -> list[Iterator[Tensor]]:
+        return [iter(self._tokens[:m])]
+
+    def step(self, function: Callable[..., Any], m: int) -> list[float]:
+        """Run one step; return the losses of both pipes' microbatches on the last rank, as with one copy."""
+        losses = super().step(function, m)
+        return losses if parallel_state.is_pipeline_last_stage() else []
+
+    @property
+    def gradients(self) -> Tensor:
+        """Return a copy of the gradients of the stage down the ranks, with those of its other copy."""
+        return torch.cat([buffer.grad_data for buffer in self.model[0].buffers])
 
 
 def _loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,8 +156,10 @@ def config_of(size: GptSize, v: int) -> TransformerConfig:
     )
 
 
-def _chunk(config: TransformerConfig, size: GptSize, number: int | None, overlap: bool) -> Any:
-    model = GPTModel(
+def _stage(
+    config: TransformerConfig, size: GptSize, number: int | None, groups: ProcessGroupCollection | None = None
+) -> GPTModel:
+    return GPTModel(
         config,
         get_gpt_layer_local_spec(),
         VOCABULARY,
@@ -121,6 +167,10 @@ def _chunk(config: TransformerConfig, size: GptSize, number: int | None, overlap
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
         vp_stage=number,
+        pg_collection=groups,
     )
+
+
+def _reducing(config: TransformerConfig, model: GPTModel, overlap: bool) -> Any:
     reduction = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
     return DistributedDataParallel(config, reduction, model.cuda(torch.cuda.current_device()))

@@ -101,7 +101,7 @@ def build_stages(
     with seen_as(mine.pp.rank()):
         up = old(build, mine, vp_size, *args)
     chunks = [*down, *up]
-    _start_equal(chunks, groups.pp)
+    start_equal(chunks, groups.pp)
     for parameter in chunks[1].parameters():
         # so Megatron marks a weight of which another rank has the one that counts in norms
         parameter.shared = True
@@ -136,7 +136,7 @@ def _reduced(chunk: Any, whole: bool) -> Iterator[Tensor]:
                 yield shard_buffer(bucket.grad_data, shards)[groups[0].intra_distributed_optimizer_instance_rank]
 
 
-def _start_equal(chunks: list[Any], group: Any) -> None:
+def start_equal(chunks: list[Any], group: Any) -> None:
     """Copy the weights of the pipe down to the pipe up; each rank of Megatron's draws its own."""
     wire, peer, device = Wire(group), _peer(group), torch.cuda.current_device()
     for chunk in _by_stage(chunks, group):

@@ -26,7 +26,8 @@ from megatron_cp.pipeline.simulate import simulate
 from tests.ranks import RankError, run_ranks
 
 LOOP = [rule for rule in SCHEDULES if rule.placement == "loop" and rule.table and not (rule.lends or rule.delay)]
-ONE_CHUNK = ScheduleGroup(1, tuple(rule.name for rule in LOOP if rule.chunks == 1), (4,))
+# gradients of two copies are compared with those of one
+ONE_CHUNK = ScheduleGroup(1, (*(rule.name for rule in LOOP if rule.chunks == 1), "chimera-zb"), (4,))
 TWO_CHUNKS = ScheduleGroup(2, tuple(rule.name for rule in LOOP if rule.chunks is None), (4,))
 TINY = GptSize(ranks=2, layers=4, hidden=64, seq=128)
 
@@ -55,7 +56,7 @@ def timed(groups):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Every schedule on the loop, by name."""
+    """Every schedule on the loop and one of two copies, by name."""
     groups = [ONE_CHUNK, TWO_CHUNKS]
     taken = run_ranks(2, timed, groups)
     return {pair.ours.schedule.name: pair for pair in pairs(groups, taken)}
