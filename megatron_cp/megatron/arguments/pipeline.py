@@ -339,6 +339,11 @@ COPIES_UNSUPPORTED = (
         "leave --pp-offload out, or take zb-v",
     ),
     Unsupported(
+        "islands of data-parallel ranks, for their averages with two copies are not tested",
+        lambda args: read(args, "local_sgd_steps") is not None,
+        "leave --local-sgd-steps out, or take zb-v",
+    ),
+    Unsupported(
         "batches that a plan makes, whose numbers of microbatches may be odd",
         lambda args: read(args, "cp_plan") is not None,
         "leave --cp-plan out, or take zb-v",

@@ -183,6 +183,7 @@ REFUSED = {
     ),
     "chunks": ("--num-virtual-stages-per-pipeline-rank 2", "chimera has 1 chunk per rank, got"),
     "multi-token prediction": ("--mtp-num-layers 1", "chimera does not do multi-token prediction"),
+    "islands": ("--use-distributed-optimizer --local-sgd-steps 2", "leave --local-sgd-steps out, or take zb-v"),
     "moves": ("--pp-offload 2", "chimera does not do activations that move"),
     "legacy checkpoint": ("--ckpt-format torch --save somewhere", "leave --ckpt-format out"),
 }
