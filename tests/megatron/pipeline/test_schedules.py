@@ -109,26 +109,31 @@ def test_several_chunks_per_rank_train_as_interleaved(megatrons_own, schedule):
     assert_bit_equal(run(2, TWO, CHUNKS, EVALUATED, f"--pp-schedule {schedule}"), expected)
 
 
+TP = "--tensor-model-parallel-size 2"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
 ONE_CHUNK, TWO_CHUNKS = ("zb-h1", ""), ("izb", CHUNKS)
 COMBINED = {
-    "tied embeddings": (2, ONE_CHUNK, (TIED, "--calculate-per-token-loss")),
-    "tied embeddings in chunks": (2, TWO_CHUNKS, (TIED,)),
-    "tensor and sequence parallel": (4, TWO_CHUNKS, ("--tensor-model-parallel-size 2 --sequence-parallel",)),
-    "tensor parallel, biases": (4, ONE_CHUNK, ("--tensor-model-parallel-size 2 --add-qkv-bias",)),
-    "context parallel": (4, TWO_CHUNKS, ("--context-parallel-size 2 --cp-comm-type zigzag",)),
-    "data parallel, overlapped": (4, ONE_CHUNK, ("--overlap-grad-reduce",)),
-    "distributed optimizer": (
-        4,
-        TWO_CHUNKS,
-        ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
-    ),
-    "expert parallel": (4, TWO_CHUNKS, ("--expert-model-parallel-size 2", EXPERTS)),
-    "bf16": (2, TWO_CHUNKS, ("--bf16",)),
-    "full recompute": (
+    "tied embeddings, full recompute": (
         2,
         ONE_CHUNK,
-        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",),
+        (
+            TIED,
+            "--calculate-per-token-loss",
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        ),
+    ),
+    "tied embeddings in chunks, distributed optimizer in bf16": (
+        4,
+        TWO_CHUNKS,
+        (TIED, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+    ),
+    "tensor and sequence parallel": (4, TWO_CHUNKS, (TP, "--sequence-parallel")),
+    "tensor parallel, biases": (4, ONE_CHUNK, (TP, "--add-qkv-bias")),
+    "context parallel, experts": (4, TWO_CHUNKS, (EXPERTS, "--context-parallel-size 2 --cp-comm-type zigzag")),
+    "expert parallel, overlapped": (
+        4,
+        ONE_CHUNK,
+        (EXPERTS, "--expert-model-parallel-size 2 --overlap-grad-reduce"),
     ),
 }
 
@@ -139,6 +144,7 @@ CHOSEN = ["tensor and sequence parallel"]
 @pytest.mark.parametrize("case", slow_unless(CHOSEN, COMBINED))
 def test_combined_with_other_features_trains_as_megatrons_own(megatrons_own, case):
     world_size, (schedule, chunks), flags = COMBINED[case]
+    flags = (*flags, "--train-iters 2")
     assert_bit_equal(
         run(world_size, TWO, chunks, *flags, f"--pp-schedule {schedule}"),
         megatrons_own(world_size, TWO, chunks, *flags),
@@ -181,8 +187,9 @@ def test_whole_and_split_backwards_in_one_step_train_as_1f1b(megatrons_own, worl
 
 
 @pytest.mark.slow
-def test_four_ranks_train_as_1f1b(megatrons_own):
-    assert_bit_equal(run(4, FOUR, "--pp-schedule zb-h1"), megatrons_own(4, FOUR))
+def test_four_uneven_stages_train_as_1f1b(megatrons_own):
+    uneven = (FOUR, "--num-layers 5 --decoder-first-pipeline-num-layers 2")
+    assert_bit_equal(run(4, *uneven, "--pp-schedule zb-h1"), megatrons_own(4, *uneven))
 
 
 @pytest.mark.slow
@@ -192,14 +199,8 @@ def test_four_ranks_train_as_interleaved(megatrons_own):
 
 
 def test_fewer_microbatches_than_ranks_train_as_1f1b(megatrons_own):
-    few = "--pipeline-model-parallel-size 4 --global-batch-size 4"
-    assert_bit_equal(run(4, few, "--pp-schedule zb-h1"), megatrons_own(4, few))
-
-
-@pytest.mark.slow
-def test_uneven_stages_train_as_1f1b(megatrons_own):
-    uneven = (TWO, "--decoder-first-pipeline-num-layers 3")
-    assert_bit_equal(run(2, *uneven, "--pp-schedule zb-h1"), megatrons_own(2, *uneven))
+    few = "--pipeline-model-parallel-size 3 --num-layers 3 --global-batch-size 4 --train-iters 2"
+    assert_bit_equal(run(3, few, "--pp-schedule zb-h1"), megatrons_own(3, few))
 
 
 @pytest.mark.slow
