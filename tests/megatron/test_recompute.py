@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from megatron_cp.context import BACKENDS
 from megatron_cp.megatron.process.launch import launched
 from megatron_cp.megatron.rebind import replace, restore
 from tests.megatron.pretraining import losses_of_each_iteration, start_from_names, tiny
 from tests.megatron.test_packed import corpus_of_documents
-from tests.megatron.test_parity import LATENT, context
+from tests.megatron.test_parity import LATENT, OPTIMIZER, PIPELINE, RECOMPUTED, TENSOR, context
 from tests.ranks import run_ranks
 
 
@@ -59,38 +58,32 @@ def trained(flags: list[str]) -> Run:
     return Run(log, sum(core.plan.sent for _, core in core_attentions(built)), len(calls))
 
 
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective"
-PP2 = "--pipeline-model-parallel-size 2"
+OFFLOAD = "--pipeline-model-parallel-size 4 --num-layers 4 --global-batch-size 8 --pp-schedule 1f1b --pp-offload 2"
 # ranks, how attention is recomputed, the rest of the run
 CASES = {
-    "selective": (2, SELECTIVE, context("zigzag", 2)),
-    "one layer of two": (2, BLOCK, context("ulysses", 2)),
-    "four ranks": (4, FULL, context("usp", 4)),
-    "sinks": (2, FULL, f"{context('ulysses', 2)} --softmax-type learnable"),
-    "dropout": (2, FULL, f"{context('zigzag', 2)} --attention-dropout 0.1 --cp-kernel reference"),
-    "tensor and sequence parallel": (
-        4,
-        FULL,
-        f"{context('zigzag', 2)} --tensor-model-parallel-size 2 --sequence-parallel",
+    "selective, sinks": (2, SELECTIVE, f"{context('ulysses', 2)} --softmax-type learnable"),
+    "one layer of two, dropout": (
+        2,
+        BLOCK,
+        f"{context('zigzag', 2)} --attention-dropout 0.1 --cp-kernel reference",
     ),
-    "zb-h1": (4, FULL, f"{context('ulysses', 2)} {PP2} --pp-schedule zb-h1"),
-    "slices": (4, FULL, f"{context('zigzag', 2)} {PP2} --pp-schedule 1f1b --pp-slices 2"),
-    "offload": (
+    "tensor and sequence parallel, distributed optimizer, multi-token prediction": (
         4,
-        FULL,
-        "--pipeline-model-parallel-size 4 --num-layers 4 --global-batch-size 16 --pp-schedule 1f1b --pp-offload 2 "
-        "--cp-comm-type zigzag",
+        RECOMPUTED,
+        f"{context('zigzag', 2)} {TENSOR} {OPTIMIZER} --mtp-num-layers 1",
     ),
-    "distributed optimizer": (
-        4,
-        FULL,
-        f"{context('zigzag', 2)} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    "slices": (4, RECOMPUTED, f"{context('zigzag', 2)} {PIPELINE} --pp-schedule 1f1b --pp-slices 2"),
+    "zb-h1": (4, RECOMPUTED, f"{context('ulysses', 2)} {PIPELINE} --pp-schedule zb-h1"),
+    "offload": (4, RECOMPUTED, f"{OFFLOAD} --cp-comm-type zigzag"),
+    "latent attention, packed documents": (
+        2,
+        RECOMPUTED,
+        f"{context('zigzag', 2)} {LATENT} --cp-latent --dataloader-inter-document-masking",
     ),
-    "multi-token prediction": (2, FULL, f"{context('zigzag', 2)} --mtp-num-layers 1"),
-    "latent attention": (2, FULL, f"{context('zigzag', 2)} {LATENT} --cp-latent"),
-    "packed documents": (2, FULL, f"{context('all-gather', 2)} --dataloader-inter-document-masking"),
+    # the other loops are among the cases above, and tests/context/test_keep.py has all
+    "other backends": (4, RECOMPUTED, f"{context('usp distflash fpdt wallfacer', 4)} --num-layers 4"),
 }
 
 
@@ -98,7 +91,7 @@ def compare(ranks: int, recompute: str, others: str, data: str = "") -> list[lis
     """The ranks' runs without recomputation, with attention kept, and with all of it repeated."""
     without = "--mock-data" if data else ""
     if LATENT in others:
-        without, others = "--group-query-attention", f"{others} --num-query-groups 4"
+        without, others = f"{without} --group-query-attention", f"{others} --num-query-groups 4"
     return [
         run_ranks(ranks, trained, tiny(others, data, added, "--train-iters 2", without=without))
         for added in ("", f"{recompute} --cp-keep-attention", recompute)
@@ -116,15 +109,3 @@ def test_attention_is_computed_and_sent_once_and_no_bit_changes(case: str, tmp_p
         assert kept.calls == once.calls
         assert 0 < kept.calls < twice.calls
         assert kept.sent < twice.sent or "context-parallel-size" not in others
-
-
-# the other loops are among the cases above, and tests/context/test_keep.py has all
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["distflash", "fpdt", "wallfacer"])
-def test_other_backends_send_as_much_as_without_recomputation(backend: str) -> None:
-    # on two ranks a grid has one axis
-    size = 4 if BACKENDS.get(backend).needs_grid else 2
-    for once, kept, twice in zip(*compare(size, FULL, context(backend, size)), strict=True):
-        assert kept == once
-        assert kept.log == twice.log
-        assert kept.sent < twice.sent
