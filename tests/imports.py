@@ -35,6 +35,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
 def files() -> Graph:
     """The files that each file imports."""
     known = {module_of(path): name_of(path) for path in FILES}

@@ -62,7 +62,7 @@ def test_every_backend_is_timed_and_checked(tmp_path):
 @pytest.fixture(scope="module")
 def small_rows():
     selection = Selection(("zigzag", "ulysses"), predict=True)
-    return {row.backend: row for row in bench(selection, 2, [AttentionShape(256, heads=2, kv_heads=2)], 3).rows}
+    return {row.backend: row for row in bench(selection, 2, [AttentionShape(256, heads=2, kv_heads=2)], 1).rows}
 
 
 def test_traffic_is_the_formulas_bytes(small_rows):

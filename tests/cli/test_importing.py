@@ -63,7 +63,8 @@ def test_a_command_is_estimated_and_planned(script: str) -> None:
     estimates = [run("estimate", "--json", *cluster, *words)[0] for words in ((script,), ("--", *COMMAND.split()))]
     assert '"step_seconds"' in estimates[0]
     assert estimates[0] == estimates[1]
-    assert "on 8 GPUs of h100-ib" in run("plan", "--seq", "8K", "--gpus", "8", *cluster, "--", *COMMAND.split())[0]
+    sizes = "--seq 8K --gpus 8 --backends zigzag --schedules 1f1b".split()
+    assert "on 8 GPUs of h100-ib" in run("plan", *sizes, *cluster, "--", *COMMAND.split())[0]
 
 
 @pytest.mark.parametrize(

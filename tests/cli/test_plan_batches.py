@@ -5,7 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from megatron_cp.batches import ALGORITHMS
+from docs import generate
+from megatron_cp.batches import ALGORITHMS, published_mixes
 from megatron_cp.cli import app
 from megatron_cp.corpus.mixes import MIXES, drawn
 
@@ -87,7 +88,10 @@ def test_memory_decides_where_no_tokens_are_given(documents):
 
 
 @pytest.mark.slow
-def test_published_mixes_stand_beside_the_claims():
+@pytest.mark.xdist_group("published mixes")
+def test_published_mixes_stand_beside_the_claims(monkeypatch):
+    # planned once for the tests of the pages and this one
+    monkeypatch.setattr(published_mixes, "mix_rows", lambda record: iter(generate.published_steps()))
     rows = json.loads(printed("plan-batches", "--published", "--json"))
     assert [row["mix"] for row in rows[::3]] == list(MIXES)
     for row in rows:

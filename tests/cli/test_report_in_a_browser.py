@@ -79,26 +79,19 @@ def colours(picture: Path) -> int:
     return len(found or [])
 
 
-def test_a_run_is_drawn(tmp_path: Path) -> None:
+def test_a_run_is_drawn_and_its_axis_becomes_tokens(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "one")
     reported(run, "--cluster", "dgx-h100")
-    seen = browser.look(run / "report.html", tmp_path / "seen.png")
-    assert seen.console == []
-    # loss, learning rate, gradient norm, step time, tokens/s, memory, balance, experts
-    assert panels(seen) == 8
-    assert colours(tmp_path / "seen.png") > 100
-    for text in ("validation", "learning rate", "iteration", "skipped iterations", "NaN iterations"):
-        assert text in seen.dom
-
-
-def test_the_axis_becomes_tokens(tmp_path: Path) -> None:
-    run = run_folder(tmp_path / "one")
-    reported(run)
     page = run / "report.html"
     page.write_text(page.read_text().replace("</body>", CLICK))
     seen = browser.look(page, tmp_path / "seen.png")
     assert seen.console == []
     assert 'data-axis="tokens"' in seen.dom
+    # loss, learning rate, gradient norm, step time, tokens/s, memory, balance, experts
+    assert panels(seen) == 8
+    assert colours(tmp_path / "seen.png") > 100
+    for text in ("validation", "learning rate", "iteration", "skipped iterations", "NaN iterations"):
+        assert text in seen.dom
 
 
 def test_runs_are_compared(tmp_path: Path) -> None:

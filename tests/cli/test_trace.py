@@ -8,7 +8,7 @@ from megatron_cp.context import BACKENDS
 from tests.context.trace.broken import swap_owners
 
 PASS = {"work", "sent", "received", "peak", "time", "ideal"}
-SMALL = ("--ranks", "4", "--seq", "4096", "--heads", "8", "--kv-heads", "2", "--head-dim", "64")
+SMALL = ("--ranks", "4", "--seq", "1024", "--heads", "8", "--kv-heads", "2", "--head-dim", "64")
 
 CLUSTER = """\
 compute:
@@ -49,7 +49,7 @@ def test_one_object_with_the_proof_and_both_passes(backend):
         one = found[name]
         assert set(one) >= PASS
         assert all(len(one[key]) == 4 for key in ("work", "sent", "received", "peak"))
-        assert sum(one["work"]) == 8 * 4096 * 4097 // 2
+        assert sum(one["work"]) == 8 * 1024 * 1025 // 2
         assert sum(one["sent"]) == sum(one["received"]) > 0
         assert one["time"] >= one["ideal"] > 0
 
@@ -59,7 +59,7 @@ def test_a_window_costs_less():
         json.loads(run("--backend", "zigzag", *SMALL, "--causal", *more, "--json").stdout)["forward"]
         for more in ((), ("--window", "100"))
     )
-    assert sum(window["work"]) == 8 * (101 * 4096 - 100 * 101 // 2)
+    assert sum(window["work"]) == 8 * (101 * 1024 - 100 * 101 // 2)
     assert sum(window["sent"]) < sum(full["sent"])
 
 
@@ -111,7 +111,7 @@ def test_pictures_and_events(tmp_path):
     events = json.loads(files[2].read_text())["traceEvents"]
     assert {event["name"] for event in events if event["ph"] == "M"} == {"process_name", "thread_name"}
     kernels = [event for event in events if event["name"] == "kernels"]
-    assert sum(event["args"]["work"] for event in kernels) == 2 * 8 * 4096**2
+    assert sum(event["args"]["work"] for event in kernels) == 2 * 8 * 1024**2
     assert [event["ph"] for event in events].count("b") == [event["ph"] for event in events].count("e") > 0
 
 
@@ -174,7 +174,7 @@ def test_a_bad_cluster_is_one_line_with_file_and_line(tmp_path, before, after, m
     [
         (["--backend", "tokenrink"], "did you mean 'tokenring'"),
         (["--cluster", "h100"], "no cluster 'h100'; did you mean 'h100-ib'?"),
-        (["--seq", "4097"], "needs S divisible by 2 * context_parallel_size = 8, got S = 4097; pad to 4104"),
+        (["--seq", "1025"], "needs S divisible by 2 * context_parallel_size = 8, got S = 1025; pad to 1032"),
         (["--backend", "ulysses", "--heads", "2"], "4 ranks cannot share 2 query heads"),
         (["--plot", "trace.gif"], "--plot takes a file that ends in one of"),
         (["--backend", "usp", "--hierarchical-context-parallel-sizes", "3", "2"], "must multiply to --ranks 4"),
@@ -209,9 +209,9 @@ def test_more_chunks_keep_less_alive():
 def test_longer_stripes_are_fewer_tiles_of_the_same_pairs():
     single, blocks = (
         json.loads(run("--backend", "striped", *SMALL, "--causal", "--stripe", stripe, "--json").stdout)
-        for stripe in ("1", "64")
+        for stripe in ("1", "16")
     )
-    assert (single["stripe"], blocks["stripe"]) == (1, 64)
+    assert (single["stripe"], blocks["stripe"]) == (1, 16)
     assert blocks["covered"]
     assert sum(blocks["forward"]["work"]) == sum(single["forward"]["work"])
     assert blocks["forward"]["work"] != single["forward"]["work"]

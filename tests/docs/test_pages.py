@@ -45,6 +45,7 @@ def test_generated_parts_are_current(page) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("published mixes")
 @pytest.mark.parametrize("name", generate.SLOW)
 def test_slow_parts_are_current_and_stale_ones_noticed(name: str) -> None:
     (text,) = (found[0] for page in PAGES for found in generate.PART.finditer(page.read_text()) if found[1] == name)
