@@ -4,7 +4,7 @@ A document gets the cheapest degree, of any number of ranks, that its memory and
 filled by first fit decreasing and then packed as tightly as their documents allow (MULTIFIT: Coffman, Garey and
 Johnson, 1978). Of several such plans, and of the two baselines, the one whose step is shortest is taken: with pipeline
 stages by the schedule's simulation, where slots of like time win.
-Where documents are few, they are then moved between slots and groups as long as the step gets shorter.
+Where documents are few, the shortest slots of all, or of any two, are then found by dynamic programming.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from megatron_cp.batches.assign import Split
 from megatron_cp.batches.blast import consecutive, counts, dealt
-from megatron_cp.batches.branch import branched
 from megatron_cp.batches.homogeneous import homogeneous
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
@@ -48,11 +47,7 @@ def balanced(problem: BatchProblem) -> Sequence[Sequence[Share]]:
     best = min(_candidates(problem, choices), key=lambda slots: placed(NAME, problem, slots).seconds)
     if len(problem.lengths) > FEW or problem.stages > 1:
         return best
-
-    def solve(documents: Sequence[int]) -> Split | None:
-        return branched(problem, documents, _tightest(problem, choices, documents))
-
-    return polished(NAME, problem, best, solve)
+    return polished(NAME, problem, best)
 
 
 def _choices(problem: BatchProblem, length: int) -> list[Choice]:

@@ -1,63 +1,66 @@
-"""Improve the plan of few documents: move one, or swap two, between slots and groups as long as the step shortens."""
+"""Shorten the step of few documents: all slots are made anew where that is quick, else two at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
 
-from megatron_cp.batches.assign import Split
 from megatron_cp.batches.plan import Share, placed
 from megatron_cp.batches.problem import BatchProblem
+from megatron_cp.batches.subsets import shortest, steps
 
-FEW = 12
+FEW = 24
 """Documents of a step up to which this is tried; with more of them the plans leave little."""
-TRIES = 60
-"""Slots for whose documents groups are looked for, at most."""
+STEPS = 40_000_000
+"""Entries of tables that are compared at most, about half a second."""
+SET, LOOK = 40_000, 500
+"""Entries that are compared in the time that a set of slots takes besides, and one that was tried before."""
 BETTER = 1 - 1e-9
 
 type Slots = Sequence[Sequence[Share]]
-type Solve = Callable[[Sequence[int]], Split | None]
 
 
-def polished(name: str, problem: BatchProblem, slots: Slots, solve: Solve) -> Slots:
-    """Return these slots, or those of a shorter step with documents moved between them.
-
-    solve: returns the groups of one slot for its documents, longest first; None where they have no room in it
-    """
-    sets = [tuple(at for at in problem.longest_first if at in _held(slot)) for slot in slots]
-    known: dict[tuple[int, ...], Split | None] = {}
-
-    def step(sets: Sequence[tuple[int, ...]]) -> tuple[float, Slots] | None:
-        for each in sets:
-            if each and each not in known:
-                known[each] = solve(each)
-        splits = [known[each] for each in sets if each]
-        found = [split.shares for split in splits if split]
-        return (placed(name, problem, found).seconds, found) if len(found) == len(splits) else None
-
-    best, going_on = (placed(name, problem, slots).seconds, slots), True
-    if (again := step(sets)) and again[0] < best[0]:
-        best = again
+def polished(name: str, problem: BatchProblem, slots: Slots) -> Slots:
+    """Return these slots, or those of a shorter step."""
+    if steps(problem, len(problem.lengths)) <= STEPS:
+        found = shortest(problem)
+        # a step whose ranks do not begin every slot together may be shorter as it is
+        return slots if found is None else min(slots, found, key=lambda slots: placed(name, problem, slots).seconds)
+    best, left = (placed(name, problem, slots).seconds, slots), STEPS
+    tried: set[tuple[int, ...]] = set()
+    going_on = True
     while going_on:
         going_on = False
-        for moved in _moves(problem, sets):
-            if len(known) >= TRIES:
-                return best[1]
-            tried = step(moved)
-            if tried and tried[0] < BETTER * best[0]:
-                best, sets, going_on = tried, moved, True
+        for some in _sets(len(best[1])):
+            documents = tuple(sorted(at for slot in some for share in best[1][slot] for at in share.documents))
+            left -= LOOK
+            if left < 0:
+                break
+            cost = SET + steps(problem, len(documents))
+            if documents in tried or cost > left:
+                continue
+            tried.add(documents)
+            left -= cost
+            anew = _anew(problem, documents)
+            if not anew:
+                continue
+            moved = [*(slot for at, slot in enumerate(best[1]) if at not in some), *anew]
+            seconds = placed(name, problem, moved).seconds
+            if seconds < BETTER * best[0]:
+                best, going_on = (seconds, moved), True
                 break
     return best[1]
 
 
-def _held(slot: Sequence[Share]) -> set[int]:
-    return {at for share in slot for at in share.documents}
+def _sets(slots: int) -> Iterator[tuple[int, ...]]:
+    """Yield any two slots, then any three and so on."""
+    for size in range(2, slots):
+        yield from combinations(range(slots), size)
 
 
-def _moves(problem: BatchProblem, sets: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Yield the documents of all slots with one in another slot, or two exchanged."""
-    for here, mine in enumerate(sets):
-        for there, theirs in enumerate(sets):
-            for at in mine if here != there else ():
-                for back in (None, *(theirs if here < there else ())):
-                    moved = list(sets)
-                    moved[here] = tuple(one for one in problem.longest_first if one in {*mine, back} - {at})
-                    moved[there] = tuple(one for one in problem.longest_first if one in {*theirs, at} - {back})
-                    yield moved
+def _anew(problem: BatchProblem, documents: Sequence[int]) -> Sequence[Sequence[Share]]:
+    """Return the slots of these documents that are shortest together; none where the groups of one have no place."""
+    some = replace(problem, lengths=tuple(problem.lengths[at] for at in documents), multiple=1)
+    return [
+        [Share(share.degree, tuple(documents[at] for at in share.documents)) for share in slot]
+        for slot in shortest(some) or ()
+    ]

@@ -37,6 +37,8 @@ LARGE = [
     *((make, mix, 8, 4, seed) for make in (published, any_degree) for mix in MIXES for seed in (2, 3)),
     *((published, mix, 12, 8, seed) for mix in MIXES for seed in (1, 2)),
     *((any_degree, mix, 10, 6, seed) for mix in MIXES for seed in (1, 2) if (mix, seed) != ("books", 2)),
+    (any_degree, "books", 9, 6, 2),
+    (published, "books", 16, 8, 1),
     (published, "web", 32, 32, 1, 1024),
 ]
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_cp.batches import ALGORITHMS
-from megatron_cp.batches.assign import Split
-from megatron_cp.batches.branch import branched
 from megatron_cp.batches.buckets import boundaries, rounded
 from megatron_cp.batches.place import place
 from megatron_cp.batches.plan import Share, placed
 from megatron_cp.batches.steps import plan_batch
+from megatron_cp.batches.subsets import shortest
 from megatron_cp.batches.timing import least_slots
 from megatron_cp.batches.wlb import delayed
 from tests.batches.problems import problem
@@ -51,15 +50,20 @@ def test_a_group_waits_for_its_last_rank():
 
 def test_groups_that_are_full_but_for_a_few_tokens_are_found():
     one = problem([138, 112, 108, 101, 98], ranks=6)
-    full = Split(one.rate[5].seconds(459, 50917), (Share(5, (0, 1, 2, 3)), Share(1, (4,))))
-    found = branched(one, range(5), full)
-    assert found.shares == (Share(4, (0, 1, 2)), Share(2, (3, 4)))
-    assert found.seconds == one.rate[4].seconds(358, 138**2 + 112**2 + 108**2) < full.seconds
-    # nothing is faster, and six documents of 100 tokens leave no rank for another
-    assert branched(one, range(5), found) is found
-    assert branched(problem([100] * 6 + [1], ranks=6), range(7), None) is None
+    (found,) = shortest(one)
+    assert sorted(found) == [Share(2, (3, 4)), Share(4, (0, 1, 2))]
+    # six documents of 100 tokens leave no rank for another
+    assert sorted(len(slot) for slot in shortest(problem([100] * 6 + [1], ranks=6))) == [1, 6]
     # groups of two lie inside a node
-    assert branched(problem([150] * 3, ranks=6, degrees=[1, 2], per_node=3), range(3), None) is None
+    assert shortest(problem([150] * 3, ranks=6, degrees=[1, 2], per_node=3)) is None
+
+
+def test_slots_are_shortest_together_with_those_that_fill_up_a_multiple():
+    for multiple, slots in ((1, 2), (2, 2), (3, 3)):
+        one = problem([100, 100, 100, 5], ranks=2, multiple=multiple, lockstep=True)
+        found = shortest(one)
+        assert len(placed("shortest", one, found).slots) == slots
+        assert sorted(at for slot in found for share in slot for at in share.documents) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("per_node", [1, 2, 3, 4, 8])

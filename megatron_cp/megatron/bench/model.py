@@ -99,7 +99,7 @@ class ModelChunks:
 
 
 class TwoCopies(ModelChunks):
-    """The same model with a second copy up the ranks, as a schedule with two pipes trains it."""
+    """One model with a second copy up the ranks, as a schedule with two pipes trains it."""
 
     def __init__(self, one_copy: ModelChunks, settings: Settings) -> None:
         self._one_copy, self._settings = one_copy, settings
