@@ -86,7 +86,7 @@ def test_a_patched_tree_trains_as_the_hooks_do_and_comes_back(tree: Path) -> Non
 def trained_in(tree: Path) -> dict[str, Any]:
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
     command = [*torchrun, "-m", "tests.megatron.patched_run", *FLAGS]
-    values = environment(PYTHONPATH=f"{tree}:{ROOT}")
+    values = environment() | {"PYTHONPATH": f"{tree}:{ROOT}"}
     done = subprocess.run(command, env=values, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith('{"tree"'))
