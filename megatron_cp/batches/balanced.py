@@ -4,7 +4,7 @@ A document gets the cheapest degree, of any number of ranks, that its memory and
 filled by first fit decreasing and then packed as tightly as their documents allow (MULTIFIT: Coffman, Garey and
 Johnson, 1978). Of several such plans, and of the two baselines, the one whose step is shortest is taken: with pipeline
 stages by the schedule's simulation, where slots of like time win.
-Where documents are few, the shortest slots of all, or of any two, are then found by dynamic programming.
+Where documents are few, the shortest slots of all, or of some at a time, are then found by dynamic programming.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

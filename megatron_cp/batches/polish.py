@@ -1,4 +1,4 @@
-"""Shorten the step of few documents: all slots are made anew where that is quick, else two at a time."""
+"""Shorten the step of few documents: all slots are made anew where that is quick, else some at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
