@@ -12,6 +12,12 @@ from megatron_cp.experts.pyramid import FLAG, experts_of_layers
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import ExpertFlags, PipelineFlags, has_our_layers, say
 
+GRAPHS = Unsupported(
+    "CUDA graphs, which know no number of tokens",
+    captures_graphs,
+    "leave --cuda-graph-impl and --enable-cuda-graph out",
+)
+
 UNSUPPORTED = (
     Unsupported(
         "products in FP8 or FP4, which transformer-engine's experts compute",
@@ -36,11 +42,7 @@ UNSUPPORTED = (
         shares_weights_out,
         "use --use-distributed-optimizer",
     ),
-    Unsupported(
-        "CUDA graphs, which know no number of tokens",
-        captures_graphs,
-        "leave --cuda-graph-impl and --enable-cuda-graph out",
-    ),
+    GRAPHS,
     Unsupported(
         "gates and values in interleaved blocks",
         lambda args: read(args, "moe_mlp_glu_interleave_size") is not None,
@@ -72,11 +74,7 @@ UNEXCHANGED = (
         ),
         "leave --overlap-moe-expert-parallel-comm and --overlap-dispatch-backward-with-experts-wgrad out",
     ),
-    Unsupported(
-        "CUDA graphs, which know no number of tokens",
-        captures_graphs,
-        "leave --cuda-graph-impl and --enable-cuda-graph out",
-    ),
+    GRAPHS,
 )
 """Options that an exchange of ours does not serve."""
 
@@ -158,11 +156,7 @@ UNROUTED = (
         lambda args: bool(read(args, "moe_enable_routing_replay", False)),
         "leave --moe-enable-routing-replay out",
     ),
-    Unsupported(
-        "CUDA graphs, which know no number of tokens",
-        captures_graphs,
-        "leave --cuda-graph-impl and --enable-cuda-graph out",
-    ),
+    GRAPHS,
 )
 """Options that a router of ours does not serve."""
 
