@@ -3,15 +3,8 @@
 Tokens are those of one rank, [T, E] with a column for each expert, position by position and in each the samples.
 """
 
-import math
-
 from torch import Tensor
 from torch.nn.functional import pad
-
-
-def capacity_of(tokens: int, choices: int, experts: int, factor: float) -> int:
-    """Return how many of a group's tokens, with so many choices each, an expert takes: `factor` times an even share."""
-    return math.ceil(tokens * choices * factor / experts)
 
 
 def in_groups(x: Tensor, samples: int, size: int | None) -> Tensor:

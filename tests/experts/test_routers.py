@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from megatron_cp.experts.draws import uniform
-from megatron_cp.experts.first_come import capacity_of, first_come, from_groups, in_groups
+from megatron_cp.experts.first_come import first_come, from_groups, in_groups
 from megatron_cp.experts.gshard import dispatched
 from megatron_cp.experts.pyramid import experts_of_layers
 from megatron_cp.experts.residual import expert_share
+from megatron_cp.experts.routed import capacity_of
 from megatron_cp.experts.turns import Turn, Turns
 
 GROUPS, TOKENS, EXPERTS = 3, 40, 5

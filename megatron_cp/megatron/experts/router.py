@@ -18,8 +18,9 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.context.layouts import ZIGZAG, indices
 from megatron_cp.experts import GSHARD, ROUTERS
 from megatron_cp.experts.draws import uniform
-from megatron_cp.experts.first_come import capacity_of, first_come, from_groups, in_groups
+from megatron_cp.experts.first_come import first_come, from_groups, in_groups
 from megatron_cp.experts.gshard import dispatched
+from megatron_cp.experts.routed import capacity_of
 from megatron_cp.experts.turns import Turns
 from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, args_of_run
 

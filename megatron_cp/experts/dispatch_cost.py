@@ -1,0 +1,226 @@
+"""Seconds and bytes of tokens on their way to experts and back: Megatron's dispatchers, two hops, pieces.
+
+Assumed: an all-to-all is a pairwise exchange, p - 1 latencies beside its bytes (Thakur, Rabenseifner and Gropp, 2005,
+Optimization of collective communication operations in MPICH), inside nodes and between them at once. Two hops follow
+one another, and rows are copied for each. On a GPU the messages of pieces go one after the other
+beside the experts, in the order of `megatron_cp.experts.pieces.in_turn`; on a CPU nothing is beside anything.
+"""
+
+from typing import NamedTuple
+
+from megatron_cp.experts import EXCHANGES, MEGATRONS, TWO_HOP
+from megatron_cp.experts.nodes import ranks_of_a_node
+from megatron_cp.hardware.cluster import Cluster, Collective
+from megatron_cp.hardware.operations import collective_seconds
+
+ALLTOALL, ALLGATHER = "alltoall", "allgather"
+"""Megatron's dispatchers, by the names of --moe-token-dispatcher-type."""
+DISPATCHERS = (ALLGATHER, ALLTOALL, "flex")
+
+PROBABILITY, COUNT, CHOSEN = 4, 8, 1
+"""Bytes of a row's probability, of a count of rows, and of whether a token asks for an expert."""
+
+
+class Dispatch(NamedTuple):
+    """How tokens travel to experts and back.
+
+    dispatcher: Megatron's, one of DISPATCHERS; "flex" has the cost of "alltoall"
+    comm_type:  the exchange, a name in EXCHANGES
+    pieces:     into which tokens are cut, as --moe-pieces
+    per_node:   ranks that two hops take for a node, as --moe-ranks-per-node; None for the cluster's
+    """
+
+    dispatcher: str = ALLTOALL
+    comm_type: str = MEGATRONS
+    pieces: int = 1
+    per_node: int | None = None
+
+    @property
+    def two_hops(self) -> bool:
+        """True if tokens travel inside nodes and then between them; ValueError for a name unknown."""
+        return EXCHANGES.get(self.comm_type).name == TWO_HOP
+
+    def __str__(self) -> str:
+        name = TWO_HOP if self.two_hops else self.dispatcher
+        return f"{name} in {self.pieces} pieces" if self.pieces > 1 else name
+
+
+STOCK = Dispatch()
+"""Megatron's alltoall dispatcher as it is."""
+
+
+class ExpertRanks(NamedTuple):
+    """Ranks of a layer's experts.
+
+    sharing: that share them, of expert parallelism
+    tensor:  neighbours that share each of them, of expert tensor parallelism
+    """
+
+    sharing: int
+    tensor: int = 1
+
+    @property
+    def all(self) -> int:
+        """Number of ranks that hold one copy of all experts."""
+        return self.sharing * self.tensor
+
+
+class DispatchSize(NamedTuple):
+    """Size of a layer and microbatch on a rank.
+
+    tokens:    its own
+    rows:      that it sends, or gets where that is more, each token as often as it is routed
+    row_bytes: of a hidden state
+    experts:   of the layer
+    """
+
+    tokens: float
+    rows: float
+    row_bytes: float
+    experts: int
+
+
+class PassSeconds(NamedTuple):
+    """Seconds of a forward and of a backward."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+class SentBytes(NamedTuple):
+    """Bytes that a rank sends inside its node and to other nodes."""
+
+    inside: float
+    between: float
+
+    def plus(self, other: "SentBytes", times: float = 1.0) -> "SentBytes":
+        return SentBytes(self.inside + times * other.inside, self.between + times * other.between)
+
+
+def per_node_of(dispatch: Dispatch, ranks: ExpertRanks, cluster: Cluster) -> int:
+    """Return how many of the ranks that share experts lie on a node; ValueError where two hops find unequal nodes."""
+    node = cluster.ranks_per_node
+    if dispatch.two_hops:
+        node = dispatch.per_node or node
+        return ranks_of_a_node([rank * ranks.tensor // node for rank in range(ranks.sharing)])
+    return min(ranks.sharing, max(1, node // ranks.tensor))
+
+
+def exchange_bytes(size: float, ranks: int, per_node: int, *, two_hops: bool) -> SentBytes:
+    """Return what a rank sends of `size` bytes with an even load, a share of which is its own.
+
+    Of one hop a share goes to each rank. Of two hops, a rank's neighbours get in the first one what they pass on in the
+    second, which sends between nodes as much as one hop does.
+    """
+    near = (per_node - 1) / (per_node if two_hops else ranks)
+    return SentBytes(size * near, size * (ranks - per_node) / ranks)
+
+
+def exchange_seconds(size: float, ranks: ExpertRanks, dispatch: Dispatch, cluster: Cluster) -> float:
+    """Return the seconds of one exchange of `size` bytes of a rank, its own share included."""
+    p, n = ranks.sharing, per_node_of(dispatch, ranks, cluster)
+    sent = exchange_bytes(size, p, n, two_hops=dispatch.two_hops)
+    inside, between = (cluster.link(0, (last - 1) * ranks.tensor) for last in (n, p))
+    near, far = sent.inside / inside.rate("gather"), sent.between / between.rate("gather")
+    if not dispatch.two_hops:
+        return max((n - 1) * inside.least_s + near, (p - n) * between.least_s + far)
+    # rows are read and written before each hop; neither is sorted where one of the two has nothing to send
+    copied = 4 * size / cluster.touch_bytes_per_s if 1 < n < p else 0.0
+    return (n - 1) * inside.least_s + near + (p // n - 1) * between.least_s + far + copied
+
+
+def loop_seconds(pieces: int, there: float, compute: float, back: float, *, beside: bool) -> float:
+    """Return the seconds from the first piece's leaving until the last is back.
+
+    there, back: of each piece's messages, which go one after the other
+    compute: of each piece's experts
+    beside:  messages travel while experts compute
+    """
+    if not beside:
+        return pieces * (there + compute + back)
+    sent = computed = 0.0
+    arrived = []
+    for piece in range(pieces):
+        # the next piece leaves before this one is computed, which goes back before the one after the next leaves
+        while len(arrived) < min(pieces, piece + 2):
+            sent += there
+            arrived.append(sent)
+        computed = max(computed, arrived[piece]) + compute
+        sent = max(sent, computed) + back
+    return sent
+
+
+def dispatch_seconds(
+    dispatch: Dispatch, size: DispatchSize, ranks: ExpertRanks, cluster: Cluster, experts: PassSeconds
+) -> PassSeconds:
+    """Return the seconds of a layer and microbatch in which tokens travel and no expert computes.
+
+    Rows travel there and back in each pass, probabilities there in forward and their gradients back in backward, each
+    in a message of its own. Expert tensor parallelism gathers the rows of its ranks and adds up what they make of them.
+
+    experts: of a rank's experts in a pass, all pieces together
+    Raises ValueError where two hops find unequal nodes.
+    """
+    if dispatch.dispatcher == ALLGATHER:
+        return _gathered(size, ranks, cluster)
+    pieces = dispatch.pieces
+    rows, probabilities = size.rows * size.row_bytes / pieces, size.rows * PROBABILITY / pieces
+    states, chances = (exchange_seconds(each, ranks, dispatch, cluster) for each in (rows, probabilities))
+    (gather, scatter), (gather_chances, scatter_chances) = (
+        [collective_seconds(cluster, kind, each * ranks.tensor, ranks.tensor, 1) for kind in ("gather", "scatter")]
+        for each in (rows, probabilities)
+    )
+    beside = cluster.device == "cuda"
+    forward = loop_seconds(
+        pieces, states + chances, experts.forward / pieces + gather + gather_chances + scatter, states, beside=beside
+    )
+    backward = loop_seconds(
+        pieces, states, experts.backward / pieces + gather + scatter + scatter_chances, states + chances, beside=beside
+    )
+    counted = pieces * _counts(dispatch, size, ranks, cluster)
+    return PassSeconds(counted + forward - experts.forward, backward - experts.backward)
+
+
+def dispatch_bytes(dispatch: Dispatch, size: DispatchSize, ranks: ExpertRanks, cluster: Cluster) -> SentBytes:
+    """Return what a rank sends for a layer and microbatch, forward and backward, counts of rows left out."""
+    p = ranks.all
+    if dispatch.dispatcher == ALLGATHER:
+        # states there and back in each pass, probabilities and their gradients, and who asks for whom
+        each = 4 * size.row_bytes + size.experts * (2 * PROBABILITY + CHOSEN)
+        return _around((p - 1) * size.tokens * each, p, cluster)
+    once = size.rows * (4 * size.row_bytes + 2 * PROBABILITY)
+    sent = exchange_bytes(once, ranks.sharing, per_node_of(dispatch, ranks, cluster), two_hops=dispatch.two_hops)
+    return sent.plus(_around((ranks.tensor - 1) * once, ranks.tensor, cluster))
+
+
+def _gathered(size: DispatchSize, ranks: ExpertRanks, cluster: Cluster) -> PassSeconds:
+    """Return the seconds of gathering all tokens of all ranks and of adding up what their experts make of them."""
+
+    def seconds(kind: Collective, each: float) -> float:
+        return collective_seconds(cluster, kind, ranks.all * size.tokens * each, ranks.all, 1)
+
+    gather, scatter = seconds("gather", size.row_bytes), seconds("scatter", size.row_bytes)
+    probabilities, chosen = size.experts * PROBABILITY, size.experts * CHOSEN
+    return PassSeconds(
+        gather + scatter + seconds("gather", probabilities) + seconds("gather", chosen),
+        gather + scatter + seconds("scatter", probabilities),
+    )
+
+
+def _counts(dispatch: Dispatch, size: DispatchSize, ranks: ExpertRanks, cluster: Cluster) -> float:
+    """Return the seconds of gathering how many rows each rank has for each expert, with two hops for each rank too."""
+    seconds = collective_seconds(cluster, "gather", ranks.all * size.experts * COUNT, ranks.all, 1)
+    if not dispatch.two_hops:
+        return seconds
+    n = per_node_of(dispatch, ranks, cluster)
+    return seconds + collective_seconds(cluster, "gather", n * ranks.sharing * COUNT, n, ranks.tensor)
+
+
+def _around(size: float, ranks: int, cluster: Cluster) -> SentBytes:
+    """Return `size` bytes of a ring of neighbours by level: of its hops one for each node leaves it."""
+    away = 0.0 if ranks <= cluster.ranks_per_node else 1 / cluster.ranks_per_node
+    return SentBytes(size * (1 - away), size * away)
