@@ -58,6 +58,9 @@ def estimate(
     against: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Another recipe, whose estimate stands beside this one.")
     ] = None,
+    skew: Annotated[
+        float, typer.Option(min=0, help="Exponent of Zipf's law for the loads of experts; 0 for equal loads.")
+    ] = 0.0,
     measure: Annotated[
         bool,
         typer.Option(help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate."),
@@ -75,9 +78,11 @@ def estimate(
     if name is None:
         raise ValueError("give a recipe, or --published")
     run = load(name, Unset(config.environment()), flags or [])
-    found, left_out = estimate_recipe(run, cluster), unmodelled(run)
+    found, left_out = estimate_recipe(run, cluster, skew), unmodelled(run)
     other_run = recipe.load(against, Unset(config.environment())) if against else None
-    other, other_left_out = (estimate_recipe(other_run, cluster), unmodelled(other_run)) if other_run else (None, [])
+    other, other_left_out = (
+        (estimate_recipe(other_run, cluster, skew), unmodelled(other_run)) if other_run else (None, [])
+    )
     taken = _train(name, flags or []) if measure else None
     if as_json:
         more: dict[str, object] = {} if taken is None else {"measured": taken._asdict()}
@@ -152,8 +157,11 @@ def _compare(found: "Estimate", taken: Taken) -> None:
     Console().print(table)
 
 
-def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate":
-    """Return the estimate of a recipe's step; raises ValueError where neither it nor `cluster` names a cluster."""
+def estimate_recipe(run: recipe.Recipe, cluster: str | None = None, skew: float = 0.0) -> "Estimate":
+    """Return the estimate of a recipe's step; raises ValueError where neither it nor `cluster` names a cluster.
+
+    skew: exponent of Zipf's law for the loads of experts
+    """
     from megatron_cp.context.trace.record import record
     from megatron_cp.planner.estimate import estimate as of_step
     from megatron_cp.planner.model import model_of
@@ -161,6 +169,7 @@ def estimate_recipe(run: recipe.Recipe, cluster: str | None = None) -> "Estimate
     from megatron_cp.planner.work import RankConfig
 
     model, machines, seq = model_of(run), cluster_for(run, cluster), run.required("--seq-length")
+    model = replace(model, routing=model.routing._replace(skew=skew))
     parallel = _settled(RankConfig(model=model, parallel=parallel_of(run, model.layers), cluster=machines, seq=seq))
     return of_step(model, parallel, machines, seq, record)
 
@@ -193,7 +202,14 @@ def _as_json(found: "Estimate") -> dict[str, object]:
         "fits": found.fits,
         "warnings": warnings(found.parallel, found.cluster),
         "traffic_bytes": {level: getattr(found.traffic, level)._asdict() for level in ("inside", "between")},
+        **({"experts": _experts(found)} if found.model.experts else {}),
     }
+
+
+def _experts(found: "Estimate") -> dict[str, object]:
+    from megatron_cp.planner.dispatch import routed_share
+
+    return {"dispatch": str(found.rank.dispatch), **routed_share(found.rank)._asdict()}
 
 
 def _show(found: "Estimate") -> None:
@@ -215,10 +231,24 @@ def _show(found: "Estimate") -> None:
     for part, seconds in found.parts._asdict().items():
         time.add_row(IN_WORDS[part], f"{seconds:.4g}", f"{seconds / found.seconds:.1%}")
     console.print(time, _memory(found), _traffic(found))
+    if found.model.experts:
+        _show_experts(found, console)
     for warning in warnings(found.parallel, found.cluster):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     if not found.fits:
         console.print(f"does not fit: a rank has {(found.cluster.memory_bytes or 0) / 1e9:,.0f} GB", highlight=False)
+
+
+def _show_experts(found: "Estimate", console: Console) -> None:
+    from megatron_cp.planner.dispatch import placement_why, routed_share
+
+    console.print(
+        f"tokens travel to experts by {found.rank.dispatch}; {routed_share(found.rank)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if found.model.routing.skew and (why := placement_why(found.rank)):
+        console.print(why, highlight=False, soft_wrap=True)
 
 
 def _memory(found: "Estimate") -> Table:

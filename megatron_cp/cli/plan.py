@@ -1,6 +1,7 @@
 """`megatron-cp plan`: find the parallel sizes that train a model fastest on a number of GPUs of a cluster."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,8 @@ from rich.table import Column, Table
 
 from megatron_cp import config
 from megatron_cp.cli.importing import load
+from megatron_cp.experts import EXCHANGES
+from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.search import CONTEXT, HEADROOM, SCHEDULED, FixedSizes
 from megatron_cp.recipe import recipe
@@ -62,6 +65,18 @@ def plan(
     pp_slices: Annotated[
         str, typer.Option(help="Numbers of slices of a sequence to weigh beside whole sequences, with commas.")
     ] = "",
+    moe_exchanges: Annotated[
+        str,
+        typer.Option(
+            help=f"Exchanges of experts to weigh beside Megatron's dispatchers, with commas, or {AUTO} for all."
+        ),
+    ] = "",
+    moe_pieces: Annotated[
+        str, typer.Option(help="Numbers of pieces of routed tokens to weigh beside whole microbatches, with commas.")
+    ] = "",
+    skew: Annotated[
+        float, typer.Option(min=0, help="Exponent of Zipf's law for the loads of experts; 0 for equal loads.")
+    ] = 0.0,
     tp: Annotated[
         int | None,
         typer.Option("--tp", "--tensor-model-parallel-size", min=1, help="Fix TP; a size not given is searched."),
@@ -101,8 +116,9 @@ def plan(
     if 2 * tokens < length:
         raise ValueError(f"--tokens-per-batch {tokens:,} must be at least a sequence of {length:,} tokens; raise it")
     run = load(words[0], Unset(config.environment()), words[1:])
+    model_sizes = model_of(run)
     request = PlanRequest(
-        model=model_of(run),
+        model=replace(model_sizes, routing=model_sizes.routing._replace(skew=skew)),
         seq=length,
         gpus=ranks,
         cluster=load_cluster(cluster),
@@ -113,6 +129,8 @@ def plan(
         slices=tuple(count(one, "--pp-slices") for one in pp_slices.replace(",", " ").split()),
         tensor=_tensor_schemes(tp_schemes),
         tp_overlap=tp_comm_overlap,
+        exchanges=_exchanges(moe_exchanges),
+        pieces=tuple(count(one, "--moe-pieces") for one in moe_pieces.replace(",", " ").split()),
         precision=PLANNED[precision],
         fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
         headroom=headroom,
@@ -141,6 +159,12 @@ def _tensor_schemes(text: str) -> tuple[str, ...]:
     return tuple(known if AUTO in names else dict.fromkeys([MEGATRONS, *names]))
 
 
+def _exchanges(text: str) -> tuple[str, ...]:
+    words = text.replace(",", " ").split()
+    names = EXCHANGES.names if AUTO in words else [EXCHANGES.get(name).name for name in words]
+    return tuple(name for name in dict.fromkeys(names) if name != MEGATRONS_EXCHANGE)
+
+
 def model_source(model: str) -> str:
     """Return the recipe that describes a model: a shipped one's name, or the path of a file."""
     if model in (known := _models()):
@@ -167,6 +191,7 @@ def _plain(one: "Estimate") -> dict[str, Any]:
         **({"pp_slices": parallel.slices} if parallel.slices > 1 else {}),
         **({"tp_comm_type": parallel.tp_scheme} if parallel.tp_scheme != MEGATRONS else {}),
         **({"tp_grid": list(parallel.tp_grid)} if parallel.tp_grid else {}),
+        **({"moe_dispatch": str(parallel.dispatch)} if one.model.experts else {}),
         "step_seconds": one.seconds,
         "tokens_per_second_per_gpu": one.tokens_per_s_per_gpu,
         "mfu": one.mfu,
@@ -192,8 +217,9 @@ def _show(found: "Plans") -> None:
         table.add_row(label(one.parallel), *figures, f"{one.worst_memory.total / 1e9:.1f}")
     console.print(table)
     console.print(found.why)
-    if found.tensor_why:
-        console.print(found.tensor_why)
+    for line in [found.tensor_why, *found.experts_why]:
+        if line:
+            console.print(line)
     if smaller := found.smaller:
         took, most = (one.worst_memory.total / 1e9 for one in (smaller, found.best))
         console.print(

@@ -38,6 +38,7 @@ from megatron_cp.planner.work import (
     collective_seconds,
     ends,
     layer,
+    layer_kinds,
     mtp,
     placed,
     recomputed,
@@ -94,6 +95,11 @@ class Estimate:
     parts: Parts
     memory: tuple[MemoryUse, ...]
     traffic: StepTraffic
+
+    @property
+    def rank(self) -> RankConfig:
+        """Inputs that determine the work of a rank, without traces."""
+        return RankConfig(model=self.model, parallel=self.parallel, cluster=self.cluster, seq=self.seq)
 
     @property
     def seconds(self) -> float:
@@ -351,11 +357,9 @@ def plain(parallel: Parallel) -> Parallel:
 
 def _mean_layer(rank: RankConfig) -> PassTimes:
     """Return the mean over dense and mixture layers, with the modules that backward recomputes."""
-    share = rank.model.moe_layers / rank.model.layers
     work = PassTimes()
-    for moe, part in ((False, 1 - share), (True, share)):
-        if part:
-            work = work.plus(layer(rank, moe).plus(PassTimes(input=recomputed(rank, moe))), part)
+    for one, moe, share in layer_kinds(rank):
+        work = work.plus(layer(one, moe).plus(PassTimes(input=recomputed(one, moe))), share)
     return work
 
 

@@ -26,6 +26,8 @@ MODELLED = _flags(
     data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
     pp-slices cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps local-sgd-outer
+    moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-pieces moe-router moe-group-tokens
+    moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
     """
 )
 
@@ -54,10 +56,8 @@ UNMODELLED = _flags(
     moe-shared-expert-gate moe-shared-expert-overlap use-grouped-gemm-for-shared-expert
     moe-router-padding-for-quantization moe-router-padding-for-fp8 moe-router-num-groups moe-router-group-topk
     use-grouped-gemm-for-dense-mlp moe-grouped-gemm moe-single-grouped-weight moe-single-grouped-bias
-    moe-grouped-product moe-comm-type moe-ranks-per-node moe-pieces moe-router moe-group-tokens
-    moe-layer-experts
-    moe-token-dispatcher-type moe-enable-deepep moe-flex-dispatcher-backend moe-permute-fusion-into-hybridep
-    moe-hybridep-pad-uneven-dispatch-inputs moe-expert-capacity-factor moe-pad-expert-input-to-capacity
+    moe-grouped-product moe-enable-deepep moe-flex-dispatcher-backend moe-permute-fusion-into-hybridep
+    moe-hybridep-pad-uneven-dispatch-inputs
     moe-layer-recompute moe-permute-fusion moe-router-fusion moe-apply-probs-on-input moe-latent-size
     moe-flex-dispatcher-num-sms moe-deepep-num-sms moe-hybridep-num-sms moe-hybridep-num-blocks-permute
     moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms-preprocessing moe-ncclep-static-shape
@@ -248,12 +248,8 @@ FREE = _flags(
 ASSUMED = {
     "--attention-backend": ("auto", "flash", "fused"),
     "--transformer-impl": ("transformer_engine", "local"),
-    "--moe-token-dispatcher-type": ("alltoall", "flex"),
     "--moe-grouped-gemm": ("",),
     "--moe-grouped-product": ("auto", "loop"),
-    "--moe-comm-type": ("megatron",),
-    "--moe-pieces": ("1",),
-    "--moe-router": ("megatron",),
     "--optimizer": ("adam",),
     "--main-grads-dtype": ("fp32",),
     "--outer-dp-sharding-strategy": ("no_shard",),

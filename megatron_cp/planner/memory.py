@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.experts.dispatch_cost import ALLGATHER
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.work import RankConfig, context_attention, linears_of, mlp_width
+from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of, mlp_width
 
 
 class MemoryUse(NamedTuple):
@@ -65,8 +66,7 @@ def of_shards(parallel: Parallel, dense: float, experts: float) -> float:
 
 def mean_layer_bytes(rank: RankConfig) -> float:
     """Return the bytes that a layer keeps from forward to backward of one microbatch, a mean over all layers."""
-    share = rank.model.moe_layers / rank.model.layers
-    return (1 - share) * layer_bytes(rank, moe=False) + share * layer_bytes(rank, moe=True)
+    return sum(kind.share * layer_bytes(kind.rank, kind.moe) for kind in layer_kinds(rank))
 
 
 def layer_bytes(rank: RankConfig, moe: bool) -> float:
@@ -86,7 +86,7 @@ def layer_bytes(rank: RankConfig, moe: bool) -> float:
     if model.latent:
         latent = model.latent.q_lora_rank + model.latent.kv_lora_rank + model.latent.qk_pos_emb_head_dim
         whole += latent * (stored + taken) * rank.split_tokens
-    mlp, acted = kept_of_mlp(model, modules, moe)
+    mlp, acted = kept_of_mlp(rank, modules, moe)
     queries = 0 if "mla_up_proj" in modules else model.query + kept_of_keys(rank)
     split = (queries + (model.matrices - 1) * mlp) * stored + (model.query + acted) * taken
     if parallel.flash:
@@ -152,16 +152,17 @@ def slice_lengths(rank: RankConfig) -> list[int]:
     return model_lengths(parallel.slices, rank.seq, multiple, parameters, model.query, split)
 
 
-def kept_of_mlp(model: Transformer, modules: Sequence[str], moe: bool) -> tuple[int, int]:
+def kept_of_mlp(rank: RankConfig, modules: Sequence[str], moe: bool) -> tuple[float, float]:
     """Return the widths that an MLP keeps of its first product's output and of its activation's output."""
+    model = rank.model
     if ("moe" if moe else "mlp") in modules:
         return 0, 0
-    width = mlp_width(model, moe)
+    width = mlp_width(rank, moe)
     if not moe:
         return width, width
     if "shared_experts" in modules:
         width -= model.shared_expert_ffn
-    return width, width - (model.top_k * model.expert_ffn if "moe_act" in modules else 0)
+    return width, width - (rank.routed.busiest * model.expert_ffn if "moe_act" in modules else 0)
 
 
 def stage_parameters(
@@ -196,6 +197,15 @@ def _gathered_weights(rank: RankConfig) -> float:
     if placing.panels > 1:
         return (4 + 2 * stored) * widest / grid.grid.ranks + stored * rank.tokens / grid.weights * rank.model.hidden
     return 2 * stored * widest / grid.tokens
+
+
+def _gathered_tokens(rank: RankConfig) -> float:
+    """Return the bytes of the tokens of all ranks of a layer's experts, where Megatron's allgather dispatcher has them.
+
+    They are there before experts compute, and what the experts make of them before it is added up.
+    """
+    gathers = rank.model.experts and rank.dispatch.dispatcher == ALLGATHER and rank.expert_ranks.all > 1
+    return rank.expert_ranks.all * rank.split_tokens * rank.model.hidden * rank.parallel.bytes if gathers else 0.0
 
 
 def _attention_workspace(rank: RankConfig) -> float:
@@ -234,6 +244,7 @@ def rank_memory(
         mlp *= 2 / parallel.mlp_chunks
     buffers = context_attention(rank).live + mlp
     buffers += _attention_workspace(rank)
+    buffers += _gathered_tokens(rank)
     lengths = slice_lengths(rank)
     # of the longest slice; gradients of keys of all but the last wait in float32
     buffers *= max(lengths) / rank.seq

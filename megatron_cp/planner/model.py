@@ -1,11 +1,15 @@
 """Describe a transformer for the planner: sizes, parameters, and Megatron's count of floating-point operations."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
+from megatron_cp.experts import MEGATRONS, ROUTERS
+from megatron_cp.experts.pyramid import experts_of_layers
+from megatron_cp.experts.routed import EVEN, Routing
 from megatron_cp.recipe.recipe import Recipe
 from megatron_cp.units import is_whole
 
@@ -58,6 +62,8 @@ class Transformer:
     gated:    the MLP has a gate beside its first product (SwiGLU)
     tied:     the output layer uses the embedding's weights
     experts:  number in a mixture layer, each `expert_ffn` wide; a token is routed to `top_k` of them; 0 without mixture
+    layer_experts: number in each layer, where they differ; of dense layers it is not read
+    routing:  what the router drops, and how it loads experts
     moe_every: one layer of so many is a mixture, beginning with the first
     moe_pattern: for each layer, 1 where it is a mixture; it wins over `moe_every`
     window:   (left, right) keys that queries of `windowed` layers see beside their own; None for no window
@@ -81,6 +87,8 @@ class Transformer:
     shared_expert_ffn: int = 0
     moe_every: int = 1
     moe_pattern: tuple[int, ...] = ()
+    layer_experts: tuple[int, ...] = ()
+    routing: Routing = EVEN
     window: tuple[int | None, int | None] | None = None
     windowed: int = 0
     latent: Latent | None = None
@@ -129,16 +137,31 @@ class Transformer:
         return -(-self.layers // self.moe_every) if self.experts else 0
 
     @property
+    def mixtures(self) -> Counter[int]:
+        """Number of mixture layers with each number of experts."""
+        if not self.layer_experts:
+            return Counter({self.experts: self.moe_layers} if self.moe_layers else {})
+        pattern = self.moe_pattern or [int(at % self.moe_every == 0) for at in range(self.layers)]
+        return Counter(
+            experts for experts, mixture in zip(self.layer_experts, pattern, strict=True) if mixture and self.experts
+        )
+
+    @property
     def expert_parameters(self) -> int:
         """Parameters of all layers that expert parallelism shards."""
-        return self.moe_layers * self.experts * self.matrices * self.hidden * self.expert_ffn
+        return self._experts_of_all_layers * self.matrices * self.hidden * self.expert_ffn
 
     @property
     def dense_parameters(self) -> int:
         """Parameters of all layers that expert parallelism replicates: attention, norms, routers, dense MLPs."""
         mlp = self.matrices * self.hidden * self.ffn * (self.layers - self.moe_layers)
-        shared = self.matrices * self.hidden * self.shared_expert_ffn + self.experts * self.hidden
-        return self.layers * (self.attention_parameters + 2 * self.hidden) + mlp + self.moe_layers * shared
+        shared = self.moe_layers * self.matrices * self.hidden * self.shared_expert_ffn
+        routers = self._experts_of_all_layers * self.hidden
+        return self.layers * (self.attention_parameters + 2 * self.hidden) + mlp + shared + routers
+
+    @property
+    def _experts_of_all_layers(self) -> int:
+        return sum(experts * layers for experts, layers in self.mixtures.items())
 
     @property
     def embedding_parameters(self) -> int:
@@ -194,6 +217,8 @@ def model_of(recipe: Recipe) -> Transformer:
         shared_expert_ffn=recipe.number("--moe-shared-expert-intermediate-size", 0),
         moe_every=recipe.number("--moe-layer-freq", 1) if is_whole(every) else 1,
         moe_pattern=() if is_whole(every) or not experts else _pattern(recipe, "--moe-layer-freq", layers),
+        layer_experts=_layer_experts(recipe, experts, layers),
+        routing=_routing(recipe) if experts else EVEN,
         window=window,
         windowed=_windowed(recipe, layers) if window else 0,
         latent=latent,
@@ -204,6 +229,27 @@ def model_of(recipe: Recipe) -> Transformer:
 def _count(recipe: Recipe, flag: str) -> int:
     """Return a number that may be 0."""
     return 0 if recipe.flag(flag, "0") == "0" else recipe.number(flag, 0)
+
+
+def _layer_experts(recipe: Recipe, experts: int, layers: int) -> tuple[int, ...]:
+    """Return the experts of each layer where --moe-layer-experts says them."""
+    text = recipe.flag("--moe-layer-experts", "")
+    return tuple(experts_of_layers(text, experts, layers)) if text and experts else ()
+
+
+def _routing(recipe: Recipe) -> Routing:
+    """Return how the router deals out tokens; Megatron's own has no groups, and no capacity for a factor below 0."""
+    text = recipe.flag("--moe-expert-capacity-factor", "")
+    if text and not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
+        place = recipe.model_args["--moe-expert-capacity-factor"].place
+        raise Refused(f"{place}: --moe-expert-capacity-factor takes a number such as 1.25, got {text!r}")
+    factor = float(text) if text and float(text) > 0 else None
+    ours = ROUTERS.get(recipe.flag("--moe-router", MEGATRONS)).choices is not None
+    return Routing(
+        factor=factor,
+        group=recipe.number("--moe-group-tokens", 0) or None if ours else None,
+        padded=factor is not None and "--moe-pad-expert-input-to-capacity" in recipe.model_args,
+    )
 
 
 def _latent(recipe: Recipe) -> Latent | None:

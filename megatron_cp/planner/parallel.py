@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.errors import Refused
+from megatron_cp.experts import EXCHANGES
+from megatron_cp.experts.dispatch_cost import ALLGATHER, ALLTOALL, DISPATCHERS, STOCK, Dispatch
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster, shipped_clusters
@@ -14,6 +16,7 @@ from megatron_cp.pipeline.offload import Offload, limit_of
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
+from megatron_cp.registry import unknown
 from megatron_cp.replicas import AVERAGE, OUTERS
 from megatron_cp.replicas.sync_steps import phases_of
 from megatron_cp.tensor import AUTO, DEFAULT_ENGINE, FLUX, MEGATRONS
@@ -39,6 +42,7 @@ class Parallel:
     sp:          sequence parallelism, the norms' tokens spread over the tensor-parallel ranks
     micro_batch, global_batch: samples
     etp:         tensor-parallel size of the experts; None for `tp`
+    dispatch:    how tokens travel to experts and back
     recompute:   "none", "selective" (the modules of `recomputed`) or "full" (whole layers)
     recomputed:  Megatron's names of the modules that "selective" recomputes
     recompute_layers, recompute_method: of "full"; "block" recomputes so many layers of each stage, "uniform" all, and
@@ -83,6 +87,7 @@ class Parallel:
     global_batch: int = 1
     distributed_optimizer: bool = True
     etp: int | None = None
+    dispatch: Dispatch = STOCK
     recompute: str = "none"
     recomputed: tuple[str, ...] = ("core_attn",)
     recompute_method: str = "uniform"
@@ -143,6 +148,9 @@ class Parallel:
                 f"--num-distributed-optimizer-instances {self.instances} must divide data parallel x context parallel "
                 f"= {self.dp * self.cp}"
             )
+        if self.dispatch.dispatcher not in DISPATCHERS:
+            raise unknown("dispatcher", self.dispatch.dispatcher, DISPATCHERS)
+        EXCHANGES.get(self.dispatch.comm_type)
         BACKENDS.get(self.backend)
         assert self.placing.size.grid.ranks == self.tp
         SCHEDULES.get(self.schedule_name)
@@ -256,6 +264,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         global_batch=recipe.number("--global-batch-size", micro * rest),
         distributed_optimizer="--use-distributed-optimizer" in given,
         etp=recipe.number("--expert-tensor-parallel-size", 1) if "--expert-tensor-parallel-size" in given else None,
+        dispatch=_dispatch(recipe),
         recompute=recipe.flag("--recompute-granularity", _recompute_by_default(recipe)),
         recomputed=tuple(recipe.flag("--recompute-modules", "core_attn").split()),
         recompute_method=recipe.flag("--recompute-method", "uniform"),
@@ -287,6 +296,20 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         state_bytes=_state_bytes(recipe),
         precision=_precision(recipe),
     )
+
+
+def _dispatch(recipe: Recipe) -> Dispatch:
+    """Return how tokens travel to experts; as in a run, our exchange and pieces imply the dispatcher alltoall."""
+    if "--num-experts" not in recipe.model_args:
+        return STOCK
+    found = Dispatch(
+        recipe.flag("--moe-token-dispatcher-type", ALLGATHER),
+        EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type)).name,
+        recipe.number("--moe-pieces", 1),
+        recipe.number("--moe-ranks-per-node", 0) or None,
+    )
+    ours = found.two_hops or found.pieces > 1
+    return found._replace(dispatcher=ALLTOALL) if ours and found.dispatcher == ALLGATHER else found
 
 
 def _tensor_scheme(recipe: Recipe, ranks: int) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ruamel.yaml import YAML
 
+from megatron_cp.experts.dispatch_cost import Dispatch
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.planner.estimate import Estimate
 from megatron_cp.planner.parallel import Parallel
@@ -18,6 +19,7 @@ LEARNING_RATE = {"--lr": 3e-5, "--min-lr": 3e-6}
 def as_recipe(plan: Estimate, model: str) -> str:
     """Return the YAML of a recipe for the plan; `model` is what it extends: a name below configs, or a path."""
     gpus, per_node = plan.parallel.world, plan.cluster.ranks_per_node
+    of_experts = dict(_dispatch_flags(plan.parallel.dispatch)) if plan.model.experts else {}
     local = min(gpus, per_node)
     extends = [model, "training/long-context", "training/nodes"]
     extends += ["training/recompute"] if plan.parallel.recompute == "full" else []
@@ -25,7 +27,7 @@ def as_recipe(plan: Estimate, model: str) -> str:
         "extends": extends,
         "CLUSTER": plan.cluster.name,
         "LAUNCH": {"--nnodes": gpus // local, "--nproc-per-node": local},
-        "MODEL_ARGS": {"--seq-length": plan.seq, **dict(_flags(plan.parallel)), **LEARNING_RATE},
+        "MODEL_ARGS": {"--seq-length": plan.seq, **dict(_flags(plan.parallel)), **of_experts, **LEARNING_RATE},
     }
     text = io.StringIO()
     text.write(f"# {label(plan.parallel)}, planned for {gpus} GPUs of {plan.cluster.name}:\n")
@@ -36,6 +38,14 @@ def as_recipe(plan: Estimate, model: str) -> str:
     yaml = YAML()
     yaml.dump(content, text)
     return text.getvalue()
+
+
+def _dispatch_flags(dispatch: Dispatch) -> Iterator[tuple[str, object]]:
+    yield "--moe-token-dispatcher-type", dispatch.dispatcher
+    if dispatch.two_hops:
+        yield "--moe-comm-type", dispatch.comm_type
+    if dispatch.pieces > 1:
+        yield "--moe-pieces", dispatch.pieces
 
 
 def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:

@@ -15,10 +15,12 @@ from megatron_cp.context import BACKENDS
 from megatron_cp.context.choose import Record
 from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.errors import Refused
+from megatron_cp.experts.dispatch_cost import STOCK
 from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES as PIPELINES
 from megatron_cp.pipeline.offload import Offload
+from megatron_cp.planner.dispatch import dispatch_why, placement_why, weighed
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Transformer
@@ -78,6 +80,8 @@ class PlanRequest:
     slices:       numbers of slices of a sequence to weigh beside whole sequences
     tensor:       schemes of tensor parallelism; others than Megatron's own need its local linears
     tp_overlap:   TransformerEngine's linears overlap their communication, where Megatron's own scheme stays
+    exchanges:    ours of experts, to weigh beside Megatron's dispatchers
+    pieces:       numbers of pieces of routed tokens to weigh beside whole microbatches
     fixed:        sizes that are given
     headroom:     share of a GPU's memory that stays free
     """
@@ -94,6 +98,8 @@ class PlanRequest:
     slices: tuple[int, ...] = ()
     tensor: tuple[str, ...] = (MEGATRONS,)
     tp_overlap: bool = False
+    exchanges: tuple[str, ...] = ()
+    pieces: tuple[int, ...] = ()
     fixed: FixedSizes = ANY_SIZES
     headroom: float = HEADROOM
 
@@ -137,6 +143,15 @@ class Plans:
             else (f"; its weights leave no memory, so {MEGATRONS} stays")
         )
         return f"of tensor-parallel schemes {chosen.why}{kept}"
+
+    @property
+    def experts_why(self) -> list[str]:
+        """Lines on the ways of tokens to experts in the best plan, and on copies of experts; none for a dense model."""
+        if not self.best.model.experts:
+            return []
+        rank, request = self.best.rank, self.request
+        lines = dispatch_why(rank, request.exchanges, request.pieces), placement_why(rank)
+        return [line for line in lines if line]
 
     @property
     def smaller(self) -> Estimate | None:
@@ -192,7 +207,8 @@ def label(parallel: Parallel) -> str:
     if parallel.pp > 1:
         chunks = f" v={parallel.vp}" if parallel.vp > 1 else ""
         words.append(f"PP={parallel.pp} ({parallel.schedule_name}{chunks})")
-    words += [f"DP={parallel.dp}"] + ([f"EP={parallel.ep}"] if parallel.ep > 1 else [])
+    of_tokens = f" ({parallel.dispatch})" if parallel.dispatch != STOCK else ""
+    words += [f"DP={parallel.dp}"] + ([f"EP={parallel.ep}{of_tokens}"] if parallel.ep > 1 else [])
     words += [f"{parallel.slices} slices"] if parallel.slices > 1 else []
     words += [f"offload {parallel.moves.limit}"] if parallel.moves else []
     words += [f"micro batch {parallel.micro_batch}"] if parallel.micro_batch > 1 else []
@@ -347,17 +363,32 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
             if layers % stages and (layers + 2) % stages:
                 continue
             for schedule, slices in _sliced(request, _schedules(request, sizes.pp, vp), vp):
-                yield Parallel(
-                    **sizes._asdict(),
-                    vp=vp,
-                    sp=sizes.tp > 1,
-                    micro_batch=micro,
-                    global_batch=request.global_batch,
-                    schedule=schedule,
-                    slices=slices,
-                    balanced_ends=layers % stages != 0,
-                    precision=request.precision,
+                yield _dispatching(
+                    request,
+                    Parallel(
+                        **sizes._asdict(),
+                        vp=vp,
+                        sp=sizes.tp > 1,
+                        micro_batch=micro,
+                        global_batch=request.global_batch,
+                        schedule=schedule,
+                        slices=slices,
+                        balanced_ends=layers % stages != 0,
+                        precision=request.precision,
+                    ),
                 )
+
+
+def _dispatching(request: PlanRequest, parallel: Parallel) -> Parallel:
+    """Return the split with the way of tokens to experts that takes least time."""
+    rank = _rank(request, parallel)
+    if not request.model.experts or rank.expert_ranks.all == 1:
+        return parallel
+    return replace(parallel, dispatch=weighed(rank, request.exchanges, request.pieces)[0].dispatch)
+
+
+def _rank(request: PlanRequest, parallel: Parallel) -> RankConfig:
+    return RankConfig(model=request.model, parallel=parallel, cluster=request.cluster, seq=request.seq)
 
 
 def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
@@ -436,7 +467,7 @@ def _least(request: PlanRequest, parallel: Parallel) -> Cheapest | None:
     among = {name for name in request.tensor if not SCHEMES.get(name).depth} | ({"2d"} if deep else set())
     if parallel.tp == 1 or among <= {MEGATRONS} or request.model.latent or request.precision == "fp8":
         return None
-    rank = RankConfig(model=request.model, parallel=parallel, cluster=request.cluster, seq=request.seq)
+    rank = _rank(request, parallel)
     if rank.tokens % parallel.tp:
         return None
     moe = request.model.moe_layers == request.model.layers

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+from megatron_cp.experts.dispatch_cost import SentBytes, dispatch_bytes
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.memory import of_shards, parameter_bytes, stage_parameters
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.work import RankConfig, context_attention, linears_of
+from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
 from megatron_cp.tensor.place import cube_side
 
@@ -47,7 +48,6 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     dense, experts = stage_parameters(model, parallel, parallel.copies * layers, parallel.pp == 1, parallel.pp == 1)
     shards = parallel.shards
     data, between_instances = _of_replicas(parallel, dense + experts)
-    routed = model.top_k * model.hidden * parallel.bytes * rank.split_tokens * layers * model.moe_layers / model.layers
     spread = {
         "tensor": (micros * tensor, grid.tokens, grid.weights),
         "pipeline": (
@@ -56,11 +56,17 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
             parallel.world // parallel.pp,
         ),
         "data": (_around(data, shards), shards, parallel.tp),
-        "expert": (_around(4 * micros * routed, parallel.ep), parallel.ep, parallel.tp),
     }
     again = _share_attended_again(parallel, layers)
-    inside = {"context": sequences * (attention.inside + again * attention.again_inside)}
-    between = {"context": sequences * (attention.between + again * attention.again_between)}
+    of_experts = _of_experts(rank)
+    inside = {
+        "context": sequences * (attention.inside + again * attention.again_inside),
+        "expert": micros * layers * of_experts.inside,
+    }
+    between = {
+        "context": sequences * (attention.between + again * attention.again_between),
+        "expert": micros * layers * of_experts.between,
+    }
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
@@ -78,6 +84,16 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     inside["tensor"] += micros * weights_axis * (1 - away)
     between["tensor"] += micros * weights_axis * away
     return StepTraffic(Level(**inside), Level(**between))
+
+
+def _of_experts(rank: RankConfig) -> SentBytes:
+    """Return the bytes of tokens on their way to experts and back, of a microbatch and a mean layer."""
+    sent = SentBytes(0.0, 0.0)
+    for one, moe, share in layer_kinds(rank):
+        if moe:
+            size = one.dispatched(one.routed.mean)
+            sent = sent.plus(dispatch_bytes(one.dispatch, size, one.expert_ranks, one.cluster), share)
+    return sent
 
 
 def to_peer(parallel: Parallel, dense: float, experts: float) -> float:

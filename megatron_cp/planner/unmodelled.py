@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_cp.experts import GSHARD, MEGATRONS, ROUTERS
 from megatron_cp.planner.flags import ASSUMED, FREE, MODELLED
 from megatron_cp.planner.work import MODULES
 from megatron_cp.recipe.recipe import Recipe
@@ -35,5 +36,11 @@ def _partly_modelled(recipe: Recipe) -> Iterator[str]:
     if "m" in recipe.flag("--pipeline-model-parallel-layout", "").rpartition("|")[0]:
         # its layers are counted on the last stage
         yield "--pipeline-model-parallel-layout"
+    if ROUTERS.get(recipe.flag("--moe-router", MEGATRONS)).name == GSHARD:
+        # every second expert is counted, as if its chance were 1
+        yield "--moe-router"
+    if recipe.flag("--pipeline-model-parallel-size", "1") != "1":
+        # parameters are spread evenly over the stages
+        yield "--moe-layer-experts"
     if recipe.flag("--fp8-format", "") not in ("", "hybrid", "e4m3"):
         yield "--fp8-format"

@@ -3,8 +3,9 @@
 Assumed overlap: a sequence-parallel linear hides the collectives of its backward behind its two products, except the
 gather that undoes a reduce-scatter. With --tp-comm-overlap those of forward are hidden as well, except the first of as
 many pieces as there are ranks. Linears of megatron-cp (--tp-comm-type) are priced by `megatron_cp.tensor.cost`; an
-output layer in pieces leaves one piece of each of its collectives exposed. All other work within a layer runs in
-sequence.
+output layer in pieces leaves one piece of each of its collectives exposed. The way of tokens to experts and back is
+priced by `megatron_cp.experts.dispatch_cost`, beside the products of the busiest rank's experts alone. All other work
+within a layer runs in sequence.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 from megatron_cp.context.choose import Cost, Record
 from megatron_cp.context.trace.events import Problem
+from megatron_cp.experts.dispatch_cost import Dispatch, DispatchSize, ExpertRanks, PassSeconds, dispatch_seconds
+from megatron_cp.experts.routed import RoutedRows, routed
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.operations import Product, collective_seconds
 from megatron_cp.pipeline import SCHEDULES
@@ -79,9 +82,55 @@ class RankConfig:
         return self.tokens / (self.parallel.tp if self.parallel.sp else 1)
 
     @property
+    def routed(self) -> RoutedRows:
+        """Rows of experts for each token of a rank in a mixture layer."""
+        model = self.model
+        return routed(model.routing, self.split_tokens, model.top_k, model.experts, self.parallel.ep)
+
+    @property
+    def dispatch(self) -> Dispatch:
+        """How tokens travel to experts; where each rank has all of them, there are no pieces."""
+        found = self.parallel.dispatch
+        return found if self.parallel.ep > 1 else found._replace(pieces=1)
+
+    @property
+    def expert_ranks(self) -> ExpertRanks:
+        """Ranks that hold one copy of all experts of a layer."""
+        return ExpertRanks(self.parallel.ep, self.parallel.expert_tp)
+
+    def dispatched(self, rows: float) -> DispatchSize:
+        """Return the size of a mixture layer where each token of a rank makes so many rows of experts."""
+        model = self.model
+        return DispatchSize(
+            self.split_tokens, self.split_tokens * rows, model.hidden * self.parallel.bytes, model.experts
+        )
+
+    @property
     def dtype(self) -> str:
         """Dtype of stored tensors."""
         return "bfloat16" if self.parallel.precision == "fp8" else self.parallel.precision
+
+
+class LayerKind(NamedTuple):
+    """Layers that are alike, as if the model had no others.
+
+    moe:   True for mixture layers
+    share: of all layers
+    """
+
+    rank: RankConfig
+    moe: bool
+    share: float
+
+
+def layer_kinds(rank: RankConfig) -> Iterator[LayerKind]:
+    """Yield the dense layers, and the mixture layers with each number of experts."""
+    model = rank.model
+    if dense := 1 - model.moe_layers / model.layers:
+        yield LayerKind(rank, False, dense)
+    for experts, layers in model.mixtures.items():
+        alike = replace(rank, model=replace(model, experts=experts, layer_experts=())) if model.layer_experts else rank
+        yield LayerKind(alike, True, layers / model.layers)
 
 
 def linears_of(rank: RankConfig, moe: bool) -> LayerLinears:
@@ -182,14 +231,20 @@ def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Produ
         yield _placed(rank, model.ffn / t, model.hidden, row=True)
         return
     if not shared:
-        local, etp = model.experts / rank.parallel.ep, rank.parallel.expert_tp
-        each = tokens / rank.parallel.tp * etp * model.top_k / local
-        yield Product(each, model.hidden, first * model.expert_ffn / etp, local)
-        yield Product(each, model.expert_ffn / etp, model.hidden, local)
+        yield from _of_experts(rank)
         yield Product(tokens, model.hidden, model.experts)
     if model.shared_expert_ffn:
         yield _placed(rank, model.hidden, first * model.shared_expert_ffn / t, row=False)
         yield _placed(rank, model.shared_expert_ffn / t, model.hidden, row=True)
+
+
+def _of_experts(rank: RankConfig) -> Iterator[Product]:
+    """Yield the products of a rank's experts, each for every piece of the tokens."""
+    model, etp, pieces = rank.model, rank.parallel.expert_tp, rank.dispatch.pieces
+    local = model.experts / rank.parallel.ep
+    each = rank.tokens / rank.parallel.tp * etp * rank.routed.busiest / local / pieces
+    yield Product(each, model.hidden, (model.matrices - 1) * model.expert_ffn / etp, local * pieces)
+    yield Product(each, model.expert_ffn / etp, model.hidden, local * pieces)
 
 
 MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
@@ -214,23 +269,41 @@ def recomputed(rank: RankConfig, moe: bool) -> Seconds:
     elif moe and "shared_experts" in modules:
         products += _of_mlp(rank, moe, shared=True)
     if whole or modules & of_mlp:
-        width = mlp_width(model, moe) - (model.top_k * model.hidden if moe else 0)
+        width = mlp_width(rank, moe) - (rank.routed.busiest * model.hidden if moe else 0)
         elements += rank.tokens / parallel.tp * model.matrices * width
-    exchange = _exchange(rank) if moe and "moe" in modules else 0.0
+    exchange = _exchange(rank).forward if moe and "moe" in modules else 0.0
     passes = elements * parallel.bytes / (rank.cluster.elementwise_bytes_per_s or rank.cluster.touch_bytes_per_s)
     seconds = sum(product_seconds(rank, product, parallel.precision) for product in products)
     return Seconds(products=seconds, memory=passes, collectives=exchange)
 
 
-def mlp_width(model: Transformer, moe: bool) -> int:
+def mlp_width(rank: RankConfig, moe: bool) -> float:
     """Return the width of what an MLP keeps for each token: of experts with the dispatched token itself."""
-    return model.top_k * (model.expert_ffn + model.hidden) + model.shared_expert_ffn if moe else model.ffn
+    model = rank.model
+    if not moe:
+        return model.ffn
+    return rank.routed.busiest * (model.expert_ffn + model.hidden) + model.shared_expert_ffn
 
 
-def _exchange(rank: RankConfig) -> float:
-    """Return the seconds in which tokens are sent to their experts and back."""
-    sent = rank.split_tokens * rank.model.top_k * rank.model.hidden * rank.parallel.bytes
-    return 2 * collective_seconds(rank.cluster, "gather", sent, rank.parallel.ep, rank.parallel.tp)
+def _experts(rank: RankConfig) -> float:
+    """Return the seconds of the products of a rank's experts in forward, or for input or weight gradients."""
+    return sum(product_seconds(rank, product, rank.parallel.precision) for product in _of_experts(rank))
+
+
+def _exchange(rank: RankConfig) -> PassSeconds:
+    """Return the seconds in which tokens are sent to their experts and back, and none of these computes."""
+    parallel, one = rank.parallel, _experts(rank)
+    # where weight gradients wait in a queue, input gradients alone are beside the messages
+    split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
+    size = rank.dispatched(rank.routed.busiest)
+    return dispatch_seconds(
+        rank.dispatch, size, rank.expert_ranks, rank.cluster, PassSeconds(one, one if split else 2 * one)
+    )
+
+
+def mixture_seconds(rank: RankConfig) -> float:
+    """Return the seconds of a mixture layer's experts and of their tokens' ways for a microbatch, in both passes."""
+    return 3 * _experts(rank) + _exchange(rank).total
 
 
 def mtp(rank: RankConfig) -> PassTimes:
@@ -314,14 +387,14 @@ def _elementwise(rank: RankConfig, moe: bool) -> PassTimes:
     model, parallel, cluster = rank.model, rank.parallel, rank.cluster
     touch = cluster.touch_bytes_per_s
     width = model.query + model.key_value
-    mlp = model.top_k * model.expert_ffn + model.shared_expert_ffn if moe else model.ffn
+    mlp = rank.routed.busiest * model.expert_ffn + model.shared_expert_ffn if moe else model.ffn
     gate = model.matrices - 1
     passes = []
     for hidden, rotary, activation in FUSED:
         elements = rank.split_tokens * hidden * model.hidden
         elements += rank.tokens / parallel.tp * (rotary * width + (activation if gate == 2 else activation - 1) * mlp)
         # dispatched to experts and combined: each copy of a token is read and written twice
-        elements += rank.split_tokens * 4 * model.top_k * model.hidden if moe else 0
+        elements += rank.split_tokens * 4 * rank.routed.mean * model.hidden if moe else 0
         passes.append(Seconds(memory=elements * parallel.bytes / (cluster.elementwise_bytes_per_s or touch)))
     return PassTimes(*passes)
 
@@ -341,7 +414,7 @@ def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
         _, forward, backward, weight = linear_times(layer, parallel.placing, rank.cluster, rank.dtype, split=split)
     if moe:
         exchange = _exchange(rank)
-        forward, backward = forward + exchange, backward + exchange
+        forward, backward = forward + exchange.forward, backward + exchange.backward
     return PassTimes(Seconds(collectives=forward), Seconds(collectives=backward), Seconds(collectives=weight))
 
 

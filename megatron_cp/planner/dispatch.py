@@ -1,0 +1,138 @@
+"""How tokens travel to experts: weigh the ways that a split allows, and say what copies of busy experts would save."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from megatron_cp.errors import Refused
+from megatron_cp.experts import PLACEMENTS
+from megatron_cp.experts.dispatch_cost import ALLGATHER, STOCK, Dispatch
+from megatron_cp.experts.routed import loads_of
+from megatron_cp.experts.slot_costs import DTYPE, slot_costs
+from megatron_cp.experts.slots import SlotPlan, Slots, load_of
+from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.planner.work import RankConfig, mixture_seconds
+
+NO_COPIES = "none"
+"""Name of the placement without copies of experts."""
+MOST_COUNTS = 512
+"""Experts times ranks for which placements are weighed: each policy was seen to take less than a second for so many."""
+
+
+class WeighedDispatch(NamedTuple):
+    """A way of tokens, and the seconds of a mixture layer's experts with it for a microbatch, in both passes."""
+
+    dispatch: Dispatch
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.dispatch} {self.seconds * 1e3:.3g} ms"
+
+
+def candidates(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -> Iterator[Dispatch]:
+    """Yield the ways that training has in this split: Megatron's dispatchers first, then our exchanges, and pieces.
+
+    exchanges: ours to weigh beside Megatron's, names in EXCHANGES
+    pieces:    numbers of pieces to weigh beside whole microbatches
+    """
+    parallel = rank.parallel
+    # TransformerEngine's experts, which plans have, are not cut where weight gradients wait
+    split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
+    whole = parallel.precision == "fp8" or rank.model.routing.padded or split
+    yield STOCK
+    yield STOCK._replace(dispatcher=ALLGATHER)
+    yield from (STOCK._replace(comm_type=name) for name in exchanges)
+    for number in (number for number in pieces if number > 1 and not whole):
+        yield from (STOCK._replace(comm_type=name, pieces=number) for name in (STOCK.comm_type, *exchanges))
+
+
+def weighed(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -> list[WeighedDispatch]:
+    """Return the ways that the split allows, fastest first; of equal ones the first candidate."""
+    found = []
+    for one in candidates(rank, exchanges, pieces):
+        try:
+            seconds = mixture_seconds(replace(rank, parallel=replace(rank.parallel, dispatch=one)))
+        except Refused:
+            # nodes with different numbers of the ranks that share experts
+            continue
+        found.append(WeighedDispatch(one, seconds))
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def dispatch_why(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -> str:
+    """Return one line on the way of tokens in a split, and on the others that were weighed."""
+    if rank.expert_ranks.all == 1:
+        return "each rank has all experts of a layer, and no token travels"
+    first, *others = weighed(rank, exchanges, pieces)
+    beside = f", {', '.join(map(str, others))}" if others else ""
+    return f"tokens travel to experts by {first} for the experts of a layer and microbatch{beside}"
+
+
+class WeighedPlacement(NamedTuple):
+    """A placement of copies of experts.
+
+    uneven:  rows of the busiest rank over the mean
+    seconds: of a mixture layer for a microbatch, as the costs of placements count them
+    """
+
+    name: str
+    uneven: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.seconds * 1e3:.3g} ms (busiest rank {self.uneven:.2f} times the mean)"
+
+
+def placements(rank: RankConfig) -> list[WeighedPlacement]:
+    """Return no copies and each policy's, fastest first, for the loads that the model assumes.
+
+    A rank has one spare slot for two of its experts, at least one.
+    """
+    model, ranks = rank.model, rank.parallel.ep
+    empty = SlotPlan.empty(Slots(model.experts, ranks, max(1, model.experts // ranks // 2)))
+    rows = rank.split_tokens * model.top_k
+    counts = [[rows * load for load in loads_of(model.experts, model.routing.skew)] for _ in range(ranks)]
+    costs = slot_costs(model.hidden, model.expert_ffn, rank.expert_ranks.all, rank.cluster)
+    plans = {NO_COPIES: empty} | {entry.name: entry.load()(empty, counts, costs) for entry in PLACEMENTS}
+    loads = {name: load_of(plan, counts) for name, plan in plans.items()}
+    found = [WeighedPlacement(name, load.uneven, load.seconds(costs)) for name, load in loads.items()]
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def placement_why(rank: RankConfig) -> str:
+    """Return one line on copies of busy experts; empty where ranks share no experts."""
+    routing = rank.model.routing
+    if rank.parallel.ep == 1:
+        return ""
+    if not routing.skew:
+        return "placement of copies: none, since equal loads are assumed (--skew)"
+    if routing.factor is not None:
+        return "placement of copies: none, since a capacity drops what makes experts busy"
+    if rank.model.experts * rank.parallel.ep > MOST_COUNTS or DTYPE not in dict(rank.cluster.gemms):
+        return ""
+    first, *others = placements(rank)
+    trained = "" if first.name == NO_COPIES else "; no flag of training places copies yet"
+    return f"placement of copies: {', '.join(map(str, [first, *others]))}{trained}"
+
+
+class RoutedShare(NamedTuple):
+    """Rows of experts beside what tokens ask for.
+
+    dropped: share of the choices that no expert takes; below 0 where inputs are padded
+    uneven:  rows of the busiest rank over the mean
+    """
+
+    dropped: float
+    uneven: float
+
+    def __str__(self) -> str:
+        what = f"{self.dropped:.1%} of tokens' choices dropped"
+        if self.dropped < 0:
+            what = f"{-self.dropped:.1%} more rows than tokens' choices, of padding"
+        return f"{what}; the busiest rank has {self.uneven:.2f} times the mean"
+
+
+def routed_share(rank: RankConfig) -> RoutedShare:
+    """Return what becomes of the choices of a rank's tokens in a mixture layer."""
+    rows = rank.routed
+    return RoutedShare(1 - rows.mean / rank.model.top_k, rows.busiest / rows.mean)
