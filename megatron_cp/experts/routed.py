@@ -73,12 +73,12 @@ def routed(routing: Routing, tokens: float, choices: int, experts: int, ranks: i
     if routing.factor is None and not routing.skew:
         return RoutedRows(choices, choices)
     loads = loads_of(experts, routing.skew)
-    if routing.factor is None:
-        rows = [choices * load for load in loads]
-    else:
+    mean, rows = float(choices), [choices * load for load in loads]
+    if routing.factor is not None:
         size = routing.group or tokens
         capacity = capacity_of(size, choices, experts, routing.factor)
         rows = [(capacity if routing.padded else taken(size * choices, load, capacity)) / size for load in loads]
+        mean = sum(rows)
     local = experts // ranks
     of_ranks = [sum(rows[first : first + local]) for first in range(0, experts, local)]
-    return RoutedRows(sum(rows), max(of_ranks) * ranks)
+    return RoutedRows(mean, max(of_ranks) * ranks)

@@ -65,7 +65,8 @@ def dispatch_why(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[in
         return "each rank has all experts of a layer, and no token travels"
     first, *others = weighed(rank, exchanges, pieces)
     beside = f", {', '.join(map(str, others))}" if others else ""
-    return f"tokens travel to experts by {first} for the experts of a layer and microbatch{beside}"
+    what = f"{first.seconds * 1e3:.3g} ms for the experts of a layer and microbatch and their exchange"
+    return f"tokens travel to experts by {first.dispatch}: {what}{beside}"
 
 
 class WeighedPlacement(NamedTuple):
@@ -127,7 +128,7 @@ class RoutedShare(NamedTuple):
 
     def __str__(self) -> str:
         what = f"{self.dropped:.1%} of tokens' choices dropped"
-        if self.dropped < 0:
+        if round(self.dropped, 3) < 0:
             what = f"{-self.dropped:.1%} more rows than tokens' choices, of padding"
         return f"{what}; the busiest rank has {self.uneven:.2f} times the mean"
 
