@@ -240,15 +240,13 @@ def _show(found: "Estimate") -> None:
 
 
 def _show_experts(found: "Estimate", console: Console) -> None:
-    from megatron_cp.planner.dispatch import placement_why, routed_share
+    from megatron_cp.planner.dispatch import dispatch_line, placement_why
 
-    console.print(
-        f"tokens travel to experts by {found.rank.dispatch}; {routed_share(found.rank)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if found.model.routing.skew and (why := placement_why(found.rank)):
-        console.print(why, highlight=False, soft_wrap=True)
+    lines = [dispatch_line(found.rank)]
+    if found.model.routing.skew:
+        lines.append(placement_why(found.rank))
+    for line in filter(None, lines):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _memory(found: "Estimate") -> Table:

@@ -13,6 +13,7 @@ from megatron_cp.experts.slots import SlotPlan, Slots, load_of
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.work import RankConfig, mixture_seconds
 
+ALONE = "each rank has all experts of a layer, and no token travels"
 NO_COPIES = "none"
 """Name of the placement without copies of experts."""
 MOST_COUNTS = 512
@@ -62,7 +63,7 @@ def weighed(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -
 def dispatch_why(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -> str:
     """Return one line on the way of tokens in a split, and on the others that were weighed."""
     if rank.expert_ranks.all == 1:
-        return "each rank has all experts of a layer, and no token travels"
+        return ALONE
     first, *others = weighed(rank, exchanges, pieces)
     beside = f", {', '.join(map(str, others))}" if others else ""
     what = f"{first.seconds * 1e3:.3g} ms for the experts of a layer and microbatch and their exchange"
@@ -131,6 +132,12 @@ class RoutedShare(NamedTuple):
         if round(self.dropped, 3) < 0:
             what = f"{-self.dropped:.1%} more rows than tokens' choices, of padding"
         return f"{what}; the busiest rank has {self.uneven:.2f} times the mean"
+
+
+def dispatch_line(rank: RankConfig) -> str:
+    """Return one line on the way of tokens in a run and on what becomes of their choices."""
+    way = f"tokens travel to experts by {rank.dispatch}" if rank.expert_ranks.all > 1 else ALONE
+    return f"{way}; {routed_share(rank)}"
 
 
 def routed_share(rank: RankConfig) -> RoutedShare:

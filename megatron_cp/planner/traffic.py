@@ -58,7 +58,7 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
         "data": (_around(data, shards), shards, parallel.tp),
     }
     again = _share_attended_again(parallel, layers)
-    of_experts = _of_experts(rank)
+    of_experts = _of_experts(rank, _share_dispatched_again(parallel, layers))
     inside = {
         "context": sequences * (attention.inside + again * attention.again_inside),
         "expert": micros * layers * of_experts.inside,
@@ -86,13 +86,17 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     return StepTraffic(Level(**inside), Level(**between))
 
 
-def _of_experts(rank: RankConfig) -> SentBytes:
-    """Return the bytes of tokens on their way to experts and back, of a microbatch and a mean layer."""
+def _of_experts(rank: RankConfig, again: float) -> SentBytes:
+    """Return the bytes of tokens on their way to experts and back, of a microbatch and a mean layer.
+
+    again: share of the layers that send in backward what their forward has sent, half of both passes, once more
+    """
     sent = SentBytes(0.0, 0.0)
     for one, moe, share in layer_kinds(rank):
         if moe:
             size = one.dispatched(one.routed.mean)
-            sent = sent.plus(dispatch_bytes(one.dispatch, size, one.expert_ranks, one.cluster), share)
+            both = dispatch_bytes(one.dispatch, size, one.expert_ranks, one.cluster)
+            sent = sent.plus(both, share * (1 + again / 2))
     return sent
 
 
@@ -112,7 +116,21 @@ def _share_attended_again(parallel: Parallel, layers: float) -> float:
     """Return the share of the layers whose recomputation sends what attention's forward has sent once more."""
     if not parallel.attends_again:
         return 0.0
-    in_blocks = parallel.recompute == "full" and parallel.recompute_method == "block"
+    return _share_recomputed(parallel, layers) if parallel.recompute == "full" else 1.0
+
+
+def _share_dispatched_again(parallel: Parallel, layers: float) -> float:
+    """Return the share of the mixture layers whose recomputation sends tokens to experts and back once more."""
+    if parallel.recompute == "selective":
+        return float("moe" in parallel.recomputed)
+    return _share_recomputed(parallel, layers)
+
+
+def _share_recomputed(parallel: Parallel, layers: float) -> float:
+    """Return the share of the layers that are recomputed whole."""
+    if parallel.recompute != "full":
+        return 0.0
+    in_blocks = parallel.recompute_method == "block"
     return min(1.0, parallel.vp * parallel.recompute_layers / layers) if in_blocks and layers else 1.0
 
 

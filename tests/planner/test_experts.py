@@ -97,6 +97,21 @@ def test_two_hops_send_as_much_between_nodes_and_more_inside() -> None:
     assert found == pytest.approx((LAYERS * ring * 7 / 8, LAYERS * ring / 8))
 
 
+@pytest.mark.parametrize(
+    ("changed", "times"),
+    [
+        ({"recompute": "full"}, 3 / 2),
+        ({"recompute": "full", "recompute_method": "block", "recompute_layers": 2}, 5 / 4),
+        ({"recompute": "selective", "recomputed": ("moe",)}, 3 / 2),
+        ({"recompute": "selective"}, 1),
+    ],
+)
+def test_a_recomputation_sends_tokens_once_more(changed: dict[str, Any], times: float) -> None:
+    # a forward is half of both passes; in blocks two of four layers
+    again = estimate(MIXTURE, replace(SPREAD, **changed), H100, 1024)
+    assert sent(again) == pytest.approx(times * sent(of()))
+
+
 def test_ranks_that_share_experts_are_neighbours_but_for_those_that_share_each() -> None:
     # 8 ranks of expert parallelism lie on one node, and on two where two neighbours share each expert
     near, far = (
