@@ -8,6 +8,7 @@ import torch
 
 from megatron_cp.comm import SingleFabric, in_process
 from megatron_cp.experts import EXCHANGES, TWO_HOP
+from megatron_cp.experts.dispatch_cost import exchange_bytes
 from megatron_cp.experts.exchange import TwoHopExchange, sent_home, sent_there
 from megatron_cp.experts.nodes import ranks_of_a_node
 
@@ -121,6 +122,15 @@ def test_messages_between_nodes_fall_by_the_ranks_of_a_node_and_rows_between_the
     assert everywhere == sum(
         counts[src][dst] for src in range(ranks) for dst in range(ranks) if src // per_node != dst // per_node
     )
+
+
+def test_the_estimate_counts_the_rows_of_an_even_load():
+    found = in_process(8, lambda fabric: exchanged(fabric, [[3] * 8] * 8, 4), 4)
+    expected = exchange_bytes(3 * 8, 8, 4, two_hops=True)
+    for me, sent in enumerate(found):
+        for notes in (sent.there, sent.home):
+            inside = sum(rows for rank, rows in notes if rank // 4 == me // 4)
+            assert (inside, sum(rows for _, rows in notes) - inside) == expected
 
 
 def test_nodes_with_different_numbers_of_ranks_are_refused():
