@@ -64,8 +64,6 @@ SEEN = [
     "--num-experts 8 --moe-expert-capacity-factor 1.0",
     "--num-experts 8 --moe-router gshard",
     "--num-experts 8 --moe-layer-experts 17:16",
-    "--num-experts 8 --expert-model-parallel-size 4 --moe-pieces 2",
-    "--num-experts 8 --expert-model-parallel-size 4 --moe-comm-type two-hop",
     "--num-experts 8 --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
     "--attention-backend unfused",
     "--experimental-attention-variant dsa",
