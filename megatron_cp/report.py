@@ -22,6 +22,7 @@ MEMORY = "memory (MB)"
 SAMPLES = "consumed samples"
 # what --save-tokens-per-expert-interval writes, beside the checkpoints
 EXPERT_FILES = "tokens_per_expert/rank*.jsonl"
+RANK_FILE = re.compile(r"rank(\d{1,9})\.jsonl")
 LOSS, MFU, STEP = "loss, nats per token", "MFU, %", "step time, s"
 BUSIEST = "busiest expert, times the mean"
 # quantities whose first values may set the scale
@@ -189,10 +190,19 @@ def _events(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
                 yield event.step, {name: event.value * factor}
 
 
-def _experts(folder: Path) -> dict[str, dict[int, list[int]]]:
-    """Return the tokens of each rank's experts per layer and iteration, from the files that Megatron wrote."""
-    layers: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted(folder.rglob(EXPERT_FILES)):
+class _Counted(NamedTuple):
+    """Tokens of a rank's experts in an iteration of a layer."""
+
+    rank: int
+    layer: str
+    iteration: int
+    tokens: list[int]
+
+
+def _counted(folder: Path) -> Iterator[_Counted]:
+    """Yield what Megatron wrote of experts, rank by rank, each of which has a file of its own."""
+    named = ((RANK_FILE.fullmatch(file.name), file) for file in folder.rglob(EXPERT_FILES))
+    for rank, file in sorted((int(found[1]), file) for found, file in named if found):
         with file.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
@@ -202,8 +212,40 @@ def _experts(folder: Path) -> dict[str, dict[int, list[int]]]:
                 except (ValueError, TypeError, KeyError, RecursionError):
                     # the last line may be half written
                     continue
-                layers[layer][number] += [sum(counts) for counts in zip(*micros, strict=False)]
+                yield _Counted(rank, layer, number, [sum(counts) for counts in zip(*micros, strict=False)])
+
+
+def _experts(folder: Path) -> dict[str, dict[int, list[int]]]:
+    """Return the tokens of each rank's experts per layer and iteration, from the files that Megatron wrote."""
+    layers: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for one in _counted(folder):
+        layers[one.layer][one.iteration] += one.tokens
     return {layer: dict(numbers) for layer, numbers in layers.items()}
+
+
+def expert_loads(folder: Path, ranks: int, neighbours: int = 1) -> dict[str, list[int]]:
+    """Return the tokens of each expert of each layer in its last iteration that all ranks wrote, copies added up.
+
+    ranks:      that share the experts of a layer, of expert parallelism
+    neighbours: that share each of them, of expert tensor parallelism
+    Raises ValueError for a folder where no layer has such an iteration.
+    """
+    layers: dict[str, dict[int, dict[int, list[int]]]] = defaultdict(lambda: defaultdict(dict))
+    for one in _counted(folder):
+        of_ranks, place = layers[one.layer][one.iteration], one.rank // neighbours % ranks
+        before = of_ranks.get(place, [0] * len(one.tokens))
+        of_ranks[place] = [first + second for first, second in zip(before, one.tokens, strict=False)]
+    found = {}
+    for layer, numbers in layers.items():
+        if whole := [number for number, of_ranks in numbers.items() if len(of_ranks) == ranks]:
+            last = numbers[max(whole)]
+            found[layer] = [count for place in range(ranks) for count in last[place]]
+    if not found:
+        raise ValueError(
+            f"{folder} has no load of experts that {ranks} ranks wrote; train with --save-tokens-per-expert-interval, "
+            "or name another number of ranks"
+        )
+    return found
 
 
 def curves(run: TrainingRun, against: Reference) -> dict[str, Points]:

@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +29,18 @@ def plan_experts(
     seed: Annotated[
         int | None, typer.Option(help="Which experts are the busy ones; by default the first, all on the first ranks.")
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Take the loads that a run with --save-tokens-per-expert-interval has recorded last, of the layer "
+            "with the busiest expert, in the place of --experts, --rows, --skew and --seed.",
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int,
+        typer.Option("--expert-tensor-parallel-size", min=1, help="With --run, ranks that share each expert there."),
+    ] = 1,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 4096,
     ffn: Annotated[int, typer.Option(min=1, help="Width of an expert.")] = 1536,
     cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")] = "dgx-h100",
@@ -35,18 +49,20 @@ def plan_experts(
 ) -> None:
     """Place copies of busy experts by each policy, and print the load of the ranks before and after.
 
-    Loads follow Zipf's law, and tokens of all ranks choose alike. Nothing is run; times are a layer's, forward and
-    backward, from the rates of the cluster.
+    Loads follow Zipf's law or are a run's, and tokens of all ranks choose alike. Nothing is run; times are a layer's,
+    forward and backward, from the rates of the cluster.
     """
     from megatron_cp.experts.slot_costs import copy_bytes, slot_costs
     from megatron_cp.experts.slots import SlotPlan, Slots, load_of
 
-    if experts % ranks:
+    if run is not None:
+        loads, law = _recorded(run, ranks, neighbours)
+        experts, rows = len(loads), sum(loads)
+    elif experts % ranks:
         raise Refused(f"--experts must be a multiple of --ranks {ranks}, got {experts}; change one of them")
+    else:
+        loads, law = _drawn(experts, rows, skew, seed), f"Zipf {skew:g}"
     names = [PLACEMENTS.get(name).name for name in policy.replace(",", " ").split()] or PLACEMENTS.names
-    loads = zipf(experts, rows, skew)
-    if seed is not None:
-        random.Random(seed).shuffle(loads)
     counts = [[each / ranks for each in loads] for _ in range(ranks)]
     costs = slot_costs(hidden, ffn, ranks, load_cluster(cluster))
     empty = SlotPlan.empty(Slots(experts, ranks, spare))
@@ -71,10 +87,29 @@ def plan_experts(
         typer.echo(json.dumps(found, indent=2))
         return
     title = f"{experts} experts on {ranks} ranks of {cluster} with {spare} spare slots each, {rows:,} rows"
-    table = Table("policy", title=f"{title}, Zipf {skew:g}, h = {hidden}, f = {ffn}", title_justify="left")
+    table = Table("policy", title=f"{title}, {law}, h = {hidden}, f = {ffn}", title_justify="left")
     for column in ("copies", "busiest / mean", "rows sent", "most MB of copies", "ms"):
         table.add_column(column, justify="right")
     for row in found:
         cells = (f"{row['copies']}", f"{row['uneven']:.2f}", f"{row['sent_rows']:,.0f}")
         table.add_row(row["policy"], *cells, f"{row['lent_bytes'] / 1e6:.0f}", f"{row['seconds'] * 1e3:.3g}")
     Console().print(table)
+
+
+def _drawn(experts: int, rows: int, skew: float, seed: int | None) -> Sequence[int]:
+    """Return loads by Zipf's law, busiest first, or shuffled."""
+    loads = zipf(experts, rows, skew)
+    if seed is not None:
+        random.Random(seed).shuffle(loads)
+    return loads
+
+
+def _recorded(run: Path, ranks: int, neighbours: int) -> tuple[Sequence[int], str]:
+    """Return the loads of the layer whose busiest expert has most of its tokens, and the layer."""
+    from megatron_cp.report import expert_loads
+
+    found = {layer: loads for layer, loads in expert_loads(run, ranks, neighbours).items() if sum(loads)}
+    if not found:
+        raise Refused(f"{run} has no load of experts above 0; name another run")
+    layer = max(found, key=lambda layer: max(found[layer]) * len(found[layer]) / sum(found[layer]))
+    return found[layer], layer
