@@ -143,7 +143,7 @@ def loop_seconds(pieces: int, there: float, compute: float, back: float, *, besi
     if not beside:
         return pieces * (there + compute + back)
     sent = computed = 0.0
-    arrived = []
+    arrived: list[float] = []
     for piece in range(pieces):
         # the next piece leaves before this one is computed, which goes back before the one after the next leaves
         while len(arrived) < min(pieces, piece + 2):
