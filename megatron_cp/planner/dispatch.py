@@ -42,6 +42,8 @@ def candidates(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]
     whole = parallel.precision == "fp8" or rank.model.routing.padded or split
     yield STOCK
     yield STOCK._replace(dispatcher=ALLGATHER)
+    if parallel.ep == 1:
+        return
     yield from (STOCK._replace(comm_type=name) for name in exchanges)
     for number in (number for number in pieces if number > 1 and not whole):
         yield from (STOCK._replace(comm_type=name, pieces=number) for name in (STOCK.comm_type, *exchanges))
@@ -102,10 +104,10 @@ def placements(rank: RankConfig) -> list[WeighedPlacement]:
 
 
 def placement_why(rank: RankConfig) -> str:
-    """Return one line on copies of busy experts; empty where ranks share no experts."""
+    """Return one line on copies of busy experts; empty where they are too many to weigh, or products have no rates."""
     routing = rank.model.routing
     if rank.parallel.ep == 1:
-        return ""
+        return "placement of copies: none, since no rank lacks an expert"
     if not routing.skew:
         return "placement of copies: none, since equal loads are assumed (--skew)"
     if routing.factor is not None:

@@ -315,7 +315,9 @@ def test_copies_of_busy_experts_are_weighed_where_loads_are_uneven() -> None:
     assert f"(busiest rank {8 * loads_of(8, 1.2)[0]:.2f} times the mean)" in told
     bound = replace(rank, model=replace(rank.model, routing=Routing(factor=1.0, skew=1.2)))
     assert placement_why(bound) == "placement of copies: none, since a capacity drops what makes experts busy"
-    assert placement_why(replace(uneven, parallel=replace(uneven.parallel, ep=1))) == ""
+    alone = replace(uneven, parallel=replace(uneven.parallel, ep=1))
+    assert placement_why(alone) == "placement of copies: none, since no rank lacks an expert"
+    assert {way.dispatch for way in weighed(alone, **OURS)} == {STOCK, GATHERING}
 
 
 def test_estimate_prints_what_becomes_of_tokens() -> None:
