@@ -10,6 +10,8 @@ With x the output of the last stage and W a rank's rows of the head's weight, of
     SUM_T  dx = sum dl W
 
 where g is the gradient of a token's loss. It is known with the labels, since a loss is a weighted sum over tokens.
+
+Tensor-parallel ranks cut W once more (arXiv:1909.08053): m, z and t are then of all of them, and so is the sum dx.
 """
 
 from collections.abc import Callable
@@ -18,8 +20,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from megatron_cp.comm import Transfer
+from megatron_cp.comm import Fabric, SingleFabric, Transfer
 from megatron_cp.pipeline.action import SHARE, SUM_S, SUM_T
 
 
@@ -39,6 +42,38 @@ class AllRanks(Protocol):
     def sum_on(self, kind: str, tensor: Tensor, target: int) -> Transfer:
         """Add up the tensors of all ranks in that of `target`."""
         ...
+
+
+class TensorRanks:
+    """Tensor-parallel ranks, among which the rows of one rank of the pipeline are cut; they compute together.
+
+    in_parts: True where each has a part of the tokens between layers (sequence parallelism, arXiv:2205.05198)
+    """
+
+    def __init__(self, fabric: Fabric | None = None, in_parts: bool = False) -> None:
+        self._fabric: Fabric = fabric or SingleFabric()
+        self.parts = self._fabric.size if in_parts else 1
+
+    def whole(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states (tokens, h) of all ranks' tokens, for those of this one."""
+        return self._fabric.all_gather(tokens).flatten(0, 1) if self.parts > 1 else tokens
+
+    def largest(self, values: Tensor) -> Tensor:
+        return self._fabric.all_gather(values).amax(0)
+
+    def total(self, values: Tensor) -> Tensor:
+        return self._fabric.all_gather(values).sum(0)
+
+    def gradient(self, partial: Tensor) -> Tensor:
+        """Add up all ranks' gradients (tokens, h) of the whole hidden states; return what this rank has of the sum."""
+        ranks = self._fabric.size
+        if ranks == 1:
+            return partial
+        if self.parts > 1:
+            return self._fabric.reduce_scatter(partial.unflatten(0, (ranks, -1)))
+        even = pad(partial.flatten(), (0, -partial.numel() % ranks)).view(ranks, -1)
+        total = self._fabric.all_gather(self._fabric.reduce_scatter(even))
+        return total.flatten()[: partial.numel()].view_as(partial)
 
 
 class Targets(NamedTuple):
@@ -87,6 +122,7 @@ class VocabularyHead:
     losses:   on the last rank, none elsewhere
     training: False where a step has no T and no backward, and needs no gradients
     ready:    is called before S reads the weight
+    tensor:   ranks that have more rows of this rank of the pipeline
     """
 
     def __init__(
@@ -102,10 +138,12 @@ class VocabularyHead:
         losses: Losses | None,
         training: bool = True,
         ready: Callable[[], None] = lambda: None,
+        tensor: TensorRanks | None = None,
     ) -> None:
         self._weight, self._first, self._barriers, self._ranks = weight.detach(), first, barriers, ranks
         self._rank, self._last = place
         self._add, self._buffer, self._losses, self._training, self._ready = add, buffer, losses, training, ready
+        self._tensor = tensor or TensorRanks()
         self._micros: dict[int, _Micro] = {}
         self._sending: tuple[Transfer, Tensor] | None = None
         self._evaluated: int | None = None
@@ -114,7 +152,7 @@ class VocabularyHead:
         """SHARE: bring the output of the last stage to all ranks, with its labels and the gradients of its losses."""
         # a model may hand out its output in another precision than it has computed it in
         given = self._buffer(micro) if output is None else output.detach().to(self._weight.dtype).contiguous()
-        tokens = given.shape[:-1].numel()
+        tokens = given.shape[:-1].numel() * self._tensor.parts
         if self._losses:
             targets = self._losses.targets(micro)
         else:
@@ -131,14 +169,17 @@ class VocabularyHead:
         for transfer in kept.arriving:
             transfer.wait()
         self._ready()
+        kept.given = self._tensor.whole(kept.given)
         weight, precise = self._weight, _precise(kept.given)
         logits = (kept.given @ weight.T).to(precise)
         # a rank without rows has no largest logit
         largest = logits.amax(1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
+        largest = self._tensor.largest(largest)
         kept.exponentials = (logits - largest[:, None]).exp()
         row, ours = self._rows(kept.targets.labels)
         own = logits.gather(1, row[:, None])[:, 0] * ours if len(weight) else torch.zeros_like(largest)
-        kept.statistics = torch.stack([largest, kept.exponentials.sum(1), own])
+        sums = self._tensor.total(torch.stack([kept.exponentials.sum(1), own]))
+        kept.statistics = torch.stack([largest, *sums])
         if not self._training:
             kept.exponentials = None
         elif self._barriers == 1:
@@ -219,7 +260,7 @@ class VocabularyHead:
             found = found * kept.targets.gradients[:, None]
             kept.partials = kept.partial = None
         self._leave(micro)
-        return found.to(kept.dtype).view(kept.shape)
+        return self._tensor.gradient(found.to(kept.dtype)).view(kept.shape)
 
     def _evaluate(self) -> None:
         """Find the losses of the microbatch whose statistics are on their way, where nothing else needs them."""

@@ -139,7 +139,7 @@ class Layers:
     def reduce(self, stage: int) -> None: ...
 
     def buffer(self, micro: int) -> Tensor:
-        return torch.empty(2, WIDTH, dtype=torch.float64)
+        return torch.empty_like(self._inputs[0])
 
     def shrink(self, made: Tensor) -> None: ...
 
@@ -165,16 +165,19 @@ def execute(
     steps: int = 1,
     saved: list[SavedActivations] | None = None,
     head: "Callable[[Exchange, int], VocabularyHead] | None" = None,
+    inputs: Tensor | None = None,
 ) -> list[Layers]:
     """Run the lowered schedule on all ranks; return each rank's layers after the steps.
 
-    saved: filled with every rank's activations, where the table moves some
-    head:  returns a rank's share of an LM head, where the table has S and T
+    saved:  filled with every rank's activations, where the table moves some
+    head:   returns a rank's share of an LM head, where the table has S and T
+    inputs: (m, tokens, width), those of `inputs_of` where they are left out
     """
     placement, exchange, lends = lowered.placement, Exchange(), lowered.to == PEER
     moves = any(action.kind in MOVES for cells in lowered.table for action in flat(cells))
     activations: list[SavedActivations | None] = [None] * placement.ranks
-    ranks = [Layers(stages, placement.length, inputs_of(lowered.micros)) for stages in placement.of_rank]
+    inputs = inputs_of(lowered.micros) if inputs is None else inputs
+    ranks = [Layers(stages, placement.length, inputs) for stages in placement.of_rank]
 
     def run(rank: int) -> None:
         peers = [Peer(exchange, number, rank) for number in range(len(communicators(placement, lends)))]

@@ -1,16 +1,20 @@
 """An LM head over all ranks gives the losses and gradients of a whole one, in the order of every table that has it."""
 
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from megatron_cp.comm import SingleFabric
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.execute import lower
-from megatron_cp.pipeline.vocabulary_head import Targets, VocabularyHead
-from tests.pipeline.executed import WIDTH, Exchange, Message, Peer, execute, inputs_of, layer, weight_of
+from megatron_cp.pipeline.vocabulary_head import Targets, TensorRanks, VocabularyHead
+from tests.pipeline.executed import PATIENCE, WIDTH, Exchange, Message, Peer, execute, inputs_of, layer, weight_of
 from tests.pipeline.test_vocabulary import costs_of
 
 ROWS = {2: [7, 4], 3: [4, 0, 7], 4: [3, 3, 3, 2]}
@@ -76,6 +80,24 @@ class Threads:
         return Both(messages, lambda: tensor.copy_(torch.stack(parts).sum(0)) if self._rank == target else None)
 
 
+class Pair(SingleFabric):
+    """One of two ranks that are threads, which meet for every collective."""
+
+    def __init__(self, met: Barrier, given: list[Tensor], rank: int) -> None:
+        super().__init__()
+        self.rank, self.size, self._met, self._given = rank, 2, met, given
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        self._given[self.rank] = local
+        self._met.wait(PATIENCE)
+        found = torch.stack(self._given)
+        self._met.wait(PATIENCE)
+        return found
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        return self.all_gather(whole).sum(0)[self.rank]
+
+
 class Noted:
     """The last rank's targets, and the losses that it is given."""
 
@@ -103,39 +125,87 @@ def dense(p: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
     return [loss.detach() for loss in losses], list(torch.autograd.grad(total, weights))
 
 
+def shares(
+    rows: list[range], barriers: int, noted: Noted, gradients: list[Tensor], tensor: Callable[[int], TensorRanks]
+) -> Callable[[Exchange, int], VocabularyHead]:
+    """What gives every rank its rows of the head, of which it adds up the gradients."""
+
+    def head(exchange: Exchange, rank: int) -> VocabularyHead:
+        own, last = rows[rank], len(rows) - 1
+        return VocabularyHead(
+            whole_head()[own.start : own.stop],
+            own.start,
+            barriers,
+            Threads(exchange, rank, len(rows)),
+            (rank, last),
+            add=gradients[rank].add_,
+            buffer=lambda micro: torch.empty(TOKENS // tensor(rank).parts, WIDTH, dtype=torch.float64),
+            losses=noted if rank == last else None,
+            tensor=tensor(rank),
+        )
+
+    return head
+
+
+def ranges(lengths: list[int]) -> list[range]:
+    ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
+    return [range(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def check_losses(noted: Noted, losses: list[Tensor]) -> None:
+    assert sorted(noted.losses) == [*range(len(losses))]
+    for micro, loss in enumerate(losses):
+        torch.testing.assert_close(noted.losses[micro], loss, rtol=1e-12, atol=1e-12)
+
+
+def check_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("p", ROWS)
 @pytest.mark.parametrize("barriers", [1, 2])
 def test_losses_and_gradients_are_those_of_a_whole_head(barriers: int, p: int) -> None:
     m, noted, most = 7, Noted(), Counter()
     gradients = [torch.zeros(rows, WIDTH, dtype=torch.float64) for rows in ROWS[p]]
-    heads = {}
-
-    def head(exchange: Exchange, rank: int) -> VocabularyHead:
-        first = sum(ROWS[p][:rank])
-        heads[rank] = VocabularyHead(
-            whole_head()[first : first + ROWS[p][rank]],
-            first,
-            barriers,
-            Threads(exchange, rank, p),
-            (rank, p - 1),
-            add=gradients[rank].add_,
-            buffer=lambda micro: torch.empty(TOKENS, WIDTH, dtype=torch.float64),
-            losses=noted if rank == p - 1 else None,
-        )
-        return heads[rank]
-
-    lowered = lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers))
-    ranks = execute(lowered, head=head)
+    head = shares(ranges(ROWS[p]), barriers, noted, gradients, lambda rank: TensorRanks())
+    ranks = execute(lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers)), head=head)
     losses, expected = dense(p, m)
-    assert sorted(noted.losses) == [*range(m)]
-    for micro, loss in enumerate(losses):
-        torch.testing.assert_close(noted.losses[micro], loss, rtol=1e-12, atol=1e-12)
-    found = [*(layers.gradients[stage] for stage, layers in enumerate(ranks)), torch.cat(gradients)]
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
+    check_losses(noted, losses)
+    check_gradients([*(layers.gradients[stage] for stage, layers in enumerate(ranks)), torch.cat(gradients)], expected)
     for rank, layers in enumerate(ranks):
         alive = 0
         for action in layers.ran:
             alive += 1 if action.kind == "F" else -1
             most[rank] = max(most[rank], alive)
     assert [most[rank] for rank in range(p)] == [min(m, p - rank + barriers) for rank in range(p)]
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "parts"])
+@pytest.mark.parametrize("barriers", [1, 2])
+def test_rows_are_cut_over_tensor_parallel_ranks_too(barriers: int, in_parts: bool) -> None:
+    """Two pipelines of two ranks, with whole hidden states or with a token each."""
+    p, m, noted = 2, 5, [Noted(), Noted()]
+    meetings = [(Barrier(2), [torch.empty(0)] * 2) for _ in range(p)]
+    # each pipeline has its rows of the vocabulary, one rank of which none
+    cuts = ranges([4, 2, 0, 5])
+    gradients = [torch.zeros(len(cut), WIDTH, dtype=torch.float64) for cut in cuts]
+    lowered = lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers))
+
+    def pipeline(number: int) -> list[Tensor]:
+        fabrics = [Pair(*meeting, number) for meeting in meetings]
+        mine = slice(2 * number, 2 * number + 2)
+        head = shares(
+            cuts[mine], barriers, noted[number], gradients[mine], lambda rank: TensorRanks(fabrics[rank], in_parts)
+        )
+        inputs = inputs_of(m)[:, number : number + 1] if in_parts else None
+        return [layers.gradients[stage] for stage, layers in enumerate(execute(lowered, head=head, inputs=inputs))]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(pipeline, range(2))
+    losses, expected = dense(p, m)
+    for each in noted:
+        check_losses(each, losses)
+    if in_parts:
+        first = [sum(both) for both in zip(first, second, strict=True)]
+    check_gradients([*first, torch.cat(gradients)], expected)

@@ -156,9 +156,9 @@ SLICES_UNSUPPORTED = (
 
 VOCABULARY_UNSUPPORTED = (
     Unsupported(
-        "tensor parallelism, which shares the vocabulary out itself",
-        lambda args: read(args, "tensor_model_parallel_size", 1) > 1,
-        "take --tensor-model-parallel-size 1, or leave --pp-vocab-parallel out",
+        "weights of which data-parallel ranks hold parts",
+        shares_weights_out,
+        "leave --gtp-weight-remat-size and fully sharded data parallelism out, or --pp-vocab-parallel",
     ),
     Unsupported(
         "an output layer that is the embedding too",

@@ -16,19 +16,19 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.utils import get_pg_rank, unwrap_model
 from torch import Tensor, nn
 
-from megatron_cp.comm import Collectives, Transfer, Wire, collectives
+from megatron_cp.comm import Collectives, GroupFabric, Transfer, Wire, collectives
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline.action import SHARE, SUM_S, SUM_T
-from megatron_cp.pipeline.vocabulary_head import Targets, VocabularyHead
+from megatron_cp.pipeline.vocabulary_head import Targets, TensorRanks, VocabularyHead
 
 KINDS = (SHARE, SUM_S, SUM_T)
 """Messages that have a communicator of their own."""
 
 
-def rows_of(rank: int, p: int, vocabulary: int) -> range:
-    """Return the rows of the padded vocabulary that a rank of the pipeline holds."""
-    return range(vocabulary * rank // p, vocabulary * (rank + 1) // p)
+def rows_of(rank: int, p: int, rows: int) -> range:
+    """Return which of so many rows a rank of the pipeline holds; parts differ by one at most."""
+    return range(rows * rank // p, rows * (rank + 1) // p)
 
 
 class OutputRows(nn.Module):
@@ -100,18 +100,24 @@ def share_out(old: Callable[..., None], settings: Settings, model: Any, *args: A
 
 
 def _my_rows(model: Any) -> OutputRows:
-    group = model.pg_collection.pp
-    rank, p, vocabulary, config = group.rank(), group.size(), model.vocab_size, model.config
-    mine, wire = rows_of(rank, p, vocabulary), Wire(group)
+    """Return the rank's part of the rows that the last rank of its pipeline has drawn, and has sent.
+
+    Tensor-parallel ranks cut the vocabulary as ever, and pipeline ranks cut the rows of each of them.
+    """
+    group, tensor = model.pg_collection.pp, model.pg_collection.tp
+    rank, p, config = group.rank(), group.size(), model.config
+    vocabulary, rows = model.vocab_size, model.vocab_size // tensor.size()
+    mine, wire = rows_of(rank, p, rows), Wire(group)
+    first = rows * tensor.rank() + mine.start
     device = torch.cuda.current_device()
     if rank == p - 1:
         whole = model.output_layer.weight.detach()
         for other in range(p - 1):
-            wire.send(whole[rows_of(other, p, vocabulary)].to(device).contiguous(), other).wait()
-        return OutputRows(whole[mine].clone(), mine.start, vocabulary)
+            wire.send(whole[rows_of(other, p, rows)].to(device).contiguous(), other).wait()
+        return OutputRows(whole[mine].clone(), first, vocabulary)
     weight = torch.empty(len(mine), config.hidden_size, dtype=config.params_dtype, device=device)
     wire.receive(weight, p - 1).wait()
-    return OutputRows(weight, mine.start, vocabulary)
+    return OutputRows(weight, first, vocabulary)
 
 
 class PipelineCollectives:
@@ -243,6 +249,7 @@ def head_of(call: Any, barriers: int, ranks: PipelineCollectives, check: bool) -
         losses=StepLosses(call, rows, check) if rank == last else None,
         training=call.training,
         ready=rows.ready,
+        tensor=TensorRanks(GroupFabric(call.groups.tp), call.config.sequence_parallel),
     )
 
 

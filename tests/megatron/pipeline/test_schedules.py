@@ -238,7 +238,6 @@ REFUSED = {
             ("zb-h1", "--pp-schedule zb-h1", "zb-h1 has no order for a vocabulary over all ranks; take 1f1b"),
             ("slices", "--pp-schedule 1f1b --pp-slices 2", "takes whole sequences, got 2 slices"),
             ("moves", "--pp-schedule 1f1b --pp-offload 2", "keeps activations where they are, got a limit of 2"),
-            ("tensor", "--pp-schedule 1f1b --tensor-model-parallel-size 2", "does not do tensor parallelism"),
             ("mtp", "--pp-schedule 1f1b --mtp-num-layers 1", "does not do multi-token prediction"),
             ("legacy", "--pp-schedule 1f1b --ckpt-format torch --save somewhere", "torch_dist can be loaded with and"),
         )
