@@ -173,10 +173,12 @@ def test_packed_documents_train_alike_in_layers_of_every_backend(alone: Any, dat
 
 
 @pytest.mark.slow
-def test_documents_that_fit_megatrons_own_cut_train_alike(tmp_path: Path) -> None:
+def test_a_blend_of_documents_that_fit_megatrons_own_cut_trains_alike(tmp_path: Path) -> None:
     """Without the documents beside one stream, Megatron trains these on wrong positions, without a word."""
     fitting = corpus_of_documents(tmp_path, multiple=4)
-    assert_equal_runs(losses(2, fitting, "--context-parallel-size 2"), losses(1, fitting))
+    prefix = fitting.split()[1]
+    blend = fitting.replace(prefix, f"1 {prefix} 2 {prefix}")
+    assert_equal_runs(losses(2, blend, "--context-parallel-size 2"), losses(1, blend))
 
 
 # flags of the run through the launcher, those of the run on one rank that it equals, ranks

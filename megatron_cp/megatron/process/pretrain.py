@@ -133,7 +133,9 @@ def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     if tp_rank == 0:
         assert data_iterator is not None
-        whole |= {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
+        sample = next(data_iterator)
+        # a blend adds the number of its dataset, which cannot be cut
+        whole |= {key: sample[key].cuda(non_blocking=True) for key in keys if key in sample}
     on_this_rank = get_batch_on_this_tp_rank(
         whole,
         has_cu_seqlens=packed,
