@@ -91,6 +91,19 @@ def planned(name: str, mask: Pieces, tokens: int, ranks: int) -> PlannedLayout:
     return PlannedLayout(DOCUMENT_LAYOUTS[name](mask, tokens, ranks))
 
 
+def as_numbers(layout: Layout) -> list[int]:
+    """Return a layout for documents as whole numbers: rank, start and end of each of its runs."""
+    return [number for rank, runs in enumerate(layout) for run in runs for number in (rank, run.start, run.stop)]
+
+
+def of_numbers(numbers: Sequence[int], ranks: int) -> PlannedLayout:
+    """Return the layout of so many ranks that `as_numbers` made these of."""
+    owned: list[list[range]] = [[] for _ in range(ranks)]
+    for rank, start, stop in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+        owned[rank].append(range(start, stop))
+    return PlannedLayout(tuple(map(tuple, owned)))
+
+
 def check_tokens(name: str, tokens: int, ranks: int) -> None:
     """Raise ValueError when the ranks cannot have equally many tokens."""
     if tokens % ranks:

@@ -20,7 +20,9 @@ from megatron_cp.context.document_layouts import (
     DOCUMENT,
     DOCUMENT_LAYOUTS,
     STREAM,
+    as_numbers,
     loads,
+    of_numbers,
     pairs,
     planned,
     stretches,
@@ -58,6 +60,16 @@ def test_every_position_is_on_one_rank_in_order(name, ranks):
         assert all(positions(runs) == sorted(positions(runs)) for runs in found)
         assert {len(positions(runs)) for runs in found} == {TOKENS}
         assert sorted(position for runs in found for position in positions(runs)) == list(range(TOKENS * ranks))
+
+
+@pytest.mark.parametrize("name", DOCUMENT_LAYOUTS)
+def test_a_layout_comes_back_from_its_numbers(name):
+    for ranks in (2, 5, 8):
+        found = case("causal", ranks).packed.planned(name, ranks)
+        again = of_numbers(as_numbers(found), ranks)
+        assert again == found
+        assert hash(again) == hash(found)
+        assert type(again) is type(found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
