@@ -72,11 +72,20 @@ def packed_run(data: str, *flags: str) -> list[str]:
     return tiny(data, *flags, without="--mock-data --group-query-attention" if latent else "--mock-data")
 
 
-def laid(flags: list[str]) -> tuple[list[dict[str, Any]], set[tuple[bool, str]]]:
-    """The losses of a run, and of its attention calls: whether the batch was cut by documents, the plan's layout."""
+def laid(flags: list[str]) -> tuple[list[dict[str, Any]], set[tuple[bool, str]], set[bool]]:
+    """The losses of a run, what its attention calls have, and what its batches have that are cut by their documents.
+
+    Of a call: whether the batch was cut by documents, and the plan's layout; of a batch: whether it brought its layout.
+    """
     from megatron_cp.megatron.layers import attention
+    from megatron_cp.megatron.process import pretrain
 
     calls, olds = set(), (attention.attend, attention.attend_latent)
+    brought, old_cut = set(), pretrain.cut_by_documents
+
+    def cut_by_documents(whole: Any, args: Any, planned: Any) -> Any:
+        brought.add(planned is not None)
+        return old_cut(whole, args, planned)
 
     def attend(q: Any, k: Any, v: Any, plan: Any, *, documents: Any, **kwargs: Any) -> torch.Tensor:
         calls.add(
@@ -89,10 +98,12 @@ def laid(flags: list[str]) -> tuple[list[dict[str, Any]], set[tuple[bool, str]]]
         return olds[v.shape[0] != q.shape[0]](q, k, v, plan, documents=documents, **kwargs)
 
     attention.attend = attention.attend_latent = attend
+    pretrain.cut_by_documents = cut_by_documents
     try:
-        return pretrain_losses(flags), calls
+        return pretrain_losses(flags), calls, brought
     finally:
         attention.attend, attention.attend_latent = olds
+        pretrain.cut_by_documents = old_cut
 
 
 def losses(ranks: int, data: str, *flags: str) -> list[dict[str, Any]]:
@@ -243,9 +254,10 @@ def test_a_layer_spec_alone_refuses_them_on_every_rank() -> None:
 
 
 GATHERED = "--context-parallel-size 2 --cp-comm-type all-gather"
-# flags, flags of the run on one rank, ranks, the batch is cut by its documents
+# flags, flags of the run on one rank, ranks, the batch is cut by its documents; a microbatch of one sample brings its
+# layout, of two it is planned by the rank
 LAID = {
-    "blocks": (f"{GATHERED} --cp-document-layout blocks", "", 2, True),
+    "blocks": (f"{GATHERED} --cp-document-layout blocks {ONE}", "", 2, True),
     "blocks, middle stage, zb-h1, distributed optimizer": (
         f"{GATHERED} --cp-document-layout blocks --pipeline-model-parallel-size 3 {THREE} --pp-schedule zb-h1 "
         "--use-distributed-optimizer",
@@ -254,14 +266,20 @@ LAID = {
         True,
     ),
     "blocks, tensor and sequence parallel, recomputed, learned positions": (
-        f"{GATHERED} --cp-document-layout blocks {TENSOR} {RECOMPUTED} --position-embedding-type learned_absolute",
+        f"{GATHERED} --cp-document-layout blocks {ONE} {TENSOR} {RECOMPUTED} "
+        "--position-embedding-type learned_absolute",
         "--position-embedding-type learned_absolute",
         4,
         True,
     ),
     "blocks, a ring and usp": (f"{context('zigzag usp', 4)} --cp-document-layout blocks", "", 4, True),
-    "document": ("--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout document", "", 4, True),
-    "auto": (f"{GATHERED} --cp-document-layout auto", "", 2, None),
+    "document": (
+        f"--context-parallel-size 4 --cp-comm-type all-gather --cp-document-layout document {ONE}",
+        "",
+        4,
+        True,
+    ),
+    "auto": (f"{GATHERED} --cp-document-layout auto {ONE}", "", 2, None),
     # tokens move inside attention
     "blocks, latent attention": (f"{GATHERED} --cp-document-layout blocks {LATENT}", LATENT, 2, False),
     "blocks, tokens ahead": (
@@ -283,10 +301,11 @@ LAID = {
 def test_batches_cut_by_their_documents_train_as_on_one_rank(alone: Any, data: str, name: str) -> None:
     flags, reference, ranks, cut = LAID[name]
     results = run_ranks(ranks, laid, packed_run(data, PACKED, flags))
-    assert all(calls for _, calls in results), "no layer of ours attended"
-    assert cut is None or {held for _, calls in results for held, _ in calls} == {cut}
-    assert {name for _, calls in results for _, name in calls} <= {"blocks", "document", "auto"}
-    found = [run for run, _ in results if run]
+    assert all(calls for _, calls, _ in results), "no layer of ours attended"
+    assert cut is None or {held for _, calls, _ in results for held, _ in calls} == {cut}
+    assert {name for _, calls, _ in results for _, name in calls} <= {"blocks", "document", "auto"}
+    assert [each for *_, each in results] == [set() if cut is False else {ONE in flags}] * ranks
+    found = [run for run, *_ in results if run]
     assert_equal_runs(found[0], alone(*([reference] if reference else [])))
 
 

@@ -33,11 +33,12 @@ from megatron_cp.comm import GroupFabric
 from megatron_cp.corpus.conversations import encoder
 from megatron_cp.megatron.arguments.entry import refuse_unread
 from megatron_cp.megatron.batches.provider import PlannedFeeds
-from megatron_cp.megatron.layers.batches import cut_by_documents, cuts_by_documents
+from megatron_cp.megatron.layers.batches import PLANNED, cut_by_documents, cuts_by_documents, planner_of, plans_samples
 from megatron_cp.megatron.process import summary
 from megatron_cp.megatron.process.conversation_samples import Conversations, ConversationsConfig
 from megatron_cp.megatron.process.eod_documents import MockTextsCutAtEod, TextsCutAtEod
 from megatron_cp.megatron.process.launch import launched
+from megatron_cp.megatron.process.planned_samples import with_layouts
 from megatron_cp.megatron.run import cuts_at_eod, packs_documents, plans_batches, say
 
 # times the largest loss so far; as in Megatron's own script
@@ -78,9 +79,11 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None) -> list
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
     print_rank_0("> building train, validation, and test datasets for GPT ...")
+    # on every rank, so that all of them refuse a device that auto knows no cluster for
+    planner = planner_of(args) if plans_samples(args) else None
     needed = functools.partial(_reads_data, vp_stage)
     built: list[Any] = BlendedMegatronDatasetBuilder(kind, samples, needed, config).build()
-    return built
+    return with_layouts(built, planner) if planner else built
 
 
 # rank 0 of each tensor-parallel group is not the only one that may build: the builder asks _reads_data
@@ -152,9 +155,10 @@ def batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
+    planned, on_this_rank[PLANNED] = on_this_rank[PLANNED], None
     one_stream = flatten_batch_for_packed_sequences(on_this_rank)
     if cuts_by_documents(args):
-        return cut_by_documents(one_stream, args)
+        return cut_by_documents(one_stream, args, planned)
     cut: dict[str, Any] = get_batch_on_this_cp_rank(
         one_stream,
         is_hybrid_cp=False,
