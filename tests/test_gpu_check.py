@@ -144,11 +144,26 @@ def test_on_a_bare_machine_what_needs_more_is_left_out_by_name(tmp_path: Path) -
     del reasons["versions"]
     on_a_gpu = {step: reasons.pop(step).partition(":")[0] for step in ("queue, one", "queue, eight", "communicators")}
     assert set(on_a_gpu.values()) == {"needs a CUDA GPU"}
-    assert reasons == dict.fromkeys(("quickstart", "model", "TE"), "needs the package megatron")
+    assert reasons == dict.fromkeys(("quickstart", "model", "TE", "models"), "needs the package megatron")
     checked = {row["step"] for row in found["rows"] if row["verdict"] == "ok"}
     assert checked == {
         *("kernels", "merges", "stream-k", "experts", "dropout", "backends", "chunks", "pipeline", "offload")
     }
+
+
+def test_models_are_left_out_by_the_name_of_what_is_missing(
+    check: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check import models
+
+    def found(*missing: str) -> set[tuple[str, str]]:
+        monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name in missing else name)
+        # without a GPU there is nothing to run
+        return {(row.verdict, row.figures[""]) for row in models.rows(models.MODELS[1:], "cpu")}
+
+    assert found("megatron") == {("left out", "needs the package megatron")}
+    assert ("left out", "needs the package deep_ep") in found("deep_ep")
+    assert found() == {("left out", "needs a CUDA GPU: kernels of these layers")}
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path) -> None:

@@ -110,6 +110,12 @@ def transformer_engine(device: str) -> Iterable[Row]:
     return training.transformer_engine(device)
 
 
+def models(device: str) -> Iterable[Row]:
+    from gpu_check import models as of_models
+
+    return of_models.models(device)
+
+
 ONE, MANY = (("CUDA_DEVICE_MAX_CONNECTIONS", count) for count in ("1", "8"))
 # what decides most comes first; seconds are limits, of which a GPU needs a part; flash-attn 4 compiles at first calls
 STEPS = (
@@ -130,5 +136,6 @@ STEPS = (
     Step("quickstart", quickstart, 150),
     Step("model", model, 90),
     Step("TE", transformer_engine, 60),
+    Step("models", models, 180),
     Step("communicators", communicators, 20),
 )

@@ -242,12 +242,12 @@ def model(device: str) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder, "model.yaml")
             recipe.write_text(MODEL)
-            ran = _megatron_cp("train", str(recipe), *recompute, folder=folder)
+            ran = megatron_cp("train", str(recipe), *recompute, folder=folder)
             told = ran.stdout + ran.stderr
             if ran.returncode:
-                yield Row(case, {"": _last_line(told, ran.returncode)}, "failed")
+                yield Row(case, {"": last_line(told, ran.returncode)}, "failed")
                 continue
-            answer = json.loads(_megatron_cp("estimate", str(recipe), *recompute, "--json", folder=folder).stdout)
+            answer = json.loads(megatron_cp("estimate", str(recipe), *recompute, "--json", folder=folder).stdout)
         times = sorted(_times(told)[2:])
         figures = {"ms per step": median(times), "estimated ms": answer["step_seconds"] * 1e3}
         yield Row(f"Llama 3.2 1B, 8K tokens, {case}", figures | _memory(told, answer["memory_bytes"]))
@@ -267,7 +267,7 @@ def _memory(told: str, estimated: dict[str, float]) -> dict[str, float]:
     return {"GPU MiB": float(allocated[-1]), "estimated MiB": whole}
 
 
-def _last_line(told: str, code: int) -> str:
+def last_line(told: str, code: int) -> str:
     lines = [line for line in told.splitlines() if line.strip()]
     return lines[-1][:200] if lines else f"exit code {code}"
 
@@ -278,11 +278,11 @@ def _trained(device: str, case: str, *flags: str) -> Row:
     flags = (*flags, *one_rank)
     with tempfile.TemporaryDirectory() as folder:
         words = ["--train-iters", str(steps), "--lr-warmup-iters", "1", "--save", folder]
-        ran = _megatron_cp("train", "quickstart", *flags, *words, folder=folder)
+        ran = megatron_cp("train", "quickstart", *flags, *words, folder=folder)
         told = ran.stdout + ran.stderr
         if ran.returncode:
-            return Row(case, {"": _last_line(told, ran.returncode)}, "failed")
-        estimate = _megatron_cp("estimate", "quickstart", *flags, "--json", folder=folder).stdout
+            return Row(case, {"": last_line(told, ran.returncode)}, "failed")
+        estimate = megatron_cp("estimate", "quickstart", *flags, "--json", folder=folder).stdout
     losses = [float(value) for value in re.findall(r"lm loss: ([\d.E+-]+)", told)]
     figures: dict[str, Any] = {"first loss": losses[0], "last loss": losses[-1], "ms per step": median(_times(told))}
     memory = json.loads(estimate)["memory_bytes"]
@@ -294,7 +294,7 @@ def _trained(device: str, case: str, *flags: str) -> Row:
     return Row(f"{case}, {steps} steps", figures, "ok" if losses[-1] < losses[0] else "wrong")
 
 
-def _megatron_cp(*words: str, folder: str) -> subprocess.CompletedProcess[str]:
+def megatron_cp(*words: str, folder: str) -> subprocess.CompletedProcess[str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "DATA_PATH": folder}
     command = [sys.executable, "-m", "megatron_cp", *words]
