@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,25 +62,37 @@ def measure(
     fabric: Fabric, device: torch.device, size: GridSize, engines: Sequence[str], bench: LinearBench
 ) -> list[EngineTimes]:
     """Return the times on one rank, equal on all; raises WrongResultError where results differ."""
-    layers = {name: _Layer(fabric, device, size, name, bench) for name in engines}
-    first = next(iter(layers.values())).run()
-    for name, layer in layers.items():
-        for found, expected in zip(layer.run(), first, strict=True):
-            if float((found - expected).abs().max()) > CLOSE * float(expected.abs().max()):
-                raise WrongResultError(f"engine {name} differs from {next(iter(layers))}")
-    times: dict[str, list[list[float]]] = {name: [] for name in engines}
-    for number in range(bench.rounds):
+    return in_turns(
+        fabric, device, {name: _Layer(fabric, device, size, name, bench).run for name in engines}, bench.rounds
+    )
+
+
+def in_turns(
+    fabric: Fabric, device: torch.device, runs: Mapping[str, Callable[[], Sequence[Tensor]]], rounds: int
+) -> list[EngineTimes]:
+    """Return the times of each way to the same result; raises WrongResultError where results differ from the first's.
+
+    runs: by name, what each rank calls; all ranks name the same in the same order
+    """
+    names = list(runs)
+    first = runs[names[0]]()
+    for name, run in runs.items():
+        for found, expected in zip(run(), first, strict=True):
+            if expected.numel() and float((found - expected).abs().max()) > CLOSE * float(expected.abs().max()):
+                raise WrongResultError(f"engine {name} differs from {names[0]}")
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
+    for number in range(rounds):
         # each goes first in every other round
-        for name in engines if number % 2 == 0 else engines[::-1]:
+        for name in names if number % 2 == 0 else names[::-1]:
             # all have arrived when it returns
             largest(fabric, device)
             began = time.perf_counter(), time.process_time()
-            layers[name].run()
+            runs[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             took = time.perf_counter() - began[0], time.process_time() - began[1]
             times[name].append(largest(fabric, device, *took))
-    return [EngineTimes(name, *zip(*rounds, strict=True)) for name, rounds in times.items()]
+    return [EngineTimes(name, *zip(*each, strict=True)) for name, each in times.items()]
 
 
 class _Layer:

@@ -27,6 +27,7 @@ from megatron_cp.cli import (
     simulate,
     submit,
     trace,
+    trace_experts,
     train,
     validate,
 )
@@ -51,6 +52,7 @@ app.command("backends")(backends.backends)
 app.command("list")(listing.show)
 app.command("simulate")(simulate.simulate)
 app.command("trace")(trace.trace)
+app.command("trace-experts")(trace_experts.trace_experts)
 app.command("estimate", context_settings=ANYWHERE)(estimate.estimate)
 app.command("plan")(plan.plan)
 app.command("plan-batches")(plan_batches.plan_batches)

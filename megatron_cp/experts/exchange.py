@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cp.comm import Fabric
+from megatron_cp.comm import Fabric, SingleFabric
 
 
 class Hop(NamedTuple):
@@ -35,6 +35,19 @@ class HopPlan(NamedTuple):
     passing: tuple[int, ...]
     inside: Hop
     between: Hop
+
+
+def hops(whole: Fabric, per_node: int) -> tuple[Fabric, Fabric]:
+    """Return the ranks of this rank's node and those at its place in all nodes; all processes make them together."""
+    first = whole.rank // per_node * per_node
+    inside, between = range(first, first + per_node), range(whole.rank % per_node, whole.size, per_node)
+    return _among(whole, inside), _among(whole, between)
+
+
+def _among(whole: Fabric, ranks: Sequence[int]) -> Fabric:
+    if len(ranks) == 1:
+        return SingleFabric()
+    return whole if len(ranks) == whole.size else whole.subset(ranks)
 
 
 class TwoHopExchange:

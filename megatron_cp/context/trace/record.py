@@ -225,6 +225,11 @@ class Recorder(LiveBytes):
         self.note(Post(batch, group, tuple(sends), tuple(recvs), collective))
         return _Pending(self, batch, buffers)
 
+    @property
+    def noted(self) -> int:
+        """Number of steps since the last `take`."""
+        return len(self._steps)
+
     def take(self) -> tuple[Step, ...]:
         """Return the steps since the last call, closed by what was touched at the end."""
         self._append(Touch(self._touched, self._kernels))

@@ -12,9 +12,9 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
-from megatron_cp.comm import Fabric, GroupFabric, SingleFabric
+from megatron_cp.comm import Fabric, GroupFabric
 from megatron_cp.experts import MEGATRONS
-from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, sent_home, sent_there
+from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
 from megatron_cp.megatron.experts.residual import ResidualLayer
@@ -201,13 +201,4 @@ def hops_of(group: ProcessGroup, per_node: int | None) -> tuple[Fabric, Fabric]:
     """
     whole = GroupFabric(group)
     nodes = whole.nodes if per_node is None else [rank // per_node for rank in get_process_group_ranks(group)]
-    size = ranks_of_a_node(nodes)
-    first = whole.rank // size * size
-    inside, between = range(first, first + size), range(whole.rank % size, whole.size, size)
-    return _of(whole, inside), _of(whole, between)
-
-
-def _of(whole: GroupFabric, ranks: Sequence[int]) -> Fabric:
-    if len(ranks) == 1:
-        return SingleFabric()
-    return whole if len(ranks) == whole.size else whole.subset(ranks)
+    return hops(whole, ranks_of_a_node(nodes))

@@ -1,0 +1,145 @@
+"""`megatron-cp trace-experts`: what the ranks of a layer of experts send and compute, in their order."""
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cp.errors import Refused
+from megatron_cp.experts import EXCHANGES, MEGATRONS
+from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
+from megatron_cp.experts.nodes import ranks_of_a_node
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import load_cluster
+
+if TYPE_CHECKING:
+    from megatron_cp.context.trace.events import Pass
+    from megatron_cp.experts.routed_layer import LayerSize
+    from megatron_cp.planner.expert_trace import ExpertTrace, Leg
+
+EXACT = 1e-12
+
+
+def trace_experts(
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts.")] = 8,
+    experts: Annotated[int, typer.Option(min=1, help="Experts of the layer.")] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="Rows that a rank sends, each token as often as routed.")] = 8192,
+    comm_type: Annotated[
+        str, typer.Option("--moe-comm-type", help=f"One of {', '.join(EXCHANGES.names)}.")
+    ] = MEGATRONS,
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option("--moe-ranks-per-node", min=1, help="Ranks that two hops take for a node; else the cluster's."),
+    ] = None,
+    pieces: Annotated[int, typer.Option("--moe-pieces", min=1, help="Pieces that routed tokens are cut into.")] = 1,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 4096,
+    ffn: Annotated[int, typer.Option(min=1, help="Width of an expert.")] = 1536,
+    skew: Annotated[float, typer.Option(min=0, help="Exponent of Zipf's law; 0 for equal loads.")] = 0.0,
+    rank: Annotated[int, typer.Option(min=0, help="The rank whose steps are printed.")] = 0,
+    cluster: Annotated[str, typer.Option(help="A cluster of configs/clusters, or a file.")] = "dgx-h100-ib",
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of tables.")] = False,
+) -> None:
+    """Prove a layer of experts on its ranks at a small size, then print what a rank sends and computes, in order.
+
+    The exchange, the pieces and the products are those of training, run without data; nothing is a formula. The router
+    and the sorting of tokens are left out. Times are those of each step after the one before, as on a CPU.
+    """
+    from megatron_cp.experts.routed_layer import LayerSize
+    from megatron_cp.planner.expert_trace import prove_experts, record_experts
+
+    machines = load_cluster(cluster)
+    if experts % ranks:
+        raise Refused(f"--experts must be a multiple of --ranks {ranks}, got {experts}; change one of them")
+    if rank >= ranks:
+        raise Refused(f"--rank must be below --ranks {ranks}, got {rank}; change one of them")
+    way = STOCK._replace(comm_type=EXCHANGES.get(comm_type).name, pieces=pieces)
+    if ranks_per_node is not None and not way.two_hops:
+        raise Refused("--moe-ranks-per-node is of an exchange between nodes; add --moe-comm-type two-hop")
+    if way.two_hops:
+        per_node = ranks_per_node or machines.ranks_per_node
+        way = way._replace(per_node=ranks_of_a_node([each // per_node for each in range(ranks)]))
+    size = LayerSize(experts, rows, hidden, ffn, skew)
+    trace = record_experts(size, way, ranks, machines.ranks_per_node, machines.dtype)
+    error, passes = prove_experts(size, way, ranks, way.per_node), _passes(trace, machines, size, pieces)
+    if as_json:
+        typer.echo(json.dumps(_as_json(trace, error, way, passes), indent=2))
+    else:
+        _show(trace, error, f"{way}, {experts} experts on {ranks} ranks of {machines.name}", rank, passes)
+    if error > EXACT:
+        raise typer.Exit(1)
+
+
+class _Played(NamedTuple):
+    """A pass with its name.
+
+    between: bytes that each rank sends to other nodes
+    seconds: each step after the one before
+    """
+
+    name: str
+    run: "Pass"
+    between: list[int]
+    seconds: float
+
+
+def _passes(trace: "ExpertTrace", cluster: Cluster, size: "LayerSize", pieces: int) -> list[_Played]:
+    from megatron_cp.context.trace.simulate import simulate
+
+    # at the rate of a product of an expert's rows in the mean
+    mean = size.rows * len(trace.legs) / size.experts / pieces
+    rate = cluster.gemm(cluster.dtype).rate(min(mean, size.hidden, size.ffn))
+    hardware = replace(cluster, flops_forward=rate, flops_backward=rate)
+    return [
+        _Played(name, run, run.sent_between(cluster.ranks_per_node), simulate(run, hardware).time)
+        for name, run in (("forward", trace.forward), ("backward", trace.backward))
+    ]
+
+
+def _as_json(trace: "ExpertTrace", error: float, way: Dispatch, passes: list[_Played]) -> dict[str, Any]:
+    shown = {
+        each.name: {
+            "seconds": each.seconds,
+            "sent": each.run.sent,
+            "between": each.between,
+            "peak": each.run.peak,
+            "ranks": [[_plain(leg) for leg in of_rank[at]] for of_rank in trace.legs],
+        }
+        for at, each in enumerate(passes)
+    }
+    return {"exchange": str(way), "ranks_per_node": way.per_node, "error": error, **shown}
+
+
+def _plain(leg: "Leg") -> dict[str, Any]:
+    return {
+        "step": leg.what,
+        "piece": leg.piece,
+        **{
+            name: {"messages": messages, "bytes": size}
+            for name, (messages, size) in (("inside", leg.inside), ("between", leg.between))
+        },
+        "flops": leg.flops,
+    }
+
+
+def _show(trace: "ExpertTrace", error: float, title: str, rank: int, passes: list[_Played]) -> None:
+    console = Console()
+    verdict = "proved: " if error <= EXACT else "NOT EXACT: "
+    console.print(f"{verdict}largest relative error {error:.1e} in float64", highlight=False)
+    for at, each in enumerate(passes):
+        table = Table(title=f"{each.name} of rank {rank}: {title}", title_justify="left")
+        for column in ("step", "messages in the node", "MB", "to other nodes", "MB", "GFLOP"):
+            table.add_column(column, justify="right")
+        for leg in trace.legs[rank][at]:
+            levels = [(str(messages), f"{sent / 1e6:.3f}") for messages, sent in (leg.inside, leg.between)]
+            table.add_row(f"{leg.what} {leg.piece}", *levels[0], *levels[1], f"{leg.flops / 1e9:.3f}")
+        console.print(table)
+        console.print(
+            f"a rank sends at most {max(each.run.sent) / 1e6:.3f} MB, {max(each.between) / 1e6:.3f} MB to other nodes, "
+            f"and has at most {max(each.run.peak) / 1e6:.3f} MB more than its own tensors; {each.seconds * 1e3:.3f} "
+            "ms, each step after the one before",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,54 @@
+"""The trace of a layer of experts: proved, in order, and with the messages and bytes that the costs count."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_cp.experts import TWO_HOP
+from megatron_cp.experts.dispatch_cost import STOCK, DispatchSize, ExpertRanks, dispatch_bytes
+from megatron_cp.experts.routed_layer import LayerSize
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.planner.expert_trace import prove_experts, record_experts
+
+RANKS, PER_NODE = 8, 4
+SIZE = LayerSize(experts=8, rows=64 * 8, hidden=16, ffn=8)
+TWO = STOCK._replace(comm_type=TWO_HOP, per_node=PER_NODE)
+# messages of each step inside the node and to others: rows and probabilities there, rows home, and the other way round
+WAYS = {
+    "flat": (STOCK, [("there", 6, 8), ("home", 3, 4), ("there", 3, 4), ("home", 6, 8)]),
+    "two hops": (TWO, [("there", 6, 2), ("home", 3, 1), ("there", 3, 1), ("home", 6, 2)]),
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("per_node", [None, 2])
+def test_ranks_give_what_one_with_all_experts_gives(per_node, pieces):
+    way = STOCK if per_node is None else STOCK._replace(comm_type="two-hop", per_node=per_node)
+    assert prove_experts(LayerSize(4, 0, 0, 0, skew=1.0), way._replace(pieces=pieces), 4, per_node) < 1e-12
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_rank_sends_what_the_costs_count(name):
+    way, messages = WAYS[name]
+    cluster = replace(load_cluster("dgx-h100-ib"), ranks_per_node=PER_NODE)
+    trace = record_experts(SIZE, way, RANKS, PER_NODE, "float32")
+    # probabilities are as wide as the costs take them to be
+    counted = dispatch_bytes(
+        way, DispatchSize(0, SIZE.rows, 4 * SIZE.hidden, SIZE.experts), ExpertRanks(RANKS), cluster
+    )
+    for rank, legs in enumerate(trace.legs):
+        steps = [leg for run in legs for leg in run]
+        assert [(leg.what, leg.inside[0], leg.between[0]) for leg in steps if not leg.flops] == messages
+        assert [sum(getattr(leg, level)[1] for leg in steps) for level in counted._fields] == pytest.approx(counted)
+        assert sum(counted) == pytest.approx(sum(run.sent[rank] for run in trace[:2]))
+
+
+def test_pieces_leave_before_the_one_before_them_is_computed():
+    trace = record_experts(SIZE, STOCK._replace(pieces=3), 2, 2, "bfloat16")
+    order = [("there", 0), ("there", 1), ("experts", 0), ("home", 0), ("there", 2), ("experts", 1), ("home", 1)]
+    order += [("experts", 2), ("home", 2)]
+    for run in (run for of_rank in trace.legs for run in of_rank):
+        assert [(leg.what, leg.piece) for leg in run] == order
+    # 3 products of h f for each row forward, and twice as many backward
+    done = [sum(leg.flops for leg in run) for run in trace.legs[0]]
+    assert done == [2 * 3 * SIZE.rows * SIZE.hidden * SIZE.ffn, 4 * 3 * SIZE.rows * SIZE.hidden * SIZE.ffn]
