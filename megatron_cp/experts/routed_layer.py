@@ -45,7 +45,7 @@ class LayerSize(NamedTuple):
 
 
 class RankTensors(NamedTuple):
-    """What a rank has; the first four of each piece.
+    """Rows and experts of a rank; the first four of each piece.
 
     places: of its rows among the rank's rows in order of expert
     rows, probs, gradients: [T h], [T] and of the output [T h], in order of expert

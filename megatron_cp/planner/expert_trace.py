@@ -20,7 +20,7 @@ THERE, EXPERTS, HOME = "there", "experts", "home"
 
 
 class Leg(NamedTuple):
-    """What a rank does next in a pass: sends rows there or home, or computes its experts, of one piece.
+    """One step of a rank in a pass: it sends rows there or home, or computes its experts, of one piece.
 
     inside, between: messages to ranks of its node and of others, and their bytes
     flops:           of products
