@@ -215,8 +215,7 @@ def outer_optimizers() -> str:
 
 def quantisations() -> str:
     head = ["--zero-quantized-gradients", "how numbers travel", "bytes a number", "source"]
-    rows = ((one, one.bits / 8 + 4 / one.block) for one in QUANTISATIONS)
-    return table(head, ([f"`{one.name}`", one.what, f"{size:.3f}", one.paper] for one, size in rows))
+    return table(head, ([f"`{one.name}`", one.what, f"{one.bytes:.3f}", one.paper] for one in QUANTISATIONS))
 
 
 def tensor_traffic() -> str:

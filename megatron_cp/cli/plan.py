@@ -98,6 +98,7 @@ def plan(
 ) -> None:
     """Enumerate the splits of ranks, leave out those that rules or memory forbid, rank the rest by estimated speed."""
     from megatron_cp.planner.model import model_of
+    from megatron_cp.planner.parallel import messages_of
     from megatron_cp.planner.search import PlanRequest, search, sequences
     from megatron_cp.planner.unmodelled import unmodelled
 
@@ -131,6 +132,7 @@ def plan(
         tp_overlap=tp_comm_overlap,
         exchanges=_exchanges(moe_exchanges),
         pieces=tuple(count(one, "--moe-pieces") for one in moe_pieces.replace(",", " ").split()),
+        messages=messages_of(run),
         precision=PLANNED[precision],
         fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
         headroom=headroom,
@@ -192,6 +194,7 @@ def _plain(one: "Estimate") -> dict[str, Any]:
         **({"tp_comm_type": parallel.tp_scheme} if parallel.tp_scheme != MEGATRONS else {}),
         **({"tp_grid": list(parallel.tp_grid)} if parallel.tp_grid else {}),
         **({"moe_dispatch": str(parallel.dispatch)} if one.model.experts else {}),
+        **({"zero_quantized": parallel.messages._asdict()} if parallel.messages.asked else {}),
         "step_seconds": one.seconds,
         "tokens_per_second_per_gpu": one.tokens_per_s_per_gpu,
         "mfu": one.mfu,

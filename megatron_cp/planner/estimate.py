@@ -20,9 +20,12 @@ from megatron_cp.pipeline.schedule import PEER, Schedule
 from megatron_cp.pipeline.simulate import peaks, simulate
 from megatron_cp.pipeline.slices import AttentionShares, SliceShare, shares
 from megatron_cp.planner.memory import (
+    BUCKET,
     MemoryUse,
     keys_for_slices,
+    kinds_of,
     mean_layer_bytes,
+    moved_in_a_step,
     parameter_bytes,
     rank_memory,
     slice_lengths,
@@ -30,6 +33,7 @@ from megatron_cp.planner.memory import (
 )
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.quantised import ParameterKinds, gather_seconds, reduce_seconds
 from megatron_cp.planner.traffic import AVERAGED_BYTES, StepTraffic, step_traffic, to_peer
 from megatron_cp.planner.work import (
     PassTimes,
@@ -239,6 +243,7 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
         raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
     _check_sliced(model, parallel)
     _check_copies(model, parallel)
+    _check_messages(parallel)
     if parallel.latent and not model.latent:
         raise Refused("--cp-latent sends the latents of multi-latent attention, which this model lacks; leave it out")
     if parallel.latent:
@@ -258,6 +263,24 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
         raise ValueError(
             f"{slots} layers{' with the ends' if parallel.balanced_ends else ''} do not divide into "
             f"{parallel.pp} x {parallel.vp} stages; choose other pipeline sizes"
+        )
+
+
+def _check_messages(parallel: Parallel) -> None:
+    """Raise ValueError for quantised messages where training refuses them."""
+    if not parallel.messages.asked:
+        return
+    if parallel.fsdp or not parallel.distributed_optimizer or parallel.instances > 1:
+        raise Refused(
+            "--zero-quantized-gradients and --zero-quantized-weights are of one instance of the distributed optimizer; "
+            "pass --use-distributed-optimizer, without FSDP and --num-distributed-optimizer-instances"
+        )
+    if parallel.messages.weights and parallel.precision == "float32":
+        raise Refused("--zero-quantized-weights needs weights beside the optimizer's float32 ones; pass --bf16")
+    if parallel.copies > 1:
+        raise Refused(
+            f"two copies of the model would be rounded apart by quantised messages, got {parallel.schedule_name}; take "
+            f"another --pp-schedule"
         )
 
 
@@ -495,9 +518,6 @@ def size_of_norms(rank: RankConfig) -> float:
     return rank.split_tokens * rank.model.hidden * rank.parallel.bytes
 
 
-BUCKET = 40_000_000
-"""Parameters of Megatron's smallest bucket of gradients."""
-
 ADAM_BYTES = 34
 """Bytes read and written per parameter: its gradient twice, float32 weight and two moments, and the model's weight."""
 
@@ -512,17 +532,37 @@ def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
     spread = parallel.distributed_optimizer
     reduce = collective_seconds(cluster, "scatter" if spread else "reduce", gradients, shards, parallel.tp)
     gather = collective_seconds(cluster, "gather", weights, shards, parallel.tp) if spread else 0.0
+    beside = True
+    if parallel.messages.asked:
+        reduce, gather = _over_nodes(rank, kinds_of(rank.model, parallel, stage.layers, *_holds_ends(parallel, at)))
+        # they have a stream of their own on a GPU alone
+        beside = cluster.device == "cuda"
     bucket = min(1.0, BUCKET / parameters)
     forward, backward = stage.work.forward.total, stage.work.input.total + stage.work.weight.total
     if parallel.fsdp:
         data = _fsdp(rank, parameters, stage)
     else:
-        data = _left(reduce, backward, bucket, parallel.overlap_grad_reduce)
-        data += _left(gather, forward, bucket, parallel.overlap_param_gather)
+        data = _left(reduce, backward, bucket, beside and parallel.overlap_grad_reduce)
+        data += _left(gather, forward, bucket, beside and parallel.overlap_param_gather)
         data += _between_instances(rank, parameters, gradients)
         data += _between_copies(rank, to_peer(parallel, dense, experts), at)
     owned = parameters / (shards if parallel.distributed_optimizer or parallel.fsdp else 1)
     return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s
+
+
+def _over_nodes(rank: RankConfig, kinds: ParameterKinds) -> tuple[float, float]:
+    """Return the seconds of a reduction and of a gather, of which one at least is quantised."""
+    parallel, cluster = rank.parallel, rank.cluster
+    gradients, weights = moved_in_a_step(parallel, kinds)
+    reduce, gather = (
+        collective_seconds(cluster, kind, each.as_ever, parallel.shards, parallel.tp) if each.as_ever else 0.0
+        for kind, each in (("scatter", gradients), ("gather", weights))
+    )
+    if gradients.in_hops:
+        reduce += reduce_seconds(parallel, cluster, kinds, gradients.in_hops)
+    if weights.in_hops:
+        gather += gather_seconds(parallel, cluster, kinds, weights.in_hops)
+    return reduce, gather
 
 
 def _left(seconds: float, behind: float, bucket: float, overlap: bool) -> float:

@@ -28,12 +28,13 @@ MODELLED = _flags(
     pp-slices cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps local-sgd-outer
     moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-pieces moe-router moe-group-tokens
     moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
+    zero-quantized-gradients zero-quantized-weights zero-quantized-ranks-per-node
     """
 )
 
 UNMODELLED = _flags(
     """
-    pp-vocab-parallel zero-quantized-gradients zero-quantized-weights zero-quantized-ranks-per-node
+    pp-vocab-parallel
     tensor-parallel-num-weight-shards pipeline-model-parallel-comm-backend max-seqlen-per-dp-cp-rank
     hybrid-context-parallel expert-tensor-parallel-num-weight-shards deterministic-mode no-tp-comm-bulk-wgrad
     disable-tp-comm-bulk-wgrad no-tp-comm-bulk-dgrad disable-tp-comm-bulk-dgrad no-tp-comm-overlap-ag

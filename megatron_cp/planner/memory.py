@@ -11,16 +11,21 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.quantised import TRAVEL, Moved, ParameterKinds, left_bytes, moved
 from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of, mlp_width
+
+BUCKET = 40_000_000
+"""Parameters of Megatron's smallest bucket of gradients."""
 
 
 class MemoryUse(NamedTuple):
     """Bytes of one rank.
 
-    weights, gradients, optimizer: as Megatron keeps them, of all copies and versions of weights that a schedule needs
+    weights, gradients, optimizer: as Megatron keeps them, of all copies and versions of weights that a schedule needs,
+                 and what quantised gradients leave over for the next step
     activations: kept from forward to backward, of every microbatch in flight
     logits:      of one microbatch, with the cross entropy's copies
-    buffers:     of context parallelism and of one layer at work
+    buffers:     of context parallelism, of one layer at work, and of a bucket of quantised messages
     reserved:    context, libraries and communication buffers
     """
 
@@ -173,15 +178,44 @@ def stage_parameters(
     first, last: add the embedding, or the final norm and the output layer; a tied one is one weight without a pipeline
     """
     share = layers / model.layers
-    ends = (int(first) + int(last)) * model.embedding_parameters
-    if first and last and model.tied and parallel.pp == 1:
-        ends = model.embedding_parameters
+    ends = _embeddings(model, parallel, first, last)
     experts = model.expert_parameters / (parallel.ep * parallel.expert_tp)
     rest = model.hidden + model.mtp * model.mtp_parameters if last else 0
     whole = share * model.layers * sum(one.inner * one.columns for one in model.attention_weights if not one.split)
     # tensor parallelism splits all but MLA's down-projections
     dense = whole + (share * model.dense_parameters - whole + ends + rest) / parallel.tp
     return dense, share * experts
+
+
+def _embeddings(model: Transformer, parallel: Parallel, first: bool, last: bool) -> int:
+    """Return the parameters of the embedding and the output layer."""
+    if first and last and model.tied and parallel.pp == 1:
+        return model.embedding_parameters
+    return (int(first) + int(last)) * model.embedding_parameters
+
+
+def kinds_of(model: Transformer, parallel: Parallel, layers: float, first: bool, last: bool) -> ParameterKinds:
+    """Return the parameters of `stage_parameters` as quantised messages sort them.
+
+    Norms, routers, embedding and output layer stay exact; experts that other ranks share travel as ever.
+    """
+    dense, experts = stage_parameters(model, parallel, layers, first, last)
+    latent = model.latent.q_lora_rank + model.latent.kv_lora_rank if model.latent else 0
+    of_layers = model.layers * (2 * model.hidden + latent) + model.moe_layers * model.experts * model.hidden
+    rest = model.hidden * (1 + 3 * model.mtp) if last else 0
+    exact = (layers / model.layers * of_layers + _embeddings(model, parallel, first, last) + rest) / parallel.tp
+    apart = parallel.ep > 1 or parallel.expert_tp != parallel.tp
+    return ParameterKinds(dense - exact + (0 if apart else experts), exact, experts if apart else 0)
+
+
+def moved_in_a_step(parallel: Parallel, kinds: ParameterKinds) -> tuple[Moved, Moved]:
+    """Return what a reduction of gradients and a gather of weights move, of which one at least is quantised."""
+    weights, gradients, _ = parameter_bytes(parallel, 1.0, 0.0)
+    messages = parallel.messages
+    return (
+        moved(messages.of_gradients, kinds, gradients),
+        moved(messages.of_weights, kinds, parallel.bytes if messages.weights else weights),
+    )
 
 
 def _gathered_weights(rank: RankConfig) -> float:
@@ -255,5 +289,13 @@ def rank_memory(
         buffers += again * max(lengths) / rank.seq
     dense, experts = stage_parameters(model, parallel, layers, first, last)
     weights, gradients, optimizer = parameter_bytes(parallel, dense, experts)
+    if parallel.messages.asked:
+        kinds = kinds_of(model, parallel, layers, first, last)
+        gradients += left_bytes(parallel, rank.cluster, kinds.coded)
+        if parallel.overlap_grad_reduce:
+            buffers += TRAVEL * min(BUCKET, kinds.in_hops)
+        else:
+            # one bucket of all, after the backward pass has freed the activations
+            buffers = max(buffers, TRAVEL * kinds.in_hops - activations - logits)
     weights += (versions - 1) * (dense + experts) * parallel.bytes
     return MemoryUse(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

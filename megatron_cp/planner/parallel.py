@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.dtypes import BYTES, TRAINING
@@ -17,7 +18,7 @@ from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
 from megatron_cp.registry import unknown
-from megatron_cp.replicas import AVERAGE, OUTERS
+from megatron_cp.replicas import AVERAGE, INT8, OUTERS, QUANTISATIONS, Quantisation
 from megatron_cp.replicas.sync_steps import phases_of
 from megatron_cp.tensor import AUTO, DEFAULT_ENGINE, FLUX, MEGATRONS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
@@ -30,6 +31,35 @@ SHARDINGS = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 """Names of what Megatron-FSDP shards, as --data-parallel-sharding-strategy has them; torch's FSDP2 shards all."""
 PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
 """Bytes of a stored weight and activation; with fp8 only products are computed in fp8, tensors are kept in bfloat16."""
+
+
+class QuantisedMessages(NamedTuple):
+    """What of ZeRO++ a run asks for, as --zero-quantized-gradients, -weights and -ranks-per-node say it.
+
+    ranks_per_node: of what the two hops take for nodes; None for the cluster's
+    """
+
+    gradients: str | None = None
+    weights: bool = False
+    ranks_per_node: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """True if anything is quantised."""
+        return self.gradients is not None or self.weights
+
+    @property
+    def of_gradients(self) -> Quantisation | None:
+        """How gradients are quantised; None where they travel as ever."""
+        return None if self.gradients is None else QUANTISATIONS.get(self.gradients)
+
+    @property
+    def of_weights(self) -> Quantisation | None:
+        """How weights are quantised; None where they travel as ever."""
+        return QUANTISATIONS.get(INT8) if self.weights else None
+
+
+NOT_QUANTISED = QuantisedMessages()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +96,7 @@ class Parallel:
     local_steps: that instances take on their own between two averages of weights and moments; None where they add
                  their gradients in every step
     outer_bytes: of the outer optimizer per parameter of a rank's shard
+    messages:    that are quantised between replicas
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     state_bytes: of the optimizer per parameter; None for float32 master weights and moments
@@ -115,6 +146,7 @@ class Parallel:
     instances: int = 1
     local_steps: int | None = None
     outer_bytes: int = 0
+    messages: QuantisedMessages = NOT_QUANTISED
     fp8_params: bool = False
     fp32_grads: bool = True
     state_bytes: float | None = None
@@ -291,6 +323,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         instances=recipe.number("--num-distributed-optimizer-instances", 1),
         local_steps=_local_steps(recipe),
         outer_bytes=8 if OUTERS.get(recipe.flag("--local-sgd-outer", AVERAGE)).remembers else 0,
+        messages=_messages_of_run(recipe),
         fp8_params="--fp8-param-gather" in given,
         fp32_grads=_fp32_grads(recipe),
         state_bytes=_state_bytes(recipe),
@@ -328,6 +361,27 @@ def _local_steps(recipe: Recipe) -> int | None:
     """Return the steps between two averages of Local SGD; of a schedule those of its last phase, the most of a run."""
     text = recipe.flag("--local-sgd-steps", "")
     return phases_of(text)[-1].every if text else None
+
+
+def messages_of(recipe: Recipe) -> QuantisedMessages:
+    """Return what of ZeRO++ a recipe asks for."""
+    gradients, given = recipe.flag("--zero-quantized-gradients", ""), recipe.model_args
+    return QuantisedMessages(
+        gradients=QUANTISATIONS.get(gradients).name if gradients else None,
+        weights="--zero-quantized-weights" in given,
+        ranks_per_node=recipe.number(PER_NODE, 1) if PER_NODE in given else None,
+    )
+
+
+PER_NODE = "--zero-quantized-ranks-per-node"
+
+
+def _messages_of_run(recipe: Recipe) -> QuantisedMessages:
+    """Return the same; its nodes are what torchrun starts, unless the recipe says otherwise."""
+    found, started = messages_of(recipe), recipe.launch.get("--nproc-per-node")
+    if found.ranks_per_node or started is None:
+        return found
+    return found._replace(ranks_per_node=int(started.text))
 
 
 def _moves(recipe: Recipe) -> Offload | None:

@@ -24,7 +24,7 @@ from megatron_cp.planner.dispatch import dispatch_why, placement_why, weighed
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
 from megatron_cp.planner.model import Transformer
-from megatron_cp.planner.parallel import Parallel, megatrons_schedule
+from megatron_cp.planner.parallel import NOT_QUANTISED, Parallel, QuantisedMessages, megatrons_schedule
 from megatron_cp.planner.work import RankConfig, linears_of
 from megatron_cp.tensor import MEGATRONS, SCHEMES
 from megatron_cp.tensor.cost import Cheapest, cheapest
@@ -82,6 +82,7 @@ class PlanRequest:
     tp_overlap:   TransformerEngine's linears overlap their communication, where Megatron's own scheme stays
     exchanges:    ours of experts, to weigh beside Megatron's dispatchers
     pieces:       numbers of pieces of routed tokens to weigh beside whole microbatches
+    messages:     that are quantised between replicas, in every plan
     fixed:        sizes that are given
     headroom:     share of a GPU's memory that stays free
     """
@@ -100,6 +101,7 @@ class PlanRequest:
     tp_overlap: bool = False
     exchanges: tuple[str, ...] = ()
     pieces: tuple[int, ...] = ()
+    messages: QuantisedMessages = NOT_QUANTISED
     fixed: FixedSizes = ANY_SIZES
     headroom: float = HEADROOM
 
@@ -344,6 +346,9 @@ def _rest_of_splits(request: PlanRequest, tp: int, cp: int, left_out: Counter[st
         if request.global_batch % dp:
             left_out["batch divisible by DP"] += 1
             continue
+        if request.messages.asked and dp * cp == 1:
+            left_out["DP or CP for quantised messages"] += 1
+            continue
         for ep in divisors(model.experts) if model.experts else [1]:
             if dp * cp % ep == 0 and request.fixed.allow(ep=ep):
                 yield RankSplit(tp, cp, pp, dp, ep)
@@ -373,6 +378,7 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
                         global_batch=request.global_batch,
                         schedule=schedule,
                         slices=slices,
+                        messages=request.messages,
                         balanced_ends=layers % stages != 0,
                         precision=request.precision,
                     ),

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from megatron_cp.experts.dispatch_cost import SentBytes, dispatch_bytes
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.planner.memory import of_shards, parameter_bytes, stage_parameters
+from megatron_cp.planner.memory import kinds_of, moved_in_a_step, of_shards, parameter_bytes, stage_parameters
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.quantised import hops_of, sent_in_hops
 from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
 from megatron_cp.tensor.place import cube_side
@@ -45,9 +46,14 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     attention = context_attention(rank)
     sequences = micros * parallel.micro_batch * layers
     hops = 2 * parallel.vp if parallel.pp > 1 else 0
-    dense, experts = stage_parameters(model, parallel, parallel.copies * layers, parallel.pp == 1, parallel.pp == 1)
+    of_rank = parallel.copies * layers, parallel.pp == 1, parallel.pp == 1
+    dense, experts = stage_parameters(model, parallel, *of_rank)
     shards = parallel.shards
     data, between_instances = _of_replicas(parallel, dense + experts)
+    in_hops = 0.0
+    if parallel.messages.asked:
+        of_both = moved_in_a_step(parallel, kinds_of(model, parallel, *of_rank))
+        in_hops, data = (sum(sizes) for sizes in zip(*of_both, strict=True))
     spread = {
         "tensor": (micros * tensor, grid.tokens, grid.weights),
         "pipeline": (
@@ -70,6 +76,9 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
+    near, far = sent_in_hops(in_hops, hops_of(parallel, rank.cluster)) if in_hops else (0.0, 0.0)
+    inside["data"] += near
+    between["data"] += far
     away = _share_between(rank, parallel.instances, parallel.tp * shards)
     sent = _around(between_instances, parallel.instances)
     inside["data"] += sent * (1 - away)

@@ -12,7 +12,10 @@ from megatron_cp.registry import Registry
 if TYPE_CHECKING:
     from megatron_cp.replicas.outer import OuterStep
 
-__all__ = ["AVERAGE", "INT4", "INT8", "NESTEROV", "OUTERS", "QUANTISATIONS", "OuterOptimizer", "Quantisation"]
+__all__ = ["AVERAGE", "INT4", "INT8", "NESTEROV", "OUTERS", "QUANTISATIONS", "SCALE", "OuterOptimizer", "Quantisation"]
+
+SCALE = 4
+"""Bytes of a scale of quantised numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class Quantisation:
     """How numbers are quantised for a message.
 
     bits:  of a number
-    block: numbers that share a scale of 4 bytes
+    block: numbers that share a scale
     keeps: True if what it rounds off is kept and added in the next step
     """
 
@@ -94,6 +97,11 @@ class Quantisation:
     what: str
     keeps: bool = False
     aliases: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of a number in a message, with its part of the scale."""
+        return self.bits / 8 + SCALE / self.block
 
 
 INT8 = "int8"

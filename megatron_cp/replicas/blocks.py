@@ -10,10 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_cp.replicas import Quantisation
-
-SCALE = 4
-"""Bytes of a scale."""
+from megatron_cp.replicas import SCALE, Quantisation
 
 LEFT = torch.bfloat16
 """Dtype of what codes leave over for the next step, 2 bytes an element."""

@@ -47,14 +47,17 @@ class Left(NamedTuple):
 
 
 def nothing_left(parts: Sequence[RankPart], hops: Hops, quantisation: Quantisation, device: torch.device) -> Left:
-    """Return zeros for a buffer: 2 bytes an element, and as many for each of those that this rank adds up."""
+    """Return zeros for a buffer: 2 bytes an element, and as many for each of those that this rank adds up.
+
+    A hop of one rank sends nothing and leaves nothing over.
+    """
     block = quantisation.block
     counts = _counts([part.coded for part in parts], hops, block)
 
-    def zeros(rows: int) -> Tensor:
-        return torch.zeros((rows, block), dtype=LEFT, device=device)
+    def zeros(rows: int, hop: Fabric) -> Tensor:
+        return torch.zeros((rows if hop.size > 1 else 0, block), dtype=LEFT, device=device)
 
-    return Left(zeros(sum(map(sum, counts))), zeros(sum(counts[hops.inside.rank])))
+    return Left(zeros(sum(map(sum, counts)), hops.inside), zeros(sum(counts[hops.inside.rank]), hops.between))
 
 
 @torch.no_grad()

@@ -230,7 +230,6 @@ def test_a_run_that_extends_a_preset_is_valid(name: str, tmp_path: Path) -> None
 LEFT_OUT = {
     "zero1-bf16-gradients": ["--ddp-reduce-scatter-with-fp32-accumulation"],
     "fsdp2": ["--no-gradient-accumulation-fusion"],
-    "zero-plus-plus": ["--zero-quantized-gradients int8", "--zero-quantized-weights"],
 }
 
 

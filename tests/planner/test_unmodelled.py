@@ -69,6 +69,8 @@ SEEN = [
     "--experimental-attention-variant dsa",
     "--cuda-graph-impl local",
     "--num-distributed-optimizer-instances 2",
+    "--zero-quantized-gradients int4",
+    "--zero-quantized-weights",
     f"{PP2} --pp-memory-limit 20",
     "--delay-wgrad-compute",
     "--hybrid-layer-pattern M*",
