@@ -554,10 +554,9 @@ def _over_nodes(rank: RankConfig, kinds: ParameterKinds) -> tuple[float, float]:
     """Return the seconds of a reduction and of a gather, of which one at least is quantised."""
     parallel, cluster = rank.parallel, rank.cluster
     gradients, weights = moved_in_a_step(parallel, kinds)
-    reduce, gather = (
-        collective_seconds(cluster, kind, each.as_ever, parallel.shards, parallel.tp) if each.as_ever else 0.0
-        for kind, each in (("scatter", gradients), ("gather", weights))
-    )
+    around = parallel.shards, parallel.tp
+    reduce = collective_seconds(cluster, "scatter", gradients.as_ever, *around) if gradients.as_ever else 0.0
+    gather = collective_seconds(cluster, "gather", weights.as_ever, *around) if weights.as_ever else 0.0
     if gradients.in_hops:
         reduce += reduce_seconds(parallel, cluster, kinds, gradients.in_hops)
     if weights.in_hops:
