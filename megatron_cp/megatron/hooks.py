@@ -24,9 +24,9 @@ FOR_V = ("v-stages", "v-data", "v-tied-embeddings")
 """Hooks that place stages on the V; they are applied for such a schedule only."""
 FOR_TWO_COPIES = ("v-stages", "v-tied-embeddings")
 """Hooks for two copies of the model, of which one runs up the ranks as the V does."""
-FOR_ISLANDS = ("island-gradients", "island-step", "island-weights", "island-momentum")
+FOR_ISLANDS = ("island-gradients", "island-step", "island-weights", "shard-state")
 """Hooks that let the instances of the distributed optimizer train apart."""
-FOR_QUANTISED = ("quantised-buckets", "quantised-gradients", "quantised-weights")
+FOR_QUANTISED = ("quantised-buckets", "quantised-gradients", "quantised-weights", "shard-state")
 """Hooks that quantise messages of the distributed optimizer."""
 _MARK = "megatron_cp_hook"
 
@@ -214,11 +214,11 @@ HOOKS = Registry(
             retired_by="a callback of the distributed optimizer between the two",
         ),
         Hook(
-            name="island-momentum",
+            name="shard-state",
             targets=("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",),
-            by="megatron_cp.megatron.replicas.saved_momentum:with_momentum",
+            by="megatron_cp.megatron.replicas.shard_state:with_shard_state",
             parameters=("self", "is_loading", "metadata"),
-            reason="a checkpoint has no place for a momentum of the distributed optimizer that is not Adam's",
+            reason="a checkpoint has no place for what the distributed optimizer's shards have beside Adam's moments",
             retired_by="more names in the distributed optimizer's optimizer_state_keys",
             settings=True,
         ),

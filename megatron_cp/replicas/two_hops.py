@@ -60,6 +60,37 @@ def nothing_left(parts: Sequence[RankPart], hops: Hops, quantisation: Quantisati
     return Left(zeros(sum(map(sum, counts)), hops.inside), zeros(sum(counts[hops.inside.rank]), hops.between))
 
 
+def own_left(left: Left, parts: Sequence[RankPart], hops: Hops) -> list[Tensor]:
+    """Return views [elements] of what this rank has left over of its own part, one for each slice that is quantised."""
+    if hops.inside.size > 1:
+        rows, order = left.inside, [rank for across in hops.ranks for rank in across]
+    else:
+        rows, order = left.between, list(hops.ranks[hops.inside.rank])
+    before = sum(len(parts[rank].coded) for rank in order[: order.index(hops.own)])
+    views = _views(rows, [each for rank in order for each in parts[rank].coded])
+    return views[before : before + len(parts[hops.own].coded)]
+
+
+@torch.no_grad()
+def collect_left(left: Left, elements: int, parts: Sequence[RankPart], hops: Hops, quantisation: Quantisation) -> None:
+    """Hand what all ranks have left over of each of a buffer's elements to the rank of its part.
+
+    All ranks call it together. It then is all in `own_left`, so that a sum over steps is what it was but for rounding.
+    """
+    slices = [part.coded for part in parts]
+    everyone = [each for across in hops.ranks for rank in across for each in slices[rank]]
+    place = [each for rank in hops.ranks[hops.inside.rank] for each in slices[rank]]
+    whole = torch.zeros(elements, device=left.inside.device)
+    for rows, of_rows in ((left.inside, everyone), (left.between, place)):
+        if len(rows):
+            torch._foreach_add_([whole[each] for each in of_rows], _views(rows.float(), of_rows))
+        rows.zero_()
+    # in float32 along both hops
+    reduce_scatter(whole, [RankPart((), each) for each in slices], hops, quantisation)
+    for view, each in zip(own_left(left, parts, hops), slices[hops.own], strict=True):
+        view.copy_(whole[each])
+
+
 @torch.no_grad()
 def reduce_scatter(
     whole: Tensor, parts: Sequence[RankPart], hops: Hops, quantisation: Quantisation, left: Left | None = None

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.arguments.replicas import without_flush
+from megatron_cp.megatron.arguments.replicas import UNSAVED, without_flush
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import LocalSgdFlags, PipelineFlags, QuantisedFlags, say
 
@@ -94,6 +94,8 @@ def check_quantised(args: Any) -> None:
     refuse(OF_BOTH, args, who)
     if flags.of_gradients is not None:
         refuse(OF_GRADIENTS, args, who)
+        if flags.of_gradients.keeps and read(args, "save") is not None:
+            refuse(UNSAVED, args, f"{who} with --save")
     if flags.weights:
         refuse(OF_WEIGHTS, args, WEIGHTS)
     if flags.ranks_per_node is not None and flags.ranks_per_node < 1:

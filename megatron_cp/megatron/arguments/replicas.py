@@ -88,22 +88,22 @@ UNSUPPORTED = (
 )
 UNSAVED = (
     Unsupported(
-        "checkpoints of other formats than torch_dist, which would not hold its momentum",
+        "checkpoints of other formats than torch_dist, which would not hold what it keeps",
         lambda args: read(args, "ckpt_format", "torch_dist") != "torch_dist",
         "pass --ckpt-format torch_dist",
     ),
     Unsupported(
-        "checkpoints in the order of the model, which would not hold its momentum",
+        "checkpoints in the order of the model, which would not hold what it keeps",
         lambda args: bool(read(args, "dist_ckpt_optim_fully_reshardable", False)),
         "leave --dist-ckpt-optim-fully-reshardable out: other CP and DP load the checkpoint all the same",
     ),
     Unsupported(
-        "checkpoints on the nodes' own disks, which would not hold its momentum",
+        "checkpoints on the nodes' own disks, which would not hold what it keeps",
         lambda args: read(args, "non_persistent_ckpt_type") == "local",
         "leave --non-persistent-ckpt-type local out",
     ),
 )
-"""Checkpoints that an outer optimizer with a momentum cannot go on from."""
+"""Checkpoints without what shards have beside Adam's moments: a momentum, or what quantised gradients leave over."""
 AT_SYNCS = (
     ("save_interval", "save"),
     ("non_persistent_save_interval", "save"),

@@ -18,7 +18,7 @@ from megatron_cp import config
 from megatron_cp.batches import ALGORITHMS
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.checkpoint.contents import DESCRIPTION, SIZES, common_state, damage, iterations, unreadable
-from megatron_cp.megatron.run import AttentionFlags, LocalSgdFlags, PipelineFlags, say
+from megatron_cp.megatron.run import AttentionFlags, LocalSgdFlags, PipelineFlags, QuantisedFlags, say
 from megatron_cp.units import is_whole
 
 # what makes two models different; read from the arguments that every checkpoint carries
@@ -57,6 +57,7 @@ def check(args: Any) -> None:
     if not (args.no_load_optim or args.finetune or saved.no_save_optim):
         check_optimizer(args, saved)
         say_momentum(args, saved)
+        say_left_over(args, saved)
 
 
 def _another(args: Any) -> str:
@@ -105,6 +106,21 @@ def say_momentum(args: Any, saved: Any) -> None:
         say(f"the checkpoint in {args.load} has no outer momentum: that of --local-sgd-outer {here} begins at zero")
     if there and not here:
         say(f"the outer momentum of --local-sgd-outer {there} in {args.load} is left: this run has none")
+
+
+def say_left_over(args: Any, saved: Any) -> None:
+    """Say what becomes of what quantised gradients have left over, where only one of the two runs keeps it."""
+    here, there = (_keeping(each) for each in (args, saved))
+    if here and not there:
+        say(f"the checkpoint in {args.load} has nothing left over: --zero-quantized-gradients {here} begins without")
+    if there and not here:
+        say(f"what --zero-quantized-gradients {there} has left over in {args.load} is left: this run keeps nothing")
+
+
+def _keeping(args: Any) -> str:
+    """Return the name of the quantisation of gradients, where it keeps what it rounds off."""
+    quantisation = QuantisedFlags.of(args).of_gradients
+    return quantisation.name if quantisation is not None and quantisation.keeps else ""
 
 
 def _outer_of(args: Any) -> str:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from megatron_cp.comm import Done, GroupFabric, Handle
 from megatron_cp.megatron.run import Settings, say
-from megatron_cp.replicas import INT8, QUANTISATIONS, Quantisation
+from megatron_cp.replicas import INT8, QUANTISATIONS, Quantisation, two_hops
 from megatron_cp.replicas.parts import ParameterSpan, RankPart, parts_of
 from megatron_cp.replicas.two_hops import Hops, Left, all_gather, hops_of, nothing_left, reduce_scatter
 
@@ -68,6 +68,47 @@ def is_exact(name: str, parameter: Tensor) -> bool:
 def _spans(bucket: Any, names: dict[Any, str]) -> Iterator[ParameterSpan]:
     for parameter, (start, stop) in sorted(bucket.param_to_index.items(), key=lambda item: item[1]):
         yield ParameterSpan(start, stop, is_exact(names[parameter], parameter))
+
+
+def _buckets_of(optimizer: Any) -> Iterator[Any]:
+    """Yield the buckets of a distributed optimizer."""
+    for buffer in optimizer.buffers:
+        yield from buffer.buckets
+
+
+def keeps_any(optimizer: Any) -> bool:
+    """Return True if something is left over of the gradients of a distributed optimizer, on whichever rank."""
+    marked = (getattr(each.grad_data, BUCKET, None) for each in _buckets_of(optimizer))
+    return any(bucket is not None and bucket.left is not None for bucket in marked)
+
+
+def collect_left(optimizer: Any) -> None:
+    """Hand what is left over of each of an optimizer's shards to the rank that owns it; its ranks call it together."""
+    for each in _buckets_of(optimizer):
+        bucket: Bucket | None = getattr(each.grad_data, BUCKET, None)
+        if bucket is not None and bucket.left is not None:
+            assert bucket.gradients is not None
+            two_hops.collect_left(bucket.left, each.grad_data.numel(), bucket.parts, bucket.hops, bucket.gradients)
+
+
+def own_left(optimizer: Any) -> Iterator[Tensor | None]:
+    """Yield what this rank has left over of each of its shards, in Megatron's order; None where nothing is kept."""
+    for ranges, buffer in zip(optimizer.gbuf_ranges, optimizer.buffers, strict=True):
+        for of_buckets in ranges.values():
+            for of_bucket, each in zip(of_buckets, buffer.buckets, strict=True):
+                kept = _own_left(getattr(each.grad_data, BUCKET, None))
+                for where in of_bucket["param_map"].values():
+                    shard = where["gbuf_world_in_bucket"]
+                    yield kept.get((shard.start, shard.end))
+
+
+def _own_left(bucket: Bucket | None) -> dict[tuple[int, int], Tensor]:
+    """Return what this rank has left over of its part of a bucket, by its first and last element."""
+    if bucket is None or bucket.left is None:
+        return {}
+    slices = bucket.parts[bucket.hops.own].coded
+    views = two_hops.own_left(bucket.left, bucket.parts, bucket.hops)
+    return {(each.start, each.stop): view for each, view in zip(slices, views, strict=True)}
 
 
 # the replicas of a rank share one group
