@@ -9,8 +9,10 @@ from megatron_cp.replicas.parts import ParameterSpan, parts_of, places_of
 from megatron_cp.replicas.two_hops import (
     Sent,
     all_gather,
+    collect_left,
     hops_of,
     nothing_left,
+    own_left,
     reduce_scatter,
     sent_to_gather,
     sent_to_reduce,
@@ -154,3 +156,41 @@ def test_what_int4_leaves_over_comes_in_later_steps(per_node: int) -> None:
     )
     # the error of a sum over steps does not grow with them
     assert kept < forgotten / 4
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), NODES[1:])
+def test_what_is_left_over_is_handed_to_the_rank_of_its_part(ranks: int, per_node: int) -> None:
+    parts = parts_of(SPANS, ELEMENTS, ranks)
+
+    def collect(fabric):
+        hops = hops_of(fabric, fabric.nodes)
+        left = nothing_left(parts, hops, INT4, torch.device("cpu"))
+        whole = drawn(fabric.rank)
+        reduce_scatter(whole, parts, hops, INT4, left)
+        collect_left(left, ELEMENTS, parts, hops, INT4)
+        kept = [each.clone() for each in left]
+        views = own_left(left, parts, hops)
+        # nothing is left elsewhere, so that a second time changes nothing
+        assert sum(int(each.count_nonzero()) for each in left) == sum(int(view.count_nonzero()) for view in views)
+        collect_left(left, ELEMENTS, parts, hops, INT4)
+        assert all(each.equal(before) for each, before in zip(left, kept, strict=True))
+        return whole, views
+
+    found = in_process(ranks, collect, per_node)
+    total = sum(drawn(rank) for rank in range(ranks))
+    # half a scale of each rank in either hop, rounded to bf16 there and in the end
+    most = sum(drawn(rank).abs().max() for rank in range(ranks)) / 7
+    for rank, (whole, views) in enumerate(found):
+        for each, view in zip(parts[rank].coded, views, strict=True):
+            assert (view.float() + whole[each] - total[each]).abs().max() <= most / 200
+
+
+def test_a_hop_of_one_rank_keeps_nothing() -> None:
+    parts = parts_of([ParameterSpan(0, 256)], 256, 2)
+
+    def sizes(fabric):
+        return [len(each) for each in nothing_left(parts, hops_of(fabric, fabric.nodes), INT4, torch.device("cpu"))]
+
+    # rows of 64: of both parts between two ranks of a node, or the same between two nodes
+    assert in_process(2, sizes, 2) == [[4, 0]] * 2
+    assert in_process(2, sizes, 1) == [[0, 4]] * 2

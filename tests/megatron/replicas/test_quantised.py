@@ -1,6 +1,7 @@
 """Quantised messages train as plain ones do, for the bytes of the formulas; what they cannot do is refused."""
 
 import hashlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ def check(**given: object) -> None:
         {"data_parallel_size": 1, "context_parallel_size": 2},
         {"zero_quantized_gradients": None, "zero_quantized_weights": False, "fp16": True, "data_parallel_size": 1},
         {"zero_quantized_ranks_per_node": 4, "zero_quantized_gradients": "int4"},
+        {"zero_quantized_gradients": "int4", "save": "here"},
+        {"save": "here", "dist_ckpt_optim_fully_reshardable": True},
     ],
 )
 def test_what_works_is_taken(given: dict[str, object]) -> None:
@@ -66,6 +69,10 @@ def test_what_works_is_taken(given: dict[str, object]) -> None:
         ({"data_parallel_size": 1}, "has nothing to send: .* are 1"),
         ({"zero_quantized_gradients": None, "data_parallel_size": 1}, "--zero-quantized-weights has nothing to send"),
         ({"zero_quantized_gradients": "int3"}, "unknown quantisation 'int3'"),
+        (
+            {"zero_quantized_gradients": "int4", "save": "here", "dist_ckpt_optim_fully_reshardable": True},
+            "--zero-quantized-gradients int4 with --save does not do .*; leave --dist-ckpt-optim-fully-reshardable out",
+        ),
         ({"zero_quantized_ranks_per_node": 0}, "is 1 or more, got 0"),
         (
             {
@@ -189,6 +196,15 @@ def test_quantised_replicas_train_as_plain_ones_do(replicas: list[float], flags:
         assert all(sent == formula for sent, formula in (*run.reduced, *run.gathered))
         assert run.weights == runs[0].weights
     assert bool(runs[0].gathered) == ("weights" in flags)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_int4_is_the_unbroken_one(tmp_path: Path) -> None:
+    flags = tiny(DP, "--zero-quantized-gradients int4 --zero-quantized-ranks-per-node 1")
+    unbroken = run_ranks(2, pretrain_losses, [*flags, "--save", str(tmp_path), "--save-interval", "2"])
+    resumed = run_ranks(2, pretrain_losses, [*flags, "--load", str(tmp_path), "--ckpt-step", "2"])
+    assert [step["iteration"] for step in resumed[0]] == [3, 4]
+    assert resumed[0] == unbroken[0][2:]
 
 
 class Model(torch.nn.Module):
