@@ -34,7 +34,7 @@ PRECISIONS = {"fp8": 2} | {name: BYTES[name] for name in TRAINING}
 
 
 class QuantisedMessages(NamedTuple):
-    """What of ZeRO++ a run asks for, as --zero-quantized-gradients, -weights and -ranks-per-node say it.
+    """Messages of ZeRO++ that a run asks for, as --zero-quantized-gradients, -weights and -ranks-per-node say.
 
     ranks_per_node: of what the two hops take for nodes; None for the cluster's
     """
@@ -364,7 +364,7 @@ def _local_steps(recipe: Recipe) -> int | None:
 
 
 def messages_of(recipe: Recipe) -> QuantisedMessages:
-    """Return what of ZeRO++ a recipe asks for."""
+    """Return which messages a recipe quantises."""
     gradients, given = recipe.flag("--zero-quantized-gradients", ""), recipe.model_args
     return QuantisedMessages(
         gradients=QUANTISATIONS.get(gradients).name if gradients else None,

@@ -24,11 +24,11 @@ from megatron_cp.replicas.blocks import LEFT
 MOMENTUM = "outer_momentum"
 """At the end of a key, and in the description of a checkpoint that has it."""
 LEFT_OVER = "left_over"
-"""The same of what quantised gradients have left over."""
+"""At the end of a key, and in such a description, for what quantised gradients have left over."""
 
 StateDict = dict[str, Any]
 Values = Callable[[StateDict, Tensor], Tensor | None]
-"""Returns what a shard of these weights has, None for one of which nothing is kept, such as padding."""
+"""Function that returns what a shard of these weights has, None where nothing is kept of it, as of padding."""
 # how Megatron calls a shard of weights, in its own order of shards and in the model's
 WEIGHTS = ("param", "fp32_param")
 
