@@ -1,5 +1,4 @@
-"""Checkpoints with what a shard has beside Adam's moments: the momentum of islands' outer optimizer, or what quantised
-gradients have left over.
+"""Checkpoints with what shards have beside Adam's moments: islands' outer momentum, or what int4 has left over.
 
 Either lies beside the weights and moments of the same shard, saved once, so that runs of other numbers of islands or
 data-parallel ranks load it. Saves of islands fall on syncs: every island has the same momentum then, and the weights of
