@@ -559,6 +559,15 @@ class LocalSgdFlags(_Flags):
             "and moments every H steps. STEP:H,STEP:H changes H at these steps, the first of which is 1: 1:1,1001:8."
         ),
     )
+    spread: float | None = _flag(
+        None,
+        lambda: "SHARE",
+        lambda: (
+            "With --local-sgd-steps, average only where a sample of the weights is farther apart than this share of "
+            "their norm, but always where weights are saved, evaluated or final; by default at each of these steps."
+        ),
+        float,
+    )
     outer: str = _flag(
         AVERAGE,
         lambda: _one_of(*OUTERS.names),
@@ -595,6 +604,23 @@ class LocalSgdFlags(_Flags):
     def decay(self) -> float:
         """The decay of the outer optimizer's momentum; its own where none is given."""
         return self.outer_momentum if self.outer_momentum is not None else self.outer_optimizer.momentum or 0.0
+
+
+READING = (
+    ("save_interval", "save"),
+    ("non_persistent_save_interval", "save"),
+    ("save_params_interval", "save"),
+    ("exit_interval", None),
+    ("eval_interval", "eval_iters"),
+    ("check_weight_hash_across_dp_replicas_interval", None),
+)
+"""Intervals of what reads the weights, each with the argument without which it is never reached."""
+
+
+def reading(args: Any) -> dict[str, int]:
+    """Return the arguments by which weights are read every so many steps, with the number."""
+    found = {name: getattr(args, name, None) for name, needs in READING if not needs or getattr(args, needs, None)}
+    return {name: every for name, every in found.items() if every}
 
 
 def _with_momentum(default: str) -> str:
@@ -653,6 +679,7 @@ class Settings:
     rank:                in the whole run
     save, load:          folders of the checkpoints that are written, and that the run goes on from
     steps:               numbers of the steps to run, from the loaded checkpoint's on; None where no end is known
+    read_every:          numbers of steps after each of which the weights are read: saved, evaluated, compared
     timeout_minutes:     of communication
     """
 
@@ -671,6 +698,7 @@ class Settings:
     save: str | None = None
     load: str | None = None
     steps: range | None = None
+    read_every: tuple[int, ...] = ()
     timeout_minutes: int | None = None
 
     @classmethod
@@ -693,6 +721,7 @@ class Settings:
             save=getattr(args, "save", None),
             load=getattr(args, "load", None),
             steps=_steps_of(args),
+            read_every=tuple(reading(args).values()),
             timeout_minutes=getattr(args, "distributed_timeout_minutes", None),
         )
 

@@ -12,6 +12,10 @@ MOST = 1 << 26
 """Elements that are averaged together, unless one tensor has more; so many are copied at a time."""
 
 
+SAMPLED = 1024
+"""Elements of which one is compared, to find out how far islands are apart."""
+
+
 class Stepped(NamedTuple):
     """Weights that all islands go on from, and the momentum, which is None for an optimizer without."""
 
@@ -70,6 +74,20 @@ def put_mean(tensors: Sequence[Tensor], islands: Fabric) -> Spread:
         for tensor, part in zip(group, mean.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(part.view_as(tensor))
     return Spread(distance, norm)
+
+
+@torch.no_grad()
+def sampled_spread(tensors: Sequence[Tensor], islands: Fabric, every: int = SAMPLED) -> Spread:
+    """Return the spread of each so many-th element, counted over all tensors, which stay as they are.
+
+    It takes the place of a local state of all elements in dynamic averaging (arXiv:2405.20988); all islands call it
+    together, with equal shapes.
+    """
+    before, sample = 0, []
+    for tensor in tensors:
+        sample.append(tensor.detach().flatten()[-before % every :: every].clone())
+        before += tensor.numel()
+    return put_mean(sample, islands)
 
 
 def sent(elements: int, islands: int) -> int:

@@ -45,3 +45,8 @@ def syncs(phases: Sequence[Phase], step: int) -> bool:
     """
     now = max((phase for phase in phases if phase.first <= step), key=lambda phase: phase.first)
     return (step - now.first + 1) % now.every == 0 or any(phase.first == step + 1 for phase in phases)
+
+
+def is_read(step: int, last: int | None, every: Sequence[int]) -> bool:
+    """Return True for a step after which weights are read: the last one, or one of those in each so many."""
+    return step == last or any(step % each == 0 for each in every)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_cp.comm import in_process
 from megatron_cp.replicas import outer
-from megatron_cp.replicas.outer import Stepped, average, nesterov, put_mean, sent
+from megatron_cp.replicas.outer import Stepped, average, nesterov, put_mean, sampled_spread, sent
 
 SHAPES = [(3, 5), (1,), (7,), (2, 2, 2)]
 ELEMENTS = 31
@@ -47,6 +47,22 @@ def test_no_tensors_are_no_message() -> None:
         return put_mean([], fabric), fabric.sent
 
     assert in_process(2, meet) == [(outer.Spread(torch.zeros(()), torch.zeros(())), 0)] * 2
+
+
+@pytest.mark.parametrize("every", [1, 4, 1000])
+def test_a_sample_is_each_so_many_th_element_of_all(every: int) -> None:
+    def compare(fabric):
+        tensors = drawn(fabric.rank)
+        spread = sampled_spread(tensors, fabric, every)
+        assert all(one.equal(other) for one, other in zip(tensors, drawn(fabric.rank), strict=True))
+        return spread, fabric.sent
+
+    samples = [torch.cat([tensor.flatten() for tensor in drawn(rank)])[::every] for rank in range(3)]
+    mean = sum(samples) / 3
+    for sample, (spread, moved) in zip(samples, in_process(3, compare), strict=True):
+        torch.testing.assert_close(spread.distance, (sample - mean).square().sum())
+        torch.testing.assert_close(spread.norm, mean.square().sum())
+        assert moved == 8 * sent(-(-ELEMENTS // every), 3)
 
 
 def test_nesterov_steps_as_torch_does() -> None:

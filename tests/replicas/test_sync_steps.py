@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cp.replicas.sync_steps import phases_of, syncs
+from megatron_cp.replicas.sync_steps import is_read, phases_of, syncs
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,11 @@ from megatron_cp.replicas.sync_steps import phases_of, syncs
 )
 def test_islands_meet_at_every_h_th_step_of_a_phase(text: str, met: list[int]) -> None:
     assert [step for step in range(1, 11) if syncs(phases_of(text), step)] == met
+
+
+def test_weights_are_read_at_the_end_and_at_every_so_many_steps() -> None:
+    assert [step for step in range(1, 13) if is_read(step, 11, (4, 6))] == [4, 6, 8, 11, 12]
+    assert not is_read(3, None, ())
 
 
 @pytest.mark.parametrize(

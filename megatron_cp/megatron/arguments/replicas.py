@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import LocalSgdFlags, PipelineFlags, say
+from megatron_cp.megatron.run import LocalSgdFlags, PipelineFlags, reading, say
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.replicas.sync_steps import Phase, phases_of, syncs
 
@@ -104,15 +104,6 @@ UNSAVED = (
     ),
 )
 """Checkpoints without what shards have beside Adam's moments: a momentum, or what quantised gradients leave over."""
-AT_SYNCS = (
-    ("save_interval", "save"),
-    ("non_persistent_save_interval", "save"),
-    ("save_params_interval", "save"),
-    ("exit_interval", None),
-    ("eval_interval", "eval_iters"),
-    ("check_weight_hash_across_dp_replicas_interval", None),
-)
-"""Intervals of what reads the weights, each with the argument without which it is never reached."""
 
 
 def check_local_sgd(args: Any) -> None:
@@ -123,6 +114,8 @@ def check_local_sgd(args: Any) -> None:
         return
     who, phases = f"--local-sgd-steps {flags.steps}", phases_of(flags.steps)
     refuse(UNSUPPORTED, args, who)
+    if flags.spread is not None and flags.spread <= 0:
+        raise Refused(f"--local-sgd-spread is more than 0, got {flags.spread}; leave it out to average at every sync")
     _check_outer(args, flags)
     _check_islands(args, who)
     _check_syncs(args, who, phases)
@@ -184,10 +177,7 @@ def _check_syncs(args: Any, who: str, phases: tuple[Phase, ...]) -> None:
             f"{who}: islands would end apart, for --train-iters {last} is no sync; "
             f"{_nearest(phases, last, 'train_iters')}"
         )
-    for name, needs in AT_SYNCS:
-        every = read(args, name)
-        if not every or (needs and not read(args, needs)):
-            continue
+    for name, every in reading(args).items():
         for step in range(every, last + 1, every):
             if not syncs(phases, step):
                 raise Refused(

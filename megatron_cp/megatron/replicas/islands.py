@@ -6,9 +6,9 @@ weights on to the model and gathers them as ever.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron_cp.comm import GroupFabric
 from megatron_cp.megatron.replicas.arrivals import open_connections, wait_for_all
 from megatron_cp.megatron.run import Settings, say
-from megatron_cp.replicas.outer import Spread, put_mean
-from megatron_cp.replicas.sync_steps import phases_of, syncs
+from megatron_cp.replicas.outer import Spread, put_mean, sampled_spread
+from megatron_cp.replicas.sync_steps import is_read, phases_of, syncs
 
 ISLAND = "megatron_cp_island"
 """Attribute of a distributed optimizer that holds its Island, once it has been asked for."""
@@ -54,9 +54,10 @@ def take_step(old: Callable[..., Any], settings: Settings, *args: Any, **kwargs:
     islands = [island_of(optimizer, settings) for optimizer in optimizers]
     step = given["iteration"] + 1
     meet = syncs(phases_of(settings.local_sgd.steps), step)
+    must = is_read(step, settings.steps.stop if settings.steps else None, settings.read_every)
     open_connections(settings.timeout_minutes)
     for island in islands:
-        island.begin(step, meet)
+        island.begin(step, meet, must)
     groups = get_attr_wrapped_model(given["model"][0], "pg_collection")
     # the first of two groups that Megatron looks for
     everyone = getattr(groups, "dp_cp_gtp_remat", None)
@@ -84,15 +85,16 @@ def hand_on(old: Callable[..., None], optimizer: Any) -> None:
 class Island:
     """One optimizer's shards of weights and moments on this rank, and what it remembers of the last sync.
 
-    meets:   True while a step runs that ends in a sync
-    spread:  how far the islands' weights were apart at the last sync, as this rank sees it
-    waited:  seconds that this rank waited for other islands then
-    momenta: of each shard of weights, equal on all islands; empty for an outer optimizer without
+    meets:    True while a step runs that ends in a sync
+    averaged: False where the last sync found the islands near enough to go on apart
+    spread:   how far the islands' weights were apart at the last sync, as this rank sees it
+    waited:   seconds that this rank waited for other islands then
+    momenta:  of each shard of weights, equal on all islands; empty for an outer optimizer without
     """
 
     def __init__(self, optimizer: Any, settings: Settings) -> None:
-        self.meets = False
-        self._number = 0
+        self.meets, self.averaged = False, True
+        self._number, self._must = 0, True
         self.spread = Spread(torch.zeros(()), torch.zeros(()))
         self.waited = 0.0
         self._optimizer, self._flags, self._minutes = optimizer, settings.local_sgd, settings.timeout_minutes
@@ -100,22 +102,29 @@ class Island:
         kept = weights_of(optimizer) if self._flags.outer_optimizer.remembers else []
         self.momenta: dict[Tensor, Tensor] = {weight: torch.zeros_like(weight.detach()) for weight in kept}
 
-    def begin(self, step: int, meets: bool) -> None:
-        """Begin a step; the first of a run begins at the weights of a sync, be it a checkpoint's."""
-        self._number, self.meets = step, meets
+    def begin(self, step: int, meets: bool, must: bool = True) -> None:
+        """Begin a step, after whose sync weights `must` be equal; a run begins at those of a sync, or a checkpoint."""
+        self._number, self.meets, self._must = step, meets, must
         if not self._anchors:
             self._anchors = [weight.detach().clone() for weight in self.momenta]
 
     def sync(self) -> None:
         """Average weights and moments over the islands, and step towards the mean; all islands call it together.
 
-        Raises RuntimeError with the islands that are gone.
+        With --local-sgd-spread, islands that are near enough go on apart. Raises RuntimeError with those that are gone.
         """
         islands = between_islands()
         began = perf_counter()
         wait_for_all(self._number, self._minutes)
         self.waited = perf_counter() - began
         weights = weights_of(self._optimizer)
+        if self._flags.spread is not None and not self._must:
+            self.spread = sampled_spread(weights, islands)
+            # what is no number is averaged
+            self.averaged = not _of_all([self.spread]).apart <= self._flags.spread
+            if not self.averaged:
+                return
+        self.averaged = True
         self.spread = put_mean(weights, islands)
         for moments in moments_of(self._optimizer, weights).values():
             put_mean(moments, islands)
@@ -168,19 +177,28 @@ def island_of(optimizer: Any, settings: Settings) -> Island:
     return island
 
 
-def _report(step: int, islands: list[Island]) -> None:
-    """Say how far the islands were apart, and how long the first waited for the last."""
-    distance, norm = (sum(float(getattr(island.spread, name)) for island in islands) for name in Spread._fields)
-    mine = torch.tensor(
-        [distance, norm, sum(island.waited for island in islands)],
-        dtype=torch.float64,
-        device=torch.device(torch.cuda.current_device()),
-    )
-    shards = between_islands().all_gather(mine)
+class SpreadOfAll(NamedTuple):
+    """Distance of the islands from their mean over its norm, of all shards, and the most seconds that one waited."""
+
+    apart: float
+    waited: float
+
+
+def _of_all(spreads: Sequence[Spread], waited: float = 0.0) -> SpreadOfAll:
+    """Return what all ranks of the run have found, in the same bits on each; they call it together."""
+    distance, norm = (sum(float(getattr(spread, name)) for spread in spreads) for name in Spread._fields)
+    device = torch.device(torch.cuda.current_device())
+    mine = torch.tensor([distance, norm, waited], dtype=torch.float64, device=device)
     inside = GroupFabric(parallel_state.get_intra_distributed_optimizer_instance_group())
     # island-ranks islands values
-    every = inside.all_gather(shards)
+    every = inside.all_gather(between_islands().all_gather(mine))
     distance, norm, _ = every.sum(dim=(0, 1)).tolist()
-    waited = every[..., 2].max().item()
-    apart = (distance / max(norm, 1e-300)) ** 0.5
-    say(f"step {step}: islands {apart:.2e} of the weights' norm apart, waited {waited:.2f} s for the last")
+    return SpreadOfAll((distance / max(norm, 1e-300)) ** 0.5, every[..., 2].max().item())
+
+
+def _report(step: int, islands: list[Island]) -> None:
+    """Say how far the islands were apart, whether that was too little, and how long the first waited for the last."""
+    found = _of_all([island.spread for island in islands], sum(island.waited for island in islands))
+    sampled = "" if all(island.averaged for island in islands) else " in a sample, not averaged"
+    apart = f"{found.apart:.2e} of the weights' norm apart{sampled}"
+    say(f"step {step}: islands {apart}, waited {found.waited:.2f} s for the last")

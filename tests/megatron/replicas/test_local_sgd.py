@@ -164,6 +164,20 @@ def test_a_sync_after_every_step_of_sgd_is_data_parallelism(
 
 
 @pytest.mark.slow
+def test_islands_that_are_near_go_on_apart_until_their_weights_are_read() -> None:
+    flags = tiny(ISLANDS, BATCH, "--train-iters 2 --local-sgd-steps")
+    seldom, near, far = (
+        run_ranks(2, of_own_island, [*flags, *steps.split()])
+        for steps in ("2", "1 --local-sgd-spread 0.9", "1 --local-sgd-spread 1e-9")
+    )
+    # all compare a sample in each step, and so log the loss of all
+    assert near[0] == near[1]
+    assert near[0][1]["loss"] == seldom[0][1]["loss"]
+    assert near[0][0]["loss"] == far[0][0]["loss"]
+    assert near[0][1]["loss"] != far[0][1]["loss"]
+
+
+@pytest.mark.slow
 def test_resuming_is_the_unbroken_run(tmp_path: Path) -> None:
     flags = tiny(ISLANDS, "--local-sgd-steps 2 --bf16 --overlap-grad-reduce --overlap-param-gather")
     flags += "--local-sgd-outer diloco --train-iters 6".split()

@@ -70,6 +70,8 @@ def test_what_works_is_taken(given: dict[str, object]) -> None:
         ({"exit_interval": 3}, "--exit-interval 3 reads them at step 3; the next sync is at 4"),
         ({"local_sgd_steps": "0"}, "at least one step between two syncs"),
         ({"local_sgd_outer": "nesterow"}, "unknown outer optimizer 'nesterow'; did you mean 'nesterov'"),
+        ({"local_sgd_spread": 0.0}, "--local-sgd-spread is more than 0, got 0.0"),
+        ({"local_sgd_steps": None, "local_sgd_spread": 0.1}, "--local-sgd-spread 0.1 is of islands"),
         ({"local_sgd_outer_lr": 0.7}, "takes the mean, without --local-sgd-outer-lr"),
         ({"local_sgd_outer": "nesterov", "local_sgd_outer_lr": 0.0}, "-lr is more than 0, got 0.0"),
         ({"local_sgd_outer": "nesterov", "local_sgd_outer_momentum": 1.0}, "less than 1, got 1.0"),
