@@ -71,8 +71,8 @@ def _spans(bucket: Any, names: dict[Any, str]) -> Iterator[ParameterSpan]:
 
 
 def _buckets_of(optimizer: Any) -> Iterator[Any]:
-    """Yield the buckets of a distributed optimizer."""
-    for buffer in optimizer.buffers:
+    """Yield the buckets of a distributed optimizer; one without parameters has none."""
+    for buffer in getattr(optimizer, "buffers", ()):
         yield from buffer.buckets
 
 
