@@ -48,7 +48,8 @@ def with_shard_state(
     description[name] = True
     if name == LEFT_OVER and not loads:
         collect_left(optimizer)
-    values, dtype = (_momenta(optimizer, settings), None) if name == MOMENTUM else (_left_over(optimizer), LEFT)
+    values = _momenta(optimizer, settings) if name == MOMENTUM else _left_over(optimizer)
+    dtype = None if name == MOMENTUM else LEFT
     for shard, weights in _shards_in(found["param_state"]):
         weight = shard[weights]
         data = values(shard, weight.data)
