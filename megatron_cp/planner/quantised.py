@@ -72,7 +72,7 @@ def moved(quantisation: Quantisation | None, kinds: ParameterKinds, stored: floa
     return Moved(quantisation.bytes * kinds.coded + stored * kinds.exact, stored * kinds.experts)
 
 
-def hops_of(parallel: Parallel, cluster: Cluster) -> tuple[NodeHop, NodeHop]:
+def node_hops(parallel: Parallel, cluster: Cluster) -> tuple[NodeHop, NodeHop]:
     """Return the hop inside the nodes that the messages know, and that between them."""
     per_node = parallel.messages.ranks_per_node or cluster.ranks_per_node
     return _hops(parallel.tp, parallel.shards, per_node, cluster.ranks_per_node)
@@ -103,7 +103,7 @@ def sent_in_hops(size: float, hops: tuple[NodeHop, NodeHop]) -> tuple[float, flo
 
 def reduce_seconds(parallel: Parallel, cluster: Cluster, kinds: ParameterKinds, size: float) -> float:
     """Return the seconds of a reduction of `size` bytes in two hops, and of the passes over memory around them."""
-    quantisation, hops = parallel.messages.of_gradients, hops_of(parallel, cluster)
+    quantisation, hops = parallel.messages.of_gradients, node_hops(parallel, cluster)
     assert quantisation is not None
     # what was left over is read, and what is left over now is written
     left = 2 * LEFT if quantisation.keeps else 0
@@ -119,7 +119,7 @@ def gather_seconds(parallel: Parallel, cluster: Cluster, kinds: ParameterKinds, 
     # codes are read, and weights written
     touched = quantisation.bytes + BLOCKED + parallel.bytes
     passes = kinds.in_hops * touched / cluster.touch_bytes_per_s
-    return passes + _sent_seconds(cluster, "gather", size, hops_of(parallel, cluster))
+    return passes + _sent_seconds(cluster, "gather", size, node_hops(parallel, cluster))
 
 
 def _sent_seconds(cluster: Cluster, kind: Collective, size: float, hops: tuple[NodeHop, NodeHop]) -> float:
@@ -138,4 +138,4 @@ def left_bytes(parallel: Parallel, cluster: Cluster, coded: float) -> float:
     quantisation = parallel.messages.of_gradients
     if quantisation is None or not quantisation.keeps:
         return 0.0
-    return LEFT * coded * sum(hop.share for hop in hops_of(parallel, cluster))
+    return LEFT * coded * sum(hop.share for hop in node_hops(parallel, cluster))

@@ -7,7 +7,7 @@ from megatron_cp.experts.dispatch_cost import SentBytes, dispatch_bytes
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.memory import kinds_of, moved_in_a_step, of_shards, parameter_bytes, stage_parameters
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.quantised import hops_of, sent_in_hops
+from megatron_cp.planner.quantised import node_hops, sent_in_hops
 from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
 from megatron_cp.tensor.place import cube_side
@@ -76,7 +76,7 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
-    near, far = sent_in_hops(in_hops, hops_of(parallel, rank.cluster)) if in_hops else (0.0, 0.0)
+    near, far = sent_in_hops(in_hops, node_hops(parallel, rank.cluster)) if in_hops else (0.0, 0.0)
     inside["data"] += near
     between["data"] += far
     away = _share_between(rank, parallel.instances, parallel.tp * shards)

@@ -80,7 +80,7 @@ def collect_left(left: Left, elements: int, parts: Sequence[RankPart], hops: Hop
     slices = [part.coded for part in parts]
     everyone = [each for across in hops.ranks for rank in across for each in slices[rank]]
     place = [each for rank in hops.ranks[hops.inside.rank] for each in slices[rank]]
-    whole = torch.zeros(elements, device=left.inside.device)
+    whole = left.inside.new_zeros(elements, dtype=torch.float32)
     for rows, of_rows in ((left.inside, everyone), (left.between, place)):
         if len(rows):
             torch._foreach_add_([whole[each] for each in of_rows], _views(rows.float(), of_rows))

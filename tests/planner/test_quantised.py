@@ -12,7 +12,7 @@ from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.memory import kinds_of
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, QuantisedMessages, parallel_of
-from megatron_cp.planner.quantised import ParameterKinds, hops_of, sent_in_hops
+from megatron_cp.planner.quantised import ParameterKinds, node_hops, sent_in_hops
 from megatron_cp.planner.search import FixedSizes, PlanRequest, search
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
@@ -45,7 +45,7 @@ def test_the_formula_is_what_a_run_sends_of_whole_blocks(name: str, ranks: int, 
     quantisation, elements = QUANTISATIONS.get(name), 512 * ranks
     parts = parts_of([ParameterSpan(0, elements)], elements, ranks)
     places = places_of([rank // per_node for rank in range(ranks)])
-    hops = hops_of(Parallel(dp=ranks, global_batch=ranks), replace(H100, ranks_per_node=per_node))
+    hops = node_hops(Parallel(dp=ranks, global_batch=ranks), replace(H100, ranks_per_node=per_node))
     found = Sent(*map(round, sent_in_hops(quantisation.bytes * elements, hops)))
     for own in range(ranks):
         assert found == sent_to_reduce(parts, places, quantisation, torch.float32, own)
