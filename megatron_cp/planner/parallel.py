@@ -379,6 +379,8 @@ PER_NODE = "--zero-quantized-ranks-per-node"
 def _messages_of_run(recipe: Recipe) -> QuantisedMessages:
     """Return the same; its nodes are what torchrun starts, unless the recipe says otherwise."""
     found, started = messages_of(recipe), recipe.launch.get("--nproc-per-node")
+    if not found.asked:
+        return NOT_QUANTISED
     if found.ranks_per_node or started is None:
         return found
     return found._replace(ranks_per_node=int(started.text))
