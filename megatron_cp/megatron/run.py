@@ -36,7 +36,6 @@ from megatron_cp.pipeline.schedule import HOST, MOVE_TARGETS, PEER
 from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.replicas import AVERAGE, OUTERS, QUANTISATIONS, OuterOptimizer, Quantisation
 from megatron_cp.tensor import DEFAULT_ENGINE, ENGINES, GEMMS, MEGATRONS, SCHEMES, TORCH
-from megatron_cp.units import is_whole
 
 HEAD_FIRST = "head-first"
 
@@ -826,29 +825,6 @@ def plans_batches(args: Any) -> bool:
 def cuts_at_eod(args: Any) -> bool:
     """True if documents end at EOD tokens, which stock layers read from a mask tensor and ours from the data."""
     return bool(getattr(args, "reset_attention_mask", False)) and has_our_layers(args)
-
-
-# flags that mask tokens of the data, which ranks of a context-parallel group need not hold equally many of
-MASKING = ("--eod-mask-loss", "--sft", "--allow-ambiguous-pad-tokens")
-PAD_ID = "--null-tokenizer-pad-id"
-
-
-def uneven_masks(argv: Sequence[str]) -> str:
-    """Say that ranks of a context-parallel group may count different numbers of tokens; empty where they may not.
-
-    A script's own loss function is out of reach: most return the rank's count, by which Megatron then divides.
-    """
-    cp = values_of(argv, "--context-parallel-size")
-    masks = [flag for flag in MASKING if values_of(argv, flag) is not None]
-    # Megatron masks labels that are this tokenizer's pad, of which there are none where it is negative
-    pad = values_of(argv, PAD_ID)
-    masks += [f"{PAD_ID} {pad[0]}"] if pad and is_whole(pad[0]) else []
-    if cp in (None, ["1"]) or not masks or values_of(argv, "--calculate-per-token-loss") is not None:
-        return ""
-    return (
-        f"{masks[0]} with --context-parallel-size {' '.join(cp or ())}: a loss function that returns its own rank's "
-        f"number of tokens gives other gradients than one rank; pass --calculate-per-token-loss"
-    )
 
 
 def has_our_layers(args: Any) -> bool:

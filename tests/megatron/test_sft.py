@@ -266,5 +266,5 @@ def test_scripts_that_cut_each_document_are_refused() -> None:
     flags = ["--sft", "--context-parallel-size", "2"]
     with pytest.raises(Refused, match=r"run megatron_cp\.pretrain_gpt instead of the script"):
         check_script(flags, layers=True)
-    check_script(flags, layers=False)
+    check_script([*flags, "--calculate-per-token-loss"], layers=False)
     check_script(["--sft"], layers=True)

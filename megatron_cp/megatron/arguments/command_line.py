@@ -4,9 +4,13 @@ from collections.abc import Sequence
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, TensorFlags, values_of
+from megatron_cp.units import is_whole
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")
 HYBRID_SPEC = ("megatron_cp.megatron.spec", "hybrid_stack_spec")
+# flags that mask tokens of the data, which ranks of a context-parallel group need not hold equally many of
+MASKING = ("--eod-mask-loss", "--sft", "--allow-ambiguous-pad-tokens")
+PAD_ID = "--null-tokenizer-pad-id"
 
 
 def check_script(argv: Sequence[str], layers: bool) -> None:
@@ -15,7 +19,8 @@ def check_script(argv: Sequence[str], layers: bool) -> None:
     layers: our attention is in the run
     Raises ValueError for `--sft` under context parallelism: scripts give ranks parts of each document, by an operation
     of transformer-engine, and our layers expect parts of the stream; and for `--reset-attention-mask`, for which
-    scripts make a mask tensor; and for `--cp-plan`, for which they read no documents.
+    scripts make a mask tensor; for `--cp-plan`, for which they read no documents; and for masked tokens that divide
+    the loss of each rank by its own number of them.
     """
     if plan := values_of(argv, "--cp-plan"):
         raise Refused(
@@ -34,6 +39,26 @@ def check_script(argv: Sequence[str], layers: bool) -> None:
             f"--sft with --context-parallel-size {' '.join(size)}: a script of Megatron's cuts each document, and "
             "megatron-cp's attention takes parts of the stream; run megatron_cp.pretrain_gpt instead of the script"
         )
+    _refuse_uneven_masks(argv)
+
+
+def _refuse_uneven_masks(argv: Sequence[str]) -> None:
+    """Refuse what may leave ranks of a context-parallel group different numbers of tokens.
+
+    A script's loss function is out of reach: Megatron's return the rank's own number, by which Megatron then divides.
+    """
+    size = values_of(argv, "--context-parallel-size")
+    masks = [flag for flag in MASKING if values_of(argv, flag) is not None]
+    # Megatron masks labels that are this tokenizer's pad, of which there are none where it is negative
+    pad = values_of(argv, PAD_ID)
+    masks += [f"{PAD_ID} {pad[0]}"] if pad and is_whole(pad[0]) else []
+    if size in (None, ["1"]) or not masks or values_of(argv, "--calculate-per-token-loss") is not None:
+        return
+    raise Refused(
+        f"{masks[0]} with --context-parallel-size {' '.join(size or ())}: a script of Megatron's divides the loss of a "
+        "rank by the rank's own number of tokens, which gives other gradients than one rank; pass "
+        "--calculate-per-token-loss, or run megatron_cp.pretrain_gpt instead of the script"
+    )
 
 
 def wants_layers(argv: Sequence[str], te: bool) -> bool:

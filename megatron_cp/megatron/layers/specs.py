@@ -57,9 +57,7 @@ from megatron_cp.megatron.run import (
     Settings,
     TensorFlags,
     args_of_run,
-    say,
     settings_of_run,
-    uneven_masks,
 )
 from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
 from megatron_cp.megatron.tensor.groups import connect_linears
@@ -125,7 +123,7 @@ def gpt_layer_spec(
     refuse_implementation(transformer)
     _refuse_stock_mtp(model, transformer)
     _attach_hooks(model)
-    check_unmodified_script(vp_stage)
+    check_unmodified_script()
     _check_gpus(vp_stage)
     connect_linears(transformer)
     connect_experts(transformer)
@@ -364,8 +362,8 @@ def _refuse_stock_mtp(model: Any, config: TransformerConfig) -> None:
         )
 
 
-def check_unmodified_script(vp_stage: int | None = None) -> None:
-    # our launcher says it itself, and the package's own entry has a loss that needs no warning
+def check_unmodified_script() -> None:
+    # our launcher checks it itself, and the package's own entry has data and a loss of its own
     if is_on(HOOKS.get("checks")):
         return
     check_script(sys.argv[1:], layers=True)
@@ -373,8 +371,6 @@ def check_unmodified_script(vp_stage: int | None = None) -> None:
     if args is not None:
         refuse_upstream_faults(args)
         _refuse_documents_between_ends(args)
-    if not vp_stage and (warning := uneven_masks(sys.argv[1:])):
-        say(warning)
 
 
 def _refuse_documents_between_ends(args: Any) -> None:

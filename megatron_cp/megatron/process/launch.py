@@ -20,7 +20,7 @@ from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus, environment_from_slurm
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
-from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, say, uneven_masks, values_of
+from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, values_of
 from megatron_cp.pipeline import SCHEDULES, on_v
 
 
@@ -122,6 +122,4 @@ def main() -> None:
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     with launched(sys.argv[1:]) as found:
         check_script(sys.argv[1:], found.layers)
-        if warning := uneven_masks(sys.argv[1:]):
-            say(warning)
         runpy.run_path(script, run_name="__main__")

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cp.megatron.run import uneven_masks
+from megatron_cp.errors import Refused
+from megatron_cp.megatron.arguments.command_line import check_script
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks
 
@@ -62,38 +63,43 @@ def test_masked_tokens_of_multi_token_prediction_give_the_gradients_of_one_rank(
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
-def said_by_the_spec(flags: list[str]) -> bool:
-    """Return True if the layer spec alone, without our launcher, says the warning once in a user's own script."""
+def refused_by_the_spec(flags: list[str]) -> str:
+    """Return what the layer spec alone, without our launcher, says in a user's own script."""
     import sys
 
     from megatron_cp.megatron.layers import specs
 
-    said: list[str] = []
-    sys.argv, specs.say = ["pretrain_gpt.py", *flags], said.append
-    for vp_stage in (0, 1):
-        specs.check_unmodified_script(vp_stage)
-    return said == [uneven_masks(flags)]
+    sys.argv = ["pretrain_gpt.py", *flags]
+    with pytest.raises(Refused) as refusal:
+        specs.check_unmodified_script()
+    return str(refusal.value)
 
 
 @pytest.mark.parametrize("flags", ["--eod-mask-loss --context-parallel-size 2"])
-def test_the_spec_says_it_where_no_launcher_does(flags: str) -> None:
-    assert run_ranks(1, said_by_the_spec, flags.split()) == [True]
+def test_the_spec_refuses_it_where_no_launcher_does(flags: str) -> None:
+    (said,) = run_ranks(1, refused_by_the_spec, flags.split())
+    assert said.startswith("--eod-mask-loss with --context-parallel-size 2: ")
 
 
 @pytest.mark.parametrize(
-    ("flags", "warns"),
+    ("flags", "refused"),
     [
-        ("--eod-mask-loss --context-parallel-size 2", True),
-        ("--sft --context-parallel-size=4", True),
-        ("--allow-ambiguous-pad-tokens --context-parallel-size 2", True),
-        ("--null-tokenizer-pad-id 7 --context-parallel-size 2", True),
-        ("--null-tokenizer-pad-id=-1 --context-parallel-size 2", False),
-        ("--eod-mask-loss --context-parallel-size 2 --calculate-per-token-loss", False),
-        ("--eod-mask-loss --context-parallel-size 1", False),
-        ("--eod-mask-loss", False),
-        ("--context-parallel-size 2", False),
+        ("--eod-mask-loss --context-parallel-size 2", "--eod-mask-loss"),
+        ("--sft --context-parallel-size=4", "--sft"),
+        ("--allow-ambiguous-pad-tokens --context-parallel-size 2", "--allow-ambiguous-pad-tokens"),
+        ("--null-tokenizer-pad-id 7 --context-parallel-size 2", "--null-tokenizer-pad-id 7"),
+        ("--null-tokenizer-pad-id=-1 --context-parallel-size 2", None),
+        ("--eod-mask-loss --context-parallel-size 2 --calculate-per-token-loss", None),
+        ("--eod-mask-loss --context-parallel-size 1", None),
+        ("--eod-mask-loss", None),
+        ("--context-parallel-size 2", None),
     ],
 )
-def test_the_launcher_names_the_flag_that_mends_a_scripts_loss(flags: str, warns: bool) -> None:
-    text = uneven_masks(flags.split())
-    assert text.endswith("pass --calculate-per-token-loss") if warns else text == ""
+def test_a_scripts_loss_that_differs_from_one_ranks_is_refused(flags: str, refused: str | None) -> None:
+    if refused is None:
+        check_script(flags.split(), layers=True)
+        return
+    with pytest.raises(
+        Refused, match=rf"^{refused} with --context-parallel-size .* pass --calculate-per-token-loss, or"
+    ):
+        check_script(flags.split(), layers=False)
