@@ -56,9 +56,9 @@ class Model(NamedTuple):
 
 MODELS = (
     # which a CPU has too
-    Model("HybridModel, *-*-", ("megatron",), HYBRID, "--hybrid-layer-pattern *-*-"),
+    Model("HybridModel, `*-*-`", ("megatron",), HYBRID, "--hybrid-layer-pattern *-*-"),
     Model(
-        "HybridModel with Mamba layers, M*M-",
+        "HybridModel with Mamba layers, `M*M-`",
         (*TE, "mamba_ssm", "einops"),
         HYBRID,
         f"{TE_LAYERS} --hybrid-layer-pattern M*M- --mamba-num-groups 2",
