@@ -46,6 +46,7 @@ BILLIONS = {
     "qwen3-30b-a3b": 30.53,
     "gpt-oss-20b": 20.91,
     "deepseek-v3": 671.03,
+    "mt-nlg-530b": 529.6,
 }
 
 
@@ -59,8 +60,11 @@ def said(section: recipe.Section) -> dict[str, tuple[str, ...]]:
 
 
 def parameters(run: Recipe) -> int:
-    """The parameters of the dense LLaMA that the flags describe."""
+    """The parameters of the dense LLaMA that the flags describe, or of a GPT as arXiv:2104.04473 counts them."""
     layers, hidden, ffn = (run.number(f"--{name}", 0) for name in ("num-layers", "hidden-size", "ffn-hidden-size"))
+    if "--swiglu" not in run.model_args:
+        ends = (run.number("--vocab-size", 0) + run.number("--max-position-embeddings", 0)) * hidden
+        return layers * (4 * hidden**2 + 2 * hidden * ffn + 13 * hidden) + ends
     heads, width, vocabulary = (
         run.number(f"--{name}", 0) for name in ("num-attention-heads", "kv-channels", "vocab-size")
     )
