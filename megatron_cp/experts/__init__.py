@@ -22,6 +22,7 @@ __all__ = [
     "GSHARD",
     "LOOP",
     "MEGATRONS",
+    "NONE",
     "PLACEMENTS",
     "PRODUCTS",
     "ROUTERS",
@@ -225,6 +226,9 @@ ROUTERS = Registry(
         ),
     ],
 )
+
+NONE = "none"
+"""No placement: every expert is on its own rank alone."""
 
 PLACEMENTS = Registry(
     "placement of experts",

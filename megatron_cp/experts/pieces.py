@@ -77,12 +77,14 @@ class PieceLoop(NamedTuple):
     plans:   of the exchange of each piece
     experts: for each piece, what this rank makes of the rows that arrive and their probabilities: rows to send home
     keeps:   True if there will be a backward
+    leaves:  what they compute with in the place of the last of the weights, which are not leaves of autograd
     """
 
     exchange: TwoHopExchange
     plans: Sequence[HopPlan]
     experts: Sequence[Callable[[Tensor, Tensor], Tensor]]
     keeps: bool
+    leaves: Tensors = ()
 
     def there(self, piece: int, rows: Tensors) -> RowsOnTheWay:
         """Start the way to the experts."""
@@ -103,7 +105,8 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loop: PieceLoop, *tensors: Tensor) -> Tensors:
         pieces = len(loop.plans)
-        rows, probs, ctx.weights = tensors[:pieces], tensors[pieces : 2 * pieces], tensors[2 * pieces :]
+        rows, probs, weights = tensors[:pieces], tensors[pieces : 2 * pieces], tensors[2 * pieces :]
+        ctx.weights = (*weights[: len(weights) - len(loop.leaves)], *loop.leaves)
         ctx.loop, ctx.graphs = loop, []
 
         def compute(piece: int, arrived: Tensors) -> Tensors:

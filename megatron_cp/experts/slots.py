@@ -143,6 +143,14 @@ def expert_load(counts: Counts, expert: int, hosts: Sequence[int]) -> SlotLoad:
     )
 
 
+def lent_bytes(plan: SlotPlan, expert: int, microbatches: int) -> int:
+    """Return the bytes that all copies of a layer take in a step: weights there once, gradients home each time.
+
+    expert: bytes of an expert's parameters
+    """
+    return plan.copies * expert * (1 + microbatches)
+
+
 def observed(past: Counts | None, counts: Counts, keep: float) -> Counts:
     """Return what a policy goes by: the counts of a step and, times `keep`, what it went by before.
 

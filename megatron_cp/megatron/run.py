@@ -25,6 +25,8 @@ from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
 from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
+from megatron_cp.experts import NONE as NO_PLACEMENT
+from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.kernels import AUTO, KERNELS
 from megatron_cp.pipeline import SCHEDULES, TABLE_FILE, on_v
@@ -517,6 +519,47 @@ class ExpertFlags(_Flags):
         ),
     )
 
+    placement: str = _flag(
+        NO_PLACEMENT,
+        lambda: _one_of(NO_PLACEMENT, *EXPERT_PLACEMENTS.names),
+        lambda: (
+            f"Copies of busy experts in spare slots of other ranks, or {NO_PLACEMENT}: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in EXPERT_PLACEMENTS)
+            + "."
+        ),
+    )
+    replica_slots: int | None = _flag(
+        None,
+        lambda: "K",
+        lambda: "With --moe-placement, spare slots of a rank for copies of other ranks' experts, by default 1.",
+        int,
+    )
+    placement_interval: int = _flag(
+        10,
+        lambda: "STEPS",
+        lambda: "With --moe-placement, steps between two plans of copies.",
+        int,
+    )
+    cluster: str = _flag(
+        "dgx-h100",
+        lambda: "NAME|FILE",
+        lambda: (
+            "With --moe-placement, the cluster whose costs of rows and copies a plan goes by: "
+            + ", ".join(shipped_clusters())
+            + ", or a YAML file."
+        ),
+    )
+
+    @property
+    def places(self) -> bool:
+        """True if ranks host copies of other ranks' experts; ValueError for a name unknown."""
+        return self.placement != NO_PLACEMENT and bool(EXPERT_PLACEMENTS.get(self.placement).name)
+
+    @property
+    def slots(self) -> int:
+        """Spare slots of a rank."""
+        return 1 if self.replica_slots is None else self.replica_slots
+
     @property
     def drops(self) -> bool:
         """True if experts take tokens as they come, by a router of ours; ValueError for a name unknown."""
@@ -535,7 +578,7 @@ class ExpertFlags(_Flags):
     @property
     def exchanges(self) -> bool:
         """True if tokens do not travel as Megatron's own dispatchers send them; ValueError for a name unknown."""
-        return self.two_hops or self.pieces != 1
+        return self.two_hops or self.pieces != 1 or self.places
 
     @property
     def exchange_node(self) -> int | None:

@@ -31,6 +31,7 @@ from megatron_cp.megatron.arguments.pipeline import (
     imply_buckets,
     imply_chunks,
 )
+from megatron_cp.megatron.arguments.placement import check_placement
 from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
 from megatron_cp.megatron.arguments.replicas import check_local_sgd, complete_local_sgd
 from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor, stand_in_for_overlap
@@ -82,6 +83,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     check_tensor(args)
     check_experts(args)
     check_exchange(args)
+    check_placement(args)
     check_router(args)
     check_layers(args)
     refuse_upstream_faults(args)

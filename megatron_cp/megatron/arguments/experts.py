@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_cp import config
 from megatron_cp.errors import Refused
-from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PRODUCTS, ROUTERS, ExpertRouter
+from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PLACEMENTS, PRODUCTS, ROUTERS, ExpertRouter
 from megatron_cp.experts.grouped_mm import ROW_BYTES
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pyramid import FLAG, experts_of_layers
@@ -279,6 +279,8 @@ def check_exchange(args: Any) -> None:
 
 def _asked(args: Any) -> str:
     flags = ExpertFlags.of(args)
+    if flags.places and flags.pieces == 1 and not flags.two_hops:
+        return f"--moe-placement {PLACEMENTS.get(flags.placement).name}"
     if flags.two_hops or flags.pieces == 1:
         return f"--moe-comm-type {EXCHANGES.get(flags.comm_type).name}"
     return f"--moe-pieces {flags.pieces}"

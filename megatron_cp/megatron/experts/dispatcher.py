@@ -111,15 +111,18 @@ class PieceDispatcher(MoETokenDispatcher):
         """Return what it is given: pieces leave in `through`."""
         return hidden_states, probs
 
-    def through(self, experts: Any, rows: Sequence[Tensor], probs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return what the experts of all ranks have made of the rows of each piece."""
+    def through(
+        self, experts: Any, rows: Sequence[Tensor], probs: Sequence[Tensor], weights: Sequence[Tensor], *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return what the experts of all ranks have made of the rows of each piece; leaves as in PieceLoop."""
         loop = PieceLoop(
             self.exchange,
             [part.planned(len(each)) for part, each in zip(self.parts, rows, strict=True)],
-            [partial(_compute, part, experts) for part in self.parts],
+            [partial(compute_part, part, experts) for part in self.parts],
             torch.is_grad_enabled(),
+            leaves,
         )
-        return in_pieces(loop, rows, probs, _weights_in_autograd(experts))
+        return in_pieces(loop, rows, probs, weights)
 
     def token_combine(self, hidden_states: Any) -> Any:
         """Return what it is given: pieces have come home in `through`."""
@@ -135,7 +138,8 @@ class PieceDispatcher(MoETokenDispatcher):
         return f"{self.parts[0].describe()}, in {len(self.parts)} pieces"
 
 
-def _compute(part: TwoHopDispatcher, experts: Any, rows: Tensor, probs: Tensor) -> Tensor:
+def compute_part(part: TwoHopDispatcher, experts: Any, rows: Tensor, probs: Tensor) -> Tensor:
+    """Return what this rank's experts make of the rows that have arrived, in the order to send them home in."""
     x, sizes, of_rows = part.dispatch_postprocess(rows, probs)
     output, bias = experts(x, sizes, of_rows)
     assert bias is None, "experts add their biases themselves"
@@ -143,7 +147,7 @@ def _compute(part: TwoHopDispatcher, experts: Any, rows: Tensor, probs: Tensor) 
     return result
 
 
-def _weights_in_autograd(experts: Any) -> list[Tensor]:
+def weights_in_autograd(experts: Any) -> list[Tensor]:
     """Return the parameters whose gradients are not left to the queue of a split schedule, which takes matrices."""
     queue = bound_queue()
     queued = queue is not None and queue.open
@@ -159,18 +163,19 @@ class ExchangingLayer(ResidualLayer):
         if not isinstance(stock, MoEAlltoAllTokenDispatcher) or stock.ep_size == 1:
             return
         groups = kwargs.get("pg_collection") or get_default_pg_collection()
-        parts = [
-            TwoHopDispatcher(
-                self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=groups
-            )
-            for _ in range(ExpertFlags.of(self.config).pieces)
-        ]
+        parts = [self.dispatcher(groups) for _ in range(ExpertFlags.of(self.config).pieces)]
         self.token_dispatcher = parts[0] if len(parts) == 1 else PieceDispatcher(parts, groups)
+
+    def dispatcher(self, groups: Any) -> TwoHopDispatcher:
+        """Return what sends a piece."""
+        own, indices = self.num_local_experts, self.local_expert_indices
+        return TwoHopDispatcher(own, indices, config=self.config, pg_collection=groups)
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> Any:
         """Return the experts' outputs and no bias; with pieces they have come home already."""
         if isinstance(self.token_dispatcher, PieceDispatcher):
-            return self.token_dispatcher.through(self.experts, hidden_states, probs), None
+            weights = weights_in_autograd(self.experts)
+            return self.token_dispatcher.through(self.experts, hidden_states, probs, weights), None
         return super().routed_experts_compute(hidden_states, probs)
 
 

@@ -40,6 +40,7 @@ from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_fault
 from megatron_cp.megatron.experts.dispatcher import connect_experts, exchanging
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
+from megatron_cp.megatron.experts.placement import placing
 from megatron_cp.megatron.experts.pyramid import with_experts
 from megatron_cp.megatron.experts.router import routing
 from megatron_cp.megatron.hooks import HOOKS, is_on
@@ -228,7 +229,7 @@ def _mlp(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) ->
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm and moe,
     )
-    return exchanging(routing(mlp, config), config)
+    return placing(exchanging(routing(mlp, config), config), config)
 
 
 def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) -> list[ModuleSpec]:
@@ -266,7 +267,8 @@ def with_our_experts[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec,
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[with_our_experts(layer, config) for layer in spec.layer_specs or ()])
     parts: Any = spec.submodules
-    return replace(spec, submodules=replace(parts, mlp=exchanging(routing(parts.mlp, config), config)))
+    mlp = placing(exchanging(routing(parts.mlp, config), config), config)
+    return replace(spec, submodules=replace(parts, mlp=mlp))
 
 
 def _layer_with_our_attention(layer: ModuleSpec) -> ModuleSpec:

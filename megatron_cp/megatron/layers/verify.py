@@ -15,6 +15,7 @@ from megatron_cp.errors import CannotRun
 from megatron_cp.experts import TWO_HOP
 from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, PieceDispatcher, TwoHopDispatcher
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
+from megatron_cp.megatron.experts.placement import PlacedLayer
 from megatron_cp.megatron.experts.residual import ResidualLayer
 from megatron_cp.megatron.experts.router import FirstComeRouter
 from megatron_cp.megatron.layers.attention import CoreAttention
@@ -32,8 +33,8 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
 
     Raises RuntimeError naming the layers whose core attention is not ours: with context parallelism such a layer
     would see only this rank's tokens, or cut the sequence in another way. The same holds for linears, where
-    --tp-comm-type asks for ours, for local experts, where --moe-grouped-gemm does, and for exchange and router of
-    experts, where --moe-comm-type, --moe-pieces and --moe-router do.
+    --tp-comm-type asks for ours, for local experts, where --moe-grouped-gemm does, and for exchange, placement and
+    router of experts, where --moe-comm-type, --moe-pieces, --moe-placement and --moe-router do.
     """
     cores = core_attentions(models)
     foreign = [f"{name} ({type(core).__name__})" for name, core in cores if not isinstance(core, CoreAttention)]
@@ -43,7 +44,8 @@ def verify_models[Model: nn.Module](models: list[Model]) -> list[Model]:
             f"all layers must have it, check --spec and how multi-token prediction is built"
         )
     device = device_of_run()
-    parts = [*verify_linears(models), *verify_experts(models, device), *verify_exchange(models), *verify_router(models)]
+    parts = [*verify_linears(models), *verify_experts(models, device), *verify_exchange(models)]
+    parts += [*verify_placement(models), *verify_router(models)]
     parts += check_attention(models, cores, device)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         for line in (*banner(cores, device), *parts):
@@ -161,6 +163,22 @@ def verify_exchange(models: Iterable[nn.Module]) -> list[str]:
             "check --spec"
         )
     return sorted({f"exchange of experts: {_exchange_of(layer)}" for _, layer in layers})
+
+
+def verify_placement(models: Iterable[nn.Module]) -> list[str]:
+    """Return a line for the copies of experts that ranks host; none where every expert is on its own rank alone.
+
+    Raises RuntimeError naming layers without slots where the model's config asks for them.
+    """
+    layers = [
+        (name, module)
+        for model in models
+        for name, module in model.named_modules()
+        if isinstance(module, MoELayer) and ExpertFlags.of(module.config).places
+    ]
+    if foreign := [name for name, module in layers if not isinstance(module, PlacedLayer)]:
+        raise CannotRun(f"some layers have no slots beside --moe-placement: {', '.join(foreign)}; check --spec")
+    return sorted({f"placement of experts: {layer.describe()}" for _, layer in layers})
 
 
 def verify_router(models: Iterable[nn.Module]) -> list[str]:

@@ -29,6 +29,7 @@ class Run(NamedTuple):
     computed:  linears of all experts of a layer, forward, by the product's name
     waited:    weight gradients of all experts that a W computed
     exchanged: exchanges of rows in two hops, forward and backward
+    lent:      copies of weights, and of gradients, that this rank has sent
     routed:    microbatches that routers of ours routed, and routed again
     local:     experts of each layer on this rank
     banner:    lines about experts of all ranks
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     exchanged: int
     routed: int = 0
     local: tuple[int, ...] = ()
+    lent: tuple[int, int] = (0, 0)
     banner: tuple[str, ...] = ()
 
 
@@ -51,6 +53,7 @@ def trained_with_experts(flags):
 
     from megatron_cp.megatron.experts import grouped_mlp
     from megatron_cp.megatron.experts.dispatcher import ExchangingLayer
+    from megatron_cp.megatron.experts.placement import PlacedLayer
     from megatron_cp.megatron.process import pretrain
     from megatron_cp.megatron.process.launch import launched
     from megatron_cp.pipeline.split_backward import WeightQueue
@@ -80,7 +83,10 @@ def trained_with_experts(flags):
     exchanged = sum(exchange.calls for exchange in exchanges)
     routed = sum(getattr(module.router, "calls", 0) for module in modules if isinstance(module, MoELayer))
     local = tuple(module.num_local_experts for module in experts)
-    return Run(log, {type(module).__name__ for module in experts}, computed, len(waited), exchanged, routed, local)
+    lendings = [module.placed.lending for module in modules if isinstance(module, PlacedLayer)]
+    lent = sum(lending.there for lending in lendings), sum(lending.home for lending in lendings)
+    kinds = {type(module).__name__ for module in experts}
+    return Run(log, kinds, computed, len(waited), exchanged, routed, local, lent)
 
 
 def run(world_size, *flags, without=""):
@@ -88,9 +94,8 @@ def run(world_size, *flags, without=""):
     if grouped and (reason := lacking("cpu", torch.bfloat16 if "--bf16" in flags else torch.float32)):
         pytest.skip(f"grouped-mm {reason}")
     ranks, log = run_ranks_with_log(world_size, trained_with_experts, tiny(MOE, *flags, without=without))
-    lines = tuple(
-        line for line in log.splitlines() if line.startswith(("[megatron-cp] experts", "[megatron-cp] exchange"))
-    )
+    about = tuple(f"[megatron-cp] {what}" for what in ("experts", "exchange", "placement"))
+    lines = tuple(line for line in log.splitlines() if line.startswith(about))
     return [found._replace(banner=lines) for found in ranks]
 
 
@@ -266,3 +271,34 @@ def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags
     # pieces of all microbatches
     assert {each.exchanged for each in found} == {6 * 2 * 4 * calls}
     assert f"[megatron-cp] exchange of experts: {said}" in {line for each in found for line in each.banner}
+
+
+PLACED = "--moe-placement lina --moe-placement-interval 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "flags", "alike", "slots", "layers"),
+    [
+        (4, f"{PP2} {EP2} {DISTRIBUTED} --moe-replica-slots 2", (2, PP2), 2, 4),
+        (
+            2,
+            f"--context-parallel-size 2 {EP2} {GROUPED} {OVERLAPPED} --moe-pieces 2 --recompute-granularity full "
+            "--recompute-method uniform --recompute-num-layers 1",
+            (1,),
+            1,
+            2,
+        ),
+    ],
+    ids=["zb-h1, distributed optimizer", "CP 2, pieces, overlapped, full recompute"],
+)
+def test_copies_of_experts_whose_plans_change_train_as_no_copies(apart, ranks, flags, alike, slots, layers):
+    found = run(ranks, PLACED, flags)
+    assert_equal(found[0].log, apart(*alike))
+    # weights once in each of the 3 steps that have a plan, gradients after each of 2 microbatches
+    there, home = (sum(column) for column in zip(*(each.lent for each in found), strict=True))
+    assert there >= 3 * layers
+    assert home == 2 * there
+    (line,) = {line for each in found for line in each.banner if "placement" in line}
+    spare = f"{slots} spare slots each"
+    assert line == f"[megatron-cp] placement of experts: lina, every 1 steps; 2 ranks with 4 experts and {spare}"

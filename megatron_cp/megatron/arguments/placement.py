@@ -1,0 +1,71 @@
+"""Checks of the flags for copies of busy experts, before the model is built."""
+
+from typing import Any
+
+from megatron_cp.errors import Refused
+from megatron_cp.experts import PLACEMENTS
+from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
+from megatron_cp.megatron.run import ExpertFlags
+
+UNPLACED = (
+    Unsupported(
+        "transformer-engine's experts, which keep weights of their own",
+        lambda args: read(args, "transformer_impl", "local") != "local",
+        "pass --transformer-impl local",
+    ),
+    Unsupported(
+        "gradients that a fused product adds up, where those that come home are not counted",
+        lambda args: bool(read(args, "gradient_accumulation_fusion", False)),
+        "pass --no-gradient-accumulation-fusion",
+    ),
+    Unsupported(
+        "inputs padded to a capacity, which empty slots would have too",
+        lambda args: bool(read(args, "moe_pad_expert_input_to_capacity", False)),
+        "leave --moe-pad-expert-input-to-capacity out",
+    ),
+    Unsupported(
+        "products in FP8 or FP4, and tokens padded for them",
+        lambda args: any(read(args, name) for name in ("fp8", "fp4", "moe_router_padding_for_quantization")),
+        "leave --fp8-format, --fp4-format and --moe-router-padding-for-quantization out",
+    ),
+    Unsupported(
+        "Megatron's own delay of weight gradients, which knows no copies",
+        lambda args: bool(read(args, "delay_wgrad_compute", False)),
+        "leave --delay-wgrad-compute out",
+    ),
+    Unsupported(
+        "weights that data-parallel ranks share out",
+        shares_weights_out,
+        "use --use-distributed-optimizer",
+    ),
+    Unsupported(
+        "the offload of experts' activations",
+        lambda args: bool({"expert_fc1", "moe_act"} & set(read(args, "offload_modules") or ())),
+        "leave expert_fc1 and moe_act out of --offload-modules",
+    ),
+    Unsupported(
+        "experts that tensor-parallel ranks share",
+        lambda args: (read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)) > 1,
+        "pass --expert-tensor-parallel-size 1",
+    ),
+)
+"""Options that copies of experts do not serve."""
+
+
+def check_placement(args: Any) -> None:
+    """Refuse what copies of experts cannot do; ValueError with the rule and a way out."""
+    flags = ExpertFlags.of(args)
+    if not flags.places:
+        if flags.replica_slots is not None:
+            raise Refused(
+                f"--moe-replica-slots {flags.replica_slots} is of copies of experts; add --moe-placement "
+                f"{' or '.join(PLACEMENTS.names)}, or leave it out"
+            )
+        return
+    if flags.slots < 1:
+        raise Refused(f"--moe-replica-slots must be at least 1, got {flags.slots}; leave --moe-placement out for none")
+    if flags.placement_interval < 1:
+        raise Refused(f"--moe-placement-interval must be at least 1 step, got {flags.placement_interval}")
+    load_cluster(flags.cluster)
+    refuse(UNPLACED, args, f"--moe-placement {PLACEMENTS.get(flags.placement).name}")
