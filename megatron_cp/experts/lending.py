@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cp.comm import Fabric
+from megatron_cp.comm import Fabric, values_of_all, word_of
+from megatron_cp.errors import CannotRun
 from megatron_cp.experts.slots import SlotPlan
 
 Keep = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
@@ -135,6 +136,16 @@ def borrowed_here(borrowed: Borrowed, rows: Tensor, probs: Tensor, copies: Tenso
     weights = [] if borrowed.keep else [weight for weights in borrowed.parameters for weight in weights]
     result: tuple[Tensor, Tensor, Tensor] = _Borrowed.apply(borrowed, rows, probs, copies, *weights)
     return result
+
+
+def check_plans(fabric: Fabric, device: torch.device, plan: SlotPlan, where: str) -> None:
+    """Raise RuntimeError on every rank where ranks have come to different plans; sends a number of 8 bytes to each."""
+    words = [word for (word,) in values_of_all(fabric, device, [word_of(plan.digest)])]
+    if other := next((rank for rank, word in enumerate(words) if word != words[0]), None):
+        raise CannotRun(
+            f"--moe-placement: ranks 0 and {other} of those that share {where} have come to different plans of "
+            f"copies, this rank's is {plan.digest}; pass --moe-placement none"
+        )
 
 
 def as_rows(experts: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> Tensor:

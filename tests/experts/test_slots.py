@@ -99,7 +99,8 @@ def test_the_busiest_of_8_ranks_has_less_to_do_with_4_spare_slots(order, name):
 
 @pytest.mark.parametrize("name", PLACEMENTS.names)
 def test_plans_are_valid_and_no_row_is_lost(name):
-    for slots in (*SMALL, Slots(8, 4, 3), Slots(3, 1, 2), Slots(4, 4, 0)):
+    # plans of small cases are looked up among all valid ones
+    for slots in (Slots(8, 4, 3), Slots(3, 1, 2), Slots(4, 4, 0)):
         counts, plan = drawn(slots, slots.experts), SlotPlan.empty(slots)
         # plans follow each other
         for seed in range(2):

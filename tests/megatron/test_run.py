@@ -73,6 +73,7 @@ def test_flags_of_linears_go_the_same_way() -> None:
 def test_flags_of_experts_go_the_same_way() -> None:
     words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4 --moe-pieces 2".split()
     words += "--moe-router switch --moe-group-tokens 64 --moe-layer-experts 2:16".split()
+    words += "--moe-placement lina --moe-replica-slots 2 --moe-placement-interval 5 --moe-cluster a100-ib".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
     assert settings.experts == ExpertFlags(
         grouped_product="loop",
@@ -82,6 +83,10 @@ def test_flags_of_experts_go_the_same_way() -> None:
         router="switch",
         group_tokens=64,
         layer_experts="2:16",
+        placement="lina",
+        replica_slots=2,
+        placement_interval=5,
+        cluster="a100-ib",
     )
     settings.experts.copy_to(config)
     assert vars(config) == {
@@ -92,6 +97,10 @@ def test_flags_of_experts_go_the_same_way() -> None:
         "moe_router": "switch",
         "moe_group_tokens": 64,
         "moe_layer_experts": "2:16",
+        "moe_placement": "lina",
+        "moe_replica_slots": 2,
+        "moe_placement_interval": 5,
+        "moe_cluster": "a100-ib",
     }
     assert ExpertFlags.of(config) == settings.experts
 

@@ -11,11 +11,10 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megatron_cp.comm import GroupFabric, values_of_all, word_of
-from megatron_cp.errors import CannotRun
+from megatron_cp.comm import GroupFabric
 from megatron_cp.experts import PLACEMENTS
 from megatron_cp.experts.dealing import Deal, deal_of, dealt
-from megatron_cp.experts.lending import Borrowed, Lending, as_rows, borrowed_here, in_shapes, loan_of
+from megatron_cp.experts.lending import Borrowed, Lending, as_rows, borrowed_here, check_plans, in_shapes, loan_of
 from megatron_cp.experts.placing import Placing
 from megatron_cp.experts.slot_costs import slot_costs
 from megatron_cp.experts.slots import SlotCosts, SlotPlan, Slots
@@ -72,19 +71,21 @@ class PlacedLayer(ExchangingLayer):
         """Return the outputs of experts and copies, and no bias; with pieces they have come home already."""
         if self.placed is None:
             return super().routed_experts_compute(hidden_states, probs)
-        dispatcher: Any = self.token_dispatcher
-        if not isinstance(dispatcher, PieceDispatcher):
-            rows, of_rows, copies = self.placed.borrow(self.experts, hidden_states, probs)
-            return compute_part(dispatcher, self.placed.with_copies(self.experts, copies), rows, of_rows), None
-        rows, of_rows, copies = self.placed.borrow(self.experts, hidden_states[0], probs[0])
-        rows, of_rows, weights = [rows, *hidden_states[1:]], [of_rows, *probs[1:]], weights_in_autograd(self.experts)
+        if isinstance(self.token_dispatcher, PieceDispatcher):
+            return self._in_pieces(self.placed, hidden_states, probs), None
+        rows, of_rows, copies = self.placed.borrow(self.experts, hidden_states, probs)
+        experts = self.placed.with_copies(self.experts, copies)
+        return compute_part(self.token_dispatcher, experts, rows, of_rows), None
+
+    def _in_pieces(self, placed: "Placed", rows: Sequence[Tensor], probs: Sequence[Tensor]) -> Sequence[Tensor]:
+        first, of_first, copies = placed.borrow(self.experts, rows[0], probs[0])
+        rows, probs, weights = [first, *rows[1:]], [of_first, *probs[1:]], weights_in_autograd(self.experts)
         if not copies.requires_grad:
-            experts = self.placed.with_copies(self.experts, copies)
-            return dispatcher.through(experts, rows, of_rows, weights), None
+            return self.token_dispatcher.through(placed.with_copies(self.experts, copies), rows, probs, weights)
         # the graph of a piece ends at its own leaf
         leaf = copies.detach().requires_grad_()
-        experts = self.placed.with_copies(self.experts, leaf)
-        return dispatcher.through(experts, rows, of_rows, [*weights, copies], leaf), None
+        experts = placed.with_copies(self.experts, leaf)
+        return self.token_dispatcher.through(experts, rows, probs, [*weights, copies], leaf)
 
     def describe(self) -> str:
         """Return the policy and the slots."""
@@ -92,9 +93,10 @@ class PlacedLayer(ExchangingLayer):
         if self.placed is None:
             return f"{name}, one rank, which has all experts"
         slots = self.placed.plan.slots
+        steps = "step" if (interval := self.placed.placing.interval) == 1 else f"{interval} steps"
         return (
-            f"{name}, every {self.placed.placing.interval} steps; {slots.ranks} ranks with {self.num_local_experts} "
-            f"experts and {slots.spare} spare slots each"
+            f"{name}, every {steps}; {slots.ranks} ranks with {self.num_local_experts} experts and {slots.spare} spare "
+            f"slot{'s' * (slots.spare > 1)} each"
         )
 
 
@@ -187,18 +189,12 @@ class Placed:
         return partial(_with_copies, experts, self._host, copies)
 
     def _change(self, layer: int | None) -> None:
-        fabric, assumed = self.lending.fabric, self._counts
-        assert assumed is not None
-        counts = [[rows / self._steps for rows in of_rank] for of_rank in fabric.all_gather(assumed).tolist()]
+        fabric, summed = self.lending.fabric, self._counts
+        assert summed is not None
+        counts = [[rows / self._steps for rows in of_rank] for of_rank in fabric.all_gather(summed).tolist()]
         plan = self.placing.change(counts, self._costs())
-        self._counts, self._steps = torch.zeros_like(assumed), 0
-        words = [word for (word,) in values_of_all(fabric, assumed.device, [word_of(plan.digest)])]
-        if other := next((rank for rank, word in enumerate(words) if word != words[0]), None):
-            raise CannotRun(
-                f"--moe-placement: ranks 0 and {other} of those that share the experts of layer {layer} have come to "
-                f"different plans of copies before step {self._step}; this rank's is {plan.digest}; pass "
-                "--moe-placement none"
-            )
+        self._counts, self._steps = torch.zeros_like(summed), 0
+        check_plans(fabric, summed.device, plan, f"the experts of layer {layer} in step {self._step}")
 
     def _costs(self) -> SlotCosts:
         flags, config = ExpertFlags.of(self._config), self._config

@@ -300,5 +300,5 @@ def test_copies_of_experts_whose_plans_change_train_as_no_copies(apart, ranks, f
     assert there >= 3 * layers
     assert home == 2 * there
     (line,) = {line for each in found for line in each.banner if "placement" in line}
-    spare = f"{slots} spare slots each"
-    assert line == f"[megatron-cp] placement of experts: lina, every 1 steps; 2 ranks with 4 experts and {spare}"
+    spare = "2 spare slots each" if slots == 2 else "1 spare slot each"
+    assert line == f"[megatron-cp] placement of experts: lina, every step; 2 ranks with 4 experts and {spare}"

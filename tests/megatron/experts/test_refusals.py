@@ -13,6 +13,7 @@ from megatron_cp.megatron.arguments.experts import (
     imply_dispatcher,
     imply_layers,
 )
+from megatron_cp.megatron.arguments.placement import check_placement
 
 RUN = {
     "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
@@ -188,6 +189,55 @@ def test_an_exchange_implies_the_alltoall_dispatcher(asked, pieces, given, taken
     assert args.moe_token_dispatcher_type == taken
     said = capsys.readouterr().out
     assert f"{who}: --moe-token-dispatcher-type alltoall" in said if who else not said
+
+
+PLACED = {**RUN, "moe_placement": "lina", "moe_token_dispatcher_type": "alltoall", "tensor_model_parallel_size": 1}
+
+
+def check_copies(args):
+    check_exchange(args)
+    check_placement(args)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"moe_placement": "none", "transformer_impl": "transformer_engine"},
+        {"moe_replica_slots": 3, "moe_pieces": 2, "pp_schedule": "zb-h1", "moe_expert_capacity_factor": 1.0},
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "moe_cluster": "a100-ib"},
+    ],
+)
+def test_copies_of_experts_that_work_are_taken(given):
+    check_copies(SimpleNamespace(**{**PLACED, **given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"moe_placement": "linna"}, "unknown placement of experts 'linna'; did you mean 'lina'"),
+        ({"num_experts": None}, "--moe-placement lina is of experts; add --num-experts, or leave it out"),
+        ({"moe_token_dispatcher_type": "flex"}, "--moe-placement lina is of the dispatcher alltoall, got"),
+        ({"moe_shared_expert_overlap": True}, "--moe-placement lina does not do the overlap of shared experts"),
+        ({"moe_placement": "none", "moe_replica_slots": 2}, "add --moe-placement fastermoe or flexmoe or lina, or"),
+        ({"moe_replica_slots": 0}, "--moe-replica-slots must be at least 1, got 0; leave --moe-placement out"),
+        ({"moe_placement_interval": 0}, "--moe-placement-interval must be at least 1 step, got 0"),
+        ({"moe_cluster": "dgx-h10"}, "no cluster 'dgx-h10'; did you mean 'dgx-h100'"),
+        ({"transformer_impl": "transformer_engine"}, "pass --transformer-impl local"),
+        ({"gradient_accumulation_fusion": True}, "pass --no-gradient-accumulation-fusion"),
+        ({"moe_pad_expert_input_to_capacity": True}, "leave --moe-pad-expert-input-to-capacity out"),
+        ({"fp8": "hybrid"}, "leave --fp8-format, --fp4-format and --moe-router-padding-for-quantization out"),
+        ({"delay_wgrad_compute": True}, "leave --delay-wgrad-compute out"),
+        ({"use_megatron_fsdp": True}, "use --use-distributed-optimizer"),
+        ({"offload_modules": ["moe_act"]}, "leave expert_fc1 and moe_act out of --offload-modules"),
+        ({"tensor_model_parallel_size": 2}, "pass --expert-tensor-parallel-size 1"),
+    ],
+)
+def test_copies_of_experts_that_do_not_work_are_refused_with_a_way_out(given, message):
+    args = SimpleNamespace(**{**PLACED, **given})
+    with pytest.raises(ValueError, match=message) as refused:
+        check_copies(args)
+    assert "\n" not in str(refused.value)
 
 
 ROUTED = {
