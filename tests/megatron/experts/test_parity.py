@@ -282,15 +282,15 @@ PLACED = "--moe-placement lina --moe-placement-interval 1"
     [
         (4, f"{PP2} {EP2} {DISTRIBUTED} --moe-replica-slots 2", (2, PP2), 2, 4),
         (
-            2,
-            f"--context-parallel-size 2 {EP2} {GROUPED} {OVERLAPPED} --moe-pieces 2 --recompute-granularity full "
-            "--recompute-method uniform --recompute-num-layers 1",
+            4,
+            f"{TP2} --context-parallel-size 2 {EP2} --expert-tensor-parallel-size 1 {GROUPED} {OVERLAPPED} "
+            "--moe-pieces 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             (1,),
             1,
             2,
         ),
     ],
-    ids=["zb-h1, distributed optimizer", "CP 2, pieces, overlapped, full recompute"],
+    ids=["zb-h1, distributed optimizer", "TP 2 x CP 2, pieces, overlapped, full recompute"],
 )
 def test_copies_of_experts_whose_plans_change_train_as_no_copies(apart, ranks, flags, alike, slots, layers):
     found = run(ranks, PLACED, flags)
