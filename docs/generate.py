@@ -204,7 +204,7 @@ def routers() -> str:
 
 
 def placements() -> str:
-    head = ["plan-experts --policy", "what it does", "source", "file"]
+    head = ["--moe-placement", "what it does", "source", "file"]
     return table(head, ([f"`{one.name}`", one.what, one.paper, linked(file_of(one.load()))] for one in PLACEMENTS))
 
 

@@ -78,7 +78,7 @@ FOR = {
     "experts": "--moe-grouped-product",
     "exchanges": "--moe-comm-type",
     "routers": "--moe-router",
-    "placements": "plan-experts --policy",
+    "placements": "--moe-placement, and plan-experts --policy",
     "outer-optimizers": "--local-sgd-outer",
     "quantisations": "--zero-quantized-gradients",
     "batch-algorithms": "plan-batches --algorithm",

@@ -273,6 +273,11 @@ UNFLUSHED_UNSUPPORTED = (
         "leave --moe-router-enable-expert-bias out",
     ),
     Unsupported(
+        "copies of experts, whose weights come once in a step",
+        lambda args: read(args, "moe_placement", "none") != "none",
+        "leave --moe-placement out",
+    ),
+    Unsupported(
         "checkpoints without room for earlier weights",
         lambda args: (
             any(read(args, name) for name in ("save", "load"))

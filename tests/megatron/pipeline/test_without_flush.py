@@ -232,6 +232,7 @@ def test_what_versions_cannot_do_is_refused_in_one_line():
         ({"fp8": "e4m3"}, "leave --fp8-format and --fp4-format out"),
         ({"use_precision_aware_optimizer": True}, "without --use-precision-aware-optimizer"),
         ({"nccl_ub": True}, "leave --use-nccl-ub out"),
+        ({"moe_placement": "lina"}, "leave --moe-placement out"),
         ({"gtp_weight_remat_size": 2}, "every rank its weights whole"),
     ],
 )
