@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import PLACEMENTS
+from megatron_cp.experts import NONE, PLACEMENTS
 from megatron_cp.experts.dispatch_cost import ALLGATHER, STOCK, Dispatch
 from megatron_cp.experts.routed import loads_of
 from megatron_cp.experts.slot_costs import DTYPE, slot_costs
@@ -14,8 +14,6 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.work import RankConfig, mixture_seconds
 
 ALONE = "each rank has all experts of a layer, and no token travels"
-NO_COPIES = "none"
-"""Name of the placement without copies of experts."""
 MOST_COUNTS = 512
 """Experts times ranks for which placements are weighed: each policy was seen to take less than a second for so many."""
 
@@ -93,14 +91,18 @@ def placements(rank: RankConfig) -> list[WeighedPlacement]:
     A rank has one spare slot for two of its experts, at least one.
     """
     model, ranks = rank.model, rank.parallel.ep
-    empty = SlotPlan.empty(Slots(model.experts, ranks, max(1, model.experts // ranks // 2)))
+    empty = SlotPlan.empty(Slots(model.experts, ranks, _spare(rank)))
     rows = rank.split_tokens * model.top_k
     counts = [[rows * load for load in loads_of(model.experts, model.routing.skew)] for _ in range(ranks)]
     costs = slot_costs(model.hidden, model.expert_ffn, rank.expert_ranks.all, rank.cluster)
-    plans = {NO_COPIES: empty} | {entry.name: entry.load()(empty, counts, costs) for entry in PLACEMENTS}
+    plans = {NONE: empty} | {entry.name: entry.load()(empty, counts, costs) for entry in PLACEMENTS}
     loads = {name: load_of(plan, counts) for name, plan in plans.items()}
     found = [WeighedPlacement(name, load.uneven, load.seconds(costs)) for name, load in loads.items()]
     return sorted(found, key=lambda one: one.seconds)
+
+
+def _spare(rank: RankConfig) -> int:
+    return max(1, rank.model.experts // rank.parallel.ep // 2)
 
 
 def placement_why(rank: RankConfig) -> str:
@@ -115,7 +117,8 @@ def placement_why(rank: RankConfig) -> str:
     if rank.model.experts * rank.parallel.ep > MOST_COUNTS or DTYPE not in dict(rank.cluster.gemms):
         return ""
     first, *others = placements(rank)
-    trained = "" if first.name == NO_COPIES else "; no flag of training places copies yet"
+    flags = f"--moe-placement {first.name} --moe-replica-slots {_spare(rank)}, with --transformer-impl local"
+    trained = "" if first.name == NONE else f"; {flags}"
     return f"placement of copies: {', '.join(map(str, [first, *others]))}{trained}"
 
 
