@@ -19,7 +19,7 @@ Keep = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 """Adds gradients to the gradients of parameters."""
 
 
-class Loan(NamedTuple):
+class LentCopies(NamedTuple):
     """Experts that one rank lends to, or borrows from, each rank; those it has itself from none.
 
     lends, borrows: for each rank, the experts in the order of their numbers
@@ -44,10 +44,10 @@ class Loan(NamedTuple):
         return [len(experts) for experts in self.borrows]
 
 
-def loan_of(plan: SlotPlan, rank: int) -> Loan:
+def loan_of(plan: SlotPlan, rank: int) -> LentCopies:
     """Return what a rank lends and borrows."""
     home, ranks = plan.slots.home, range(plan.slots.ranks)
-    return Loan(
+    return LentCopies(
         lends=tuple(tuple(expert for expert in hosted if home(expert) == rank) for hosted in plan.hosted),
         borrows=tuple(tuple(expert for expert in plan.hosted[rank] if home(expert) == lender) for lender in ranks),
     )
@@ -63,12 +63,12 @@ class Lending:
     def __init__(self, fabric: Fabric) -> None:
         self.fabric, self.there, self.home, self.bytes = fabric, 0, 0, 0
 
-    def weights(self, loan: Loan, rows: Tensor) -> Tensor:
+    def weights(self, loan: LentCopies, rows: Tensor) -> Tensor:
         """Return the copies for this rank, in order of their experts, from those for each rank in order."""
         self.there += len(rows)
         return self._sent(rows, loan.sent, loan.got)
 
-    def gradients(self, loan: Loan, rows: Tensor) -> Tensor:
+    def gradients(self, loan: LentCopies, rows: Tensor) -> Tensor:
         """Return the gradients of copies of this rank's experts, in order of rank, from those of the copies here."""
         self.home += len(rows)
         return self._sent(rows, loan.got, loan.sent)
@@ -81,14 +81,14 @@ class Lending:
 
 
 class Borrowed(NamedTuple):
-    """What backward needs of a layer's copies, in an object so that autograd does not see it.
+    """Copies of a layer on this rank and those that it lent, in an object so that autograd does not see it.
 
     parameters: of each lent expert of this rank, in order of `loan.lent`
     keep:       takes the gradients that came home; None where autograd does
     """
 
     lending: Lending
-    loan: Loan
+    loan: LentCopies
     parameters: Sequence[Sequence[Tensor]]
     keep: Keep | None = None
 

@@ -4,7 +4,7 @@ from megatron_cp.experts import ExpertPlacement
 from megatron_cp.experts.slots import Counts, SlotCosts, SlotPlan, Slots, observed
 
 
-class Placing:
+class ChangingPlan:
     """One layer's plan and what its policy goes by; ranks that are told the same counts have the same plan.
 
     interval: steps between plans

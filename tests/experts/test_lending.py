@@ -7,7 +7,7 @@ from megatron_cp.comm import in_process
 from megatron_cp.experts import PLACEMENTS
 from megatron_cp.experts.dealing import deal_of, dealt, slot_of
 from megatron_cp.experts.lending import Borrowed, Lending, as_rows, borrowed_here, check_plans, in_shapes, loan_of
-from megatron_cp.experts.placing import Placing
+from megatron_cp.experts.placing import ChangingPlan
 from megatron_cp.experts.slots import SlotCosts, SlotPlan, Slots, lent_bytes, load_of
 
 # a shadow on all other ranks, an expert on one, and a rank that hosts nothing
@@ -96,7 +96,7 @@ def test_plans_that_differ_are_named_on_every_rank_in_one_line():
 
 @pytest.mark.parametrize("name", PLACEMENTS.names)
 def test_a_layer_gets_a_plan_every_interval_from_what_it_saw(name):
-    placing = Placing(PLACEMENTS.get(name), Slots(4, 2, 2), interval=3)
+    placing = ChangingPlan(PLACEMENTS.get(name), Slots(4, 2, 2), interval=3)
     assert [placing.due(steps) for steps in range(5)] == [False, False, False, True, True]
     before = placing.plan
     counts = [[80.0, 40.0, 8.0, 4.0]] * 2

@@ -15,7 +15,7 @@ from megatron_cp.comm import GroupFabric
 from megatron_cp.experts import PLACEMENTS
 from megatron_cp.experts.dealing import Deal, deal_of, dealt
 from megatron_cp.experts.lending import Borrowed, Lending, as_rows, borrowed_here, check_plans, in_shapes, loan_of
-from megatron_cp.experts.placing import Placing
+from megatron_cp.experts.placing import ChangingPlan
 from megatron_cp.experts.slot_costs import slot_costs
 from megatron_cp.experts.slots import SlotCosts, SlotPlan, Slots
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -39,7 +39,7 @@ class PlacedLayer(ExchangingLayer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.placed: Placed | None = None
+        self.placed: HostedCopies | None = None
         super().__init__(*args, **kwargs)
         if self.placed:
             self.placed.host(self.experts)
@@ -48,7 +48,9 @@ class PlacedLayer(ExchangingLayer):
         """Return what sends a piece to slots in the place of experts."""
         if self.placed is None:
             fabric = GroupFabric(groups.ep)
-            self.placed = Placed(self.config, Slots(self.config.num_moe_experts, fabric.size, self._spare), fabric)
+            self.placed = HostedCopies(
+                self.config, Slots(self.config.num_moe_experts, fabric.size, self._spare), fabric
+            )
         per_rank = self.num_local_experts + self._spare
         first = groups.ep.rank() * per_rank
         wide = copy.copy(self.config)
@@ -77,7 +79,7 @@ class PlacedLayer(ExchangingLayer):
         experts = self.placed.with_copies(self.experts, copies)
         return compute_part(self.token_dispatcher, experts, rows, of_rows), None
 
-    def _in_pieces(self, placed: "Placed", rows: Sequence[Tensor], probs: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _in_pieces(self, placed: "HostedCopies", rows: Sequence[Tensor], probs: Sequence[Tensor]) -> Sequence[Tensor]:
         first, of_first, copies = placed.borrow(self.experts, rows[0], probs[0])
         rows, probs, weights = [first, *rows[1:]], [of_first, *probs[1:]], weights_in_autograd(self.experts)
         if not copies.requires_grad:
@@ -107,7 +109,7 @@ def placing(mlp: Any, config: Any) -> Any:
     return partial(PlacedLayer, *mlp.args, **mlp.keywords)
 
 
-class Placed:
+class HostedCopies:
     """Plan, counts and copies of a layer. Not a module: neither optimizer nor checkpoint see any of it.
 
     lending: with the copies and bytes that this rank has sent
@@ -116,7 +118,7 @@ class Placed:
     def __init__(self, config: Any, slots: Slots, fabric: GroupFabric) -> None:
         flags = ExpertFlags.of(config)
         self._config, self.lending = config, Lending(fabric)
-        self.placing = Placing(PLACEMENTS.get(flags.placement), slots, flags.placement_interval)
+        self.placing = ChangingPlan(PLACEMENTS.get(flags.placement), slots, flags.placement_interval)
         self._step: int | None = None
         self._steps = 0
         self._counts: Tensor | None = None
