@@ -285,8 +285,8 @@ HOOKS = Registry(
             targets=("megatron.core.models.gpt.gpt_model:GPTModel.__init__",),
             by="megatron_cp.megatron.pipeline.vocabulary:share_out",
             parameters=("self",),
-            reason="the model makes its output layer itself, on the last pipeline stage alone",
-            retired_by="a class of the output layer that a model builder may choose, on every pipeline stage",
+            reason="the model makes embedding and output layer itself, each on one pipeline stage alone",
+            retired_by="classes of both that a model builder may choose, on every pipeline stage",
             settings=True,
         ),
         Hook(

@@ -21,17 +21,18 @@ REDUCE = "REDUCE"
 EVICT, LOAD = "EVICT", "LOAD"
 HOLD, GIVE = "HOLD", "GIVE"
 SHARE, SUM_S, SUM_T = "SHARE", "SUM_S", "SUM_T"
+SUM_E, SHARE_E = "SUM_E", "SHARE_E"
 
 HEAD = frozenset({LOGITS, LOGITS_BACK})
 COMPUTE = frozenset({FORWARD, FULL, INPUT, WEIGHT}) | HEAD
-SUMS = frozenset({SHARE, SUM_S, SUM_T})
+SUMS = frozenset({SHARE, SUM_S, SUM_T, SUM_E, SHARE_E})
 BACKWARD = frozenset({FULL, INPUT})
 MOVES = frozenset({EVICT, LOAD})
 LENDERS = {EVICT: HOLD, LOAD: GIVE}
 """The lender's action for each move of the owner."""
 KINDS = (
     *(FORWARD, FULL, INPUT, WEIGHT, LOGITS, LOGITS_BACK),
-    *(SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, SHARE, SUM_S, SUM_T),
+    *(SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, SHARE, SUM_S, SUM_T, SUM_E, SHARE_E),
     *(EVICT, LOAD, HOLD, GIVE),
 )
 
@@ -47,7 +48,8 @@ class Action(NamedTuple):
           EVICT moves the activations of a microbatch away and LOAD brings them back, HOLD and GIVE are the part of the
           rank that keeps them meanwhile and name the owner's stage;
           S computes logits and T their weight gradients where the LM head lies on all ranks, SHARE brings all ranks the
-          output of the last stage, SUM_S and SUM_T add up what S and T made; they name the rank's own first stage
+          output of the last stage, SUM_S and SUM_T add up what S and T made; SUM_E adds up what all ranks look up for
+          the first stage, SHARE_E brings them its gradient; they name the rank's own first stage
     """
 
     stage: int

@@ -24,6 +24,8 @@ from megatron_cp.pipeline.action import (
     SEND_B,
     SEND_F,
     SHARE,
+    SHARE_E,
+    SUM_E,
     SUM_S,
     SUM_T,
     WEIGHT,
@@ -40,6 +42,7 @@ from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
 from megatron_cp.pipeline.vocabulary import add_sums, rounds_of_evaluation
+from megatron_cp.pipeline.vocabulary_embedding import VocabularyEmbedding
 from megatron_cp.pipeline.vocabulary_head import VocabularyHead
 
 StageMicro = tuple[int, int]
@@ -143,6 +146,7 @@ class Executor:
     saved:    the rank's activations, where the table moves them
     carried:  what the step before left, used up by this one; None where steps leave nothing
     head:     the rank's share of the LM head, where the table has S and T; the last stage's output then goes into it
+    embedding: the rank's share of the embedding, which the first stage is then given
     observe:  a context around every action, to measure it; waiting for another rank is outside of it
     """
 
@@ -157,10 +161,11 @@ class Executor:
         saved: SavedActivations | None = None,
         carried: Carried | None = None,
         head: VocabularyHead | None = None,
+        embedding: VocabularyEmbedding | None = None,
     ) -> None:
         self._placement, self._rank_of, self._rank = placement, placement.rank_of, rank
         self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
-        self._saved, self._leaves, self._head = saved, carried is not None, head
+        self._saved, self._leaves, self._head, self._embedding = saved, carried is not None, head, embedding
         before = carried or Carried()
         # taken over, so that nothing else keeps what a backward has used
         self._given, self._made, self._arriving = before.given, before.made, before.arriving
@@ -184,6 +189,12 @@ class Executor:
                 SHARE: self._share,
                 SUM_S: lambda _, micro: head.sum_logits(micro),
                 SUM_T: lambda _, micro: head.sum_gradients(micro),
+            }
+        if embedding:
+            self._handlers |= {
+                SUM_E: lambda _, micro: embedding.look_up(micro),
+                SHARE_E: lambda _, micro: embedding.share(micro, self._gradients.pop((-1, micro), None)),
+                REDUCE: self._reduce,
             }
         if saved:
             self._handlers |= {EVICT: saved.evict, LOAD: saved.load, HOLD: saved.hold, GIVE: saved.give}
@@ -234,6 +245,8 @@ class Executor:
             self._saved.finish()
         if self._head:
             self._head.finish()
+        if self._embedding:
+            self._embedding.finish()
         assert self._leaves or not self._arriving, "a message was received and not used"
         assert self._leaves or not (self._training and self._made), "outputs without a backward"
 
@@ -249,8 +262,15 @@ class Executor:
         else:
             self._gradients[cell] = arrival.tensor
 
+    def _reduce(self, stage: int, _: int) -> None:
+        assert self._embedding
+        self._embedding.settle()
+        self._stages.reduce(stage)
+
     def _forward(self, stage: int, micro: int) -> None:
         given = self._given.pop((stage, micro), None)
+        if self._embedding and self._placement.first(stage):
+            given = self._embedding.embedded(micro).requires_grad_(self._training)
         if self._saved:
             with self._saved.recording(stage, micro) as chunk:
                 made = self._stages.forward(stage, micro, given)
@@ -284,7 +304,7 @@ class Executor:
         if self._head and self._placement.last(stage):
             gradient = self._head.gradient(micro)
         before = self._stages.backward(stage, micro, given, made, gradient, split)
-        if not self._placement.first(stage):
+        if self._embedding or not self._placement.first(stage):
             assert before is not None, f"stage {stage} gave no gradient of its input"
             self._gradients[stage - 1, micro] = before
 

@@ -23,6 +23,7 @@ from megatron_cp.pipeline.action import (
     REDUCE,
     SEND_B,
     SEND_F,
+    SUM_E,
     WEIGHT,
     Action,
     Cell,
@@ -267,9 +268,10 @@ def add_transfers(schedule: Schedule) -> Schedule:
 
     Since send and receive enter their ranks' lists together while all ranks are walked at once, both sides of every
     channel agree on the order, and even blocking transfers cannot deadlock. A hand-over on the same rank has none.
-    The same holds for moves to a peer: its HOLD or GIVE is written down with the owner's EVICT or LOAD.
+    The same holds for moves to a peer: its HOLD or GIVE is written down with the owner's EVICT or LOAD; and for an
+    embedding over all ranks, each of which gets its SUM_E two forwards of the first stage ahead.
     """
-    lists: list[list[Cell]] = [[] for _ in schedule.table]
+    lists: list[list[Cell]] = [_lookups(schedule, rank, 0, 1) for rank in range(len(schedule.table))]
     rest = [_behind(cells) for cells in schedule.table]
     for rank, cell in walk(without_moves(schedule)):
         lists[rank].append(cell)
@@ -277,11 +279,19 @@ def add_transfers(schedule: Schedule) -> Schedule:
             for receiver, send, receive in _transfer(schedule, rank, action):
                 lists[rank].append(send)
                 lists[receiver].append(receive)
+            if action[:2] == (0, FORWARD):
+                for each, cells in enumerate(lists):
+                    cells += _lookups(schedule, each, (action.micro or 0) + 2)
         for action in rest[rank].get(cell, ()):
             lists[rank].append(action)
             if action.kind in LENDERS and schedule.to == PEER:
                 lists[schedule.placement.ranks - 1 - rank].append(action._replace(kind=LENDERS[action.kind]))
     return replace(schedule, table=tuple(map(tuple, lists)))
+
+
+def _lookups(schedule: Schedule, rank: int, *micros: int) -> list[Cell]:
+    known = schedule.micros if schedule.barriers else 0
+    return [Action(schedule.placement.of_rank[rank][0], SUM_E, micro) for micro in micros if micro < known]
 
 
 def without_moves(schedule: Schedule) -> Schedule:

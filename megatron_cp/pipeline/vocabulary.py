@@ -1,4 +1,4 @@
-"""The LM head over all ranks of the pipeline (arXiv:2411.05288): every rank has a share of the vocabulary.
+"""LM head and embedding over all ranks of the pipeline (arXiv:2411.05288): every rank has a share of the vocabulary.
 
 The output of the last stage goes to all ranks. S computes a rank's logits and their statistics, T its weight gradients,
 and between them all ranks wait for each other. With one barrier S also computes the rank's part of the gradient that
@@ -9,6 +9,8 @@ of p runs, in its round n,
     two barriers    F n, S n - a, T n - a - 1, B n - (p + 1 - r)
 
 where a = floor((p - 1 - r) T_F / P + 1), P being the time of a round, lets S run on all ranks at about the same time.
+What the first stage begins with is the sum of what all ranks look up, two microbatches ahead; its gradient goes to all
+ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,21 @@ from math import floor
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, LOGITS, LOGITS_BACK, SHARE, SUM_S, SUM_T, Action, Cell, forward, full
+from megatron_cp.pipeline.action import (
+    BACKWARD,
+    FORWARD,
+    LOGITS,
+    LOGITS_BACK,
+    REDUCE,
+    SHARE,
+    SHARE_E,
+    SUM_S,
+    SUM_T,
+    Action,
+    Cell,
+    forward,
+    full,
+)
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
@@ -80,19 +96,37 @@ def add_sums(schedule: Schedule) -> Schedule:
     """Return the lowered schedule with what all ranks send each other, in the order of microbatches on every rank.
 
     SHARE brings the output of the last stage to the others, SUM_S adds up what their S made, and where there are two
-    barriers SUM_T what their T made. A rank asks for the next output before it works on the last one.
+    barriers SUM_T what their T made. A rank asks for the next output before it works on the last one. SHARE_E brings
+    the gradient of the embedding to all ranks behind the S that is next on the first rank: S runs on all ranks at about
+    the same time. The last ones come at the end, before the reductions.
     """
     if not schedule.barriers:
         return schedule
-    return replace(schedule, table=tuple(tuple(_summed(schedule, cells)) for cells in schedule.table))
+    returned = _returned(schedule.table[0])
+    return replace(schedule, table=tuple(tuple(_summed(schedule, cells, returned)) for cells in schedule.table))
 
 
-def _summed(schedule: Schedule, cells: Iterable[Cell]) -> Iterator[Cell]:
+def _returned(cells: Iterable[Cell]) -> dict[int | None, list[int | None]]:
+    """Return the microbatches whose B the first rank has run before each S, after the S before; None: at the end."""
+    found: dict[int | None, list[int | None]] = {None: []}
+    for cell in cells:
+        _, kind, micro = cell if isinstance(cell, Action) else cell.forward
+        if kind in BACKWARD:
+            found[None].append(micro)
+        elif kind == LOGITS:
+            found[micro], found[None] = found[None], []
+    return found
+
+
+def _summed(schedule: Schedule, cells: Iterable[Cell], returned: dict[int | None, list[int | None]]) -> Iterator[Cell]:
     last = len(schedule.placement.rank_of) - 1
     cells = tuple(cells)
+    reductions = [cell for cell in cells if isinstance(cell, Action) and cell.kind == REDUCE]
     makes = any(cell[:2] == (last, FORWARD) for cell in cells)
     for cell in cells:
         stage, kind, micro = cell if isinstance(cell, Action) else cell.forward
+        if kind == REDUCE:
+            continue
         if kind == LOGITS and not makes:
             assert micro is not None
             for wanted in range(micro + 1 if micro else 0, min(micro + 2, schedule.micros)):
@@ -102,8 +136,11 @@ def _summed(schedule: Schedule, cells: Iterable[Cell]) -> Iterator[Cell]:
             yield Action(stage, SHARE, micro)
         if kind == LOGITS:
             yield Action(stage, SUM_S, micro)
+            yield from (Action(stage, SHARE_E, other) for other in returned[micro])
         if kind == LOGITS_BACK and schedule.barriers == 2:
             yield Action(stage, SUM_T, micro)
+    yield from (Action(stage, SHARE_E, other) for other in returned[None])
+    yield from reductions
 
 
 def with_head(costs: Costs, time: float, ranks: int, barriers: int = 0, pipes: int = 1) -> Costs:

@@ -164,9 +164,9 @@ def weights_from_names(models: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Set every parameter to this rank's part of what its name in the whole model draws; a pre-wrap hook."""
     for model in models:
         for name, parameter in global_names(model):
-            layer: Any = getattr(model, "output_layer", None)
+            layer: Any = dict(model.named_modules()).get(name.removesuffix(".weight"))
             with torch.no_grad():
-                if name == "output_layer.weight" and hasattr(layer, "vocabulary"):
+                if hasattr(layer, "vocabulary"):
                     # some rows on each rank of the pipeline
                     whole = _drawn(name, [layer.vocabulary, parameter.shape[1]])
                     parameter.copy_(whole[layer.first : layer.first + len(parameter)])

@@ -16,6 +16,7 @@ from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
 from megatron_cp.pipeline.schedule import PEER, Schedule
 from megatron_cp.pipeline.schedules.pipedream import Delay
+from megatron_cp.pipeline.vocabulary_embedding import VocabularyEmbedding
 from megatron_cp.pipeline.vocabulary_head import VocabularyHead
 
 WIDTH = 4
@@ -166,12 +167,14 @@ def execute(
     saved: list[SavedActivations] | None = None,
     head: "Callable[[Exchange, int], VocabularyHead] | None" = None,
     inputs: Tensor | None = None,
+    embedding: "Callable[[Exchange, int], VocabularyEmbedding] | None" = None,
 ) -> list[Layers]:
     """Run the lowered schedule on all ranks; return each rank's layers after the steps.
 
-    saved:  filled with every rank's activations, where the table moves some
-    head:   returns a rank's share of an LM head, where the table has S and T
-    inputs: (m, tokens, width), those of `inputs_of` where they are left out
+    saved:     filled with every rank's activations, where the table moves some
+    head:      returns a rank's share of an LM head, where the table has S and T
+    inputs:    (m, tokens, width), those of `inputs_of` where they are left out
+    embedding: returns a rank's share of what the first stage is given, where the table has S and T
     """
     placement, exchange, lends = lowered.placement, Exchange(), lowered.to == PEER
     moves = any(action.kind in MOVES for cells in lowered.table for action in flat(cells))
@@ -192,11 +195,19 @@ def execute(
                 channels.meet(torch.zeros(1))
             with torch.set_grad_enabled(training):
                 own = head(exchange, rank) if head else None
+                looked_up = embedding(exchange, rank) if embedding else None
                 if own:
                     ranks[rank].has_head = False
                 for _ in range(steps):
                     executor = Executor(
-                        placement, rank, ranks[rank], channels, training, saved=activations[rank], head=own
+                        placement,
+                        rank,
+                        ranks[rank],
+                        channels,
+                        training,
+                        saved=activations[rank],
+                        head=own,
+                        embedding=looked_up,
                     )
                     executor.run(lowered.table[rank])
         except BaseException as error:

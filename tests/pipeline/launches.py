@@ -21,6 +21,8 @@ from megatron_cp.pipeline.action import (
     REDUCE,
     SEND_F,
     SHARE,
+    SHARE_E,
+    SUM_E,
     SUM_S,
     SUM_T,
     SUMS,
@@ -103,6 +105,7 @@ def _step(
     lent: dict[tuple[int, int | None], int] = {}
     given: list[int] = []
     summed: dict[tuple[str, int | None], int] = {}
+    returning: int | None = None
     last = len(schedule.placement.rank_of) - 1
     for cell in schedule.table[rank]:
         if isinstance(cell, Overlap) or cell.kind in COMPUTE:
@@ -120,9 +123,16 @@ def _step(
                 # the last rank has its own output
                 if schedule.barriers and needs and not (needs == SHARE and schedule.placement.rank_of[last] == rank):
                     after.append(summed[needs, micro])
+                if schedule.barriers and (stage, kind) == (0, FORWARD):
+                    after.append(summed[SUM_E, micro])
             seconds = sum(took[action.kind][action.stage] for action in halves(cell)) - costs.saved(cell)
             yield Operation(str(cell), (), tuple(after), seconds)
         elif cell.kind in SUMS:
+            if cell.kind == SHARE_E:
+                if returning is not None:
+                    yield Operation(f"gradients before {cell}", (), (returning,))
+                    place += 1
+                returning = place
             summed[cell.kind, cell.micro] = place
             yield among_all(str(cell), cell.kind, len(schedule.table), rank, cell.micro)
         elif cell.kind == REDUCE or (schedule.to != PEER and cell.kind in LENDERS):
@@ -158,7 +168,9 @@ def _step(
             elif cell.kind == SEND_F:
                 sent[cell.stage, cell.micro] = place
         place += 1
-    yield Operation("the end of the step", (), (*sent.values(), *leaving, *given))
+    yield Operation(
+        "the end of the step", (), (*sent.values(), *leaving, *given, *(() if returning is None else (returning,)))
+    )
 
 
 NOTHING = ("count",)

@@ -95,8 +95,10 @@ def test_no_table_with_sums_deadlocks_under_the_rules_of_nccl(name: str, barrier
         schedule = build(name, p, m, costs=costs, barriers=barriers)
         lowered, makespan = lower(schedule), simulate(schedule, costs).makespan
         for rules in ALL_RULES:
-            # as fast as the simulator says, which knows no rules for messages
-            assert play(launches(lowered, costs), rules, costs.comm) == pytest.approx(makespan, rel=1e-12)
+            # as fast as the simulator says, which knows no rules for messages, and none of the embedding: the first is
+            # ahead of all, behind its first connection, and the last ones, at most p, behind all
+            late = play(launches(lowered, costs), rules, costs.comm) - makespan
+            assert -1e-9 <= late <= (p + 3) * costs.comm + 1e-9
 
 
 def test_ranks_that_add_up_in_another_order_are_caught() -> None:

@@ -1,4 +1,4 @@
-"""An LM head over all ranks gives the losses and gradients of a whole one, in the order of every table that has it."""
+"""Head and embedding over all ranks give losses and gradients of whole ones, in the order of every table with them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from megatron_cp.comm import SingleFabric
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.execute import lower
+from megatron_cp.pipeline.vocabulary_embedding import VocabularyEmbedding
 from megatron_cp.pipeline.vocabulary_head import Targets, TensorRanks, VocabularyHead
 from tests.pipeline.executed import PATIENCE, WIDTH, Exchange, Message, Peer, execute, inputs_of, layer, weight_of
 from tests.pipeline.test_vocabulary import costs_of
@@ -112,15 +113,24 @@ class Noted:
         self.losses[micro] = losses
 
 
+def whole_embedding() -> Tensor:
+    return torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+
+def tokens_of(micro: int) -> Tensor:
+    return torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(2000 + micro))
+
+
 def dense(p: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Losses of each microbatch, and gradients of all stages and of the head."""
-    weights = [*map(weight_of, range(p)), whole_head().requires_grad_()]
+    """Losses of each microbatch, and gradients of all stages, of the head and of the embedding."""
+    weights = [*map(weight_of, range(p)), whole_head().requires_grad_(), whole_embedding().requires_grad_()]
     total, losses = torch.zeros((), dtype=torch.float64), []
-    for micro, made in enumerate(inputs_of(m)):
-        for weight in weights[:-1]:
+    for micro in range(m):
+        made = weights[-1][tokens_of(micro)]
+        for weight in weights[:-2]:
             made = layer(made, weight)
         labels, gradients = targets(micro)
-        losses.append(cross_entropy(made @ weights[-1].T, labels, reduction="none"))
+        losses.append(cross_entropy(made @ weights[-2].T, labels, reduction="none"))
         total = total + (losses[-1] * gradients).sum()
     return [loss.detach() for loss in losses], list(torch.autograd.grad(total, weights))
 
@@ -147,6 +157,26 @@ def shares(
     return head
 
 
+def lookups(
+    rows: list[range], gradients: list[Tensor], tensor: Callable[[int], TensorRanks]
+) -> Callable[[Exchange, int], VocabularyEmbedding]:
+    """What gives every rank its rows of the embedding, of which it adds up the gradients."""
+
+    def embedding(exchange: Exchange, rank: int) -> VocabularyEmbedding:
+        own = rows[rank]
+        return VocabularyEmbedding(
+            whole_embedding()[own.start : own.stop],
+            own.start,
+            Threads(exchange, rank, len(rows)),
+            rank,
+            tokens=tokens_of,
+            add=lambda row, gradient: gradients[rank].index_add_(0, row, gradient),
+            tensor=tensor(rank),
+        )
+
+    return embedding
+
+
 def ranges(lengths: list[int]) -> list[range]:
     ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
     return [range(end - length, end) for end, length in zip(ends, lengths, strict=True)]
@@ -167,12 +197,15 @@ def check_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("barriers", [1, 2])
 def test_losses_and_gradients_are_those_of_a_whole_head(barriers: int, p: int) -> None:
     m, noted, most = 7, Noted(), Counter()
-    gradients = [torch.zeros(rows, WIDTH, dtype=torch.float64) for rows in ROWS[p]]
+    gradients, of_rows = ([torch.zeros(rows, WIDTH, dtype=torch.float64) for rows in ROWS[p]] for _ in range(2))
     head = shares(ranges(ROWS[p]), barriers, noted, gradients, lambda rank: TensorRanks())
-    ranks = execute(lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers)), head=head)
+    embedding = lookups(ranges(ROWS[p]), of_rows, lambda rank: TensorRanks())
+    lowered = lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers))
+    ranks = execute(lowered, head=head, embedding=embedding)
     losses, expected = dense(p, m)
     check_losses(noted, losses)
-    check_gradients([*(layers.gradients[stage] for stage, layers in enumerate(ranks)), torch.cat(gradients)], expected)
+    of_layers = [layers.gradients[stage] for stage, layers in enumerate(ranks)]
+    check_gradients([*of_layers, torch.cat(gradients), torch.cat(of_rows)], expected)
     for rank, layers in enumerate(ranks):
         alive = 0
         for action in layers.ran:
@@ -189,17 +222,19 @@ def test_rows_are_cut_over_tensor_parallel_ranks_too(barriers: int, in_parts: bo
     meetings = [(Barrier(2), [torch.empty(0)] * 2) for _ in range(p)]
     # each pipeline has its rows of the vocabulary, one rank of which none
     cuts = ranges([4, 2, 0, 5])
-    gradients = [torch.zeros(len(cut), WIDTH, dtype=torch.float64) for cut in cuts]
+    gradients, of_rows = ([torch.zeros(len(cut), WIDTH, dtype=torch.float64) for cut in cuts] for _ in range(2))
     lowered = lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers))
 
     def pipeline(number: int) -> list[Tensor]:
         fabrics = [Pair(*meeting, number) for meeting in meetings]
         mine = slice(2 * number, 2 * number + 2)
-        head = shares(
-            cuts[mine], barriers, noted[number], gradients[mine], lambda rank: TensorRanks(fabrics[rank], in_parts)
-        )
-        inputs = inputs_of(m)[:, number : number + 1] if in_parts else None
-        return [layers.gradients[stage] for stage, layers in enumerate(execute(lowered, head=head, inputs=inputs))]
+        each = [TensorRanks(fabric, in_parts) for fabric in fabrics]
+        head = shares(cuts[mine], barriers, noted[number], gradients[mine], each.__getitem__)
+        embedding = lookups(cuts[mine], of_rows[mine], each.__getitem__)
+        # as long as the hidden states of this rank
+        inputs = inputs_of(m)[:, : TOKENS // each[0].parts]
+        ranks = execute(lowered, head=head, inputs=inputs, embedding=embedding)
+        return [layers.gradients[stage] for stage, layers in enumerate(ranks)]
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(pipeline, range(2))
@@ -208,4 +243,4 @@ def test_rows_are_cut_over_tensor_parallel_ranks_too(barriers: int, in_parts: bo
         check_losses(each, losses)
     if in_parts:
         first = [sum(both) for both in zip(first, second, strict=True)]
-    check_gradients([*first, torch.cat(gradients)], expected)
+    check_gradients([*first, torch.cat(gradients), torch.cat(of_rows)], expected)

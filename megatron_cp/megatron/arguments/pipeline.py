@@ -161,11 +161,6 @@ VOCABULARY_UNSUPPORTED = (
         "leave --gtp-weight-remat-size and fully sharded data parallelism out, or --pp-vocab-parallel",
     ),
     Unsupported(
-        "an output layer that is the embedding too",
-        lambda args: not read(args, "untie_embeddings_and_output_weights", False),
-        "pass --untie-embeddings-and-output-weights, or leave --pp-vocab-parallel out",
-    ),
-    Unsupported(
         "multi-token prediction, whose losses need all logits",
         lambda args: bool(read(args, "mtp_num_layers")),
         "leave --mtp-num-layers out, or --pp-vocab-parallel",

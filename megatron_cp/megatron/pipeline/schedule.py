@@ -25,7 +25,7 @@ from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import gradients_to_come, watch
 from megatron_cp.megatron.pipeline.two_way import TwoWay
 from megatron_cp.megatron.pipeline.v_placement import OnLoop, OnV
-from megatron_cp.megatron.pipeline.vocabulary import PipelineCollectives, head_of
+from megatron_cp.megatron.pipeline.vocabulary import PipelineCollectives, embedding_of, head_of
 from megatron_cp.megatron.pipeline.without_flush import WithoutFlush
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
@@ -55,6 +55,8 @@ class Call:
     tokens_of: each microbatch, in the first dim of the shape, where they differ
     show:      lets the weights be those of a microbatch, where they are kept in versions
     headless:  True if the last stage ends with hidden states, for the output layer lies on all ranks
+    embed:     takes what a stage is given and returns what Megatron gets of it: nothing on the first one, whose
+               embedding it is
     """
 
     forward_step_func: Callable[..., Any]
@@ -73,6 +75,7 @@ class Call:
     slices: SlicesInFlight | None = None
     show: Callable[[int], None] = lambda micro: None
     headless: bool = False
+    embed: Callable[[Tensor | None], Tensor | None] = lambda given: given
     window: int = 0
     forwards: int = 0
     store: list[Any] = field(default_factory=list)
@@ -105,6 +108,7 @@ class ModelStages:
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         call, chunk = self._call, self._chunk[stage]
         call.show(micro)
+        given = call.embed(given)
         self._prefetch(chunk, micro)
         with self._placed.seen(call.model[chunk]), self._slice(stage, micro):
             output, tokens = schedules.forward_step(
@@ -307,7 +311,10 @@ class Pipeline:
         saved = self._saved if moving else None
         carried = unflushed.carried if unflushed else None
         head = self._head(call)
-        executor = Executor(placement, rank, stages, self._channels, call.training, observe, saved, carried, head)
+        embedding = embedding_of(call, self._collectives) if self._collectives else None
+        executor = Executor(
+            placement, rank, stages, self._channels, call.training, observe, saved, carried, head, embedding
+        )
         with _without_reductions(call), queue.step() if queue else nullcontext():
             _prefetch_first_chunks(call)
             executor.run(schedule.table[rank])

@@ -1,4 +1,4 @@
-"""Through the real pretrain(), an output layer over all pipeline ranks trains as the one on the last rank."""
+"""Through the real pretrain(), output layer and embedding over all pipeline ranks train as those on one rank."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from tests.ranks import run_ranks
 
 MODEL = "--num-layers 4 --global-batch-size 8 --train-iters 3"
 TWO = "--pipeline-model-parallel-size 2"
-HEAD = "output_layer.weight"
+HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+UNTIED = "--untie-embeddings-and-output-weights"
 
 
 class Counting(Executor):
@@ -47,6 +48,7 @@ def losses_of(logs):
 
 
 # ranks, barriers, microbatches, flags; three ranks have 42, 43 and 43 rows
+TIED = "tied, sequence parallel"
 CASES = {
     "uneven, evaluated": (
         3,
@@ -60,7 +62,7 @@ CASES = {
         4,
         f"{TWO} --global-batch-size 16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
-    "sequence parallel": (4, 1, 4, f"{TWO} --tensor-model-parallel-size 2 --sequence-parallel"),
+    TIED: (4, 1, 4, f"{TWO} --tensor-model-parallel-size 2 --sequence-parallel"),
 }
 
 
@@ -68,20 +70,23 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_it_trains_as_one_on_the_last_rank(case):
     ranks, barriers, m, flags = CASES[case]
-    ours = run_ranks(ranks, trained, tiny(MODEL, flags, f"--pp-schedule 1f1b --pp-vocab-parallel {barriers}"))
-    plain = run_ranks(ranks, trained, tiny(MODEL, flags))
+    tied = UNTIED if case == TIED else ""
+    shared = f"--pp-schedule 1f1b --pp-vocab-parallel {barriers}"
+    ours = run_ranks(ranks, trained, tiny(MODEL, flags, shared, without=tied))
+    plain = run_ranks(ranks, trained, tiny(MODEL, flags, without=tied))
     p = int(flags.split()[1])
     replicas = ranks // p
     for step, other in zip(losses_of([log for log, *_ in ours]), losses_of([log for log, *_ in plain]), strict=True):
         assert step["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
     for (_, found, *_), (_, expected, *_) in zip(ours, plain, strict=True):
-        for name in expected.keys() - {HEAD}:
+        for name in expected.keys() - {HEAD, EMBEDDING}:
             assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
     for place in range(replicas):
-        rows = torch.cat([found[HEAD] for _, found, *_ in ours[place::replicas]])
-        # a weight moves by 3e-3 in these steps
-        torch.testing.assert_close(rows, plain[place - replicas][1][HEAD], rtol=0, atol=1e-6)
+        for name, other in ((EMBEDDING, place), *(() if tied else ((HEAD, place - replicas),))):
+            rows = torch.cat([found[name] for _, found, *_ in ours[place::replicas]])
+            # a weight moves by 3e-3 in these steps
+            torch.testing.assert_close(rows, plain[other][1][name], rtol=0, atol=1e-6)
     assert [most for *_, most, _ in ours[::replicas]] == [min(m, p - rank + barriers) for rank in range(p)]
     for (*_, found), (*_, expected) in zip(ours, plain, strict=True):
         assert len(found) == len(expected)
@@ -103,25 +108,25 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_checkpoints_move_to_and_from_the_ordinary_form_bit_by_bit(tmp_path):
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_checkpoints_move_to_and_from_the_ordinary_form_bit_by_bit(tied, tmp_path):
     flags = tiny(
         TWO,
         "--train-iters 2 --save-interval 5 --override-opt-param-scheduler",
         "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+        without=UNTIED if tied else "",
     )
-    shared = ("--pp-schedule", "1f1b", "--pp-vocab-parallel", "1")
+    cut = "--pp-schedule 1f1b --pp-vocab-parallel 1 --tensor-model-parallel-size 2".split()
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     run_ranks(2, pretrain_losses, [*flags, "--save", str(first)])
     # nothing is left to train: what is loaded is saved
-    run_ranks(
-        4,
-        pretrain_losses,
-        [*flags, *shared, "--tensor-model-parallel-size", "2", "--load", str(first), "--save", str(second)],
-    )
-    run_ranks(2, pretrain_losses, [*flags, "--load", str(second), "--save", str(third)])
+    run_ranks(4, pretrain_losses, [*flags, *cut, "--load", str(first), "--save", str(second)])
+    if not tied:
+        run_ranks(2, pretrain_losses, [*flags, "--load", str(second), "--save", str(third)])
     expected = tensors(first)
-    assert expected[HEAD].shape == (128, 32)
-    for folder in (second, third):
+    assert expected[EMBEDDING].shape == (128, 32)
+    assert (HEAD in expected) is not tied
+    for folder in (second,) if tied else (second, third):
         found = tensors(folder)
         assert found.keys() == expected.keys()
         assert [name for name in found if not torch.equal(found[name], expected[name])] == []
