@@ -28,6 +28,8 @@ FOR_ISLANDS = ("island-gradients", "island-step", "island-weights", "shard-state
 """Hooks that let the instances of the distributed optimizer train apart."""
 FOR_QUANTISED = ("quantised-buckets", "quantised-gradients", "quantised-weights", "shard-state")
 """Hooks that quantise messages of the distributed optimizer."""
+FOR_STATE_ON_DISK = ("state-on-disk", "state-gradients")
+"""Hooks that keep the optimizer's state in files."""
 _MARK = "megatron_cp_hook"
 
 
@@ -246,6 +248,23 @@ HOOKS = Registry(
             parameters=("self", "force_sync"),
             reason="the gather of weights runs inside a coalescing manager, which hands on no results to decode",
             retired_by="an all-gather that DistributedDataParallelConfig names, outside of the coalescing manager",
+        ),
+        Hook(
+            name="state-on-disk",
+            targets=("megatron.training.training:get_megatron_optimizer",),
+            by="megatron_cp.megatron.replicas.on_disk:put_on_disk",
+            parameters=(),
+            reason="the optimizer makes its state itself, in the memory of the device, and steps all of it at once",
+            retired_by="an inner optimizer that get_megatron_optimizer is handed a class of",
+            settings=True,
+        ),
+        Hook(
+            name="state-gradients",
+            targets=("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",),
+            by="megatron_cp.megatron.replicas.on_disk:take_gradients",
+            parameters=("self",),
+            reason="gradients are hung on the main weights, which take none of another device than their own",
+            retired_by="gradients of main weights that the distributed optimizer keeps beside them",
         ),
         Hook(
             name="kept-attention",

@@ -709,6 +709,29 @@ class QuantisedFlags(_Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StateFlags(_Flags):
+    """Flags of the optimizer's state in files."""
+
+    prefix = "optimizer_state"
+    title = "ZeRO-Infinity (megatron-cp)"
+
+    dir: str | None = _flag(
+        None,
+        lambda: "DIR",
+        lambda: (
+            "Keep Adam's moments in files in DIR, on a disk of the node, and step them by pieces with read-ahead. The "
+            "files have no names and end with the run; checkpoints hold the moments as ever."
+        ),
+    )
+    weights: bool = _flag(
+        False,
+        lambda: "",
+        lambda: "With --optimizer-state-dir, keep the float32 weights of a bf16 or fp16 model there too.",
+        bool,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Values of Megatron's arguments for our layers and schedules, read where Megatron calls us and handed down.
 
@@ -732,6 +755,7 @@ class Settings:
     experts: ExpertFlags | None = None
     local_sgd: LocalSgdFlags = LocalSgdFlags()
     quantised: QuantisedFlags = QuantisedFlags()
+    optimizer_state: StateFlags = StateFlags()
     seq_length: int | None = None
     rope_scaling_factor: float | None = None
     slice_lengths: tuple[int, ...] = ()
@@ -755,6 +779,7 @@ class Settings:
             experts=ExpertFlags.of(args) if hasattr(args, "moe_grouped_product") else None,
             local_sgd=LocalSgdFlags.of(args),
             quantised=QuantisedFlags.of(args),
+            optimizer_state=StateFlags.of(args),
             seq_length=getattr(args, "seq_length", None),
             rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
             slice_lengths=_slice_lengths(args, flags) if flags.sliced and flags.schedule else (),

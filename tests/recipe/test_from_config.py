@@ -179,6 +179,21 @@ def test_quantised_messages_of_deepspeed(more: dict[str, object], becomes: str, 
     assert (entry.taken.outcome, "training/hsdp" in entry.taken.note) == (Outcome.REFUSED, True)
 
 
+def test_states_on_disk_of_deepspeed() -> None:
+    device, path = (f"zero_optimization.offload_optimizer.{name}" for name in ("device", "nvme_path"))
+    given = {"zero_optimization.stage": 1, device: "nvme", path: "/nvme", "bf16.enabled": True}
+    for more, becomes, told in [
+        ({}, "--optimizer-state-dir /nvme --optimizer-state-weights", "approximated"),
+        ({"bf16.enabled": False}, "--optimizer-state-dir /nvme", "approximated"),
+        ({path: None}, "", "refused"),
+        ({"zero_optimization.stage": 3}, "", "refused"),
+    ]:
+        values = {key: value for key, value in {**given, **more}.items() if value is not None}
+        done = read(DEEPSPEED, ForeignConfig(values))
+        assert {flag: done.flags[flag] for flag in done.flags if "state" in flag} == words(becomes)
+        assert [entry.taken.outcome for entry in done.entries if entry.key == device] == [told]
+
+
 @pytest.mark.parametrize("value", ["auto", "???", "${multiply:${a}, 2}"])
 def test_values_of_another_program_are_refused_by_name(value: str) -> None:
     (entry, *_) = read(DEEPSPEED, ForeignConfig({"gradient_clipping": value})).entries

@@ -24,6 +24,7 @@ from megatron_cp.megatron.arguments.experts import (
     imply_layers,
 )
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
+from megatron_cp.megatron.arguments.on_disk import check_on_disk, check_state_dir
 from megatron_cp.megatron.arguments.pipeline import (
     check_chunks,
     check_schedule,
@@ -91,6 +92,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
         result = old(args, *rest, **kwargs)
     check_local_sgd(args)
     check_quantised(args)
+    check_on_disk(args)
     check_table(args)
     if machine.inputs:
         check_inputs(args)
@@ -159,6 +161,7 @@ def _refuse_without_gpu(args: Any, machine: Machine) -> None:
 
 def check_inputs(args: Any) -> None:
     """Refuse data or a checkpoint that cannot be read, before anything is built; ValueError says what and why."""
+    check_state_dir(args)
     resume.check(args)
     if not args.mock_data:
         sft = getattr(args, "sft", False)

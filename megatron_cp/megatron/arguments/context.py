@@ -42,6 +42,7 @@ from megatron_cp.megatron.run import (
     LocalSgdFlags,
     PipelineFlags,
     QuantisedFlags,
+    StateFlags,
     TensorFlags,
     cuts_at_eod,
     on_stripes,
@@ -181,6 +182,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     ExpertFlags.add_to(parser)
     LocalSgdFlags.add_to(parser)
     QuantisedFlags.add_to(parser)
+    StateFlags.add_to(parser)
     return parser
 
 

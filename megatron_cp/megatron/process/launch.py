@@ -20,7 +20,7 @@ from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus, environment_from_slurm
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
-from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, values_of
+from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, StateFlags, values_of
 from megatron_cp.pipeline import SCHEDULES, on_v
 
 
@@ -58,6 +58,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += ["flags", "checks", *hooks.FOR_ISLANDS]
     if any(values_of(argv, flag) is not None for flag in QuantisedFlags.names()):
         names += ["flags", "checks", *hooks.FOR_QUANTISED]
+    if any(values_of(argv, flag) is not None for flag in StateFlags.names()):
+        names += ["flags", "checks", *hooks.FOR_STATE_ON_DISK]
     if layers and values_of(argv, "--cp-loss-chunks") is not None:
         names.append("loss-chunks")
         names += ["accepted-chunks"] if values_of(argv, "--mtp-num-layers") is not None else []

@@ -171,7 +171,20 @@ def _offload(found: Any, config: ForeignConfig) -> Answer:
         return not_here(NO_HOST)
     if device == "cpu":
         return near(words(OFFLOAD), "Adam's states and steps on the host, weights and gradients stay on the GPU")
-    return not_here("no optimizer states on disk: give device cpu, or more ranks")
+    if device == "nvme" and not sharded(config.number("zero_optimization.stage"), pipeline_of(config)):
+        return _on_disk(config)
+    return not_here("no optimizer states on disk beside Megatron-FSDP: take stage 1, or more ranks")
+
+
+def _on_disk(config: ForeignConfig) -> Answer:
+    path = config.values.get("zero_optimization.offload_optimizer.nvme_path")
+    if path is None:
+        return not_here("needs the directory: give --optimizer-state-dir")
+    flags = {"--optimizer-state-dir": (text(path),)}
+    half = any(is_true(config.values.get(f"{name}.enabled", False)) for name in ("bf16", "fp16"))
+    return near(
+        {**flags, **({"--optimizer-state-weights": ()} if half else {})}, "Adam steps on the GPU, there on the host"
+    )
 
 
 def _partitioned(found: Any, config: ForeignConfig) -> Answer:
@@ -319,10 +332,11 @@ KEYS = (
     ),
     derived(
         f"{_OF_ZERO}offload_optimizer.device {_OF_ZERO}cpu_offload",
-        f"cpu: {OFFLOAD}",
+        f"cpu: {OFFLOAD}; nvme: --optimizer-state-dir NVME_PATH --optimizer-state-weights",
         _offload,
-        "cpu is approximated with stage 1: gradients stay on the GPU; refused with 2 and 3, and nvme always",
+        "approximated with stage 1: gradients stay on the GPU; refused with 2 and 3",
     ),
+    ignored(f"{_OF_ZERO}offload_optimizer.nvme_path", "read with offload_optimizer.device nvme"),
     value(f"{_OF_ZERO}offload_optimizer.ratio", "--optimizer-offload-fraction"),
     switch(f"{_OF_ZERO}offload_optimizer.pin_memory", "", "--no-pin-cpu-grads --no-pin-cpu-params"),
     ignored(
@@ -330,9 +344,9 @@ KEYS = (
             f"{_OF_ZERO}{name}"
             for name in (
                 "offload_optimizer.buffer_count offload_optimizer.fast_init offload_optimizer.pipeline "
-                "offload_optimizer.pipeline_read offload_optimizer.pipeline_write offload_optimizer.nvme_path "
-                "offload_optimizer.max_in_cpu cpu_offload_use_pin_memory offload_param.pin_memory "
-                "offload_param.buffer_count offload_param.buffer_size offload_param.max_in_cpu offload_param.nvme_path"
+                "offload_optimizer.pipeline_read offload_optimizer.pipeline_write offload_optimizer.max_in_cpu "
+                "cpu_offload_use_pin_memory offload_param.pin_memory offload_param.buffer_count "
+                "offload_param.buffer_size offload_param.max_in_cpu offload_param.nvme_path"
             ).split()
         ),
         "buffers of DeepSpeed's offloading",
@@ -360,7 +374,7 @@ KEYS = (
     refused(f"{_OF_ZERO}zero_quantized_nontrainable_weights", "frozen weights travel in the model's dtype"),
     refused(f"{_OF_ZERO}zenflow", "no such optimizer steps here", section=True),
     ignored("zero_allow_untested_optimizer zero_force_ds_cpu_optimizer", "a check of DeepSpeed's own"),
-    ignored("aio", "of states on disk, which are not here", section=True),
+    ignored("aio", "the system reads and writes files of states", section=True),
     # parallel sizes
     derived("sequence_parallel_size", f"{CP} VALUE --cp-comm-type ulysses", _sequence_parallel, how=Outcome.MAPPED),
     value("tensor_parallel.autotp_size", TP),
