@@ -48,9 +48,11 @@ from megatron_cp.pipeline.slices import flash_shares, fractions, shares
 from megatron_cp.pipeline.vocabulary import BARRIERS, with_head
 from megatron_cp.planner.linear_trace import peak_bytes
 from megatron_cp.planner.model import model_of
+from megatron_cp.planner.tiers import tiers
 from megatron_cp.plots import timeline as plot_of_steps
 from megatron_cp.plots import trace as plot_of_traces
 from megatron_cp.recipe import recipe
+from megatron_cp.recipe.file import Unset
 from megatron_cp.recipe.foreign import SYSTEMS
 from megatron_cp.recipe.foreign.keys import Key, Outcome
 from megatron_cp.replicas import OUTERS, QUANTISATIONS
@@ -216,6 +218,22 @@ def outer_optimizers() -> str:
 def quantisations() -> str:
     head = ["--zero-quantized-gradients", "how numbers travel", "bytes a number", "source"]
     return table(head, ([f"`{one.name}`", one.what, f"{one.bytes:.3f}", one.paper] for one in QUANTISATIONS))
+
+
+def free_tiers() -> str:
+    """Tokens of a step from which the optimizer's state costs little, in host memory and on disks."""
+    cluster = load_cluster("dgx-h100")
+    rows = [tier_row(name, seq, cluster) for name in ("llama2-7b", "llama2-13b", "llama2-70b") for seq in TIER_LENGTHS]
+    return table(["model", "tokens in a sequence", "host memory", "disks", "layers' inputs to the host"], rows)
+
+
+TIER_LENGTHS = (4096, 32768, 131072, 1048576)
+
+
+def tier_row(name: str, seq: int, cluster: Cluster) -> list[str]:
+    found = tiers(model_of(recipe.load(f"models/{name}", Unset({}))), cluster, seq)
+    tokens = [f"{each / 1e6:.2g}M" for each in (found.host, found.disk) if each]
+    return [f"`{name}`", f"{seq // 1024}K", *tokens, f"{found.activations or 0:.1%}"]
 
 
 def tensor_traffic() -> str:
@@ -651,6 +669,7 @@ PARTS: dict[str, Callable[[], str]] = {
         placements,
         outer_optimizers,
         quantisations,
+        free_tiers,
         schedule_costs,
         offload_costs,
         two_pipes,

@@ -233,6 +233,8 @@ def _show(found: "Estimate") -> None:
     console.print(time, _memory(found), _traffic(found))
     if found.model.experts:
         _show_experts(found, console)
+    if found.parallel.state_dir is not None:
+        console.print(_files(found), highlight=False, soft_wrap=True)
     for warning in warnings(found.parallel, found.cluster):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     if not found.fits:
@@ -247,6 +249,21 @@ def _show_experts(found: "Estimate", console: Console) -> None:
         lines.append(placement_why(found.rank))
     for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _files(found: "Estimate") -> str:
+    """Say what the optimizer's state in files takes, and from which tokens on it is next to nothing."""
+    from megatron_cp.planner.tiers import FREE, on_disk_seconds, tiers
+
+    parallel = found.parallel
+    size = parallel.disk_bytes * found.model.parameters / (parallel.world / parallel.instances)
+    seconds = on_disk_seconds(found.cluster, size)
+    free = tiers(found.model, found.cluster, found.seq, parallel.precision, parallel.disk_bytes).disk or 0.0
+    return (
+        f"the optimizer's state is in files: {size / 1e9:.3g} GB a rank, read and written in {seconds:.3g} s where the "
+        f"node has no memory for them; that is {FREE:.0%} of the computing from {free:,.0f} tokens a step on, here are "
+        f"{parallel.global_batch * found.seq:,}"
+    )
 
 
 def _memory(found: "Estimate") -> Table:

@@ -62,6 +62,12 @@ def plan(
     pp_offload: Annotated[
         bool, typer.Option("--pp-offload", help="Weigh activations on the host too, where memory is short.")
     ] = False,
+    optimizer_state_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Keep Adam's moments and float32 weights in files in DIR, on the node's disk."
+        ),
+    ] = None,
     pp_slices: Annotated[
         str, typer.Option(help="Numbers of slices of a sequence to weigh beside whole sequences, with commas.")
     ] = "",
@@ -133,6 +139,7 @@ def plan(
         exchanges=_exchanges(moe_exchanges),
         pieces=tuple(count(one, "--moe-pieces") for one in moe_pieces.replace(",", " ").split()),
         messages=messages_of(run),
+        state_dir=optimizer_state_dir,
         precision=PLANNED[precision],
         fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
         headroom=headroom,

@@ -99,6 +99,8 @@ class Cluster:
     block_keys:        keys of one block of the attention kernel; 0 where blocks are too short to matter
     touch_bytes_per_s: rate of copies and sums, in bytes read and written
     host_bytes_per_s:  rate to and from host memory; None where the device's memory is the host's
+    disk_bytes_per_s:  rate of each rank, reading or writing, while all ranks of a node use its disks; None where the
+                       description does not state it
     between:           links between nodes; None for a single node
     gemms:             rates of matrix products by dtype, for estimates of whole steps
     memory_bytes:      memory of a rank; None where the description does not state it
@@ -130,6 +132,7 @@ class Cluster:
     step_s: float = 0.0
     layer_s: float = 0.0
     block_keys: int = 0
+    disk_bytes_per_s: float | None = None
 
     @property
     def device(self) -> str:

@@ -14,13 +14,14 @@ from megatron_cp.registry import suggest, unknown
 from megatron_cp.yaml_file import parse
 
 PORTS = ("shared", "per-neighbour")
-SECTIONS = ("extends", "compute", "memory", "host", "ranks_per_node", "inside", "between", "gemm", "overhead")
+SECTIONS = ("extends", "compute", "memory", "host", "disk", "ranks_per_node", "inside", "between", "gemm", "overhead")
 COMPUTE_KEYS = "dtype peak_tflops efficiency_forward efficiency_backward call_us block_keys"
 MEMORY_KEYS = "peak_gb_per_s efficiency size_gb reserved_gb elementwise_efficiency elementwise_gb_per_s loss_gb_per_s"
 LINK_KEYS = (
     "peak_gb_per_s efficiency latency_us ports busy_s_per_gb busy_us_per_message pair_gb_per_s "
     "gather_gb_per_s scatter_gb_per_s reduce_gb_per_s"
 )
+DISK_KEYS = "peak_gb_per_s efficiency"
 LIMIT = 1e30
 """Numbers of a description are smaller, so that no rate in bytes or operations per second is infinite."""
 
@@ -72,6 +73,7 @@ def read(file: Path) -> Cluster:
     memory, peak = top.section("memory", MEMORY_KEYS), compute.number("peak_tflops") * 1e12
     overhead = top.section("overhead", "step_ms layer_us") if top.has("overhead") else None
     single = not top.has("between")
+    ranks_per_node = 2**30 if single and not top.has("ranks_per_node") else top.count("ranks_per_node")
     return Cluster(
         name=file.stem,
         dtype=compute.word("dtype", tuple(BYTES)),
@@ -80,7 +82,7 @@ def read(file: Path) -> Cluster:
         call_s=compute.number("call_us", zero=True) * 1e-6,
         touch_bytes_per_s=memory.number("peak_gb_per_s") * 1e9 * memory.share("efficiency"),
         host_bytes_per_s=_rate(top.section("host", "peak_gb_per_s efficiency")) if top.has("host") else None,
-        ranks_per_node=2**30 if single and not top.has("ranks_per_node") else top.count("ranks_per_node"),
+        ranks_per_node=ranks_per_node,
         inside=_link(top.section("inside", LINK_KEYS)),
         between=None if single else _link(top.section("between", LINK_KEYS)),
         gemms=_gemms(top.section("gemm", " ".join(("fp8", *TRAINING)))) if top.has("gemm") else (),
@@ -92,6 +94,7 @@ def read(file: Path) -> Cluster:
         step_s=overhead.optional("step_ms", 1e-3, 0.0) if overhead else 0.0,
         layer_s=overhead.optional("layer_us", 1e-6, 0.0) if overhead else 0.0,
         block_keys=compute.count("block_keys") if compute.has("block_keys") else 0,
+        disk_bytes_per_s=_of_rank(top, ranks_per_node) if top.has("disk") else None,
     )
 
 
@@ -126,6 +129,13 @@ def _gemm(section: "_Section") -> Gemm:
 
 def _rate(section: "_Section") -> float:
     return section.number("peak_gb_per_s") * 1e9 * section.share("efficiency")
+
+
+def _of_rank(top: "_Section", ranks_per_node: int) -> float:
+    """Return a rank's share of its node's disks."""
+    if not top.has("ranks_per_node"):
+        raise Refused(f"{top.section('disk', DISK_KEYS).place}: the disks are those of a node; give ranks_per_node too")
+    return _rate(top.section("disk", DISK_KEYS)) / ranks_per_node
 
 
 def _elementwise(memory: "_Section") -> float | None:

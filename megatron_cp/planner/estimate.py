@@ -26,6 +26,7 @@ from megatron_cp.planner.memory import (
     kinds_of,
     mean_layer_bytes,
     moved_in_a_step,
+    of_shards,
     parameter_bytes,
     rank_memory,
     slice_lengths,
@@ -34,6 +35,7 @@ from megatron_cp.planner.memory import (
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.quantised import ParameterKinds, gather_seconds, reduce_seconds
+from megatron_cp.planner.tiers import on_disk_seconds
 from megatron_cp.planner.traffic import AVERAGED_BYTES, StepTraffic, step_traffic, to_peer
 from megatron_cp.planner.work import (
     PassTimes,
@@ -54,7 +56,7 @@ class Parts(NamedTuple):
 
     pipeline:  idle, or waiting for other pipeline ranks
     data:      reduction of gradients and gathering of weights that no computation hides
-    optimizer: its passes over memory, and the time of a step beside its work on tensors
+    optimizer: its passes over memory and over its state in files, and the time of a step beside its work on tensors
     """
 
     products: float
@@ -547,7 +549,8 @@ def _after(rank: RankConfig, stage: Stage, at: int) -> tuple[float, float]:
         data += _between_instances(rank, parameters, gradients)
         data += _between_copies(rank, to_peer(parallel, dense, experts), at)
     owned = parameters / (shards if parallel.distributed_optimizer or parallel.fsdp else 1)
-    return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s
+    files = on_disk_seconds(cluster, parallel.disk_bytes * of_shards(parallel, dense, experts))
+    return data, owned * ADAM_BYTES / cluster.touch_bytes_per_s + files
 
 
 def _over_nodes(rank: RankConfig, kinds: ParameterKinds) -> tuple[float, float]:

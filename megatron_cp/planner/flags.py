@@ -29,6 +29,7 @@ MODELLED = _flags(
     moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-pieces moe-router moe-group-tokens
     moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
     zero-quantized-gradients zero-quantized-weights zero-quantized-ranks-per-node
+    optimizer-state-dir optimizer-state-weights
     """
 )
 

@@ -46,14 +46,15 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     """Return the bytes of weights, gradients and optimizer state for a rank's dense and expert parameters.
 
     bf16: 2 bytes, gradients in float32 unless reduced in bf16, and master weights and two moments of Adam in float32,
-    spread over the data-parallel and context-parallel ranks by the distributed optimizer (arXiv:1910.02054, 3.1). FSDP
-    spreads gradients and weights too.
+    spread over the data-parallel and context-parallel ranks by the distributed optimizer (arXiv:1910.02054, 3.1), but
+    for what of them is in files. FSDP spreads gradients and weights too.
     """
     parameters = dense + experts
     # fp8 keeps each weight and its transpose, and by default a copy in bf16
     weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
     gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
     state = (parallel.state_bytes or (8 if parallel.precision == "float32" else 12)) + parallel.outer_bytes
+    state -= parallel.disk_bytes
     owned = of_shards(parallel, dense, experts)
     if parallel.fsdp:
         kept = (owned if parallel.is_sharded(kind) else parameters for kind in ("params", "grads", "optim"))

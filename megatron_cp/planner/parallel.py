@@ -100,6 +100,8 @@ class Parallel:
     fp8_params:  weights are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     state_bytes: of the optimizer per parameter; None for float32 master weights and moments
+    state_dir:   of the files that hold the optimizer's state, as --optimizer-state-dir says it
+    state_weights: the float32 weights are in them too
     fused_merge: partial results of context parallelism are merged by our kernel where there is one, else by torch
     flash:       attention by a fused kernel; without it whole score matrices are written
     """
@@ -150,6 +152,8 @@ class Parallel:
     fp8_params: bool = False
     fp32_grads: bool = True
     state_bytes: float | None = None
+    state_dir: str | None = None
+    state_weights: bool = False
     fused_merge: bool = True
     flash: bool = True
     precision: str = "bfloat16"
@@ -249,6 +253,13 @@ class Parallel:
         return self.schedule or megatrons_schedule(self.vp)
 
     @property
+    def disk_bytes(self) -> int:
+        """Bytes of the optimizer's state per parameter that are in files."""
+        if self.state_dir is None:
+            return 0
+        return 12 if self.state_weights and self.precision != "float32" else 8
+
+    @property
     def copies(self) -> int:
         """Copies of the model on the ranks of a pipeline; each rank holds a stage of every one."""
         return 2 if self.pp > 1 and SCHEDULES.get(self.schedule_name).two_copies else 1
@@ -327,6 +338,8 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         fp8_params="--fp8-param-gather" in given,
         fp32_grads=_fp32_grads(recipe),
         state_bytes=_state_bytes(recipe),
+        state_dir=recipe.flag("--optimizer-state-dir", "") or None,
+        state_weights="--optimizer-state-weights" in given,
         precision=_precision(recipe),
     )
 

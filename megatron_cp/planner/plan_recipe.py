@@ -83,6 +83,10 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
         yield "--mlp-chunks-for-training", parallel.mlp_chunks
     if parallel.loss_chunks:
         yield "--cp-loss-chunks", parallel.loss_chunks
+    if parallel.state_dir:
+        yield "--optimizer-state-dir", parallel.state_dir
+        if parallel.state_weights:
+            yield "--optimizer-state-weights", True
     if parallel.balanced_ends:
         yield "--account-for-embedding-in-pipeline-split", True
         yield "--account-for-loss-in-pipeline-split", True

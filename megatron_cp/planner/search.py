@@ -83,6 +83,7 @@ class PlanRequest:
     exchanges:    ours of experts, to weigh beside Megatron's dispatchers
     pieces:       numbers of pieces of routed tokens to weigh beside whole microbatches
     messages:     that are quantised between replicas, in every plan
+    state_dir:    of the files that hold the optimizer's state; None for memory
     fixed:        sizes that are given
     headroom:     share of a GPU's memory that stays free
     """
@@ -102,6 +103,7 @@ class PlanRequest:
     exchanges: tuple[str, ...] = ()
     pieces: tuple[int, ...] = ()
     messages: QuantisedMessages = NOT_QUANTISED
+    state_dir: str | None = None
     fixed: FixedSizes = ANY_SIZES
     headroom: float = HEADROOM
 
@@ -381,6 +383,8 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
                         messages=request.messages,
                         balanced_ends=layers % stages != 0,
                         precision=request.precision,
+                        state_dir=request.state_dir,
+                        state_weights=request.state_dir is not None,
                     ),
                 )
 
