@@ -147,7 +147,8 @@ def test_on_a_bare_machine_what_needs_more_is_left_out_by_name(tmp_path: Path) -
     assert reasons == dict.fromkeys(("quickstart", "model", "TE", "models"), "needs the package megatron")
     checked = {row["step"] for row in found["rows"] if row["verdict"] == "ok"}
     assert checked == {
-        *("kernels", "merges", "stream-k", "experts", "dropout", "backends", "chunks", "pipeline", "offload")
+        *("kernels", "merges", "stream-k", "experts", "dropout", "backends", "chunks", "pipeline", "offload"),
+        "state files",
     }
 
 

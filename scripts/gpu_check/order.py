@@ -92,6 +92,12 @@ def offload(device: str) -> Iterable[Row]:
     return moves.offload(device)
 
 
+def state_files(device: str) -> Iterable[Row]:
+    from gpu_check import state
+
+    return state.state_files(device)
+
+
 def model(device: str) -> Iterable[Row]:
     from gpu_check import training
 
@@ -133,6 +139,7 @@ STEPS = (
     Step("chunks", chunks, 20),
     Step("pipeline", pipeline, 30),
     Step("offload", offload, 40),
+    Step("state files", state_files, 40),
     Step("quickstart", quickstart, 150),
     Step("model", model, 90),
     Step("TE", transformer_engine, 60),

@@ -191,6 +191,10 @@ def quickstart(device: str) -> Iterator[Row]:
     """Train the quickstart recipe, on a GPU in bfloat16, and put the estimate of its memory beside what it took."""
     _needs("megatron")
     yield _trained(device, "quickstart", *(["--bf16"] if device == "cuda" else []))
+    if device == "cuda":
+        with tempfile.TemporaryDirectory() as files:
+            state = ["--use-distributed-optimizer", "--optimizer-state-dir", files, "--optimizer-state-weights"]
+            yield _trained(device, "quickstart, the optimizer's state in files", "--bf16", *state)
 
 
 def transformer_engine(device: str) -> Iterator[Row]:
