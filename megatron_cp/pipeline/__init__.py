@@ -206,6 +206,7 @@ SCHEDULES = Schedules(
             paper="arXiv:2401.10241, 2.2",
             what="1F1B's memory, W fills the drain",
             takes_slices=True,
+            takes_vocabulary=True,
         ),
         Rule(
             name="zb-h2",

@@ -9,6 +9,7 @@ of p runs, in its round n,
     two barriers    F n, S n - a, T n - a - 1, B n - (p + 1 - r)
 
 where a = floor((p - 1 - r) T_F / P + 1), P being the time of a round, lets S run on all ranks at about the same time.
+With backwards in two halves, I takes the place of B, and W trails it by r rounds as in ZB-H1 (arXiv:2401.10241).
 What the first stage begins with is the sum of what all ranks look up, two microbatches ahead; its gradient goes to all
 ranks.
 """
@@ -33,6 +34,8 @@ from megatron_cp.pipeline.action import (
     Cell,
     forward,
     full,
+    input_gradient,
+    weight_gradient,
 )
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.placement import Placement
@@ -66,16 +69,21 @@ def shared_out(barriers: int, placement: Placement, costs: Costs | None) -> Voca
     return Vocabulary(barriers, sum(costs.forward) / sum(costs.work(placement)))
 
 
-def rounds(rank: int, p: int, m: int, vocabulary: Vocabulary) -> Iterator[Action]:
-    """Yield what a rank with one stage runs, in order. Peaks are p - r + 1 and p - r + 2 for one and two barriers."""
+def rounds(rank: int, p: int, m: int, vocabulary: Vocabulary, split: bool = False) -> Iterator[Action]:
+    """Yield what a rank with one stage runs, in order. Peaks are p - r + 1 and p - r + 2 for one and two barriers.
+
+    split: backwards in two halves; peaks are then p + 1 and p + 2 on every rank where all activations wait for W
+    """
     barriers, share = vocabulary
     late = floor((p - 1 - rank) * share + 1)
     returns = p - rank if barriers == 1 else p + 1 - rank
     logits = Action(rank, LOGITS), late
     logits_back = Action(rank, LOGITS_BACK), late + 1
-    backward = full(rank, 0), returns
+    backward = (input_gradient if split else full)(rank, 0), returns
     order = [(forward(rank, 0), 0), logits]
     order += [backward, logits_back] if barriers == 1 else [logits_back, backward]
+    if split:
+        order.append((weight_gradient(rank, 0), returns + rank))
     for number in range(m + max(lag for _, lag in order)):
         for action, lag in order:
             if 0 <= number - lag < m:

@@ -55,6 +55,15 @@ def test_head_over_all_ranks_costs_the_idle_time_of_balanced_ones(p: int, m: int
 
 
 @pytest.mark.parametrize(("p", "m", "head"), PUBLISHED)
+def test_split_backwards_idle_two_thirds_as_long(p: int, m: int, head: float) -> None:
+    for barriers, more in ((1, 1), (2, 2)):
+        costs = costs_of(p, head)
+        split, whole = (shared(p, m, barriers, costs, name) for name in ("zb-h1", "1f1b"))
+        assert list(split.peak) == [p + more] * p
+        assert split.makespan - split.work <= 0.67 * (whole.makespan - whole.work)
+
+
+@pytest.mark.parametrize(("p", "m", "head"), PUBLISHED)
 def test_without_the_microbatch_more_ranks_idle_twice_as_long(p: int, m: int, head: float) -> None:
     """The best order with 1F1B's own peaks: F, T, S, B, each backward a microbatch earlier."""
     costs = costs_of(p, head)

@@ -193,14 +193,14 @@ def check_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("p", ROWS)
+@pytest.mark.parametrize(("name", "p"), [*(("1f1b", p) for p in ROWS), ("zb-h1", 3)])
 @pytest.mark.parametrize("barriers", [1, 2])
-def test_losses_and_gradients_are_those_of_a_whole_head(barriers: int, p: int) -> None:
+def test_losses_and_gradients_are_those_of_a_whole_head(barriers: int, name: str, p: int) -> None:
     m, noted, most = 7, Noted(), Counter()
     gradients, of_rows = ([torch.zeros(rows, WIDTH, dtype=torch.float64) for rows in ROWS[p]] for _ in range(2))
     head = shares(ranges(ROWS[p]), barriers, noted, gradients, lambda rank: TensorRanks())
     embedding = lookups(ranges(ROWS[p]), of_rows, lambda rank: TensorRanks())
-    lowered = lower(build("1f1b", p, m, costs=costs_of(p, 1.0), barriers=barriers))
+    lowered = lower(build(name, p, m, costs=costs_of(p, 1.0), barriers=barriers))
     ranks = execute(lowered, head=head, embedding=embedding)
     losses, expected = dense(p, m)
     check_losses(noted, losses)
@@ -209,7 +209,7 @@ def test_losses_and_gradients_are_those_of_a_whole_head(barriers: int, p: int) -
     for rank, layers in enumerate(ranks):
         alive = 0
         for action in layers.ran:
-            alive += 1 if action.kind == "F" else -1
+            alive += {"F": 1, "W": 0}.get(action.kind, -1)
             most[rank] = max(most[rank], alive)
     assert [most[rank] for rank in range(p)] == [min(m, p - rank + barriers) for rank in range(p)]
 
