@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from megatron_cp import config
 from megatron_cp.cli.importing import load
-from megatron_cp.experts import EXCHANGES
+from megatron_cp.experts import EXCHANGES, PIPELINED, TUTEL
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.search import CONTEXT, HEADROOM, SCHEDULED, FixedSizes
@@ -170,8 +170,10 @@ def _tensor_schemes(text: str) -> tuple[str, ...]:
 
 def _exchanges(text: str) -> tuple[str, ...]:
     words = text.replace(",", " ").split()
-    names = EXCHANGES.names if AUTO in words else [EXCHANGES.get(name).name for name in words]
-    return tuple(name for name in dict.fromkeys(names) if name != MEGATRONS_EXCHANGE)
+    asked = [EXCHANGES.get(name).name for name in words]
+    names = EXCHANGES.names if TUTEL in asked else asked
+    # pieces of Megatron's exchange are pipelined
+    return tuple(name for name in dict.fromkeys(names) if name not in (MEGATRONS_EXCHANGE, PIPELINED, TUTEL))
 
 
 def model_source(model: str) -> str:

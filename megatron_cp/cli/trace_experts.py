@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import EXCHANGES, MEGATRONS
+from megatron_cp.experts import EXCHANGES, MEGATRONS, TUTEL
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.hardware.cluster import Cluster
@@ -55,7 +55,10 @@ def trace_experts(
         raise Refused(f"--experts must be a multiple of --ranks {ranks}, got {experts}; change one of them")
     if rank >= ranks:
         raise Refused(f"--rank must be below --ranks {ranks}, got {rank}; change one of them")
-    way = STOCK._replace(comm_type=EXCHANGES.get(comm_type).name, pieces=pieces)
+    exchange = EXCHANGES.get(comm_type)
+    if exchange.name == TUTEL:
+        raise Refused(f"--moe-comm-type {TUTEL} is chosen for a run; name what that says, or what plan says")
+    way = STOCK._replace(comm_type=exchange.name, pieces=pieces if pieces > 1 else exchange.pieces)
     if ranks_per_node is not None and not way.two_hops:
         raise Refused("--moe-ranks-per-node is of an exchange between nodes; add --moe-comm-type two-hop")
     if way.two_hops:
@@ -63,7 +66,7 @@ def trace_experts(
         way = way._replace(per_node=ranks_of_a_node([each // per_node for each in range(ranks)]))
     size = LayerSize(experts, rows, hidden, ffn, skew)
     trace = record_experts(size, way, ranks, machines.ranks_per_node, machines.dtype)
-    error, passes = prove_experts(size, way, ranks, way.per_node), _passes(trace, machines, size, pieces)
+    error, passes = prove_experts(size, way, ranks, way.per_node), _passes(trace, machines, size, way.pieces)
     if as_json:
         typer.echo(json.dumps(_as_json(trace, error, way, passes), indent=2))
     else:

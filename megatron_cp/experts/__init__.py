@@ -18,15 +18,18 @@ __all__ = [
     "AUTO",
     "DEEPSPEED_MOE",
     "EXCHANGES",
+    "FASTERMOE",
     "GROUPED_MM",
     "GSHARD",
     "LOOP",
     "MEGATRONS",
     "NONE",
+    "PIPELINED",
     "PLACEMENTS",
     "PRODUCTS",
     "ROUTERS",
     "SWITCH",
+    "TUTEL",
     "TWO_HOP",
     "ExpertExchange",
     "ExpertPlacement",
@@ -59,12 +62,16 @@ class ExpertExchange:
 
     what:     one line for tables
     messages: that a rank sends to other nodes in one exchange, of m nodes with n ranks each
+    pieces:   into which tokens are cut where --moe-pieces does not say
+    ahead:    pieces that have left beside the one that is computed; None for all of them
     """
 
     name: str
     paper: str
     what: str
     messages: str
+    pieces: int = 1
+    ahead: int | None = 1
     aliases: tuple[str, ...] = ()
 
 
@@ -167,6 +174,15 @@ MEGATRONS = "megatron"
 TWO_HOP = "two-hop"
 """The exchange inside nodes and then between them."""
 
+PIPELINED = "pipelined"
+"""The exchange in pieces, of which the next leaves before one is computed."""
+
+FASTERMOE = "fastermoe"
+"""The exchange in pieces, all of which leave before the first goes home."""
+
+TUTEL = "tutel"
+"""The exchange whose pieces and hops the costs of a cluster choose."""
+
 EXCHANGES = Registry(
     "exchange of experts",
     [
@@ -182,6 +198,29 @@ EXCHANGES = Registry(
             what="the alltoall dispatcher, whose tokens travel inside their node first and then between nodes",
             messages="m - 1",
             aliases=("2dh", "deepspeed-moe"),
+        ),
+        ExpertExchange(
+            name=PIPELINED,
+            paper="Tutel (arXiv:2206.03382)",
+            what="the alltoall dispatcher in pieces: one leaves before the one ahead of it is computed, then that goes "
+            "home",
+            messages="(m - 1) n for each piece",
+            pieces=2,
+        ),
+        ExpertExchange(
+            name=FASTERMOE,
+            paper="FasterMoE (PPoPP 2022)",
+            what="the alltoall dispatcher in pieces, all of which leave before the first one goes home",
+            messages="(m - 1) n for each piece",
+            pieces=4,
+            ahead=None,
+        ),
+        ExpertExchange(
+            name=TUTEL,
+            paper="Tutel (arXiv:2206.03382)",
+            what="one exchange or two hops, in 1, 2, 4 or 8 pieces, as is fastest by the costs of the cluster",
+            messages="of what it takes",
+            aliases=(AUTO,),
         ),
     ],
 )

@@ -6,6 +6,7 @@ one another, and rows are copied for each. On a GPU the messages of pieces go on
 beside the experts, in the order of `megatron_cp.experts.pieces.in_turn`; on a CPU nothing is beside anything.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from megatron_cp.experts import EXCHANGES, MEGATRONS, TWO_HOP
@@ -40,8 +41,15 @@ class Dispatch(NamedTuple):
         """True if tokens travel inside nodes and then between them; ValueError for a name unknown."""
         return EXCHANGES.get(self.comm_type).name == TWO_HOP
 
+    @property
+    def ahead(self) -> int:
+        """Pieces that leave before one is computed, beside it."""
+        ahead = EXCHANGES.get(self.comm_type).ahead
+        return self.pieces if ahead is None else ahead
+
     def __str__(self) -> str:
-        name = TWO_HOP if self.two_hops else self.dispatcher
+        exchange = EXCHANGES.get(self.comm_type).name
+        name = self.dispatcher if exchange == MEGATRONS else exchange
         return f"{name} in {self.pieces} pieces" if self.pieces > 1 else name
 
 
@@ -133,11 +141,12 @@ def exchange_seconds(size: float, ranks: ExpertRanks, dispatch: Dispatch, cluste
     return (n - 1) * inside.least_s + near + (p // n - 1) * between.least_s + far + copied
 
 
-def loop_seconds(pieces: int, there: float, compute: float, back: float, *, beside: bool) -> float:
+def loop_seconds(pieces: int, there: float, compute: float, back: float, *, beside: bool, ahead: int = 1) -> float:
     """Return the seconds from the first piece's leaving until the last is back.
 
     there, back: of each piece's messages, which go one after the other
     compute: of each piece's experts
+    ahead:   pieces that leave before one is computed, beside it
     beside:  messages travel while experts compute
     """
     if not beside:
@@ -145,8 +154,8 @@ def loop_seconds(pieces: int, there: float, compute: float, back: float, *, besi
     sent = computed = 0.0
     arrived: list[float] = []
     for piece in range(pieces):
-        # the next piece leaves before this one is computed, which goes back before the one after the next leaves
-        while len(arrived) < min(pieces, piece + 2):
+        # so many leave before this one is computed, which goes back before the one after them leaves
+        while len(arrived) < min(pieces, piece + 1 + ahead):
             sent += there
             arrived.append(sent)
         computed = max(computed, arrived[piece]) + compute
@@ -174,13 +183,9 @@ def dispatch_seconds(
         [collective_seconds(cluster, kind, each * ranks.tensor, ranks.tensor, 1) for kind in ("gather", "scatter")]
         for each in (rows, probabilities)
     )
-    beside = cluster.device == "cuda"
-    forward = loop_seconds(
-        pieces, states + chances, experts.forward / pieces + gather + gather_chances + scatter, states, beside=beside
-    )
-    backward = loop_seconds(
-        pieces, states, experts.backward / pieces + gather + scatter + scatter_chances, states + chances, beside=beside
-    )
+    played = partial(loop_seconds, pieces, beside=cluster.device == "cuda", ahead=dispatch.ahead)
+    forward = played(states + chances, experts.forward / pieces + gather + gather_chances + scatter, states)
+    backward = played(states, experts.backward / pieces + gather + scatter + scatter_chances, states + chances)
     counted = pieces * _counts(dispatch, size, ranks, cluster)
     return PassSeconds(counted + forward - experts.forward, backward - experts.backward)
 

@@ -5,6 +5,7 @@ with pieces of tokens. One loop decides what is sent when, forward and backward 
 wait for each message in backward.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -56,18 +57,19 @@ def in_turn(
     there: Callable[[int], RowsOnTheWay],
     compute: Callable[[int, Tensors], Tensors],
     home: Callable[[int, Tensors], RowsOnTheWay],
+    ahead: int | None = 1,
 ) -> list[Tensors]:
     """Return what comes home of each piece.
 
-    The next piece leaves before one is computed, which goes home before the one after the next leaves: every rank sends
-    in the same order, and two pieces are on a rank at a time.
+    Of the pieces so many leave before one is computed, which goes home before the one after them leaves: every rank
+    sends in the same order, and ahead + 1 pieces are on a rank at a time. With None all leave first.
     """
-    coming = there(0)
+    coming: deque[RowsOnTheWay] = deque()
     returning: list[RowsOnTheWay] = []
     for piece in range(pieces):
-        following = there(piece + 1) if piece + 1 < pieces else coming
-        returning.append(home(piece, compute(piece, coming.landed())))
-        coming = following
+        first = piece + len(coming)
+        coming += map(there, range(first, pieces if ahead is None else min(pieces, piece + 1 + ahead)))
+        returning.append(home(piece, compute(piece, coming.popleft().landed())))
     return [flight.landed() for flight in returning]
 
 
@@ -78,6 +80,7 @@ class PieceLoop(NamedTuple):
     experts: for each piece, what this rank makes of the rows that arrive and their probabilities: rows to send home
     keeps:   True if there will be a backward
     leaves:  what they compute with in the place of the last of the weights, which are not leaves of autograd
+    ahead:   pieces that leave before one is computed, beside it; None for all
     """
 
     exchange: TwoHopExchange
@@ -85,6 +88,7 @@ class PieceLoop(NamedTuple):
     experts: Sequence[Callable[[Tensor, Tensor], Tensor]]
     keeps: bool
     leaves: Tensors = ()
+    ahead: int | None = 1
 
     def there(self, piece: int, rows: Tensors) -> RowsOnTheWay:
         """Start the way to the experts."""
@@ -117,7 +121,9 @@ class _Pieces(torch.autograd.Function):
                 ctx.graphs.append((inputs, output))
             return (output.detach(),)
 
-        back = in_turn(pieces, lambda piece: loop.there(piece, (rows[piece], probs[piece])), compute, loop.home)
+        back = in_turn(
+            pieces, lambda piece: loop.there(piece, (rows[piece], probs[piece])), compute, loop.home, loop.ahead
+        )
         return tuple(output for (output,) in back)
 
     @staticmethod
@@ -136,7 +142,11 @@ class _Pieces(torch.autograd.Function):
             return tuple(torch.zeros_like(each) if gradient is None else gradient for each, gradient in pairs)
 
         back = in_turn(
-            len(loop.plans), lambda piece: loop.there(piece, (gradients[piece].contiguous(),)), compute, loop.home
+            len(loop.plans),
+            lambda piece: loop.there(piece, (gradients[piece].contiguous(),)),
+            compute,
+            loop.home,
+            loop.ahead,
         )
         rows, probs = zip(*back, strict=True)
         return None, *rows, *probs, *of_weights

@@ -103,7 +103,7 @@ class RoutedLayer:
     ) -> None:
         ranks, local = fabric.size, size.experts // fabric.size
         per_node = (dispatch.per_node or ranks) if dispatch.two_hops else ranks
-        self.exchange = exchange(*hops(fabric, per_node))
+        self.exchange, self._ahead = exchange(*hops(fabric, per_node)), dispatch.ahead
         self._tensors, self._product = tensors, PRODUCTS.get(product).load()()
         self.plans: list[HopPlan] = []
         self._computes: list[Callable[[Tensor, Tensor], Tensor]] = []
@@ -119,7 +119,8 @@ class RoutedLayer:
         """Return what has come home of each piece, with autograd."""
         rows, probs, weights = self._tensors.rows, self._tensors.probs, self._tensors.weights
         if len(self.plans) > 1:
-            return in_pieces(PieceLoop(self.exchange, self.plans, self._computes, True), rows, probs, weights)
+            loop = PieceLoop(self.exchange, self.plans, self._computes, True, ahead=self._ahead)
+            return in_pieces(loop, rows, probs, weights)
         (plan,), (compute,) = self.plans, self._computes
         arrived = (sent_there(self.exchange, plan, each) for each in (rows[0], probs[0]))
         return (sent_home(self.exchange, plan, compute(*arrived)),)

@@ -23,7 +23,7 @@ from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import STRIPED
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP
+from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP, ExpertExchange
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.experts import NONE as NO_PLACEMENT
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
@@ -172,7 +172,7 @@ class AttentionFlags(_Flags):
         None,
         lambda: "NAME|FILE",
         lambda: (
-            "With --cp-comm-type auto or --tp-comm-type auto, the cluster that is chosen for: "
+            "With --cp-comm-type auto, --tp-comm-type auto or --moe-comm-type tutel, the cluster that is chosen for: "
             + ", ".join(shipped_clusters())
             + ", or a YAML file; by default the one that ships for this machine's GPU."
         ),
@@ -492,7 +492,10 @@ class ExpertFlags(_Flags):
         1,
         lambda: "N",
         lambda: (
-            "Cut routed tokens into N pieces: while experts compute one, the next is on its way, forward and backward."
+            "Cut routed tokens into N pieces: while experts compute one, the next is on its way, forward and backward. "
+            + "By default "
+            + ", ".join(f"{entry.pieces} with --moe-comm-type {entry.name}" for entry in EXCHANGES if entry.pieces > 1)
+            + "."
         ),
         int,
     )
@@ -571,14 +574,19 @@ class ExpertFlags(_Flags):
         return ROUTERS.get(self.router).name == DEEPSPEED_MOE
 
     @property
+    def exchange(self) -> ExpertExchange:
+        """The exchange that is asked for; ValueError for a name unknown."""
+        return EXCHANGES.get(self.comm_type)
+
+    @property
     def two_hops(self) -> bool:
         """True if tokens travel inside nodes and then between them; ValueError for a name unknown."""
-        return EXCHANGES.get(self.comm_type).name == TWO_HOP
+        return self.exchange.name == TWO_HOP
 
     @property
     def exchanges(self) -> bool:
         """True if tokens do not travel as Megatron's own dispatchers send them; ValueError for a name unknown."""
-        return self.two_hops or self.pieces != 1 or self.places
+        return self.exchange.name != MEGATRONS_EXCHANGE or self.pieces != 1 or self.places
 
     @property
     def exchange_node(self) -> int | None:

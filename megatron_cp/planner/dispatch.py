@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import NONE, PLACEMENTS
+from megatron_cp.experts import EXCHANGES, NONE, PLACEMENTS
+from megatron_cp.experts.degree import WeighedDispatch
 from megatron_cp.experts.dispatch_cost import ALLGATHER, STOCK, Dispatch
 from megatron_cp.experts.routed import loads_of
 from megatron_cp.experts.slot_costs import DTYPE, slot_costs
@@ -16,16 +17,6 @@ from megatron_cp.planner.work import RankConfig, mixture_seconds
 ALONE = "each rank has all experts of a layer, and no token travels"
 MOST_COUNTS = 512
 """Experts times ranks for which placements are weighed: each policy was seen to take less than a second for so many."""
-
-
-class WeighedDispatch(NamedTuple):
-    """A way of tokens, and the seconds of a mixture layer's experts with it for a microbatch, in both passes."""
-
-    dispatch: Dispatch
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.dispatch} {self.seconds * 1e3:.3g} ms"
 
 
 def candidates(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -> Iterator[Dispatch]:
@@ -42,9 +33,13 @@ def candidates(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]
     yield STOCK._replace(dispatcher=ALLGATHER)
     if parallel.ep == 1:
         return
-    yield from (STOCK._replace(comm_type=name) for name in exchanges)
+    asked = [EXCHANGES.get(name) for name in exchanges]
+    yield from (STOCK._replace(comm_type=entry.name) for entry in asked if entry.pieces == 1)
     for number in (number for number in pieces if number > 1 and not whole):
-        yield from (STOCK._replace(comm_type=name, pieces=number) for name in (STOCK.comm_type, *exchanges))
+        yield STOCK._replace(pieces=number)
+        # two pieces are in one order
+        taken = (entry.name for entry in asked if entry.ahead is not None or number > 2)
+        yield from (STOCK._replace(comm_type=name, pieces=number) for name in taken)
 
 
 def weighed(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -> list[WeighedDispatch]:

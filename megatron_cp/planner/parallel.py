@@ -7,7 +7,7 @@ from typing import NamedTuple
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.errors import Refused
-from megatron_cp.experts import EXCHANGES
+from megatron_cp.experts import EXCHANGES, TUTEL
 from megatron_cp.experts.dispatch_cost import ALLGATHER, ALLTOALL, DISPATCHERS, STOCK, Dispatch
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
@@ -348,13 +348,14 @@ def _dispatch(recipe: Recipe) -> Dispatch:
     """Return how tokens travel to experts; as in a run, our exchange and pieces imply the dispatcher alltoall."""
     if "--num-experts" not in recipe.model_args:
         return STOCK
+    exchange, pieces = EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type)), recipe.number("--moe-pieces", 1)
     found = Dispatch(
         recipe.flag("--moe-token-dispatcher-type", ALLGATHER),
-        EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type)).name,
-        recipe.number("--moe-pieces", 1),
+        STOCK.comm_type if exchange.name == TUTEL else exchange.name,
+        pieces if pieces > 1 else exchange.pieces,
         recipe.number("--moe-ranks-per-node", 0) or None,
     )
-    ours = found.two_hops or found.pieces > 1
+    ours = exchange.name != STOCK.comm_type or found.pieces > 1
     return found._replace(dispatcher=ALLTOALL) if ours and found.dispatcher == ALLGATHER else found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ruamel.yaml import YAML
 
-from megatron_cp.experts.dispatch_cost import Dispatch
+from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.planner.estimate import Estimate
 from megatron_cp.planner.parallel import Parallel
@@ -42,7 +42,7 @@ def as_recipe(plan: Estimate, model: str) -> str:
 
 def _dispatch_flags(dispatch: Dispatch) -> Iterator[tuple[str, object]]:
     yield "--moe-token-dispatcher-type", dispatch.dispatcher
-    if dispatch.two_hops:
+    if dispatch.comm_type != STOCK.comm_type:
         yield "--moe-comm-type", dispatch.comm_type
     if dispatch.pieces > 1:
         yield "--moe-pieces", dispatch.pieces

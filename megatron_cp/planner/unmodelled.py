@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megatron_cp.experts import GSHARD, MEGATRONS, ROUTERS
+from megatron_cp.experts import EXCHANGES, GSHARD, MEGATRONS, ROUTERS, TUTEL
 from megatron_cp.planner.flags import ASSUMED, FREE, MODELLED
 from megatron_cp.planner.work import MODULES
 from megatron_cp.recipe.recipe import Recipe
@@ -36,6 +36,9 @@ def _partly_modelled(recipe: Recipe) -> Iterator[str]:
     if "m" in recipe.flag("--pipeline-model-parallel-layout", "").rpartition("|")[0]:
         # its layers are counted on the last stage
         yield "--pipeline-model-parallel-layout"
+    if EXCHANGES.get(recipe.flag("--moe-comm-type", MEGATRONS)).name == TUTEL:
+        # counted as one exchange of whole microbatches
+        yield "--moe-comm-type"
     if ROUTERS.get(recipe.flag("--moe-router", MEGATRONS)).name == GSHARD:
         # every second expert is counted, as if its chance were 1
         yield "--moe-router"

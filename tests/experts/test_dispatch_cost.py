@@ -110,7 +110,7 @@ class _Arrival:
         return self.at
 
 
-def played(pieces, there, compute, back):
+def played(pieces, there, compute, back, ahead):
     """When the last piece is back by the loop that training runs, with a clock for messages and one for experts."""
     messages = experts = 0.0
 
@@ -129,13 +129,14 @@ def played(pieces, there, compute, back):
         messages = max(messages, done) + back
         return _Arrival(messages)
 
-    return in_turn(pieces, leaves, computes, returns)[-1]
+    return in_turn(pieces, leaves, computes, returns, ahead)[-1]
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5])
 @pytest.mark.parametrize("times", [(1, 3, 2), (3, 1, 2), (2, 2, 2), (0, 1, 0)])
 def test_pieces_are_reckoned_in_the_order_of_training(pieces, times):
-    assert loop_seconds(pieces, *times, beside=True) == played(pieces, *times)
+    assert loop_seconds(pieces, *times, beside=True) == played(pieces, *times, 1)
+    assert loop_seconds(pieces, *times, beside=True, ahead=pieces) == played(pieces, *times, None)
 
 
 def test_a_microbatch_by_each_of_megatrons_dispatchers():

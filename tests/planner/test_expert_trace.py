@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cp.experts import TWO_HOP
+from megatron_cp.experts import FASTERMOE, MEGATRONS, PIPELINED, TWO_HOP
 from megatron_cp.experts.dispatch_cost import STOCK, DispatchSize, ExpertRanks, dispatch_bytes
 from megatron_cp.experts.routed_layer import LayerSize
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -20,11 +20,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("per_node", [None, 2])
-def test_ranks_give_what_one_with_all_experts_gives(per_node, pieces):
-    way = STOCK if per_node is None else STOCK._replace(comm_type="two-hop", per_node=per_node)
-    assert prove_experts(LayerSize(4, 0, 0, 0, skew=1.0), way._replace(pieces=pieces), 4, per_node) < 1e-12
+@pytest.mark.parametrize(
+    ("exchange", "per_node", "pieces"),
+    [(MEGATRONS, None, 1), (TWO_HOP, 2, 3), (PIPELINED, None, 3), (FASTERMOE, None, 3)],
+)
+def test_ranks_give_what_one_with_all_experts_gives(exchange, per_node, pieces):
+    way = STOCK._replace(comm_type=exchange, per_node=per_node, pieces=pieces)
+    assert prove_experts(LayerSize(4, 0, 0, 0, skew=1.0), way, 4, per_node) < 1e-12
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -61,6 +61,7 @@ def mixtral(flags: str = "") -> recipe.Recipe:
         ("", STOCK),
         ("--moe-token-dispatcher-type allgather", GATHERING),
         ("--moe-comm-type 2dh --moe-ranks-per-node 4", TWO._replace(per_node=4)),
+        ("--moe-comm-type fastermoe", STOCK._replace(comm_type="fastermoe", pieces=4)),
         ("--moe-token-dispatcher-type allgather --moe-pieces 2", STOCK._replace(pieces=2)),
         ("--moe-token-dispatcher-type flex", STOCK._replace(dispatcher="flex")),
     ],
@@ -244,6 +245,7 @@ def test_flags_say_the_experts_of_each_layer() -> None:
     [
         ("--moe-comm-type two-hop --moe-ranks-per-node 8 --moe-pieces 2 --moe-layer-experts 17:16", ()),
         ("--moe-router switch --moe-expert-capacity-factor 1 --moe-group-tokens 512", ()),
+        ("--moe-comm-type tutel", ("--moe-comm-type tutel",)),
         ("--moe-router gshard --moe-expert-capacity-factor 1", ("--moe-router gshard",)),
         ("--pipeline-model-parallel-size 2 --moe-layer-experts 17:16", ("--moe-layer-experts 17:16",)),
     ],

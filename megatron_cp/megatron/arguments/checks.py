@@ -22,6 +22,8 @@ from megatron_cp.megatron.arguments.experts import (
     check_router,
     imply_dispatcher,
     imply_layers,
+    imply_pieces,
+    settle_exchange,
 )
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.on_disk import check_on_disk, check_state_dir
@@ -80,7 +82,9 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
         lambda: check_plan(args),
         lambda: check_chunks(args),
     )
-    settle_tensor(args, lambda: default_cluster("cuda" if machine.gpu and torch.cuda.is_available() else "cpu"))
+    default = functools.partial(default_cluster, "cuda" if machine.gpu and torch.cuda.is_available() else "cpu")
+    settle_tensor(args, default)
+    settle_exchange(args, default)
     check_tensor(args)
     check_experts(args)
     check_exchange(args)
@@ -109,6 +113,7 @@ def complete(args: Any, machine: Machine) -> None:
     if note := note_on_positions(args):
         say(note)
     imply_loader(args)
+    imply_pieces(args)
     imply_dispatcher(args)
     imply_layers(args)
     complete_local_sgd(args)

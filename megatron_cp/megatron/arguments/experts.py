@@ -1,14 +1,19 @@
 """Checks of the flags for experts, before the model is built."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from megatron_cp import config
 from megatron_cp.errors import Refused
-from megatron_cp.experts import AUTO, EXCHANGES, LOOP, PLACEMENTS, PRODUCTS, ROUTERS, ExpertRouter
+from megatron_cp.experts import AUTO, EXCHANGES, LOOP, MEGATRONS, PLACEMENTS, PRODUCTS, ROUTERS, TUTEL, ExpertRouter
+from megatron_cp.experts.degree import DEGREES, MixtureSize, weigh
+from megatron_cp.experts.dispatch_cost import STOCK, ExpertRanks
 from megatron_cp.experts.grouped_mm import ROW_BYTES
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pyramid import FLAG, experts_of_layers
+from megatron_cp.hardware.cluster import Cluster
+from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
 from megatron_cp.megatron.run import ExpertFlags, PipelineFlags, has_our_layers, say
 
@@ -223,6 +228,53 @@ def imply_dispatcher(args: Any) -> None:
         say(f"{_asked(args)}: --moe-token-dispatcher-type alltoall")
 
 
+def imply_pieces(args: Any) -> None:
+    """Take as many pieces as the exchange that is asked for has, where none are."""
+    exchange = ExpertFlags.of(args).exchange
+    if exchange.pieces > 1 and read(args, "moe_pieces", 1) == 1:
+        args.moe_pieces = exchange.pieces
+        say(f"--moe-comm-type {exchange.name}: --moe-pieces {exchange.pieces}")
+
+
+def settle_exchange(args: Any, default: Callable[[], Cluster]) -> None:
+    """Replace `tutel` of --moe-comm-type by the pieces and hops that take least, and say why; it refuses nothing.
+
+    default: the cluster where --cp-cluster names none
+    """
+    flags = ExpertFlags.of(args)
+    if flags.exchange.name != TUTEL or not read(args, "num_experts"):
+        return
+    whole = any(each.asked(args) for each in UNCUT)
+    degrees = (flags.pieces,) if flags.pieces > 1 else DEGREES[:1] if whole else DEGREES
+    etp = read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)
+    ranks = ExpertRanks(read(args, "expert_model_parallel_size", 1), etp)
+    try:
+        cluster = load_cluster(args.cp_cluster) if read(args, "cp_cluster") else default()
+        found = weigh(_mixture(args), ranks, cluster, degrees, flags.ranks_per_node)
+        taken, why = found[0].dispatch, ", ".join(map(str, found))
+    except Refused as refused:
+        taken, why = STOCK._replace(pieces=degrees[0]), str(refused)
+    args.moe_comm_type, args.moe_pieces = taken.comm_type, taken.pieces
+    if not taken.two_hops:
+        args.moe_ranks_per_node = None
+    say(f"--moe-comm-type {taken.comm_type} --moe-pieces {taken.pieces}: {why}")
+
+
+def _mixture(args: Any) -> MixtureSize:
+    tokens = read(args, "seq_length") * read(args, "micro_batch_size", 1)
+    tokens /= read(args, "context_parallel_size", 1) * read(args, "tensor_model_parallel_size", 1)
+    return MixtureSize(
+        tokens,
+        read(args, "moe_router_topk", 2),
+        read(args, "num_experts"),
+        read(args, "hidden_size"),
+        read(args, "moe_ffn_hidden_size") or read(args, "ffn_hidden_size") or 4 * read(args, "hidden_size"),
+        3 if read(args, "swiglu", False) else 2,
+        "bfloat16" if read(args, "bf16", False) else "float16" if read(args, "fp16", False) else "float32",
+        PipelineFlags.of(args).splits,
+    )
+
+
 def imply_layers(args: Any) -> None:
     """Name layers with different numbers of experts one by one, so that checkpoints do not stack their weights."""
     frequency, layers = read(args, "moe_layer_freq", 1), read(args, "num_layers")
@@ -279,9 +331,9 @@ def check_exchange(args: Any) -> None:
 
 def _asked(args: Any) -> str:
     flags = ExpertFlags.of(args)
-    if flags.places and flags.pieces == 1 and not flags.two_hops:
+    if flags.places and flags.pieces == 1 and flags.exchange.name == MEGATRONS:
         return f"--moe-placement {PLACEMENTS.get(flags.placement).name}"
-    if flags.two_hops or flags.pieces == 1:
+    if flags.exchange.name != MEGATRONS or flags.pieces == 1:
         return f"--moe-comm-type {EXCHANGES.get(flags.comm_type).name}"
     return f"--moe-pieces {flags.pieces}"
 

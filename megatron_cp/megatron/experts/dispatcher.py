@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from megatron_cp.comm import Fabric, GroupFabric
-from megatron_cp.experts import MEGATRONS
 from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
@@ -62,8 +61,9 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
 
     def describe(self) -> str:
         """Return how the ranks of a group lie on nodes."""
-        if not ExpertFlags.of(self.config).two_hops:
-            return MEGATRONS
+        flags = ExpertFlags.of(self.config)
+        if not flags.two_hops:
+            return flags.exchange.name
         nodes, per_node = self.exchange.between.size, self.exchange.inside.size
         if nodes == 1:
             return f"two-hop, {per_node} ranks on one node, which is Megatron's exchange"
@@ -121,6 +121,7 @@ class PieceDispatcher(MoETokenDispatcher):
             [partial(compute_part, part, experts) for part in self.parts],
             torch.is_grad_enabled(),
             leaves,
+            ahead=ExpertFlags.of(self.config).exchange.ahead,
         )
         return in_pieces(loop, rows, probs, weights)
 

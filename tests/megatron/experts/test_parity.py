@@ -257,12 +257,12 @@ SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 
 @pytest.mark.parametrize(
     ("ranks", "flags", "alike", "said", "calls"),
     [
-        (2, f"{EP2} {GROUPED} {OVERLAPPED} --moe-pieces 2", (1,), "megatron, in 2 pieces", 2),
-        (4, f"{PP2} {EP2} --moe-pieces 2", (2, PP2), "megatron, in 2 pieces", 4),
+        (2, f"{EP2} {GROUPED} {OVERLAPPED} --moe-comm-type fastermoe", (1,), "fastermoe, in 4 pieces", 4),
+        (4, f"{PP2} {EP2} --moe-comm-type pipelined", (2, PP2), "pipelined, in 2 pieces", 4),
         (4, f"{EP4} {SHARED} {TWO_HOPS} --moe-pieces 3", (4, EP4, SHARED), "two-hop, 2 nodes of 2, in 3 pieces", 3),
     ],
     # two hops of a whole layer are compared with Megatron's exchange in test_pieces
-    ids=["pieces, overlapped", "pieces, zb-h1", "two hops in pieces, shared experts, tokens dropped"],
+    ids=["all pieces first, overlapped", "pieces, zb-h1", "two hops in pieces, shared experts, tokens dropped"],
 )
 def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags, alike, said, calls):
     found = run(ranks, flags)

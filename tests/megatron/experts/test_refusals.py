@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.arguments.experts import (
     check_exchange,
@@ -12,6 +13,8 @@ from megatron_cp.megatron.arguments.experts import (
     check_router,
     imply_dispatcher,
     imply_layers,
+    imply_pieces,
+    settle_exchange,
 )
 from megatron_cp.megatron.arguments.placement import check_placement
 
@@ -238,6 +241,50 @@ def test_copies_of_experts_that_do_not_work_are_refused_with_a_way_out(given, me
     with pytest.raises(ValueError, match=message) as refused:
         check_copies(args)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "taken"), [("fastermoe", 1, 4), ("pipelined", 1, 2), ("fastermoe", 3, 3), ("two-hop", 1, 1)]
+)
+def test_an_exchange_in_pieces_has_its_number_unless_another_is_asked_for(asked, given, taken, capsys):
+    args = SimpleNamespace(moe_comm_type=asked, moe_pieces=given, moe_token_dispatcher_type="allgather")
+    imply_pieces(args)
+    imply_dispatcher(args)
+    assert (args.moe_pieces, args.moe_token_dispatcher_type) == (taken, "alltoall")
+    assert (f"--moe-comm-type {asked}: --moe-pieces {taken}" in capsys.readouterr().out) == (taken != given)
+
+
+def settled(capsys, **given):
+    args = SimpleNamespace(**{**EXCHANGED, "moe_comm_type": "tutel", "moe_pieces": 1, "seq_length": 8192, "bf16": True})
+    for name, value in {"hidden_size": 4096, "moe_ffn_hidden_size": 14336, "swiglu": True, **given}.items():
+        setattr(args, name, value)
+    settle_exchange(args, lambda: load_cluster("dgx-h100-ib"))
+    return args.moe_comm_type, args.moe_pieces, capsys.readouterr().out
+
+
+def test_tutel_takes_the_fastest_of_its_degrees_and_hops(capsys):
+    *taken, said = settled(capsys)
+    ways = said.partition(": ")[2].removesuffix(" ms\n").split(" ms, ")
+    assert said.startswith(f"[megatron-cp] --moe-comm-type {taken[0]} --moe-pieces {taken[1]}: ")
+    # four degrees of one exchange and of two hops, fastest first
+    times = [float(each.split()[-1]) for each in ways]
+    assert (len(times), times) == (8, sorted(times))
+    assert taken[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("given", "pieces"),
+    [
+        ({"moe_pieces": 4}, 4),
+        # a latency is more than all of the work
+        ({"hidden_size": 64, "moe_ffn_hidden_size": 64, "seq_length": 16}, 1),
+        ({"moe_pad_expert_input_to_capacity": True}, 1),
+        # no rates of the dtype
+        ({"bf16": False, "fp16": True}, 1),
+    ],
+)
+def test_tutel_keeps_what_is_asked_for_and_leaves_whole_what_cannot_be_cut(capsys, given, pieces):
+    assert settled(capsys, **given)[1] == pieces
 
 
 ROUTED = {
