@@ -78,7 +78,8 @@ ORDER = (
 )
 # the same inside the folder that adapts Megatron
 ADAPTER_ORDER = (
-    "rebind.py run.py",
+    "flags rebind.py",
+    "run.py",
     "hooks.py pipeline",
     "checkpoint dataset.py experts machine patches.py replicas tensor",
     "arguments",

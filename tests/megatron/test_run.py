@@ -8,16 +8,13 @@ import pytest
 
 from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments
-from megatron_cp.megatron.run import (
-    AttentionFlags,
-    ExpertFlags,
-    LocalSgdFlags,
-    PipelineFlags,
-    Settings,
-    TensorFlags,
-    _flag,
-    settings_of_run,
-)
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.experts import ExpertFlags
+from megatron_cp.megatron.flags.flag import flag
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags
+from megatron_cp.megatron.flags.tensor import TensorFlags
+from megatron_cp.megatron.run import Settings, settings_of_run
 
 WORDS = {
     "kernel": "reference",
@@ -122,7 +119,7 @@ def test_a_new_flag_is_one_field() -> None:
     @dataclass(frozen=True, kw_only=True)
     class More(AttentionFlags):
         prefix = "cp"
-        sink_tokens: int = _flag(0, lambda: "TOKENS", lambda: "Tokens that all see.", int)
+        sink_tokens: int = flag(0, lambda: "TOKENS", lambda: "Tokens that all see.", int)
 
     parser, config = ArgumentParser(), SimpleNamespace()
     More.add_to(parser)

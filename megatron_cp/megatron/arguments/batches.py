@@ -16,7 +16,9 @@ from megatron_cp.megatron.arguments.unsupported import (
     refuse,
     shares_weights_out,
 )
-from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, has_our_layers, plans_batches
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.run import has_our_layers, plans_batches
 from megatron_cp.pipeline import SCHEDULES
 
 EXTERNAL = "external"

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, TensorFlags, values_of
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.experts import ExpertFlags
+from megatron_cp.megatron.flags.tensor import TensorFlags
+from megatron_cp.megatron.run import values_of
 from megatron_cp.units import is_whole
 
 SPEC = ("megatron_cp.megatron.spec", "gpt_layer_spec")

@@ -36,21 +36,12 @@ from megatron_cp.megatron.arguments.unsupported import (
     refuse,
     shares_weights_out,
 )
-from megatron_cp.megatron.run import (
-    HEAD_FIRST,
-    AttentionFlags,
-    ExpertFlags,
-    LocalSgdFlags,
-    PipelineFlags,
-    QuantisedFlags,
-    StateFlags,
-    TensorFlags,
-    cuts_at_eod,
-    on_stripes,
-    packs_documents,
-    plans_batches,
-    takes_placement,
-)
+from megatron_cp.megatron.flags.context import HEAD_FIRST, AttentionFlags, on_stripes, takes_placement
+from megatron_cp.megatron.flags.experts import ExpertFlags
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags, StateFlags
+from megatron_cp.megatron.flags.tensor import TensorFlags
+from megatron_cp.megatron.run import cuts_at_eod, packs_documents, plans_batches
 from megatron_cp.registry import suggest
 
 MEGATRONS_DROPOUT = 0.1  # the rate of attention's dropout where no flag gives one

@@ -15,7 +15,9 @@ from megatron_cp.experts.pyramid import FLAG, experts_of_layers
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import ExpertFlags, PipelineFlags, has_our_layers, say
+from megatron_cp.megatron.flags.experts import ExpertFlags
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.run import has_our_layers, say
 
 GRAPHS = Unsupported(
     "CUDA graphs, which know no number of tokens",

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import LocalSgdFlags, StateFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, StateFlags
 
 UNSUPPORTED = (
     Unsupported(

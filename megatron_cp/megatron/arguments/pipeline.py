@@ -13,8 +13,10 @@ from megatron_cp.megatron.arguments.unsupported import (
     refuse,
     shares_weights_out,
 )
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
 from megatron_cp.megatron.pipeline.costs import caps, equal, given, refuse_cap
-from megatron_cp.megatron.run import AttentionFlags, PipelineFlags, Settings, has_our_layers
+from megatron_cp.megatron.run import Settings, has_our_layers
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, check_slices, check_vocabulary, kin, place
 from megatron_cp.pipeline.offload import limit_of

@@ -6,7 +6,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.experts import PLACEMENTS
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import ExpertFlags
+from megatron_cp.megatron.flags.experts import ExpertFlags
 
 UNPLACED = (
     Unsupported(

@@ -5,7 +5,9 @@ from typing import Any
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.replicas import UNSAVED, without_flush
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import LocalSgdFlags, PipelineFlags, QuantisedFlags, say
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags
+from megatron_cp.megatron.run import say
 
 GRADIENTS = "--zero-quantized-gradients"
 WEIGHTS = "--zero-quantized-weights"

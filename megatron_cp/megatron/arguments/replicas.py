@@ -4,7 +4,9 @@ from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import LocalSgdFlags, PipelineFlags, reading, say
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags
+from megatron_cp.megatron.run import reading, say
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.replicas.sync_steps import Phase, phases_of, syncs
 

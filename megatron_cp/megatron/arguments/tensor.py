@@ -8,7 +8,9 @@ from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
-from megatron_cp.megatron.run import PipelineFlags, TensorFlags, has_our_layers, say
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.flags.tensor import TensorFlags
+from megatron_cp.megatron.run import has_our_layers, say
 from megatron_cp.tensor import AUTO, CUBE, FLUX, GEMMS, MEGATRONS, PANELS, SCHEMES, SYMMETRIC, TORCH
 from megatron_cp.tensor.cost import LayerLinears, cheapest
 from megatron_cp.tensor.gemm import unable

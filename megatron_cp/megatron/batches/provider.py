@@ -14,7 +14,8 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.batches.documents import CorpusDocuments
 from megatron_cp.megatron.batches.feed import DocumentFeed, FeedSettings
 from megatron_cp.megatron.batches.request import problem_of_run
-from megatron_cp.megatron.run import AttentionFlags, say
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.run import say
 
 DEFAULT_SPLIT = "969,30,1"
 """Megatron's own."""

@@ -10,8 +10,8 @@ from megatron_cp.context.auto import default_cluster
 from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.hardware.cluster_file import load_cluster
+from megatron_cp.megatron.flags.context import AttentionFlags
 from megatron_cp.megatron.machine.facts import device_of_run
-from megatron_cp.megatron.run import AttentionFlags
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import parallel_of
 from megatron_cp.recipe.recipe import Recipe, overridden

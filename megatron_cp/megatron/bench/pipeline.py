@@ -126,9 +126,10 @@ class ScheduleComparison:
         from megatron.core.pipeline_parallel import schedules
 
         from megatron_cp.megatron.bench.model import TwoCopies
+        from megatron_cp.megatron.flags.pipeline import PipelineFlags
         from megatron_cp.megatron.pipeline.schedule import Pipeline
         from megatron_cp.megatron.pipeline.split_linear import bound_queue
-        from megatron_cp.megatron.run import PipelineFlags, Settings
+        from megatron_cp.megatron.run import Settings
 
         self._fabric, self._device, self.chunks, self._v = fabric, device, chunks, group.v
         self.observe: Observe = ActionRecorder().observe

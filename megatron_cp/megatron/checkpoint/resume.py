@@ -18,7 +18,10 @@ from megatron_cp import config
 from megatron_cp.batches import ALGORITHMS
 from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.megatron.checkpoint.contents import DESCRIPTION, SIZES, common_state, damage, iterations, unreadable
-from megatron_cp.megatron.run import AttentionFlags, LocalSgdFlags, PipelineFlags, QuantisedFlags, say
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.pipeline import PipelineFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags
+from megatron_cp.megatron.run import say
 from megatron_cp.units import is_whole
 
 # what makes two models different; read from the arguments that every checkpoint carries

@@ -17,8 +17,8 @@ from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_hom
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
 from megatron_cp.megatron.experts.residual import ResidualLayer
+from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
-from megatron_cp.megatron.run import ExpertFlags
 
 
 class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):

@@ -12,8 +12,8 @@ from megatron_cp.experts.choose import ChosenProduct, choose
 from megatron_cp.experts.function import GroupedCall, WeightHalf, activated_linear, grouped_linear
 from megatron_cp.experts.product import GroupedProduct, Groups, groups_of
 from megatron_cp.megatron.experts.activation import Activation
+from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
-from megatron_cp.megatron.run import ExpertFlags
 from megatron_cp.pipeline.split_backward import WeightQueue, accumulate
 
 

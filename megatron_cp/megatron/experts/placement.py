@@ -26,8 +26,9 @@ from megatron_cp.megatron.experts.dispatcher import (
     compute_part,
     weights_in_autograd,
 )
+from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
-from megatron_cp.megatron.run import ExpertFlags, args_of_run
+from megatron_cp.megatron.run import args_of_run
 from megatron_cp.pipeline.split_backward import accumulate
 
 

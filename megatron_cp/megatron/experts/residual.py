@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_cp.experts.residual import expert_share
-from megatron_cp.megatron.run import ExpertFlags
+from megatron_cp.megatron.flags.experts import ExpertFlags
 
 
 class ResidualLayer(MoELayer):

@@ -22,7 +22,9 @@ from megatron_cp.experts.first_come import first_come, from_groups, in_groups
 from megatron_cp.experts.gshard import dispatched
 from megatron_cp.experts.routed import capacity_of
 from megatron_cp.experts.turns import Turns
-from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, args_of_run
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.experts import ExpertFlags
+from megatron_cp.megatron.run import args_of_run
 
 
 class FirstComeRouter(TopKRouter):

@@ -35,9 +35,9 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO as AUTO_KERNEL
 from megatron_cp.kernels import KERNELS, Kernel, choose
 from megatron_cp.megatron.arguments.context import refuse_unsupported
+from megatron_cp.megatron.flags.context import HEAD_FIRST, AttentionFlags, on_stripes, takes_placement
 from megatron_cp.megatron.layers.packed import PackedStream
 from megatron_cp.megatron.machine.facts import device_of_run
-from megatron_cp.megatron.run import HEAD_FIRST, AttentionFlags, on_stripes, takes_placement
 
 CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 

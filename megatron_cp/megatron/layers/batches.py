@@ -21,9 +21,10 @@ from megatron_cp.context.plan import Sizes
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.context import comm_types
+from megatron_cp.megatron.flags.context import AttentionFlags
 from megatron_cp.megatron.layers.packed import cut_stream, positions
 from megatron_cp.megatron.machine.facts import device_of_run
-from megatron_cp.megatron.run import AttentionFlags, packs_documents
+from megatron_cp.megatron.run import packs_documents
 
 PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
 CUT_POSITIONS = ("rope", "learned_absolute", "none")

@@ -43,6 +43,9 @@ from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLi
 from megatron_cp.megatron.experts.placement import placing
 from megatron_cp.megatron.experts.pyramid import with_experts
 from megatron_cp.megatron.experts.router import routing
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.experts import ExpertFlags
+from megatron_cp.megatron.flags.tensor import TensorFlags
 from megatron_cp.megatron.hooks import HOOKS, is_on
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.chunks import free_mlp_chunks
@@ -52,14 +55,7 @@ from megatron_cp.megatron.layers.packed import hand_on_documents
 from megatron_cp.megatron.layers.te_attention import TECoreAttention
 from megatron_cp.megatron.layers.verify import verify_models
 from megatron_cp.megatron.machine.environment import refuse_mixed_gpus
-from megatron_cp.megatron.run import (
-    AttentionFlags,
-    ExpertFlags,
-    Settings,
-    TensorFlags,
-    args_of_run,
-    settings_of_run,
-)
+from megatron_cp.megatron.run import Settings, args_of_run, settings_of_run
 from megatron_cp.megatron.tensor.cube import CubeMLP, CubeParallelLinear
 from megatron_cp.megatron.tensor.groups import connect_linears
 from megatron_cp.megatron.tensor.linears import GridColumnLinear, GridRowLinear, place_output_layers

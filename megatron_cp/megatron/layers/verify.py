@@ -18,9 +18,11 @@ from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.placement import PlacedLayer
 from megatron_cp.megatron.experts.residual import ResidualLayer
 from megatron_cp.megatron.experts.router import FirstComeRouter
+from megatron_cp.megatron.flags.context import AttentionFlags
+from megatron_cp.megatron.flags.experts import ExpertFlags
+from megatron_cp.megatron.flags.tensor import TensorFlags
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.machine.facts import device_of_run
-from megatron_cp.megatron.run import AttentionFlags, ExpertFlags, TensorFlags
 from megatron_cp.megatron.tensor.linears import OutputLinear, output_layers
 
 LINE = 400

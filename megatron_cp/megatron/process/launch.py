@@ -16,11 +16,12 @@ from megatron_cp.findings import OLDEST_TORCH, UPGRADE_TORCH, installed, reaches
 from megatron_cp.megatron import hooks
 from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
 from megatron_cp.megatron.checkpoint import failed_save
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags, StateFlags
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus, environment_from_slurm
 from megatron_cp.megatron.machine.facts import Machine, this_machine
 from megatron_cp.megatron.process import children, stop_signal
-from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, StateFlags, values_of
+from megatron_cp.megatron.run import values_of
 from megatron_cp.pipeline import SCHEDULES, on_v
 
 

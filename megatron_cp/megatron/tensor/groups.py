@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from megatron_cp.comm import GroupFabric
-from megatron_cp.megatron.run import TensorFlags
+from megatron_cp.megatron.flags.tensor import TensorFlags
 from megatron_cp.tensor import CUBE, GEMMS, SCHEMES
 from megatron_cp.tensor.axes import GridEngines, engines_over
 from megatron_cp.tensor.cube_3d import CubeEngines, cube_engines

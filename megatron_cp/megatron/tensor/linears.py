@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed import get_world_size
 
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.flags.tensor import TensorFlags
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
-from megatron_cp.megatron.run import TensorFlags
 from megatron_cp.megatron.tensor.function import Exchange, apply_linear
 from megatron_cp.megatron.tensor.groups import engines_of
 from megatron_cp.tensor import GEMMS, SCHEMES, TORCH

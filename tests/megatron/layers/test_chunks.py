@@ -14,10 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cp.context.trace.live import LiveBytes
+from megatron_cp.megatron.flags.context import AttentionFlags
 from megatron_cp.megatron.layers.chunks import free_mlp_chunks, put_off_logits
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.rebind import replace, restore
-from megatron_cp.megatron.run import AttentionFlags, Settings
+from megatron_cp.megatron.run import Settings
 from megatron_cp.megatron.spec import gpt_layer_spec
 from tests.cases import slow_unless
 from tests.megatron import spec_run

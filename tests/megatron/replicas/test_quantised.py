@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
-from megatron_cp.megatron.run import QuantisedFlags
+from megatron_cp.megatron.flags.replicas import QuantisedFlags
 from megatron_cp.replicas.two_hops import Sent, sent_to_gather, sent_to_reduce
 from tests.megatron.pretraining import pretrain_losses, tiny
 from tests.ranks import run_ranks

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_cp.megatron.checkpoint import resume
-from megatron_cp.megatron.run import LocalSgdFlags, QuantisedFlags, Settings
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags
+from megatron_cp.megatron.run import Settings
 from tests.ranks import run_ranks
 
 NESTEROV = LocalSgdFlags(steps="4", outer="diloco")

@@ -1,0 +1,150 @@
+"""Flags of experts."""
+
+from dataclasses import dataclass
+
+from megatron_cp.experts import AUTO as AUTO_PRODUCT
+from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP, ExpertExchange
+from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
+from megatron_cp.experts import NONE as NO_PLACEMENT
+from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
+from megatron_cp.hardware.cluster_file import shipped_clusters
+from megatron_cp.megatron.flags.flag import Flags, flag, one_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFlags(Flags):
+    """Flags of experts, beside Megatron's own --moe-grouped-gemm."""
+
+    prefix = "moe"
+    title = "experts (megatron-cp)"
+
+    grouped_product: str = flag(
+        AUTO_PRODUCT,
+        lambda: one_of(AUTO_PRODUCT, *PRODUCTS.names),
+        lambda: (
+            "With --moe-grouped-gemm and --transformer-impl local, how a rank multiplies the tokens of its experts: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in PRODUCTS)
+            + f". {AUTO_PRODUCT} takes grouped-mm where torch has a kernel for the GPU and the dtype, loop elsewhere, "
+            "and says why."
+        ),
+    )
+    comm_type: str = flag(
+        MEGATRONS_EXCHANGE,
+        lambda: one_of(*EXCHANGES.names),
+        lambda: (
+            "How tokens travel to experts of other ranks and back: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in EXCHANGES)
+            + "."
+        ),
+    )
+    ranks_per_node: int | None = flag(
+        None,
+        lambda: "N",
+        lambda: "With --moe-comm-type two-hop, ranks on a node; by default as many as torchrun has started there.",
+        int,
+    )
+
+    pieces: int = flag(
+        1,
+        lambda: "N",
+        lambda: (
+            "Cut routed tokens into N pieces: while experts compute one, the next is on its way, forward and backward. "
+            + "By default "
+            + ", ".join(f"{entry.pieces} with --moe-comm-type {entry.name}" for entry in EXCHANGES if entry.pieces > 1)
+            + "."
+        ),
+        int,
+    )
+    router: str = flag(
+        MEGATRONS_EXCHANGE,
+        lambda: one_of(*ROUTERS.names),
+        lambda: "The experts that a token sees: " + "; ".join(f"{entry.name}: {entry.what}" for entry in ROUTERS) + ".",
+    )
+    group_tokens: int | None = flag(
+        None,
+        lambda: "N",
+        lambda: (
+            f"With --moe-router {' or '.join(entry.name for entry in ROUTERS if entry.choices)}, consecutive tokens of "
+            "a sample that share out an expert's capacity; by default all tokens of a rank in a microbatch."
+        ),
+        int,
+    )
+    layer_experts: str | None = flag(
+        None,
+        lambda: "LAYER:EXPERTS,…",
+        lambda: (
+            "Experts of a layer and of all later ones, multiples of --num-experts, which the layers before have: "
+            "13:64,23:128 (DeepSpeed-MoE's pyramid)."
+        ),
+    )
+
+    placement: str = flag(
+        NO_PLACEMENT,
+        lambda: one_of(NO_PLACEMENT, *EXPERT_PLACEMENTS.names),
+        lambda: (
+            f"Copies of busy experts in spare slots of other ranks, or {NO_PLACEMENT}: "
+            + "; ".join(f"{entry.name}: {entry.what}" for entry in EXPERT_PLACEMENTS)
+            + "."
+        ),
+    )
+    replica_slots: int | None = flag(
+        None,
+        lambda: "K",
+        lambda: "With --moe-placement, spare slots of a rank for copies of other ranks' experts, by default 1.",
+        int,
+    )
+    placement_interval: int = flag(
+        10,
+        lambda: "STEPS",
+        lambda: "With --moe-placement, steps between two plans of copies.",
+        int,
+    )
+    cluster: str = flag(
+        "dgx-h100",
+        lambda: "NAME|FILE",
+        lambda: (
+            "With --moe-placement, the cluster whose costs of rows and copies a plan goes by: "
+            + ", ".join(shipped_clusters())
+            + ", or a YAML file."
+        ),
+    )
+
+    @property
+    def places(self) -> bool:
+        """True if ranks host copies of other ranks' experts; ValueError for a name unknown."""
+        return self.placement != NO_PLACEMENT and bool(EXPERT_PLACEMENTS.get(self.placement).name)
+
+    @property
+    def slots(self) -> int:
+        """Spare slots of a rank."""
+        return 1 if self.replica_slots is None else self.replica_slots
+
+    @property
+    def drops(self) -> bool:
+        """True if experts take tokens as they come, by a router of ours; ValueError for a name unknown."""
+        return ROUTERS.get(self.router).choices is not None
+
+    @property
+    def mixes(self) -> bool:
+        """True if a token's expert shares its output with an MLP; ValueError for a name unknown."""
+        return ROUTERS.get(self.router).name == DEEPSPEED_MOE
+
+    @property
+    def exchange(self) -> ExpertExchange:
+        """The exchange that is asked for; ValueError for a name unknown."""
+        return EXCHANGES.get(self.comm_type)
+
+    @property
+    def two_hops(self) -> bool:
+        """True if tokens travel inside nodes and then between them; ValueError for a name unknown."""
+        return self.exchange.name == TWO_HOP
+
+    @property
+    def exchanges(self) -> bool:
+        """True if tokens do not travel as Megatron's own dispatchers send them; ValueError for a name unknown."""
+        return self.exchange.name != MEGATRONS_EXCHANGE or self.pieces != 1 or self.places
+
+    @property
+    def exchange_node(self) -> int | None:
+        """Ranks that an exchange takes for a node: one where it has one hop; None where it asks."""
+        return self.ranks_per_node if self.two_hops else 1
