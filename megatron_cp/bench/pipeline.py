@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import batched
 from math import inf
@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from megatron_cp.bench.activations import changes
 from megatron_cp.bench.processes import QUIET
-from megatron_cp.pipeline.action import COMPUTE, FORWARD, FULL, INPUT, WEIGHT, Action, first_half
+from megatron_cp.pipeline.action import COMPUTE, FORWARD, FULL, INPUT, MOVES, WEIGHT, Action, first_half
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.passes import awaited, merge
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import Bar, SimulatedStep, simulate
+from megatron_cp.pipeline.slices import SliceShare
 
 
 class GptSize(NamedTuple):
@@ -78,6 +79,11 @@ def step_time(step: Step) -> float:
     return max(computed(line)[-1].end for line in step) - min(computed(line)[0].start for line in step)
 
 
+def copy_time(step: Step) -> float:
+    """Return the milliseconds that moves of activations took on the rank where they took longest."""
+    return max(sum(timed.end - timed.start for timed in line if timed.action.kind in MOVES) for line in step)
+
+
 def core_share(steps: Iterable[Step]) -> float:
     """Return the smallest over ranks of the median share of a core that a rank got while it computed."""
     shares: dict[int, list[float]] = defaultdict(list)
@@ -85,6 +91,17 @@ def core_share(steps: Iterable[Step]) -> float:
         for rank, line in enumerate(step):
             shares[rank] += [timed.core_share for timed in computed(line)]
     return min(map(median, shares.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceCosts(Costs):
+    """Costs of slices that differ from stage to stage: the time of each stage's actions of each slice."""
+
+    of_slices: Mapping[tuple[int, str, int], float]
+
+    def time(self, action: Action) -> float:
+        """Return the time of a compute action."""
+        return self.of_slices[action.stage, action.kind, (action.micro or 0) % len(self.slices)]
 
 
 @dataclass(frozen=True)
@@ -100,12 +117,21 @@ class MeasuredSchedule:
     live: Sequence[Sequence[tuple[Action, int]]]
 
     @cached_property
-    def times(self) -> dict[tuple[int, str], float]:
-        """Median milliseconds of each stage's F, B, I and W."""
-        found: dict[tuple[int, str], list[float]] = defaultdict(list)
+    def of_slices(self) -> dict[tuple[int, str, int], float]:
+        """Median milliseconds of each stage's F, B, I and W of each slice; of whole sequences as one slice."""
+        found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
         for timed in (timed for step in self.steps for line in step for timed in computed(line)):
-            found[timed.action.stage, timed.action.kind].append(timed.end - timed.start)
+            stage, kind, micro = timed.action
+            found[stage, kind, (micro or 0) % self.schedule.slices].append(timed.end - timed.start)
         return {key: median(values) for key, values in found.items()}
+
+    @cached_property
+    def times(self) -> dict[tuple[int, str], float]:
+        """Median milliseconds of each stage's F, B, I and W of a microbatch, all its slices together."""
+        found: dict[tuple[int, str], float] = defaultdict(float)
+        for (stage, kind, _), took in self.of_slices.items():
+            found[stage, kind] += took
+        return dict(found)
 
     @cached_property
     def run(self) -> SimulatedStep:
@@ -118,8 +144,10 @@ class MeasuredSchedule:
         placement = self.schedule.placement
         stages = range(len(placement.rank_of))
         halves = [_halves(self.times, stage) for stage in stages]
-        kept, held = zip(*(_memory(self.live[placement.rank_of[stage]], stage) for stage in stages), strict=True)
-        return Costs(
+        slices = self.schedule.slices
+        memory = [_memory(self.live[placement.rank_of[stage]], stage, slices) for stage in stages]
+        kept, held = zip(*((sum(of_slices), waits) for of_slices, waits in memory), strict=True)
+        whole = Costs(
             forward=tuple(self.times[stage, FORWARD] for stage in stages),
             input=tuple(half for half, _ in halves),
             weight=tuple(half for _, half in halves),
@@ -128,6 +156,11 @@ class MeasuredSchedule:
             held=held,
             unit=1.0,
         )
+        if slices == 1:
+            return whole
+        parts = [sum(of_slice) / sum(kept) for of_slice in zip(*(of_slices for of_slices, _ in memory), strict=True)]
+        shares = tuple(SliceShare(*(1 / slices,) * 3, part) for part in parts)
+        return SliceCosts(**vars(replace(whole, slices=shares)), of_slices=self.of_slices)
 
     @property
     def peak(self) -> list[int]:
@@ -142,15 +175,16 @@ def _halves(times: Mapping[tuple[int, str], float], stage: int) -> tuple[float, 
     return times[stage, FULL] / 2, times[stage, FULL] / 2
 
 
-def _memory(after: Iterable[tuple[Action, int]], stage: int) -> tuple[int, int]:
-    """Return M_B and M_W of a stage: the bytes that F adds, and those that W frees."""
-    found: dict[str, list[int]] = defaultdict(list)
+def _memory(after: Iterable[tuple[Action, int]], stage: int, slices: int) -> tuple[list[int], int]:
+    """Return M_B of each slice and M_W of a stage: the bytes that F adds, and those that W's of all slices free."""
+    found: dict[tuple[str, int], list[int]] = defaultdict(list)
     for action, change in changes(after):
         if action.stage == stage:
-            found[action.kind].append(abs(change))
-    kept = round(median(found[FORWARD]))
+            found[action.kind, (action.micro or 0) % slices].append(abs(change))
+    kept = [round(median(found[FORWARD, number])) for number in range(slices)]
+    waits = [median(values) for (kind, _), values in found.items() if kind == WEIGHT]
     # gradients wait for W too, for a short sequence more than the input gradient freed, which Costs cannot express
-    return kept, min(kept, round(median(found[WEIGHT]))) if found[WEIGHT] else kept
+    return kept, min(sum(kept), round(sum(waits))) if waits else sum(kept)
 
 
 def hop_time(schedule: Schedule, steps: Iterable[Step]) -> float:
@@ -186,6 +220,7 @@ class ScheduleResult:
     peak:       most activations alive after an action, per rank and in M_B of that rank
     simulated_peak: the same by the simulator, with the run's own M_B and M_W
     core_share: smallest share of its core that a rank got while it computed, in our steps and the baseline's
+    slices:     of each sequence
     """
 
     schedule: str
@@ -201,6 +236,8 @@ class ScheduleResult:
     times: dict[str, float]
     T_comm: float
     core_share: float
+
+    slices: int = 1
 
     @property
     def ratio(self) -> float:
@@ -237,11 +274,12 @@ class Pairs(NamedTuple):
         schedule, costs = measured.schedule, measured.costs
         pipes = schedule.placement.pipes
         own = [sum(costs.kept[stage] for stage in mine) / pipes for mine in schedule.placement.of_rank]
-        ours, theirs = self._times(measured.steps), self._times(self.baseline_steps)
+        ours, theirs = (_times(steps, self.repeat) for steps in (measured.steps, self.baseline_steps))
         return ScheduleResult(
             schedule=schedule.name,
             v=schedule.placement.chunks,
-            micros=schedule.micros,
+            micros=schedule.sequences,
+            slices=schedule.slices,
             step=median(map(step_time, measured.steps)),
             simulated=run.makespan,
             baseline=self.baseline,
@@ -254,8 +292,84 @@ class Pairs(NamedTuple):
             core_share=core_share([*measured.steps, *self.baseline_steps]),
         )
 
-    def _times(self, steps: Sequence[Step]) -> list[float]:
-        return [median(some) for some in batched(map(step_time, steps), self.repeat)]
+
+def _times(steps: Sequence[Step], repeat: int) -> list[float]:
+    return [median(some) for some in batched(map(step_time, steps), repeat)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadResult:
+    """Figures of one schedule whose activations move away; times in milliseconds.
+
+    limit:      chunks that a rank keeps
+    moved:      bytes that leave in a step, over all ranks
+    step:       first start to last end over ranks, median over steps
+    baseline_step: the same without moves
+    copies:     time of a step's moves on the rank where they take longest, median over steps
+    ratios:     the step over that without moves, of each pair
+    core_share: smallest share of its core that a rank got while it computed, in steps with and without moves
+    """
+
+    schedule: str
+    v: int
+    micros: int
+    limit: int
+    moved: int
+    step: float
+    baseline_step: float
+    copies: float
+    ratios: list[float]
+    core_share: float
+
+    @property
+    def ratio(self) -> float:
+        """Step over that without moves, median over pairs."""
+        return median(self.ratios)
+
+    @property
+    def beyond(self) -> float:
+        """What a step takes beyond that without moves and the copies, as a part of the former."""
+        return (self.step - self.baseline_step - self.copies) / self.baseline_step
+
+    @property
+    def quiet(self) -> bool:
+        """True if background load was low enough to trust the result."""
+        return self.core_share >= QUIET
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures; `ratio`, `beyond` and `ratios` are null where the machine was busy."""
+        verdict = {"ratio": self.ratio, "beyond": self.beyond, "ratios": self.ratios}
+        return asdict(self) | (verdict if self.quiet else dict.fromkeys(verdict))
+
+
+class OffloadPairs(NamedTuple):
+    """Steps of one schedule with moves and without, measured in turns; `repeat` of each make a pair.
+
+    moved: bytes that left in a step, over all ranks
+    """
+
+    schedule: Schedule
+    limit: int
+    steps: Sequence[Step]
+    baseline_steps: Sequence[Step]
+    moved: int
+    repeat: int
+
+    def row(self) -> OffloadResult:
+        """Return the figures of the pairs."""
+        ours, theirs = (_times(steps, self.repeat) for steps in (self.steps, self.baseline_steps))
+        return OffloadResult(
+            schedule=self.schedule.name,
+            v=self.schedule.placement.chunks,
+            micros=self.schedule.micros,
+            limit=self.limit,
+            moved=self.moved,
+            step=median(map(step_time, self.steps)),
+            baseline_step=median(map(step_time, self.baseline_steps)),
+            copies=median(map(copy_time, self.steps)),
+            ratios=[our / their for our, their in zip(ours, theirs, strict=True)],
+            core_share=core_share([*self.steps, *self.baseline_steps]),
+        )
 
 
 def middle(steps: Sequence[Step]) -> Step:

@@ -1,7 +1,7 @@
 """`megatron-cp bench pipeline`: time schedules on one machine beside Megatron's own and beside the simulator."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,16 +9,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import place
 from megatron_cp.plots.timeline import check_suffix
 
 if TYPE_CHECKING:
-    from megatron_cp.bench.pipeline import Pairs, ScheduleResult
+    from megatron_cp.bench.pipeline import OffloadResult, Pairs, ScheduleResult
     from megatron_cp.megatron.bench.overhead import Overhead
     from megatron_cp.megatron.bench.pipeline import ScheduleGroup
 
 DEFAULT = ["zb-h1", "izb"]
+OFFLOAD_COLUMNS = (
+    *("schedule", "v", "m", "limit", "moved MiB", "step ms", "without", "copies", "step / without", "beyond copies"),
+)
 COLUMNS = ("schedule", "v", "m", "step ms", "simulated", "ratio", "Megatron's", "speed-up", "pairs won", "peak M_B")
 NO_VERDICT = (
     "No verdict: a rank got only {share:.0%} of its core while it only computed; stop other programs on this machine, "
@@ -47,6 +51,22 @@ def pipeline(
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a microbatch.")] = 160,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of ours and Megatron's own.")] = 5,
     repeat: Annotated[int, typer.Option(min=1, help="Steps in turns that make a pair; their median counts.")] = 3,
+    slices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut sequences of one schedule into this many slices of equal cost; both models get megatron-cp's "
+            "attention.",
+        ),
+    ] = None,
+    offload: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep at most this many chunks on a rank, the others on the host, and compare one schedule with "
+            "itself without moves.",
+        ),
+    ] = None,
     overhead: Annotated[bool, typer.Option("--overhead", help="The executor alone, on one rank.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     plot: Annotated[
@@ -54,27 +74,49 @@ def pipeline(
     ] = None,
 ) -> None:
     """Compare losses and gradients of schedules with Megatron's own on one GPT, then time them in turns."""
-    from megatron_cp.bench.pipeline import GptSize
+    from megatron_cp.bench.pipeline import GptSize, OffloadPairs, Pairs
     from megatron_cp.megatron.bench import pipeline as megatron_pipeline
 
     if plot:
         check_suffix(plot)
+    _refuse_together(schedule or DEFAULT, slices, offload, overhead, plot)
     if overhead:
         _overhead(megatron_pipeline.overhead(chunks, 4, hidden, seq, rounds * repeat), as_json)
         return
     layers = layers or ranks * chunks
     groups = _groups(schedule or DEFAULT, ranks, chunks, micros or [2, 4, 8], layers)
+    groups = [group._replace(slices=slices, offload=offload) for group in groups]
     model = GptSize(ranks, layers, hidden, seq)
     if plot and sum(len(group.names) * len(group.micros) for group in groups) != 1:
         raise ValueError("--plot draws one schedule; give one --schedule and one -m")
     pairs = megatron_pipeline.bench(model, groups, rounds, repeat)
-    rows = [pair.row() for pair in pairs]
     if as_json:
-        typer.echo(json.dumps([row.as_json() for row in rows], indent=2))
+        typer.echo(json.dumps([pair.row().as_json() for pair in pairs], indent=2))
     else:
-        _show(rows, f"{ranks} ranks, {layers} layers, h={hidden}, S={seq}, float32; times in ms")
-    if plot:
+        title = f"{ranks} ranks, {layers} layers, h={hidden}, S={seq}, float32; times in ms"
+        _show([pair.row() for pair in pairs if isinstance(pair, Pairs)], title)
+        _show_offload([pair.row() for pair in pairs if isinstance(pair, OffloadPairs)], title)
+    if plot and isinstance(pairs[0], Pairs):
         _plot(pairs[0], plot)
+
+
+def _refuse_together(
+    names: Sequence[str], slices: int | None, offload: int | None, overhead: bool, plot: Path | None
+) -> None:
+    if slices is None and offload is None:
+        return
+    asked = f"--slices {slices}" if offload is None else f"--offload {offload}"
+    if slices is not None and offload is not None:
+        raise Refused(f"--slices {slices} and --offload {offload} are compared with two baselines; leave one out")
+    if overhead:
+        raise Refused(f"--overhead measures the executor on one rank, got {asked} too; leave one out")
+    if len(set(names)) > 1:
+        raise Refused(f"{asked} measures one schedule, got {' and '.join(names)}; give one --schedule")
+    if plot and offload is not None:
+        raise Refused(f"--plot draws a step over its simulation, and {asked} has none; leave one out")
+    (name,) = set(names)
+    if SCHEDULES.get(name).two_copies:
+        raise Refused(f"{asked} takes a schedule of one copy of the model, got {name}; take 1f1b")
 
 
 def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers: int) -> "list[ScheduleGroup]":
@@ -103,13 +145,33 @@ def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers:
     return [ScheduleGroup(chunks, tuple(found), tuple(micros)) for chunks, found in sorted(groups.items())]
 
 
+def _show_offload(rows: "list[OffloadResult]", title: str) -> None:
+    if not rows:
+        return
+    console, table = Console(width=150), Table(title=title)
+    for column in OFFLOAD_COLUMNS:
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for row in rows:
+        low, high = min(row.ratios), max(row.ratios)
+        verdict = [f"{row.ratio:.3f} ({low:.3f}-{high:.3f})", f"{row.beyond:.1%}"] if row.quiet else ["-", "-"]
+        sizes = [row.schedule, str(row.v), str(row.micros), str(row.limit), f"{row.moved / 2**20:.1f}"]
+        table.add_row(*sizes, f"{row.step:.1f}", f"{row.baseline_step:.1f}", f"{row.copies:.1f}", *verdict)
+    console.print(table)
+    if not all(row.quiet for row in rows):
+        console.print(NO_VERDICT.format(share=min(row.core_share for row in rows)), soft_wrap=True)
+
+
 def _show(rows: "list[ScheduleResult]", title: str) -> None:
+    if not rows:
+        return
     console, table = Console(width=150), Table(title=title)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "schedule" else "right")
     for row in rows:
         table.add_row(*_cells(row))
     console.print(table)
+    if sliced := next((row for row in rows if row.slices > 1), None):
+        console.print(f"sequences of {sliced.schedule} in {sliced.slices} slices, of Megatron's own whole")
     for row in rows:
         times = " ".join(f"{name} {time:.1f}" for name, time in row.times.items())
         console.print(f"{row.schedule}, m = {row.micros}, medians: {times} T_comm {row.T_comm:.2f}", highlight=False)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_cp.bench.pipeline import GptSize
 from megatron_cp.megatron import hooks
+from megatron_cp.megatron.layers.specs import SpecProvider, local_layer_spec
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.pipeline import two_way
 from megatron_cp.megatron.run import Settings
@@ -27,6 +28,8 @@ from megatron_cp.megatron.run import Settings
 VOCABULARY = 512
 HEAD_DIM = 64
 BATCHES = 64
+
+Batch = dict[str, Tensor]
 
 
 @contextmanager
@@ -42,12 +45,13 @@ def pipeline_of(ranks: int) -> Iterator[None]:
 class ModelChunks:
     """Model chunks of this rank, v of them, as Megatron would train them, and the batches of every step.
 
-    overlap: gradients are reduced while backwards go on, as with --overlap-grad-reduce
+    overlap:   gradients are reduced while backwards go on, as with --overlap-grad-reduce
+    sliceable: attention is ours, which takes slices of sequences
     """
 
-    def __init__(self, size: GptSize, v: int, overlap: bool = False) -> None:
+    def __init__(self, size: GptSize, v: int, overlap: bool = False, sliceable: bool = False) -> None:
         parallel_state.set_virtual_pipeline_model_parallel_world_size(v if v > 1 else None)
-        self.size = size
+        self.size, self._sliceable = size, sliceable
         config = config_of(size, v)
         self.model = self._built(config, v, overlap)
         config.finalize_model_grads_func = finalize_model_grads
@@ -57,13 +61,25 @@ class ModelChunks:
         generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
         self._tokens = torch.randint(VOCABULARY, (BATCHES, 1, size.seq + 1), generator=generator).cuda()
         self._positions = torch.arange(size.seq)[None].cuda()
+        self._counted = torch.ones(1, size.seq).cuda()
 
     def _built(self, config: TransformerConfig, v: int, overlap: bool) -> list[Any]:
         numbers: Sequence[int | None] = range(v) if v > 1 else (None,)
-        return [_reducing(config, _stage(config, self.size, number), overlap) for number in numbers]
+        return [
+            _reducing(config, _stage(config, self.size, number, ours=self._sliceable), overlap) for number in numbers
+        ]
 
-    def _feeds(self, m: int) -> list[Iterator[Tensor]]:
-        return [iter(self._tokens[:m]) for _ in self.model]
+    def _feeds(self, m: int) -> list[Iterator[Batch]]:
+        return [self._batches(m) for _ in self.model]
+
+    def _batches(self, m: int) -> Iterator[Batch]:
+        for tokens in self._tokens[:m]:
+            yield {
+                "tokens": tokens[:, :-1],
+                "labels": tokens[:, 1:],
+                "positions": self._positions,
+                "loss_mask": self._counted,
+            }
 
     def step(self, function: Callable[..., Any], m: int) -> list[float]:
         """Run one step of a forward-backward function; return the losses of the microbatches, on the last rank."""
@@ -88,11 +104,16 @@ class ModelChunks:
     @property
     def constants(self) -> list[Tensor]:
         """Return tensors that live as long as the model: batches and weights."""
-        return [self._tokens, self._positions, *(weight for chunk in self.model for weight in chunk.parameters())]
+        return [
+            self._tokens,
+            self._positions,
+            self._counted,
+            *(weight for chunk in self.model for weight in chunk.parameters()),
+        ]
 
-    def _forward_step(self, batches: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        tokens = next(batches)
-        output = chunk(tokens[:, :-1], self._positions, None, labels=tokens[:, 1:].contiguous())
+    def _forward_step(self, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(batches)
+        output = chunk(batch["tokens"], batch["positions"], None, labels=batch["labels"].contiguous())
         # Megatron's block would keep the input of its last forward alive after its last use
         chunk.module.set_input_tensor(None)
         return output, _loss
@@ -118,8 +139,8 @@ class TwoCopies(ModelChunks):
         two_way.start_equal(chunks, groups.pp)
         return chunks
 
-    def _feeds(self, m: int) -> list[Iterator[Tensor]]:
-        return [iter(self._tokens[:m])]
+    def _feeds(self, m: int) -> list[Iterator[Batch]]:
+        return [self._batches(m)]
 
     def step(self, function: Callable[..., Any], m: int) -> list[float]:
         """Run one step; return the losses of both pipes' microbatches on the last rank, as with one copy."""
@@ -134,7 +155,8 @@ class TwoCopies(ModelChunks):
 
 def _loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     mean = losses.mean()
-    return mean, {"loss": mean.detach()}
+    # Megatron divides the mean itself by the number of microbatches
+    return mean, {"loss": mean.detach().clone()}
 
 
 def config_of(size: GptSize, v: int) -> TransformerConfig:
@@ -157,11 +179,15 @@ def config_of(size: GptSize, v: int) -> TransformerConfig:
 
 
 def _stage(
-    config: TransformerConfig, size: GptSize, number: int | None, groups: ProcessGroupCollection | None = None
+    config: TransformerConfig,
+    size: GptSize,
+    number: int | None,
+    groups: ProcessGroupCollection | None = None,
+    ours: bool = False,
 ) -> GPTModel:
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(),
+        local_layer_spec(config, SpecProvider(config), moe=False) if ours else get_gpt_layer_local_spec(),
         VOCABULARY,
         size.seq,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),

@@ -271,6 +271,11 @@ class Pipeline:
                 self._finalize(call)
         return self._placed.to_last_rank(call.store, groups.pp, call.micros if call.training else None)
 
+    @property
+    def moved(self) -> int:
+        """Bytes of activations that left this rank in the last step."""
+        return self._saved.moved if self._saved else 0
+
     def _run(self, call: Call) -> None:
         settings = self.settings
         placement = place(

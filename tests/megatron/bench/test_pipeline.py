@@ -19,6 +19,7 @@ from megatron_cp.megatron.bench import pipeline as megatron_pipeline
 from megatron_cp.megatron.bench.pipeline import BASELINES, ScheduleComparison, ScheduleGroup, pairs
 from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.pipeline.action import Action
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.costs import uniform
 from megatron_cp.pipeline.passes import merge
@@ -29,6 +30,9 @@ LOOP = [rule for rule in SCHEDULES if rule.placement == "loop" and rule.table an
 # gradients of two copies are compared with those of one
 ONE_CHUNK = ScheduleGroup(1, (*(rule.name for rule in LOOP if rule.chunks == 1), "chimera-zb"), (4,))
 TWO_CHUNKS = ScheduleGroup(2, tuple(rule.name for rule in LOOP if rule.chunks is None), (4,))
+# slices against Megatron's own, and moves against the same schedule without: one schedule each, and one pair of runs
+SLICED = ScheduleGroup(1, ("1f1b",), (2,), slices=2)
+MOVED = ScheduleGroup(1, ("dapple-b",), (3,), offload=2)
 TINY = GptSize(ranks=2, layers=4, hidden=64, seq=128)
 
 
@@ -40,7 +44,8 @@ def comparison(group, overlap=False):
         torch.distributed.init_process_group("gloo")
     fabric = GroupFabric(torch.distributed.group.WORLD)
     with pipeline_of(TINY.ranks), contextlib.redirect_stdout(io.StringIO()):
-        yield ScheduleComparison(fabric, torch.device("cpu"), ModelChunks(TINY, group.v, overlap), group)
+        chunks = ModelChunks(TINY, group.v, overlap, sliceable=group.slices is not None)
+        yield ScheduleComparison(fabric, torch.device("cpu"), chunks, group)
 
 
 def timed(groups):
@@ -56,10 +61,11 @@ def timed(groups):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Every schedule on the loop and one of two copies, by name."""
-    groups = [ONE_CHUNK, TWO_CHUNKS]
+    """Every schedule on the loop and one of two copies, by name; one in slices, and one whose activations move."""
+    groups = [ONE_CHUNK, TWO_CHUNKS, SLICED, MOVED]
     taken = run_ranks(2, timed, groups)
-    return {pair.ours.schedule.name: pair for pair in pairs(groups, taken)}
+    *found, sliced, moved = pairs(groups, taken)
+    return {pair.ours.schedule.name: pair for pair in found} | {"slices": sliced, "offload": moved}
 
 
 @pytest.mark.parametrize("name", [*ONE_CHUNK.names, *TWO_CHUNKS.names])
@@ -82,10 +88,32 @@ def test_peak_of_whole_backwards_is_a_number_of_microbatches(measured, name):
 
 
 def test_a_step_is_recorded_action_by_action(measured):
-    for pair in measured.values():
+    for pair in (pair for pair in measured.values() if isinstance(pair, Pairs)):
         for actions, line in zip(merge(pair.ours.schedule).table, pair.ours.steps[0], strict=True):
             assert [timed.action for timed in line if timed.action.kind in "FBIW"] == list(actions)
         assert pair.row().baseline_step > 0
+
+
+def test_slices_are_simulated_with_the_times_of_each(measured):
+    ours = measured["slices"].ours
+    assert ours.schedule.slices == 2
+    assert set(ours.of_slices) == {(stage, kind, number) for stage in (0, 1) for kind in "FB" for number in (0, 1)}
+    for line in merge(ours.schedule).table:
+        for stage, kind, micro in line:
+            assert ours.costs.time(Action(stage, kind, micro)) == ours.of_slices[stage, kind, micro % 2]
+    row = measured["slices"].row()
+    assert (row.micros, row.slices) == (2, 2)
+    # a step with one pair's medians is no faster than the busiest rank's work
+    assert row.simulated >= 2 * max(row.times["0F"] + row.times["0B"], row.times["1F"] + row.times["1B"]) * (1 - 1e-9)
+
+
+def test_moves_are_compared_with_the_same_schedule_without(measured):
+    pair, row = measured["offload"], measured["offload"].row()
+    kinds = [[timed.action.kind for line in step for timed in line] for step in (*pair.steps, *pair.baseline_steps)]
+    assert [("EVICT" in each, "LOAD" in each) for each in kinds] == [(True, True), (False, False)]
+    assert row.moved > 0
+    assert row.copies > 0
+    assert row.ratios == [pytest.approx(row.step / row.baseline_step)]
 
 
 def with_a_wrong_gradient(group):
@@ -228,6 +256,15 @@ def test_a_step_is_drawn_over_its_simulation(monkeypatch, tmp_path):
         (["--schedule", "interleaved", "-m", "3", "--layers", "4"], "the nearest m that works is"),
         (["--plot", "step.png"], "--plot draws one schedule"),
         (["--plot", "step.gif"], "a timeline must be a .png"),
+        (["--schedule", "chimera", "--slices", "2"], "takes a schedule of one copy of the model, got chimera"),
+        (["--schedule", "breadth-first", "-m", "2", "--slices", "2"], "breadth-first has no order for 2 slices"),
+        (["--schedule", "1f1b", "-m", "2", "--slices", "9", "--seq", "16"], "take at most 8 slices"),
+        (["--slices", "2"], "measures one schedule, got zb-h1 and izb"),
+        (["--schedule", "1f1b", "--offload", "1"], "its smallest limit is 2"),
+        (["--schedule", "1f1b", "--offload", "2"], "a limit of 2 moves nothing"),
+        (["--slices", "2", "--offload", "2"], "leave one out"),
+        (["--slices", "2", "--overhead"], "--overhead measures the executor on one rank, got --slices 2"),
+        (["--schedule", "gis", "--offload", "2", "--plot", "step.png"], "--plot draws a step over its simulation"),
     ],
 )
 def test_bad_input_is_refused(words, message):
