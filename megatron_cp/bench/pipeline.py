@@ -328,7 +328,7 @@ class OffloadResult:
 
     @property
     def beyond(self) -> float:
-        """What a step takes beyond that without moves and the copies, as a part of the former."""
+        """Time of a step beyond that without moves and the copies, as a part of the former."""
         return (self.step - self.baseline_step - self.copies) / self.baseline_step
 
     @property

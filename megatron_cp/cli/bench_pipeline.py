@@ -205,7 +205,7 @@ def _against_interleaved(rows: "list[ScheduleResult]") -> Iterable[str]:
     """Yield a line on each zb-h1 row: whether its measured times let it beat interleaved with two chunks."""
     for row in rows:
         split = sorted(name[:-1] for name in row.times if name.endswith("I"))
-        if row.schedule == "zb-h1" and split:
+        if row.schedule == "zb-h1" and split and row.slices == 1:
             forward, given, weight = (row.times[f"{split[0]}{kind}"] for kind in "FIW")
             does = "loses" if forward + given > 3 * weight else "does not lose"
             yield (
