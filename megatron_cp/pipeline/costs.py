@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import FORWARD, HEAD, INPUT, LOGITS, WEIGHT, Action, Cell, Overlap, halves
@@ -11,6 +12,19 @@ from megatron_cp.pipeline.slices import SliceShare
 WHOLE = SliceShare(1.0, 1.0, 1.0, 1.0)
 LARGEST = 1e15
 """Largest time or memory of a microbatch: sums over a step stay exact enough to be compared."""
+
+
+class MeetingTimes(NamedTuple):
+    """Times of what all ranks send each other for an LM head that lies on all of them.
+
+    share:    of the last stage's output, from its F to S of the other ranks
+    logits:   of what S adds up for T, from the last S
+    gradient: of what the last stage's backward waits for, from the last S, with two barriers from the last T
+    """
+
+    share: float
+    logits: float
+    gradient: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +39,7 @@ class Costs:
     slices: parts of a microbatch that run like microbatches of their own, each with its part of everything but `comm`
     move:  time in which `unit` of activations moves to the host or the peer, or back
     head:   times of S and T of every rank, where the LM head lies on all of them
+    meeting: times of their messages; None for `comm` each
     sync:   time in which two ranks add up the gradients of a stage that both hold a copy of
     hidden: part of the shorter half of an overlap (F+B) that runs behind the longer one; 0 if both take their sum
     """
@@ -40,6 +55,7 @@ class Costs:
     move: float = 0.0
     slices: tuple[SliceShare, ...] = ()
     head: tuple[float, float] = (0.0, 0.0)
+    meeting: MeetingTimes | None = None
     sync: float = 0.0
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from megatron_cp.pipeline.action import (
     halves,
 )
 from megatron_cp.pipeline.copies import added_up
-from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.costs import Costs, MeetingTimes
 from megatron_cp.pipeline.meetings import Meetings
 from megatron_cp.pipeline.moves import Links, peaks_over_time
 from megatron_cp.pipeline.passes import deadlock
@@ -176,7 +176,8 @@ class _StepSimulation:
             for work, cells in zip(costs.work(schedule.placement), schedule.table, strict=True)
         ]
         self._saved = costs.saved
-        self._meetings = Meetings(schedule, costs.comm) if schedule.barriers else None
+        meeting = costs.meeting or MeetingTimes(*(costs.comm,) * 3)
+        self._meetings = Meetings(schedule, meeting) if schedule.barriers else None
         self._clock = [0.0] * ranks
         self._links = [Links(schedule.to, costs) if schedule.to is not None else None for _ in range(ranks)]
 

@@ -110,11 +110,11 @@ def add_sums(schedule: Schedule) -> Schedule:
     """
     if not schedule.barriers:
         return schedule
-    returned = _returned(schedule.table[0])
+    returned = returned_before(schedule.table[0])
     return replace(schedule, table=tuple(tuple(_summed(schedule, cells, returned)) for cells in schedule.table))
 
 
-def _returned(cells: Iterable[Cell]) -> dict[int | None, list[int | None]]:
+def returned_before(cells: Iterable[Cell]) -> dict[int | None, list[int | None]]:
     """Return the microbatches whose B the first rank has run before each S, after the S before; None: at the end."""
     found: dict[int | None, list[int | None]] = {None: []}
     for cell in cells:

@@ -12,13 +12,14 @@ from megatron_cp.context.choose import Record
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.pipeline.build import build, check_slices, place
+from megatron_cp.pipeline.build import build, check_slices, check_vocabulary, place
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import PEER, Schedule
 from megatron_cp.pipeline.simulate import peaks, simulate
 from megatron_cp.pipeline.slices import AttentionShares, SliceShare, shares
+from megatron_cp.pipeline.vocabulary import returned_before
 from megatron_cp.planner.memory import (
     BUCKET,
     MemoryUse,
@@ -37,6 +38,7 @@ from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.quantised import ParameterKinds, gather_seconds, reduce_seconds
 from megatron_cp.planner.tiers import on_disk_seconds
 from megatron_cp.planner.traffic import AVERAGED_BYTES, StepTraffic, step_traffic, to_peer
+from megatron_cp.planner.vocabulary import embedding_seconds, end_times, head_times, meeting_times
 from megatron_cp.planner.work import (
     PassTimes,
     RankConfig,
@@ -174,7 +176,8 @@ def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse,
     makespan = _makespan(rank, stages)
     slowest = max(range(parallel.pp), key=lambda at: each[at].seconds)
     spent = Seconds()
-    for part in each[slowest].work:
+    head = head_times(rank) if parallel.barriers else ()
+    for part in (*each[slowest].work, *head):
         spent = spent.plus(part, parallel.micros)
     data, optimizer = max((_after(rank, stage, at) for at, stage in enumerate(each)), key=sum)
     # without a pipeline nothing waits; rounding of the sums must not show up as waiting
@@ -244,6 +247,7 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
     if model.experts % parallel.ep:
         raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
     _check_sliced(model, parallel)
+    _check_vocabulary(model, parallel)
     _check_copies(model, parallel)
     _check_messages(parallel)
     if parallel.latent and not model.latent:
@@ -299,6 +303,26 @@ def _check_sliced(model: Transformer, parallel: Parallel) -> None:
         )
 
 
+def _check_vocabulary(model: Transformer, parallel: Parallel) -> None:
+    """Refuse beside a vocabulary over all ranks what no training with it does."""
+    if not parallel.barriers:
+        return
+    if parallel.pp == 1 or parallel.schedule is None:
+        raise Refused(
+            "a vocabulary over all ranks needs a pipeline and --pp-schedule; add 1f1b, or leave --pp-vocab-parallel out"
+        )
+    check_vocabulary(SCHEDULES.get(parallel.schedule), parallel.barriers, parallel.slices, parallel.moves)
+    unable = {
+        "multi-token prediction": bool(model.mtp),
+        "output layer and loss in chunks (--cp-loss-chunks)": parallel.loss_chunks is not None,
+        "products in fp8": parallel.precision == "fp8",
+        "fully sharded data parallelism": parallel.fsdp,
+        "islands of replicas (--local-sgd-steps)": parallel.local_steps is not None,
+    }
+    if told := [what for what, asked in unable.items() if asked]:
+        raise Refused(f"a vocabulary over all ranks does not go with {told[0]}; leave --pp-vocab-parallel out")
+
+
 def _check_copies(model: Transformer, parallel: Parallel) -> None:
     """Refuse with two copies of the model what no training with them does."""
     if parallel.copies == 1:
@@ -347,6 +371,9 @@ def _stages(rank: RankConfig) -> list[Stage]:
     each = {count: _stage(rank, one, count) for count in set(layers)}
     stages = [each[count] for count in layers]
     first, last = ends(rank)
+    if parallel.barriers:
+        every, first, last = end_times(rank)
+        stages = [stage._replace(work=stage.work.plus(every)) for stage in stages]
     stages[0] = stages[0]._replace(work=stages[0].work.plus(first))
     end = stages[-1].work.plus(last)
     stages[-1] = stages[-1]._replace(work=end.plus(mtp(rank), model.mtp) if model.mtp else end)
@@ -389,8 +416,8 @@ def _mean_layer(rank: RankConfig) -> PassTimes:
 
 
 LONG = 3
-"""Microbatches per pipeline rank that are simulated; each further one adds the slowest rank's work, in two pipes as
-much as each of p more adds."""
+"""Microbatches per pipeline rank that are simulated; each further one adds the slowest rank's work, in two pipes, and
+with a vocabulary on all ranks, as much as each of p more adds."""
 
 
 def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
@@ -400,11 +427,15 @@ def _makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
         return parallel.micros * stages[0].seconds
     schedule, costs = _played(rank, stages)
     seconds, more = simulate(schedule, costs).objective(parallel.objective), parallel.micros - schedule.sequences
-    if parallel.copies == 1 or not more:
-        return seconds + more * max(costs.work(schedule.placement))
-    # where two pipes get in each other's way, they wait again for every p microbatches
-    longer = _table(parallel.schedule_name, parallel.pp, schedule.sequences + parallel.pp, parallel.vp, None, 1)
-    return seconds + more * (simulate(longer, costs).objective(parallel.objective) - seconds) / parallel.pp
+    if more and (parallel.copies > 1 or parallel.barriers):
+        # where two pipes get in each other's way, or all ranks meet, they wait again for every p microbatches
+        longer = simulate(_schedule(parallel, schedule.sequences + parallel.pp, costs), costs)
+        seconds += more * (longer.objective(parallel.objective) - seconds) / parallel.pp
+    else:
+        seconds += more * max(costs.work(schedule.placement))
+    if parallel.barriers:
+        seconds += embedding_seconds(rank, len(returned_before(schedule.table[0])[None]))
+    return seconds
 
 
 def _memory(rank: RankConfig, stages: Sequence[Stage]) -> tuple[MemoryUse, ...]:
@@ -448,10 +479,16 @@ def _played(rank: RankConfig, stages: Sequence[Stage]) -> tuple[Schedule, Costs]
     parallel = rank.parallel
     p, m, costs = parallel.pp, parallel.micros, _costs(rank, stages)
     few = m if m <= LONG * p else LONG * p - p + m % p
-    name, v, moves = parallel.schedule_name, parallel.vp, parallel.moves
+    return _schedule(parallel, few, costs), costs
+
+
+def _schedule(parallel: Parallel, m: int, costs: Costs) -> Schedule:
+    name, p, v, moves = parallel.schedule_name, parallel.pp, parallel.vp, parallel.moves
+    if parallel.barriers:
+        return build(name, p, m, v, costs=costs, barriers=parallel.barriers)
     if SCHEDULES.get(name).table:
-        return _table(name, p, few, v, moves, parallel.slices), costs
-    return build(name, p, few, v, placement=parallel.pp_placement, costs=costs, moves=moves), costs
+        return _table(name, p, m, v, moves, parallel.slices)
+    return build(name, p, m, v, placement=parallel.pp_placement, costs=costs, moves=moves)
 
 
 @lru_cache(256)
@@ -478,6 +515,7 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
         size - 2 * size_of_norms(rank) * (stage.layers - recomputed_layers(rank, int(stage.layers)))
         for size, stage in zip(sizes, stages, strict=True)
     )
+    head = head_times(rank) if parallel.barriers else (Seconds(), Seconds())
     return Costs(
         forward=forward,
         input=backward,
@@ -488,6 +526,8 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
         unit=1.0,
         move=_move_seconds(rank),
         slices=_slices(rank, stages),
+        head=(head[0].total, head[1].total),
+        meeting=meeting_times(rank) if parallel.barriers else None,
     )
 
 

@@ -25,9 +25,9 @@ MODELLED = _flags(
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
-    pp-slices cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps local-sgd-outer
-    moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-pieces moe-router moe-group-tokens
-    moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
+    pp-slices pp-vocab-parallel cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps
+    local-sgd-outer moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-pieces moe-router
+    moe-group-tokens moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
     zero-quantized-gradients zero-quantized-weights zero-quantized-ranks-per-node
     optimizer-state-dir optimizer-state-weights
     """
@@ -35,7 +35,7 @@ MODELLED = _flags(
 
 UNMODELLED = _flags(
     """
-    pp-vocab-parallel local-sgd-spread
+    local-sgd-spread
     tensor-parallel-num-weight-shards pipeline-model-parallel-comm-backend max-seqlen-per-dp-cp-rank
     hybrid-context-parallel expert-tensor-parallel-num-weight-shards deterministic-mode no-tp-comm-bulk-wgrad
     disable-tp-comm-bulk-wgrad no-tp-comm-bulk-dgrad disable-tp-comm-bulk-dgrad no-tp-comm-overlap-ag

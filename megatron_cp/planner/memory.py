@@ -12,6 +12,7 @@ from megatron_cp.pipeline.slices import model_lengths
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.quantised import TRAVEL, Moved, ParameterKinds, left_bytes, moved
+from megatron_cp.planner.vocabulary import head_bytes, message_bytes
 from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of, mlp_width
 
 BUCKET = 40_000_000
@@ -24,8 +25,9 @@ class MemoryUse(NamedTuple):
     weights, gradients, optimizer: as Megatron keeps them, of all copies and versions of weights that a schedule needs,
                  and what quantised gradients leave over for the next step
     activations: kept from forward to backward, of every microbatch in flight
-    logits:      of one microbatch, with the cross entropy's copies
-    buffers:     of context parallelism, of one layer at work, and of a bucket of quantised messages
+    logits:      of one microbatch, with the cross entropy's copies; of two where the vocabulary lies on all ranks
+    buffers:     of context parallelism, of one layer at work, of a bucket of quantised messages, and of messages of a
+                 vocabulary on all ranks
     reserved:    context, libraries and communication buffers
     """
 
@@ -177,6 +179,7 @@ def stage_parameters(
     """Return the dense and expert parameters of a rank with `layers` layers, those of all copies.
 
     first, last: add the embedding, or the final norm and the output layer; a tied one is one weight without a pipeline
+                 and where the vocabulary lies on all ranks, each of which then has a part of both
     """
     share = layers / model.layers
     ends = _embeddings(model, parallel, first, last)
@@ -188,8 +191,10 @@ def stage_parameters(
     return dense, share * experts
 
 
-def _embeddings(model: Transformer, parallel: Parallel, first: bool, last: bool) -> int:
+def _embeddings(model: Transformer, parallel: Parallel, first: bool, last: bool) -> float:
     """Return the parameters of the embedding and the output layer."""
+    if parallel.barriers:
+        return (1 if model.tied else 2) * model.embedding_parameters / parallel.pp
     if first and last and model.tied and parallel.pp == 1:
         return model.embedding_parameters
     return (int(first) + int(last)) * model.embedding_parameters
@@ -265,7 +270,9 @@ def rank_memory(
     """
     model, parallel = rank.model, rank.parallel
     logits = 0.0
-    if last:
+    if parallel.barriers:
+        logits = head_bytes(rank)
+    elif last:
         losses = 1 + model.mtp
         # the stored logits, and their float32 copy that the cross entropy turns into the gradient
         logits = losses * (parallel.bytes + 8) * rank.tokens * model.vocab / parallel.tp
@@ -284,6 +291,7 @@ def rank_memory(
     # of the longest slice; gradients of keys of all but the last wait in float32
     buffers *= max(lengths) / rank.seq
     buffers += layers * keys_for_slices(rank, 4) * (1 - lengths[-1] / rank.seq) + _gathered_weights(rank)
+    buffers += message_bytes(rank, last) if parallel.barriers else 0.0
     if parallel.recompute == "full":
         at_work = parallel.recompute_layers if parallel.recompute_method == "uniform" else 1
         again = at_work * mean_layer_bytes(replace(rank, parallel=replace(parallel, recompute="none")))

@@ -86,6 +86,7 @@ class Parallel:
     schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
     moves:       limit of chunks on a pipeline rank, and where activations beyond it go
     slices:      of every sequence, which go through the pipeline one after the other
+    barriers:    of every microbatch, 1 or 2, where the vocabulary lies on all ranks of the pipeline; 0 elsewhere
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are divided among stages
     overlap_grad_reduce, overlap_param_gather, tp_overlap: as Megatron's flags; tp_overlap is TransformerEngine's
@@ -134,6 +135,7 @@ class Parallel:
     schedule: str | None = None
     moves: Offload | None = None
     slices: int = 1
+    barriers: int = 0
     objective: str = "makespan"
     balanced_ends: bool = False
     overlap_grad_reduce: bool = True
@@ -321,6 +323,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         schedule=recipe.flag("--pp-schedule", "") or None,
         moves=_moves(recipe),
         slices=recipe.number("--pp-slices", 1),
+        barriers=recipe.number("--pp-vocab-parallel", 1) if "--pp-vocab-parallel" in given else 0,
         balanced_ends="--account-for-loss-in-pipeline-split" in given,
         overlap_grad_reduce="--overlap-grad-reduce" in given,
         overlap_param_gather="--overlap-param-gather" in given,

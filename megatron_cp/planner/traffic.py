@@ -8,6 +8,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.memory import kinds_of, moved_in_a_step, of_shards, parameter_bytes, stage_parameters
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.quantised import node_hops, sent_in_hops
+from megatron_cp.planner.vocabulary import sent_bytes
 from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
 from megatron_cp.tensor.place import cube_side
@@ -88,6 +89,11 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
         away = _share_between(rank, 2, parallel.world - parallel.world // parallel.pp)
         inside["data"] += sent * (1 - away)
         between["data"] += sent * away
+    if parallel.barriers:
+        sent = micros * sent_bytes(rank)
+        away = _share_between(rank, parallel.pp, parallel.world // parallel.pp)
+        inside["pipeline"] += sent * (1 - away)
+        between["pipeline"] += sent * away
     # weights are gathered by neighbours
     away = _share_between(rank, grid.weights, 1)
     inside["tensor"] += micros * weights_axis * (1 - away)

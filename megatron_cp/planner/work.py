@@ -401,7 +401,7 @@ def _elementwise(rank: RankConfig, moe: bool) -> PassTimes:
 
 def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
     parallel = rank.parallel
-    gather, scatter, reduce = _of_hidden_states(rank)
+    gather, scatter, reduce = hidden_state_seconds(rank)
     forward = backward = 2 * reduce
     if parallel.sp:
         pieces = parallel.tp if parallel.tp_overlap else 1
@@ -418,7 +418,7 @@ def _collectives(rank: RankConfig, moe: bool) -> PassTimes:
     return PassTimes(Seconds(collectives=forward), Seconds(collectives=backward), Seconds(collectives=weight))
 
 
-def _of_hidden_states(rank: RankConfig) -> tuple[float, float, float]:
+def hidden_state_seconds(rank: RankConfig) -> tuple[float, float, float]:
     """Return the seconds of an all-gather, a reduce-scatter and an all-reduce of a microbatch's hidden states."""
     size = rank.tokens * rank.model.hidden * rank.parallel.bytes
     gather, scatter, reduce = (
@@ -435,11 +435,15 @@ def _behind_products(rank: RankConfig, seconds: float) -> float:
 def _embedding(rank: RankConfig) -> PassTimes:
     """Return the times of the embedding: rows are read and written, and added up in backward."""
     size = rank.tokens * rank.model.hidden * rank.parallel.bytes / rank.cluster.touch_bytes_per_s
-    gather, scatter, reduce = _of_hidden_states(rank)
+    gather, scatter, reduce = hidden_state_seconds(rank)
     forward, backward = (scatter, gather) if rank.parallel.sp else (reduce, 0.0)
     return PassTimes(
         Seconds(memory=2 * size, collectives=forward), Seconds(), Seconds(memory=3 * size, collectives=backward)
     )
+
+
+LOSS_BYTES = 26
+"""Bytes read and written per logit of a loss: cast to float32, maximum, difference, exponential, sum."""
 
 
 def _head(rank: RankConfig) -> PassTimes:
@@ -448,15 +452,15 @@ def _head(rank: RankConfig) -> PassTimes:
     product = Product(rank.tokens / pieces, rank.model.hidden, columns, pieces)
     seconds = Seconds(products=product_seconds(rank, product, rank.dtype))
     logits = rank.tokens * columns / (rank.cluster.loss_bytes_per_s or rank.cluster.touch_bytes_per_s)
-    gather, scatter, reduce = _of_hidden_states(rank)
+    gather, scatter, reduce = hidden_state_seconds(rank)
     forward, backward, late = (0.0, reduce, 0.0)
     if rank.parallel.sp:
         forward, backward = gather, _behind_products(rank, gather + scatter)
     if pieces > 1:
         share = 1 if rank.cluster.inside.busy_s_per_byte else 1 / pieces
         forward, backward, late = gather * share, scatter * share, gather * share
-    # bytes per logit: cast to float32, maximum, difference, exponential, sum; backward: gradient in place, cast back
-    loss = Seconds(memory=26 * logits, collectives=forward)
+    # backward, bytes per logit: gradient in place, cast back
+    loss = Seconds(memory=LOSS_BYTES * logits, collectives=forward)
     gradient = Seconds(memory=14 * logits, collectives=backward)
     whole = PassTimes(seconds.plus(loss), seconds.plus(gradient), seconds.plus(Seconds(collectives=late)))
     if not rank.parallel.loss_chunks:
