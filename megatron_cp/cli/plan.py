@@ -71,6 +71,12 @@ def plan(
     pp_slices: Annotated[
         str, typer.Option(help="Numbers of slices of a sequence to weigh beside whole sequences, with commas.")
     ] = "",
+    pp_vocab_parallel: Annotated[
+        str,
+        typer.Option(
+            help="Weigh LM head and embedding over all pipeline ranks, with these numbers of barriers, with commas."
+        ),
+    ] = "",
     moe_exchanges: Annotated[
         str,
         typer.Option(
@@ -134,6 +140,7 @@ def plan(
         schedules=tuple(schedules.replace(",", " ").split()),
         offload=pp_offload,
         slices=tuple(count(one, "--pp-slices") for one in pp_slices.replace(",", " ").split()),
+        barriers=tuple(count(one, "--pp-vocab-parallel") for one in pp_vocab_parallel.replace(",", " ").split()),
         tensor=_tensor_schemes(tp_schemes),
         tp_overlap=tp_comm_overlap,
         exchanges=_exchanges(moe_exchanges),
@@ -200,6 +207,7 @@ def _plain(one: "Estimate") -> dict[str, Any]:
         "schedule": parallel.schedule_name,
         **({"pp_offload": parallel.moves.limit} if parallel.moves else {}),
         **({"pp_slices": parallel.slices} if parallel.slices > 1 else {}),
+        **({"pp_vocab_parallel": parallel.barriers} if parallel.barriers else {}),
         **({"tp_comm_type": parallel.tp_scheme} if parallel.tp_scheme != MEGATRONS else {}),
         **({"tp_grid": list(parallel.tp_grid)} if parallel.tp_grid else {}),
         **({"moe_dispatch": str(parallel.dispatch)} if one.model.experts else {}),

@@ -71,6 +71,8 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
         yield "--pp-schedule", parallel.schedule
     if parallel.slices > 1:
         yield "--pp-slices", parallel.slices
+    if parallel.barriers:
+        yield "--pp-vocab-parallel", parallel.barriers
     if parallel.moves:
         yield "--pp-offload", parallel.moves.limit
         if parallel.moves.to != HOST:

@@ -6,7 +6,7 @@ loops, until a bound is worse than all plans to show.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from megatron_cp.grid import Grid, divisors
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.pipeline import SCHEDULES as PIPELINES
 from megatron_cp.pipeline.offload import Offload
+from megatron_cp.pipeline.vocabulary import check_barriers
 from megatron_cp.planner.dispatch import dispatch_why, placement_why, weighed
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts, estimate, estimate_where_it_fits
 from megatron_cp.planner.memory import parameter_bytes, stage_parameters
@@ -78,6 +79,7 @@ class PlanRequest:
     global_batch: sequences of a step
     offload:      where memory is short, activations may move to the host beside recomputation
     slices:       numbers of slices of a sequence to weigh beside whole sequences
+    barriers:     numbers of barriers of a vocabulary on all pipeline ranks, to weigh beside one on the end ranks
     tensor:       schemes of tensor parallelism; others than Megatron's own need its local linears
     tp_overlap:   TransformerEngine's linears overlap their communication, where Megatron's own scheme stays
     exchanges:    ours of experts, to weigh beside Megatron's dispatchers
@@ -98,6 +100,7 @@ class PlanRequest:
     schedules: tuple[str, ...] = SCHEDULED
     offload: bool = False
     slices: tuple[int, ...] = ()
+    barriers: tuple[int, ...] = ()
     tensor: tuple[str, ...] = (MEGATRONS,)
     tp_overlap: bool = False
     exchanges: tuple[str, ...] = ()
@@ -214,6 +217,7 @@ def label(parallel: Parallel) -> str:
     of_tokens = f" ({parallel.dispatch})" if parallel.dispatch != STOCK else ""
     words += [f"DP={parallel.dp}"] + ([f"EP={parallel.ep}{of_tokens}"] if parallel.ep > 1 else [])
     words += [f"{parallel.slices} slices"] if parallel.slices > 1 else []
+    words += [f"vocab parallel {parallel.barriers}"] if parallel.barriers else []
     words += [f"offload {parallel.moves.limit}"] if parallel.moves else []
     words += [f"micro batch {parallel.micro_batch}"] if parallel.micro_batch > 1 else []
     again = "full recompute" + (" but attention" if parallel.keep_attention else "")
@@ -260,6 +264,8 @@ def search(request: PlanRequest, record: Record, top: int = 10, progress: Progre
 def _check(request: PlanRequest) -> None:
     cluster, gpus = request.cluster, request.gpus
     cluster.gemm(request.precision)
+    for barriers in request.barriers:
+        check_barriers(barriers)
     if late := [name for name in request.schedules if PIPELINES.get(name).delay]:
         raise Refused(
             f"{late[0]} trains on weights that lack updates, so that its time says too little; leave it out, and "
@@ -369,7 +375,7 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
             stages = sizes.pp * vp
             if layers % stages and (layers + 2) % stages:
                 continue
-            for schedule, slices in _sliced(request, _schedules(request, sizes.pp, vp), vp):
+            for schedule, slices, barriers in _orders(request, sizes.pp, vp):
                 yield _dispatching(
                     request,
                     Parallel(
@@ -380,6 +386,7 @@ def _splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
                         global_batch=request.global_batch,
                         schedule=schedule,
                         slices=slices,
+                        barriers=barriers,
                         messages=request.messages,
                         balanced_ends=layers % stages != 0,
                         precision=request.precision,
@@ -409,14 +416,19 @@ def _schedules(request: PlanRequest, pp: int, vp: int) -> list[str | None]:
     return [None if name == megatrons_schedule(vp) else name for name in fitting]
 
 
-def _sliced(request: PlanRequest, schedules: Sequence[str | None], vp: int) -> Iterator[tuple[str | None, int]]:
-    """Yield the schedules with whole sequences, and those that take slices with each number of them."""
+def _orders(request: PlanRequest, pp: int, vp: int) -> Iterator[tuple[str | None, int, int]]:
+    """Yield the schedules as they are, with each number of slices where they take some, and of barriers likewise."""
     model = request.model
-    for schedule in schedules:
-        yield schedule, 1
+    for schedule in _schedules(request, pp, vp):
+        yield schedule, 1, 0
+        if pp == 1:
+            continue
         name = schedule or megatrons_schedule(vp)
-        if PIPELINES.get(name).takes_slices and not (model.experts or model.latent or model.mtp):
-            yield from ((name, slices) for slices in request.slices if slices > 1)
+        rule = PIPELINES.get(name)
+        if rule.takes_slices and not (model.experts or model.latent or model.mtp):
+            yield from ((name, slices, 0) for slices in request.slices if slices > 1)
+        if rule.takes_vocabulary and not model.mtp and request.precision != "fp8":
+            yield from ((name, 1, barriers) for barriers in request.barriers)
 
 
 def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> Estimate | None:
@@ -488,13 +500,13 @@ def _least(request: PlanRequest, parallel: Parallel) -> Cheapest | None:
 
 def _saving(request: PlanRequest, parallel: Parallel) -> list[Parallel]:
     saving = []
-    # with two copies activations do not move
-    if request.offload and parallel.pp > 1 and parallel.copies == 1:
+    # with two copies, and with a vocabulary on all ranks, activations do not move
+    if request.offload and parallel.pp > 1 and parallel.copies == 1 and not parallel.barriers:
         name = parallel.schedule_name
         for limit in sorted({2, max(2, parallel.pp * parallel.vp // 2)}, reverse=True):
             saving.append(replace(parallel, schedule=name, moves=Offload(limit)))
     # our schedules split backwards, and would keep recomputed activations from input gradient to weight gradient
-    if not parallel.schedule:
+    if not parallel.schedule or (parallel.barriers and not _delays(parallel)):
         saving.append(replace(parallel, recompute="full"))
     return saving
 

@@ -37,7 +37,7 @@ def head_times(rank: RankConfig) -> HeadTimes:
     one, stored = parallel.barriers == 1, parallel.bytes
     columns, wide = _columns(rank), rank.tokens * model.hidden
     product = product_seconds(rank, Product(rank.tokens, model.hidden, columns), rank.dtype)
-    # bytes per logit: with one barrier exponentials are cast back; T multiplies twice by a number of each token, and casts
+    # bytes per logit: with one barrier S casts back; T multiplies twice by a number of each token, and casts back
     logits, logits_back = LOSS_BYTES + (4 + stored if one else 0), 16 + 4 + stored
     # bytes per element of hidden states: with one barrier rows of labels are read, masked, and joined with the other
     # part of the gradient; with two T casts its part to float32
