@@ -176,8 +176,7 @@ def _timed(rank: RankConfig, stages: "Sequence[Stage]", memory: tuple[MemoryUse,
     makespan = _makespan(rank, stages)
     slowest = max(range(parallel.pp), key=lambda at: each[at].seconds)
     spent = Seconds()
-    head = head_times(rank) if parallel.barriers else ()
-    for part in (*each[slowest].work, *head):
+    for part in (*each[slowest].work, *head_times(rank)):
         spent = spent.plus(part, parallel.micros)
     data, optimizer = max((_after(rank, stage, at) for at, stage in enumerate(each)), key=sum)
     # without a pipeline nothing waits; rounding of the sums must not show up as waiting
@@ -515,7 +514,7 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
         size - 2 * size_of_norms(rank) * (stage.layers - recomputed_layers(rank, int(stage.layers)))
         for size, stage in zip(sizes, stages, strict=True)
     )
-    head = head_times(rank) if parallel.barriers else (Seconds(), Seconds())
+    logits, logits_back = head_times(rank)
     return Costs(
         forward=forward,
         input=backward,
@@ -526,7 +525,7 @@ def _costs(rank: RankConfig, stages: Sequence[Stage]) -> Costs:
         unit=1.0,
         move=_move_seconds(rank),
         slices=_slices(rank, stages),
-        head=(head[0].total, head[1].total),
+        head=(logits.total, logits_back.total),
         meeting=meeting_times(rank) if parallel.barriers else None,
     )
 

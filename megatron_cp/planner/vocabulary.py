@@ -32,8 +32,13 @@ class EndTimes(NamedTuple):
 
 
 def head_times(rank: RankConfig) -> HeadTimes:
-    """Return the times of S and T: three products, of which S makes two with one barrier, and one with two."""
+    """Return the times of S and T: three products, of which S makes two with one barrier, and one with two.
+
+    Both take no time where the vocabulary lies on the ranks at the ends.
+    """
     model, parallel, cluster = rank.model, rank.parallel, rank.cluster
+    if not parallel.barriers:
+        return HeadTimes(Seconds(), Seconds())
     one, stored = parallel.barriers == 1, parallel.bytes
     columns, wide = _columns(rank), rank.tokens * model.hidden
     product = product_seconds(rank, Product(rank.tokens, model.hidden, columns), rank.dtype)

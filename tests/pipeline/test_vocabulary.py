@@ -9,13 +9,13 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import HEAD, REDUCE, SHARE, SUM_S, SUM_T, SUMS, Action, flat
 from megatron_cp.pipeline.bounds import bound_of
 from megatron_cp.pipeline.build import build, place
-from megatron_cp.pipeline.costs import Costs, uniform
+from megatron_cp.pipeline.costs import Costs, MeetingTimes, uniform
 from megatron_cp.pipeline.execute import lower
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule, parse
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
-from megatron_cp.pipeline.vocabulary import with_head
+from megatron_cp.pipeline.vocabulary import returned_before, with_head
 from tests.cases import slow_unless
 from tests.nccl import ALL_RULES, MismatchError, play
 from tests.pipeline.launches import launches
@@ -172,6 +172,23 @@ def test_a_hop_comes_before_every_meeting_of_other_ranks() -> None:
     # F 1, hop .5, F 1; S of rank 1 at once, that of rank 0 a hop later, and the sum after its end
     assert (times["1S0"], times["0S0"]) == (2.5, 3.0)
     assert times["1B0"] == 4.0 + 0.5
+
+
+def test_each_meeting_takes_its_own_time() -> None:
+    meeting = MeetingTimes(share=0.25, logits=0.125, gradient=1.0)
+    makespans = []
+    for barriers, head in {1: (0.6, 0.3), 2: (0.3, 0.6)}.items():
+        costs = replace(costs_of(2, comm=0.5), head=head, meeting=meeting)
+        makespans.append(shared(2, 1, barriers, costs).makespan)
+    # F 1, hop .5, F 1, share .25, S .6 of rank 0, sum 1, B 2, hop .5, B 2, T .3; T of rank 1 is behind its B
+    # F 1, hop .5, F 1, share .25, S .3 of rank 0, statistics .125, T .6, sum 1, B 2, hop .5, B 2
+    assert makespans == pytest.approx([9.15, 9.275])
+
+
+@pytest.mark.parametrize(("barriers", "last"), [(1, [5, 6, 7]), (2, [4, 5, 6, 7])])
+def test_last_gradients_of_the_embedding_come_at_the_end(barriers: int, last: list[int]) -> None:
+    # rank 0 of 4 runs S n - 2, and B n - 4 or n - 5 later in the round: its last S, of 7, is in round 9
+    assert returned_before(build("1f1b", 4, 8, barriers=barriers).table[0])[None] == last
 
 
 @pytest.mark.parametrize("name", [rule.name for rule in SCHEDULES if not rule.takes_vocabulary])
