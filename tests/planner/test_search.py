@@ -238,6 +238,7 @@ def test_a_batch_is_one_that_ranks_can_share(gpus: int, asked: int, batch: int) 
         ("--schedules 1f1bb", "did you mean '1f1b'"),
         ("--moe-exchanges tow-hop", "unknown exchange of experts 'tow-hop'; did you mean 'two-hop'"),
         ("--moe-pieces none", "--moe-pieces takes a count"),
+        ("--pp-vocab-parallel 1,3", "takes 1 or 2 barriers, got 3"),
         ("--cluster dgx-h100 --gpus 16", "dgx-h100 is one node of 8 GPUs, got 16"),
         ("--cluster dgx-h100 --model llama3.1-405b", "8 GPUs of dgx-h100; .*; no number of them can hold it"),
         ("--gpus 12", "12 GPUs must be a whole number of nodes of 8; ask for 8 or 16"),

@@ -72,6 +72,7 @@ SEEN = [
     "--zero-quantized-gradients int4",
     "--zero-quantized-weights",
     f"{PP2} --pp-memory-limit 20",
+    f"{PP2} --pp-schedule 1f1b --pp-vocab-parallel 1",
     "--delay-wgrad-compute",
     "--hybrid-layer-pattern M*",
     "--optimizer muon",

@@ -199,5 +199,3 @@ def test_a_plan_weighs_it_where_asked_and_writes_it(tmp_path: Path) -> None:
     file = tmp_path / "planned.yaml"
     file.write_text(as_recipe(best, "models/llama3.1-8b"))
     assert parallel_of(recipe.load(str(file), {"DATA_PATH": "corpus"}), 32) == best.parallel
-    with pytest.raises(ValueError, match="takes 1 or 2 barriers, got 3"):
-        search(replace(asked, barriers=(3,)), record, 1)
