@@ -44,8 +44,9 @@ type Propose = "Callable[[SlotPlan, Counts, SlotCosts], SlotPlan]"
 class ExpertProduct:
     """One way to compute a linear of all experts of a rank.
 
-    load: imports its class
-    what: one line for tables
+    load:   imports its class
+    what:   one line for tables
+    preset: the file of configs/ that has its flags; empty where there is none
     """
 
     name: str
@@ -53,6 +54,7 @@ class ExpertProduct:
     paper: str
     what: str
     needs: str = "nothing"
+    preset: str = ""
     aliases: tuple[str, ...] = ()
 
 
@@ -64,6 +66,7 @@ class ExpertExchange:
     messages: that a rank sends to other nodes in one exchange, of m nodes with n ranks each
     pieces:   into which tokens are cut where --moe-pieces does not say
     ahead:    pieces that have left beside the one that is computed; None for all of them
+    preset:   the file of configs/ that has its flags; empty where there is none
     """
 
     name: str
@@ -72,6 +75,7 @@ class ExpertExchange:
     messages: str
     pieces: int = 1
     ahead: int | None = 1
+    preset: str = ""
     aliases: tuple[str, ...] = ()
 
 
@@ -79,9 +83,10 @@ class ExpertExchange:
 class ExpertPlacement:
     """One policy for the copies of experts in spare slots.
 
-    load: imports its `propose`, a pure function of the plan in force, the counts that it goes by, and costs
-    keep: share of what it went by before in what it goes by now
-    what: one line for tables
+    load:   imports its `propose`, a pure function of the plan in force, the counts that it goes by, and costs
+    keep:   share of what it went by before in what it goes by now
+    what:   one line for tables
+    preset: the file of configs/ that has its flags
     """
 
     name: str
@@ -89,6 +94,7 @@ class ExpertPlacement:
     keep: float
     paper: str
     what: str
+    preset: str
     aliases: tuple[str, ...] = ()
 
 
@@ -157,6 +163,7 @@ PRODUCTS = Registry(
             paper="MegaBlocks (arXiv:2211.15841)",
             what="one grouped product of torch over the tokens of all experts, whose weights are copied side by side",
             needs="torch's grouped_mm for the device and the dtype, rows of 16 bytes or a multiple",
+            preset="training/megablocks",
             aliases=("megablocks",),
         ),
         ExpertProduct(
@@ -214,12 +221,14 @@ EXCHANGES = Registry(
             messages="(m - 1) n for each piece",
             pieces=4,
             ahead=None,
+            preset="training/fastermoe",
         ),
         ExpertExchange(
             name=TUTEL,
             paper="Tutel (arXiv:2206.03382)",
             what="one exchange or two hops, in 1, 2, 4 or 8 pieces, as is fastest by the costs of the cluster",
             messages="of what it takes",
+            preset="training/tutel",
             aliases=(AUTO,),
         ),
     ],
@@ -278,6 +287,7 @@ PLACEMENTS = Registry(
             keep=0.0,
             paper="FasterMoE (PPoPP 2022)",
             what="copies of the busiest experts on every rank, as many as are fastest for the last step's load",
+            preset="training/fastermoe",
         ),
         ExpertPlacement(
             name="flexmoe",
@@ -285,6 +295,7 @@ PLACEMENTS = Registry(
             keep=0.5,
             paper="FlexMoE (arXiv:2304.03946)",
             what="the plan in force, changed by expand, shrink and migrate while the load is uneven",
+            preset="training/flexmoe",
         ),
         ExpertPlacement(
             name="lina",
@@ -292,6 +303,7 @@ PLACEMENTS = Registry(
             keep=0.9,
             paper="Lina (USENIX ATC 2023)",
             what="as many copies as an expert is popular in the mean of many steps, in all slots",
+            preset="training/lina",
         ),
     ],
 )

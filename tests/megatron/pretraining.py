@@ -19,6 +19,9 @@ import torch
 from megatron_cp.megatron.process import launch
 from megatron_cp.megatron.process.launch import launched
 from megatron_cp.megatron.rebind import replace, restore
+from megatron_cp.recipe import recipe
+from megatron_cp.recipe.command import flag_words
+from megatron_cp.recipe.file import Unset
 
 SCRIPT = os.path.join(os.path.dirname(__file__), "pretrain_script.py")
 
@@ -43,6 +46,11 @@ def tiny(*flags: str, without: str = "") -> list[str]:
     """
     ours = [word for word in [*MODEL.split(), *TRAINING.split()] if word not in without.split()]
     return [*ours, *(word for text in flags for word in text.split())]
+
+
+def preset(name: str) -> str:
+    """The flags of a shipped file of configs/training."""
+    return " ".join(flag_words(recipe.load(f"training/{name}", Unset({})).model_args))
 
 
 def pretrain_losses(flags: list[str], named_weights: bool = True) -> list[dict[str, Any]]:

@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_cp.megatron.arguments import validate
 from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.recipe import recipe
-from megatron_cp.recipe.command import flag_words
 from megatron_cp.recipe.file import Unset
 from tests.cases import slow_unless
 from tests.megatron.arguments.test_validate import verdict
-from tests.megatron.pretraining import one_gather_at_a_time, pretrain_losses, tiny
+from tests.megatron.pretraining import one_gather_at_a_time, preset, pretrain_losses, tiny
 from tests.ranks import run_ranks
 from tests.tolerances import BF16_LOSS, GRAD_NORM_DIGITS, LOSS_DIGITS
 
@@ -138,11 +137,6 @@ def measured(flags: list[str]) -> Run:
     replace("megatron.training.training:train_step", counted)
     log = pretrain_losses(flags, named_weights=False)
     return Run(log, len(calls), *last[0])
-
-
-def preset(name: str) -> str:
-    """The flags of a shipped file."""
-    return " ".join(flag_words(recipe.load(f"training/{name}", Unset({})).model_args))
 
 
 CP = "--context-parallel-size 2 --cp-comm-type zigzag"

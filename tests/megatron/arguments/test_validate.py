@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_cp.experts import DEEPSPEED_MOE, ROUTERS
+from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PLACEMENTS, PRODUCTS, ROUTERS
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments import validate
 from megatron_cp.megatron.arguments.assumed_machine import assumed, gpu_of
@@ -90,9 +90,12 @@ def test_every_model_is_valid_on_two_nodes(write: Write, name: str) -> None:
     assert isinstance(answer, list), answer
 
 
+OF_EXPERTS = dict.fromkeys(entry.preset for entry in (*PRODUCTS, *EXCHANGES, *PLACEMENTS, *ROUTERS) if entry.preset)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", [entry.preset for entry in ROUTERS if entry.preset])
-def test_every_router_is_valid_on_two_nodes(write: Write, preset: str) -> None:
+@pytest.mark.parametrize("preset", OF_EXPERTS)
+def test_every_preset_of_experts_is_valid_on_two_nodes(write: Write, preset: str) -> None:
     sizes = "--expert-model-parallel-size: 8"
     if preset == ROUTERS.get(DEEPSPEED_MOE).preset:
         sizes += ", --moe-shared-expert-intermediate-size: 14336"

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from megatron_cp.experts.grouped_mm import lacking
-from tests.megatron.pretraining import from_the_rank_with_losses, losses_of_each_iteration, start_from_names, tiny
+from tests.megatron.pretraining import (
+    from_the_rank_with_losses,
+    losses_of_each_iteration,
+    preset,
+    start_from_names,
+    tiny,
+)
 from tests.ranks import run_ranks_with_log
 from tests.tolerances import BF16_STEP, GRAD_NORM_DIGITS, LOSS_DIGITS
 
@@ -18,6 +24,7 @@ MOE = """
 GROUPED = "--moe-grouped-gemm"
 EP2 = "--expert-model-parallel-size 2"
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+EVERY_STEP = "--moe-placement-interval 1"
 OVERLAPPED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2 --pp-schedule zb-h1 --num-layers 4 --global-batch-size 8"
@@ -213,7 +220,12 @@ ROUTED = {
         64,
     ),
     "gshard, PP 2": (GSHARD, "--pipeline-model-parallel-size 2 --pp-schedule 1f1b", 8, 0),
-    "deepspeed-moe, EP 2 in 2 pieces": (BESIDE, f"{EP2} --moe-pieces 2", 8, 0),
+    "deepspeed-moe, EP 2 in 2 pieces, flexmoe": (
+        BESIDE,
+        f"{EP2} --moe-pieces 2 {preset('flexmoe')} {EVERY_STEP}",
+        8,
+        0,
+    ),
 }
 
 
@@ -257,12 +269,13 @@ SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 
 @pytest.mark.parametrize(
     ("ranks", "flags", "alike", "said", "calls"),
     [
-        (2, f"{EP2} {GROUPED} {OVERLAPPED} --moe-comm-type fastermoe", (1,), "fastermoe, in 4 pieces", 4),
-        (4, f"{PP2} {EP2} --moe-comm-type pipelined", (2, PP2), "pipelined, in 2 pieces", 4),
+        (2, f"{EP2} {GROUPED} {OVERLAPPED} {preset('fastermoe')} {EVERY_STEP}", (1,), "fastermoe, in 4 pieces", 4),
+        # on one node two hops cost as much, and the simpler one is taken
+        (4, f"{PP2} {EP2} {preset('tutel')} --moe-pieces 2", (2, PP2), "pipelined, in 2 pieces", 4),
         (4, f"{EP4} {SHARED} {TWO_HOPS} --moe-pieces 3", (4, EP4, SHARED), "two-hop, 2 nodes of 2, in 3 pieces", 3),
     ],
     # two hops of a whole layer are compared with Megatron's exchange in test_pieces
-    ids=["all pieces first, overlapped", "pieces, zb-h1", "two hops in pieces, shared experts, tokens dropped"],
+    ids=["all pieces first, overlapped", "tutel's pieces, zb-h1", "two hops in pieces, shared experts, tokens dropped"],
 )
 def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags, alike, said, calls):
     found = run(ranks, flags)
@@ -273,18 +286,18 @@ def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags
     assert f"[megatron-cp] exchange of experts: {said}" in {line for each in found for line in each.banner}
 
 
-PLACED = "--moe-placement lina --moe-placement-interval 1"
+PLACED = f"{preset('lina')} {EVERY_STEP}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "flags", "alike", "slots", "layers"),
     [
-        (4, f"{PP2} {EP2} {DISTRIBUTED} --moe-replica-slots 2", (2, PP2), 2, 4),
+        (4, f"{PP2} {EP2} {DISTRIBUTED} --moe-comm-type megatron --moe-replica-slots 2", (2, PP2), 2, 4),
         (
             4,
             f"{TP2} --context-parallel-size 2 {EP2} --expert-tensor-parallel-size 1 {GROUPED} {OVERLAPPED} "
-            "--moe-pieces 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             (1,),
             1,
             2,
