@@ -62,7 +62,8 @@ def cluster_of(gpu: str | None) -> str:
                 return name
     raise Refused(
         f"no shipped cluster has {gpu!r}, so that 'auto' cannot tell what is fast; "
-        f"pass --cp-cluster with a file of your own or one of: {', '.join(shipped_clusters())}"
+        f"pass --cp-cluster, or --moe-cluster for experts, with a file of your own or one of: "
+        f"{', '.join(shipped_clusters())}"
     )
 
 

@@ -16,6 +16,7 @@ from megatron_cp.megatron.arguments.batches import check_plan, imply_loader
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
 from megatron_cp.megatron.arguments.experts import (
+    check_cluster,
     check_exchange,
     check_experts,
     check_layers,
@@ -81,6 +82,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
         lambda: check_schedule(args),
         lambda: check_plan(args),
         lambda: check_chunks(args),
+        lambda: check_cluster(args),
     )
     default = functools.partial(default_cluster, "cuda" if machine.gpu and torch.cuda.is_available() else "cpu")
     settle_tensor(args, default)

@@ -24,7 +24,6 @@ from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.context.layouts import ZIGZAG, check_chunks, layout
 from megatron_cp.context.masks import mask
 from megatron_cp.errors import Refused
-from megatron_cp.experts import TUTEL
 from megatron_cp.grid import Grid, most_square
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.kernels import AUTO, KERNELS, check_caps
@@ -256,12 +255,11 @@ def _check_cluster(args: Any) -> None:
     if cluster is None:
         return
     chooses = AUTO_BACKEND in comm_types(args) or AttentionFlags.of(args).document_layout == AUTO_LAYOUT
-    chooses = chooses or TensorFlags.of(args).chosen or ExpertFlags.of(args).exchange.name == TUTEL
+    chooses = chooses or TensorFlags.of(args).chosen
     if not chooses and not plans_batches(args):
         raise Refused(
             f"--cp-cluster {cluster} needs --cp-plan, --cp-comm-type {AUTO_BACKEND}, or {AUTO_BACKEND} for "
-            f"--tp-comm-type, --tp-grid, --moe-comm-type or --cp-document-layout, got {', '.join(comm_types(args))}; "
-            "leave it out"
+            f"--tp-comm-type, --tp-grid or --cp-document-layout, got {', '.join(comm_types(args))}; leave it out"
         )
     load_cluster(cluster)
 

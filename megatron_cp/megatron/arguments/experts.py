@@ -238,10 +238,23 @@ def imply_pieces(args: Any) -> None:
         say(f"--moe-comm-type {exchange.name}: --moe-pieces {exchange.pieces}")
 
 
+def check_cluster(args: Any) -> None:
+    """Refuse a cluster for experts that none reads, or that there is not; ValueError with the rule and a way out."""
+    flags = ExpertFlags.of(args)
+    if flags.cluster is None:
+        return
+    if not flags.places and flags.exchange.name != TUTEL:
+        raise Refused(
+            f"--moe-cluster {flags.cluster} is of copies of experts and of costs of an exchange; add --moe-placement "
+            f"or --moe-comm-type {TUTEL}, or leave it out"
+        )
+    load_cluster(flags.cluster)
+
+
 def settle_exchange(args: Any, default: Callable[[], Cluster]) -> None:
     """Replace `tutel` of --moe-comm-type by the pieces and hops that take least, and say why; it refuses nothing.
 
-    default: the cluster where --cp-cluster names none
+    default: the cluster where --moe-cluster names none
     """
     flags = ExpertFlags.of(args)
     if flags.exchange.name != TUTEL or not read(args, "num_experts"):
@@ -251,7 +264,7 @@ def settle_exchange(args: Any, default: Callable[[], Cluster]) -> None:
     etp = read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)
     ranks = ExpertRanks(read(args, "expert_model_parallel_size", 1), etp)
     try:
-        cluster = load_cluster(args.cp_cluster) if read(args, "cp_cluster") else default()
+        cluster = default() if flags.cluster is None else load_cluster(flags.cluster)
         found = weigh(_mixture(args), ranks, cluster, degrees, flags.ranks_per_node)
         taken, why = found[0].dispatch, ", ".join(map(str, found))
     except Refused as refused:

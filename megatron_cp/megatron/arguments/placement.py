@@ -4,7 +4,6 @@ from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.experts import PLACEMENTS
-from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
 from megatron_cp.megatron.flags.experts import ExpertFlags
 
@@ -67,5 +66,4 @@ def check_placement(args: Any) -> None:
         raise Refused(f"--moe-replica-slots must be at least 1, got {flags.slots}; leave --moe-placement out for none")
     if flags.placement_interval < 1:
         raise Refused(f"--moe-placement-interval must be at least 1 step, got {flags.placement_interval}")
-    load_cluster(flags.cluster)
     refuse(UNPLACED, args, f"--moe-placement {PLACEMENTS.get(flags.placement).name}")

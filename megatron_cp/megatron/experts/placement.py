@@ -202,7 +202,7 @@ class HostedCopies:
     def _costs(self) -> SlotCosts:
         flags, config = ExpertFlags.of(self._config), self._config
         width = config.moe_ffn_hidden_size or config.ffn_hidden_size
-        ranks, cluster = self.plan.slots.ranks, load_cluster(flags.cluster)
+        ranks, cluster = self.plan.slots.ranks, load_cluster(flags.copies_cluster)
         return slot_costs(config.hidden_size, width, ranks, cluster, get_num_microbatches())
 
 

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TWO_HOP, ExpertExchange
+from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TUTEL, TWO_HOP, ExpertExchange
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.experts import NONE as NO_PLACEMENT
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.megatron.flags.flag import Flags, flag, one_of
+
+COPIES_CLUSTER = "dgx-h100"
+"""The cluster by whose costs copies are placed where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +102,14 @@ class ExpertFlags(Flags):
         lambda: "With --moe-placement, steps between two plans of copies.",
         int,
     )
-    cluster: str = flag(
-        "dgx-h100",
+    cluster: str | None = flag(
+        None,
         lambda: "NAME|FILE",
         lambda: (
-            "With --moe-placement, the cluster whose costs of rows and copies a plan goes by: "
+            f"With --moe-placement and --moe-comm-type {TUTEL}, the cluster by whose costs copies, pieces and hops are "
+            "chosen: "
             + ", ".join(shipped_clusters())
-            + ", or a YAML file."
+            + f", or a YAML file. By default {COPIES_CLUSTER} for copies, and this machine's GPU or CPU for {TUTEL}."
         ),
     )
 
@@ -113,6 +117,11 @@ class ExpertFlags(Flags):
     def places(self) -> bool:
         """True if ranks host copies of other ranks' experts; ValueError for a name unknown."""
         return self.placement != NO_PLACEMENT and bool(EXPERT_PLACEMENTS.get(self.placement).name)
+
+    @property
+    def copies_cluster(self) -> str:
+        """The cluster by whose costs copies are placed: a shipped name or a file."""
+        return COPIES_CLUSTER if self.cluster is None else self.cluster
 
     @property
     def slots(self) -> int:

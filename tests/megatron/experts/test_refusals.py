@@ -7,6 +7,7 @@ import pytest
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.command_line import wants_layers
 from megatron_cp.megatron.arguments.experts import (
+    check_cluster,
     check_exchange,
     check_experts,
     check_layers,
@@ -198,6 +199,7 @@ PLACED = {**RUN, "moe_placement": "lina", "moe_token_dispatcher_type": "alltoall
 
 
 def check_copies(args):
+    check_cluster(args)
     check_exchange(args)
     check_placement(args)
 
@@ -226,6 +228,10 @@ def test_copies_of_experts_that_work_are_taken(given):
         ({"moe_replica_slots": 0}, "--moe-replica-slots must be at least 1, got 0; leave --moe-placement out"),
         ({"moe_placement_interval": 0}, "--moe-placement-interval must be at least 1 step, got 0"),
         ({"moe_cluster": "dgx-h10"}, "no cluster 'dgx-h10'; did you mean 'dgx-h100'"),
+        (
+            {"moe_placement": "none", "moe_cluster": "dgx-h100"},
+            "add --moe-placement or --moe-comm-type tutel, or",
+        ),
         ({"transformer_impl": "transformer_engine"}, "pass --transformer-impl local"),
         ({"gradient_accumulation_fusion": True}, "pass --no-gradient-accumulation-fusion"),
         ({"moe_pad_expert_input_to_capacity": True}, "leave --moe-pad-expert-input-to-capacity out"),
@@ -281,6 +287,8 @@ def test_tutel_takes_the_fastest_of_its_degrees_and_hops(capsys):
         ({"moe_pad_expert_input_to_capacity": True}, 1),
         # no rates of the dtype
         ({"bf16": False, "fp16": True}, 1),
+        # nothing is beside anything on a CPU
+        ({"moe_cluster": "this-cpu", "bf16": False}, 1),
     ],
 )
 def test_tutel_keeps_what_is_asked_for_and_leaves_whole_what_cannot_be_cut(capsys, given, pieces):
