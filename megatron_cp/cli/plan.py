@@ -179,8 +179,9 @@ def _exchanges(text: str) -> tuple[str, ...]:
     words = text.replace(",", " ").split()
     asked = [EXCHANGES.get(name).name for name in words]
     names = EXCHANGES.names if TUTEL in asked else asked
-    # pieces of Megatron's exchange are pipelined
-    return tuple(name for name in dict.fromkeys(names) if name not in (MEGATRONS_EXCHANGE, PIPELINED, TUTEL))
+    # pieces of Megatron's exchange are pipelined, and cost as much where reductions wait for them
+    known = (MEGATRONS_EXCHANGE, PIPELINED, TUTEL)
+    return tuple(name for name in dict.fromkeys(names) if name not in known and not EXCHANGES.get(name).first)
 
 
 def model_source(model: str) -> str:

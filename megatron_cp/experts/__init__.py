@@ -66,6 +66,7 @@ class ExpertExchange:
     messages: that a rank sends to other nodes in one exchange, of m nodes with n ranks each
     pieces:   into which tokens are cut where --moe-pieces does not say
     ahead:    pieces that have left beside the one that is computed; None for all of them
+    first:    reductions of gradients wait for it in backward
     preset:   the file of configs/ that has its flags; empty where there is none
     """
 
@@ -75,6 +76,7 @@ class ExpertExchange:
     messages: str
     pieces: int = 1
     ahead: int | None = 1
+    first: bool = False
     preset: str = ""
     aliases: tuple[str, ...] = ()
 
@@ -222,6 +224,16 @@ EXCHANGES = Registry(
             pieces=4,
             ahead=None,
             preset="training/fastermoe",
+        ),
+        ExpertExchange(
+            name="lina",
+            paper="Lina (USENIX ATC 2023)",
+            what="the alltoall dispatcher in pieces as with pipelined; reductions of gradients wait for the next "
+            "exchange of backward",
+            messages="(m - 1) n for each piece",
+            pieces=2,
+            first=True,
+            preset="training/lina",
         ),
         ExpertExchange(
             name=TUTEL,

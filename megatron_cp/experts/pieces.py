@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cp.experts.exchange import HopPlan, TwoHopExchange
+from megatron_cp.experts.priority import ExchangePriority
 
 Tensors = tuple[Tensor, ...]
 
@@ -76,11 +77,12 @@ def in_turn(
 class PieceLoop(NamedTuple):
     """One forward pass over pieces and its backward, in an object so that autograd does not see it.
 
-    plans:   of the exchange of each piece
-    experts: for each piece, what this rank makes of the rows that arrive and their probabilities: rows to send home
-    keeps:   True if there will be a backward
-    leaves:  what they compute with in the place of the last of the weights, which are not leaves of autograd
-    ahead:   pieces that leave before one is computed, beside it; None for all
+    plans:    of the exchange of each piece
+    experts:  for each piece, what this rank makes of the rows that arrive and their probabilities: rows to send home
+    keeps:    True if there will be a backward
+    leaves:   what they compute with in the place of the last of the weights, which are not leaves of autograd
+    ahead:    pieces that leave before one is computed, beside it; None for all
+    priority: over reductions of gradients; None where they start when they are ready
     """
 
     exchange: TwoHopExchange
@@ -89,6 +91,7 @@ class PieceLoop(NamedTuple):
     keeps: bool
     leaves: Tensors = ()
     ahead: int | None = 1
+    priority: ExchangePriority | None = None
 
     def there(self, piece: int, rows: Tensors) -> RowsOnTheWay:
         """Start the way to the experts."""
@@ -124,6 +127,8 @@ class _Pieces(torch.autograd.Function):
         back = in_turn(
             pieces, lambda piece: loop.there(piece, (rows[piece], probs[piece])), compute, loop.home, loop.ahead
         )
+        if loop.keeps and loop.priority:
+            loop.priority.expect()
         return tuple(output for (output,) in back)
 
     @staticmethod
@@ -148,6 +153,8 @@ class _Pieces(torch.autograd.Function):
             loop.home,
             loop.ahead,
         )
+        if loop.priority:
+            loop.priority.over()
         rows, probs = zip(*back, strict=True)
         return None, *rows, *probs, *of_weights
 

@@ -36,8 +36,9 @@ def _partly_modelled(recipe: Recipe) -> Iterator[str]:
     if "m" in recipe.flag("--pipeline-model-parallel-layout", "").rpartition("|")[0]:
         # its layers are counted on the last stage
         yield "--pipeline-model-parallel-layout"
-    if EXCHANGES.get(recipe.flag("--moe-comm-type", MEGATRONS)).name == TUTEL:
-        # counted as one exchange of whole microbatches
+    exchange = EXCHANGES.get(recipe.flag("--moe-comm-type", MEGATRONS))
+    if exchange.name == TUTEL or exchange.first:
+        # counted as one exchange of whole microbatches, and reductions as if none waited
         yield "--moe-comm-type"
     if ROUTERS.get(recipe.flag("--moe-router", MEGATRONS)).name == GSHARD:
         # every second expert is counted, as if its chance were 1

@@ -246,6 +246,7 @@ def test_flags_say_the_experts_of_each_layer() -> None:
         ("--moe-comm-type two-hop --moe-ranks-per-node 8 --moe-pieces 2 --moe-layer-experts 17:16", ()),
         ("--moe-router switch --moe-expert-capacity-factor 1 --moe-group-tokens 512", ()),
         ("--moe-comm-type tutel", ("--moe-comm-type tutel",)),
+        ("--moe-comm-type lina", ("--moe-comm-type lina",)),
         ("--moe-router gshard --moe-expert-capacity-factor 1", ("--moe-router gshard",)),
         ("--pipeline-model-parallel-size 2 --moe-layer-experts 17:16", ("--moe-layer-experts 17:16",)),
     ],

@@ -119,6 +119,15 @@ UNCUT = (
 )
 """Options that pieces do not serve."""
 
+UNHELD = (
+    Unsupported(
+        "a hybrid pattern of layers, which says nothing once the model is wrapped",
+        lambda args: bool(read(args, "hybrid_layer_pattern")),
+        "pass --moe-comm-type pipelined",
+    ),
+)
+"""Options with which no reduction of gradients can wait for an exchange."""
+
 UNROUTED = (
     Unsupported(
         "gates other than a softmax",
@@ -340,6 +349,8 @@ def check_exchange(args: Any) -> None:
     refuse(UNEXCHANGED, args, who)
     if flags.pieces > 1:
         refuse(UNCUT, args, f"--moe-pieces {flags.pieces}")
+    if flags.exchange.first:
+        refuse(UNHELD, args, who)
     if flags.two_hops:
         _check_nodes(args, flags.ranks_per_node)
 

@@ -16,6 +16,7 @@ from megatron_cp.comm import Fabric, GroupFabric
 from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
+from megatron_cp.experts.priority import ExchangePriority
 from megatron_cp.megatron.experts.residual import ResidualLayer
 from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
@@ -90,11 +91,14 @@ class PieceDispatcher(MoETokenDispatcher):
     """Cuts routed tokens into pieces, each with a dispatcher of its own, and sends them while experts compute others.
 
     The counts of all pieces are gathered and their tokens sorted before the first leaves.
+
+    priority: over reductions of gradients; set once the model is wrapped, where there are any to hold
     """
 
     def __init__(self, parts: Sequence[TwoHopDispatcher], pg_collection: Any) -> None:
         super().__init__(parts[0].config, pg_collection)
         self.parts, self.exchange = parts, parts[0].exchange
+        self.priority: ExchangePriority | None = None
         self._shape = torch.Size()
 
     def dispatch_preprocess(  # type: ignore[override]
@@ -122,6 +126,7 @@ class PieceDispatcher(MoETokenDispatcher):
             torch.is_grad_enabled(),
             leaves,
             ahead=ExpertFlags.of(self.config).exchange.ahead,
+            priority=self.priority,
         )
         return in_pieces(loop, rows, probs, weights)
 
@@ -135,8 +140,13 @@ class PieceDispatcher(MoETokenDispatcher):
         return torch.cat([part.combine_postprocess(rows) for part, rows in pairs]).view(self._shape)
 
     def describe(self) -> str:
-        """Return the exchange of each piece and their number."""
-        return f"{self.parts[0].describe()}, in {len(self.parts)} pieces"
+        """Return the exchange of each piece, their number, and what waits for them."""
+        pieces = f"{self.parts[0].describe()}, in {len(self.parts)} pieces"
+        if not ExpertFlags.of(self.config).exchange.first:
+            return pieces
+        if self.priority is None:
+            return f"{pieces}; no reduction waits without --overlap-grad-reduce"
+        return f"{pieces}, before reductions of gradients"
 
 
 def compute_part(part: TwoHopDispatcher, experts: Any, rows: Tensor, probs: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from megatron_cp.megatron.experts.dispatcher import connect_experts, exchanging
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
 from megatron_cp.megatron.experts.placement import placing
+from megatron_cp.megatron.experts.priority import put_exchanges_first
 from megatron_cp.megatron.experts.pyramid import with_experts
 from megatron_cp.megatron.experts.router import routing
 from megatron_cp.megatron.flags.context import AttentionFlags
@@ -422,7 +423,7 @@ def _mtp_is_ours() -> bool:
 def _attach_hooks(model: Any) -> None:
     # Megatron-Bridge keeps its list to itself and has a method for it
     hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
-    for hook in (place_output_layers, free_mlp_chunks, verify_models, hand_on_documents):
+    for hook in (place_output_layers, free_mlp_chunks, put_exchanges_first, verify_models, hand_on_documents):
         # the spec is asked for once per virtual pipeline stage
         if hook in hooks:
             continue

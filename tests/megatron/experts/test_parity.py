@@ -36,6 +36,7 @@ class Run(NamedTuple):
     computed:  linears of all experts of a layer, forward, by the product's name
     waited:    weight gradients of all experts that a W computed
     exchanged: exchanges of rows in two hops, forward and backward
+    held:      reductions of gradients that have waited for an exchange
     lent:      copies of weights, and of gradients, that this rank has sent
     routed:    microbatches that routers of ours routed, and routed again
     local:     experts of each layer on this rank
@@ -50,6 +51,7 @@ class Run(NamedTuple):
     routed: int = 0
     local: tuple[int, ...] = ()
     lent: tuple[int, int] = (0, 0)
+    held: int = 0
     banner: tuple[str, ...] = ()
 
 
@@ -92,8 +94,10 @@ def trained_with_experts(flags):
     local = tuple(module.num_local_experts for module in experts)
     lendings = [module.placed.lending for module in modules if isinstance(module, PlacedLayer)]
     lent = sum(lending.there for lending in lendings), sum(lending.home for lending in lendings)
+    priorities = {getattr(getattr(module, "token_dispatcher", None), "priority", None) for module in modules}
+    held = sum(priority.held for priority in priorities - {None})
     kinds = {type(module).__name__ for module in experts}
-    return Run(log, kinds, computed, len(waited), exchanged, routed, local, lent)
+    return Run(log, kinds, computed, len(waited), exchanged, routed, local, lent, held)
 
 
 def run(world_size, *flags, without=""):
@@ -270,12 +274,25 @@ SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 
     ("ranks", "flags", "alike", "said", "calls"),
     [
         (2, f"{EP2} {GROUPED} {OVERLAPPED} {preset('fastermoe')} {EVERY_STEP}", (1,), "fastermoe, in 4 pieces", 4),
+        # a bucket for nearly each weight
+        (
+            4,
+            f"{EP2} {OVERLAPPED} --global-batch-size 8 --moe-comm-type lina --ddp-bucket-size 1000",
+            (1, "--global-batch-size 8"),
+            "lina, in 2 pieces, before reductions of gradients",
+            2,
+        ),
         # on one node two hops cost as much, and the simpler one is taken
         (4, f"{PP2} {EP2} {preset('tutel')} --moe-pieces 2", (2, PP2), "pipelined, in 2 pieces", 4),
         (4, f"{EP4} {SHARED} {TWO_HOPS} --moe-pieces 3", (4, EP4, SHARED), "two-hop, 2 nodes of 2, in 3 pieces", 3),
     ],
     # two hops of a whole layer are compared with Megatron's exchange in test_pieces
-    ids=["all pieces first, overlapped", "tutel's pieces, zb-h1", "two hops in pieces, shared experts, tokens dropped"],
+    ids=[
+        "all pieces first, overlapped",
+        "exchanges before reductions",
+        "tutel's pieces, zb-h1",
+        "two hops in pieces, shared experts, tokens dropped",
+    ],
 )
 def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags, alike, said, calls):
     found = run(ranks, flags)
@@ -283,6 +300,7 @@ def test_two_hops_and_pieces_train_as_megatrons_own_exchange(apart, ranks, flags
     # tokens and probabilities there, tokens home, and as much backward, of 2 layers in 4 iterations; `calls` for the
     # pieces of all microbatches
     assert {each.exchanged for each in found} == {6 * 2 * 4 * calls}
+    assert {each.held > 0 for each in found} == {"lina" in flags}
     assert f"[megatron-cp] exchange of experts: {said}" in {line for each in found for line in each.banner}
 
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import global_vars
 
+from megatron_cp.megatron.experts.priority import put_exchanges_first
 from megatron_cp.megatron.layers import specs
 from megatron_cp.megatron.layers.attention import CoreAttention
 from megatron_cp.megatron.layers.chunks import free_mlp_chunks
@@ -36,6 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWar
 
 LOSS, GRAD_NORM = 1e-6, 1e-3
 """What print precision allows: seven digits of the loss, four of the gradient norm."""
+
+POST_WRAP = [place_output_layers, free_mlp_chunks, put_exchanges_first, verify_models, hand_on_documents]
+"""Our hooks on wrapped models, in their order."""
 
 
 def config(**changes: Any) -> TransformerConfig:
@@ -72,11 +76,11 @@ def _conventions() -> None:
     ):
         assert_ours(asked, 4)
     # asked twice, as for two virtual stages, and still hooked once
-    assert model.post_wrap_hooks == [place_output_layers, free_mlp_chunks, verify_models, hand_on_documents]
+    assert model.post_wrap_hooks == POST_WRAP
     provider = BridgeProvider(num_layers=4, hidden_size=32, num_attention_heads=4, transformer_impl="local")
     for _ in range(2):
         assert_ours(gpt_layer_spec(provider, vp_stage=None), 4)
-    assert provider._post_wrap_hooks == [place_output_layers, free_mlp_chunks, verify_models, hand_on_documents]
+    assert provider._post_wrap_hooks == POST_WRAP
 
 
 def test_every_calling_convention_gives_our_layers() -> None:
