@@ -317,6 +317,17 @@ HOOKS = Registry(
             retired_by="scripts that build datasets of packed documents on every pipeline stage",
         ),
         Hook(
+            name="mlp-tiles",
+            targets=(
+                "megatron.core.distributed.torch_fully_sharded_data_parallel:TorchFullyShardedDataParallel.__init__",
+            ),
+            by="megatron_cp.megatron.replicas.tiles:shard_tiles",
+            parameters=("self", "config", "module"),
+            reason="layers are sharded before what is inside them, which then cannot be sharded by itself any more",
+            retired_by="a TorchFullyShardedDataParallel that shards what is inside of layers first",
+            settings=True,
+        ),
+        Hook(
             name="connections",
             targets=("megatron.training.arguments:get_device_arch_version",),
             by="megatron_cp.megatron.machine.environment:without_one_connection",

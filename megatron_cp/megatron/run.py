@@ -15,7 +15,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.flags.context import AttentionFlags
 from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.flags.pipeline import PipelineFlags
-from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags, StateFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, MlpFlags, QuantisedFlags, StateFlags
 from megatron_cp.megatron.flags.tensor import TensorFlags
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.costs_file import Model
@@ -63,6 +63,7 @@ class Settings:
     local_sgd: LocalSgdFlags = field(default_factory=LocalSgdFlags)
     quantised: QuantisedFlags = field(default_factory=QuantisedFlags)
     optimizer_state: StateFlags = field(default_factory=StateFlags)
+    mlp: MlpFlags = field(default_factory=MlpFlags)
     seq_length: int | None = None
     rope_scaling_factor: float | None = None
     slice_lengths: tuple[int, ...] = ()
@@ -87,6 +88,7 @@ class Settings:
             local_sgd=LocalSgdFlags.of(args),
             quantised=QuantisedFlags.of(args),
             optimizer_state=StateFlags.of(args),
+            mlp=MlpFlags.of(args),
             seq_length=getattr(args, "seq_length", None),
             rope_scaling_factor=getattr(args, "rope_scaling_factor", None),
             slice_lengths=_slice_lengths(args, flags) if flags.sliced and flags.schedule else (),

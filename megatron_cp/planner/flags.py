@@ -35,7 +35,7 @@ MODELLED = _flags(
 
 UNMODELLED = _flags(
     """
-    local-sgd-spread
+    local-sgd-spread mlp-tiles
     tensor-parallel-num-weight-shards pipeline-model-parallel-comm-backend max-seqlen-per-dp-cp-rank
     hybrid-context-parallel expert-tensor-parallel-num-weight-shards deterministic-mode no-tp-comm-bulk-wgrad
     disable-tp-comm-bulk-wgrad no-tp-comm-bulk-dgrad disable-tp-comm-bulk-dgrad no-tp-comm-overlap-ag

@@ -39,6 +39,7 @@ from megatron_cp.megatron.arguments.placement import check_placement
 from megatron_cp.megatron.arguments.quantised import check_quantised, complete_quantised
 from megatron_cp.megatron.arguments.replicas import check_local_sgd, complete_local_sgd
 from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor, stand_in_for_overlap
+from megatron_cp.megatron.arguments.tiles import check_tiles
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.machine.facts import Machine, this_machine
@@ -99,6 +100,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     check_local_sgd(args)
     check_quantised(args)
     check_on_disk(args)
+    check_tiles(args)
     check_table(args)
     if machine.inputs:
         check_inputs(args)

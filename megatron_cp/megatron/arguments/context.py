@@ -38,7 +38,7 @@ from megatron_cp.megatron.arguments.unsupported import (
 from megatron_cp.megatron.flags.context import HEAD_FIRST, AttentionFlags, on_stripes, takes_placement
 from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.flags.pipeline import PipelineFlags
-from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags, StateFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, MlpFlags, QuantisedFlags, StateFlags
 from megatron_cp.megatron.flags.tensor import TensorFlags
 from megatron_cp.megatron.run import cuts_at_eod, packs_documents, plans_batches
 from megatron_cp.registry import suggest
@@ -174,6 +174,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     LocalSgdFlags.add_to(parser)
     QuantisedFlags.add_to(parser)
     StateFlags.add_to(parser)
+    MlpFlags.add_to(parser)
     return parser
 
 

@@ -34,6 +34,7 @@ MODEL = (
     "swiglu",
     "add_bias_linear",
     "untie_embeddings_and_output_weights",
+    "mlp_tiles",
 )
 # what decides which documents wait for a later step
 WAITING = ("global_batch_size", "seq_length", "seed", "split")

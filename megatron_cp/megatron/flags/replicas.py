@@ -132,3 +132,21 @@ class StateFlags(Flags):
         lambda: "With --optimizer-state-dir, keep the float32 weights of a bf16 or fp16 model there too.",
         bool,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpFlags(Flags):
+    """Flags of MLPs whose weights are gathered part by part."""
+
+    prefix = "mlp"
+    title = "MLPs in tiles (megatron-cp)"
+
+    tiles: int | None = flag(
+        None,
+        lambda: "N",
+        lambda: (
+            "With --use-torch-fsdp2, cut the hidden units of every MLP into N tiles, which are gathered one after the "
+            "other in the place of all weights of a layer. A checkpoint is of its number of tiles."
+        ),
+        int,
+    )

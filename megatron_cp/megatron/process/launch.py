@@ -16,7 +16,7 @@ from megatron_cp.findings import OLDEST_TORCH, UPGRADE_TORCH, installed, reaches
 from megatron_cp.megatron import hooks
 from megatron_cp.megatron.arguments.command_line import check_script, wants_layers
 from megatron_cp.megatron.checkpoint import failed_save
-from megatron_cp.megatron.flags.replicas import LocalSgdFlags, QuantisedFlags, StateFlags
+from megatron_cp.megatron.flags.replicas import LocalSgdFlags, MlpFlags, QuantisedFlags, StateFlags
 from megatron_cp.megatron.machine import cpu
 from megatron_cp.megatron.machine.environment import copies_beside, environment_for_gpus, environment_from_slurm
 from megatron_cp.megatron.machine.facts import Machine, this_machine
@@ -61,6 +61,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += ["flags", "checks", *hooks.FOR_QUANTISED]
     if any(values_of(argv, flag) is not None for flag in StateFlags.names()):
         names += ["flags", "checks", *hooks.FOR_STATE_ON_DISK]
+    if any(values_of(argv, flag) is not None for flag in MlpFlags.names()):
+        names += ["flags", "checks", "mlp-tiles"]
     if layers and values_of(argv, "--cp-loss-chunks") is not None:
         names.append("loss-chunks")
         names += ["accepted-chunks"] if values_of(argv, "--mtp-num-layers") is not None else []
