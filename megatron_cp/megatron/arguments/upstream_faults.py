@@ -33,6 +33,17 @@ FAULTS = (
         "{pipeline_model_parallel_size}; use --use-distributed-optimizer with --grad-reduce-in-bf16, or one stage",
     ),
     Fault(
+        lambda args: (
+            bool(read(args, "use_torch_fsdp2", False))
+            and (
+                (read(args, "save", None) is not None and not read(args, "no_save_optim", False))
+                or (read(args, "load", None) is not None and not read(args, "no_load_optim", False))
+            )
+        ),
+        "--use-torch-fsdp2 loses the optimizer on its way into a checkpoint or out of it; add --no-save-optim and "
+        "--no-load-optim, or use --use-megatron-fsdp",
+    ),
+    Fault(
         lambda args: _instances(args) and not read(args, "overlap_grad_reduce", False),
         "--use-megatron-fsdp with --num-distributed-optimizer-instances {num_distributed_optimizer_instances} reduces "
         "no gradients between the instances without --overlap-grad-reduce, and they drift apart; add it",

@@ -12,6 +12,7 @@ from tests.ranks import RankError, run_ranks
 
 INSTANCES = {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2, "overlap_grad_reduce": True}
 DOCUMENTS = {"dataloader_inter_document_masking": True}
+FSDP2 = {"use_torch_fsdp2": True, "save_interval": 5}
 UNMASKED = {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False}
 FSDP = (
     "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor --no-gradient-reduce-div-fusion "
@@ -32,6 +33,10 @@ HFSDP = f"{HSDP} {OVERLAPS} --outer-dp-sharding-strategy optim"
         ({"use_megatron_fsdp": True, "pipeline_model_parallel_size": 1}, ""),
         (INSTANCES | {"overlap_grad_reduce": False}, "instances 2 reduces no gradients between the instances"),
         (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 1.0}, "pass --clip-grad 0, or leave"),
+        (FSDP2 | {"save": "runs/a"}, "--use-torch-fsdp2 loses the optimizer .* add --no-save-optim"),
+        (FSDP2 | {"load": "runs/a", "no_save_optim": True}, "--use-torch-fsdp2 loses .* --no-load-optim"),
+        (FSDP2 | {"save": "runs/a", "load": "runs/a", "no_save_optim": True, "no_load_optim": True}, ""),
+        (FSDP2, ""),
         ({"save": "runs/a", "save_interval": None}, "--save runs/a says where .* add --save-interval"),
         ({"save": "runs/a", "save_interval": 5}, ""),
         ({"save": None, "save_interval": None}, ""),
