@@ -145,12 +145,17 @@ def _groups(names: Iterable[str], p: int, v: int, micros: Iterable[int], layers:
     return [ScheduleGroup(chunks, tuple(found), tuple(micros)) for chunks, found in sorted(groups.items())]
 
 
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    return table
+
+
 def _show_offload(rows: "list[OffloadResult]", title: str) -> None:
     if not rows:
         return
-    console, table = Console(width=150), Table(title=title)
-    for column in OFFLOAD_COLUMNS:
-        table.add_column(column, justify="left" if column == "schedule" else "right")
+    console, table = Console(width=150), _table(title, OFFLOAD_COLUMNS)
     for row in rows:
         low, high = min(row.ratios), max(row.ratios)
         verdict = [f"{row.ratio:.3f} ({low:.3f}-{high:.3f})", f"{row.beyond:.1%}"] if row.quiet else ["-", "-"]
@@ -164,9 +169,7 @@ def _show_offload(rows: "list[OffloadResult]", title: str) -> None:
 def _show(rows: "list[ScheduleResult]", title: str) -> None:
     if not rows:
         return
-    console, table = Console(width=150), Table(title=title)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "schedule" else "right")
+    console, table = Console(width=150), _table(title, COLUMNS)
     for row in rows:
         table.add_row(*_cells(row))
     console.print(table)

@@ -14,7 +14,14 @@ from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pyramid import FLAG, experts_of_layers
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.megatron.arguments.unsupported import Unsupported, captures_graphs, read, refuse, shares_weights_out
+from megatron_cp.megatron.arguments.unsupported import (
+    OFFLOADED_EXPERTS,
+    WEIGHTS_SHARED_OUT,
+    Unsupported,
+    captures_graphs,
+    read,
+    refuse,
+)
 from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.flags.pipeline import PipelineFlags
 from megatron_cp.megatron.run import has_our_layers, say
@@ -44,11 +51,7 @@ UNSUPPORTED = (
         "leave --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad out, a split schedule delays "
         "them itself",
     ),
-    Unsupported(
-        "weights that data-parallel ranks share out",
-        shares_weights_out,
-        "use --use-distributed-optimizer",
-    ),
+    WEIGHTS_SHARED_OUT,
     GRAPHS,
     Unsupported(
         "gates and values in interleaved blocks",
@@ -106,16 +109,8 @@ UNCUT = (
         lambda args: read(args, "transformer_impl", "local") != "local" and PipelineFlags.of(args).splits,
         "pass --transformer-impl local, or a schedule without W",
     ),
-    Unsupported(
-        "weights that data-parallel ranks share out",
-        shares_weights_out,
-        "use --use-distributed-optimizer",
-    ),
-    Unsupported(
-        "the offload of experts' activations",
-        lambda args: bool({"expert_fc1", "moe_act"} & set(read(args, "offload_modules") or ())),
-        "leave expert_fc1 and moe_act out of --offload-modules",
-    ),
+    WEIGHTS_SHARED_OUT,
+    OFFLOADED_EXPERTS,
 )
 """Options that pieces do not serve."""
 
@@ -192,11 +187,7 @@ UNMIXED = (
         lambda args: "shared_experts" in (read(args, "recompute_modules") or ()),
         "leave shared_experts out of --recompute-modules, or take moe",
     ),
-    Unsupported(
-        "weights that data-parallel ranks share out",
-        shares_weights_out,
-        "use --use-distributed-optimizer",
-    ),
+    WEIGHTS_SHARED_OUT,
 )
 """Options that a router beside an MLP does not serve."""
 
@@ -223,11 +214,7 @@ UNLIKE = (
         lambda args: bool(read(args, "moe_use_upcycling", False)),
         "leave --moe-use-upcycling out",
     ),
-    Unsupported(
-        "weights that data-parallel ranks share out",
-        shares_weights_out,
-        "use --use-distributed-optimizer",
-    ),
+    WEIGHTS_SHARED_OUT,
 )
 """Options that layers with different numbers of experts do not serve."""
 

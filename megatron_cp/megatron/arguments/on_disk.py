@@ -4,7 +4,14 @@ import os
 from typing import Any
 
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
+from megatron_cp.megatron.arguments.unsupported import (
+    OTHER_THAN_ADAM,
+    OTHER_UPDATES,
+    Unsupported,
+    read,
+    refuse,
+    shares_weights_out,
+)
 from megatron_cp.megatron.flags.replicas import LocalSgdFlags, StateFlags
 
 UNSUPPORTED = (
@@ -18,34 +25,8 @@ UNSUPPORTED = (
         lambda args: not read(args, "use_distributed_optimizer", False),
         "pass --use-distributed-optimizer",
     ),
-    Unsupported(
-        "another optimizer than Adam",
-        lambda args: read(args, "optimizer", "adam") != "adam",
-        "pass --optimizer adam",
-    ),
-    Unsupported(
-        "optimizers that keep the weights themselves",
-        lambda args: any(
-            read(args, name, False)
-            for name in (
-                "use_precision_aware_optimizer",
-                "optimizer_cpu_offload",
-                "fp8_param_gather",
-                "fp4_param_gather",
-            )
-        ),
-        "leave --use-precision-aware-optimizer, --optimizer-cpu-offload, --fp8-param-gather and --fp4-param-gather out",
-    ),
-    Unsupported(
-        "updates that a CUDA graph holds",
-        lambda args: bool(read(args, "optimizer_cuda_graph", False)),
-        "leave --optimizer-cuda-graph out",
-    ),
-    Unsupported(
-        "gathers beside the update",
-        lambda args: bool(read(args, "overlap_param_gather_with_optimizer_step", False)),
-        "leave --overlap-param-gather-with-optimizer-step out",
-    ),
+    OTHER_THAN_ADAM,
+    *OTHER_UPDATES,
     Unsupported(
         "Local SGD, whose islands average moments on their devices",
         lambda args: LocalSgdFlags.of(args).steps is not None,

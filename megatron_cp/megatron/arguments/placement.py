@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_cp.errors import Refused
 from megatron_cp.experts import PLACEMENTS
-from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
+from megatron_cp.megatron.arguments.unsupported import OFFLOADED_EXPERTS, WEIGHTS_SHARED_OUT, Unsupported, read, refuse
 from megatron_cp.megatron.flags.experts import ExpertFlags
 
 UNPLACED = (
@@ -33,16 +33,8 @@ UNPLACED = (
         lambda args: bool(read(args, "delay_wgrad_compute", False)),
         "leave --delay-wgrad-compute out",
     ),
-    Unsupported(
-        "weights that data-parallel ranks share out",
-        shares_weights_out,
-        "use --use-distributed-optimizer",
-    ),
-    Unsupported(
-        "the offload of experts' activations",
-        lambda args: bool({"expert_fc1", "moe_act"} & set(read(args, "offload_modules") or ())),
-        "leave expert_fc1 and moe_act out of --offload-modules",
-    ),
+    WEIGHTS_SHARED_OUT,
+    OFFLOADED_EXPERTS,
     Unsupported(
         "experts that tensor-parallel ranks share",
         lambda args: (read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)) > 1,

@@ -3,7 +3,14 @@
 from typing import Any
 
 from megatron_cp.errors import Refused
-from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse, shares_weights_out
+from megatron_cp.megatron.arguments.unsupported import (
+    OTHER_THAN_ADAM,
+    OTHER_UPDATES,
+    WEIGHTS_SHARED_OUT,
+    Unsupported,
+    read,
+    refuse,
+)
 from megatron_cp.megatron.flags.pipeline import PipelineFlags
 from megatron_cp.megatron.flags.replicas import LocalSgdFlags
 from megatron_cp.megatron.run import reading, say
@@ -18,12 +25,8 @@ def without_flush(args: Any) -> bool:
 
 
 UNSUPPORTED = (
-    Unsupported("weights that data-parallel ranks share out", shares_weights_out, "use --use-distributed-optimizer"),
-    Unsupported(
-        "another optimizer than Adam",
-        lambda args: read(args, "optimizer", "adam") != "adam",
-        "pass --optimizer adam",
-    ),
+    WEIGHTS_SHARED_OUT,
+    OTHER_THAN_ADAM,
     Unsupported(
         "loss scales, which the islands would change apart",
         lambda args: bool(read(args, "fp16", False)),
@@ -39,29 +42,7 @@ UNSUPPORTED = (
         lambda args: bool(read(args, "num_experts")),
         "leave --num-experts out",
     ),
-    Unsupported(
-        "optimizers that keep the weights themselves",
-        lambda args: any(
-            read(args, name, False)
-            for name in (
-                "use_precision_aware_optimizer",
-                "optimizer_cpu_offload",
-                "fp8_param_gather",
-                "fp4_param_gather",
-            )
-        ),
-        "leave --use-precision-aware-optimizer, --optimizer-cpu-offload, --fp8-param-gather and --fp4-param-gather out",
-    ),
-    Unsupported(
-        "updates that a CUDA graph holds",
-        lambda args: bool(read(args, "optimizer_cuda_graph", False)),
-        "leave --optimizer-cuda-graph out",
-    ),
-    Unsupported(
-        "gathers beside the update",
-        lambda args: bool(read(args, "overlap_param_gather_with_optimizer_step", False)),
-        "leave --overlap-param-gather-with-optimizer-step out",
-    ),
+    *OTHER_UPDATES,
     Unsupported(
         "pipelines without a flush, which keep earlier weights",
         without_flush,

@@ -62,3 +62,45 @@ PARTS_OF_SEQUENCES = (
     ),
 )
 """Options of models whose layers do not know where a part of a sequence stands."""
+
+WEIGHTS_SHARED_OUT = Unsupported(
+    "weights that data-parallel ranks share out",
+    shares_weights_out,
+    "use --use-distributed-optimizer",
+)
+OFFLOADED_EXPERTS = Unsupported(
+    "the offload of experts' activations",
+    lambda args: bool({"expert_fc1", "moe_act"} & set(read(args, "offload_modules") or ())),
+    "leave expert_fc1 and moe_act out of --offload-modules",
+)
+OTHER_THAN_ADAM = Unsupported(
+    "another optimizer than Adam",
+    lambda args: read(args, "optimizer", "adam") != "adam",
+    "pass --optimizer adam",
+)
+OTHER_UPDATES = (
+    Unsupported(
+        "optimizers that keep the weights themselves",
+        lambda args: any(
+            read(args, name, False)
+            for name in (
+                "use_precision_aware_optimizer",
+                "optimizer_cpu_offload",
+                "fp8_param_gather",
+                "fp4_param_gather",
+            )
+        ),
+        "leave --use-precision-aware-optimizer, --optimizer-cpu-offload, --fp8-param-gather and --fp4-param-gather out",
+    ),
+    Unsupported(
+        "updates that a CUDA graph holds",
+        lambda args: bool(read(args, "optimizer_cuda_graph", False)),
+        "leave --optimizer-cuda-graph out",
+    ),
+    Unsupported(
+        "gathers beside the update",
+        lambda args: bool(read(args, "overlap_param_gather_with_optimizer_step", False)),
+        "leave --overlap-param-gather-with-optimizer-step out",
+    ),
+)
+"""Options of optimizers whose update, or whose weights, are not where the distributed optimizer has them."""
