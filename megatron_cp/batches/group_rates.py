@@ -17,10 +17,12 @@ from megatron_cp.context.choose import Record
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.planner.attention import attention
-from megatron_cp.planner.estimate import Estimate, check, estimate_where_it_fits, slowest_stage
+from megatron_cp.planner.checks import check
+from megatron_cp.planner.estimate import Estimate, estimate_where_it_fits
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.search import HEADROOM
+from megatron_cp.planner.plan_request import HEADROOM
+from megatron_cp.planner.stages import slowest_stage
 from megatron_cp.planner.work import RankConfig, problem_of
 
 UNIT = 256

@@ -103,7 +103,7 @@ def estimate(
 def _show_beside(found: "Estimate", other: "Estimate") -> None:
     """Print both estimates in one table, with the change from the other one to this one."""
     from megatron_cp.planner.estimate import IN_WORDS
-    from megatron_cp.planner.search import label
+    from megatron_cp.planner.plans import label
 
     for title, one in (("this", found), ("against", other)):
         typer.echo(

@@ -15,7 +15,7 @@ from megatron_cp.cli.importing import load
 from megatron_cp.experts import EXCHANGES, PIPELINED, TUTEL
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.planner.search import CONTEXT, HEADROOM, SCHEDULED, FixedSizes
+from megatron_cp.planner.plan_request import CONTEXT, HEADROOM, SCHEDULED, FixedSizes
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 from megatron_cp.registry import suggest, unknown
@@ -24,7 +24,7 @@ from megatron_cp.units import count
 
 if TYPE_CHECKING:
     from megatron_cp.planner.estimate import Estimate
-    from megatron_cp.planner.search import Plans
+    from megatron_cp.planner.plans import Plans
 
 PLANNED = {"bf16": "bfloat16", "fp8": "fp8"}
 
@@ -111,7 +111,8 @@ def plan(
     """Enumerate the splits of ranks, leave out those that rules or memory forbid, rank the rest by estimated speed."""
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.parallel import messages_of
-    from megatron_cp.planner.search import PlanRequest, search, sequences
+    from megatron_cp.planner.plan_request import PlanRequest, sequences
+    from megatron_cp.planner.search import search
     from megatron_cp.planner.unmodelled import unmodelled
 
     if precision not in PLANNED:
@@ -222,7 +223,7 @@ def _plain(one: "Estimate") -> dict[str, Any]:
 
 
 def _show(found: "Plans") -> None:
-    from megatron_cp.planner.search import label
+    from megatron_cp.planner.plans import label
 
     # wide enough that no line of the table is broken
     request, console = found.request, Console(highlight=False, soft_wrap=True, width=max(110, Console().width))

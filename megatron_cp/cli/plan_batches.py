@@ -15,7 +15,7 @@ from megatron_cp.context import DEFAULT
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.parallel import RECOMPUTE, Parallel
-from megatron_cp.planner.search import HEADROOM
+from megatron_cp.planner.plan_request import HEADROOM
 from megatron_cp.recipe import recipe
 from megatron_cp.units import count
 

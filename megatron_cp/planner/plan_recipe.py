@@ -9,7 +9,7 @@ from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.planner.estimate import Estimate
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.search import label
+from megatron_cp.planner.plans import label
 from megatron_cp.tensor import MEGATRONS
 
 # a step of the shipped recipes for long sequences; planned runs start from it

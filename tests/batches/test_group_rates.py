@@ -9,9 +9,10 @@ from megatron_cp.context.trace.record import record
 from megatron_cp.context.trace.stretch import stretching
 from megatron_cp.errors import Refused
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.planner.estimate import estimate, slowest_stage
+from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.stages import slowest_stage
 from megatron_cp.planner.work import RankConfig
 from megatron_cp.recipe import recipe
 from tests.cases import slow_unless

@@ -162,7 +162,7 @@ def test_two_copies_add_up_shards_where_the_optimizer_has_shards():
 def test_steps_of_many_microbatches_in_two_pipes_are_as_long_as_played(name, monkeypatch):
     parallel = replace(TWO_PIPES, schedule=name, global_batch=2 * 26)
     found = of(parallel)
-    monkeypatch.setattr("megatron_cp.planner.estimate.LONG", 100)
+    monkeypatch.setattr("megatron_cp.planner.pipelining.LONG", 100)
     assert found.parts.total == pytest.approx(of(parallel).parts.total)
 
 

@@ -20,7 +20,9 @@ from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
-from megatron_cp.planner.search import FixedSizes, PlanRequest, Plans, label, search
+from megatron_cp.planner.plan_request import FixedSizes, PlanRequest
+from megatron_cp.planner.plans import Plans, label
+from megatron_cp.planner.search import search
 from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset

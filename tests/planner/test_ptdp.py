@@ -11,7 +11,8 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate_where_it_fits
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.search import HEADROOM, FixedSizes, PlanRequest, rank_splits
+from megatron_cp.planner.plan_request import HEADROOM, FixedSizes, PlanRequest
+from megatron_cp.planner.splits import rank_splits
 from tests.cases import slow_unless
 
 SELENE = load_cluster("dgx-a100-80g-ib")

@@ -12,8 +12,9 @@ from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.memory import kinds_of
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, QuantisedMessages, parallel_of
+from megatron_cp.planner.plan_request import FixedSizes, PlanRequest
 from megatron_cp.planner.quantised import ParameterKinds, node_hops, sent_in_hops
-from megatron_cp.planner.search import FixedSizes, PlanRequest, search
+from megatron_cp.planner.search import search
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 from megatron_cp.replicas import QUANTISATIONS

@@ -20,7 +20,9 @@ from megatron_cp.planner.memory import MemoryUse
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
-from megatron_cp.planner.search import HEADROOM, FixedSizes, PlanRequest, Plans, search, sequences
+from megatron_cp.planner.plan_request import HEADROOM, FixedSizes, PlanRequest, sequences
+from megatron_cp.planner.plans import Plans
+from megatron_cp.planner.search import search
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 from tests.cases import slow_unless

@@ -10,7 +10,9 @@ from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
-from megatron_cp.planner.search import PlanRequest, label, search
+from megatron_cp.planner.plan_request import PlanRequest
+from megatron_cp.planner.plans import label
+from megatron_cp.planner.search import search
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
 from megatron_cp.tensor.cost import LayerLinears, cheapest

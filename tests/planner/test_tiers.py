@@ -11,7 +11,8 @@ from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
-from megatron_cp.planner.search import PlanRequest, search
+from megatron_cp.planner.plan_request import PlanRequest
+from megatron_cp.planner.search import search
 from megatron_cp.planner.tiers import FREE, disk_rate, on_disk_seconds, tiers, token_seconds
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset

@@ -13,7 +13,8 @@ from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
-from megatron_cp.planner.search import FixedSizes, PlanRequest, search
+from megatron_cp.planner.plan_request import FixedSizes, PlanRequest
+from megatron_cp.planner.search import search
 from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.planner.vocabulary import embedding_seconds, end_times, head_times, meeting_times
 from megatron_cp.planner.work import RankConfig, layer
@@ -146,7 +147,7 @@ def test_a_large_vocabulary_takes_less_time_on_all_ranks() -> None:
 def test_a_long_batch_takes_as_long_as_played(barriers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parallel = replace(SHARED[barriers], global_batch=24)
     continued = of(parallel).seconds
-    monkeypatch.setattr("megatron_cp.planner.estimate.LONG", 24)
+    monkeypatch.setattr("megatron_cp.planner.pipelining.LONG", 24)
     assert continued == pytest.approx(of(parallel).seconds, rel=0.02)
 
 
