@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from megatron_cp.megatron.machine.uneven import gathered_unevenly, scattered_unevenly
 from megatron_cp.megatron.rebind import Replaced, replace, restore_all
 
 
@@ -310,6 +311,16 @@ REPLACEMENTS = (
         ),
         _to_host_memory,
         "gives split sizes as integers only for CUDA tensors, and all_to_all takes no tensors for them",
+    ),
+    Replacement(
+        ("torch.distributed:all_gather",),
+        gathered_unevenly,
+        "expert tensor parallelism gathers different numbers of tokens, and gloo equal ones alone",
+    ),
+    Replacement(
+        ("torch.distributed:reduce_scatter",),
+        scattered_unevenly,
+        "adds up outputs in the same numbers, which not every version of gloo does",
     ),
     Replacement(
         ("torch.distributed.device_mesh:DeviceMesh.from_group",),
