@@ -15,7 +15,7 @@ from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.work import RankConfig, mixture_seconds
 
 ALONE = "each rank has all experts of a layer, and no token travels"
-MOST_COUNTS = 512
+MOST_COUNTS = 4096
 """Experts times ranks for which placements are weighed: each policy was seen to take less than a second for so many."""
 
 
