@@ -25,6 +25,7 @@ EXPERT_FILES = "tokens_per_expert/rank*.jsonl"
 RANK_FILE = re.compile(r"rank(\d{1,9})\.jsonl")
 LOSS, MFU, STEP = "loss, nats per token", "MFU, %", "step time, s"
 BUSIEST = "busiest expert, times the mean"
+DROPPED = "choices of experts dropped, %"
 # quantities whose first values may set the scale
 FREE = (LOSS, "gradient norm", "learning rate")
 MOST_SAID = 40
@@ -61,6 +62,7 @@ class TrainingRun(NamedTuple):
     facts:     of its last start, from `megatron-cp train`
     said:      lines of megatron-cp in the logs
     experts:   per layer and iteration, the tokens of each expert
+    choices:   per layer and iteration, what tokens chose and what of it experts got
     planned:   iterations of the whole run; None where no log says
     """
 
@@ -70,6 +72,7 @@ class TrainingRun(NamedTuple):
     facts: dict[str, str]
     said: list[str]
     experts: dict[str, dict[int, list[int]]]
+    choices: dict[str, dict[int, runlog.ExpertChoices]]
     planned: int | None
 
     @property
@@ -125,7 +128,7 @@ def read(folder: Path) -> TrainingRun:
     if not fields:
         _nothing(folder)
     last = max(fields)
-    starts = runlog.starts(folder)
+    starts, choices = runlog.starts(folder), runlog.experts(folder)
     planned = arguments.get("train_iters", "")
     return TrainingRun(
         steps=[runlog.Iteration(number, last, fields[number]) for number in sorted(fields)],
@@ -133,7 +136,10 @@ def read(folder: Path) -> TrainingRun:
         sources=sources,
         facts=starts[-1] if starts else {},
         said=list(said)[:MOST_SAID],
-        experts=_experts(folder),
+        # Megatron numbers layers from the first of their rank
+        experts={layer: {number: one.tokens for number, one in numbers.items()} for layer, numbers in choices.items()}
+        or _experts(folder),
+        choices=choices,
         planned=ours[-1].of if ours else int(planned) if planned.isdecimal() else None,
     )
 
@@ -224,12 +230,14 @@ def _experts(folder: Path) -> dict[str, dict[int, list[int]]]:
 
 
 def expert_loads(folder: Path, ranks: int, neighbours: int = 1) -> dict[str, list[int]]:
-    """Return the tokens of each expert of each layer in its last iteration that all ranks wrote, copies added up.
+    """Return the tokens of each expert of each layer when they were last logged, or when all ranks last wrote them.
 
     ranks:      that share the experts of a layer, of expert parallelism
     neighbours: that share each of them, of expert tensor parallelism
     Raises ValueError for a folder where no layer has such an iteration.
     """
+    if noted := runlog.experts(folder):
+        return {layer: numbers[max(numbers)].tokens for layer, numbers in noted.items()}
     layers: dict[str, dict[int, dict[int, list[int]]]] = defaultdict(lambda: defaultdict(dict))
     for one in _counted(folder):
         of_ranks, place = layers[one.layer][one.iteration], one.rank // neighbours % ranks
@@ -242,8 +250,8 @@ def expert_loads(folder: Path, ranks: int, neighbours: int = 1) -> dict[str, lis
             found[layer] = [count for place in range(ranks) for count in last[place]]
     if not found:
         raise ValueError(
-            f"{folder} has no load of experts that {ranks} ranks wrote; train with --save-tokens-per-expert-interval, "
-            "or name another number of ranks"
+            f"{folder} has no load of experts that {ranks} ranks wrote; train with our layers and --save, or name "
+            "another number of ranks"
         )
     return found
 
@@ -268,13 +276,15 @@ def curves(run: TrainingRun, against: Reference) -> dict[str, Points]:
         "memory, MB": _field(run, MEMORY),
         **{name: _field(run, name) for name in names if name not in ("lm loss", *evaluated)},
         **{f"{layer}: {BUSIEST}": _busiest(numbers) for layer, numbers in run.experts.items()},
+        f"all layers: {DROPPED}": _field(run, runlog.DROPPED),
+        **{f"{layer}: {DROPPED}": _dropped(numbers) for layer, numbers in run.choices.items()},
     }
     return {label: points for label, points in found.items() if points}
 
 
 def panel_of(label: str) -> str:
     """Return the title of the panel that a curve is drawn in."""
-    return next((title for title in (LOSS, BUSIEST) if label.endswith(title)), label)
+    return next((title for title in (LOSS, BUSIEST, DROPPED) if label.endswith(title)), label)
 
 
 def panels(labels: Iterable[str]) -> dict[str, list[str]]:
@@ -295,6 +305,10 @@ def top_of(panel: str, curves: Iterable[Points]) -> float | None:
 
 def _busiest(numbers: Mapping[int, Sequence[int]]) -> Points:
     return {number: max(counts) * len(counts) / sum(counts) for number, counts in numbers.items() if sum(counts)}
+
+
+def _dropped(numbers: Mapping[int, runlog.ExpertChoices]) -> Points:
+    return {number: 100 * one.dropped / one.made for number, one in numbers.items() if not one.dropless}
 
 
 def tokens_at(run: TrainingRun, against: Reference) -> Points:
@@ -345,6 +359,8 @@ def table(run: TrainingRun, drawn: Mapping[str, Points], against: Reference) -> 
         rows["tokens seen"] = f"{max(tokens.values()):,.0f}"
     rows["read from"] = ", ".join(run.sources)
     rows |= {label: _summed_up(label, points) for label, points in drawn.items()}
+    if any(one.dropless for numbers in run.choices.values() for one in numbers.values()):
+        rows[DROPPED] = "0, dropless: no expert has a capacity"
     if against.step_seconds is not None:
         rows["predicted step time, s"] = _predicted(against.step_seconds, drawn.get(STEP))
     if against.left_out:

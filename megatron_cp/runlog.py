@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 LOG_NAME = "iterations.jsonl"
 TEXT_NAME = "megatron.log"
 STARTS_NAME = "starts.jsonl"
+EXPERTS_NAME = "experts.jsonl"
 SUMMARY_MARK = "[megatron-cp] summary "
+
+DROPPED = "choices of experts dropped (%)"
+"""Field of Megatron's log lines: of all layers and ranks, since the line before."""
 
 _ITERATION = re.compile(r"\biteration\s+(\d{1,18})\s*/\s*(\d{1,18})\s*\|")
 _EVALUATION = re.compile(r"\bvalidation(-\S+)? loss at iteration (\d{1,18})(?: on (\w+) set)? \|(.*)")
@@ -114,6 +118,49 @@ def starts(folder: Path) -> list[dict[str, str]]:
             continue
         if isinstance(facts, dict):
             found.append({name: str(value) for name, value in facts.items()})
+    return found
+
+
+class ExpertChoices(NamedTuple):
+    """Choices of experts in a layer, of all ranks, since the record before.
+
+    made:     by all tokens, as many of each as --moe-router-topk
+    tokens:   of each expert that it has got
+    dropless: no expert has a capacity
+    """
+
+    made: int
+    tokens: list[int]
+    dropless: bool
+
+    @property
+    def dropped(self) -> int:
+        return self.made - sum(self.tokens)
+
+
+def note_experts(folder: Path, iteration: int, layers: Mapping[str, ExpertChoices]) -> None:
+    """Add the choices of each layer of experts, by its name, to the log in a run's folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / EXPERTS_NAME).open("a", encoding="utf-8") as file:
+        for name, layer in layers.items():
+            file.write(json.dumps({"iteration": iteration, "layer": name, **layer._asdict()}) + "\n")
+
+
+def experts(folder: Path) -> dict[str, dict[int, ExpertChoices]]:
+    """Return what was noted of each layer of experts by iteration, the last record of each."""
+    file = folder / EXPERTS_NAME
+    if not file.is_file():
+        return {}
+    found: dict[str, dict[int, ExpertChoices]] = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            name, number = str(record["layer"]), int(record["iteration"])
+            layer = ExpertChoices(int(record["made"]), [int(count) for count in record["tokens"]], record["dropless"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            # the last line may be half written
+            continue
+        found.setdefault(name, {})[number] = layer
     return found
 
 

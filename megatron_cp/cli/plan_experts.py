@@ -33,7 +33,7 @@ def plan_experts(
         Path | None,
         typer.Option(
             metavar="RUN_DIR",
-            help="Take the loads that a run with --save-tokens-per-expert-interval has recorded last, of the layer "
+            help="Take the loads that a run has logged last, of the layer "
             "with the busiest expert, in the place of --experts, --rows, --skew and --seed.",
         ),
     ] = None,

@@ -328,6 +328,15 @@ HOOKS = Registry(
             settings=True,
         ),
         Hook(
+            name="expert-choices",
+            targets=("megatron.core.transformer.moe.moe_logging:MoEMetricsTracker.report",),
+            by="megatron_cp.megatron.experts.choices:report",
+            parameters=("self", "iteration"),
+            reason="nothing else is called where Megatron logs, and its figures of experts are means over ranks",
+            retired_by="figures of the tracker of experts that are added up, for each layer, as often as Megatron logs",
+            settings=True,
+        ),
+        Hook(
             name="connections",
             targets=("megatron.training.arguments:get_device_arch_version",),
             by="megatron_cp.megatron.machine.environment:without_one_connection",

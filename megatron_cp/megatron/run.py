@@ -50,6 +50,7 @@ class Settings:
     model:               what measured costs hold for; None where the run neither measures nor reads any
     rank:                in the whole run
     save, load:          folders of the checkpoints that are written, and that the run goes on from
+    log_interval:        steps from one of Megatron's log lines to the next; None where it is not said
     steps:               numbers of the steps to run, from the loaded checkpoint's on; None where no end is known
     read_every:          numbers of steps after each of which the weights are read: saved, evaluated, compared
     timeout_minutes:     of communication
@@ -71,6 +72,7 @@ class Settings:
     rank: int = 0
     save: str | None = None
     load: str | None = None
+    log_interval: int | None = None
     steps: range | None = None
     read_every: tuple[int, ...] = ()
     timeout_minutes: int | None = None
@@ -96,6 +98,7 @@ class Settings:
             rank=getattr(args, "rank", 0),
             save=getattr(args, "save", None),
             load=getattr(args, "load", None),
+            log_interval=getattr(args, "log_interval", None),
             steps=_steps_of(args),
             read_every=tuple(reading(args).values()),
             timeout_minutes=getattr(args, "distributed_timeout_minutes", None),

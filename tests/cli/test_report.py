@@ -206,6 +206,38 @@ def test_the_busiest_expert_is_a_curve(logged: Path) -> None:
     assert found == {2: pytest.approx(160 * 4 / 300), 4: 1.0}
 
 
+def test_choices_that_are_dropped_are_a_curve_of_each_layer(logged: Path) -> None:
+    note = runlog.ExpertChoices
+    runlog.note_experts(logged, 2, {"decoder layer 3": note(100, [9, 1], False), "mtp layer 1": note(8, [4, 4], False)})
+    runlog.note_experts(logged, 4, {"decoder layer 3": note(100, [50, 30], False)})
+    # the same iteration again, after a resume, and a line that was cut off
+    runlog.note_experts(logged, 2, {"decoder layer 3": note(100, [45, 15], False)})
+    with (logged / runlog.EXPERTS_NAME).open("a") as file:
+        file.write('{"iteration": 6, "lay')
+    # what Megatron counts of one rank is left out where all ranks are counted
+    (logged / "tokens_per_expert").mkdir()
+    other = '{"iter": 2, "block": "decoder", "layer": 0, "tpe": [[1, 2]]}\n'
+    (logged / "tokens_per_expert/rank0.jsonl").write_text(other)
+    line = f" iteration 4/ 5 | {runlog.DROPPED}: 20.0000 | number of skipped iterations:   0 |\n"
+    with (logged / "slurm-7.out").open("a") as file:
+        file.write(line)
+    drawn = report.curves(report.read(logged), report.Reference())
+    share = f"decoder layer 3: {report.DROPPED}"
+    assert drawn[share] == {2: 40.0, 4: 20.0}
+    assert drawn[f"all layers: {report.DROPPED}"] == {4: 20.0}
+    assert drawn[f"decoder layer 3: {report.BUSIEST}"] == {2: 1.5, 4: 1.25}
+    assert drawn[f"mtp layer 1: {report.DROPPED}"] == {2: 0.0}
+    assert row(reported(logged), share) == "20"
+    assert report.expert_loads(logged, 2) == {"decoder layer 3": [50, 30], "mtp layer 1": [4, 4]}
+
+
+def test_a_run_without_a_capacity_is_called_dropless(logged: Path) -> None:
+    runlog.note_experts(logged, 2, {"decoder layer 3": runlog.ExpertChoices(4, [3, 1], True)})
+    text = reported(logged)
+    assert row(text, report.DROPPED).startswith("0, dropless")
+    assert f"decoder layer 3: {report.DROPPED}" not in text
+
+
 def test_our_own_log_and_megatrons_are_one_run(logged: Path) -> None:
     runlog.append(logged / runlog.LOG_NAME, runlog.Iteration(4, 5, {"lm loss": 4.5}))
     runlog.append(logged / runlog.LOG_NAME, runlog.Iteration(5, 5, {"lm loss": 4.25}))

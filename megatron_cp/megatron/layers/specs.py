@@ -37,6 +37,7 @@ from megatron_cp.errors import CannotRun, Refused
 from megatron_cp.experts.pyramid import experts_of_layers
 from megatron_cp.megatron.arguments.command_line import check_script
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
+from megatron_cp.megatron.experts.choices import count_choices
 from megatron_cp.megatron.experts.dispatcher import connect_experts, exchanging
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
@@ -423,7 +424,11 @@ def _mtp_is_ours() -> bool:
 def _attach_hooks(model: Any) -> None:
     # Megatron-Bridge keeps its list to itself and has a method for it
     hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
-    for hook in (place_output_layers, free_mlp_chunks, put_exchanges_first, verify_models, hand_on_documents):
+    attached = (
+        *(place_output_layers, free_mlp_chunks, put_exchanges_first, count_choices),
+        *(verify_models, hand_on_documents),
+    )
+    for hook in attached:
         # the spec is asked for once per virtual pipeline stage
         if hook in hooks:
             continue

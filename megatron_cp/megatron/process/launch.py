@@ -66,6 +66,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
     if layers and values_of(argv, "--cp-loss-chunks") is not None:
         names.append("loss-chunks")
         names += ["accepted-chunks"] if values_of(argv, "--mtp-num-layers") is not None else []
+    if layers and values_of(argv, "--num-experts") is not None:
+        names.append("expert-choices")
     if copies_beside(argv):
         names.append("connections")
     if hooks.dataset_helpers_need_no_make():
