@@ -26,6 +26,6 @@ def measure(
     """Return the times on one rank, equal on all; raises WrongResultError where results differ."""
     layers = {}
     for way in ways:
-        held = tensors_of(size, way.pieces, fabric.rank, fabric.size, torch.float32, device)
+        held = tensors_of(size, way, fabric.rank, fabric.size, torch.float32, device)
         layers[str(way)] = RoutedLayer(fabric, size, way, held, LOOP)
     return in_turns(fabric, device, {name: layer.run for name, layer in layers.items()}, rounds)

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import TWO_HOP
+from megatron_cp.experts import FASTERMOE, TWO_HOP
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
+from megatron_cp.experts.groups import check_group
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.registry import unknown
 from megatron_cp.units import count
@@ -43,21 +44,29 @@ def experts(
         str,
         typer.Option("--moe-pieces", help="With --ranks, numbers of pieces beside whole microbatches, with commas."),
     ] = "",
+    groups: Annotated[
+        str,
+        typer.Option(
+            "--moe-group-ranks", help="With --ranks, sizes of groups of ranks to send to in turn, with commas."
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of a table.")] = False,
 ) -> None:
     """Time a rank's gated experts, forward and backward: each product in turns with experts one by one.
 
     Results are compared first. Experts have loads by Zipf's law, the busiest first. With --ranks above 1 it is a layer
-    of experts that the ranks share: two hops and pieces in turns with one exchange, in float32.
+    of experts that the ranks share: two hops, pieces and groups of ranks in turns with one exchange, in float32.
     """
     if ranks > 1:
         from megatron_cp.experts.routed_layer import LayerSize
 
         size = LayerSize(experts, rows, hidden, ffn, skew)
-        _exchanges(ranks, size, ways_of(ranks, experts, ranks_per_node, pieces), rounds, as_json)
+        _exchanges(ranks, size, ways_of(ranks, experts, ranks_per_node, pieces, groups), rounds, as_json)
         return
-    if ranks_per_node or pieces:
-        raise Refused("--moe-ranks-per-node and --moe-pieces are of an exchange, got --ranks 1; pass --ranks 2")
+    if ranks_per_node or pieces or groups:
+        raise Refused(
+            "--moe-ranks-per-node, --moe-pieces and --moe-group-ranks are of an exchange, got --ranks 1; pass --ranks 2"
+        )
     import torch
 
     from megatron_cp.bench.experts import CLOSE, ExpertBench, measure
@@ -82,15 +91,22 @@ def experts(
     console.print(f"--moe-grouped-product auto takes {choice}", highlight=False, markup=False)
 
 
-def ways_of(ranks: int, experts: int, per_node: int | None, pieces: str) -> list[Dispatch]:
-    """Return one exchange, that in two hops where nodes are given, and both in pieces; ValueError for unequal nodes."""
+def ways_of(ranks: int, experts: int, per_node: int | None, pieces: str, groups: str = "") -> list[Dispatch]:
+    """Return one exchange, that in two hops where nodes are given, both in pieces, and those with groups of ranks.
+
+    Raises ValueError for unequal nodes or groups.
+    """
     if experts % ranks:
         raise Refused(f"--experts must be a multiple of --ranks {ranks}, got {experts}; change one of them")
     found = [STOCK]
     if per_node is not None:
         found.append(STOCK._replace(comm_type=TWO_HOP, per_node=ranks_of_a_node([r // per_node for r in range(ranks)])))
     numbers = [count(each, "--moe-pieces") for each in pieces.replace(",", " ").split()]
-    return found + [way._replace(pieces=number) for number in dict.fromkeys(numbers) if number > 1 for way in found]
+    sizes = dict.fromkeys(count(each, "--moe-group-ranks") for each in groups.replace(",", " ").split())
+    for size in sizes:
+        check_group(size, ranks)
+    cut = [way._replace(pieces=number) for number in dict.fromkeys(numbers) if number > 1 for way in found]
+    return [*found, *cut, *(STOCK._replace(comm_type=FASTERMOE, group=size) for size in sizes)]
 
 
 def _exchanges(ranks: int, size: "LayerSize", ways: list[Dispatch], rounds: int, as_json: bool) -> None:

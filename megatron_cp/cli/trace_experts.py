@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import EXCHANGES, MEGATRONS, TUTEL
-from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
+from megatron_cp.experts import EXCHANGES, FASTERMOE, MEGATRONS, TUTEL
+from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, ExpertRanks, calls_of, group_of
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
@@ -35,6 +35,12 @@ def trace_experts(
         typer.Option("--moe-ranks-per-node", min=1, help="Ranks that two hops take for a node; else the cluster's."),
     ] = None,
     pieces: Annotated[int, typer.Option("--moe-pieces", min=1, help="Pieces that routed tokens are cut into.")] = 1,
+    group_ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--moe-group-ranks", min=1, help="Ranks that fastermoe sends to in one step; else a node of the cluster."
+        ),
+    ] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 4096,
     ffn: Annotated[int, typer.Option(min=1, help="Width of an expert.")] = 1536,
     skew: Annotated[float, typer.Option(min=0, help="Exponent of Zipf's law; 0 for equal loads.")] = 0.0,
@@ -64,9 +70,17 @@ def trace_experts(
     if way.two_hops:
         per_node = ranks_per_node or machines.ranks_per_node
         way = way._replace(per_node=ranks_of_a_node([each // per_node for each in range(ranks)]))
+    if group_ranks is not None and not way.by_groups:
+        raise Refused(f"--moe-group-ranks is of --moe-comm-type {FASTERMOE} without --moe-pieces; leave it out")
+    if way.by_groups:
+        way = way._replace(group=group_ranks)
+        way = way._replace(group=group_of(way, ExpertRanks(ranks), machines))
     size = LayerSize(experts, rows, hidden, ffn, skew)
     trace = record_experts(size, way, ranks, machines.ranks_per_node, machines.dtype)
-    error, passes = prove_experts(size, way, ranks, way.per_node), _passes(trace, machines, size, way.pieces)
+    error, passes = (
+        prove_experts(size, way, ranks, way.per_node),
+        _passes(trace, machines, size, calls_of(way, ExpertRanks(ranks), machines)),
+    )
     if as_json:
         typer.echo(json.dumps(_as_json(trace, error, way, passes), indent=2))
     else:
@@ -112,7 +126,7 @@ def _as_json(trace: "ExpertTrace", error: float, way: Dispatch, passes: list[_Pl
         }
         for at, each in enumerate(passes)
     }
-    return {"exchange": str(way), "ranks_per_node": way.per_node, "error": error, **shown}
+    return {"exchange": str(way), "ranks_per_node": way.per_node, "group_ranks": way.group, "error": error, **shown}
 
 
 def _plain(leg: "Leg") -> dict[str, Any]:

@@ -66,6 +66,7 @@ class ExpertExchange:
     messages: that a rank sends to other nodes in one exchange, of m nodes with n ranks each
     pieces:   into which tokens are cut where --moe-pieces does not say
     ahead:    pieces that have left beside the one that is computed; None for all of them
+    groups:   where --moe-pieces does not say, rows go to one group of ranks after the other
     first:    reductions of gradients wait for it in backward
     preset:   the file of configs/ that has its flags; empty where there is none
     """
@@ -76,6 +77,7 @@ class ExpertExchange:
     messages: str
     pieces: int = 1
     ahead: int | None = 1
+    groups: bool = False
     first: bool = False
     preset: str = ""
     aliases: tuple[str, ...] = ()
@@ -187,7 +189,7 @@ PIPELINED = "pipelined"
 """The exchange in pieces, of which the next leaves before one is computed."""
 
 FASTERMOE = "fastermoe"
-"""The exchange in pieces, all of which leave before the first goes home."""
+"""The exchange with one group of ranks after the other, to all of which rows leave before the first go home."""
 
 TUTEL = "tutel"
 """The exchange whose pieces and hops the costs of a cluster choose."""
@@ -219,10 +221,11 @@ EXCHANGES = Registry(
         ExpertExchange(
             name=FASTERMOE,
             paper="FasterMoE (PPoPP 2022)",
-            what="the alltoall dispatcher in pieces, all of which leave before the first one goes home",
-            messages="(m - 1) n for each piece",
-            pieces=4,
+            what="the alltoall dispatcher to one group of ranks after the other, or in pieces, all of which leave "
+            "before the first goes home",
+            messages="(m - 1) n, or as many for each piece",
             ahead=None,
+            groups=True,
             preset="training/fastermoe",
         ),
         ExpertExchange(

@@ -2,14 +2,16 @@
 
 Assumed: an all-to-all is a pairwise exchange, p - 1 latencies beside its bytes (Thakur, Rabenseifner and Gropp, 2005,
 Optimization of collective communication operations in MPICH), inside nodes and between them at once. Two hops follow
-one another, and rows are copied for each. On a GPU the messages of pieces go one after the other
-beside the experts, in the order of `megatron_cp.experts.pieces.in_turn`; on a CPU nothing is beside anything.
+one another, and rows are copied for each. On a GPU the messages of pieces, and those to groups of ranks, go one after
+the other beside the experts, in the order of `megatron_cp.experts.pieces.in_turn`; on a CPU nothing is beside anything.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 from megatron_cp.experts import EXCHANGES, MEGATRONS, TWO_HOP
+from megatron_cp.experts.groups import check_group, group_size, group_steps
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.hardware.cluster import Cluster, Collective
 from megatron_cp.hardware.operations import collective_seconds
@@ -29,12 +31,19 @@ class Dispatch(NamedTuple):
     comm_type:  the exchange, a name in EXCHANGES
     pieces:     into which tokens are cut, as --moe-pieces
     per_node:   ranks that two hops take for a node, as --moe-ranks-per-node; None for the cluster's
+    group:      ranks that rows go to in one step, as --moe-group-ranks; None for those of a node of the cluster
     """
 
     dispatcher: str = ALLTOALL
     comm_type: str = MEGATRONS
     pieces: int = 1
     per_node: int | None = None
+    group: int | None = None
+
+    @property
+    def by_groups(self) -> bool:
+        """True if rows go to one group of ranks after the other; ValueError for a name unknown."""
+        return EXCHANGES.get(self.comm_type).groups and self.pieces == 1
 
     @property
     def two_hops(self) -> bool:
@@ -42,14 +51,15 @@ class Dispatch(NamedTuple):
         return EXCHANGES.get(self.comm_type).name == TWO_HOP
 
     @property
-    def ahead(self) -> int:
-        """Pieces that leave before one is computed, beside it."""
-        ahead = EXCHANGES.get(self.comm_type).ahead
-        return self.pieces if ahead is None else ahead
+    def ahead(self) -> int | None:
+        """Pieces that leave before one is computed, beside it; None for all."""
+        return EXCHANGES.get(self.comm_type).ahead
 
     def __str__(self) -> str:
         exchange = EXCHANGES.get(self.comm_type).name
         name = self.dispatcher if exchange == MEGATRONS else exchange
+        if self.by_groups:
+            return f"{name} in groups of {self.group} ranks" if self.group else f"{name} in groups of ranks"
         return f"{name} in {self.pieces} pieces" if self.pieces > 1 else name
 
 
@@ -118,6 +128,19 @@ def per_node_of(dispatch: Dispatch, ranks: ExpertRanks, cluster: Cluster) -> int
     return min(ranks.sharing, max(1, node // ranks.tensor))
 
 
+def group_of(dispatch: Dispatch, ranks: ExpertRanks, cluster: Cluster) -> int:
+    """Return how many ranks rows go to in a step; ValueError where they do not divide those that share experts."""
+    if dispatch.group is None:
+        return group_size(ranks.sharing, max(1, cluster.ranks_per_node // ranks.tensor))
+    check_group(dispatch.group, ranks.sharing)
+    return dispatch.group
+
+
+def calls_of(dispatch: Dispatch, ranks: ExpertRanks, cluster: Cluster) -> int:
+    """Return how often experts are called for a microbatch; ValueError as `group_of`."""
+    return ranks.sharing // group_of(dispatch, ranks, cluster) if dispatch.by_groups else dispatch.pieces
+
+
 def exchange_bytes(size: float, ranks: int, per_node: int, *, two_hops: bool) -> SentBytes:
     """Return what a rank sends of `size` bytes with an even load, a share of which is its own.
 
@@ -133,33 +156,58 @@ def exchange_seconds(size: float, ranks: ExpertRanks, dispatch: Dispatch, cluste
     p, n = ranks.sharing, per_node_of(dispatch, ranks, cluster)
     sent = exchange_bytes(size, p, n, two_hops=dispatch.two_hops)
     inside, between = (cluster.link(0, (last - 1) * ranks.tensor) for last in (n, p))
-    near, far = sent.inside / inside.rate("gather"), sent.between / between.rate("gather")
     if not dispatch.two_hops:
-        return max((n - 1) * inside.least_s + near, (p - n) * between.least_s + far)
+        return _pairwise_seconds(n - 1, p - n, size / p, ranks, n, cluster)
+    near, far = sent.inside / inside.rate("gather"), sent.between / between.rate("gather")
     # rows are read and written before each hop; neither is sorted where one of the two has nothing to send
     copied = 4 * size / cluster.touch_bytes_per_s if 1 < n < p else 0.0
     return (n - 1) * inside.least_s + near + (p // n - 1) * between.least_s + far + copied
 
 
-def loop_seconds(pieces: int, there: float, compute: float, back: float, *, beside: bool, ahead: int = 1) -> float:
+def _pairwise_seconds(near: int, far: int, each: float, ranks: ExpertRanks, node: int, cluster: Cluster) -> float:
+    """Return the seconds of messages of `each` bytes to so many ranks of this node and of others, on both at once."""
+    inside, between = (cluster.link(0, (last - 1) * ranks.tensor) for last in (node, ranks.sharing))
+    return max(
+        near * (inside.least_s + each / inside.rate("gather")), far * (between.least_s + each / between.rate("gather"))
+    )
+
+
+def _each_exchange(size: float, ranks: ExpertRanks, dispatch: Dispatch, cluster: Cluster) -> list[float]:
+    """Return the seconds of the exchange of each piece, or with each group, of `size` bytes of a rank in all."""
+    if not dispatch.by_groups:
+        return [exchange_seconds(size / dispatch.pieces, ranks, dispatch, cluster)] * dispatch.pieces
+    p, node = ranks.sharing, per_node_of(dispatch, ranks, cluster)
+    found = []
+    for step in group_steps(0, p, group_of(dispatch, ranks, cluster)):
+        near = sum(rank < node for rank in step.to)
+        # a rank sends itself nothing
+        itself = int(0 in step.to)
+        found.append(_pairwise_seconds(near - itself, len(step.to) - near, size / p, ranks, node, cluster))
+    return found
+
+
+def loop_seconds(
+    there: Sequence[float], compute: float, back: Sequence[float], *, beside: bool, ahead: int | None = 1
+) -> float:
     """Return the seconds from the first piece's leaving until the last is back.
 
-    there, back: of each piece's messages, which go one after the other
+    there, back: of the messages of each piece, which go one after the other
     compute: of each piece's experts
-    ahead:   pieces that leave before one is computed, beside it
+    ahead:   pieces that leave before one is computed, beside it; None for all
     beside:  messages travel while experts compute
     """
+    pieces = len(there)
     if not beside:
-        return pieces * (there + compute + back)
+        return sum(there) + pieces * compute + sum(back)
     sent = computed = 0.0
     arrived: list[float] = []
     for piece in range(pieces):
         # so many leave before this one is computed, which goes back before the one after them leaves
-        while len(arrived) < min(pieces, piece + 1 + ahead):
-            sent += there
+        while len(arrived) < (pieces if ahead is None else min(pieces, piece + 1 + ahead)):
+            sent += there[len(arrived)]
             arrived.append(sent)
         computed = max(computed, arrived[piece]) + compute
-        sent = max(sent, computed) + back
+        sent = max(sent, computed) + back[piece]
     return sent
 
 
@@ -172,21 +220,25 @@ def dispatch_seconds(
     in a message of its own. Expert tensor parallelism gathers the rows of its ranks and adds up what they make of them.
 
     experts: of a rank's experts in a pass, all pieces together
-    Raises ValueError where two hops find unequal nodes.
+    Raises ValueError where two hops find unequal nodes, and where groups do not divide the ranks.
     """
     if dispatch.dispatcher == ALLGATHER:
         return _gathered(size, ranks, cluster)
-    pieces = dispatch.pieces
-    rows, probabilities = size.rows * size.row_bytes / pieces, size.rows * PROBABILITY / pieces
-    states, chances = (exchange_seconds(each, ranks, dispatch, cluster) for each in (rows, probabilities))
+    rows, probabilities = size.rows * size.row_bytes, size.rows * PROBABILITY
+    states, chances = (_each_exchange(each, ranks, dispatch, cluster) for each in (rows, probabilities))
+    pieces, both = len(states), list(map(sum, zip(states, chances, strict=True)))
     (gather, scatter), (gather_chances, scatter_chances) = (
-        [collective_seconds(cluster, kind, each * ranks.tensor, ranks.tensor, 1) for kind in ("gather", "scatter")]
+        [
+            collective_seconds(cluster, kind, each / pieces * ranks.tensor, ranks.tensor, 1)
+            for kind in ("gather", "scatter")
+        ]
         for each in (rows, probabilities)
     )
-    played = partial(loop_seconds, pieces, beside=cluster.device == "cuda", ahead=dispatch.ahead)
-    forward = played(states + chances, experts.forward / pieces + gather + gather_chances + scatter, states)
-    backward = played(states, experts.backward / pieces + gather + scatter + scatter_chances, states + chances)
-    counted = pieces * _counts(dispatch, size, ranks, cluster)
+    played = partial(loop_seconds, beside=cluster.device == "cuda", ahead=dispatch.ahead)
+    forward = played(both, experts.forward / pieces + gather + gather_chances + scatter, states)
+    backward = played(states, experts.backward / pieces + gather + scatter + scatter_chances, both)
+    # groups are of one count, pieces have their own
+    counted = dispatch.pieces * _counts(dispatch, size, ranks, cluster)
     return PassSeconds(counted + forward - experts.forward, backward - experts.backward)
 
 

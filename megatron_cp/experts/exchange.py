@@ -86,8 +86,8 @@ class TwoHopExchange:
         """Return the rows for this rank, in order of rank, from rows [T ...] in order of the rank that they are for."""
         self.calls += 1
         nodes, per_node = self.between.size, self.inside.size
-        rows = self.inside.all_to_all(_transposed(rows, plan.own, nodes, per_node), *plan.inside)
-        return self.between.all_to_all(_transposed(rows, plan.passing, per_node, nodes), *plan.between)
+        rows = self.inside.all_to_all(transposed(rows, plan.own, nodes, per_node), *plan.inside)
+        return self.between.all_to_all(transposed(rows, plan.passing, per_node, nodes), *plan.between)
 
     def home(self, rows: Tensor, plan: HopPlan) -> Tensor:
         """Return to every rank, in its order, what became of the rows that it has sent there: the same way back."""
@@ -96,11 +96,11 @@ class TwoHopExchange:
         passing = [size for at in range(nodes) for size in plan.passing[at::nodes]]
         own = [size for at in range(per_node) for size in plan.own[at::per_node]]
         rows = self.between.all_to_all(rows, plan.between.recvs, plan.between.sends)
-        rows = self.inside.all_to_all(_transposed(rows, passing, nodes, per_node), plan.inside.recvs, plan.inside.sends)
-        return _transposed(rows, own, per_node, nodes)
+        rows = self.inside.all_to_all(transposed(rows, passing, nodes, per_node), plan.inside.recvs, plan.inside.sends)
+        return transposed(rows, own, per_node, nodes)
 
 
-def _transposed(rows: Tensor, sizes: Sequence[int], high: int, wide: int) -> Tensor:
+def transposed(rows: Tensor, sizes: Sequence[int], high: int, wide: int) -> Tensor:
     """Return chunks of rows, which lie in a table of `high` by `wide`, column by column."""
     if high == 1 or wide == 1:
         return rows

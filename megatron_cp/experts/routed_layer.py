@@ -15,8 +15,9 @@ from torch.nn import functional
 from megatron_cp.comm import Fabric
 from megatron_cp.experts import PRODUCTS
 from megatron_cp.experts.dispatch_cost import Dispatch
-from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there
+from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there, transposed
 from megatron_cp.experts.function import GroupedCall, grouped_linear
+from megatron_cp.experts.groups import GroupStep, by_step, group_plans, group_steps
 from megatron_cp.experts.load import zipf
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
 from megatron_cp.experts.product import Groups, groups_of
@@ -45,7 +46,7 @@ class LayerSize(NamedTuple):
 
 
 class RankTensors(NamedTuple):
-    """Rows and experts of a rank; the first four of each piece.
+    """Rows and experts of a rank; the first four of each piece, or of each group of ranks.
 
     places: of its rows among the rank's rows in order of expert
     rows, probs, gradients: [T h], [T] and of the output [T h], in order of expert
@@ -65,7 +66,7 @@ class RankTensors(NamedTuple):
 
 
 def tensors_of(
-    size: LayerSize, pieces: int, rank: int, ranks: int, dtype: torch.dtype, device: torch.device
+    size: LayerSize, dispatch: Dispatch, rank: int, ranks: int, dtype: torch.dtype, device: torch.device
 ) -> RankTensors:
     """Return what one of the ranks has, drawn by rank and by expert; without data on the device "meta"."""
 
@@ -75,7 +76,7 @@ def tensors_of(
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return (drawn / shape[-1] ** 0.5).to(device, dtype)
 
-    local, places = size.experts // ranks, _places(size.pieces(pieces))
+    local, places = size.experts // ranks, _places(size, dispatch, rank, ranks)
     mine, shape = range(rank * local, (rank + 1) * local), (size.rows, size.hidden)
     wholes = (draw(3 * rank + at, *each) for at, each in enumerate((shape, shape[:1], shape)))
     rows, probs, gradients = ([whole[at.to(device)] for at in places] for whole in wholes)
@@ -102,18 +103,25 @@ class RoutedLayer:
         exchange: Exchange = TwoHopExchange,
     ) -> None:
         ranks, local = fabric.size, size.experts // fabric.size
-        per_node = (dispatch.per_node or ranks) if dispatch.two_hops else ranks
+        per_node = (dispatch.per_node or ranks) if dispatch.two_hops else 1
         self.exchange, self._ahead = exchange(*hops(fabric, per_node)), dispatch.ahead
         self._tensors, self._product = tensors, PRODUCTS.get(product).load()()
         self.plans: list[HopPlan] = []
         self._computes: list[Callable[[Tensor, Tensor], Tensor]] = []
         for counts in size.pieces(dispatch.pieces):
-            for_ranks = [sum(counts[at : at + local]) for at in range(0, size.experts, local)]
+            for_ranks = _for_ranks(counts, ranks)
             mine = counts[fabric.rank * local : (fabric.rank + 1) * local]
-            self.plans.append(self.exchange.plan([for_ranks] * self.exchange.inside.size, [sum(mine)] * ranks))
-            # the experts have the rows of all ranks
-            groups = groups_of([ranks * count for count in mine], tensors.rows[0].device)
-            self._computes.append(partial(self._experts, tuple(mine) * ranks, groups))
+            sources = [ranks]
+            if dispatch.by_groups:
+                steps = _steps(dispatch, fabric.rank, ranks)
+                self.plans += group_plans(self.exchange, for_ranks, [sum(mine)] * ranks, steps)
+                sources = [len(step.source) for step in steps]
+            else:
+                self.plans.append(self.exchange.plan([for_ranks] * self.exchange.inside.size, [sum(mine)] * ranks))
+            for senders in sources:
+                # the experts have the rows of all ranks that send
+                groups = groups_of([senders * count for count in mine], tensors.rows[0].device)
+                self._computes.append(partial(self._experts, tuple(mine) * senders, groups))
 
     def forward(self) -> tuple[Tensor, ...]:
         """Return what has come home of each piece, with autograd."""
@@ -145,24 +153,31 @@ class RoutedLayer:
 
     def _experts(self, sizes: Sequence[int], groups: Groups, rows: Tensor, probs: Tensor) -> Tensor:
         local = len(groups.sizes)
-        x, of_rows = (_sorted(each, sizes, local) for each in (rows, probs))
+        senders = len(sizes) // local
+        x, of_rows = (transposed(each, sizes, senders, local) for each in (rows, probs))
         inner = grouped_linear(GroupedCall(self._product, groups, self._tensors.first), x)
         gate, value = inner.chunk(2, -1)
         call = GroupedCall(self._product, groups, self._tensors.second)
         y = grouped_linear(call, functional.silu(gate) * value * of_rows[:, None])
         # from each rank's rows of an expert to each expert's rows of a rank
         by_expert = [size for expert in range(local) for size in sizes[expert::local]]
-        return _sorted(y, by_expert, len(sizes) // local)
+        return transposed(y, by_expert, local, senders)
 
 
-def _sorted(rows: Tensor, sizes: Sequence[int], columns: int) -> Tensor:
-    """Return chunks of rows, which lie row by row in a table with so many columns, column by column."""
-    chunks = rows.split(list(sizes))
-    return torch.cat([chunk for column in range(columns) for chunk in chunks[column::columns]])
+def _for_ranks(counts: Sequence[int], ranks: int) -> list[int]:
+    local = len(counts) // ranks
+    return [sum(counts[at : at + local]) for at in range(0, len(counts), local)]
 
 
-def _places(cuts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the places of each piece's rows among all rows in order of expert."""
+def _steps(dispatch: Dispatch, rank: int, ranks: int) -> list[GroupStep]:
+    return group_steps(rank, ranks, dispatch.group or 1)
+
+
+def _places(size: LayerSize, dispatch: Dispatch, rank: int, ranks: int) -> list[Tensor]:
+    """Return the places of the rows of each piece, or for each group, among all rows in order of expert."""
+    cuts = size.pieces(dispatch.pieces)
+    if dispatch.by_groups:
+        return list(by_step(torch.arange(size.rows), _for_ranks(cuts[0], ranks), _steps(dispatch, rank, ranks)))
     firsts = list(accumulate((sum(counts) for counts in zip(*cuts, strict=True)), initial=0))
     found = []
     for counts in cuts:

@@ -34,7 +34,11 @@ def candidates(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]
     if parallel.ep == 1:
         return
     asked = [EXCHANGES.get(name) for name in exchanges]
-    yield from (STOCK._replace(comm_type=entry.name) for entry in asked if entry.pieces == 1)
+    # groups call experts as often as pieces do, and are not of experts whose ranks gather their rows
+    together = whole or parallel.expert_tp > 1
+    yield from (
+        STOCK._replace(comm_type=each.name) for each in asked if each.pieces == 1 and not (together and each.groups)
+    )
     for number in (number for number in pieces if number > 1 and not whole):
         yield STOCK._replace(pieces=number)
         # two pieces are in one order

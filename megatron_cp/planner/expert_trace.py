@@ -80,13 +80,13 @@ def prove_experts(size: LayerSize, dispatch: Dispatch, ranks: int, per_node: int
 
 
 def _of_rank(size: LayerSize, dispatch: Dispatch, fabric: Fabric) -> list[Tensor]:
-    held = tensors_of(size, dispatch.pieces, fabric.rank, fabric.size, torch.float64, torch.device("cpu"))
+    held = tensors_of(size, dispatch, fabric.rank, fabric.size, torch.float64, torch.device("cpu"))
     return RoutedLayer(fabric, size, dispatch, held, LOOP).run()
 
 
 def _alone(size: LayerSize, rank: int, ranks: int) -> list[Tensor]:
     """Return what the rows of a rank give with all experts on it."""
-    held = [tensors_of(size, 1, each, ranks, torch.float64, torch.device("cpu")) for each in range(ranks)]
+    held = [tensors_of(size, STOCK, each, ranks, torch.float64, torch.device("cpu")) for each in range(ranks)]
     first = tuple(chain.from_iterable(each.first for each in held))
     second = tuple(chain.from_iterable(each.second for each in held))
     mine = held[rank]._replace(first=first, second=second)
@@ -142,7 +142,7 @@ class _Notes:
 def _record_rank(
     size: LayerSize, dispatch: Dispatch, ranks: int, per_node: int, dtype: torch.dtype, rank: int
 ) -> tuple[tuple[tuple[Step, ...], tuple[Step, ...]], tuple[tuple[Leg, ...], tuple[Leg, ...]]]:
-    held = tensors_of(size, dispatch.pieces, rank, ranks, dtype, torch.device("meta"))
+    held = tensors_of(size, dispatch, rank, ranks, dtype, torch.device("meta"))
     recorder = Recorder(*held.rows, *held.probs, *held.gradients, *held.weights)
     notes, passes, legs = _Notes(recorder), [], []
     fabric = RecordingFabric(recorder, tuple(range(ranks)), rank, per_node)

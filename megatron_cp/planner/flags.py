@@ -26,7 +26,7 @@ MODELLED = _flags(
     data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
     pp-slices pp-vocab-parallel cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps
-    local-sgd-outer moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-pieces moe-router
+    local-sgd-outer moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-group-ranks moe-pieces moe-router
     moe-group-tokens moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
     zero-quantized-gradients zero-quantized-weights zero-quantized-ranks-per-node
     optimizer-state-dir optimizer-state-weights

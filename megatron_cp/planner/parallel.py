@@ -357,6 +357,7 @@ def _dispatch(recipe: Recipe) -> Dispatch:
         STOCK.comm_type if exchange.name == TUTEL else exchange.name,
         pieces if pieces > 1 else exchange.pieces,
         recipe.number("--moe-ranks-per-node", 0) or None,
+        recipe.number("--moe-group-ranks", 0) or None,
     )
     ours = exchange.name != STOCK.comm_type or found.pieces > 1
     return found._replace(dispatcher=ALLTOALL) if ours and found.dispatcher == ALLGATHER else found

@@ -46,6 +46,8 @@ def _dispatch_flags(dispatch: Dispatch) -> Iterator[tuple[str, object]]:
         yield "--moe-comm-type", dispatch.comm_type
     if dispatch.pieces > 1:
         yield "--moe-pieces", dispatch.pieces
+    if dispatch.group is not None:
+        yield "--moe-group-ranks", dispatch.group
 
 
 def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 from megatron_cp.context.choose import Cost, Record
 from megatron_cp.context.trace.events import Problem
-from megatron_cp.experts.dispatch_cost import Dispatch, DispatchSize, ExpertRanks, PassSeconds, dispatch_seconds
+from megatron_cp.experts.dispatch_cost import (
+    Dispatch,
+    DispatchSize,
+    ExpertRanks,
+    PassSeconds,
+    calls_of,
+    dispatch_seconds,
+)
 from megatron_cp.experts.routed import RoutedRows, routed
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.operations import Product, collective_seconds
@@ -239,8 +246,8 @@ def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Produ
 
 
 def _of_experts(rank: RankConfig) -> Iterator[Product]:
-    """Yield the products of a rank's experts, each for every piece of the tokens."""
-    model, etp, pieces = rank.model, rank.parallel.expert_tp, rank.dispatch.pieces
+    """Yield the products of a rank's experts, each for every piece of the tokens or group of ranks."""
+    model, etp, pieces = rank.model, rank.parallel.expert_tp, calls_of(rank.dispatch, rank.expert_ranks, rank.cluster)
     local = model.experts / rank.parallel.ep
     each = rank.tokens / rank.parallel.tp * etp * rank.routed.busiest / local / pieces
     yield Product(each, model.hidden, (model.matrices - 1) * model.expert_ffn / etp, local * pieces)

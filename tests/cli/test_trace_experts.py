@@ -43,7 +43,14 @@ def test_a_trace_says_what_each_step_sends_and_computes():
         (("trace-experts", *WORDS, "--experts", "6"), "--experts must be a multiple of --ranks 4, got 6"),
         (("trace-experts", *WORDS, "--rank", "4"), "--rank must be below --ranks 4, got 4"),
         (("trace-experts", *WORDS, "--moe-ranks-per-node", "2"), "add --moe-comm-type two-hop"),
+        (("trace-experts", *WORDS, "--moe-group-ranks", "2"), "is of --moe-comm-type fastermoe without --moe-pieces"),
+        (
+            ("trace-experts", *WORDS, "--moe-comm-type", "fastermoe", "--moe-group-ranks", "3"),
+            "must divide the 4 ranks",
+        ),
         (("bench", "experts", "--moe-pieces", "2"), "pass --ranks 2"),
+        (("bench", "experts", "--moe-group-ranks", "2"), "pass --ranks 2"),
+        (("bench", "experts", "--ranks", "4", "--moe-group-ranks", "3"), "must divide the 4 ranks"),
         (("bench", "experts", "--ranks", "3"), "--experts must be a multiple of --ranks 3, got 64"),
     ],
 )
@@ -53,7 +60,9 @@ def test_bad_sizes_are_refused(words, message):
 
 def test_exchanges_are_timed_in_turns_and_compared():
     size = LayerSize(experts=4, rows=24, hidden=4, ffn=6, skew=1.0)
-    ways = ways_of(4, 4, 2, "2")
+    ways = ways_of(4, 4, 2, "2", "1,2")
     for found in in_process(4, lambda fabric: measure(fabric, torch.device("cpu"), size, ways, 1), 2):
-        assert [each.engine for each in found] == ["alltoall", "two-hop", "alltoall in 2 pieces", "two-hop in 2 pieces"]
+        whole, *others = [each.engine for each in found]
+        assert (whole, *others[:3]) == ("alltoall", "two-hop", "alltoall in 2 pieces", "two-hop in 2 pieces")
+        assert others[3:] == ["fastermoe in groups of 1 ranks", "fastermoe in groups of 2 ranks"]
         assert all(len(each.seconds) == 1 for each in found)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cp.experts import TWO_HOP
+from megatron_cp.experts import FASTERMOE, TWO_HOP
 from megatron_cp.experts.dispatch_cost import (
     STOCK,
     Dispatch,
@@ -12,6 +12,7 @@ from megatron_cp.experts.dispatch_cost import (
     ExpertRanks,
     PassSeconds,
     SentBytes,
+    calls_of,
     dispatch_bytes,
     dispatch_seconds,
     exchange_bytes,
@@ -36,6 +37,7 @@ CLUSTER = Cluster(
     between=Link(bytes_per_s=10.0, latency_s=3.0, ports="shared"),
 )
 TWO = STOCK._replace(comm_type=TWO_HOP)
+GROUPS = STOCK._replace(comm_type=FASTERMOE)
 GATHERING = STOCK._replace(dispatcher="allgather")
 # a rank's 10 tokens of 10 bytes, each for two of 4 experts
 SIZE = DispatchSize(tokens=10, rows=20, row_bytes=10, experts=4)
@@ -93,11 +95,11 @@ def test_two_hops_refuse_what_training_refuses():
 
 def test_pieces_take_as_long_as_their_order_says():
     # there 0 and 1 end at 1 and 2, experts 0 at 4, back 0 at 6, experts 1 at 7, back 1 at 9
-    assert loop_seconds(2, 1, 3, 2, beside=True) == 9
+    assert loop_seconds([1] * 2, 3, [2] * 2, beside=True) == 9
     # back 0 at 3, there 2 at 4, back 1 at 5, experts 2 at 5, back 2 at 6
-    assert loop_seconds(3, 1, 1, 1, beside=True) == 6
-    assert loop_seconds(1, 1, 3, 2, beside=True) == 6
-    assert loop_seconds(2, 1, 3, 2, beside=False) == 12
+    assert loop_seconds([1] * 3, 1, [1] * 3, beside=True) == 6
+    assert loop_seconds([1], 3, [2], beside=True) == 6
+    assert loop_seconds([1] * 2, 3, [2] * 2, beside=False) == 12
 
 
 class _Arrival:
@@ -135,8 +137,10 @@ def played(pieces, there, compute, back, ahead):
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5])
 @pytest.mark.parametrize("times", [(1, 3, 2), (3, 1, 2), (2, 2, 2), (0, 1, 0)])
 def test_pieces_are_reckoned_in_the_order_of_training(pieces, times):
-    assert loop_seconds(pieces, *times, beside=True) == played(pieces, *times, 1)
-    assert loop_seconds(pieces, *times, beside=True, ahead=pieces) == played(pieces, *times, None)
+    there, compute, back = times
+    for ahead in (1, None):
+        found = loop_seconds([there] * pieces, compute, [back] * pieces, beside=True, ahead=ahead)
+        assert found == played(pieces, *times, ahead)
 
 
 def test_a_microbatch_by_each_of_megatrons_dispatchers():
@@ -194,6 +198,35 @@ def test_experts_hide_messages_of_other_pieces_on_a_gpu_alone():
     assert waiting.total > whole.total
 
 
+def test_groups_of_ranks_get_their_messages_one_after_the_other():
+    ranks, experts = ExpertRanks(8), PassSeconds(0.0, 0.0)
+    # of 200 bytes of states 25 go to each rank, and 10 of probabilities: to 3 of this node, then to 4 of the other
+    near, far = (1 + 25 / 100, 1 + 10 / 100), (3 + 25 / 10, 3 + 10 / 10)
+    states, chances = (3 * one + 4 * other for one, other in zip(near, far, strict=True))
+    counts = 256 * 7 / 8 / (4 * 10) + 3 * 3
+    for group, calls in ((None, 2), (4, 2), (2, 4), (8, 1)):
+        way = GROUPS._replace(group=group)
+        found = dispatch_seconds(way, SIZE, ranks, CLUSTER, experts)
+        assert calls_of(way, ranks, CLUSTER) == calls
+        if calls > 1:
+            assert found == pytest.approx((2 * states + chances + counts, 2 * states + chances))
+        else:
+            # one group is one exchange
+            assert found == pytest.approx(dispatch_seconds(STOCK, SIZE, ranks, CLUSTER, experts))
+    # on one node each rank is a group
+    assert calls_of(GROUPS, ExpertRanks(4), CLUSTER) == 4
+    assert dispatch_bytes(GROUPS, SIZE, ranks, CLUSTER) == dispatch_bytes(STOCK, SIZE, ranks, CLUSTER)
+    with pytest.raises(ValueError, match="--moe-group-ranks must divide the 8 ranks"):
+        dispatch_seconds(GROUPS._replace(group=3), SIZE, ranks, CLUSTER, experts)
+
+
+def test_experts_of_one_group_hide_the_messages_of_the_next():
+    ranks, experts = ExpertRanks(8), PassSeconds(1000.0, 1000.0)
+    found = dispatch_seconds(GROUPS, SIZE, ranks, CLUSTER, experts)
+    # those inside the node come before, and those of the other node go home after
+    assert found.backward == pytest.approx(3 * (1 + 25 / 100) + 4 * (3 + 25 / 10) + 4 * (3 + 10 / 10))
+
+
 @pytest.mark.parametrize(
     ("dispatch", "text"),
     [
@@ -201,6 +234,9 @@ def test_experts_hide_messages_of_other_pieces_on_a_gpu_alone():
         (GATHERING, "allgather"),
         (Dispatch(pieces=2), "alltoall in 2 pieces"),
         (Dispatch(comm_type="deepspeed-moe", pieces=4), "two-hop in 4 pieces"),
+        (Dispatch(comm_type="fastermoe", pieces=4), "fastermoe in 4 pieces"),
+        (GROUPS, "fastermoe in groups of ranks"),
+        (GROUPS._replace(group=4), "fastermoe in groups of 4 ranks"),
     ],
 )
 def test_a_way_is_named(dispatch, text):

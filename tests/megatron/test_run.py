@@ -69,13 +69,14 @@ def test_flags_of_linears_go_the_same_way() -> None:
 
 def test_flags_of_experts_go_the_same_way() -> None:
     words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4 --moe-pieces 2".split()
-    words += "--moe-router switch --moe-group-tokens 64 --moe-layer-experts 2:16".split()
+    words += "--moe-group-ranks 2 --moe-router switch --moe-group-tokens 64 --moe-layer-experts 2:16".split()
     words += "--moe-placement lina --moe-replica-slots 2 --moe-placement-interval 5 --moe-cluster a100-ib".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
     assert settings.experts == ExpertFlags(
         grouped_product="loop",
         comm_type="two-hop",
         ranks_per_node=4,
+        group_ranks=2,
         pieces=2,
         router="switch",
         group_tokens=64,
@@ -90,6 +91,7 @@ def test_flags_of_experts_go_the_same_way() -> None:
         "moe_grouped_product": "loop",
         "moe_comm_type": "two-hop",
         "moe_ranks_per_node": 4,
+        "moe_group_ranks": 2,
         "moe_pieces": 2,
         "moe_router": "switch",
         "moe_group_tokens": 64,

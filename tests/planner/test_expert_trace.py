@@ -16,16 +16,32 @@ TWO = STOCK._replace(comm_type=TWO_HOP, per_node=PER_NODE)
 # messages of each step inside the node and to others: rows and probabilities there, rows home, and the other way round
 WAYS = {
     "flat": (STOCK, [("there", 6, 8), ("home", 3, 4), ("there", 3, 4), ("home", 6, 8)]),
+    "groups of a node": (
+        STOCK._replace(comm_type=FASTERMOE, group=4),
+        # both leave before one goes home; a step has messages to its own group alone
+        [
+            *[("there", 6, 0), ("there", 0, 8), ("home", 3, 0), ("home", 0, 4)],
+            *[("there", 3, 0), ("there", 0, 4), ("home", 6, 0), ("home", 0, 8)],
+        ],
+    ),
     "two hops": (TWO, [("there", 6, 2), ("home", 3, 1), ("there", 3, 1), ("home", 6, 2)]),
 }
 
 
 @pytest.mark.parametrize(
-    ("exchange", "per_node", "pieces"),
-    [(MEGATRONS, None, 1), (TWO_HOP, 2, 3), (PIPELINED, None, 3), (FASTERMOE, None, 3)],
+    ("exchange", "per_node", "pieces", "group"),
+    [
+        (MEGATRONS, None, 1, None),
+        (TWO_HOP, 2, 3, None),
+        (PIPELINED, None, 3, None),
+        (FASTERMOE, None, 3, None),
+        (FASTERMOE, None, 1, 1),
+        (FASTERMOE, None, 1, 2),
+        (FASTERMOE, None, 1, 4),
+    ],
 )
-def test_ranks_give_what_one_with_all_experts_gives(exchange, per_node, pieces):
-    way = STOCK._replace(comm_type=exchange, per_node=per_node, pieces=pieces)
+def test_ranks_give_what_one_with_all_experts_gives(exchange, per_node, pieces, group):
+    way = STOCK._replace(comm_type=exchange, per_node=per_node, pieces=pieces, group=group)
     assert prove_experts(LayerSize(4, 0, 0, 0, skew=1.0), way, 4, per_node) < 1e-12
 
 

@@ -63,7 +63,9 @@ def mixtral(flags: str = "") -> recipe.Recipe:
         ("", STOCK),
         ("--moe-token-dispatcher-type allgather", GATHERING),
         ("--moe-comm-type 2dh --moe-ranks-per-node 4", TWO._replace(per_node=4)),
-        ("--moe-comm-type fastermoe", STOCK._replace(comm_type="fastermoe", pieces=4)),
+        ("--moe-comm-type fastermoe --moe-pieces 4", STOCK._replace(comm_type="fastermoe", pieces=4)),
+        ("--moe-comm-type fastermoe", STOCK._replace(comm_type="fastermoe")),
+        ("--moe-comm-type fastermoe --moe-group-ranks 2", STOCK._replace(comm_type="fastermoe", group=2)),
         ("--moe-token-dispatcher-type allgather --moe-pieces 2", STOCK._replace(pieces=2)),
         ("--moe-token-dispatcher-type flex", STOCK._replace(dispatcher="flex")),
     ],
@@ -308,6 +310,19 @@ def test_a_plan_with_our_ways_is_no_slower() -> None:
         replace(rank, model=replace(rank.model, routing=Routing(factor=1.0, padded=True))),
     ):
         assert {way.dispatch.pieces for way in weighed(changed, **OURS)} == {1}
+
+
+def test_groups_of_ranks_are_weighed_where_training_has_them() -> None:
+    rank = planned(True).best.rank
+    by_groups = STOCK._replace(comm_type="fastermoe")
+    for changed, found in (
+        ({}, True),
+        ({"pp": 2, "dp": 16, "schedule": "zb-h1"}, False),
+        ({"precision": "fp8"}, False),
+        ({"etp": 2}, False),
+    ):
+        other = replace(rank, parallel=replace(rank.parallel, **{"tp": 2, "etp": 1, **changed}))
+        assert (by_groups in [way.dispatch for way in weighed(other, ("fastermoe",), ())]) == found
 
 
 def test_copies_of_busy_experts_are_weighed_where_loads_are_uneven() -> None:

@@ -15,6 +15,7 @@ from megatron_cp.megatron import dataset
 from megatron_cp.megatron.arguments.batches import check_plan, imply_loader
 from megatron_cp.megatron.arguments.command_line import HYBRID_SPEC, SPEC, wants_layers
 from megatron_cp.megatron.arguments.context import add_arguments, check
+from megatron_cp.megatron.arguments.expert_groups import check_groups, imply_groups
 from megatron_cp.megatron.arguments.experts import (
     check_cluster,
     check_exchange,
@@ -91,6 +92,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     check_tensor(args)
     check_experts(args)
     check_exchange(args)
+    check_groups(args)
     check_placement(args)
     check_router(args)
     check_layers(args)
@@ -118,6 +120,7 @@ def complete(args: Any, machine: Machine) -> None:
         say(note)
     imply_loader(args)
     imply_pieces(args)
+    imply_groups(args)
     imply_dispatcher(args)
     imply_layers(args)
     complete_local_sgd(args)

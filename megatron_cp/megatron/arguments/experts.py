@@ -88,12 +88,7 @@ UNEXCHANGED = (
 )
 """Options that an exchange of ours does not serve."""
 
-UNCUT = (
-    Unsupported(
-        "inputs padded to a capacity, of which each piece would have another",
-        lambda args: bool(read(args, "moe_pad_expert_input_to_capacity", False)),
-        "leave --moe-pad-expert-input-to-capacity out",
-    ),
+UNREPEATED = (
     Unsupported(
         "products in FP8 or FP4, whose scales count the calls of a layer",
         lambda args: any(read(args, name) for name in ("fp8", "fp4")),
@@ -111,6 +106,16 @@ UNCUT = (
     ),
     WEIGHTS_SHARED_OUT,
     OFFLOADED_EXPERTS,
+)
+"""Options that do not serve several calls of a layer's experts."""
+
+UNCUT = (
+    Unsupported(
+        "inputs padded to a capacity, of which each piece would have another",
+        lambda args: bool(read(args, "moe_pad_expert_input_to_capacity", False)),
+        "leave --moe-pad-expert-input-to-capacity out",
+    ),
+    *UNREPEATED,
 )
 """Options that pieces do not serve."""
 
@@ -257,8 +262,7 @@ def settle_exchange(args: Any, default: Callable[[], Cluster]) -> None:
         return
     whole = any(each.asked(args) for each in UNCUT)
     degrees = (flags.pieces,) if flags.pieces > 1 else DEGREES[:1] if whole else DEGREES
-    etp = read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)
-    ranks = ExpertRanks(read(args, "expert_model_parallel_size", 1), etp)
+    ranks = ExpertRanks(read(args, "expert_model_parallel_size", 1), tensor_ranks(args))
     try:
         cluster = default() if flags.cluster is None else load_cluster(flags.cluster)
         found = weigh(_mixture(args), ranks, cluster, degrees, flags.ranks_per_node)
@@ -354,8 +358,7 @@ def _asked(args: Any) -> str:
 def _check_nodes(args: Any, per_node: int | None) -> None:
     if per_node is not None and per_node < 1:
         raise Refused(f"--moe-ranks-per-node must be at least 1, got {per_node}")
-    per_node = per_node or int(config.variable("LOCAL_WORLD_SIZE") or 0) or args.world_size
-    step = read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)
+    per_node, step = per_node or node_ranks(args), tensor_ranks(args)
     span = args.expert_model_parallel_size * step
     # the ranks of one group are as far apart as its experts have tensor-parallel ranks
     ranks_of_a_node(
@@ -365,6 +368,16 @@ def _check_nodes(args: Any, per_node: int | None) -> None:
             for rank in range(first, first + step)
         )
     )
+
+
+def node_ranks(args: Any) -> int:
+    """Return the ranks of the run on a node: as many as torchrun has started, or all."""
+    return int(config.variable("LOCAL_WORLD_SIZE") or 0) or int(read(args, "world_size", 1))
+
+
+def tensor_ranks(args: Any) -> int:
+    """Return the ranks that share each expert."""
+    return int(read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1))
 
 
 def check_experts(args: Any) -> None:

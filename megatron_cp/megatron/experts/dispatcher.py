@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from megatron_cp.comm import Fabric, GroupFabric
-from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there
+from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there, transposed
+from megatron_cp.experts.groups import by_step, group_plans, group_steps, in_rank_order
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
 from megatron_cp.experts.priority import ExchangePriority
@@ -26,12 +28,17 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
     """Sends tokens and probabilities to their experts in two hops, or one; all else is Megatron's.
 
     A rank needs the counts of all ranks of its node: they gather them, W numbers each, beside Megatron's own gather.
+
+    keeps_sources: `counted` is asked for what each rank has for each expert
     """
+
+    keeps_sources = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exchange = TwoHopExchange(*hops_of(self.ep_group, ExpertFlags.of(self.config).exchange_node))
         self._leaving: Any = None
+        self._sources: Any = None
         self._plan: HopPlan | None = None
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
@@ -39,6 +46,9 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
         per_expert: Tensor = super().preprocess(routing_map)
         if not self.drop_and_pad:
             self._leaving = self.exchange.inside.all_gather(self.input_splits)
+        if self.keeps_sources and not self.drop_and_pad:
+            several = self.num_local_experts > 1
+            self._sources = self.num_global_tokens_per_local_expert if several else self.output_splits[:, None]
         return per_expert
 
     def token_dispatch(self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +66,23 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
 
     def planned(self, rows: int) -> HopPlan:
         """Return the plan for so many rows of this rank, once the host has their counts."""
+        self._arrive()
+        return self.exchange.plan(*self._counts(rows))
+
+    def counted(self, rows: int) -> tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]:
+        """Return the counts of rows that this rank sends to, and gets from, each rank of a group without nodes.
+
+        The last are those that each rank has for each expert of this one. `rows` are this rank's.
+        """
+        self._arrive()
+        leaving, arriving = self._counts(rows)
+        if self.drop_and_pad:
+            return leaving[0], arriving, [[rows // self.num_experts] * self.num_local_experts] * self.ep_size
+        return leaving[0], arriving, self._sources.tolist()
+
+    def _arrive(self) -> None:
         per_expert: Tensor = self.tokens_per_expert  # type: ignore[has-type]
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", per_expert)
-        return self.exchange.plan(*self._counts(rows))
 
     def describe(self) -> str:
         """Return how the ranks of a group lie on nodes."""
@@ -83,11 +107,33 @@ class TwoHopDispatcher(MoEAlltoAllTokenDispatcher):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._leaving = maybe_move_tensor_to_cpu(self._leaving, record_stream=True)
+                if self.keeps_sources:
+                    self._sources = maybe_move_tensor_to_cpu(self._sources, record_stream=True)
         result: Tensor = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         return result
 
 
-class PieceDispatcher(MoETokenDispatcher):
+class LoopDispatcher(MoETokenDispatcher):
+    """Sends routed tokens while experts compute others: both in `through`, where they also come home."""
+
+    exchange: TwoHopExchange
+
+    def token_dispatch(self, hidden_states: Any, probs: Any) -> Any:
+        """Return what it is given."""
+        return hidden_states, probs
+
+    def token_combine(self, hidden_states: Any) -> Any:
+        """Return what it is given."""
+        return hidden_states
+
+    def through(
+        self, experts: Any, rows: Sequence[Tensor], probs: Sequence[Tensor], weights: Sequence[Tensor], *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return what the experts of all ranks have made of the rows of each piece; leaves as in PieceLoop."""
+        raise NotImplementedError
+
+
+class PieceDispatcher(LoopDispatcher):
     """Cuts routed tokens into pieces, each with a dispatcher of its own, and sends them while experts compute others.
 
     The counts of all pieces are gathered and their tokens sorted before the first leaves.
@@ -111,10 +157,6 @@ class PieceDispatcher(MoETokenDispatcher):
         found = [part.dispatch_preprocess(*piece) for part, piece in zip(self.parts, pieces, strict=True)]
         return [rows for rows, _ in found], [of_rows for _, of_rows in found]
 
-    def token_dispatch(self, hidden_states: Any, probs: Any) -> Any:
-        """Return what it is given: pieces leave in `through`."""
-        return hidden_states, probs
-
     def through(
         self, experts: Any, rows: Sequence[Tensor], probs: Sequence[Tensor], weights: Sequence[Tensor], *leaves: Tensor
     ) -> tuple[Tensor, ...]:
@@ -129,10 +171,6 @@ class PieceDispatcher(MoETokenDispatcher):
             priority=self.priority,
         )
         return in_pieces(loop, rows, probs, weights)
-
-    def token_combine(self, hidden_states: Any) -> Any:
-        """Return what it is given: pieces have come home in `through`."""
-        return hidden_states
 
     def combine_postprocess(self, hidden_states: Sequence[Tensor]) -> Tensor:
         """Return the tokens of all pieces in their order."""
@@ -149,6 +187,56 @@ class PieceDispatcher(MoETokenDispatcher):
         return f"{pieces}, before reductions of gradients"
 
 
+class GroupDispatcher(LoopDispatcher):
+    """Sends routed tokens to one group of ranks after the other, and computes theirs; counts are gathered once.
+
+    whole: Megatron's dispatcher for all of them, of one hop
+    """
+
+    def __init__(self, whole: TwoHopDispatcher, pg_collection: Any) -> None:
+        super().__init__(whole.config, pg_collection)
+        whole.keeps_sources = True
+        self.whole, self.exchange = whole, whole.exchange
+        self.size = ExpertFlags.of(whole.config).group_ranks or 1
+        self.steps = group_steps(whole.ep_rank, whole.ep_size, self.size)
+
+    def dispatch_preprocess(  # type: ignore[override]
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return all rows and their probabilities, in order of the expert that they are for, each alone in a list."""
+        rows, of_rows = self.whole.dispatch_preprocess(hidden_states, routing_map, probs)
+        return [rows], [of_rows]
+
+    def through(
+        self, experts: Any, rows: Sequence[Tensor], probs: Sequence[Tensor], weights: Sequence[Tensor], *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return what the experts of all ranks have made of the rows, as they were given; leaves as in PieceLoop."""
+        (whole,), (of_whole,) = rows, probs
+        sends, recvs, sources = self.whole.counted(len(whole))
+        loop = PieceLoop(
+            self.exchange,
+            group_plans(self.exchange, sends, recvs, self.steps),
+            [partial(_of_group, experts, sources[step.source.start : step.source.stop]) for step in self.steps],
+            torch.is_grad_enabled(),
+            leaves,
+            ahead=ExpertFlags.of(self.config).exchange.ahead,
+        )
+        parts, of_parts = (list(by_step(each, sends, self.steps)) for each in (whole, of_whole))
+        home = in_pieces(loop, parts, of_parts, weights)
+        return (torch.cat(in_rank_order(home, self.steps)),)
+
+    def combine_postprocess(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """Return the tokens in their order."""
+        (rows,) = hidden_states
+        result: Tensor = self.whole.combine_postprocess(rows)
+        return result
+
+    def describe(self) -> str:
+        """Return the exchange, the number of groups and their size."""
+        ranks = f"{self.size} rank{'s' * (self.size > 1)}"
+        return f"{self.whole.describe()}, in {len(self.steps)} groups of {ranks}"
+
+
 def compute_part(part: TwoHopDispatcher, experts: Any, rows: Tensor, probs: Tensor) -> Tensor:
     """Return what this rank's experts make of the rows that have arrived, in the order to send them home in."""
     x, sizes, of_rows = part.dispatch_postprocess(rows, probs)
@@ -156,6 +244,20 @@ def compute_part(part: TwoHopDispatcher, experts: Any, rows: Tensor, probs: Tens
     assert bias is None, "experts add their biases themselves"
     result: Tensor = part.combine_preprocess(output)
     return result
+
+
+def _of_group(experts: Any, sources: Sequence[Sequence[int]], rows: Tensor, probs: Tensor) -> Tensor:
+    """Return what this rank's experts make of the rows of a group, in their order.
+
+    sources: rows of each rank of the group for each expert
+    """
+    ranks, local, sizes = len(sources), len(sources[0]), list(chain.from_iterable(sources))
+    x, of_rows = (transposed(each, sizes, ranks, local) for each in (rows, probs))
+    per_expert = list(map(sum, zip(*sources, strict=True)))
+    output, bias = experts(x, torch.tensor(per_expert), of_rows)
+    assert bias is None, "experts add their biases themselves"
+    by_expert = [count for expert in zip(*sources, strict=True) for count in expert]
+    return transposed(output, by_expert, local, ranks)
 
 
 def weights_in_autograd(experts: Any) -> list[Tensor]:
@@ -174,8 +276,12 @@ class ExchangingLayer(ResidualLayer):
         if not isinstance(stock, MoEAlltoAllTokenDispatcher) or stock.ep_size == 1:
             return
         groups = kwargs.get("pg_collection") or get_default_pg_collection()
-        parts = [self.dispatcher(groups) for _ in range(ExpertFlags.of(self.config).pieces)]
-        self.token_dispatcher = parts[0] if len(parts) == 1 else PieceDispatcher(parts, groups)
+        flags = ExpertFlags.of(self.config)
+        parts = [self.dispatcher(groups) for _ in range(flags.pieces)]
+        if flags.by_groups:
+            self.token_dispatcher: Any = GroupDispatcher(parts[0], groups)
+        else:
+            self.token_dispatcher = parts[0] if len(parts) == 1 else PieceDispatcher(parts, groups)
 
     def dispatcher(self, groups: Any) -> TwoHopDispatcher:
         """Return what sends a piece."""
@@ -183,8 +289,8 @@ class ExchangingLayer(ResidualLayer):
         return TwoHopDispatcher(own, indices, config=self.config, pg_collection=groups)
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> Any:
-        """Return the experts' outputs and no bias; with pieces they have come home already."""
-        if isinstance(self.token_dispatcher, PieceDispatcher):
+        """Return the experts' outputs and no bias; with pieces or groups they have come home already."""
+        if isinstance(self.token_dispatcher, LoopDispatcher):
             weights = weights_in_autograd(self.experts)
             return self.token_dispatcher.through(self.experts, hidden_states, probs, weights), None
         return super().routed_experts_compute(hidden_states, probs)

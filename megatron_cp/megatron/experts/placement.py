@@ -21,7 +21,7 @@ from megatron_cp.experts.slots import SlotCosts, SlotPlan, Slots
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.experts.dispatcher import (
     ExchangingLayer,
-    PieceDispatcher,
+    LoopDispatcher,
     TwoHopDispatcher,
     compute_part,
     weights_in_autograd,
@@ -71,10 +71,10 @@ class PlacedLayer(ExchangingLayer):
         return super().preprocess(hidden_states, probs, routing_map)
 
     def routed_experts_compute(self, hidden_states: Any, probs: Any) -> Any:
-        """Return the outputs of experts and copies, and no bias; with pieces they have come home already."""
+        """Return the outputs of experts and copies, and no bias; with pieces or groups they have come home already."""
         if self.placed is None:
             return super().routed_experts_compute(hidden_states, probs)
-        if isinstance(self.token_dispatcher, PieceDispatcher):
+        if isinstance(self.token_dispatcher, LoopDispatcher):
             return self._in_pieces(self.placed, hidden_states, probs), None
         rows, of_rows, copies = self.placed.borrow(self.experts, hidden_states, probs)
         experts = self.placed.with_copies(self.experts, copies)

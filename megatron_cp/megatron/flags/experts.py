@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, PRODUCTS, ROUTERS, TUTEL, TWO_HOP, ExpertExchange
+from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, FASTERMOE, PRODUCTS, ROUTERS, TUTEL, TWO_HOP, ExpertExchange
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.experts import NONE as NO_PLACEMENT
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
@@ -47,6 +47,15 @@ class ExpertFlags(Flags):
         int,
     )
 
+    group_ranks: int | None = flag(
+        None,
+        lambda: "N",
+        lambda: (
+            f"With --moe-comm-type {FASTERMOE} and no --moe-pieces, ranks that rows go to in one step, which divide "
+            "--expert-model-parallel-size; by default those of a node, and 1 where all experts are on one."
+        ),
+        int,
+    )
     pieces: int = flag(
         1,
         lambda: "N",
@@ -147,6 +156,11 @@ class ExpertFlags(Flags):
     def two_hops(self) -> bool:
         """True if tokens travel inside nodes and then between them; ValueError for a name unknown."""
         return self.exchange.name == TWO_HOP
+
+    @property
+    def by_groups(self) -> bool:
+        """True if rows go to one group of ranks after the other; ValueError for a name unknown."""
+        return self.exchange.groups and self.pieces == 1
 
     @property
     def exchanges(self) -> bool:

@@ -12,8 +12,7 @@ from torch import nn
 
 from megatron_cp.comm import fabric_of, values_of_all
 from megatron_cp.errors import CannotRun
-from megatron_cp.experts import TWO_HOP
-from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, PieceDispatcher, TwoHopDispatcher
+from megatron_cp.megatron.experts.dispatcher import ExchangingLayer, LoopDispatcher, TwoHopDispatcher
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.placement import PlacedLayer
 from megatron_cp.megatron.experts.residual import ResidualLayer
@@ -206,10 +205,10 @@ def _routes(layer: MoELayer) -> bool:
 
 def _exchange_of(layer: MoELayer) -> str:
     dispatcher = layer.token_dispatcher
-    if isinstance(dispatcher, (TwoHopDispatcher, PieceDispatcher)):
+    if isinstance(dispatcher, (TwoHopDispatcher, LoopDispatcher)):
         return dispatcher.describe()
     flags = ExpertFlags.of(layer.config)
-    asked = TWO_HOP if flags.two_hops else f"{flags.pieces} pieces"
+    asked = f"{flags.pieces} pieces" if flags.pieces > 1 else flags.exchange.name
     return f"{asked}, one rank, which has all experts"
 
 

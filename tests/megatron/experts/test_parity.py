@@ -265,6 +265,7 @@ def test_a_checkpoint_moves_between_experts_at_once_and_apart(apart, tmp_path, s
 
 
 EP4 = "--expert-model-parallel-size 4 --global-batch-size 8"
+GROUPS_OF_TWO = "--moe-comm-type fastermoe --moe-group-ranks 2"
 TWO_HOPS = "--moe-comm-type two-hop --moe-ranks-per-node 2"
 SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 0.5"
 
@@ -273,7 +274,13 @@ SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 
 @pytest.mark.parametrize(
     ("ranks", "flags", "alike", "said", "calls"),
     [
-        (2, f"{EP2} {GROUPED} {OVERLAPPED} {preset('fastermoe')} {EVERY_STEP}", (1,), "fastermoe, in 4 pieces", 4),
+        (
+            2,
+            f"{EP2} {GROUPED} {OVERLAPPED} {preset('fastermoe')} {EVERY_STEP}",
+            (1,),
+            "fastermoe, in 2 groups of 1 rank",
+            2,
+        ),
         # a bucket for nearly each weight
         (
             4,
@@ -284,13 +291,15 @@ SHARED = "--moe-shared-expert-intermediate-size 32 --moe-expert-capacity-factor 
         ),
         # on one node two hops cost as much, and the simpler one is taken
         (4, f"{PP2} {EP2} {preset('tutel')} --moe-pieces 2", (2, PP2), "pipelined, in 2 pieces", 4),
+        (4, f"{EP4} {SHARED} {GROUPS_OF_TWO}", (4, EP4, SHARED), "fastermoe, in 2 groups of 2 ranks", 2),
         (4, f"{EP4} {SHARED} {TWO_HOPS} --moe-pieces 3", (4, EP4, SHARED), "two-hop, 2 nodes of 2, in 3 pieces", 3),
     ],
     # two hops of a whole layer are compared with Megatron's exchange in test_pieces
     ids=[
-        "all pieces first, overlapped",
+        "groups of a rank, copies, overlapped",
         "exchanges before reductions",
         "tutel's pieces, zb-h1",
+        "groups of two ranks, shared experts, tokens dropped",
         "two hops in pieces, shared experts, tokens dropped",
     ],
 )

@@ -14,6 +14,11 @@ VARIANTS = {
     "two pieces": (2, {}),
     "three uneven pieces, tokens dropped": (3, DROPPED),
     "two pieces, experts at once": (2, {"moe_grouped_gemm": True}),
+    "groups of a rank, tokens dropped, experts at once": ("groups", {**DROPPED, "moe_grouped_gemm": True}),
+    "groups of a rank, inputs padded": (
+        "groups",
+        {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+    ),
     "more pieces than tokens, a shared expert": (12, {"moe_shared_expert_intermediate_size": 8}),
 }
 
@@ -45,8 +50,11 @@ def _layers(pieces, changes):
         **changes,
     )
     cut = copy.copy(config)
-    # not wrapped, so that no reduction waits
-    cut.moe_pieces, cut.moe_comm_type = pieces, "two-hop" if pieces == 1 else "lina"
+    if pieces == "groups":
+        cut.moe_comm_type, cut.moe_group_ranks = "fastermoe", 1
+    else:
+        # not wrapped, so that no reduction waits
+        cut.moe_pieces, cut.moe_comm_type = pieces, "two-hop" if pieces == 1 else "lina"
     spec = get_mlp_module_spec_for_backend(
         backend=SpecProvider(config), num_experts=EXPERTS, moe_grouped_gemm=config.moe_grouped_gemm
     )
@@ -128,6 +136,8 @@ def _errors(variants):
 def _said(pieces):
     if pieces == 1:
         return "two-hop, 2 ranks on one node, which is Megatron's exchange"
+    if pieces == "groups":
+        return "fastermoe, in 2 groups of 1 rank"
     return f"lina, in {pieces} pieces; no reduction waits without --overlap-grad-reduce"
 
 
@@ -137,7 +147,8 @@ def test_a_layer_in_pieces_computes_what_megatrons_does():
             pieces, changes = VARIANTS[variant]
             assert worst < EXACT, variant
             # tokens and probabilities there, tokens home, and as much backward
-            assert (kind, said, calls) == ("MoELayer", _said(pieces), 6 * pieces)
+            times = 2 if pieces == "groups" else pieces
+            assert (kind, said, calls) == ("MoELayer", _said(pieces), 6 * times)
             # two linears of two experts, or of both at once, and of the shared one
             experts = 1 if "moe_grouped_gemm" in changes else 2
-            assert waited == 2 * experts * pieces + 2 * ("moe_shared_expert_intermediate_size" in changes), variant
+            assert waited == 2 * experts * times + 2 * ("moe_shared_expert_intermediate_size" in changes), variant

@@ -12,6 +12,7 @@ from tests.ranks import run_ranks
 from tests.tolerances import EXACT
 
 GROUPED = {"moe_grouped_gemm": True}
+IN_GROUPS = "one by one, in groups of a rank, tokens dropped"
 # on 2 ranks the second plan has one that only lends; on 4 the first is a shadow, and copies of the second share tokens
 PLANS = {
     2: (((2,), (0, 1)), ((), (0,)), ((), ())),
@@ -21,6 +22,7 @@ VARIANTS = {
     "at once, in two pieces, tokens dropped": {**GROUPED, **DROPPED, "pieces": 2},
     "one by one": {},
     "one by one, in two pieces, a shared expert": {"pieces": 2, "moe_shared_expert_intermediate_size": 8},
+    IN_GROUPS: {**DROPPED, "hops": "fastermoe"},
     "at once, in two hops": {**GROUPED, "hops": "two-hop"},
 }
 BYTES = 8 * 3 * HIDDEN * FFN
@@ -131,7 +133,9 @@ def _errors(ranks, variants, plans):
     ("ranks", "variants"),
     [
         (2, ["at once, in two pieces, tokens dropped"]),
-        pytest.param(2, ["one by one", "one by one, in two pieces, a shared expert"], marks=pytest.mark.slow),
+        pytest.param(
+            2, ["one by one", "one by one, in two pieces, a shared expert", IN_GROUPS], marks=pytest.mark.slow
+        ),
         pytest.param(4, ["at once, in two hops"], marks=pytest.mark.slow),
     ],
     ids=["two ranks", "two ranks, one by one", "two nodes"],
