@@ -54,7 +54,7 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
     parameters = dense + experts
     # fp8 keeps each weight and its transpose, and by default a copy in bf16
     weight = parallel.bytes + (2 if parallel.precision == "fp8" and not parallel.fp8_params else 0)
-    gradient = 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
+    gradient = gradient_bytes(parallel)
     state = (parallel.state_bytes or (8 if parallel.precision == "float32" else 12)) + parallel.outer_bytes
     state -= parallel.disk_bytes
     owned = of_shards(parallel, dense, experts)
@@ -69,7 +69,7 @@ def parameter_bytes(parallel: Parallel, dense: float, experts: float) -> tuple[f
 
 def of_shards(parallel: Parallel, dense: float, experts: float) -> float:
     """Return the parameters of one rank's shards, where `dense` and `experts` are spread over data-parallel ranks."""
-    return dense / parallel.shards + experts * parallel.instances / parallel.expert_shards
+    return dense / parallel.shards + experts / parallel.expert_shards
 
 
 def mean_layer_bytes(rank: RankConfig) -> float:
@@ -215,13 +215,21 @@ def kinds_of(model: Transformer, parallel: Parallel, layers: float, first: bool,
 
 
 def moved_in_a_step(parallel: Parallel, kinds: ParameterKinds) -> tuple[Moved, Moved]:
-    """Return what a reduction of gradients and a gather of weights move, of which one at least is quantised."""
-    weights, gradients, _ = parameter_bytes(parallel, 1.0, 0.0)
-    messages = parallel.messages
+    """Return what a reduction of gradients and a gather of weights move.
+
+    Weights travel in the dtype that they are stored in; with --fp8-param-gather those of linears are stored in fp8.
+    """
+    gradients, messages = gradient_bytes(parallel), parallel.messages
+    of_linears = 1 if parallel.precision == "fp8" and parallel.fp8_params else parallel.bytes
     return (
-        moved(messages.of_gradients, kinds, gradients),
-        moved(messages.of_weights, kinds, parallel.bytes if messages.weights else weights),
+        moved(messages.of_gradients, kinds, gradients, gradients),
+        moved(messages.of_weights, kinds, of_linears, parallel.bytes),
     )
+
+
+def gradient_bytes(parallel: Parallel) -> int:
+    """Return the bytes in which a gradient is accumulated and reduced."""
+    return 4 if parallel.fp32_grads or parallel.precision == "float32" else 2
 
 
 def _gathered_weights(rank: RankConfig) -> float:

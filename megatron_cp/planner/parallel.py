@@ -98,7 +98,7 @@ class Parallel:
                  their gradients in every step
     outer_bytes: of the outer optimizer per parameter of a rank's shard
     messages:    that are quantised between replicas
-    fp8_params:  weights are kept and gathered in fp8 alone
+    fp8_params:  weights of linears are kept and gathered in fp8 alone
     fp32_grads:  gradients are accumulated and reduced in float32
     state_bytes: of the optimizer per parameter; None for float32 master weights and moments
     state_dir:   of the files that hold the optimizer's state, as --optimizer-state-dir says it
@@ -186,6 +186,12 @@ class Parallel:
                 f"--num-distributed-optimizer-instances {self.instances} must divide data parallel x context parallel "
                 f"= {self.dp * self.cp}"
             )
+        if self.dp * self.cp * self.tp % (self.ep * self.expert_tp * self.instances):
+            raise ValueError(
+                f"--num-distributed-optimizer-instances {self.instances} must divide the "
+                f"{self.dp * self.cp * self.tp // (self.ep * self.expert_tp)} ranks that hold the same experts; lower "
+                f"it, or --expert-model-parallel-size {self.ep}"
+            )
         if self.dispatch.dispatcher not in DISPATCHERS:
             raise unknown("dispatcher", self.dispatch.dispatcher, DISPATCHERS)
         EXCHANGES.get(self.dispatch.comm_type)
@@ -215,14 +221,14 @@ class Parallel:
         return self.etp or self.tp
 
     @property
-    def expert_shards(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.dp * self.cp * self.tp // (self.ep * self.expert_tp)
-
-    @property
     def shards(self) -> int:
         """Ranks that what is sharded is spread over."""
         return self.dp * self.cp // self.instances
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that experts which are sharded are spread over: of one instance, those that hold the same ones."""
+        return self.dp * self.cp * self.tp // (self.ep * self.expert_tp * self.instances)
 
     def is_sharded(self, kind: str) -> bool:
         """Return True where FSDP shards "optim", "grads" or "params"."""

@@ -42,10 +42,19 @@ class ParameterKinds(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Bytes that a reduction or a gather moves over nodes in two hops, and around all replicas as ever."""
+    """Bytes that a reduction or a gather moves.
+
+    in_hops: over nodes, in two hops
+    as_ever: around all replicas
+    experts: around the replicas that hold the same experts
+    """
 
     in_hops: float
     as_ever: float
+    experts: float
+
+    def plus(self, other: "Moved", times: float = 1.0) -> "Moved":
+        return Moved(*(mine + times * more for mine, more in zip(self, other, strict=True)))
 
 
 class NodeHop(NamedTuple):
@@ -65,11 +74,15 @@ class NodeHop(NamedTuple):
         return (self.inside + self.between) * self.ranks / (self.ranks - 1) if self.ranks > 1 else 0.0
 
 
-def moved(quantisation: Quantisation | None, kinds: ParameterKinds, stored: float) -> Moved:
-    """Return what is moved of gradients or of weights with `stored` bytes each."""
+def moved(quantisation: Quantisation | None, kinds: ParameterKinds, coded: float, exact: float) -> Moved:
+    """Return what is moved of gradients or of weights.
+
+    coded, exact: bytes of each parameter of a linear, and of any other, where it is not quantised
+    """
+    experts = coded * kinds.experts
     if quantisation is None:
-        return Moved(0.0, stored * sum(kinds))
-    return Moved(quantisation.bytes * kinds.coded + stored * kinds.exact, stored * kinds.experts)
+        return Moved(0.0, coded * kinds.coded + exact * kinds.exact, experts)
+    return Moved(quantisation.bytes * kinds.coded + exact * kinds.exact, 0.0, experts)
 
 
 def node_hops(parallel: Parallel, cluster: Cluster) -> tuple[NodeHop, NodeHop]:

@@ -1,13 +1,19 @@
 """Count the bytes that a rank sends in a step, by level of links and by kind of parallelism."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.experts.dispatch_cost import SentBytes, dispatch_bytes
 from megatron_cp.pipeline import SCHEDULES
-from megatron_cp.planner.memory import kinds_of, moved_in_a_step, of_shards, parameter_bytes, stage_parameters
+from megatron_cp.planner.memory import (
+    gradient_bytes,
+    kinds_of,
+    moved_in_a_step,
+    of_shards,
+    parameter_bytes,
+    stage_parameters,
+)
 from megatron_cp.planner.parallel import Parallel
-from megatron_cp.planner.quantised import node_hops, sent_in_hops
+from megatron_cp.planner.quantised import Moved, ParameterKinds, node_hops, sent_in_hops
 from megatron_cp.planner.vocabulary import sent_bytes
 from megatron_cp.planner.work import RankConfig, context_attention, layer_kinds, linears_of
 from megatron_cp.tensor import CUBE, MEGATRONS
@@ -50,11 +56,7 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     of_rank = parallel.copies * layers, parallel.pp == 1, parallel.pp == 1
     dense, experts = stage_parameters(model, parallel, *of_rank)
     shards = parallel.shards
-    data, between_instances = _of_replicas(parallel, dense + experts)
-    in_hops = 0.0
-    if parallel.messages.asked:
-        of_both = moved_in_a_step(parallel, kinds_of(model, parallel, *of_rank))
-        in_hops, data = (sum(sizes) for sizes in zip(*of_both, strict=True))
+    in_hops, data, of_same_experts = _of_replicas(parallel, kinds_of(model, parallel, *of_rank))
     spread = {
         "tensor": (micros * tensor, grid.tokens, grid.weights),
         "pipeline": (
@@ -77,11 +79,15 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
         inside[name], between[name] = size * (1 - away), size * away
+    away = _share_between(rank, parallel.expert_shards, parallel.expert_tp * parallel.ep)
+    sent = _around(of_same_experts, parallel.expert_shards)
+    inside["data"] += sent * (1 - away)
+    between["data"] += sent * away
     near, far = sent_in_hops(in_hops, node_hops(parallel, rank.cluster)) if in_hops else (0.0, 0.0)
     inside["data"] += near
     between["data"] += far
     away = _share_between(rank, parallel.instances, parallel.tp * shards)
-    sent = _around(between_instances, parallel.instances)
+    sent = _around(_between_instances(parallel, of_shards(parallel, dense, experts)), parallel.instances)
     inside["data"] += sent * (1 - away)
     between["data"] += sent * away
     if sent := to_peer(parallel, dense, experts):
@@ -149,24 +155,29 @@ def _share_recomputed(parallel: Parallel, layers: float) -> float:
     return min(1.0, parallel.vp * parallel.recompute_layers / layers) if in_blocks and layers else 1.0
 
 
-def _of_replicas(parallel: Parallel, parameters: float) -> tuple[float, float]:
-    """Return the bytes that a step moves around a group of data-parallel ranks, and between such groups.
+def _of_replicas(parallel: Parallel, kinds: ParameterKinds) -> Moved:
+    """Return the bytes that a step moves around groups of data-parallel ranks.
 
     Gradients are scattered and weights gathered, by FSDP those that it shards in every microbatch, weights twice;
     without a distributed optimizer gradients are added, which moves them twice.
     """
-    weights, gradients, _ = parameter_bytes(replace(parallel, fsdp=False), parameters, 0.0)
+    gradients, weights = moved_in_a_step(parallel, kinds)
     if not (parallel.fsdp or parallel.distributed_optimizer):
-        return 2 * gradients, 0.0
-    times = (1, 1)
-    if parallel.fsdp:
-        gathers, scatters = parallel.is_sharded("params"), parallel.is_sharded("grads")
-        times = 2 * parallel.micros if gathers else 1, parallel.micros if scatters else 1
-    added = gradients / parallel.shards
-    if parallel.local_steps is not None:
-        # weights and two moments in float32, once in so many steps
-        added = AVERAGED_BYTES * parameters / parallel.shards / parallel.local_steps
-    return times[0] * weights + times[1] * gradients, 2 * added
+        return gradients.plus(gradients)
+    scattered = parallel.micros if parallel.fsdp and parallel.is_sharded("grads") else 1
+    gathered = 2 * parallel.micros if parallel.fsdp and parallel.is_sharded("params") else 1
+    return Moved(0.0, 0.0, 0.0).plus(gradients, scattered).plus(weights, gathered)
+
+
+def _between_instances(parallel: Parallel, owned: float) -> float:
+    """Return the bytes that a step moves between instances of the optimizer, of a rank's shard of so many parameters.
+
+    Gradients are added, which moves them twice; islands of Local SGD average weights and moments once in their steps.
+    """
+    if not (parallel.fsdp or parallel.distributed_optimizer):
+        return 0.0
+    steps = parallel.local_steps
+    return 2 * owned * (gradient_bytes(parallel) if steps is None else AVERAGED_BYTES / steps)
 
 
 def _of_linears(rank: RankConfig, layers: float) -> tuple[float, float]:
