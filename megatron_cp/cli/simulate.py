@@ -11,7 +11,7 @@ import typer
 
 from megatron_cp.pipeline import SCHEDULES, table_file
 from megatron_cp.pipeline.bounds import bound_of
-from megatron_cp.pipeline.build import build, check_caps, place
+from megatron_cp.pipeline.build import build, check_caps, place, price_of_moves
 from megatron_cp.pipeline.costs import LARGEST, Costs, uniform
 from megatron_cp.pipeline.offload import Offload, described, limit_of, offload
 from megatron_cp.pipeline.passes import check
@@ -332,6 +332,8 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         typer.echo(f"LM head      {run.costs.head[0]:.4f} S, {run.costs.head[1]:.4f} T on every rank   {_times(run)}")
     if asked.moves or run.moved or run.schedule.name in LENDERS:
         typer.echo(f"moves        {described(run.schedule)}")
+    if run.moved:
+        typer.echo(f"             {price_of_moves(run, asked.caps(placement))}")
 
 
 def _times(run: SimulatedStep) -> str:

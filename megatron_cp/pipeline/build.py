@@ -7,12 +7,12 @@ from megatron_cp.pipeline import SCHEDULES, Rule
 from megatron_cp.pipeline.costs import Costs
 from megatron_cp.pipeline.list_schedule import EPSILON
 from megatron_cp.pipeline.offload import Offload, balanced, under
-from megatron_cp.pipeline.passes import check
+from megatron_cp.pipeline.passes import check, without_moves
 from megatron_cp.pipeline.placement import ONE_PIPE, PLACEMENTS, Placement
 from megatron_cp.pipeline.schedule import PEER, BadSchedule, Schedule
-from megatron_cp.pipeline.schedules.auto import auto
+from megatron_cp.pipeline.schedules.auto import auto, unmoved
 from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
-from megatron_cp.pipeline.simulate import peaks
+from megatron_cp.pipeline.simulate import SimulatedStep, peaks, simulate
 from megatron_cp.pipeline.vocabulary import Vocabulary, check_barriers, shared_out
 from megatron_cp.registry import suggest
 
@@ -149,6 +149,33 @@ def lent(rule: Rule, p: int, moves: Offload | None) -> Offload:
             f"the {moves.to}; leave --pp-offload out, or take it with 1f1b"
         )
     return own
+
+
+def price_of_moves(run: SimulatedStep, caps: Sequence[float] | None = None, time: str = "") -> str:
+    """Return in words how long a move takes, and makespan and peak with moves and without.
+
+    caps: per rank, in M_B, to which `auto` keeps without moves too
+    time: the unit of times
+    """
+    schedule, costs, unit = run.schedule, run.costs, f" {time}" if time else ""
+    fullest = max(schedule.placement.of_rank, key=lambda stages: sum(costs.kept[stage] for stage in stages))
+    forward = sum(costs.forward[stage] for stage in fullest)
+    plain = _without_moves(run, caps)
+    of_both = [
+        f"{one.makespan:.5g}{unit} at {max(one.peak):.3g} M_B" if one else "no table fits" for one in (run, plain)
+    ]
+    return f"moving M_B takes {costs.move / forward:.3g} T_F, makespan {' with moves, '.join(of_both)} without"
+
+
+def _without_moves(run: SimulatedStep, caps: Sequence[float] | None) -> SimulatedStep | None:
+    schedule = run.schedule
+    if SCHEDULES.get(schedule.name).table is not None:
+        return simulate(without_moves(schedule), run.costs)
+    try:
+        found = unmoved(schedule.placement, schedule.micros, run.costs, tuple(caps) if caps else None)
+    except Refused:
+        return None
+    return simulate(found, run.costs)
 
 
 def check_caps(schedule: Schedule, costs: Costs, caps: Sequence[float]) -> None:

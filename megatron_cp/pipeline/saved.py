@@ -97,7 +97,7 @@ class SavedActivations:
     """
 
     def __init__(self, mover: Mover, device: torch.device, parameters: Callable[[], Collection[int]]) -> None:
-        self._mover, self._device, self._parameters = mover, device, parameters
+        self.mover, self._device, self._parameters = mover, device, parameters
         self._known: Collection[int] = ()
         self._chunks: dict[StageMicro, _Chunk] = {}
         self._users: Counter[int] = Counter()
@@ -153,7 +153,7 @@ class SavedActivations:
         self.peak = max(self.peak, self._bytes)
 
     def _settle(self) -> None:
-        self._mover.settle()
+        self.mover.settle()
         for chunk in self._leaving:
             self._change(-chunk.moved)
         self._leaving.clear()
@@ -164,7 +164,7 @@ class SavedActivations:
         # what lasts is known once a second microbatch has saved it too
         alone = self._forwards[stage] < 2
         storages = [] if alone else [storage for key, storage in chunk.storages.items() if self._moves(key, chunk)]
-        self._mover.evict((stage, micro), storages)
+        self.mover.evict((stage, micro), storages)
         chunk.moved = sum(storage.nbytes() for storage in storages)
         self.moved += chunk.moved
         self._leaving.append(chunk)
@@ -180,34 +180,35 @@ class SavedActivations:
     def load(self, stage: int, micro: int) -> None:
         """Start to bring the activations of a microbatch back."""
         self._settle()
-        self._mover.load((stage, micro))
+        self.mover.load((stage, micro))
         self._change(self._chunks[stage, micro].moved)
 
     def hold(self, stage: int, micro: int) -> None:
         """Take in what the peer moves away."""
-        self._change(self._mover.hold((stage, micro)))
+        self._change(self.mover.hold((stage, micro)))
 
     def give(self, stage: int, micro: int) -> None:
         """Give back what the peer moved away."""
-        self._change(-self._mover.give((stage, micro)))
+        self._change(-self.mover.give((stage, micro)))
 
     def use(self, stage: int, micro: int) -> None:
         """Wait for the activations of a microbatch, whose backward comes now, and leave them to it."""
-        self._mover.arrived((stage, micro))
+        self.mover.arrived((stage, micro))
         chunk = self._chunks.pop((stage, micro))
         self._users.subtract(chunk.storages.keys())
         self._change(-chunk.size)
 
-    def seconds_per_byte(self) -> float:
-        """Measure how long a byte moves; all ranks of the pipeline call it together, between steps."""
-        return median(self._mover.seconds(MEASURED_BYTES) for _ in range(ROUNDS)) / MEASURED_BYTES
-
     def finish(self) -> None:
         """End the step."""
         self._settle()
-        self._mover.finish()
+        self.mover.finish()
         self._users.clear()
         self._lasting = {key: storage for key, storage in self._lasting.items() if not storage.expired()}
+
+
+def seconds_per_byte(mover: Mover) -> float:
+    """Measure how long a byte moves one way; all ranks of the pipeline call it together, between steps."""
+    return median(mover.seconds(MEASURED_BYTES) for _ in range(ROUNDS)) / MEASURED_BYTES
 
 
 def storages_of(tensors: Sequence[Tensor]) -> set[int]:
@@ -322,11 +323,13 @@ class HostMover:
         clock = Clock(self._device)
         clock.settle()
         began = clock.mark()
+        # there and back, for a link may be slower one way
         buffer.memory.copy_(source, non_blocking=True)
+        source.copy_(buffer.memory, non_blocking=True)
         ended = clock.mark()
         clock.settle()
         self._free[size].append(buffer)
-        return clock.seconds(began, ended)
+        return clock.seconds(began, ended) / 2
 
 
 class _Sent(NamedTuple):

@@ -140,6 +140,7 @@ def test_moves_of_activations_in_words_in_json_and_in_a_trace(tmp_path):
     told = ask(*f"{sizes} 2 --plot".split(), str(file))
     assert "peak (M_B)   2 2 2 2 2 2 2 1" in told
     assert "moves        154 of 192 chunks to the host and back, at most 2 stay on a rank" in told
+    assert "moving M_B takes 1 T_F, makespan 93 at 2 M_B with moves, 93 at 8 M_B without" in told
     names = [event.get("cat") for event in json.loads(file.read_text())["traceEvents"] if event.get("tid", 0) >= 8]
     assert names.count("activations leave") == names.count("activations come back") == 154
     told = json.loads(ask(*f"{sizes} 5 --pp-offload-to peer --move-time 2 --json".split()))

@@ -1,15 +1,18 @@
 """Moves of activations under a limit: published figures, laws for every schedule and size, and what is refused."""
 
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
 
+from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.action import BACKWARD, MOVES, Action, flat
-from megatron_cp.pipeline.build import build
-from megatron_cp.pipeline.costs import uniform
+from megatron_cp.pipeline.build import build, price_of_moves
+from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.execute import lower
 from megatron_cp.pipeline.offload import Offload, balanced, described, most_kept, offload, smallest_limit
 from megatron_cp.pipeline.passes import check, without_moves
+from megatron_cp.pipeline.placement import loop
 from megatron_cp.pipeline.profile import lower_split
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule, parse
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
@@ -205,6 +208,55 @@ def test_cap_holds_for_what_is_left() -> None:
     assert build("1f1b", 8, 24, costs=costs, caps=[2.0] * 8, moves=Offload(2))
     with pytest.raises(ValueError, match="a cap of 2 M_B is below the minimum 3 M_B of 1f1b"):
         build("1f1b", 8, 24, costs=costs, caps=[2.0] * 8, moves=Offload(3))
+
+
+def moved_under_each_limit(table: Schedule, costs: Costs) -> list[SimulatedStep]:
+    """Steps of a table without moves and under every limit, the largest first."""
+    limits = range(max(most_kept(table)) - 1, smallest_limit(table) - 1, -1)
+    return [simulate(each, costs) for each in (table, *(offload(table, Offload(limit)) for limit in limits))]
+
+
+@pytest.mark.parametrize("move", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize(("p", "m", "v", "cap"), [(2, 4, 1, 1.5), (3, 7, 1, 2.0), (4, 8, 2, 1.75), (4, 8, 1, 3.5)])
+def test_auto_weighs_all_tables_under_all_limits(p: int, m: int, v: int, cap: float, move: float) -> None:
+    where = loop(p, v)
+    costs, caps = uniform(where, (1.0, 1.0, 1.0, 0.1), (1.0, 0.5), move=move), [cap] * p
+    rules = [rule for rule in SCHEDULES if rule.table and not (rule.lends or rule.delay or rule.two_copies)]
+    tables = []
+    for rule in rules:
+        with suppress(ValueError):
+            tables.append(build(rule.name, p, m, v))
+    tables = [table for table in tables if table.placement == where]
+    every = [moved_under_each_limit(table, costs) for table in tables]
+    fit = [run for runs in every for run in runs if max(run.peak) <= cap]
+    chosen = simulate(build("auto", p, m, v, costs=costs, caps=caps, moves=Offload(None)), costs)
+    plain = simulate(build("auto", p, m, v, costs=costs, caps=caps), costs)
+    assert max(chosen.peak) <= cap
+    assert chosen.makespan <= min([plain.makespan, *(run.makespan for run in fit)])
+    # why the largest limit that fits is enough
+    for runs in every:
+        assert [run.makespan for run in runs] == sorted(run.makespan for run in runs)
+        assert [run.moved for run in runs] == sorted(run.moved for run in runs)
+    # a rule of its own takes the limit that moves least
+    for table, runs in zip(tables, every, strict=True):
+        least = next((run for run in runs if max(run.peak) <= cap), None)
+        if least:
+            fixed = build(table.name, p, m, v, costs=costs, caps=caps, moves=Offload(None))
+            assert simulate(fixed, costs).moved == least.moved
+    said = price_of_moves(chosen, caps, "ms")
+    assert said == (
+        f"moving M_B takes {move:.3g} T_F, makespan {chosen.makespan:.5g} ms at {max(chosen.peak):.3g} M_B with moves, "
+        f"{plain.makespan:.5g} ms at {max(plain.peak):.3g} M_B without"
+    )
+
+
+def test_slow_moves_are_left_out() -> None:
+    where, caps = loop(4, 1), [2.0] * 4
+    runs = []
+    for move in (0.5, 50.0):
+        costs = uniform(where, UNIT, move=move)
+        runs.append(simulate(build("auto", 4, 8, costs=costs, caps=caps, moves=Offload(None)), costs))
+    assert [run.moved > 0 for run in runs] == [True, False]
 
 
 def test_action_of_a_move_reads_back() -> None:

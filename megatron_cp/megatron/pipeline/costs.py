@@ -8,6 +8,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.bounds import least_memory
+from megatron_cp.pipeline.build import price_of_moves
 from megatron_cp.pipeline.costs import Costs, uniform
 from megatron_cp.pipeline.costs_file import CostsFile, StageCosts, of_stages, read, refuse_other_model, write
 from megatron_cp.pipeline.offload import described
@@ -57,7 +58,7 @@ def measured(
 ) -> Known:
     """Return the costs that the first steps showed; rank 0 of the run writes them beside its checkpoints.
 
-    hop, move: seconds of a hop, and of moving a byte of activations, 0 where none moves
+    hop, move: seconds of a hop, and of moving a byte of activations one way
     """
     assert settings.model, "settings with a profile know their model"
     file = of_stages(settings.model, stages, hop, move, placement)
@@ -85,13 +86,16 @@ def refuse_cap(settings: Settings, placement: Placement, costs: Costs) -> None:
         raise Refused(f"--pp-memory-limit {limit:g} is below the minimum {least:g} M_B, one microbatch at a time")
 
 
-def describe(schedule: Schedule, known: Known, moving: bool = False) -> list[str]:
-    """Return log lines with the schedule and the simulator's prediction, and where asked with what it moves."""
+def describe(schedule: Schedule, known: Known, moving: bool = False, caps: Sequence[float] | None = None) -> list[str]:
+    """Return log lines with the schedule and the simulator's prediction, and where asked with what it moves.
+
+    caps: per rank, in M_B
+    """
     placement, run = schedule.placement, simulate(schedule, known.costs)
     sizes = f"p={placement.ranks} v={placement.chunks} m={schedule.sequences}"
     peak = " ".join(f"{value:.3g}" for value in run.peak)
     rule = SCHEDULES.get(schedule.name)
-    moves = [f"activations that move: {described(schedule)}"] if run.moved or rule.lends or moving else []
+    moves = _moves(run, known, caps) if run.moved or rule.lends or moving else []
     late = rule.delay(placement.ranks, schedule.sequences) if rule.delay else None
     versions = (
         [f"updates that weights lack, per rank: {' '.join(map(str, late.behind))}; each keeps one version more"]
@@ -105,6 +109,16 @@ def describe(schedule: Schedule, known: Known, moving: bool = False) -> list[str
         *moves,
         *versions,
     ]
+
+
+def _moves(run: SimulatedStep, known: Known, caps: Sequence[float] | None) -> list[str]:
+    price = f"; {price_of_moves(run, caps, known.time)}" if run.moved else ""
+    lines = [f"activations that move: {described(run.schedule)}{price}"]
+    if not known.costs.move:
+        lines.append(
+            f"the time of a move (T_move) is not known {known.origin} and counts as 0; --pp-profile-steps measures it"
+        )
+    return lines
 
 
 def _parts(schedule: Schedule) -> str:

@@ -18,7 +18,7 @@ from megatron_cp.pipeline.clock import Clock
 from megatron_cp.pipeline.execute import Observe, forward_only, lower
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.profile import Profile, agree, hop_seconds, lower_split
-from megatron_cp.pipeline.saved import SavedActivations
+from megatron_cp.pipeline.saved import HostMover, SavedActivations, seconds_per_byte
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
 from megatron_cp.pipeline.split_backward import WeightQueue
@@ -67,7 +67,8 @@ class Tables:
             slices=max(1, len(self._settings.slice_lengths)),
             barriers=self._settings.pipeline.vocab_parallel or 0,
         )
-        for line in costs.describe(schedule, known, moving=self._settings.pipeline.moves is not None):
+        moving, caps = self._settings.pipeline.moves is not None, costs.caps(self._settings, where)
+        for line in costs.describe(schedule, known, moving, caps):
             say(line)
         if self._settings.slice_lengths:
             say(f"tokens of the slices of a sequence: {' '.join(map(str, self._settings.slice_lengths))}")
@@ -103,7 +104,7 @@ class Tables:
         hop = hop_seconds(channels, rank, placement.ranks, buffer)
         everyone = torch.distributed.group.WORLD
         assert everyone, "Megatron has made the groups"
-        move = saved.seconds_per_byte() if saved else 0.0
+        move = seconds_per_byte(saved.mover if saved else HostMover(buffer().device))
         stages, hop, move = agree(GroupFabric(everyone), buffer().device, mine, len(placement.rank_of), hop, move)
         self._known = costs.measured(self._settings, placement, stages, hop, move, steps)
         self._profile = None

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil, inf
 from typing import NamedTuple
 
@@ -89,12 +89,12 @@ def auto(
     """
     if objective not in OBJECTIVES:
         raise Refused(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
-    if moves is not None:
-        return _best_moved(placement, m, costs, caps, objective, moves)
     task = SchedulingTask(placement, m, costs, tuple(caps or [inf] * placement.ranks), objective)
     least = least_memory(placement, costs)
     if min(task.caps) < least - EPSILON:
         raise Refused(f"a cap of {min(task.caps):g} M_B is below the minimum {least:g} M_B, one microbatch at a time")
+    if moves is not None:
+        return _best_moved(placement, m, costs, caps, objective, moves)
     with _no_garbage_collector():
         best = _best_searched(task)
         for schedule in _ruled(task):
@@ -103,10 +103,22 @@ def auto(
     return replace(best.schedule, name="auto")
 
 
+# asked once more by what says how a table with moves was chosen
+@lru_cache(4)
+def unmoved(
+    placement: Placement, m: int, costs: Costs, caps: tuple[float, ...] | None, objective: str = "makespan"
+) -> Schedule:
+    """Return what `auto` finds where nothing moves."""
+    return auto(placement, m, costs, caps, objective)
+
+
 def _best_moved(
     placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None, objective: str, moves: Offload
 ) -> Schedule:
-    """Return the best of the rules' tables, and of those found with and without the caps, once activations move."""
+    """Return the best of the rules' tables, and of those found with and without the caps, once activations move.
+
+    Under caps each table has the largest limit that fits: a smaller one moves more, and its makespan is no shorter.
+    """
     found: list[SimulatedStep] = []
     refusal: ValueError | None = None
     for candidate in _to_move(placement, m, costs, caps, objective):
@@ -119,16 +131,16 @@ def _best_moved(
             found.append(run)
     if not found:
         raise refusal or Refused(f"no table keeps to {min(caps or [inf]):g} M_B with moves under this limit")
-    best = min(found, key=lambda run: run.objective(objective))
+    best = min(found, key=lambda run: (run.objective(objective), run.moved))
     return replace(best.schedule, name="auto")
 
 
 def _to_move(
     placement: Placement, m: int, costs: Costs, caps: Sequence[float] | None, objective: str
 ) -> Iterator[Callable[[], Schedule]]:
-    yield lambda: auto(placement, m, costs, None, objective)
+    yield lambda: unmoved(placement, m, costs, None, objective)
     if caps:
-        yield lambda: auto(placement, m, costs, caps, objective)
+        yield lambda: unmoved(placement, m, costs, tuple(caps), objective)
     for schedule in _ruled(SchedulingTask(placement, m, costs, (inf,) * placement.ranks, objective)):
         yield partial(check, schedule)
 

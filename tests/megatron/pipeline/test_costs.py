@@ -8,6 +8,7 @@ import pytest
 from megatron_cp.megatron.pipeline.costs import FILE_NAME
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.costs_file import CostsFile, Model, StageCosts, of_stages, read, write
+from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.placement import loop
 from megatron_cp.pipeline.profile import lower_split
 from megatron_cp.pipeline.simulate import simulate
@@ -60,6 +61,8 @@ def test_a_schedule_for_measured_costs_trains_as_interleaved_and_is_made_again_f
     sizes = SIZES | {"virtual_pipeline_model_parallel_size": 2}
     assert {name: getattr(measured.model, name) for name in SIZES} == sizes
     assert said.count(f"T_comm {measured.T_comm:.4g}") == 1
+    # of the link to the host, though nothing moves here
+    assert said.count(f"T_move {measured.T_move:.4g}") == 1
     # the last stage has the head beside its layers
     assert measured.M_B[3] > measured.M_B[1] > 0
     assert all(0 < held < kept for held, kept in zip(measured.M_W, measured.M_B, strict=True))
@@ -79,6 +82,29 @@ def test_costs_of_a_file_are_what_is_scheduled_for(tmp_path):
     assert f"predicted from {file}: makespan {expected.makespan:.5g} ms, bubble {expected.bubble:.4f}" in said
     free = simulate(build("auto", 2, 4, 1, costs=costs), costs)
     assert max(expected.peak) <= 1.5 < max(free.peak)
+
+
+@pytest.mark.slow
+def test_auto_weighs_moves_by_the_time_of_a_file_and_trains_as_without(tmp_path):
+    steps, limits = "--train-iters 2", "--pp-memory-limit 2.5 --pp-offload auto"
+    costs = {key: [1, 1] for key in ("T_F", "T_I", "T_W")} | {"M_B": [6, 6], "M_W": [3, 3], "T_move": 0.5}
+    found, said = run_and_say(*AUTO, steps, f"--pp-costs {costs_file(tmp_path, **costs)} {limits}")
+    assert_bit_equal(found, run(2, TWO, steps))
+    known = read(tmp_path / "costs.json").costs(loop(2))
+    moved = simulate(build("auto", 2, 4, 1, costs=known, caps=[2.5, 2.5], moves=Offload(None)), known)
+    plain = simulate(build("auto", 2, 4, 1, costs=known, caps=[2.5, 2.5]), known)
+    assert moved.makespan < plain.makespan
+    assert (
+        f"moving M_B takes {0.5:.3g} T_F, makespan {moved.makespan:.5g} ms at 2.5 M_B with moves, "
+        f"{plain.makespan:.5g} ms at 2 M_B without"
+    ) in said
+    assert "T_move) is not known" not in said
+
+
+def test_a_file_without_the_time_of_a_move_is_named(tmp_path):
+    file = costs_file(tmp_path)
+    _, said = run_and_say(*AUTO, f"--train-iters 1 --pp-costs {file} --pp-memory-limit 1.5 --pp-offload auto")
+    assert f"the time of a move (T_move) is not known from {file} and counts as 0; --pp-profile-steps" in said
 
 
 def test_auto_on_the_v_trains_as_interleaved(tmp_path):
