@@ -20,6 +20,7 @@ from megatron_cp.pipeline.schedule import HOST, BadSchedule, Schedule
 from megatron_cp.pipeline.simulate import OBJECTIVES, SimulatedStep
 from megatron_cp.pipeline.simulate import simulate as play
 from megatron_cp.pipeline.slices import SliceShare, flash_shares, flash_times, fractions, shares
+from megatron_cp.pipeline.steady import free_step
 from megatron_cp.pipeline.vocabulary import BARRIERS, with_head
 from megatron_cp.plots.timeline import check_suffix
 from megatron_cp.registry import unknown
@@ -293,7 +294,10 @@ def _as_json(run: SimulatedStep) -> dict[str, object]:
     moves = {"moved": run.moved, "moved_to": run.schedule.to} if run.moved else {}
     parts = {"slices": [share.kept for share in run.costs.slices]} if run.costs.slices else {}
     shared = {"barriers": run.schedule.barriers} if run.schedule.barriers else {}
-    kept: dict[str, object] = {"versions": versions} if (versions := versions_of(run.schedule)) else {}
+    versions = versions_of(run.schedule)
+    kept: dict[str, object] = (
+        {"versions": versions, "free_step": free_step(run.schedule, run.costs)} if versions else {}
+    )
     pipes = run.schedule.placement.pipes
     kept |= {"copies": pipes} if pipes > 1 else {}
     return {
@@ -326,6 +330,9 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         typer.echo(f"copies       {placement.pipes} of the model; the makespan ends when their gradients are added up")
     if versions := versions_of(run.schedule):
         typer.echo(f"versions     {' '.join(map(str, versions))}   of the weights, per rank")
+        typer.echo(
+            f"free step    {free_step(run.schedule, run.costs):.4f}   where no rank waits for another one's update"
+        )
     if run.costs.slices:
         typer.echo(f"slices       {' '.join(f'{share.kept:.3f}' for share in run.costs.slices)}   of a sequence")
     if run.schedule.barriers:

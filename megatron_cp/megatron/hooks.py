@@ -30,6 +30,8 @@ FOR_QUANTISED = ("quantised-buckets", "quantised-gradients", "quantised-weights"
 """Hooks that quantise messages of the distributed optimizer."""
 FOR_STATE_ON_DISK = ("state-on-disk", "state-gradients")
 """Hooks that keep the optimizer's state in files."""
+FOR_FREE_RUNNING = ("no-norm", "own-success", "own-statistics")
+"""Hooks that keep ranks of a pipeline from waiting for each other at the end of a step."""
 _MARK = "megatron_cp_hook"
 
 
@@ -334,6 +336,33 @@ HOOKS = Registry(
             parameters=("self", "iteration"),
             reason="nothing else is called where Megatron logs, and its figures of experts are means over ranks",
             retired_by="figures of the tracker of experts that are added up, for each layer, as often as Megatron logs",
+            settings=True,
+        ),
+        Hook(
+            name="no-norm",
+            targets=("megatron.core.optimizer.optimizer:ChainedOptimizer.get_grad_norm",),
+            by="megatron_cp.megatron.pipeline.free_running:no_norm",
+            parameters=("self",),
+            reason="the norm of all gradients is summed over all ranks in every step, also where nothing is clipped",
+            retired_by="a norm that is computed where --clip-grad or the log asks for it",
+            settings=True,
+        ),
+        Hook(
+            name="own-success",
+            targets=("megatron.training.training:logical_and_across_model_parallel_group",),
+            by="megatron_cp.megatron.pipeline.free_running:own",
+            parameters=("input", "group"),
+            reason="every step asks all stages whether their updates succeeded, also where none can fail",
+            retired_by="a train_step that asks where a loss scale or frozen parameters make it necessary",
+            settings=True,
+        ),
+        Hook(
+            name="own-statistics",
+            targets=("megatron.training.training:reduce_max_stat_across_model_parallel_group",),
+            by="megatron_cp.megatron.pipeline.free_running:own",
+            parameters=("stat", "group"),
+            reason="norm and learning rate of the log are compared over all stages in every step",
+            retired_by="a training_log that compares them where it logs",
             settings=True,
         ),
         Hook(

@@ -53,6 +53,7 @@ class Settings:
     log_interval:        steps from one of Megatron's log lines to the next; None where it is not said
     steps:               numbers of the steps to run, from the loaded checkpoint's on; None where no end is known
     read_every:          numbers of steps after each of which the weights are read: saved, evaluated, compared
+    log_every:           number of steps after each of which the run logs
     timeout_minutes:     of communication
     """
 
@@ -75,6 +76,7 @@ class Settings:
     log_interval: int | None = None
     steps: range | None = None
     read_every: tuple[int, ...] = ()
+    log_every: int | None = None
     timeout_minutes: int | None = None
 
     @classmethod
@@ -101,6 +103,7 @@ class Settings:
             log_interval=getattr(args, "log_interval", None),
             steps=_steps_of(args),
             read_every=tuple(reading(args).values()),
+            log_every=getattr(args, "log_interval", None),
             timeout_minutes=getattr(args, "distributed_timeout_minutes", None),
         )
 

@@ -5,6 +5,7 @@ from megatron_cp.context.checks import check_latent
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import check_slices, check_vocabulary
+from megatron_cp.pipeline.steady import check_free
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 
@@ -24,6 +25,7 @@ def check(model: Transformer, parallel: Parallel, seq: int) -> None:
         raise ValueError(f"expert parallel {parallel.ep} must divide the {model.experts} experts")
     _check_sliced(model, parallel)
     _check_vocabulary(model, parallel)
+    _check_free_running(model, parallel)
     _check_copies(model, parallel)
     _check_messages(parallel)
     if parallel.latent and not model.latent:
@@ -97,6 +99,18 @@ def _check_vocabulary(model: Transformer, parallel: Parallel) -> None:
     }
     if told := [what for what, asked in unable.items() if asked]:
         raise Refused(f"a vocabulary over all ranks does not go with {told[0]}; leave --pp-vocab-parallel out")
+
+
+def _check_free_running(model: Transformer, parallel: Parallel) -> None:
+    """Refuse with free-running ranks what makes the pipeline's ends wait for each other."""
+    if not parallel.free_running:
+        return
+    check_free(parallel.schedule if parallel.pp > 1 else None)
+    if model.tied or model.mtp:
+        raise Refused(
+            "--pp-free-running needs a model whose first and last stage share no weight, got tied embeddings or "
+            "multi-token prediction; pass --untie-embeddings-and-output-weights, without --mtp-num-layers"
+        )
 
 
 def _check_copies(model: Transformer, parallel: Parallel) -> None:

@@ -24,7 +24,7 @@ MODELLED = _flags(
     seq-length vocab-size num-experts moe-layer-freq q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim
     v-head-dim fp8-param-gather use-precision-aware-optimizer main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     data-parallel-sharding-strategy num-distributed-optimizer-instances use-torch-fsdp2 megatron-fsdp-main-grads-dtype
-    cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to
+    cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to pp-free-running
     pp-slices pp-vocab-parallel cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps
     local-sgd-outer moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-group-ranks moe-pieces moe-router
     moe-group-tokens moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts

@@ -86,6 +86,7 @@ class Parallel:
     schedule:    of the pipeline; None for Megatron's own, interleaved where vp > 1
     moves:       limit of chunks on a pipeline rank, and where activations beyond it go
     slices:      of every sequence, which go through the pipeline one after the other
+    free_running: pipeline ranks begin a step before the others have updated their weights, as --pp-free-running says it
     barriers:    of every microbatch, 1 or 2, where the vocabulary lies on all ranks of the pipeline; 0 elsewhere
     objective:   "makespan", or "span" where each pipeline rank steps its optimizer on its own (arXiv:2401.10241, 4)
     balanced_ends: the embedding and the loss count as layers when layers are divided among stages
@@ -135,6 +136,7 @@ class Parallel:
     schedule: str | None = None
     moves: Offload | None = None
     slices: int = 1
+    free_running: bool = False
     barriers: int = 0
     objective: str = "makespan"
     balanced_ends: bool = False
@@ -329,6 +331,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         schedule=recipe.flag("--pp-schedule", "") or None,
         moves=_moves(recipe),
         slices=recipe.number("--pp-slices", 1),
+        free_running="--pp-free-running" in given,
         barriers=recipe.number("--pp-vocab-parallel", 1) if "--pp-vocab-parallel" in given else 0,
         balanced_ends="--account-for-loss-in-pipeline-split" in given,
         overlap_grad_reduce="--overlap-grad-reduce" in given,

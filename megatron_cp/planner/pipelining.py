@@ -11,6 +11,7 @@ from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.schedule import PEER, Schedule
 from megatron_cp.pipeline.simulate import peaks, simulate
 from megatron_cp.pipeline.slices import AttentionShares, SliceShare, shares
+from megatron_cp.pipeline.steady import free_step
 from megatron_cp.pipeline.vocabulary import returned_before
 from megatron_cp.planner.memory import MemoryUse, keys_for_slices, rank_memory, slice_lengths
 from megatron_cp.planner.parallel import Parallel
@@ -30,6 +31,8 @@ def makespan(rank: RankConfig, stages: Sequence[Stage]) -> float:
         return parallel.micros * stages[0].seconds
     schedule, costs = _played(rank, stages)
     seconds, more = simulate(schedule, costs).objective(parallel.objective), parallel.micros - schedule.sequences
+    if parallel.free_running:
+        seconds = free_step(schedule, costs)
     if more and (parallel.copies > 1 or parallel.barriers):
         # where two pipes get in each other's way, or all ranks meet, they wait again for every p microbatches
         longer = simulate(_schedule(parallel, schedule.sequences + parallel.pp, costs), costs)

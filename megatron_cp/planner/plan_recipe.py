@@ -73,6 +73,8 @@ def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:
         yield "--pp-schedule", parallel.schedule
     if parallel.slices > 1:
         yield "--pp-slices", parallel.slices
+    if parallel.free_running:
+        yield "--pp-free-running", True
     if parallel.barriers:
         yield "--pp-vocab-parallel", parallel.barriers
     if parallel.moves:

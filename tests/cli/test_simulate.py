@@ -44,7 +44,9 @@ def test_versions_of_weights_in_words_and_in_json():
     # a step that waits for the update, above the time without waiting
     assert "makespan     12.0000" in told
     assert "lower bound  6.0000" in told
-    assert json.loads(ask(*words.split(), "--json"))["versions"] == [3, 2, 2, 1]
+    assert "free step    6.0000   where no rank waits for another one's update" in told
+    found = json.loads(ask(*words.split(), "--json"))
+    assert (found["versions"], found["free_step"]) == ([3, 2, 2, 1], 6)
 
 
 def test_two_copies_of_the_model_in_words_and_in_json():

@@ -17,6 +17,7 @@ from megatron_cp.pipeline.passes import check
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule, parse
 from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
 from megatron_cp.pipeline.simulate import simulate
+from megatron_cp.pipeline.steady import free_step
 from tests.nccl import Tally
 from tests.pipeline.executed import Stale, inputs_of, layer, weight_of
 from tests.pipeline.launches import launches
@@ -111,15 +112,38 @@ def test_time_of_a_step_with_and_without_waiting_for_the_update(name, p):
             longer, shorter = (simulate(joined(steps_of(name, p, m, count)), costs) for count in counts)
             assert longer.makespan - shorter.makespan == pytest.approx(m * (forward + back), rel=1e-12)
             assert bound_of(usual, costs) == m * (forward + back)
+            assert free_step(usual, costs) == pytest.approx(m * (forward + back), rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("p", "m", "barrier"), [(4, 8, (30, 19)), (4, 24, (78, 51)), (8, 8, (38, 23)), (8, 24, (86, 55))]
+    ("name", "p", "m", "barrier", "free"),
+    [
+        ("2bw", 4, 8, (30, 19), (24, 16)),
+        ("2bw", 4, 24, (78, 51), (72, 48)),
+        ("2bw", 8, 8, (38, 23), (24, 16)),
+        ("2bw", 8, 24, (86, 55), (72, 48)),
+        ("pipedream", 4, 1, (9, 5), (3, 2)),
+        ("pipedream", 8, 1, (17, 9), (3, 2)),
+    ],
 )
-def test_figures_of_two_versions(p, m, barrier):
-    usual = build("2bw", p, m)
-    found = [simulate(usual, uniform(usual.placement, times)).makespan for times in (UNIT, (1.0, 0.5, 0.5, 0.0))]
-    assert tuple(found) == barrier
+def test_figures_of_a_step_with_and_without_a_barrier(name, p, m, barrier, free):
+    usual = build(name, p, m)
+    both = [uniform(usual.placement, times) for times in (UNIT, (1.0, 0.5, 0.5, 0.0))]
+    assert tuple(simulate(usual, costs).makespan for costs in both) == barrier
+    assert tuple(free_step(usual, costs) for costs in both) == pytest.approx(free, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("p", "hop", "slow"), [(2, 0.0, 0), (3, 0.5, 2), (4, 0.0, 1), (4, 0.5, 4), (5, 0.25, 2), (7, 0.1, 3), (8, 0.5, 7)]
+)
+def test_a_long_run_of_uneven_ranks_and_hops_takes_the_time_of_free_steps(p, hop, slow):
+    usual = build("pipedream", p, p)
+    uneven = tuple(1.5 if rank in (slow, slow + 1) else 1.0 for rank in range(p))
+    costs = replace(uniform(usual.placement, (1.0, 1.0, 1.0, hop)), forward=uneven)
+    first = build("pipedream", p, p, step=StepOfRun(first=True))
+    longer, shorter = (simulate(joined([first, *[usual] * count]), costs).makespan for count in (40, 20))
+    assert longer - shorter == pytest.approx(20 * free_step(usual, costs), rel=1e-9)
+    assert free_step(usual, costs) < simulate(usual, costs).makespan
 
 
 def test_lists_of_the_first_the_usual_and_the_last_step():

@@ -337,6 +337,25 @@ def test_versions_of_weights_are_counted():
     assert late["2bw"].seconds < flushed.seconds
 
 
+def test_free_running_ranks_do_not_wait_for_the_last_one_to_drain():
+    waiting = Parallel(pp=4, global_batch=8, schedule="2bw")
+    free = replace(waiting, free_running=True)
+    model = replace(LLAMA, tied=False)
+    saved = [of(replace(waiting, global_batch=m)).seconds - of(replace(free, global_batch=m)).seconds for m in (8, 96)]
+    # p - 1 backwards of the slowest stage, however many microbatches a step has
+    assert saved[0] == pytest.approx(saved[1], rel=0.05)
+    assert 0.1 < saved[0] / of(waiting, model).seconds < 0.3
+    assert of(free, model).memory == of(waiting, model).memory
+    synchronous = of(Parallel(pp=4, vp=4, global_batch=8, schedule="izb"), model).seconds
+    assert 0.9 < of(free, model).seconds / synchronous < 1
+    with pytest.raises(ValueError, match="needs steps without a flush, got --pp-schedule 1f1b"):
+        of(replace(free, schedule="1f1b"))
+    with pytest.raises(ValueError, match="got none; add one, or leave --pp-free-running out"):
+        of(replace(free, pp=1))
+    with pytest.raises(ValueError, match="pass --untie-embeddings-and-output-weights"):
+        of(free, replace(LLAMA, tied=True))
+
+
 @pytest.mark.parametrize("name", [name for name in shipped_clusters() if name.startswith(("dgx", "a800"))])
 def test_every_shipped_gpu_can_be_estimated(name):
     found = estimate(LLAMA, Parallel(tp=8, global_batch=2), load_cluster(name), 8192)

@@ -73,6 +73,7 @@ SEEN = [
     "--zero-quantized-weights",
     f"{PP2} --pp-memory-limit 20",
     f"{PP2} --pp-schedule 1f1b --pp-vocab-parallel 1",
+    f"{PP2} --pp-schedule 2bw --pp-free-running",
     "--delay-wgrad-compute",
     "--hybrid-layer-pattern M*",
     "--optimizer muon",

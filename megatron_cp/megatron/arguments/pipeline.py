@@ -5,6 +5,7 @@ from typing import Any
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.errors import Refused, as_refusals
+from megatron_cp.megatron.arguments.free_running import check_free_running
 from megatron_cp.megatron.arguments.unsupported import (
     PARTS_OF_SEQUENCES,
     Unsupported,
@@ -423,6 +424,7 @@ def check_flags(args: Any) -> None:
 def check_schedule(args: Any) -> None:
     """Refuse what `--pp-schedule` names and this run cannot have; ValueError with the rule, the value and a way out."""
     check_flags(args)
+    check_free_running(args)
     flags = PipelineFlags.of(args)
     name = flags.schedule
     if name is None:

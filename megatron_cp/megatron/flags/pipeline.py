@@ -100,6 +100,19 @@ class PipelineFlags(Flags):
         ),
         int,
     )
+    free_running: bool = flag(
+        False,
+        lambda: "",
+        lambda: (
+            "With --pp-schedule "
+            + ", ".join(rule.name for rule in SCHEDULES if rule.delay)
+            + ", let every rank of the pipeline begin its next step without waiting for the update of the others. "
+            "There is no norm of all gradients any more, neither to clip by nor in the log; whether a step has "
+            "succeeded, and the learning rate in the log, are each rank's own. Losses and weights stay what they are. "
+            "Ranks still wait for each other wherever the run logs, evaluates or saves."
+        ),
+        bool,
+    )
 
     @property
     def sliced(self) -> bool:

@@ -16,6 +16,7 @@ from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from megatron_cp.pipeline.slices import SliceShare
+from megatron_cp.pipeline.steady import free_step
 
 FILE_NAME = "pipeline-costs.yaml"
 
@@ -98,7 +99,10 @@ def describe(schedule: Schedule, known: Known, moving: bool = False, caps: Seque
     moves = _moves(run, known, caps) if run.moved or rule.lends or moving else []
     late = rule.delay(placement.ranks, schedule.sequences) if rule.delay else None
     versions = (
-        [f"updates that weights lack, per rank: {' '.join(map(str, late.behind))}; each keeps one version more"]
+        [
+            f"updates that weights lack, per rank: {' '.join(map(str, late.behind))}; each keeps one version more",
+            f"a step of free-running ranks: {free_step(schedule, known.costs):.5g} {known.time}",
+        ]
         if late
         else []
     )

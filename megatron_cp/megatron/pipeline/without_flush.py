@@ -23,6 +23,11 @@ class WithoutFlush:
         self.versions = versions_of(model, delay.behind[rank], self.done)
         self.carried = Carried()
         self._first = True
+        if settings.pipeline.free_running:
+            say(
+                "ranks run freely: they wait for each other only where the run logs (now every "
+                f"{settings.log_every} steps), evaluates or saves, and each time fill the pipeline again"
+            )
         (chunk,) = model
         if self.done and settings.load:
             self._resume(chunk, settings.load)

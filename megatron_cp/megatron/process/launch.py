@@ -46,6 +46,7 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += hooks.FOR_V if schedule and on_v(schedule[0], placement) else ()
         names += hooks.FOR_TWO_COPIES if schedule and SCHEDULES.get(schedule[0]).two_copies else ()
         names += ["shared-vocabulary"] if values_of(argv, "--pp-vocab-parallel") is not None else []
+        names += hooks.FOR_FREE_RUNNING if values_of(argv, "--pp-free-running") is not None else ()
         names += ["delayed-weights"] if machine.te else []
     elif values_of(argv, "--cp-plan") is not None:
         names.append("schedule")
