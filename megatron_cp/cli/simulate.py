@@ -46,6 +46,7 @@ class SimulationRequest:
     moves: Offload | None
     move: float | None
     sync: float
+    tied: float
     slices: int
     slices_by: str
     attention: float
@@ -56,7 +57,7 @@ class SimulationRequest:
         """Return the same times and memory for every stage of a placement; `split`: of backwards in I and W."""
         move = self.times[0] if self.move is None else self.move
         costs = uniform(placement, self.times, self.memory, move=move, slices=self.shares(split))
-        costs = replace(costs, sync=self.sync)
+        costs = replace(costs, sync=self.sync, tied=self.tied)
         return with_head(costs, self.head * self.times[0], placement.ranks, self.barriers, placement.pipes)
 
     def shares(self, split: bool) -> tuple[SliceShare, ...]:
@@ -133,6 +134,13 @@ def simulate(
             help="Time of adding up the gradients of a stage that two ranks hold a copy of, in the unit of --times."
         ),
     ] = 0.0,
+    tied_time: Annotated[
+        float,
+        typer.Option(
+            help="Time in which the ranks of the first and the last stage add up the gradients of a tied embedding at "
+            "the end of a step, in the unit of --times."
+        ),
+    ] = 0.0,
     slices: Annotated[
         int, typer.Option(help="Parts of every sequence that go through the pipeline one after the other.")
     ] = 1,
@@ -172,6 +180,7 @@ def simulate(
         moves=_moves(pp_offload, pp_offload_to),
         move=move_time,
         sync=sync_time,
+        tied=tied_time,
         slices=slices,
         slices_by=slices_by,
         attention=attention,

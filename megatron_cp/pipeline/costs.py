@@ -41,6 +41,8 @@ class Costs:
     head:   times of S and T of every rank, where the LM head lies on all of them
     meeting: times of their messages; None for `comm` each
     sync:   time in which two ranks add up the gradients of a stage that both hold a copy of
+    tied:   time in which the ranks of the first and the last stage add up the gradients of one embedding that both
+        have, once both have run all that they have
     hidden: part of the shorter half of an overlap (F+B) that runs behind the longer one; 0 if both take their sum
     """
 
@@ -57,6 +59,7 @@ class Costs:
     head: tuple[float, float] = (0.0, 0.0)
     meeting: MeetingTimes | None = None
     sync: float = 0.0
+    tied: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("forward", "input", "weight"):
@@ -65,12 +68,10 @@ class Costs:
                     raise Refused(
                         f"times must be positive, got {name} time {time} of stage {stage}; the largest is {LARGEST:g}"
                     )
-        if not 0 <= self.comm <= LARGEST:
-            raise Refused(f"the time of a hop cannot be negative, got {self.comm}; the largest is {LARGEST:g}")
-        if not 0 <= self.move <= LARGEST:
-            raise Refused(f"the time of a move cannot be negative, got {self.move}; the largest is {LARGEST:g}")
-        if not 0 <= self.sync <= LARGEST:
-            raise Refused(f"the time of a sync cannot be negative, got {self.sync}; the largest is {LARGEST:g}")
+        single = (("hop", self.comm), ("move", self.move), ("sync", self.sync), ("sum of tied embeddings", self.tied))
+        for what, time in single:
+            if not 0 <= time <= LARGEST:
+                raise Refused(f"the time of a {what} cannot be negative, got {time}; the largest is {LARGEST:g}")
         if not all(0 <= time <= LARGEST for time in self.head):
             raise Refused(f"times of S and T cannot be negative, got {self.head}; the largest is {LARGEST:g}")
         if not 0 <= self.hidden <= 1:

@@ -55,10 +55,16 @@ class SimulatedStep:
     def makespan(self) -> float:
         """The time from the first start to the last end over all ranks, for which a synchronous optimizer waits.
 
-        Where ranks hold several copies of the model it ends when their gradients have been added up.
+        Where ranks hold several copies of the model it ends when their gradients have been added up, and where the
+        first and the last stage share an embedding when theirs of it have, which takes nothing on one rank.
         """
-        copies = self.schedule.placement.pipes > 1
-        last = added_up(self.schedule, self.costs, self.ends) if copies else max(ends[-1] for ends in self.ends)
+        where = self.schedule.placement
+        if where.pipes > 1:
+            last = added_up(self.schedule, self.costs, self.ends)
+        else:
+            ends = [ends[-1] for ends in self.ends]
+            both = {where.rank_of[0], where.rank_of[-1]}
+            last = max(*ends, max(ends[rank] for rank in both) + (self.costs.tied if len(both) > 1 else 0.0))
         return last - min(starts[0] for starts in self.starts)
 
     @cached_property

@@ -49,6 +49,15 @@ def test_versions_of_weights_in_words_and_in_json():
     assert (found["versions"], found["free_step"]) == ([3, 2, 2, 1], 6)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "makespan"), [("1f1b", 33.5), ("zb-v", 25.5)], ids=["two ranks hold it", "one rank holds both ends"]
+)
+def test_tied_embeddings_are_added_up_at_the_end(schedule, makespan):
+    found = json.loads(ask(*f"--schedule {schedule} -p 4 -m 8 --tied-time 0.5 --json".split()))
+    alone = json.loads(ask(*f"--schedule {schedule} -p 4 -m 8 --json".split()))
+    assert found["makespan"] == makespan == alone["makespan"] + (0.5 if schedule == "1f1b" else 0)
+
+
 def test_two_copies_of_the_model_in_words_and_in_json():
     words = "--schedule chimera-zb -p 4 -m 8 --sync-time 2"
     told = ask(*words.split())
@@ -214,6 +223,7 @@ def test_recorded_times_are_drawn_below_the_simulated(tmp_path):
         ("--schedule chimera -p 5 -m 8", "need an even number of ranks, got p = 5"),
         ("--schedule dualpipe -p 4 -m 9", "half of the microbatches go down the ranks and half go up, got m = 9"),
         ("--schedule chimera -p 4 -m 8 --sync-time=-1", "the time of a sync cannot be negative"),
+        ("--schedule 1f1b -p 4 -m 8 --tied-time=-1", "the time of a sum of tied embeddings cannot be negative"),
         ("--schedule auto -p 4 -m 8 --placement two-way", "unknown placement 'two-way'"),
         ("--schedule bpipe -p 4 -m 8 --pp-offload 2", "bpipe has a limit of its own, 3 chunks"),
     ],

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_cp.pipeline.costs import uniform
+from megatron_cp.pipeline.placement import loop
 from megatron_cp.pipeline.simulate import simulate
 from tests.pipeline.played import PROFILES, RATIOS, chunk_units, played, scheduled
 
@@ -181,3 +182,14 @@ def test_a_heavy_head_swamps_the_choice_of_schedule(name, expected):
     last = (*even.forward[:-1], even.forward[-1] + 2.4)
     run = simulate(schedule, replace(even, forward=last, input=last, weight=last))
     assert round(run.bubble, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("tied", "makespan"), [(0.0, 15.0), (4.0, 15.0), (9.0, 16.0)], ids=["untied", "behind the middle rank", "longer"]
+)
+def test_ends_of_a_tied_embedding_are_added_up_once_both_have_run(tied, makespan):
+    # by hand: F 0-1 1-2 2-3, I 3-4 4-5 5-6, W of the last rank 4-5, of the middle one 5-15, of the first 6-7
+    costs = replace(uniform(loop(3, 1), (1.0, 1.0, 1.0, 0.0)), weight=(1.0, 10.0, 1.0), tied=tied)
+    run = simulate(scheduled("zb-h1", 3, 1), costs)
+    assert [ends[-1] for ends in run.ends] == [7.0, 15.0, 5.0]
+    assert run.makespan == makespan
