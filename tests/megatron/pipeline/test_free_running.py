@@ -13,7 +13,7 @@ from megatron_cp.megatron.process.launch import features
 from megatron_cp.megatron.rebind import replace, restore
 from tests.megatron import pretraining
 from tests.megatron.pipeline.test_schedules import refusal
-from tests.megatron.pipeline.test_without_flush import RECOMPUTE, TWO, assert_bit_equal
+from tests.megatron.pipeline.test_without_flush import EVALUATION, RECOMPUTE, TWO, assert_bit_equal
 from tests.megatron.pretraining import tiny
 from tests.ranks import run_ranks, run_ranks_with_log
 
@@ -73,6 +73,8 @@ def assert_free(world, *flags, saved=""):
     assert {step["grad_norm"] for step in free[0]} == {None}
     assert all(step["grad_norm"] > 0 for step in waiting[0])
     assert "ranks run freely: they wait for each other only where the run logs (now every 100 steps)" in free[3]
+    assert ("grad norm" in free[3], "grad norm" in waiting[3]) == (False, True)
+    assert "learning rate: " in free[3]
     return free
 
 
@@ -82,7 +84,10 @@ def test_ranks_run_freely_with_the_bits_of_ranks_that_wait():
 
 @pytest.mark.slow
 def test_four_stages_run_freely():
-    assert_free(4, "--pipeline-model-parallel-size 4 --global-batch-size 6 --train-iters 5 --pp-schedule 2bw")
+    words = "--pipeline-model-parallel-size 4 --global-batch-size 6 --train-iters 5 --pp-schedule 2bw"
+    # the ranks meet for the evaluations after the second and the fourth step
+    *_, early, _ = assert_free(4, words, EVALUATION)
+    assert early == [False, False, True, False]
 
 
 @pytest.mark.slow
