@@ -110,4 +110,6 @@ def check_free_running(args: Any) -> None:
     for wait in WAITS:
         if value := wait.asked(args):
             given = wait.flag if value is True else f"{wait.flag} {value:g}"
-            raise Refused(f"{FLAG}, got {given}, for which ranks wait in every step for {wait.what}; {wait.way_out}")
+            raise Refused(
+                f"{FLAG} does not go with {given}, for which ranks wait in every step for {wait.what}; {wait.way_out}"
+            )

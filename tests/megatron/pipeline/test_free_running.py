@@ -20,7 +20,7 @@ from tests.ranks import run_ranks, run_ranks_with_log
 MODEL = "--num-layers 4 --rerun-mode disabled --clip-grad 0 --log-interval 100"
 FREE = "--pp-free-running"
 BUFFERS = "--bf16 --use-distributed-optimizer"
-SLOW = 0.1
+SLOW = 0.25
 """Seconds that the first stage adds to each of its steps, far longer than an update of the tiny model."""
 
 
@@ -79,7 +79,7 @@ def assert_free(world, *flags, saved=""):
 
 
 def test_ranks_run_freely_with_the_bits_of_ranks_that_wait():
-    assert_free(2, TWO, "--global-batch-size 8 --train-iters 4 --pp-schedule 2bw", RECOMPUTE)
+    assert_free(2, TWO, "--global-batch-size 4 --train-iters 3 --pp-schedule 2bw", RECOMPUTE)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_four_stages_run_freely():
     ids=["context", "replicas", "tensor"],
 )
 def test_other_parallelism_runs_freely(flags):
-    assert_free(4, TWO, "--global-batch-size 8", flags)
+    assert_free(4, TWO, "--global-batch-size 8 --train-iters 3", flags)
 
 
 @pytest.mark.slow
@@ -123,17 +123,20 @@ REFUSED = {
     ),
     "norm": (
         "--pp-schedule 2bw --clip-grad 1",
-        "--pp-free-running, got --clip-grad 1, for which ranks wait in every step for a norm of all gradients; pass "
-        "--clip-grad 0",
+        "--pp-free-running does not go with --clip-grad 1, for which ranks wait in every step for a norm of all "
+        "gradients; pass --clip-grad 0",
     ),
-    "overflows": ("--pp-schedule 2bw --fp16", "got --fp16, for which ranks wait in every step for each other's over"),
-    "scale": ("--pp-schedule 2bw --bf16 --loss-scale 8", "got --loss-scale 8, for which ranks wait"),
+    "overflows": (
+        "--pp-schedule 2bw --fp16",
+        "go with --fp16, for which ranks wait in every step for each other's over",
+    ),
+    "scale": ("--pp-schedule 2bw --bf16 --loss-scale 8", "go with --loss-scale 8, for which ranks wait"),
     "tokens": ("--pp-schedule 2bw --calculate-per-token-loss", "leave --calculate-per-token-loss out"),
-    "balance": ("--pp-schedule 2bw --num-experts 4", "got --num-experts 4, for which ranks wait"),
+    "balance": ("--pp-schedule 2bw --num-experts 4", "go with --num-experts 4, for which ranks wait"),
     "zeros": ("--pp-schedule 2bw --log-num-zeros-in-grad", "leave --log-num-zeros-in-grad out"),
     "weights": ("--pp-schedule 2bw --log-params-norm", "leave --log-params-norm out"),
     "signals": ("--pp-schedule 2bw --exit-signal-handler", "leave --exit-signal-handler out"),
-    "duration": ("--pp-schedule 2bw --exit-duration-in-mins 5", "got --exit-duration-in-mins 5, for which ranks"),
+    "duration": ("--pp-schedule 2bw --exit-duration-in-mins 5", "go with --exit-duration-in-mins 5, for which ranks"),
     "timers": ("--pp-schedule 2bw --timing-log-level 2", "pass --no-barrier-with-level-1-timing"),
 }
 
@@ -152,7 +155,7 @@ def test_what_ranks_would_wait_for_is_refused_in_one_line():
     [
         ({"pp_schedule": None}, "needs --pp-schedule 2bw or pipedream or pipedream-vertical, got none"),
         ({"mtp_num_layers": 1}, "leave --mtp-num-layers out"),
-        ({"dsa_indexer_loss_coeff": 0.5}, "got --dsa-indexer-loss-coeff 0.5"),
+        ({"dsa_indexer_loss_coeff": 0.5}, "go with --dsa-indexer-loss-coeff 0.5"),
         ({"sft": True}, "leave --sft out"),
         ({"dataloader_inter_document_masking": True}, "leave --dataloader-inter-document-masking out"),
         ({"num_experts": 4, "moe_z_loss_coeff": 0.1}, "without --moe-z-loss-coeff"),
