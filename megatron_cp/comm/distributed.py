@@ -100,6 +100,13 @@ class GroupFabric:
         dist.all_to_all_single(arrived, rows.contiguous(), list(recvs), list(sends), group=self.group)
         return arrived
 
+    def start_all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> tuple[Tensor, Transfer]:
+        check_counts(self, rows, sends, recvs)
+        self.sent += size_in_bytes(rows) - size_in_bytes(rows[: sends[self.rank]])
+        arrived, rows = rows.new_empty((sum(recvs), *rows.shape[1:])), rows.contiguous()
+        work = dist.all_to_all_single(arrived, rows, list(recvs), list(sends), group=self.group, async_op=True)
+        return arrived, _Works([work], [(rows, self.rank)])
+
     def subset(self, ranks: Sequence[int]) -> "GroupFabric":
         """Connect these ranks; every process of the run calls it together, each with ranks of its own group."""
         members = tuple(dist.get_global_rank(self.group, rank) for rank in ranks)

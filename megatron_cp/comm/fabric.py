@@ -98,6 +98,15 @@ class Gathering(Fabric, Protocol):
         ...
 
 
+@runtime_checkable
+class Scattering(Fabric, Protocol):
+    """A fabric whose all-to-all runs beside what is computed."""
+
+    def start_all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> tuple[Tensor, Handle]:
+        """Start `all_to_all`, and return what arrives once the transfer is over."""
+        ...
+
+
 class Done:
     """A transfer with nothing left to wait for."""
 
@@ -129,6 +138,9 @@ class SingleFabric:
     def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
         check_counts(self, rows, sends, recvs)
         return rows
+
+    def start_all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> tuple[Tensor, Handle]:
+        return self.all_to_all(rows, sends, recvs), Done()
 
     def subset(self, ranks: Sequence[int]) -> Self:
         return self
@@ -293,15 +305,24 @@ def all_gather_by_exchange(fabric: Fabric, local: Tensor) -> Tensor:
 
 def all_to_all_by_exchange(fabric: Fabric, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
     """Exchange rows as `Fabric.all_to_all` does, with at most one message to each other rank."""
+    arrived, transfer = start_all_to_all_by_exchange(fabric, rows, sends, recvs)
+    transfer.wait()
+    return arrived
+
+
+def start_all_to_all_by_exchange(
+    fabric: Fabric, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]
+) -> tuple[Tensor, Handle]:
+    """Start what `all_to_all_by_exchange` does."""
     check_counts(fabric, rows, sends, recvs)
     arrived = rows.new_empty((sum(recvs), *rows.shape[1:]))
     leaving, arriving = rows.split(list(sends)), arrived.split(list(recvs))
     arriving[fabric.rank].copy_(leaving[fabric.rank])
-    fabric.exchange(
+    transfer = fabric.exchange(
         [(leaving[peer].contiguous(), peer) for peer in _others(fabric) if leaving[peer].numel()],
         [(arriving[peer], peer) for peer in _others(fabric) if arriving[peer].numel()],
-    ).wait()
-    return arrived
+    )
+    return arrived, transfer
 
 
 def _others(fabric: Fabric) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cp.comm.fabric import (
+    Handle,
     Message,
     MessageError,
     Transfer,
@@ -25,6 +26,7 @@ from megatron_cp.comm.fabric import (
     check_pair,
     check_parts,
     size_in_bytes,
+    start_all_to_all_by_exchange,
 )
 
 TIMEOUT_SECONDS = 60
@@ -137,6 +139,9 @@ class LocalFabric:
 
     def all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
         return all_to_all_by_exchange(self, rows, sends, recvs)
+
+    def start_all_to_all(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> tuple[Tensor, Handle]:
+        return start_all_to_all_by_exchange(self, rows, sends, recvs)
 
     def subset(self, ranks: Sequence[int]) -> "LocalFabric":
         members = tuple(self._members[rank] for rank in ranks)

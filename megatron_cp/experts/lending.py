@@ -1,7 +1,9 @@
 """Weights of experts travel to the ranks that host copies of them, and gradients home, where they are added up.
 
 One exchange each way for all copies of a layer (FasterMoE, PPoPP 2022, section 4.1, sends weights and gradients of
-shadows in every step). A copy is a row: the parameters of its expert one after the other.
+shadows in every step), beside what is computed: weights may leave while an earlier layer computes, and their gradients
+are waited for where the weights left in forward, which backward comes to after the layer's own experts. A copy is a
+row: the parameters of its expert one after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cp.comm import Fabric, values_of_all, word_of
+from megatron_cp.comm import Fabric, Handle, Scattering, values_of_all, word_of
 from megatron_cp.errors import CannotRun
 from megatron_cp.experts.slots import SlotPlan
 
@@ -53,48 +55,73 @@ def loan_of(plan: SlotPlan, rank: int) -> LentCopies:
     )
 
 
+class CopiesOnTheWay(NamedTuple):
+    """Copies that will have arrived once the transfer is over."""
+
+    rows: Tensor
+    transfer: Handle
+
+    def landed(self) -> Tensor:
+        """Return the copies; on a GPU what is computed with them waits for them, and the host does not."""
+        self.transfer.wait()
+        return self.rows
+
+
 class Lending:
     """Copies of one layer's experts on their way.
 
+    fabric:      of the ranks that share the experts; over a communicator of its own copies overtake rows of experts
     there, home: copies of weights that this rank has sent, and of gradients
     bytes:       that it has sent
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Scattering) -> None:
         self.fabric, self.there, self.home, self.bytes = fabric, 0, 0, 0
 
-    def weights(self, loan: LentCopies, rows: Tensor) -> Tensor:
-        """Return the copies for this rank, in order of their experts, from those for each rank in order."""
+    def weights(self, loan: LentCopies, rows: Tensor) -> CopiesOnTheWay:
+        """Send the copies for each rank in order; return those for this rank, in order of their experts."""
         self.there += len(rows)
         return self._sent(rows, loan.sent, loan.got)
 
-    def gradients(self, loan: LentCopies, rows: Tensor) -> Tensor:
-        """Return the gradients of copies of this rank's experts, in order of rank, from those of the copies here."""
+    def gradients(self, loan: LentCopies, rows: Tensor) -> CopiesOnTheWay:
+        """Send the gradients of the copies here; return those of copies of this rank's experts, in order of rank."""
         self.home += len(rows)
         return self._sent(rows, loan.got, loan.sent)
 
-    def _sent(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
+    def _sent(self, rows: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> CopiesOnTheWay:
         before = self.fabric.sent
-        arrived = self.fabric.all_to_all(rows, sends, recvs)
+        arriving = CopiesOnTheWay(*self.fabric.start_all_to_all(rows, sends, recvs))
         self.bytes += self.fabric.sent - before
-        return arrived
+        return arriving
 
 
-class Borrowed(NamedTuple):
-    """Copies of a layer on this rank and those that it lent, in an object so that autograd does not see it.
+class Borrowed:
+    """Copies of a layer on this rank and those that it lent, for one microbatch; autograd does not see it.
 
     parameters: of each lent expert of this rank, in order of `loan.lent`
     keep:       takes the gradients that came home; None where autograd does
     """
 
-    lending: Lending
-    loan: LentCopies
-    parameters: Sequence[Sequence[Tensor]]
-    keep: Keep | None = None
+    def __init__(
+        self, lending: Lending, loan: LentCopies, parameters: Sequence[Sequence[Tensor]], keep: Keep | None = None
+    ) -> None:
+        self.loan, self.parameters, self.keep = loan, parameters, keep
+        self._lending = lending
+        self._coming: CopiesOnTheWay | None = None
 
-    def home(self, gradient: Tensor) -> list[list[Tensor]]:
+    @property
+    def weights(self) -> list[Tensor]:
+        """Parameters of all lent experts, one after the other."""
+        return [weight for weights in self.parameters for weight in weights]
+
+    def send(self, gradient: Tensor) -> None:
+        """Start the way home of the copies' gradients."""
+        self._coming = self._lending.gradients(self.loan, gradient.contiguous())
+
+    def came(self) -> list[list[Tensor]]:
         """Return the gradients of lent experts, the sum over their copies in order of rank."""
-        rows = self.lending.gradients(self.loan, gradient.contiguous()).unbind()
+        assert self._coming is not None, "gradients come home after they were sent"
+        rows, self._coming = self._coming.landed().unbind(), None
         of_experts: dict[int, Tensor] = {}
         for expert, row in zip((each for experts in self.loan.lends for each in experts), rows, strict=True):
             of_experts[expert] = of_experts[expert] + row if expert in of_experts else row
@@ -102,39 +129,70 @@ class Borrowed(NamedTuple):
         return [in_shapes(of_experts[expert], [weight.shape for weight in weights]) for expert, weights in pairs]
 
 
+class _Lent(torch.autograd.Function):
+    """The mark of a loan; in backward the gradients that came home are waited for.
+
+    Autograd takes the node that was made last of those that are ready: this one waits after all that forward has
+    computed since. It has a leaf of its own, so that every rank waits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, borrowed: Borrowed, leaf: Tensor, *_: Tensor) -> Tensor:
+        ctx.borrowed = borrowed
+        return leaf.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        borrowed = ctx.borrowed
+        found = [gradient for gradients in borrowed.came() for gradient in gradients]
+        if borrowed.keep is None:
+            return None, None, *found
+        borrowed.keep(borrowed.weights, found)
+        return None, None
+
+
 class _Borrowed(torch.autograd.Function):
-    """Rows, probabilities and copies as they are; in backward the gradients of the copies go home first.
+    """Rows, probabilities and copies as they are; in backward the gradients of the copies leave first.
 
     Every rank has rows, be they none at all, so that every rank takes part.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, borrowed: Borrowed, rows: Tensor, probs: Tensor, copies: Tensor, *weights: Tensor
+        ctx: Any, borrowed: Borrowed, rows: Tensor, probs: Tensor, copies: Tensor, mark: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.borrowed, ctx.given = borrowed, len(weights)
+        ctx.borrowed, ctx.mark = borrowed, torch.zeros_like(mark)
         return rows.view_as(rows), probs.view_as(probs), copies.view_as(copies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, rows: Tensor, probs: Tensor, copies: Tensor) -> tuple[Tensor | None, ...]:
-        borrowed = ctx.borrowed
-        found = [gradient for gradients in borrowed.home(copies) for gradient in gradients]
-        if borrowed.keep is None:
-            return None, rows, probs, None, *found
-        borrowed.keep([weight for weights in borrowed.parameters for weight in weights], found)
-        return None, rows, probs, None
+        ctx.borrowed.send(copies)
+        return None, rows, probs, None, ctx.mark
 
 
-def borrowed_here(borrowed: Borrowed, rows: Tensor, probs: Tensor, copies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows and probabilities that the experts get, and copies [C, P] whose gradients go home in backward."""
+def lent_here(borrowed: Borrowed, device: torch.device) -> Tensor:
+    """Return a mark of the place in forward where backward is to wait for the gradients that come home."""
+    leaf = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+    result: Tensor = _Lent.apply(borrowed, leaf, *([] if borrowed.keep else borrowed.weights))
+    return result
+
+
+def borrowed_here(
+    borrowed: Borrowed, mark: Tensor, rows: Tensor, probs: Tensor, copies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows and probabilities that the experts get, and copies [C, P] whose gradients go home in backward.
+
+    mark: of `lent_here`, made with autograd wherever this is called with it
+    """
     if not torch.is_grad_enabled():
         return rows, probs, copies
+    assert mark.requires_grad, "the mark of a loan takes part in autograd"
     if not rows.requires_grad:
         # a rank that only lends would have no backward
         rows = rows.detach().requires_grad_()
-    weights = [] if borrowed.keep else [weight for weights in borrowed.parameters for weight in weights]
-    result: tuple[Tensor, Tensor, Tensor] = _Borrowed.apply(borrowed, rows, probs, copies, *weights)
+    result: tuple[Tensor, Tensor, Tensor] = _Borrowed.apply(borrowed, rows, probs, copies, mark)
     return result
 
 

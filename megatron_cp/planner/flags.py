@@ -60,7 +60,7 @@ UNMODELLED = _flags(
     use-grouped-gemm-for-dense-mlp moe-grouped-gemm moe-single-grouped-weight moe-single-grouped-bias
     moe-grouped-product moe-enable-deepep moe-flex-dispatcher-backend moe-permute-fusion-into-hybridep
     moe-hybridep-pad-uneven-dispatch-inputs
-    moe-placement moe-replica-slots moe-placement-interval moe-cluster
+    moe-placement moe-replica-slots moe-placement-interval moe-copies-ahead moe-cluster
     moe-layer-recompute moe-permute-fusion moe-router-fusion moe-apply-probs-on-input moe-latent-size
     moe-flex-dispatcher-num-sms moe-deepep-num-sms moe-hybridep-num-sms moe-hybridep-num-blocks-permute
     moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms-preprocessing moe-ncclep-static-shape

@@ -6,7 +6,16 @@ import torch
 from megatron_cp.comm import in_process
 from megatron_cp.experts import PLACEMENTS
 from megatron_cp.experts.dealing import deal_of, dealt, slot_of
-from megatron_cp.experts.lending import Borrowed, Lending, as_rows, borrowed_here, check_plans, in_shapes, loan_of
+from megatron_cp.experts.lending import (
+    Borrowed,
+    Lending,
+    as_rows,
+    borrowed_here,
+    check_plans,
+    in_shapes,
+    lent_here,
+    loan_of,
+)
 from megatron_cp.experts.placing import ChangingPlan
 from megatron_cp.experts.slots import SlotCosts, SlotPlan, Slots, lent_bytes, load_of
 
@@ -49,13 +58,15 @@ def lent(fabric, microbatches, keeps):
     own = {expert: parameters_of(expert) for expert in range(2 * rank, 2 * rank + 2)}
     loan = loan_of(PLAN, rank)
     given = [own[expert] for experts in loan.lends for expert in experts]
-    copies = lending.weights(loan, as_rows(given, own[2 * rank]))
+    copies = lending.weights(loan, as_rows(given, own[2 * rank])).landed()
     parameters = [own[expert] for expert in loan.lent]
     keep = (lambda weights, found: kept.append((weights, found))) if keeps else None
     for _ in range(microbatches):
         # a rank without rows takes part too
         rows, probs = torch.zeros(0, 5, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-        rows, probs, here = borrowed_here(Borrowed(lending, loan, parameters, keep), rows, probs, copies)
+        borrowed = Borrowed(lending, loan, parameters, keep)
+        mark = lent_here(borrowed, copies.device)
+        rows, probs, here = borrowed_here(borrowed, mark, rows, probs, copies)
         for expert, row in zip(PLAN.hosted[rank], here, strict=True):
             assert all(map(torch.equal, in_shapes(row, SHAPES), parameters_of(expert)))
         used = sum((rank + 1) * (row**2).sum() for row in here)

@@ -70,7 +70,8 @@ def test_flags_of_linears_go_the_same_way() -> None:
 def test_flags_of_experts_go_the_same_way() -> None:
     words = "--moe-grouped-product loop --moe-comm-type two-hop --moe-ranks-per-node 4 --moe-pieces 2".split()
     words += "--moe-group-ranks 2 --moe-router switch --moe-group-tokens 64 --moe-layer-experts 2:16".split()
-    words += "--moe-placement lina --moe-replica-slots 2 --moe-placement-interval 5 --moe-cluster a100-ib".split()
+    words += "--moe-placement lina --moe-replica-slots 2 --moe-placement-interval 5".split()
+    words += "--moe-copies-ahead 0 --moe-cluster a100-ib".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
     assert settings.experts == ExpertFlags(
         grouped_product="loop",
@@ -84,6 +85,7 @@ def test_flags_of_experts_go_the_same_way() -> None:
         placement="lina",
         replica_slots=2,
         placement_interval=5,
+        copies_ahead=0,
         cluster="a100-ib",
     )
     settings.experts.copy_to(config)
@@ -99,6 +101,7 @@ def test_flags_of_experts_go_the_same_way() -> None:
         "moe_placement": "lina",
         "moe_replica_slots": 2,
         "moe_placement_interval": 5,
+        "moe_copies_ahead": 0,
         "moe_cluster": "a100-ib",
     }
     assert ExpertFlags.of(config) == settings.experts

@@ -53,7 +53,14 @@ def check_placement(args: Any) -> None:
                 f"--moe-replica-slots {flags.replica_slots} is of copies of experts; add --moe-placement "
                 f"{' or '.join(PLACEMENTS.names)}, or leave it out"
             )
+        if flags.copies_ahead != 1:
+            raise Refused(
+                f"--moe-copies-ahead {flags.copies_ahead} is of copies of experts; add --moe-placement "
+                f"{' or '.join(PLACEMENTS.names)}, or leave it out"
+            )
         return
+    if flags.copies_ahead not in (0, 1):
+        raise Refused(f"--moe-copies-ahead must be 0 or 1 layers, got {flags.copies_ahead}; leave it out for 1")
     if flags.slots < 1:
         raise Refused(f"--moe-replica-slots must be at least 1, got {flags.slots}; leave --moe-placement out for none")
     if flags.placement_interval < 1:

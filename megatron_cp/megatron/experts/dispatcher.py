@@ -312,6 +312,8 @@ def connect_experts(config: Any) -> None:
     group = parallel_state.get_expert_model_parallel_group()
     if group.size() > 1:
         hops_of(group, flags.exchange_node)
+        if flags.places:
+            copies_of(group)
 
 
 # a model has one group of ranks that share its experts
@@ -324,3 +326,13 @@ def hops_of(group: ProcessGroup, per_node: int | None) -> tuple[Fabric, Fabric]:
     whole = GroupFabric(group)
     nodes = whole.nodes if per_node is None else [rank // per_node for rank in get_process_group_ranks(group)]
     return hops(whole, ranks_of_a_node(nodes))
+
+
+# a model has one group of ranks that share its experts
+@lru_cache(8)
+def copies_of(group: ProcessGroup) -> GroupFabric:
+    """Return the ranks of a group over a communicator for copies alone; all processes make it together.
+
+    Over that of tokens a copy would hold up the exchange after it.
+    """
+    return GroupFabric(group).subset(range(group.size()))

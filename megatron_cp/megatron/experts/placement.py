@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -11,10 +12,20 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megatron_cp.comm import GroupFabric
+from megatron_cp.comm import Scattering
 from megatron_cp.experts import PLACEMENTS
 from megatron_cp.experts.dealing import Deal, deal_of, dealt
-from megatron_cp.experts.lending import Borrowed, Lending, as_rows, borrowed_here, check_plans, in_shapes, loan_of
+from megatron_cp.experts.lending import (
+    Borrowed,
+    CopiesOnTheWay,
+    Lending,
+    as_rows,
+    borrowed_here,
+    check_plans,
+    in_shapes,
+    lent_here,
+    loan_of,
+)
 from megatron_cp.experts.placing import ChangingPlan
 from megatron_cp.experts.slot_costs import slot_costs
 from megatron_cp.experts.slots import SlotCosts, SlotPlan, Slots
@@ -24,6 +35,7 @@ from megatron_cp.megatron.experts.dispatcher import (
     LoopDispatcher,
     TwoHopDispatcher,
     compute_part,
+    copies_of,
     weights_in_autograd,
 )
 from megatron_cp.megatron.flags.experts import ExpertFlags
@@ -36,7 +48,8 @@ class PlacedLayer(ExchangingLayer):
     """Megatron's layer of experts, where ranks host copies of other ranks' experts.
 
     Router, losses, capacity, parameters and checkpoints know experts alone. Tokens are dealt out to slots; weights of
-    copies come in the first forward of a step, and gradients go home in each backward. Plans change between steps.
+    copies come in the first forward of a step, while the layer before computes, and gradients go home in each
+    backward, while the layer before computes its own. Plans change between steps.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +61,7 @@ class PlacedLayer(ExchangingLayer):
     def dispatcher(self, groups: Any) -> TwoHopDispatcher:
         """Return what sends a piece to slots in the place of experts."""
         if self.placed is None:
-            fabric = GroupFabric(groups.ep)
+            fabric = copies_of(groups.ep)
             self.placed = HostedCopies(
                 self.config, Slots(self.config.num_moe_experts, fabric.size, self._spare), fabric
             )
@@ -74,11 +87,20 @@ class PlacedLayer(ExchangingLayer):
         """Return the outputs of experts and copies, and no bias; with pieces or groups they have come home already."""
         if self.placed is None:
             return super().routed_experts_compute(hidden_states, probs)
+        self.placed.lend(self.experts)
+        if self.placed.following is not None:
+            self.placed.following.lend_ahead()
         if isinstance(self.token_dispatcher, LoopDispatcher):
             return self._in_pieces(self.placed, hidden_states, probs), None
         rows, of_rows, copies = self.placed.borrow(self.experts, hidden_states, probs)
         experts = self.placed.with_copies(self.experts, copies)
         return compute_part(self.token_dispatcher, experts, rows, of_rows), None
+
+    def lend_ahead(self) -> None:
+        """Let the weights of copies leave, and the plan change, while the layer before computes."""
+        assert self.placed is not None, "layers in a row have copies alike"
+        self.placed.begin(self.training, self.layer_number)
+        self.placed.lend(self.experts, ahead=True)
 
     def _in_pieces(self, placed: "HostedCopies", rows: Sequence[Tensor], probs: Sequence[Tensor]) -> Sequence[Tensor]:
         first, of_first, copies = placed.borrow(self.experts, rows[0], probs[0])
@@ -110,13 +132,31 @@ def placing(mlp: Any, config: Any) -> Any:
     return partial(PlacedLayer, *mlp.args, **mlp.keywords)
 
 
+def link_copies[Model: nn.Module](models: list[Model]) -> list[Model]:
+    """Let each layer with copies lend those of the next one of its chunk, where the config asks for it; a hook."""
+    for model in models:
+        layers = [each for each in model.modules() if isinstance(each, PlacedLayer)]
+        for layer, following in pairwise(layers):
+            if layer.placed is not None and ExpertFlags.of(layer.config).copies_ahead:
+                layer.placed.following = following
+    return models
+
+
+class LentAhead(NamedTuple):
+    """A loan of this forward, and its mark in autograd."""
+
+    borrowed: Borrowed
+    mark: Tensor
+
+
 class HostedCopies:
     """Plan, counts and copies of a layer. Not a module: neither optimizer nor checkpoint see any of it.
 
-    lending: with the copies and bytes that this rank has sent
+    lending:   with the copies and bytes that this rank has sent
+    following: the layer whose weights leave while this one computes
     """
 
-    def __init__(self, config: Any, slots: Slots, fabric: GroupFabric) -> None:
+    def __init__(self, config: Any, slots: Slots, fabric: Scattering) -> None:
         flags = ExpertFlags.of(config)
         self._config, self.lending = config, Lending(fabric)
         self.placing = ChangingPlan(PLACEMENTS.get(flags.placement), slots, flags.placement_interval)
@@ -124,6 +164,9 @@ class HostedCopies:
         self._steps = 0
         self._counts: Tensor | None = None
         self._copies: Tensor | None = None
+        self._coming: CopiesOnTheWay | None = None
+        self._lent: LentAhead | None = None
+        self.following: PlacedLayer | None = None
         self._deal: tuple[SlotPlan, Deal] | None = None
         self._host: nn.Module | None = None
 
@@ -140,7 +183,7 @@ class HostedCopies:
         step = getattr(args_of_run(), "curr_iteration", None)
         if not training or step is None or step == self._step:
             return
-        self._step, self._copies = step, None
+        self._step, self._copies, self._lent = step, None, None
         if self._counts is None:
             return
         self._steps += 1
@@ -159,25 +202,47 @@ class HostedCopies:
             self._deal = self.plan, deal_of(self.plan, self.lending.fabric.rank, device)
         return self._deal[1]
 
-    def borrow(self, experts: SequentialMLP, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows, their probabilities and this rank's copies [C, P], whose gradients go home in backward."""
+    def lend(self, experts: SequentialMLP, ahead: bool = False) -> None:
+        """Let weights leave to the copies of this layer unless they have, and mark where gradients are waited for.
+
+        ahead: for the layer's next forward, whatever was lent before; else for this one, unless it is done
+        """
+        if not ahead and self._lent and self._lent.mark.requires_grad >= torch.is_grad_enabled():
+            return
+        self._lent = None
+        # outside of a step nothing says when weights have changed
+        if not self.plan.copies or (ahead and experts.training and self._step is None):
+            return
         parameters = [list(expert.parameters()) for expert in experts.local_experts]
-        if not self.plan.copies:
-            return rows, probs, as_rows([], parameters[0])
         loan = loan_of(self.plan, self.lending.fabric.rank)
         first = self.lending.fabric.rank * len(parameters)
-        # an evaluation comes after the weights have changed
-        copies = self._copies if experts.training else None
-        if copies is None:
+        if not experts.training:
+            # an evaluation comes after the weights have changed
+            self._copies = None
+        if self._coming is None and self._copies is None:
             _ready(experts)
             given = [parameters[expert - first] for lent in loan.lends for expert in lent]
-            copies = self.lending.weights(loan, as_rows(given, parameters[0]))
-        if experts.training and self._step is not None:
-            self._copies = copies
+            self._coming = self.lending.weights(loan, as_rows(given, parameters[0]))
         queue = bound_queue()
         keep = _keep if queue is not None and queue.open else None
-        lent = [parameters[expert - first] for expert in loan.lent]
-        return borrowed_here(Borrowed(self.lending, loan, lent, keep), rows, probs, copies)
+        borrowed = Borrowed(self.lending, loan, [parameters[expert - first] for expert in loan.lent], keep)
+        self._lent = LentAhead(borrowed, lent_here(borrowed, parameters[0][0].device))
+
+    def borrow(self, experts: SequentialMLP, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows, their probabilities and this rank's copies [C, P], whose gradients go home in backward."""
+        if self._lent is None:
+            return rows, probs, as_rows([], list(experts.local_experts[0].parameters()))
+        (borrowed, mark), self._lent = self._lent, None
+        return borrowed_here(borrowed, mark, rows, probs, self._landed(experts.training))
+
+    def _landed(self, training: bool) -> Tensor:
+        if self._copies is not None:
+            return self._copies
+        assert self._coming is not None, "copies are lent before they are borrowed"
+        copies, self._coming = self._coming.landed(), None
+        if training and self._step is not None:
+            self._copies = copies
+        return copies
 
     def host(self, experts: SequentialMLP) -> None:
         """Make a module for the copies: the modules of experts without parameters of their own."""

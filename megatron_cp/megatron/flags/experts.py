@@ -111,6 +111,15 @@ class ExpertFlags(Flags):
         lambda: "With --moe-placement, steps between two plans of copies.",
         int,
     )
+    copies_ahead: int = flag(
+        1,
+        lambda: "0|1",
+        lambda: (
+            "With --moe-placement, layers ahead that weights leave for copies: 1, while the layer before computes, "
+            "or 0 for none."
+        ),
+        int,
+    )
     cluster: str | None = flag(
         None,
         lambda: "NAME|FILE",

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_cp.errors import Refused
 from megatron_cp.megatron.experts.dispatcher import connect_experts
+from megatron_cp.megatron.experts.placement import link_copies
 from megatron_cp.megatron.layers.chunks import free_mlp_chunks
 from megatron_cp.megatron.layers.norm import Norm
 from megatron_cp.megatron.layers.specs import (
@@ -74,7 +75,7 @@ class ContextParallelHybridStack(HybridStack):
         self.post_layer_norm = post_layer_norm
         if local and self.post_process and post_layer_norm:
             self.final_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
-        verify_models(free_mlp_chunks([self]))
+        verify_models(link_copies(free_mlp_chunks([self])))
 
 
 def _stock_submodules(config: TransformerConfig) -> HybridStackSubmodules:

@@ -41,7 +41,7 @@ from megatron_cp.megatron.experts.choices import count_choices
 from megatron_cp.megatron.experts.dispatcher import connect_experts, exchanging
 from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.linears import ExpertColumnLinear, ExpertRowLinear
-from megatron_cp.megatron.experts.placement import placing
+from megatron_cp.megatron.experts.placement import link_copies, placing
 from megatron_cp.megatron.experts.priority import put_exchanges_first
 from megatron_cp.megatron.experts.pyramid import with_experts
 from megatron_cp.megatron.experts.router import routing
@@ -425,7 +425,7 @@ def _attach_hooks(model: Any) -> None:
     # Megatron-Bridge keeps its list to itself and has a method for it
     hooks = getattr(model, "post_wrap_hooks", getattr(model, "_post_wrap_hooks", []))
     attached = (
-        *(place_output_layers, free_mlp_chunks, put_exchanges_first, count_choices),
+        *(place_output_layers, free_mlp_chunks, put_exchanges_first, link_copies, count_choices),
         *(verify_models, hand_on_documents),
     )
     for hook in attached:

@@ -335,6 +335,11 @@ PLACED = f"{preset('lina')} {EVERY_STEP}"
 def test_copies_of_experts_whose_plans_change_train_as_no_copies(apart, ranks, flags, alike, slots, layers):
     found = run(ranks, PLACED, flags)
     assert_equal(found[0].log, apart(*alike))
+    # weights that leave at the layer itself, and not while the one before computes, change no digit
+    at_the_layer = run(ranks, PLACED, flags, "--moe-copies-ahead 0")
+    assert [each.lent for each in at_the_layer] == [each.lent for each in found]
+    for step, other in zip(found[0].log, at_the_layer[0].log, strict=True):
+        assert (step["loss"], step["grad_norm"]) == (other["loss"], other["grad_norm"])
     # weights once in each of the 3 steps that have a plan, gradients after each of 2 microbatches
     there, home = (sum(column) for column in zip(*(each.lent for each in found), strict=True))
     assert there >= 3 * layers

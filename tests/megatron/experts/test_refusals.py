@@ -227,6 +227,8 @@ def test_copies_of_experts_that_work_are_taken(given):
         ({"moe_shared_expert_overlap": True}, "--moe-placement lina does not do the overlap of shared experts"),
         ({"moe_placement": "none", "moe_replica_slots": 2}, "add --moe-placement fastermoe or flexmoe or lina, or"),
         ({"moe_replica_slots": 0}, "--moe-replica-slots must be at least 1, got 0; leave --moe-placement out"),
+        ({"moe_placement": "none", "moe_copies_ahead": 0}, "--moe-copies-ahead 0 is of copies of experts; add"),
+        ({"moe_copies_ahead": 2}, "--moe-copies-ahead must be 0 or 1 layers, got 2; leave it out for 1"),
         ({"moe_placement_interval": 0}, "--moe-placement-interval must be at least 1 step, got 0"),
         ({"moe_cluster": "dgx-h10"}, "no cluster 'dgx-h10'; did you mean 'dgx-h100'"),
         (

@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import global_vars
 
+from megatron_cp.megatron.experts.choices import count_choices
+from megatron_cp.megatron.experts.placement import link_copies
 from megatron_cp.megatron.experts.priority import put_exchanges_first
 from megatron_cp.megatron.layers import specs
 from megatron_cp.megatron.layers.attention import CoreAttention
@@ -38,7 +40,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWar
 LOSS, GRAD_NORM = 1e-6, 1e-3
 """What print precision allows: seven digits of the loss, four of the gradient norm."""
 
-POST_WRAP = [place_output_layers, free_mlp_chunks, put_exchanges_first, verify_models, hand_on_documents]
+POST_WRAP = [
+    *(place_output_layers, free_mlp_chunks, put_exchanges_first, link_copies, count_choices),
+    *(verify_models, hand_on_documents),
+]
 """Our hooks on wrapped models, in their order."""
 
 
