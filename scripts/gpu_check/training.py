@@ -23,14 +23,17 @@ from gpu_check.table import Row
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.channels import Channels, communicators
-from megatron_cp.pipeline.execute import Executor, lower
+from megatron_cp.pipeline.execute import Carried, Executor, lower
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.saved import HostMover, SavedActivations, storages_of
 from megatron_cp.pipeline.schedule import Schedule
+from megatron_cp.pipeline.schedules.pipedream import StepOfRun
 
 ROOT = Path(__file__).resolve().parents[2]
 MICROS = 4
+STEPS = 3
+"""Steps of a schedule whose steps end without a flush."""
 WIDTH = 64
 
 
@@ -65,7 +68,12 @@ class StagedPeer:
 
 
 class Layers:
-    """A rank's stages, one layer each; the output of the last one of a pipe is the loss of a microbatch."""
+    """A rank's stages, one layer each; the output of the last one of a pipe is the loss of a microbatch.
+
+    first: number of the step's first microbatch in the run
+    """
+
+    first = 0
 
     def __init__(self, placement: Placement, rank: int, device: str) -> None:
         self._last, self._device = placement.last, device
@@ -75,7 +83,9 @@ class Layers:
         self._waiting: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
-        made = torch.tanh((inputs_of(micro, self._device) if given is None else given) @ self.weights[stage])
+        made = torch.tanh(
+            (inputs_of(self.first + micro, self._device) if given is None else given) @ self.weights[stage]
+        )
         return made.square().sum() if self._last(stage) else made
 
     def backward(
@@ -113,7 +123,7 @@ def inputs_of(micro: int, device: str) -> Tensor:
 
 def pipeline(device: str) -> Iterator[Row]:
     """Run every schedule on two processes that share the device, and compare the gradients with those of one."""
-    names = [rule.name for rule in SCHEDULES if rule.table and not (rule.lends or rule.delay)]
+    names = [rule.name for rule in SCHEDULES if rule.table and not rule.lends]
     names += ["dapple-b, at most 2 chunks", "gis, at most 2 chunks"]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
@@ -129,23 +139,31 @@ def pipeline(device: str) -> Iterator[Row]:
             if failed := [answer for answer in answers if isinstance(answer, str)]:
                 yield Row(name, {"": failed[0]}, "failed")
                 return
-            parts = schedule_of(name).placement.length
+            steps = steps_of(name)
+            parts = steps[0].placement.length
             found = {part: torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for part in range(parts)}
             for stage, gradient in (pair for answer in answers for pair in answer.items()):
                 # of a part that two pipes have, the sum over both
                 found[stage % parts] += torch.tensor(gradient, dtype=torch.float64)
-            expected = _alone(len(found), device)
+            expected = _alone(len(found), device, len(steps) * MICROS)
             error = max(error_of(found[stage], expected[stage]) for stage in found)
-            yield Row(f"{name}, {len(found)} stages", {"error": error}, "ok" if error <= 1e-12 else "wrong")
+            several = f", {len(steps)} steps without a flush" if len(steps) > 1 else ""
+            yield Row(f"{name}, {len(found)} stages{several}", {"error": error}, "ok" if error <= 1e-12 else "wrong")
         for process in processes:
             process.join()
 
 
-def schedule_of(name: str) -> Schedule:
-    """Return a schedule on two ranks as an executor runs it; behind a comma stands how many chunks a rank keeps."""
+def steps_of(name: str) -> list[Schedule]:
+    """Return the steps of a run on two ranks as an executor runs them, one where it ends with a flush.
+
+    Behind a comma in the name stands how many chunks a rank keeps.
+    """
     rule, _, moves = name.partition(", ")
+    if SCHEDULES.get(rule).delay:
+        steps = [StepOfRun(number == 0, STEPS - number) for number in range(STEPS)]
+        return [lower(build(rule, 2, MICROS, step=step)) for step in steps]
     plan = Offload(2) if moves else None
-    return lower(build(rule, 2, MICROS, SCHEDULES.get(rule).chunks, moves=plan))
+    return [lower(build(rule, 2, MICROS, SCHEDULES.get(rule).chunks, moves=plan))]
 
 
 def _rank(rank: int, names: list[str], device: str, store: str, results: Any) -> None:
@@ -153,14 +171,18 @@ def _rank(rank: int, names: list[str], device: str, store: str, results: Any) ->
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
         for name in names:
-            schedule = schedule_of(name)
-            placement = schedule.placement
+            steps = steps_of(name)
+            placement, carried = steps[0].placement, Carried()
             layers = Layers(placement, rank, device)
             peers = [StagedPeer(dist.new_group([0, 1])) for _ in communicators(placement)]
             channels = Channels(placement, rank, peers)
             channels.meet(torch.zeros(1, device=device))
             saved = _on_the_host(layers) if "," in name else None
-            Executor(placement, rank, layers, channels, saved=saved).run(schedule.table[rank])
+            for number, step in enumerate(steps):
+                layers.first = number * MICROS
+                executor = Executor(placement, rank, layers, channels, saved=saved, carried=carried)
+                executor.run(step.table[rank])
+                carried = executor.leave(MICROS)
             assert saved is None or rank or saved.moved, "nothing moved to the host"
             # as lists: a tensor in a queue shares memory with a process that may be gone
             results.put({stage: gradient.cpu().tolist() for stage, gradient in layers.gradients.items()})
@@ -174,11 +196,11 @@ def _on_the_host(layers: "Layers") -> SavedActivations:
     return SavedActivations(HostMover(weights[0].device), weights[0].device, lambda: storages_of(weights))
 
 
-def _alone(stages: int, device: str) -> dict[int, Tensor]:
+def _alone(stages: int, device: str, micros: int) -> dict[int, Tensor]:
     """The gradients of one microbatch after another in one process."""
     weights = [weight_of(stage, device) for stage in range(stages)]
     totals = [torch.zeros(WIDTH, WIDTH, dtype=torch.float64, device=device) for _ in weights]
-    for micro in range(MICROS):
+    for micro in range(micros):
         made = inputs_of(micro, device)
         for weight in weights:
             made = torch.tanh(made @ weight)
