@@ -467,22 +467,25 @@ def idle_and_peak(name: str, p: int, m: int) -> str:
 
 
 def vocabulary() -> str:
-    """Figures of 1F1B with an LM head on the last rank and over all ranks; F, I and W take one unit of time each."""
-    head = ["p, m", "LM head, T_F", "ideal", "on the last rank", "peak", "1 barrier", "peak", "2 barriers", "peak"]
-    cases = ((4, 24, 0.3), (8, 24, 0.15), (8, 24, 0.6), (8, 24, 2.0), (16, 48, 1.0))
+    """Figures of steps with an LM head on one rank and over all ranks; F, I and W take one unit of time each."""
+    head = ["schedule", "p, m", "LM head, T_F", "ideal", "on one rank", "peak"]
+    head += ["1 barrier", "peak", "2 barriers", "peak"]
+    cases = [("1f1b", *case) for case in ((4, 24, 0.3), (8, 24, 0.15), (8, 24, 0.6), (8, 24, 2.0), (16, 48, 1.0))]
+    others = ("zb-h1", "interleaved", "izb", "gis", "zb-v", "v-half", "v-min", "1f1b-v", "dualpipe-v")
+    cases += [(name, 8, 24, size) for name in others for size in (0.6, 2.0)]
     return table(head, (vocabulary_row(*case) for case in cases))
 
 
-def vocabulary_row(p: int, m: int, head: float) -> list[str]:
-    runs = [with_vocabulary(p, m, head, barriers) for barriers in (0, *BARRIERS)]
+def vocabulary_row(name: str, p: int, m: int, head: float) -> list[str]:
+    runs = [with_vocabulary(name, p, m, head, barriers) for barriers in (0, *BARRIERS)]
     figures = [figure for run in runs for figure in (f"{run.makespan:.4g}", f"{max(run.peak):g}")]
-    return [f"{p}, {m}", f"{head:g}", f"{runs[0].work:.4g}", *figures]
+    return [f"`{name}`", f"{p}, {m}", f"{head:g}", f"{runs[0].work:.4g}", *figures]
 
 
-def with_vocabulary(p: int, m: int, head: float, barriers: int) -> SimulatedStep:
-    """A step of 1F1B with an LM head of so many T_F."""
-    costs = with_head(uniform(place(SCHEDULES.get("1f1b"), p), (1.0, 1.0, 1.0, 0.0)), head, p, barriers)
-    return simulate(build("1f1b", p, m, costs=costs, barriers=barriers), costs)
+def with_vocabulary(name: str, p: int, m: int, head: float, barriers: int) -> SimulatedStep:
+    """A step with an LM head of so many T_F."""
+    costs = with_head(uniform(place(SCHEDULES.get(name), p), (1.0, 1.0, 1.0, 0.0)), head, p, barriers)
+    return simulate(build(name, p, m, costs=costs, barriers=barriers), costs)
 
 
 def cells(run: SimulatedStep, rank: int, moves: bool = False) -> list[str]:
@@ -726,7 +729,7 @@ def pictures() -> dict[str, Picture]:
 
 def vocabulary_over_four_ranks() -> Picture:
     names = {0: "LM head on the last rank", 1: "over all ranks, one barrier", 2: "over all ranks, two barriers"}
-    steps = {name: with_vocabulary(4, 8, 2.0, barriers) for barriers, name in names.items()}
+    steps = {name: with_vocabulary("1f1b", 4, 8, 2.0, barriers) for barriers, name in names.items()}
     title = "1f1b, p = 4, m = 8, an LM head of 2 T_F; numbers are microbatches"
     return Picture(
         [(step.ends, step.peak) for step in steps.values()],

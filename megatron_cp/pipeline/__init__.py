@@ -42,7 +42,7 @@ class Rule:
     takes_warmup: True if `table` takes a warm-up multiplier too
     lends:        True if ranks lend activations to their peers, down to BPipe's limit
     takes_slices: True if `table` takes slices of each sequence too, which then run like microbatches
-    takes_vocabulary: True if `table` takes a vocabulary that lies on all ranks
+    own_vocabulary: True if `table` places S and T of a vocabulary over all ranks itself; others get them placed
     overlaps:     True if `table` can write a forward and a backward that run at the same time as one action
     delay:        (p, m) -> how far ranks run ahead of the updates, where steps end without a flush; `table`
                   then takes the step of a run too
@@ -58,7 +58,7 @@ class Rule:
     split: bool = True
     takes_warmup: bool = False
     takes_slices: bool = False
-    takes_vocabulary: bool = False
+    own_vocabulary: bool = False
     lends: bool = False
     overlaps: bool = False
     delay: Callable[[int, int], pipedream.Delay] | None = None
@@ -68,6 +68,17 @@ class Rule:
     def two_copies(self) -> bool:
         """True if ranks hold parts of two copies of the model."""
         return self.placement not in ONE_PIPE
+
+    @property
+    def no_vocabulary(self) -> str | None:
+        """Why S and T of a vocabulary over all ranks have no place in its tables; None where they have."""
+        if self.table is None:
+            return "schedules from times of F, I and W alone"
+        if self.two_copies:
+            return "holds two copies of the model, with two last stages"
+        if self.delay:
+            return "ends its steps without a flush, and S and T belong to one step"
+        return "moves activations" if self.lends else None
 
     def make(
         self,
@@ -160,7 +171,7 @@ SCHEDULES = Schedules(
             what="one forward, one backward, flushed every step",
             split=False,
             takes_slices=True,
-            takes_vocabulary=True,
+            own_vocabulary=True,
             aliases=("dapple-a", "pipedream-flush"),
         ),
         Rule(
@@ -206,7 +217,6 @@ SCHEDULES = Schedules(
             paper="arXiv:2401.10241, 2.2",
             what="1F1B's memory, W fills the drain",
             takes_slices=True,
-            takes_vocabulary=True,
         ),
         Rule(
             name="zb-h2",

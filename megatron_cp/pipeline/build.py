@@ -14,6 +14,7 @@ from megatron_cp.pipeline.schedules.auto import auto, unmoved
 from megatron_cp.pipeline.schedules.pipedream import USUAL, StepOfRun
 from megatron_cp.pipeline.simulate import SimulatedStep, peaks, simulate
 from megatron_cp.pipeline.vocabulary import Vocabulary, check_barriers, shared_out
+from megatron_cp.pipeline.vocabulary_order import with_vocabulary
 from megatron_cp.registry import suggest
 
 
@@ -91,10 +92,12 @@ def build(
         known = ", ".join(other.name for other in SCHEDULES if other.overlaps)
         raise Refused(f"{rule.name} overlaps no forward with a backward; take {known}")
     check_slices(rule, slices)
-    vocabulary = None
     if barriers:
-        check_vocabulary(rule, barriers, slices, moves)
-        vocabulary = shared_out(barriers, where, costs)
+        check_vocabulary(rule, barriers, slices, moves, overlapped)
+        schedule = _with_vocabulary(rule, where, m, warmup, barriers, costs)
+        if costs is not None and caps is not None:
+            check_caps(schedule, costs, caps)
+        return schedule
     if rule.table is None:
         if costs is None:
             raise Refused(f"{rule.name} schedules from times; give it costs")
@@ -106,7 +109,7 @@ def build(
             f"{rule.name} keeps activations from one step to the next, where no limit of chunks moves them; leave "
             "--pp-offload out, or take it with 1f1b"
         )
-    schedule = _fixed(rule, where, m, warmup, overlapped, slices, step, vocabulary)
+    schedule = _fixed(rule, where, m, warmup, overlapped, slices, step)
     if moves is not None:
         schedule = check(under(schedule, moves, costs, caps))
     if costs is not None and caps is not None:
@@ -123,12 +126,18 @@ def check_slices(rule: Rule, slices: int) -> None:
         raise Refused(f"{rule.name} has no order for {slices} slices of a sequence; take one of {known}")
 
 
-def check_vocabulary(rule: Rule, barriers: int, slices: int = 1, moves: Offload | None = None) -> None:
-    """Raise ValueError where a rule has no order for a vocabulary over all ranks, or it comes with another order."""
+def check_vocabulary(
+    rule: Rule, barriers: int, slices: int = 1, moves: Offload | None = None, overlapped: bool = False
+) -> None:
+    """Raise ValueError where a rule has no place for a vocabulary over all ranks, or it comes with another order."""
     check_barriers(barriers)
-    if not rule.takes_vocabulary:
-        known = ", ".join(other.name for other in SCHEDULES if other.takes_vocabulary)
-        raise Refused(f"{rule.name} has no order for a vocabulary over all ranks; take {known}")
+    if rule.no_vocabulary:
+        raise Refused(
+            f"{rule.name} has no place for a vocabulary over all ranks, for it {rule.no_vocabulary}; take 1f1b, "
+            "interleaved or zb-v"
+        )
+    if overlapped:
+        raise Refused("a vocabulary over all ranks has no place beside forwards that overlap backwards; leave one out")
     if slices > 1:
         raise Refused(
             f"a vocabulary over all ranks takes whole sequences, got {slices} slices; leave one of the two out"
@@ -138,6 +147,14 @@ def check_vocabulary(rule: Rule, barriers: int, slices: int = 1, moves: Offload 
             f"a vocabulary over all ranks keeps activations where they are, got a limit of {moves.limit} chunks; leave "
             "one out"
         )
+
+
+def _with_vocabulary(
+    rule: Rule, where: Placement, m: int, warmup: float | None, barriers: int, costs: Costs | None
+) -> Schedule:
+    if rule.own_vocabulary:
+        return _fixed(rule, where, m, warmup, vocabulary=shared_out(barriers, where, costs))
+    return check(with_vocabulary(lambda micros: _fixed(rule, where, micros, warmup), m, barriers, costs))
 
 
 def lent(rule: Rule, p: int, moves: Offload | None) -> Offload:
@@ -192,7 +209,7 @@ def _fixed(
     placement: Placement,
     m: int,
     warmup: float | None,
-    overlapped: bool,
+    overlapped: bool = False,
     slices: int = 1,
     step: StepOfRun = USUAL,
     vocabulary: Vocabulary | None = None,

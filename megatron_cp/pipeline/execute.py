@@ -41,9 +41,10 @@ from megatron_cp.pipeline.receive_early import receive_early
 from megatron_cp.pipeline.saved import SavedActivations
 from megatron_cp.pipeline.schedule import Schedule
 from megatron_cp.pipeline.schedules.order import in_groups
-from megatron_cp.pipeline.vocabulary import add_sums, rounds_of_evaluation
 from megatron_cp.pipeline.vocabulary_embedding import VocabularyEmbedding
 from megatron_cp.pipeline.vocabulary_head import VocabularyHead
+from megatron_cp.pipeline.vocabulary_order import evaluated
+from megatron_cp.pipeline.vocabulary_sums import add_sums
 
 StageMicro = tuple[int, int]
 
@@ -88,7 +89,7 @@ def lower(schedule: Schedule) -> Schedule:
 
 def complete(schedule: Schedule) -> Schedule:
     """Return the compute table with reductions and transfers, and receives posted early."""
-    return receive_early(add_sums(add_transfers(add_reductions(schedule))))
+    return receive_early(add_transfers(add_sums(add_reductions(schedule))))
 
 
 def forward_only(placement: Placement, m: int, barriers: int = 0) -> Schedule:
@@ -100,12 +101,9 @@ def forward_only(placement: Placement, m: int, barriers: int = 0) -> Schedule:
     p = placement.ranks
     if placement.pipes > 1:
         return receive_early(add_transfers(_forward_both_ways(placement, m)))
-    if barriers:
-        table = tuple(tuple(rounds_of_evaluation(rank, p, m)) for rank in range(p))
-    else:
-        table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
-    schedule = Schedule("forward only", placement, m, table, barriers=barriers)
-    return receive_early(add_sums(add_transfers(schedule)))
+    table = tuple(tuple(in_groups(stages, m, p, split=False)[0]) for stages in placement.of_rank)
+    schedule = Schedule("forward only", placement, m, table)
+    return receive_early(add_transfers(add_sums(evaluated(schedule) if barriers else schedule)))
 
 
 def _forward_both_ways(placement: Placement, m: int) -> Schedule:

@@ -1,6 +1,6 @@
 """Turn the compute table of a rule into the table an executor runs: check, merge, add reductions, add transfers."""
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from megatron_cp.pipeline.action import (
     REDUCE,
     SEND_B,
     SEND_F,
-    SUM_E,
+    SUMS,
     WEIGHT,
     Action,
     Cell,
@@ -153,16 +153,27 @@ def _fault(
 def walk(schedule: Schedule) -> Iterator[tuple[int, Cell]]:
     """Walk all ranks at once: every round each rank runs its next compute cell if what that waits for is there.
 
+    All ranks come to a message of all ranks in the same round.
     Yields (rank, cell) in an order in which they can run; raises BadSchedule naming every rank's waiting cell.
     """
     places = [0] * len(schedule.table)
     stages = range(len(schedule.placement.rank_of))
     done = {Action(stage, FORWARD, micro) for stage in stages for micro in schedule.begun(stage)}
     while any(place < len(actions) for place, actions in zip(places, schedule.table, strict=True)):
-        ready = [
+        heads = [
             (rank, actions[place])
             for rank, (place, actions) in enumerate(zip(places, schedule.table, strict=True))
-            if place < len(actions) and _runnable(schedule, actions[place], done)
+            if place < len(actions)
+        ]
+        met = Counter(cell[1:] for _, cell in heads if isinstance(cell, Action) and cell.kind in SUMS)
+        ready = [
+            (rank, cell)
+            for rank, cell in heads
+            if (
+                met[cell[1:]] == len(places)
+                if isinstance(cell, Action) and cell.kind in SUMS
+                else _runnable(schedule, cell, done)
+            )
         ]
         if not ready:
             raise deadlock(schedule, places)
@@ -196,10 +207,11 @@ def barrier(schedule: Schedule, action: Action) -> list[Action]:
 
 
 def _runnable(schedule: Schedule, cell: Cell, done: set[Action]) -> bool:
-    return done.issuperset(_awaited_by(schedule, cell))
+    return done.issuperset(awaited_by(schedule, cell))
 
 
-def _awaited_by(schedule: Schedule, cell: Cell) -> list[Action]:
+def awaited_by(schedule: Schedule, cell: Cell) -> list[Action]:
+    """Return the actions that must have run before `cell`, besides its rank's earlier ones."""
     found: list[Action] = []
     for action in halves(cell):
         before = awaited(schedule, action)
@@ -212,7 +224,7 @@ def deadlock(schedule: Schedule, places: list[int]) -> BadSchedule:
     stuck = [(rank, place) for rank, place in enumerate(places) if place < len(schedule.table[rank])]
     cells = [(rank, schedule.table[rank][place]) for rank, place in stuck]
     reasons = [
-        f"rank {rank} at {cell} for {' and '.join(map(str, _awaited_by(schedule, cell)))}" for rank, cell in cells
+        f"rank {rank} at {cell} for {' and '.join(map(str, awaited_by(schedule, cell)))}" for rank, cell in cells
     ]
     return BadSchedule(schedule, f"deadlock: {'; '.join(reasons)}", stuck)
 
@@ -268,10 +280,9 @@ def add_transfers(schedule: Schedule) -> Schedule:
 
     Since send and receive enter their ranks' lists together while all ranks are walked at once, both sides of every
     channel agree on the order, and even blocking transfers cannot deadlock. A hand-over on the same rank has none.
-    The same holds for moves to a peer: its HOLD or GIVE is written down with the owner's EVICT or LOAD; and for an
-    embedding over all ranks, each of which gets its SUM_E two forwards of the first stage ahead.
+    The same holds for moves to a peer: its HOLD or GIVE is written down with the owner's EVICT or LOAD.
     """
-    lists: list[list[Cell]] = [_lookups(schedule, rank, 0, 1) for rank in range(len(schedule.table))]
+    lists: list[list[Cell]] = [[] for _ in schedule.table]
     rest = [_behind(cells) for cells in schedule.table]
     for rank, cell in walk(without_moves(schedule)):
         lists[rank].append(cell)
@@ -279,9 +290,6 @@ def add_transfers(schedule: Schedule) -> Schedule:
             for receiver, send, receive in _transfer(schedule, rank, action):
                 lists[rank].append(send)
                 lists[receiver].append(receive)
-            if action[:2] == (0, FORWARD):
-                for each, cells in enumerate(lists):
-                    cells += _lookups(schedule, each, (action.micro or 0) + 2)
         for action in rest[rank].get(cell, ()):
             lists[rank].append(action)
             if action.kind in LENDERS and schedule.to == PEER:
@@ -289,18 +297,13 @@ def add_transfers(schedule: Schedule) -> Schedule:
     return replace(schedule, table=tuple(map(tuple, lists)))
 
 
-def _lookups(schedule: Schedule, rank: int, *micros: int) -> list[Cell]:
-    known = schedule.micros if schedule.barriers else 0
-    return [Action(schedule.placement.of_rank[rank][0], SUM_E, micro) for micro in micros if micro < known]
-
-
 def without_moves(schedule: Schedule) -> Schedule:
-    """Return the schedule with nothing but its compute cells."""
+    """Return the schedule with nothing but its compute cells and the messages of all ranks."""
     return replace(schedule, table=tuple(tuple(filter(_computes, cells)) for cells in schedule.table), to=None)
 
 
 def _computes(cell: Cell) -> bool:
-    return isinstance(cell, Overlap) or cell.kind in COMPUTE
+    return isinstance(cell, Overlap) or cell.kind in COMPUTE or cell.kind in SUMS
 
 
 def _behind(cells: Iterable[Cell]) -> dict[Cell, list[Action]]:

@@ -107,6 +107,7 @@ class _Micro:
     partial: Tensor | None = None
     gathered: tuple[Transfer, list[Tensor]] | None = None
     partials: tuple[Transfer, list[Tensor]] | None = None
+    joined: Tensor | None = None
     scales: Tensor | None = None
     of_label: Tensor | None = None
     summing: Transfer | None = None
@@ -214,7 +215,10 @@ class VocabularyHead:
         if self._barriers == 2:
             kept.partial = (gradient @ self._weight).to(_precise(kept.given))
         else:
-            if kept.partials and self._rank != self._last:
+            if self._rank == self._last:
+                # they are as large as all ranks' hidden states, and the backward may be some time away
+                self._join(micro)
+            elif kept.partials:
                 kept.partials[0].wait()
             self._leave(micro)
 
@@ -248,19 +252,27 @@ class VocabularyHead:
             found = kept.partial
             kept.left = 1
         else:
-            assert kept.partials is not None
-            transfer, parts = kept.partials
-            scales = self._scales(micro)
-            transfer.wait()
-            assert kept.of_label is not None
-            found = sum(
-                scale[:, None] * part[0] + (kept.of_label - 1)[:, None] * part[1]
-                for scale, part in zip(scales, parts, strict=True)
-            )
-            found = found * kept.targets.gradients[:, None]
-            kept.partials = kept.partial = None
+            self._join(micro)
+            assert kept.joined is not None
+            found, kept.joined = kept.joined, None
         self._leave(micro)
         return self._tensor.gradient(found.to(kept.dtype)).view(kept.shape)
+
+    def _join(self, micro: int) -> None:
+        """Make one gradient of all ranks' parts, on the last rank."""
+        kept = self._micros[micro]
+        if kept.partials is None:
+            return
+        transfer, parts = kept.partials
+        scales = self._scales(micro)
+        transfer.wait()
+        assert kept.of_label is not None
+        found = sum(
+            scale[:, None] * part[0] + (kept.of_label - 1)[:, None] * part[1]
+            for scale, part in zip(scales, parts, strict=True)
+        )
+        kept.joined = (found * kept.targets.gradients[:, None]).to(kept.dtype)
+        kept.partials = kept.partial = None
 
     def _evaluate(self) -> None:
         """Find the losses of the microbatch whose statistics are on their way, where nothing else needs them."""

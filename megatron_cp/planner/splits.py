@@ -130,7 +130,7 @@ def _orders(request: PlanRequest, pp: int, vp: int) -> Iterator[tuple[str | None
         rule = PIPELINES.get(name)
         if rule.takes_slices and not (model.experts or model.latent or model.mtp):
             yield from ((name, slices, 0) for slices in request.slices if slices > 1)
-        if rule.takes_vocabulary and not model.mtp and request.precision != "fp8":
+        if not rule.no_vocabulary and not model.mtp and request.precision != "fp8":
             yield from ((name, 1, barriers) for barriers in request.barriers)
 
 

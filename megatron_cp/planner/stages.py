@@ -108,7 +108,12 @@ def placement_of(parallel: Parallel) -> Placement:
 
 def holds_ends(parallel: Parallel, at: int) -> tuple[bool, bool]:
     """Return True where a pipeline rank holds an embedding, and where it holds an output layer."""
-    first, last = at == 0, at == parallel.pp - 1
+    if parallel.pp == 1:
+        return True, True
+    ranks = placement_of(parallel).rank_of
+    first, last = at == ranks[0], at == ranks[-1]
+    if parallel.copies > 1:
+        last = at == parallel.pp - 1
     # the second copy begins where the first one ends
     return (first, last) if parallel.copies == 1 else (first or last, first or last)
 

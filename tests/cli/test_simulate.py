@@ -290,7 +290,7 @@ def test_head_on_one_rank_and_over_all_of_them(tmp_path):
     ("words", "message"),
     [
         ("--schedule 1f1b -p 4 -m 8 --vocab-parallel 0", "number of barriers in a microbatch, 1 or 2, got 0"),
-        ("--schedule zb-h2 -p 4 -m 8 --vocab-parallel 1", "zb-h2 has no order for a vocabulary over all ranks"),
+        ("--schedule chimera -p 4 -m 8 --vocab-parallel 1", "chimera has no place for a vocabulary over all ranks"),
         ("--table mine --vocab-parallel 1", "a --table has its own S and T; leave out --vocab-parallel"),
         ("--schedule 1f1b -p 4 -m 8 --head -1", "the time of the LM head cannot be negative, got -1"),
     ],

@@ -1,8 +1,9 @@
 """Head and embedding over all ranks give losses and gradients of whole ones, in the order of every table with them."""
 
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import accumulate
 from threading import Barrier
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from megatron_cp.comm import SingleFabric
 from megatron_cp.pipeline.build import build
 from megatron_cp.pipeline.execute import lower
+from megatron_cp.pipeline.simulate import peaks
 from megatron_cp.pipeline.vocabulary_embedding import VocabularyEmbedding
 from megatron_cp.pipeline.vocabulary_head import Targets, TensorRanks, VocabularyHead
 from tests.pipeline.executed import PATIENCE, WIDTH, Exchange, Message, Peer, execute, inputs_of, layer, weight_of
@@ -121,9 +123,9 @@ def tokens_of(micro: int) -> Tensor:
     return torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(2000 + micro))
 
 
-def dense(p: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
+def dense(stages: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
     """Losses of each microbatch, and gradients of all stages, of the head and of the embedding."""
-    weights = [*map(weight_of, range(p)), whole_head().requires_grad_(), whole_embedding().requires_grad_()]
+    weights = [*map(weight_of, range(stages)), whole_head().requires_grad_(), whole_embedding().requires_grad_()]
     total, losses = torch.zeros((), dtype=torch.float64), []
     for micro in range(m):
         made = weights[-1][tokens_of(micro)]
@@ -136,12 +138,17 @@ def dense(p: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def shares(
-    rows: list[range], barriers: int, noted: Noted, gradients: list[Tensor], tensor: Callable[[int], TensorRanks]
+    rows: list[range],
+    barriers: int,
+    noted: Noted,
+    gradients: list[Tensor],
+    tensor: Callable[[int], TensorRanks],
+    last: int,
 ) -> Callable[[Exchange, int], VocabularyHead]:
     """What gives every rank its rows of the head, of which it adds up the gradients."""
 
     def head(exchange: Exchange, rank: int) -> VocabularyHead:
-        own, last = rows[rank], len(rows) - 1
+        own = rows[rank]
         return VocabularyHead(
             whole_head()[own.start : own.stop],
             own.start,
@@ -193,25 +200,38 @@ def check_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize(("name", "p"), [*(("1f1b", p) for p in ROWS), ("zb-h1", 3)])
+@pytest.mark.parametrize(
+    ("name", "p"),
+    [
+        *(("1f1b", p) for p in ROWS),
+        ("zb-h1", 3),
+        ("interleaved", 3),
+        ("gis", 2),
+        ("zb-v", 4),
+        ("1f1b-v", 2),
+        ("gpipe", 2),
+    ],
+)
 @pytest.mark.parametrize("barriers", [1, 2])
 def test_losses_and_gradients_are_those_of_a_whole_head(barriers: int, name: str, p: int) -> None:
-    m, noted, most = 7, Noted(), Counter()
+    m, noted = 7, Noted()
     gradients, of_rows = ([torch.zeros(rows, WIDTH, dtype=torch.float64) for rows in ROWS[p]] for _ in range(2))
-    head = shares(ranges(ROWS[p]), barriers, noted, gradients, lambda rank: TensorRanks())
+    costs = costs_of(p, 1.0, name=name)
+    schedule = build(name, p, m, costs=costs, barriers=barriers)
+    last = schedule.placement.rank_of[-1]
+    head = shares(ranges(ROWS[p]), barriers, noted, gradients, lambda rank: TensorRanks(), last)
     embedding = lookups(ranges(ROWS[p]), of_rows, lambda rank: TensorRanks())
-    lowered = lower(build(name, p, m, costs=costs_of(p, 1.0), barriers=barriers))
-    ranks = execute(lowered, head=head, embedding=embedding)
-    losses, expected = dense(p, m)
+    ranks = execute(lower(schedule), head=head, embedding=embedding)
+    stages = len(schedule.placement.rank_of)
+    losses, expected = dense(stages, m)
     check_losses(noted, losses)
-    of_layers = [layers.gradients[stage] for stage, layers in enumerate(ranks)]
+    of_layers = [ranks[rank].gradients[stage] for stage, rank in enumerate(schedule.placement.rank_of)]
     check_gradients([*of_layers, torch.cat(gradients), torch.cat(of_rows)], expected)
+    # chunks between their forward and their input gradient, as the simulator counts them
+    most = peaks(schedule, replace(costs, held=(0.0,) * stages))
     for rank, layers in enumerate(ranks):
-        alive = 0
-        for action in layers.ran:
-            alive += {"F": 1, "W": 0}.get(action.kind, -1)
-            most[rank] = max(most[rank], alive)
-    assert [most[rank] for rank in range(p)] == [min(m, p - rank + barriers) for rank in range(p)]
+        alive = accumulate({"F": 1, "W": 0}.get(action.kind, -1) for action in layers.ran)
+        assert max(alive) == round(most[rank] * schedule.placement.chunks)
 
 
 @pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "parts"])
@@ -229,7 +249,7 @@ def test_rows_are_cut_over_tensor_parallel_ranks_too(barriers: int, in_parts: bo
         fabrics = [Pair(*meeting, number) for meeting in meetings]
         mine = slice(2 * number, 2 * number + 2)
         each = [TensorRanks(fabric, in_parts) for fabric in fabrics]
-        head = shares(cuts[mine], barriers, noted[number], gradients[mine], each.__getitem__)
+        head = shares(cuts[mine], barriers, noted[number], gradients[mine], each.__getitem__, p - 1)
         embedding = lookups(cuts[mine], of_rows[mine], each.__getitem__)
         # as long as the hidden states of this rank
         inputs = inputs_of(m)[:, : TOKENS // each[0].parts]

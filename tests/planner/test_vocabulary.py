@@ -67,6 +67,30 @@ def test_under_zb_h1_every_rank_keeps_as_many(barriers: int) -> None:
         assert (1 + barriers) * one < memory.activations < 1.000001 * (4 + barriers) * one
 
 
+def test_the_last_stage_of_the_v_is_on_the_first_rank() -> None:
+    """Output layer and logits are where the V ends, and with the vocabulary on all ranks messages of the last stage."""
+    on_v = replace(WHOLE, schedule="zb-v", pp=2, vp=2)
+    first, second = of(on_v).memory
+    # twice 16384 x 1024 parameters of 2 bytes there, none here
+    assert first.weights - second.weights == pytest.approx(2 * 2 * 16_777_216, rel=1e-3)
+    assert (first.logits, second.logits) == (10 * 2048 * 16384, 0.0)
+    first, second = of(replace(on_v, barriers=1)).memory
+    assert first.weights == pytest.approx(second.weights, rel=1e-3)
+    # two parts of 2 ranks and of its own, and four tensors of float32, instead of two parts of two microbatches
+    assert first.buffers - second.buffers == pytest.approx((2 * 3 * 2 + 16 - 8) * WIDE)
+
+
+@pytest.mark.parametrize("barriers", [1, 2])
+@pytest.mark.parametrize("schedule", ["interleaved", "zb-v"])
+def test_a_large_vocabulary_takes_less_time_on_all_ranks_under_chunks_too(schedule: str, barriers: int) -> None:
+    large, parallel = replace(UNTIED, vocab=131072), replace(WHOLE, schedule=schedule, pp=2, vp=2)
+    alone, shared = of(parallel, large), of(replace(parallel, barriers=barriers), large)
+    assert shared.seconds < alone.seconds
+    most = [max(memory.activations for memory in found.memory) for found in (alone, shared)]
+    one = most[0] / 2
+    assert most[0] <= most[1] <= most[0] + barriers * one
+
+
 def test_logits_and_messages_take_what_the_code_keeps() -> None:
     before = of(WHOLE).memory
     # bytes per element of hidden states: 3 outputs of 2, 4 embeddings and gradients of 2; with one barrier 2 parts of 2
@@ -156,7 +180,7 @@ def test_a_long_batch_takes_as_long_as_played(barriers: int, monkeypatch: pytest
     [
         ({"schedule": None}, "needs a pipeline and --pp-schedule; add 1f1b"),
         ({"barriers": 3}, "takes 1 or 2 barriers, got 3"),
-        ({"schedule": "zb-v", "vp": 2}, "zb-v has no order for a vocabulary over all ranks"),
+        ({"schedule": "2bw"}, "2bw has no place for a vocabulary over all ranks, for it ends its steps without"),
         ({"slices": 2}, "takes whole sequences, got 2 slices"),
         ({"moves": Offload(2)}, "got a limit of 2 chunks"),
         ({"loss_chunks": 2}, "does not go with output layer and loss in chunks"),

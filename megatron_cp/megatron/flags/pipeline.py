@@ -81,9 +81,9 @@ class PipelineFlags(Flags):
         None,
         lambda: "{1,2}",
         lambda: (
-            "With --pp-schedule "
-            + " and ".join(rule.name for rule in SCHEDULES if rule.takes_vocabulary)
-            + ", the rows of the LM head, its loss and the rows of the embedding over all ranks of the pipeline, which "
+            "With any --pp-schedule but "
+            + ", ".join(rule.name for rule in SCHEDULES if rule.no_vocabulary)
+            + ": the rows of the LM head, its loss and the rows of the embedding over all ranks of the pipeline, which "
             "wait for each other 1 or 2 times in every microbatch. 1 keeps fewer activations and needs the memory of a "
             "sum of all ranks' gradients on the last one."
         ),

@@ -24,7 +24,7 @@ from megatron_cp.megatron.pipeline.tables import Tables, profile_of
 from megatron_cp.megatron.pipeline.te_weight_gradients import watch
 from megatron_cp.megatron.pipeline.two_way import TwoWay
 from megatron_cp.megatron.pipeline.v_placement import OnLoop, OnV
-from megatron_cp.megatron.pipeline.vocabulary import PipelineCollectives, embedding_of, head_of
+from megatron_cp.megatron.pipeline.vocabulary_step import PipelineCollectives, embedding_of, head_of
 from megatron_cp.megatron.pipeline.without_flush import WithoutFlush
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline import SCHEDULES
@@ -172,7 +172,7 @@ class Pipeline:
         moving = call.training and any(action.kind in (*MOVES, *LENDERS.values()) for action in actions)
         saved = self._saved if moving else None
         carried = unflushed.carried if unflushed else None
-        head = self._head(call)
+        head = self._head(call, placement)
         embedding = embedding_of(call, self._collectives) if self._collectives else None
         executor = Executor(
             placement, rank, stages, self._channels, call.training, observe, saved, carried, head, embedding
@@ -185,14 +185,14 @@ class Pipeline:
         if self.slices:
             self.slices.finish()
 
-    def _head(self, call: Call) -> VocabularyHead | None:
+    def _head(self, call: Call, placement: Placement) -> VocabularyHead | None:
         """Return the rank's share of the output layer, where it lies on all ranks."""
         barriers = self.settings.pipeline.vocab_parallel
         if barriers is None or self._collectives is None:
             return None
         check = call.training and not self._checked
         call.headless, self._checked = True, self._checked or check
-        return head_of(call, barriers, self._collectives, check)
+        return head_of(call, placement.rank_of[-1], barriers, self._collectives, check)
 
     def _begin(self, call: Call, placement: Placement) -> WithoutFlush | None:
         """Return what the steps before left, where the schedule has no flush between steps."""

@@ -23,8 +23,8 @@ class Call:
     tokens_of: each microbatch, in the first dim of the shape, where they differ
     show:      lets the weights be those of a microbatch, where they are kept in versions
     headless:  True if the last stage ends with hidden states, for the output layer lies on all ranks
-    embed:     takes what a stage is given and returns what Megatron gets of it: nothing on the first one, whose
-               embedding it is
+    embed:     takes what the first stage is given and returns what Megatron gets of it: nothing where it is the
+               embedding
     """
 
     forward_step_func: Callable[..., Any]
@@ -76,7 +76,7 @@ class ModelStages:
     def forward(self, stage: int, micro: int, given: Tensor | None) -> Tensor:
         call, chunk = self._call, self._chunk[stage]
         call.show(micro)
-        given = call.embed(given)
+        given = given if stage else call.embed(given)
         self._prefetch(chunk, micro)
         with self._placed.seen(call.model[chunk]), self._slice(stage, micro):
             output, tokens = schedules.forward_step(

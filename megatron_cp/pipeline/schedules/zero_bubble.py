@@ -13,17 +13,13 @@ from itertools import chain, repeat
 from megatron_cp.pipeline.action import Action, forward, input_gradient, weight_gradient
 from megatron_cp.pipeline.placement import vee
 from megatron_cp.pipeline.schedules.order import alternate, delay_weights, in_order
-from megatron_cp.pipeline.vocabulary import Vocabulary, rounds
 
 
-def h1(p: int, m: int, v: int = 1, slices: int = 1, vocabulary: Vocabulary | None = None) -> list[list[Action]]:
+def h1(p: int, m: int, v: int = 1, slices: int = 1) -> list[list[Action]]:
     """1F1B's warm-up; on rank r a W trails r input gradients. Idle (p - 1)(T_F + T_I - T_W) for T_W <= T_I, peak p.
 
     In k slices of equal costs both shrink: idle by k, and the peak is 1 + (p - 1) / k on every rank.
-    With the vocabulary over all ranks: peak p + 1 with one barrier in each microbatch, p + 2 with two.
     """
-    if vocabulary:
-        return [list(rounds(rank, p, m, vocabulary, split=True)) for rank in range(p)]
     return [
         list(
             delay_weights(

@@ -235,7 +235,11 @@ REFUSED = {
         for name, flags, text in (
             ("no schedule", "", "1 needs --pp-schedule; add 1f1b"),
             ("barriers", "--pp-schedule 1f1b --pp-vocab-parallel 3", "takes 1 or 2 barriers, got 3"),
-            ("zb-h2", "--pp-schedule zb-h2", "zb-h2 has no order for a vocabulary over all ranks; take 1f1b, zb-h1"),
+            (
+                "chimera",
+                "--pp-schedule chimera",
+                "chimera has no place for a vocabulary over all ranks, for it holds two copies",
+            ),
             ("slices", "--pp-schedule 1f1b --pp-slices 2", "takes whole sequences, got 2 slices"),
             ("moves", "--pp-schedule 1f1b --pp-offload 2", "keeps activations where they are, got a limit of 2"),
             ("mtp", "--pp-schedule 1f1b --mtp-num-layers 1", "does not do multi-token prediction"),
