@@ -104,7 +104,7 @@ def _moved(cells: Sequence[Action], later: int) -> Iterator[Action]:
 
 
 @dataclass
-class _RankState:
+class _PlacingRank:
     """One rank while its S and T are placed.
 
     place:       of the next cell of the table
@@ -148,7 +148,7 @@ class _Placing:
         for cells in base.table:
             own = [cell for cell in cells if isinstance(cell, Action)]
             assert len(own) == len(cells), "overlaps stay as they are"
-            self._ranks.append(_RankState(list(_moved(own, moved))))
+            self._ranks.append(_PlacingRank(list(_moved(own, moved))))
         self._ends: dict[tuple[int, bool, int | None], float] = {}
         self._met: dict[tuple[str, int | None], tuple[int, float]] = {}
         self._asked: dict[int | None, float] = {}
@@ -181,7 +181,7 @@ class _Placing:
             if action and start < inf:
                 heappush(self._awake, (start, rank, state.version, action))
 
-    def _choices(self, rank: int, state: _RankState) -> Iterator[tuple[float, int, Action]]:
+    def _choices(self, rank: int, state: _PlacingRank) -> Iterator[tuple[float, int, Action]]:
         """Yield what the rank could do: when it could start, its place among those that start at once, the action."""
         own, waiting = self._where.of_rank[rank][0], state.logits - state.logits_back
         if state.logits < self._micros and (waiting < WAITING or not self._training):

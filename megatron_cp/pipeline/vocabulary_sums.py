@@ -1,4 +1,4 @@
-"""What all ranks send each other for a vocabulary over all of them, in an order in which no ranks wait in a circle.
+"""Write messages of all ranks, for a vocabulary over all of them, in an order in which no ranks wait in a circle.
 
 A message of all ranks (a sum, or what one rank brings to all) is over when the last one has come to it. On CUDA a rank
 computes on meanwhile; where all of its work goes through one queue (CUDA_DEVICE_MAX_CONNECTIONS = 1) it stands still.
@@ -41,7 +41,7 @@ AHEAD = 2
 """Forwards of the first stage after which its next embedding is looked up ahead of it."""
 
 TIMES = {FORWARD: 1.0, INPUT: 1.0, WEIGHT: 1.0, FULL: 2.0, LOGITS: 0.5, LOGITS_BACK: 0.5}
-"""Of cells, by which ranks are walked."""
+"""Times of cells, by which ranks are walked."""
 
 Message = tuple[str, int | None]
 
@@ -59,7 +59,7 @@ def add_sums(schedule: Schedule) -> Schedule:
 
 
 @dataclass
-class _RankState:
+class _WritingRank:
     """One rank while messages are written.
 
     cells:   with each message at its first place; place: of the next one
@@ -88,7 +88,7 @@ class _Writing:
         self._maker = self._where.rank_of[-1]
         returned = returned_before(schedule.table[0])
         self._ranks = [
-            _RankState(list(_first_places(schedule, rank, cells, returned)))
+            _WritingRank(list(_first_places(schedule, rank, cells, returned)))
             for rank, cells in enumerate(schedule.table)
         ]
         self._at: dict[Message, set[int]] = defaultdict(set)
