@@ -59,7 +59,8 @@ class Dispatch(NamedTuple):
         exchange = EXCHANGES.get(self.comm_type).name
         name = self.dispatcher if exchange == MEGATRONS else exchange
         if self.by_groups:
-            return f"{name} in groups of {self.group} ranks" if self.group else f"{name} in groups of ranks"
+            size = "" if self.group is None else f"{self.group} "
+            return f"{name} in groups of {size}rank{'s' * (self.group != 1)}"
         return f"{name} in {self.pieces} pieces" if self.pieces > 1 else name
 
 

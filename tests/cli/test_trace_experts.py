@@ -64,5 +64,5 @@ def test_exchanges_are_timed_in_turns_and_compared():
     for found in in_process(4, lambda fabric: measure(fabric, torch.device("cpu"), size, ways, 1), 2):
         whole, *others = [each.engine for each in found]
         assert (whole, *others[:3]) == ("alltoall", "two-hop", "alltoall in 2 pieces", "two-hop in 2 pieces")
-        assert others[3:] == ["fastermoe in groups of 1 ranks", "fastermoe in groups of 2 ranks"]
+        assert others[3:] == ["fastermoe in groups of 1 rank", "fastermoe in groups of 2 ranks"]
         assert all(len(each.seconds) == 1 for each in found)

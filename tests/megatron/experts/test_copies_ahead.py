@@ -153,6 +153,12 @@ def _rows(variants):
                 (apart, sent), (ahead, sent_ahead) = given
                 steps.append((len(apart), _error(ahead, apart), sent == sent_ahead))
             found[variant] = steps
+        # a chunk's last layer lends to none of another chunk
+        for layer in row.layers:
+            layer.placed.following = None
+        placement.link_copies([row.layers[:2], row.layers[2:]])
+        assert [layer.placed.following for layer in row.layers] == [row.layers[1], None, None]
+        placement.link_copies([row])
         hosted, orders = PLANS[RANKS][0], []
         for layer in row.layers:
             layer.placed.placing.plan = layer.placed.plan._replace(hosted=hosted)
