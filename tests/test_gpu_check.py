@@ -144,7 +144,7 @@ def test_on_a_bare_machine_what_needs_more_is_left_out_by_name(tmp_path: Path) -
     del reasons["versions"]
     on_a_gpu = {step: reasons.pop(step).partition(":")[0] for step in ("queue, one", "queue, eight", "communicators")}
     assert set(on_a_gpu.values()) == {"needs a CUDA GPU"}
-    assert reasons == dict.fromkeys(("quickstart", "model", "TE", "models"), "needs the package megatron")
+    assert reasons == dict.fromkeys(("quickstart", "model", "TE", "models", "combined"), "needs the package megatron")
     checked = {row["step"] for row in found["rows"] if row["verdict"] == "ok"}
     assert checked == {
         *("kernels", "merges", "stream-k", "experts", "dropout", "backends", "chunks", "pipeline", "offload"),

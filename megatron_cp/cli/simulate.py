@@ -28,6 +28,7 @@ from megatron_cp.registry import unknown
 MOST_RANKS, MOST_PASSES = 512, 200_000
 BY_COST, BY_LENGTH = "cost", "length"
 LENDERS = {rule.name for rule in SCHEDULES if rule.lends}
+PAIRED = [rule.name for rule in SCHEDULES if rule.overlaps]
 DELAYS = {rule.name: rule.delay for rule in SCHEDULES if rule.delay}
 
 
@@ -52,12 +53,13 @@ class SimulationRequest:
     attention: float
     head: float
     barriers: int
+    hidden: float | None
 
     def costs(self, placement: Placement, split: bool = False) -> Costs:
         """Return the same times and memory for every stage of a placement; `split`: of backwards in I and W."""
         move = self.times[0] if self.move is None else self.move
         costs = uniform(placement, self.times, self.memory, move=move, slices=self.shares(split))
-        costs = replace(costs, sync=self.sync, tied=self.tied)
+        costs = replace(costs, sync=self.sync, tied=self.tied, hidden=self.hidden or 0.0)
         return with_head(costs, self.head * self.times[0], placement.ranks, self.barriers, placement.pipes)
 
     def shares(self, split: bool) -> tuple[SliceShare, ...]:
@@ -162,6 +164,14 @@ def simulate(
             help="The LM head over all ranks, which wait for each other 1 or 2 times in every microbatch.",
         ),
     ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            help="Forwards run beside backwards where the schedule has pairs of them ("
+            + ", ".join(PAIRED)
+            + "): the part of the shorter half that the longer one hides, 0 to 1. [default: one after the other]"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the step: .png, .svg, .pdf, or .json for Perfetto.")] = None,
 ) -> None:
@@ -186,7 +196,10 @@ def simulate(
         attention=attention,
         head=head,
         barriers=vocab_parallel or 0,
+        hidden=overlap,
     )
+    if overlap is not None and not 0 <= overlap <= 1:
+        raise ValueError(f"--overlap is the hidden part of a pair's shorter half, 0 to 1, got {overlap:g}")
     if vocab_parallel is not None and vocab_parallel not in BARRIERS:
         raise ValueError(f"--vocab-parallel is the number of barriers in a microbatch, 1 or 2, got {vocab_parallel}")
     if vocab_parallel and table:
@@ -274,6 +287,7 @@ def _run(
         asked.m,
         asked.v,
         warmup=warmup,
+        overlapped=asked.hidden is not None,
         placement=placement,
         costs=costs,
         caps=asked.caps(where),
@@ -308,6 +322,7 @@ def _as_json(run: SimulatedStep) -> dict[str, object]:
         {"versions": versions, "free_step": free_step(run.schedule, run.costs)} if versions else {}
     )
     pipes = run.schedule.placement.pipes
+    kept |= {"pairs": pairs, "hidden": run.costs.hidden} if (pairs := run.schedule.pairs) else {}
     kept |= {"copies": pipes} if pipes > 1 else {}
     return {
         "makespan": run.makespan,
@@ -331,7 +346,7 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         f"makespan     {run.makespan:.4f}\n"
         f"bubble       {run.bubble:.4f}   idle share of the makespan\n"
         f"span bubble  {run.span_bubble:.4f}   of the longest rank's span\n"
-        f"lower bound  {bound:.4f}   bubble {1 - run.work / bound:.4f}; gap {run.makespan / bound - 1:.2%}\n"
+        f"lower bound  {bound:.4f}   bubble {_least(run, bound):.4f}; gap {run.makespan / bound - 1:.2%}\n"
         f"transfers    {run.transfers}\n"
         f"peak (M_B)   {' '.join(f'{peak:g}' for peak in run.peak)}"
     )
@@ -346,10 +361,17 @@ def _show(run: SimulatedStep, asked: SimulationRequest) -> None:
         typer.echo(f"slices       {' '.join(f'{share.kept:.3f}' for share in run.costs.slices)}   of a sequence")
     if run.schedule.barriers:
         typer.echo(f"LM head      {run.costs.head[0]:.4f} S, {run.costs.head[1]:.4f} T on every rank   {_times(run)}")
+    if pairs := run.schedule.pairs:
+        typer.echo(f"pairs        {pairs} of F and B; {run.costs.hidden:g} of the shorter half is hidden")
     if asked.moves or run.moved or run.schedule.name in LENDERS:
         typer.echo(f"moves        {described(run.schedule)}")
     if run.moved:
         typer.echo(f"             {price_of_moves(run, asked.caps(placement))}")
+
+
+def _least(run: SimulatedStep, bound: float) -> float:
+    """The bubble of a step as long as the bound, which takes every forward for hidden behind a backward."""
+    return max(0.0, 1 - run.work / bound)
 
 
 def _times(run: SimulatedStep) -> str:
@@ -379,6 +401,7 @@ def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, Si
         for placement in ONE_PIPE if rule.table is None else [rule.placement]:
             label = rule.name if rule.table else f"{rule.name} ({placement})"
             own = replace(asked, v=rule.chunks or (2 if placement == "v" else asked.v))
+            own = own if rule.overlaps else replace(own, hidden=None)
             try:
                 yield label, _run(name, own, asked.warmup if rule.takes_warmup else None, placement)
             except BadSchedule as bad:
@@ -389,7 +412,7 @@ def _simulations(names: str, asked: SimulationRequest) -> Iterator[tuple[str, Si
 
 def _compare(names: str, asked: SimulationRequest, as_json: bool) -> None:
     # sizes that no schedule accepts are reported once, not in every row
-    _run("1f1b", replace(asked, v=None, cap=None))
+    _run("1f1b", replace(asked, v=None, cap=None, hidden=None))
     simulations = list(_simulations(names, asked))
     if as_json:
         typer.echo(
@@ -418,5 +441,5 @@ def _makespan(named: tuple[str, SimulatedStep | str]) -> float:
 def _row(run: SimulatedStep, asked: SimulationRequest) -> str:
     return (
         f"{run.schedule.placement.chunks:>2}{run.makespan:>12.3f}{run.bubble:>9.4f}{run.span_bubble:>13.4f}"
-        f"{1 - run.work / asked.bound(run):>9.4f}{max(run.peak):>12g}{run.transfers:>11}"
+        f"{_least(run, asked.bound(run)):>9.4f}{max(run.peak):>12g}{run.transfers:>11}"
     )

@@ -185,8 +185,9 @@ HOOKS = Registry(
             targets=("megatron.core.transformer.transformer_config:TransformerConfig.__post_init__",),
             by="megatron_cp.megatron.pipeline.te_weight_gradients:delay_weights",
             parameters=("self",),
-            reason="transformer-engine's linears delay weight gradients only when expert-parallel messages overlap",
-            retired_by="a delay_wgrad_compute that any pipeline schedule may use",
+            reason="transformer-engine's linears delay weight gradients only when expert-parallel messages overlap, "
+            "and these overlap only in a virtual pipeline",
+            retired_by="a delay_wgrad_compute, and overlapped messages, that any pipeline schedule may use",
             settings=True,
         ),
         Hook(

@@ -55,6 +55,7 @@ class Settings:
     read_every:          numbers of steps after each of which the weights are read: saved, evaluated, compared
     log_every:           number of steps after each of which the run logs
     timeout_minutes:     of communication
+    combines:            forwards run beside backwards, whose exchanges between experts they hide
     """
 
     our_layers: bool = False
@@ -78,6 +79,7 @@ class Settings:
     read_every: tuple[int, ...] = ()
     log_every: int | None = None
     timeout_minutes: int | None = None
+    combines: bool = False
 
     @classmethod
     def of(cls, args: Any) -> Self:
@@ -105,6 +107,7 @@ class Settings:
             read_every=tuple(reading(args).values()),
             log_every=getattr(args, "log_interval", None),
             timeout_minutes=getattr(args, "distributed_timeout_minutes", None),
+            combines=flags.schedule is not None and getattr(args, "overlap_moe_expert_parallel_comm", False),
         )
 
 

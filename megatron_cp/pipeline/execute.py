@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from megatron_cp.pipeline.action import (
     WEIGHT,
     Action,
     Cell,
+    Overlap,
     forward,
     halves,
 )
@@ -76,6 +77,34 @@ class Stages(Protocol):
 
     def shrink(self, made: Tensor) -> None:
         """Free the values of an output that the next stage has; its graph stays."""
+        ...
+
+
+class ForwardOf(NamedTuple):
+    """What a forward takes, as `Stages.forward` does."""
+
+    stage: int
+    micro: int
+    given: Tensor | None
+
+
+class BackwardOf(NamedTuple):
+    """What a backward takes, as `Stages.backward` does."""
+
+    stage: int
+    micro: int
+    given: Tensor | None
+    made: Tensor
+    gradient: Tensor | None
+    split: bool
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """Stages that run the two halves of an overlap at the same time."""
+
+    def overlap(self, forward: ForwardOf, backward: BackwardOf) -> tuple[Tensor, Tensor | None]:
+        """Return the output of a forward, and the gradient of what the backward of another stage was given."""
         ...
 
 
@@ -164,6 +193,8 @@ class Executor:
         self._placement, self._rank_of, self._rank = placement, placement.rank_of, rank
         self._stages, self._channels, self._training, self._observe = stages, channels, training, observe
         self._saved, self._leaves, self._head, self._embedding = saved, carried is not None, head, embedding
+        # what is recorded to be moved must be of one forward alone
+        self._overlapping = stages if isinstance(stages, Overlapping) and not saved else None
         before = carried or Carried()
         # taken over, so that nothing else keeps what a backward has used
         self._given, self._made, self._arriving = before.given, before.made, before.arriving
@@ -198,8 +229,9 @@ class Executor:
             self._handlers |= {EVICT: saved.evict, LOAD: saved.load, HOLD: saved.hold, GIVE: saved.give}
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run the rank's lowered cells in order, the halves of an overlap one after the other.
+        """Run the rank's lowered cells in order.
 
+        The halves of an overlap run at the same time where the stages can, otherwise the forward and then the backward.
         An error is marked with the rank and the action it came from.
         """
         if self._saved:
@@ -208,24 +240,30 @@ class Executor:
             for action in halves(cell):
                 with self._marking(action):
                     self._await(action)
+            if isinstance(cell, Overlap) and self._overlapping:
+                with self._marking(cell):
+                    self._overlap(self._overlapping, cell)
+                    self._settle_done()
+                continue
             for action in halves(cell):
                 with self._marking(action):
                     with self._observe(action):
                         self._handlers[action.kind](action.stage, action.micro or 0)
-                    # without waiting for any of them
-                    self._settle([key for key, sent in self._sending.items() if sent.handle.done()])
+                    self._settle_done()
         self._finish()
 
     @contextmanager
-    def _marking(self, action: Action) -> Iterator[None]:
+    def _marking(self, cell: Cell) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            error.add_note(
-                f"[megatron-cp] pipeline rank {self._rank} failed at {action}: "
-                f"stage {action.stage}, microbatch {action.micro}"
-            )
+            parts = " and ".join(f"stage {action.stage}, microbatch {action.micro}" for action in halves(cell))
+            error.add_note(f"[megatron-cp] pipeline rank {self._rank} failed at {cell}: {parts}")
             raise
+
+    def _settle_done(self) -> None:
+        # without waiting for any of them
+        self._settle([key for key, sent in self._sending.items() if sent.handle.done()])
 
     def leave(self, micros: int) -> Carried:
         """Return what is left to the next step, after one of so many microbatches."""
@@ -265,16 +303,33 @@ class Executor:
         self._embedding.settle()
         self._stages.reduce(stage)
 
-    def _forward(self, stage: int, micro: int) -> None:
+    def _overlap(self, stages: Overlapping, cell: Overlap) -> None:
+        stage, _, micro = cell.forward
+        forward_of = ForwardOf(stage, micro or 0, self._input_of(stage, micro or 0))
+        stage, kind, micro = cell.backward
+        backward_of = self._backward_of(stage, micro or 0, split=kind == INPUT)
+        with self._observe(cell.forward), self._observe(cell.backward):
+            made, before = stages.overlap(forward_of, backward_of)
+        self._keep_output(*forward_of, made)
+        self._keep_gradient(stage, micro or 0, before)
+
+    def _input_of(self, stage: int, micro: int) -> Tensor | None:
         given = self._given.pop((stage, micro), None)
         if self._embedding and self._placement.first(stage):
             given = self._embedding.embedded(micro).requires_grad_(self._training)
+        return given
+
+    def _forward(self, stage: int, micro: int) -> None:
+        given = self._input_of(stage, micro)
         if self._saved:
             with self._saved.recording(stage, micro) as chunk:
                 made = self._stages.forward(stage, micro, given)
             chunk.stays(made)
         else:
             made = self._stages.forward(stage, micro, given)
+        self._keep_output(stage, micro, given, made)
+
+    def _keep_output(self, stage: int, micro: int, given: Tensor | None, made: Tensor) -> None:
         if self._training and given is not None:
             self._given[stage, micro] = given
         last = self._placement.last(stage)
@@ -292,6 +347,9 @@ class Executor:
         self._backward(stage, micro, split=True)
 
     def _backward(self, stage: int, micro: int, split: bool) -> None:
+        self._keep_gradient(stage, micro, self._stages.backward(*self._backward_of(stage, micro, split)))
+
+    def _backward_of(self, stage: int, micro: int, split: bool) -> BackwardOf:
         if (FORWARD, stage, micro) in self._sending:
             # the rank that sent the gradient back has received the output
             self._output_sent(stage, micro)
@@ -301,7 +359,9 @@ class Executor:
         gradient = self._gradients.pop((stage, micro), None)
         if self._head and self._placement.last(stage):
             gradient = self._head.gradient(micro)
-        before = self._stages.backward(stage, micro, given, made, gradient, split)
+        return BackwardOf(stage, micro, given, made, gradient, split)
+
+    def _keep_gradient(self, stage: int, micro: int, before: Tensor | None) -> None:
         if self._embedding or not self._placement.first(stage):
             assert before is not None, f"stage {stage} gave no gradient of its input"
             self._gradients[stage - 1, micro] = before

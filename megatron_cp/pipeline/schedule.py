@@ -5,7 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cp.errors import Refused
-from megatron_cp.pipeline.action import FORWARD, FULL, HEAD, INPUT, LENDERS, LOGITS_BACK, MOVES, Cell, flat, parse_cell
+from megatron_cp.pipeline.action import (
+    FORWARD,
+    FULL,
+    HEAD,
+    INPUT,
+    LENDERS,
+    LOGITS_BACK,
+    MOVES,
+    Cell,
+    Overlap,
+    flat,
+    parse_cell,
+)
 from megatron_cp.pipeline.placement import ONE_PIPE, Placement, two_way
 
 HOST, PEER = "host", "peer"
@@ -42,6 +54,11 @@ class Schedule:
     def sequences(self) -> int:
         """Whole microbatches of one step."""
         return self.micros // self.slices
+
+    @property
+    def pairs(self) -> int:
+        """Forwards that run beside a backward, on all ranks."""
+        return sum(isinstance(cell, Overlap) for cells in self.table for cell in cells)
 
     def micros_of(self, stage: int) -> range:
         """Return the microbatches that go through this stage: an equal share for each pipe, in order."""

@@ -122,6 +122,12 @@ def models(device: str) -> Iterable[Row]:
     return of_models.models(device)
 
 
+def combined(device: str) -> Iterable[Row]:
+    from gpu_check import combined as of_pairs
+
+    return of_pairs.combined(device)
+
+
 ONE, MANY = (("CUDA_DEVICE_MAX_CONNECTIONS", count) for count in ("1", "8"))
 # what decides most comes first; seconds are limits, of which a GPU needs a part; flash-attn 4 compiles at first calls
 STEPS = (
@@ -144,5 +150,6 @@ STEPS = (
     Step("model", model, 90),
     Step("TE", transformer_engine, 60),
     Step("models", models, 180),
+    Step("combined", combined, 180),
     Step("communicators", communicators, 20),
 )

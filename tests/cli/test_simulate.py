@@ -93,6 +93,31 @@ def test_comparison_lists_every_schedule_and_why_one_is_missing():
     assert f"{'1f1b':<{column}} 1      27.000   0.3333       0.3333   0.1429           4         36" in shown
 
 
+def test_pairs_run_at_the_same_time_where_a_schedule_has_some():
+    words = "--schedule dualpipe -p 8 -m 24"
+    apart = json.loads(ask(*f"{words} --json".split()))
+    runs = [json.loads(ask(*f"{words} --json --overlap {hidden}".split())) for hidden in (0, 0.5, 1)]
+    assert [run["hidden"] for run in runs] == [0, 0.5, 1]
+    assert "pairs" not in apart
+    # a pair starts when both of its halves can
+    assert [run["makespan"] for run in (apart, *runs)] == [75, 78, 69, 60]
+    pairs = sum("+" in cell for cells in runs[0]["actions"] for cell in cells)
+    assert [run["pairs"] for run in runs] == [pairs] * 3
+    assert f"pairs        {pairs} of F and B; 0.5 of the shorter half is hidden" in ask(
+        *f"{words} --overlap 0.5".split()
+    )
+    rows = {
+        row["schedule"]: row
+        for row in json.loads(ask(*"--compare 1f1b,dualpipe -p 8 -m 24 --overlap 1 --json".split()))
+    }
+    assert rows["dualpipe"]["makespan"] == runs[2]["makespan"]
+    assert rows["1f1b"]["makespan"] == 93
+    with pytest.raises(ValueError, match="zb-v overlaps no forward with a backward; take dualpipe-v, dualpipe"):
+        ask(*"--schedule zb-v -p 4 -m 8 --overlap 1".split())
+    with pytest.raises(ValueError, match="0 to 1, got 2"):
+        ask(*f"{words} --overlap 2".split())
+
+
 def test_table_of_ones_own(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1\n")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_cp.pipeline.action import MOVES, Action, flat
 from megatron_cp.pipeline.channels import Channels, communicators
-from megatron_cp.pipeline.execute import Carried, Executor
+from megatron_cp.pipeline.execute import BackwardOf, Carried, Executor, ForwardOf
 from megatron_cp.pipeline.placement import Placement
 from megatron_cp.pipeline.saved import HostMover, PeerMover, SavedActivations, storages_of
 from megatron_cp.pipeline.schedule import PEER, Schedule
@@ -145,6 +145,24 @@ class Layers:
     def shrink(self, made: Tensor) -> None: ...
 
 
+class OverlappingLayers(Layers):
+    """Layers that run the halves of an overlap as one: the backward begins, the forward runs, the backward ends."""
+
+    def __init__(self, stages: tuple[int, ...], length: int, inputs: Tensor) -> None:
+        super().__init__(stages, length, inputs)
+        self.overlaps: list[tuple[Action, Action]] = []
+
+    def overlap(self, forward: ForwardOf, backward: BackwardOf) -> tuple[Tensor, Tensor | None]:
+        weight = self.weights[backward.stage]
+        leaves = [weight] if backward.given is None else [weight, backward.given]
+        found = torch.autograd.grad(backward.made, leaves, backward.gradient)
+        made = self.forward(*forward)
+        self.gradients[backward.stage] += found[0]
+        self.ran.append(Action(backward.stage, "B", backward.micro))
+        self.overlaps.append((self.ran[-2], self.ran[-1]))
+        return made, None if backward.given is None else found[1]
+
+
 def weight_of(stage: int) -> Tensor:
     generator = torch.Generator().manual_seed(stage)
     return torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
@@ -168,6 +186,7 @@ def execute(
     head: "Callable[[Exchange, int], VocabularyHead] | None" = None,
     inputs: Tensor | None = None,
     embedding: "Callable[[Exchange, int], VocabularyEmbedding] | None" = None,
+    kind: type[Layers] = Layers,
 ) -> list[Layers]:
     """Run the lowered schedule on all ranks; return each rank's layers after the steps.
 
@@ -175,12 +194,13 @@ def execute(
     head:      returns a rank's share of an LM head, where the table has S and T
     inputs:    (m, tokens, width), those of `inputs_of` where they are left out
     embedding: returns a rank's share of what the first stage is given, where the table has S and T
+    kind:      of the layers
     """
     placement, exchange, lends = lowered.placement, Exchange(), lowered.to == PEER
     moves = any(action.kind in MOVES for cells in lowered.table for action in flat(cells))
     activations: list[SavedActivations | None] = [None] * placement.ranks
     inputs = inputs_of(lowered.micros) if inputs is None else inputs
-    ranks = [Layers(stages, placement.length, inputs) for stages in placement.of_rank]
+    ranks = [kind(stages, placement.length, inputs) for stages in placement.of_rank]
 
     def run(rank: int) -> None:
         peers = [Peer(exchange, number, rank) for number in range(len(communicators(placement, lends)))]

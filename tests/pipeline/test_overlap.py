@@ -1,5 +1,6 @@
 """A forward and a backward as one action: text, checks, times, memory, passes and execution, on DualPipe's tables."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from megatron_cp.pipeline.schedule import BadSchedule, Schedule, parse
 from megatron_cp.pipeline.simulate import simulate
 from megatron_cp.plots.timeline import draw_timeline
 from tests.nccl import ALL_RULES, Rules, play
-from tests.pipeline.executed import execute, sequential
+from tests.pipeline.executed import Layers, OverlappingLayers, execute, sequential
 from tests.pipeline.launches import launches
 
 SIZES = pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 7), (3, 7), (4, 8), (4, 11)])
@@ -30,8 +31,13 @@ PUBLISHED = """
 """
 
 
-def overlapped(p: int, m: int) -> Schedule:
-    return build("dualpipe-v", p, m, overlapped=True)
+BOTH = pytest.mark.parametrize(
+    ("name", "p", "m"), [("dualpipe-v", 2, 7), ("dualpipe-v", 4, 8), ("dualpipe", 2, 4), ("dualpipe", 4, 10)]
+)
+
+
+def overlapped(p: int, m: int, name: str = "dualpipe-v") -> Schedule:
+    return build(name, p, m, overlapped=True)
 
 
 def apart(schedule: Schedule) -> Schedule:
@@ -113,6 +119,21 @@ def test_hiding_shortens_the_step_down_to_the_bound(p: int, m: int) -> None:
     assert makespans[0] - makespans[2] >= 0.5 * pairs - 1e-9
 
 
+@pytest.mark.parametrize("hidden", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("times", [(1.0, 1.0, 1.0, 0.0), (1.0, 1.3, 0.7, 0.0)])
+@pytest.mark.parametrize("p", [4, 8, 16])
+def test_a_rank_of_dualpipe_idles_no_longer_than_published(p: int, times: tuple[float, ...], hidden: float) -> None:
+    schedule = overlapped(p, 2 * p + 4, "dualpipe")
+    run = simulate(schedule, uniform(schedule.placement, times, hidden=hidden))
+    forward, backward, weight = times[0], times[1] + times[2], times[2]
+    both = forward + backward - hidden * min(forward, backward)
+    # DeepSeek-V3 (arXiv:2412.19437), table 2
+    published = (p / 2 - 1) * (both + backward - 3 * weight)
+    assert run.makespan - run.work <= published + 1e-9
+    if not hidden and len(set(times[:3])) == 1:
+        assert run.makespan - run.work == pytest.approx(published)
+
+
 def test_how_much_is_hidden_is_a_share() -> None:
     with pytest.raises(ValueError, match=r"between 0 and 1 of its shorter half, got 1\.5"):
         uniform(overlapped(2, 4).placement, TIMES, hidden=1.5)
@@ -132,9 +153,15 @@ def test_lowering_keeps_the_pairs(p: int, m: int) -> None:
         assert all(reduced[stage] > last[stage] for stage in last)
 
 
-@SIZES
-def test_pairs_keep_nccls_rules_and_cost_no_more_than_the_transfers(p: int, m: int) -> None:
-    schedule = merge(overlapped(p, m))
+PAIRS = [
+    *((("dualpipe-v", p, m)) for p, m in [(2, 4), (2, 7), (3, 7), (4, 8), (4, 11)]),
+    *((("dualpipe", p, m)) for p, m in [(2, 2), (2, 6), (4, 8), (6, 14), (8, 16)]),
+]
+
+
+@pytest.mark.parametrize(("name", "p", "m"), PAIRS)
+def test_pairs_keep_nccls_rules_and_cost_no_more_than_the_transfers(name: str, p: int, m: int) -> None:
+    schedule = merge(overlapped(p, m, name))
     costs = uniform(schedule.placement, TIMES, hidden=0.5)
     operations = launches(lower(schedule), costs)
     for rules in ALL_RULES:
@@ -143,16 +170,36 @@ def test_pairs_keep_nccls_rules_and_cost_no_more_than_the_transfers(p: int, m: i
     assert seconds == pytest.approx(simulate(schedule, costs).makespan, rel=1e-12)
 
 
-@SIZES
-def test_pairs_compute_what_one_rank_computes(p: int, m: int) -> None:
-    schedule = overlapped(p, m)
+@pytest.mark.parametrize("kind", [Layers, OverlappingLayers])
+@BOTH
+def test_pairs_compute_what_one_rank_computes(name: str, p: int, m: int, kind: type[Layers]) -> None:
+    schedule = lower(overlapped(p, m, name))
     losses, gradients = sequential(schedule.placement, m)
-    ranks = execute(lower(schedule))
+    ranks = execute(schedule, kind=kind)
     assert {micro: loss for layers in ranks for micro, loss in layers.losses.items()} == losses
-    for layers in ranks:
-        assert all(torch.equal(gradient, gradients[stage]) for stage, gradient in layers.gradients.items())
-    ran = [[action for action in flat(cells) if action.kind in "FBIW"] for cells in lower(schedule).table]
+    found = {stage: gradient for layers in ranks for stage, gradient in layers.gradients.items()}
+    for stage, gradient in gradients.items():
+        if schedule.placement.pipes == 1:
+            assert torch.equal(found[stage], gradient)
+        else:
+            both = found[stage] + found[stage + len(gradients)]
+            torch.testing.assert_close(both, gradient, rtol=1e-12, atol=1e-12)
+    ran = [[action for action in flat(cells) if action.kind in "FBIW"] for cells in schedule.table]
     assert [layers.ran for layers in ranks] == ran
+    if kind is OverlappingLayers:
+        pairs = [[tuple(cell) for cell in cells if isinstance(cell, Overlap)] for cells in schedule.table]
+        assert [layers.overlaps for layers in ranks] == pairs
+
+
+def test_an_error_in_a_pair_names_both_halves() -> None:
+    class Failing(OverlappingLayers):
+        def overlap(self, forward, backward):
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no") as failed:
+        execute(lower(overlapped(2, 4)), kind=Failing)
+    note = r"failed at (\d)F(\d)\+(\d)B(\d): stage \1, microbatch \2 and stage \3, microbatch \4$"
+    assert re.search(note, failed.value.__notes__[0])
 
 
 @pytest.mark.parametrize("suffix", [".json", ".svg"])

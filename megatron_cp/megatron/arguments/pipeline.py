@@ -5,6 +5,7 @@ from typing import Any
 from megatron_cp.context import BACKENDS
 from megatron_cp.context.document_layouts import STREAM
 from megatron_cp.errors import Refused, as_refusals
+from megatron_cp.megatron.arguments.combined import check_combined
 from megatron_cp.megatron.arguments.free_running import check_free_running
 from megatron_cp.megatron.arguments.unsupported import (
     PARTS_OF_SEQUENCES,
@@ -44,12 +45,9 @@ UNSUPPORTED = (
         "leave --cuda-graph-impl and --enable-cuda-graph out",
     ),
     Unsupported(
-        "overlap of expert-parallel communication, which brings an order of its own",
-        lambda args: any(
-            read(args, name, False)
-            for name in ("overlap_moe_expert_parallel_comm", "overlap_dispatch_backward_with_experts_wgrad")
-        ),
-        "leave --overlap-moe-expert-parallel-comm out",
+        "overlap of expert-parallel communication with weight gradients, which brings an order of its own",
+        lambda args: bool(read(args, "overlap_dispatch_backward_with_experts_wgrad", False)),
+        "leave --overlap-dispatch-backward-with-experts-wgrad out",
     ),
     Unsupported(
         "Megatron's own delay of weight gradients",
@@ -433,6 +431,7 @@ def check_schedule(args: Any) -> None:
     unflushed = UNFLUSHED_UNSUPPORTED if SCHEDULES.get(name).delay else ()
     copies = COPIES_UNSUPPORTED if flags.two_copies else ()
     refuse((*UNSUPPORTED, *on_the_v, *unflushed, *copies), args, f"--pp-schedule {name}")
+    check_combined(args, name)
     if flags.sliced:
         refuse(SLICES_UNSUPPORTED, args, f"--pp-slices {flags.slices}")
     if flags.vocab_parallel is not None:

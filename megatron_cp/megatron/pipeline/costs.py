@@ -126,7 +126,8 @@ def _moves(run: SimulatedStep, known: Known, caps: Sequence[float] | None) -> li
 
 
 def _parts(schedule: Schedule) -> str:
-    return f", sequences in {schedule.slices} slices" if schedule.slices > 1 else ""
+    sliced = f", sequences in {schedule.slices} slices" if schedule.slices > 1 else ""
+    return sliced + (f", {schedule.pairs} forwards beside backwards" if schedule.pairs else "")
 
 
 def figures(known: Known) -> str:

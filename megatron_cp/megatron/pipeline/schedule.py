@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 from megatron_cp.comm import wires
 from megatron_cp.context.slices import SlicesInFlight
 from megatron_cp.errors import Refused
+from megatron_cp.megatron.pipeline.combined import CombinedStages
 from megatron_cp.megatron.pipeline.slices import SlicedData, attach, in_slices, weighted
 from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.pipeline.stages import Call, ModelStages, listed
@@ -168,7 +169,9 @@ class Pipeline:
         puts_off = self._delayed or any(action.kind == INPUT for action in actions)
         assert self._queue or not puts_off, "the hook weight-queue is not in force"
         queue = self._queue if puts_off else None
-        stages = ModelStages(call, self._placed, placement.of_rank[rank], placement.last, queue)
+        combines = call.training and settings.combines
+        kind = CombinedStages if combines else ModelStages
+        stages = kind(call, self._placed, placement.of_rank[rank], placement.last, queue)
         moving = call.training and any(action.kind in (*MOVES, *LENDERS.values()) for action in actions)
         saved = self._saved if moving else None
         carried = unflushed.carried if unflushed else None

@@ -60,6 +60,7 @@ class Tables:
             where.ranks,
             micros,
             where.chunks,
+            overlapped=self._settings.combines,
             placement=where.name,
             costs=known.costs,
             caps=costs.caps(self._settings, where),

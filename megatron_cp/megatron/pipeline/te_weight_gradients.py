@@ -17,19 +17,26 @@ from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline.split_backward import WeightQueue, accumulate
 
 _MARK = "megatron_cp_delayed"
+_COMBINED = ("overlap_moe_expert_parallel_comm", "ep_overlap_early_attn_memory_release")
 
 
 def delay_weights(old: Callable[..., None], settings: Settings, config: Any, *args: Any) -> None:
     """Check a TransformerConfig as Megatron does; for a split schedule let its linears delay weight gradients.
 
-    Megatron's check allows the delay in an order of its own only, and sees it again in every copy of the config.
+    Megatron's check allows the delay in an order of its own only, and sees it again in every copy of the config. Its
+    check of overlapped messages between experts asks for a virtual pipeline, which two copies of a model are not.
     """
     ours = settings.pipeline.splits and config.transformer_impl == "transformer_engine" and can_delay()
+    hidden = {name: getattr(config, name) for name in _COMBINED if settings.combines and settings.pipeline.two_copies}
     if ours:
         config.delay_wgrad_compute = False
+    for name in hidden:
+        setattr(config, name, False)
     old(config, *args)
     if ours:
         config.delay_wgrad_compute = True
+    for name, value in hidden.items():
+        setattr(config, name, value)
 
 
 def can_delay() -> bool:

@@ -47,7 +47,8 @@ def features(argv: Sequence[str], machine: Machine) -> Features:
         names += hooks.FOR_TWO_COPIES if schedule and SCHEDULES.get(schedule[0]).two_copies else ()
         names += ["shared-vocabulary"] if values_of(argv, "--pp-vocab-parallel") is not None else []
         names += hooks.FOR_FREE_RUNNING if values_of(argv, "--pp-free-running") is not None else ()
-        names += ["delayed-weights"] if machine.te else []
+        combined = values_of(argv, "--overlap-moe-expert-parallel-comm") is not None
+        names += ["delayed-weights"] if machine.te or combined else []
     elif values_of(argv, "--cp-plan") is not None:
         names.append("schedule")
     if layers and values_of(argv, "--dataloader-inter-document-masking") is not None:

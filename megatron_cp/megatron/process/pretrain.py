@@ -210,8 +210,13 @@ def _logged(total: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return fabric.all_gather(both).reshape(fabric.size, 2).sum(dim=0) / fabric.size
 
 
-def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """Run one microbatch through this stage; return its output and the function that turns it into a loss."""
+def forward_step(
+    data_iterator: Any, model: Any, *args: Any, return_schedule_plan: bool = False, **kwargs: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Run one microbatch through this stage; return its output and the function that turns it into a loss.
+
+    return_schedule_plan: return the plan of its forward and backward in the place of the output
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     if plans_batches(get_args()):
@@ -219,7 +224,8 @@ def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> t
     else:
         part = batch(data_iterator, getattr(_unwrapped(model), "vp_stage", None))
     timers("batch-generator").stop()
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         part["tokens"],
         part["position_ids"],
         part["attention_mask"],
