@@ -81,7 +81,7 @@ class Stages(Protocol):
 
 
 class ForwardOf(NamedTuple):
-    """What a forward takes, as `Stages.forward` does."""
+    """The arguments of `Stages.forward`."""
 
     stage: int
     micro: int
@@ -89,7 +89,7 @@ class ForwardOf(NamedTuple):
 
 
 class BackwardOf(NamedTuple):
-    """What a backward takes, as `Stages.backward` does."""
+    """The arguments of `Stages.backward`."""
 
     stage: int
     micro: int
