@@ -32,9 +32,10 @@ class CountedChoices:
         self._layers, self._predicting = config.num_layers, config.mtp_num_layers or 0
         self._dropless = config.moe_expert_capacity_factor is None
         text = ExpertFlags.of(config).layer_experts
-        experts = max(experts_of_layers(text, config.num_moe_experts, config.num_layers))
+        whole = config.num_moe_experts
+        self._experts = [*experts_of_layers(text, whole, self._layers), *[whole] * self._predicting]
         device = torch.device(torch.cuda.current_device())
-        self._choices = Choices(self._layers + self._predicting, experts, device)
+        self._choices = Choices(len(self._experts), max(self._experts), device)
 
     def count(self, router: TopKRouter, _: Any, routed: tuple[Tensor, Tensor]) -> None:
         """Add the choices of a microbatch; a forward hook of a router.
@@ -64,8 +65,8 @@ class CountedChoices:
         names = [f"decoder layer {number + 1}" for number in range(self._layers)]
         names += [f"mtp layer {number + 1}" for number in range(self._predicting)]
         layers = {
-            name: runlog.ExpertChoices(made, tokens, self._dropless)
-            for name, (made, *tokens) in zip(names, counts.tolist(), strict=True)
+            name: runlog.ExpertChoices(made, tokens[:experts], self._dropless)
+            for name, experts, (made, *tokens) in zip(names, self._experts, counts.tolist(), strict=True)
             if made
         }
         if folder:
