@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # Run the smoke tests with other versions of what megatron-cp needs: scripts/environments.sh oldest
-# Each is made from constraints/NAME.txt beside .venv, tested and removed; ten gigabytes have to be free.
+# Each is made from constraints/NAME.txt beside .venv, tested and removed; ten gigabytes have to be free for each. While
+# one is tested the next is made. What the tests print comes at the end.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 cd "$root"
-made=
-trap 'rm -rf "$made"' EXIT
+folders=() running=() tried=()
+clean() {
+    # timeout sends its signal twice
+    trap '' INT TERM
+    kill "${running[@]}" 2>/dev/null || true
+    rm -rf "${folders[@]}"
+}
+trap clean EXIT
+trap 'exit 1' INT TERM
 
 # True if .venv has what this file pins.
 is_ours() {
@@ -29,6 +37,7 @@ for name in "$@"; do
         continue
     fi
     made=$(mktemp -d)
+    folders+=("$made")
     if [ "$(df --output=avail --block-size=1G "$made" | tail -n 1)" -lt 10 ]; then
         echo "$name: skipped, $made has less than 10 GB of room; set TMPDIR to a folder that has"
         continue
@@ -39,8 +48,17 @@ for name in "$@"; do
     fi
     echo "$name: installing $torch"
     "$python" -m venv "$made/venv"
-    "$made/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --constraint "$file" \
-        --editable "${root}[$extras]"
-    "$made/venv/bin/python" -m pytest --quiet -m "smoke and not slow"
-    rm -rf "$made"
+    # what is imported is compiled then, which is less than all
+    "$made/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-compile \
+        --constraint "$file" --editable "${root}[$extras]"
+    "$made/venv/bin/python" -m pytest --quiet -m "smoke and not slow" >"$made/log" 2>&1 &
+    running+=("$!") tried+=("$name $made")
 done
+
+failed=0
+for at in "${!tried[@]}"; do
+    wait "${running[at]}" || failed=1
+    echo "${tried[at]%% *}: tested"
+    cat "${tried[at]#* }/log"
+done
+exit "$failed"
