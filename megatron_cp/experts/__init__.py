@@ -29,8 +29,10 @@ __all__ = [
     "PRODUCTS",
     "ROUTERS",
     "SWITCH",
+    "TOKENS",
     "TUTEL",
     "TWO_HOP",
+    "WEIGHTS",
     "ExpertExchange",
     "ExpertPlacement",
     "ExpertProduct",
@@ -192,7 +194,7 @@ FASTERMOE = "fastermoe"
 """The exchange with one group of ranks after the other, to all of which rows leave before the first go home."""
 
 TUTEL = "tutel"
-"""The exchange whose pieces and hops the costs of a cluster choose."""
+"""The exchange whose pieces, hops and gathers are chosen for the tokens of a step."""
 
 EXCHANGES = Registry(
     "exchange of experts",
@@ -241,13 +243,17 @@ EXCHANGES = Registry(
         ExpertExchange(
             name=TUTEL,
             paper="Tutel (arXiv:2206.03382)",
-            what="one exchange or two hops, in 1, 2, 4 or 8 pieces, as is fastest by the costs of the cluster",
+            what="one exchange or two hops, in 1, 2, 4 or 8 pieces, with tokens or weights gathered, as is fastest for "
+            "a step's tokens",
             messages="of what it takes",
             preset="training/tutel",
             aliases=(AUTO,),
         ),
     ],
 )
+
+TOKENS, WEIGHTS = "tokens", "weights"
+"""What ranks that share each expert gather: the tokens of all of them, or the shards of its weights."""
 
 SWITCH = "switch"
 """The router with one expert of a token, and a capacity."""

@@ -1,13 +1,14 @@
-"""Exchange `tutel`: its number of pieces and its hops by the costs of a cluster (Tutel, arXiv:2206.03382, section 3.3).
+"""Exchange `tutel`: its number of pieces, its hops and what is gathered, by the costs of a cluster.
 
-Tutel measures each degree once for a number of tokens and remembers the best; here the costs say it before the run.
+Tutel (arXiv:2206.03382, sections 3.2 and 3.3) measures each choice once for a number of tokens and remembers the best;
+`megatron_cp.experts.memo` remembers what costs, or measured steps, say.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import PIPELINED, TWO_HOP
+from megatron_cp.experts import PIPELINED, TOKENS, TWO_HOP, WEIGHTS
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, DispatchSize, ExpertRanks, PassSeconds, dispatch_seconds
 from megatron_cp.hardware.cluster import Cluster
 
@@ -34,6 +35,7 @@ class MixtureSize(NamedTuple):
     choices:  experts of a token
     matrices: h by f, of an expert
     split:    weight gradients wait in a queue, away from the messages
+    times:    microbatches of a step
     """
 
     tokens: float
@@ -44,21 +46,41 @@ class MixtureSize(NamedTuple):
     matrices: int
     dtype: str
     split: bool
+    times: float = 1.0
 
 
 def weigh(
-    size: MixtureSize, ranks: ExpertRanks, cluster: Cluster, degrees: Sequence[int], per_node: int | None
+    size: MixtureSize,
+    ranks: ExpertRanks,
+    cluster: Cluster,
+    degrees: Sequence[int],
+    per_node: int | None,
+    gathers: Sequence[str] = (TOKENS,),
 ) -> list[WeighedDispatch]:
     """Return one exchange and two hops with each number of pieces, fastest first; of equal ones the simpler.
 
     per_node: ranks that two hops take for a node; None for the cluster's
+    gathers:  what ranks that share each expert may gather
+    Raises ValueError where the cluster has no rates for the dtype.
+    """
+    return weighed(
+        [way._replace(gather=gather) for gather in gathers for way in ways(degrees, per_node)], size, ranks, cluster
+    )
+
+
+def weighed(
+    candidates: Iterable[Dispatch], size: MixtureSize, ranks: ExpertRanks, cluster: Cluster
+) -> list[WeighedDispatch]:
+    """Return the candidates, fastest first; of equal ones the first. Those that the cluster cannot have are left out.
+
     Raises ValueError where the cluster has no rates for the dtype.
     """
     found = []
-    for way in _ways(degrees, per_node):
-        one = _product_seconds(size, ranks, cluster, way.pieces)
-        rows = size.tokens * size.choices
-        sent = DispatchSize(size.tokens, rows, size.hidden * BYTES[size.dtype], size.experts)
+    for way in candidates:
+        one = _product_seconds(size, ranks, cluster, way)
+        rows, stored = size.tokens * size.choices, BYTES[size.dtype]
+        weights = size.matrices * size.hidden * size.ffn * stored
+        sent = DispatchSize(size.tokens, rows, size.hidden * stored, size.experts, weights, size.times)
         experts = PassSeconds(one, one if size.split else 2 * one)
         try:
             travelling = dispatch_seconds(way, sent, ranks, cluster, experts).total
@@ -69,15 +91,17 @@ def weigh(
     return sorted(found, key=lambda each: each.seconds)
 
 
-def _ways(degrees: Sequence[int], per_node: int | None) -> Iterator[Dispatch]:
+def ways(degrees: Sequence[int], per_node: int | None) -> Iterator[Dispatch]:
+    """Yield one exchange and two hops with each number of pieces."""
     for pieces in degrees:
         yield STOCK if pieces == 1 else STOCK._replace(comm_type=PIPELINED, pieces=pieces)
         yield STOCK._replace(comm_type=TWO_HOP, pieces=pieces, per_node=per_node)
 
 
-def _product_seconds(size: MixtureSize, ranks: ExpertRanks, cluster: Cluster, pieces: int) -> float:
+def _product_seconds(size: MixtureSize, ranks: ExpertRanks, cluster: Cluster, way: Dispatch) -> float:
     """Return the seconds of a rank's experts in forward, of all pieces, with equal loads."""
-    rows, width = size.tokens * size.choices * ranks.tensor, size.ffn / ranks.tensor
-    calls = 2 * size.experts / ranks.sharing * pieces
+    sharing = 1 if way.gather == WEIGHTS else ranks.tensor
+    rows, width = size.tokens * size.choices * sharing, size.ffn / sharing
+    calls = 2 * size.experts / ranks.sharing * way.pieces
     rate = cluster.gemm(size.dtype).rate(min(2 * rows / calls, size.hidden, width))
     return calls * cluster.call_s + 2 * rows * size.matrices * size.hidden * width / rate

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from megatron_cp.experts import EXCHANGES, MEGATRONS, TWO_HOP
+from megatron_cp.experts import EXCHANGES, MEGATRONS, TOKENS, TWO_HOP, WEIGHTS
 from megatron_cp.experts.groups import check_group, group_size, group_steps
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.hardware.cluster import Cluster, Collective
@@ -32,6 +32,7 @@ class Dispatch(NamedTuple):
     pieces:     into which tokens are cut, as --moe-pieces
     per_node:   ranks that two hops take for a node, as --moe-ranks-per-node; None for the cluster's
     group:      ranks that rows go to in one step, as --moe-group-ranks; None for those of a node of the cluster
+    gather:     what ranks that share each expert gather, TOKENS or WEIGHTS
     """
 
     dispatcher: str = ALLTOALL
@@ -39,6 +40,7 @@ class Dispatch(NamedTuple):
     pieces: int = 1
     per_node: int | None = None
     group: int | None = None
+    gather: str = TOKENS
 
     @property
     def by_groups(self) -> bool:
@@ -60,8 +62,10 @@ class Dispatch(NamedTuple):
         name = self.dispatcher if exchange == MEGATRONS else exchange
         if self.by_groups:
             size = "" if self.group is None else f"{self.group} "
-            return f"{name} in groups of {size}rank{'s' * (self.group != 1)}"
-        return f"{name} in {self.pieces} pieces" if self.pieces > 1 else name
+            name = f"{name} in groups of {size}rank{'s' * (self.group != 1)}"
+        elif self.pieces > 1:
+            name = f"{name} in {self.pieces} pieces"
+        return f"{name} with weights gathered" if self.gather == WEIGHTS else name
 
 
 STOCK = Dispatch()
@@ -91,12 +95,16 @@ class DispatchSize(NamedTuple):
     rows:      that it sends, or gets where that is more, each token as often as it is routed
     row_bytes: of a hidden state
     experts:   of the layer
+    weights:   bytes of a whole expert; read where weights are gathered
+    times:     microbatches of a step, which share one gather of weights
     """
 
     tokens: float
     rows: float
     row_bytes: float
     experts: int
+    weights: float = 0.0
+    times: float = 1.0
 
 
 class PassSeconds(NamedTuple):
@@ -218,7 +226,8 @@ def dispatch_seconds(
     """Return the seconds of a layer and microbatch in which tokens travel and no expert computes.
 
     Rows travel there and back in each pass, probabilities there in forward and their gradients back in backward, each
-    in a message of its own. Expert tensor parallelism gathers the rows of its ranks and adds up what they make of them.
+    in a message of its own. Expert tensor parallelism gathers the rows of its ranks and adds up what they make of them,
+    or gathers weights once in a step and adds up their gradients in each backward.
 
     experts: of a rank's experts in a pass, all pieces together
     Raises ValueError where two hops find unequal nodes, and where groups do not divide the ranks.
@@ -228,11 +237,9 @@ def dispatch_seconds(
     rows, probabilities = size.rows * size.row_bytes, size.rows * PROBABILITY
     states, chances = (_each_exchange(each, ranks, dispatch, cluster) for each in (rows, probabilities))
     pieces, both = len(states), list(map(sum, zip(states, chances, strict=True)))
+    sharing = 1 if dispatch.gather == WEIGHTS else ranks.tensor
     (gather, scatter), (gather_chances, scatter_chances) = (
-        [
-            collective_seconds(cluster, kind, each / pieces * ranks.tensor, ranks.tensor, 1)
-            for kind in ("gather", "scatter")
-        ]
+        [collective_seconds(cluster, kind, each / pieces * sharing, sharing, 1) for kind in ("gather", "scatter")]
         for each in (rows, probabilities)
     )
     played = partial(loop_seconds, beside=cluster.device == "cuda", ahead=dispatch.ahead)
@@ -240,7 +247,10 @@ def dispatch_seconds(
     backward = played(states, experts.backward / pieces + gather + scatter + scatter_chances, both)
     # groups are of one count, pieces have their own
     counted = dispatch.pieces * _counts(dispatch, size, ranks, cluster)
-    return PassSeconds(counted + forward - experts.forward, backward - experts.backward)
+    weights = _weights(dispatch, size, ranks, cluster)
+    return PassSeconds(
+        counted + weights.forward + forward - experts.forward, weights.backward + backward - experts.backward
+    )
 
 
 def dispatch_bytes(dispatch: Dispatch, size: DispatchSize, ranks: ExpertRanks, cluster: Cluster) -> SentBytes:
@@ -252,7 +262,18 @@ def dispatch_bytes(dispatch: Dispatch, size: DispatchSize, ranks: ExpertRanks, c
         return _around((p - 1) * size.tokens * each, p, cluster)
     once = size.rows * (4 * size.row_bytes + 2 * PROBABILITY)
     sent = exchange_bytes(once, ranks.sharing, per_node_of(dispatch, ranks, cluster), two_hops=dispatch.two_hops)
+    if dispatch.gather == WEIGHTS:
+        once = size.experts / ranks.sharing * size.weights / ranks.tensor * (1 + 1 / size.times)
     return sent.plus(_around((ranks.tensor - 1) * once, ranks.tensor, cluster))
+
+
+def _weights(dispatch: Dispatch, size: DispatchSize, ranks: ExpertRanks, cluster: Cluster) -> PassSeconds:
+    """Return the seconds of gathering a rank's experts, a microbatch's share, and of adding up their gradients."""
+    if dispatch.gather != WEIGHTS:
+        return PassSeconds(0.0, 0.0)
+    whole = size.experts / ranks.sharing * size.weights
+    gather, scatter = (collective_seconds(cluster, kind, whole, ranks.tensor, 1) for kind in ("gather", "scatter"))
+    return PassSeconds(gather / size.times, scatter)
 
 
 def _gathered(size: DispatchSize, ranks: ExpertRanks, cluster: Cluster) -> PassSeconds:

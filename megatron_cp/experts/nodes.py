@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
+from megatron_cp import config
 from megatron_cp.errors import Refused
 from megatron_cp.experts import TWO_HOP
 
@@ -20,3 +21,22 @@ def ranks_of_a_node(*groups: Iterable[int]) -> int:
             f"{' and '.join(map(str, sizes))}; change --expert-model-parallel-size or --moe-ranks-per-node"
         )
     return sizes[0]
+
+
+def ranks_on_nodes(world: int, sharing: int, tensor: int, per_node: int | None) -> int:
+    """Return how many of the ranks that share a layer's experts lie on a node, for all ranks of a run.
+
+    sharing, tensor: ranks of expert parallelism and of expert tensor parallelism, which are neighbours
+    per_node:        None for torchrun's LOCAL_WORLD_SIZE
+    Raises ValueError where the numbers differ.
+    """
+    per_node = per_node or int(config.variable("LOCAL_WORLD_SIZE") or 0) or world
+    span = sharing * tensor
+    # the ranks of one group are as far apart as its experts have tensor-parallel ranks
+    return ranks_of_a_node(
+        *(
+            [member // per_node for member in range(rank, first + span, tensor)]
+            for first in range(0, world, span)
+            for rank in range(first, first + tensor)
+        )
+    )

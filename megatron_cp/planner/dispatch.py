@@ -1,11 +1,10 @@
 """How tokens travel to experts: weigh the ways that a split allows, and say what copies of busy experts would save."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import EXCHANGES, NONE, PLACEMENTS
+from megatron_cp.experts import EXCHANGES, NONE, PLACEMENTS, WEIGHTS
 from megatron_cp.experts.degree import WeighedDispatch
 from megatron_cp.experts.dispatch_cost import ALLGATHER, STOCK, Dispatch
 from megatron_cp.experts.routed import loads_of
@@ -51,7 +50,7 @@ def weighed(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -
     found = []
     for one in candidates(rank, exchanges, pieces):
         try:
-            seconds = mixture_seconds(replace(rank, parallel=replace(rank.parallel, dispatch=one)))
+            seconds = mixture_seconds(rank.with_dispatch(one))
         except Refused:
             # nodes with different numbers of the ranks that share experts
             continue
@@ -66,7 +65,15 @@ def dispatch_why(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[in
     first, *others = weighed(rank, exchanges, pieces)
     beside = f", {', '.join(map(str, others))}" if others else ""
     what = f"{first.seconds * 1e3:.3g} ms for the experts of a layer and microbatch and their exchange"
-    return f"tokens travel to experts by {first.dispatch}: {what}{beside}"
+    return f"tokens travel to experts by {first.dispatch}: {what}{beside}{_with_weights(rank, first.dispatch)}"
+
+
+def _with_weights(rank: RankConfig, way: Dispatch) -> str:
+    """Return what gathering weights in the place of tokens would take; empty where no ranks share an expert."""
+    if rank.expert_ranks.tensor == 1 or way.dispatcher == ALLGATHER or way.gather == WEIGHTS:
+        return ""
+    seconds = mixture_seconds(rank.with_dispatch(way._replace(gather=WEIGHTS)))
+    return f"; {seconds * 1e3:.3g} ms with --moe-gather {WEIGHTS}, with --transformer-impl local"
 
 
 class WeighedPlacement(NamedTuple):

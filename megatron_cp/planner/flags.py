@@ -27,7 +27,7 @@ MODELLED = _flags(
     cp-placement pp-schedule pp-placement tp-comm-type tp-grid tp-engine pp-offload pp-offload-to pp-free-running
     pp-slices pp-vocab-parallel cp-keep-attention cp-latent cp-loss-chunks mlp-chunks-for-training local-sgd-steps
     local-sgd-outer moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-group-ranks moe-pieces moe-router
-    moe-group-tokens moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
+    moe-gather moe-group-tokens moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
     zero-quantized-gradients zero-quantized-weights zero-quantized-ranks-per-node
     optimizer-state-dir optimizer-state-weights
     """
@@ -60,7 +60,7 @@ UNMODELLED = _flags(
     use-grouped-gemm-for-dense-mlp moe-grouped-gemm moe-single-grouped-weight moe-single-grouped-bias
     moe-grouped-product moe-enable-deepep moe-flex-dispatcher-backend moe-permute-fusion-into-hybridep
     moe-hybridep-pad-uneven-dispatch-inputs
-    moe-placement moe-replica-slots moe-placement-interval moe-copies-ahead moe-cluster
+    moe-placement moe-replica-slots moe-placement-interval moe-copies-ahead moe-cluster moe-degrees moe-tuning
     moe-layer-recompute moe-permute-fusion moe-router-fusion moe-apply-probs-on-input moe-latent-size
     moe-flex-dispatcher-num-sms moe-deepep-num-sms moe-hybridep-num-sms moe-hybridep-num-blocks-permute
     moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms-preprocessing moe-ncclep-static-shape

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_cp.context import BACKENDS, PLACEMENTS
+from megatron_cp.experts import WEIGHTS
 from megatron_cp.experts.dispatch_cost import ALLGATHER
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.slices import model_lengths
@@ -315,4 +316,7 @@ def rank_memory(
             # one bucket of all, after the backward pass has freed the activations
             buffers = max(buffers, TRAVEL * kinds.in_hops - activations - logits)
     weights += (versions - 1) * (dense + experts) * parallel.bytes
+    if model.experts and rank.dispatch.gather == WEIGHTS:
+        # all shards of a rank's experts stay from the first microbatch of a step to the next step
+        weights += parallel.expert_tp * experts * parallel.bytes
     return MemoryUse(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.errors import Refused
-from megatron_cp.experts import EXCHANGES, TUTEL
+from megatron_cp.experts import AUTO as AUTO_GATHER
+from megatron_cp.experts import EXCHANGES, TOKENS, TUTEL
 from megatron_cp.experts.dispatch_cost import ALLGATHER, ALLTOALL, DISPATCHERS, STOCK, Dispatch
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
@@ -368,8 +369,17 @@ def _dispatch(recipe: Recipe) -> Dispatch:
         recipe.number("--moe-ranks-per-node", 0) or None,
         recipe.number("--moe-group-ranks", 0) or None,
     )
-    ours = exchange.name != STOCK.comm_type or found.pieces > 1
+    found = found._replace(gather=_gather(recipe, exchange.name == TUTEL))
+    ours = exchange.name != STOCK.comm_type or found.pieces > 1 or found.gather != TOKENS
     return found._replace(dispatcher=ALLTOALL) if ours and found.dispatcher == ALLGATHER else found
+
+
+def _gather(recipe: Recipe, chosen: bool) -> str:
+    """Return what ranks that share each expert gather; where a run chooses, it is transformer-engine that does not."""
+    if recipe.number("--expert-tensor-parallel-size", recipe.number("--tensor-model-parallel-size", 1)) == 1:
+        return TOKENS
+    local = recipe.flag("--transformer-impl", "transformer_engine") == "local"
+    return recipe.flag("--moe-gather", AUTO_GATHER if chosen and local else TOKENS)
 
 
 def _tensor_scheme(recipe: Recipe, ranks: int) -> tuple[str, bool]:

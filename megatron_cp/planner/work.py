@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from megatron_cp.context.choose import Cost, Record
 from megatron_cp.context.trace.events import Problem
+from megatron_cp.experts import AUTO as AUTO_GATHER
+from megatron_cp.experts import TOKENS, WEIGHTS
 from megatron_cp.experts.dispatch_cost import (
     Dispatch,
     DispatchSize,
@@ -96,9 +98,20 @@ class RankConfig:
 
     @property
     def dispatch(self) -> Dispatch:
-        """How tokens travel to experts; where each rank has all of them, there are no pieces."""
+        """How tokens travel to experts; where each rank has all of them, there are no pieces.
+
+        Where a run chooses what ranks that share each expert gather, what takes less.
+        """
         found = self.parallel.dispatch
-        return found if self.parallel.ep > 1 else found._replace(pieces=1)
+        found = found if self.parallel.ep > 1 else found._replace(pieces=1)
+        if found.gather != AUTO_GATHER:
+            return found
+        ways = [found._replace(gather=gather) for gather in (TOKENS, WEIGHTS)]
+        return min(ways, key=lambda way: mixture_seconds(self.with_dispatch(way)))
+
+    def with_dispatch(self, dispatch: Dispatch) -> "RankConfig":
+        """Return the same rank with another way of tokens."""
+        return replace(self, parallel=replace(self.parallel, dispatch=dispatch))
 
     @property
     def expert_ranks(self) -> ExpertRanks:
@@ -109,7 +122,12 @@ class RankConfig:
         """Return the size of a mixture layer where each token of a rank makes so many rows of experts."""
         model = self.model
         return DispatchSize(
-            self.split_tokens, self.split_tokens * rows, model.hidden * self.parallel.bytes, model.experts
+            self.split_tokens,
+            self.split_tokens * rows,
+            model.hidden * self.parallel.bytes,
+            model.experts,
+            model.matrices * model.hidden * model.expert_ffn * self.parallel.bytes,
+            max(1, self.parallel.micros),
         )
 
     @property
@@ -247,8 +265,9 @@ def _of_mlp(rank: RankConfig, moe: bool, shared: bool = False) -> Iterator[Produ
 
 def _of_experts(rank: RankConfig) -> Iterator[Product]:
     """Yield the products of a rank's experts, each for every piece of the tokens or group of ranks."""
-    model, etp, pieces = rank.model, rank.parallel.expert_tp, calls_of(rank.dispatch, rank.expert_ranks, rank.cluster)
-    local = model.experts / rank.parallel.ep
+    model, way = rank.model, rank.dispatch
+    pieces = calls_of(way, rank.expert_ranks, rank.cluster)
+    local, etp = model.experts / rank.parallel.ep, 1 if way.gather == WEIGHTS else rank.parallel.expert_tp
     each = rank.tokens / rank.parallel.tp * etp * rank.routed.busiest / local / pieces
     yield Product(each, model.hidden, (model.matrices - 1) * model.expert_ffn / etp, local * pieces)
     yield Product(each, model.expert_ffn / etp, model.hidden, local * pieces)

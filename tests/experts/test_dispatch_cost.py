@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cp.experts import FASTERMOE, TWO_HOP
+from megatron_cp.experts import FASTERMOE, TOKENS, TWO_HOP, WEIGHTS
+from megatron_cp.experts.degree import MixtureSize, weighed
 from megatron_cp.experts.dispatch_cost import (
     STOCK,
     Dispatch,
@@ -22,6 +23,7 @@ from megatron_cp.experts.dispatch_cost import (
 )
 from megatron_cp.experts.pieces import in_turn
 from megatron_cp.hardware.cluster import Cluster, Link
+from megatron_cp.hardware.cluster_file import load_cluster
 
 # nodes of four: 100 bytes/s and 1 s inside, 10 bytes/s and 3 s between; copies read and write 400 bytes/s
 CLUSTER = Cluster(
@@ -39,6 +41,7 @@ CLUSTER = Cluster(
 TWO = STOCK._replace(comm_type=TWO_HOP)
 GROUPS = STOCK._replace(comm_type=FASTERMOE)
 GATHERING = STOCK._replace(dispatcher="allgather")
+NOTHING = PassSeconds(0.0, 0.0)
 # a rank's 10 tokens of 10 bytes, each for two of 4 experts
 SIZE = DispatchSize(tokens=10, rows=20, row_bytes=10, experts=4)
 
@@ -241,3 +244,30 @@ def test_experts_of_one_group_hide_the_messages_of_the_next():
 )
 def test_a_way_is_named(dispatch, text):
     assert str(dispatch) == text
+
+
+def test_ranks_that_share_experts_gather_tokens_or_weights():
+    ranks, size = ExpertRanks(2, 2), SIZE._replace(weights=100.0, times=2)
+    tokens, weights = (
+        dispatch_bytes(STOCK._replace(gather=gather), size, ranks, CLUSTER) for gather in (TOKENS, WEIGHTS)
+    )
+    # half of 20 rows of 10 bytes, there and back in both passes, with probabilities and their gradients
+    once = 20 * (4 * 10 + 2 * 4)
+    # all of them to the other rank that shares the experts, or half of each of two experts, once in two microbatches
+    # and gradients in each
+    assert (tokens, weights) == (SentBytes(once / 2 + once, 0), SentBytes(once / 2 + 1.5 * 100, 0))
+    sent, gathered = (
+        dispatch_seconds(STOCK._replace(gather=gather), size, ranks, CLUSTER, NOTHING) for gather in (TOKENS, WEIGHTS)
+    )
+    alone = dispatch_seconds(STOCK, size, ExpertRanks(2), CLUSTER, NOTHING)
+    # a latency, and 100 of 200 bytes to the other rank
+    assert gathered.backward - alone.backward == pytest.approx(1 + 1)
+    assert sent.total > alone.total
+
+
+@pytest.mark.parametrize(("tokens", "cheaper"), [(256, TOKENS), (1 << 16, WEIGHTS)])
+def test_few_tokens_are_gathered_and_weights_beside_many(tokens, cheaper):
+    size = MixtureSize(tokens, 2, 8, 4096, 14336, 3, "bfloat16", split=False)
+    ways = [STOCK._replace(gather=gather) for gather in (TOKENS, WEIGHTS)]
+    found = weighed(ways, size, ExpertRanks(4, 2), load_cluster("dgx-h100-ib"))
+    assert [each.dispatch.gather == cheaper for each in found] == [True, False]

@@ -72,6 +72,7 @@ def test_flags_of_experts_go_the_same_way() -> None:
     words += "--moe-group-ranks 2 --moe-router switch --moe-group-tokens 64 --moe-layer-experts 2:16".split()
     words += "--moe-placement lina --moe-replica-slots 2 --moe-placement-interval 5".split()
     words += "--moe-copies-ahead 0 --moe-cluster a100-ib".split()
+    words += "--moe-gather auto --moe-degrees 1,2 --moe-tuning steps".split()
     settings, config = Settings.of(parsed(*words)), SimpleNamespace()
     assert settings.experts == ExpertFlags(
         grouped_product="loop",
@@ -87,6 +88,9 @@ def test_flags_of_experts_go_the_same_way() -> None:
         placement_interval=5,
         copies_ahead=0,
         cluster="a100-ib",
+        gather="auto",
+        degrees="1,2",
+        tuning="steps",
     )
     settings.experts.copy_to(config)
     assert vars(config) == {
@@ -103,6 +107,9 @@ def test_flags_of_experts_go_the_same_way() -> None:
         "moe_placement_interval": 5,
         "moe_copies_ahead": 0,
         "moe_cluster": "a100-ib",
+        "moe_gather": "auto",
+        "moe_degrees": "1,2",
+        "moe_tuning": "steps",
     }
     assert ExpertFlags.of(config) == settings.experts
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from megatron_cp.cli import app
 from megatron_cp.context.trace.record import record
-from megatron_cp.experts import PLACEMENTS, TWO_HOP
+from megatron_cp.experts import AUTO, PLACEMENTS, TOKENS, TWO_HOP, WEIGHTS
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, DispatchSize, ExpertRanks, PassSeconds, dispatch_seconds
 from megatron_cp.experts.routed import EVEN, Routing, loads_of
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.planner.dispatch import placement_why, routed_share, weighed
+from megatron_cp.planner.dispatch import dispatch_why, placement_why, routed_share, weighed
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
@@ -68,6 +68,14 @@ def mixtral(flags: str = "") -> recipe.Recipe:
         ("--moe-comm-type fastermoe --moe-group-ranks 2", STOCK._replace(comm_type="fastermoe", group=2)),
         ("--moe-token-dispatcher-type allgather --moe-pieces 2", STOCK._replace(pieces=2)),
         ("--moe-token-dispatcher-type flex", STOCK._replace(dispatcher="flex")),
+        ("--expert-tensor-parallel-size 2 --moe-gather weights", STOCK._replace(gather=WEIGHTS)),
+        # nobody shares an expert
+        ("--moe-gather weights", STOCK),
+        ("--expert-tensor-parallel-size 2 --moe-comm-type tutel", STOCK),
+        (
+            "--expert-tensor-parallel-size 2 --moe-comm-type tutel --transformer-impl local",
+            STOCK._replace(gather=AUTO),
+        ),
     ],
 )
 def test_flags_say_how_tokens_travel(flags: str, found: Dispatch) -> None:
@@ -115,6 +123,24 @@ def test_a_recomputation_sends_tokens_once_more(changed: dict[str, Any], times: 
     # a forward is half of both passes; in blocks two of four layers
     again = estimate(MIXTURE, replace(SPREAD, **changed), H100, 1024)
     assert sent(again) == pytest.approx(times * sent(of()))
+
+
+@pytest.mark.parametrize(("seq", "width", "cheaper"), [(64, 1 << 14, TOKENS), (1 << 14, 512, WEIGHTS)])
+def test_what_ranks_gather_that_share_each_expert_is_priced(seq: int, width: int, cheaper: str) -> None:
+    model = replace(MIXTURE, expert_ffn=width)
+    split = Parallel(tp=2, sp=True, dp=8, ep=8, etp=2, global_batch=32)
+    tokens, weights, either = (
+        estimate(model, replace(split, dispatch=STOCK._replace(gather=gather)), H100, seq)
+        for gather in (TOKENS, WEIGHTS, AUTO)
+    )
+    assert either.seconds == min(tokens.seconds, weights.seconds)
+    assert (weights.seconds < tokens.seconds) == (cheaper == WEIGHTS)
+    # two experts of each layer in bfloat16
+    more = weights.worst_memory.weights - tokens.worst_memory.weights
+    assert more == pytest.approx(4 * 2 * 3 * 1024 * width * 2)
+    # of Megatron's dispatchers, the one that gathers all tokens knows no weights
+    said = "with --moe-gather weights, with --transformer-impl local" in dispatch_why(tokens.rank, [], [])
+    assert said == (cheaper == WEIGHTS)
 
 
 def test_ranks_that_share_experts_are_neighbours_but_for_those_that_share_each() -> None:

@@ -25,7 +25,6 @@ from megatron_cp.megatron.arguments.experts import (
     imply_dispatcher,
     imply_layers,
     imply_pieces,
-    settle_exchange,
 )
 from megatron_cp.megatron.arguments.foreign_flags import instead_of
 from megatron_cp.megatron.arguments.on_disk import check_on_disk, check_state_dir
@@ -41,6 +40,7 @@ from megatron_cp.megatron.arguments.quantised import check_quantised, complete_q
 from megatron_cp.megatron.arguments.replicas import check_local_sgd, complete_local_sgd
 from megatron_cp.megatron.arguments.tensor import check_tensor, settle_tensor, stand_in_for_overlap
 from megatron_cp.megatron.arguments.tiles import check_tiles
+from megatron_cp.megatron.arguments.tuning import check_degrees, check_tuning, settle_exchange
 from megatron_cp.megatron.arguments.upstream_faults import refuse_upstream_faults
 from megatron_cp.megatron.checkpoint import resume
 from megatron_cp.megatron.machine.facts import Machine, this_machine
@@ -85,6 +85,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
         lambda: check_plan(args),
         lambda: check_chunks(args),
         lambda: check_cluster(args),
+        lambda: check_degrees(args),
     )
     default = functools.partial(default_cluster, "cuda" if machine.gpu and torch.cuda.is_available() else "cpu")
     settle_tensor(args, default)
@@ -92,6 +93,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     check_tensor(args)
     check_experts(args)
     check_exchange(args)
+    check_tuning(args)
     check_groups(args)
     check_placement(args)
     check_router(args)

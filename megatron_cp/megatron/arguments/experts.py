@@ -1,18 +1,24 @@
 """Checks of the flags for experts, before the model is built."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from megatron_cp import config
 from megatron_cp.errors import Refused
-from megatron_cp.experts import AUTO, EXCHANGES, LOOP, MEGATRONS, PLACEMENTS, PRODUCTS, ROUTERS, TUTEL, ExpertRouter
-from megatron_cp.experts.degree import DEGREES, MixtureSize, weigh
-from megatron_cp.experts.dispatch_cost import STOCK, ExpertRanks
+from megatron_cp.experts import (
+    AUTO,
+    EXCHANGES,
+    LOOP,
+    MEGATRONS,
+    PLACEMENTS,
+    PRODUCTS,
+    ROUTERS,
+    TUTEL,
+    ExpertRouter,
+)
 from megatron_cp.experts.grouped_mm import ROW_BYTES
-from megatron_cp.experts.nodes import ranks_of_a_node
+from megatron_cp.experts.nodes import ranks_on_nodes
 from megatron_cp.experts.pyramid import FLAG, experts_of_layers
-from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.unsupported import (
     OFFLOADED_EXPERTS,
@@ -244,50 +250,12 @@ def check_cluster(args: Any) -> None:
     flags = ExpertFlags.of(args)
     if flags.cluster is None:
         return
-    if not flags.places and flags.exchange.name != TUTEL:
+    if not flags.places and flags.exchange.name != TUTEL and flags.gather != AUTO:
         raise Refused(
-            f"--moe-cluster {flags.cluster} is of copies of experts and of costs of an exchange; add --moe-placement "
-            f"or --moe-comm-type {TUTEL}, or leave it out"
+            f"--moe-cluster {flags.cluster} is of copies of experts and of costs of an exchange; add --moe-placement, "
+            f"--moe-comm-type {TUTEL} or --moe-gather {AUTO}, or leave it out"
         )
     load_cluster(flags.cluster)
-
-
-def settle_exchange(args: Any, default: Callable[[], Cluster]) -> None:
-    """Replace `tutel` of --moe-comm-type by the pieces and hops that take least, and say why; it refuses nothing.
-
-    default: the cluster where --moe-cluster names none
-    """
-    flags = ExpertFlags.of(args)
-    if flags.exchange.name != TUTEL or not read(args, "num_experts"):
-        return
-    whole = any(each.asked(args) for each in UNCUT)
-    degrees = (flags.pieces,) if flags.pieces > 1 else DEGREES[:1] if whole else DEGREES
-    ranks = ExpertRanks(read(args, "expert_model_parallel_size", 1), tensor_ranks(args))
-    try:
-        cluster = default() if flags.cluster is None else load_cluster(flags.cluster)
-        found = weigh(_mixture(args), ranks, cluster, degrees, flags.ranks_per_node)
-        taken, why = found[0].dispatch, ", ".join(map(str, found))
-    except Refused as refused:
-        taken, why = STOCK._replace(pieces=degrees[0]), str(refused)
-    args.moe_comm_type, args.moe_pieces = taken.comm_type, taken.pieces
-    if not taken.two_hops:
-        args.moe_ranks_per_node = None
-    say(f"--moe-comm-type {taken.comm_type} --moe-pieces {taken.pieces}: {why}")
-
-
-def _mixture(args: Any) -> MixtureSize:
-    tokens = read(args, "seq_length") * read(args, "micro_batch_size", 1)
-    tokens /= read(args, "context_parallel_size", 1) * read(args, "tensor_model_parallel_size", 1)
-    return MixtureSize(
-        tokens,
-        read(args, "moe_router_topk", 2),
-        read(args, "num_experts"),
-        read(args, "hidden_size"),
-        read(args, "moe_ffn_hidden_size") or read(args, "ffn_hidden_size") or 4 * read(args, "hidden_size"),
-        3 if read(args, "swiglu", False) else 2,
-        "bfloat16" if read(args, "bf16", False) else "float16" if read(args, "fp16", False) else "float32",
-        PipelineFlags.of(args).splits,
-    )
 
 
 def imply_layers(args: Any) -> None:
@@ -317,7 +285,7 @@ def check_layers(args: Any) -> None:
 def check_exchange(args: Any) -> None:
     """Refuse what an exchange of ours cannot do; ValueError with the rule and a way out."""
     flags, who = ExpertFlags.of(args), _asked(args)
-    if flags.ranks_per_node is not None and not flags.two_hops:
+    if flags.ranks_per_node is not None and not flags.two_hops and flags.degrees is None:
         raise Refused(
             f"--moe-ranks-per-node {flags.ranks_per_node} is of an exchange between nodes; add --moe-comm-type "
             "two-hop, or leave it out"
@@ -350,6 +318,8 @@ def _asked(args: Any) -> str:
     flags = ExpertFlags.of(args)
     if flags.places and flags.pieces == 1 and flags.exchange.name == MEGATRONS:
         return f"--moe-placement {PLACEMENTS.get(flags.placement).name}"
+    if flags.gathers and flags.pieces == 1 and flags.exchange.name == MEGATRONS:
+        return f"--moe-gather {flags.gather}"
     if flags.exchange.name != MEGATRONS or flags.pieces == 1:
         return f"--moe-comm-type {EXCHANGES.get(flags.comm_type).name}"
     return f"--moe-pieces {flags.pieces}"
@@ -358,16 +328,7 @@ def _asked(args: Any) -> str:
 def _check_nodes(args: Any, per_node: int | None) -> None:
     if per_node is not None and per_node < 1:
         raise Refused(f"--moe-ranks-per-node must be at least 1, got {per_node}")
-    per_node, step = per_node or node_ranks(args), tensor_ranks(args)
-    span = args.expert_model_parallel_size * step
-    # the ranks of one group are as far apart as its experts have tensor-parallel ranks
-    ranks_of_a_node(
-        *(
-            [member // per_node for member in range(rank, first + span, step)]
-            for first in range(0, args.world_size, span)
-            for rank in range(first, first + step)
-        )
-    )
+    ranks_on_nodes(args.world_size, args.expert_model_parallel_size, tensor_ranks(args), per_node or node_ranks(args))
 
 
 def node_ranks(args: Any) -> int:

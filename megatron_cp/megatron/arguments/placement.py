@@ -7,7 +7,7 @@ from megatron_cp.experts import PLACEMENTS
 from megatron_cp.megatron.arguments.unsupported import OFFLOADED_EXPERTS, WEIGHTS_SHARED_OUT, Unsupported, read, refuse
 from megatron_cp.megatron.flags.experts import ExpertFlags
 
-UNPLACED = (
+TRAVELLING = (
     Unsupported(
         "transformer-engine's experts, which keep weights of their own",
         lambda args: read(args, "transformer_impl", "local") != "local",
@@ -19,22 +19,27 @@ UNPLACED = (
         "pass --no-gradient-accumulation-fusion",
     ),
     Unsupported(
-        "inputs padded to a capacity, which empty slots would have too",
-        lambda args: bool(read(args, "moe_pad_expert_input_to_capacity", False)),
-        "leave --moe-pad-expert-input-to-capacity out",
-    ),
-    Unsupported(
         "products in FP8 or FP4, and tokens padded for them",
         lambda args: any(read(args, name) for name in ("fp8", "fp4", "moe_router_padding_for_quantization")),
         "leave --fp8-format, --fp4-format and --moe-router-padding-for-quantization out",
     ),
     Unsupported(
-        "Megatron's own delay of weight gradients, which knows no copies",
+        "Megatron's own delay of weight gradients, which knows no weights of other ranks",
         lambda args: bool(read(args, "delay_wgrad_compute", False)),
         "leave --delay-wgrad-compute out",
     ),
     WEIGHTS_SHARED_OUT,
     OFFLOADED_EXPERTS,
+)
+"""Options that weights of experts on other ranks than their own do not serve."""
+
+UNPLACED = (
+    *TRAVELLING,
+    Unsupported(
+        "inputs padded to a capacity, which empty slots would have too",
+        lambda args: bool(read(args, "moe_pad_expert_input_to_capacity", False)),
+        "leave --moe-pad-expert-input-to-capacity out",
+    ),
     Unsupported(
         "experts that tensor-parallel ranks share",
         lambda args: (read(args, "expert_tensor_parallel_size") or read(args, "tensor_model_parallel_size", 1)) > 1,

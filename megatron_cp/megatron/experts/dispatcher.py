@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from megatron_cp.comm import Fabric, GroupFabric
+from megatron_cp.errors import Refused
+from megatron_cp.experts.dispatch_cost import ExpertRanks
 from megatron_cp.experts.exchange import HopPlan, TwoHopExchange, hops, sent_home, sent_there, transposed
 from megatron_cp.experts.groups import by_step, group_plans, group_steps, in_rank_order
-from megatron_cp.experts.nodes import ranks_of_a_node
+from megatron_cp.experts.nodes import ranks_of_a_node, ranks_on_nodes
 from megatron_cp.experts.pieces import PieceLoop, in_pieces
 from megatron_cp.experts.priority import ExchangePriority
 from megatron_cp.megatron.experts.residual import ResidualLayer
@@ -314,6 +316,22 @@ def connect_experts(config: Any) -> None:
         hops_of(group, flags.exchange_node)
         if flags.places:
             copies_of(group)
+        step = parallel_state.get_expert_tensor_parallel_world_size()
+        if flags.degrees is not None and hops_differ(ExpertRanks(group.size(), step), flags.ranks_per_node):
+            hops_of(group, flags.ranks_per_node)
+
+
+def hops_differ(ranks: ExpertRanks, per_node: int | None) -> bool:
+    """True if two hops are possible and are not one, for all ranks of the run.
+
+    per_node: ranks of the whole run on a node; None for torchrun's LOCAL_WORLD_SIZE
+    """
+    world = torch.distributed.get_world_size()
+    try:
+        here = ranks_on_nodes(world, ranks.sharing, ranks.tensor, per_node)
+    except Refused:
+        return False
+    return 1 < here < ranks.sharing
 
 
 # a model has one group of ranks that share its experts

@@ -38,10 +38,9 @@ from megatron_cp.megatron.experts.dispatcher import (
     copies_of,
     weights_in_autograd,
 )
+from megatron_cp.megatron.experts.parameters import keep_gradients, splits_backwards, wait_for_weights
 from megatron_cp.megatron.flags.experts import ExpertFlags
-from megatron_cp.megatron.pipeline.split_linear import bound_queue
 from megatron_cp.megatron.run import args_of_run
-from megatron_cp.pipeline.split_backward import accumulate
 
 
 class PlacedLayer(ExchangingLayer):
@@ -220,11 +219,10 @@ class HostedCopies:
             # an evaluation comes after the weights have changed
             self._copies = None
         if self._coming is None and self._copies is None:
-            _ready(experts)
+            wait_for_weights(experts)
             given = [parameters[expert - first] for lent in loan.lends for expert in lent]
             self._coming = self.lending.weights(loan, as_rows(given, parameters[0]))
-        queue = bound_queue()
-        keep = _keep if queue is not None and queue.open else None
+        keep = keep_gradients if splits_backwards() else None
         borrowed = Borrowed(self.lending, loan, [parameters[expert - first] for expert in loan.lent], keep)
         self._lent = LentAhead(borrowed, lent_here(borrowed, parameters[0][0].device))
 
@@ -301,18 +299,3 @@ def _twin(module: nn.Module) -> Any:
     state["_parameters"], state["_buffers"] = dict(module._parameters), dict(module._buffers)
     state["_modules"] = {name: child and _twin(child) for name, child in module._modules.items()}
     return twin
-
-
-def _ready(experts: nn.Module) -> None:
-    """Let hooks wait for weights that are still being gathered, as in the forward of the modules that have them."""
-    for module in experts.modules():
-        if module._parameters:
-            for key, hook in module._forward_pre_hooks.items():
-                if key not in module._forward_pre_hooks_with_kwargs:
-                    hook(module, ())
-
-
-def _keep(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    for weight, gradient in zip(weights, gradients, strict=True):
-        if weight.requires_grad:
-            accumulate(weight, gradient)

@@ -2,13 +2,31 @@
 
 from dataclasses import dataclass
 
+from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_PRODUCT
-from megatron_cp.experts import DEEPSPEED_MOE, EXCHANGES, FASTERMOE, PRODUCTS, ROUTERS, TUTEL, TWO_HOP, ExpertExchange
+from megatron_cp.experts import (
+    DEEPSPEED_MOE,
+    EXCHANGES,
+    FASTERMOE,
+    PRODUCTS,
+    ROUTERS,
+    TOKENS,
+    TUTEL,
+    TWO_HOP,
+    WEIGHTS,
+    ExpertExchange,
+)
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.experts import NONE as NO_PLACEMENT
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.megatron.flags.flag import Flags, flag, one_of
+
+COSTS, STEPS = TUNINGS = "costs", "steps"
+"""How a choice is made that is kept for a number of tokens: by a cluster's costs, or by measured steps."""
+
+TRIES = 2
+"""Steps that are measured with each choice."""
 
 COPIES_CLUSTER = "dgx-h100"
 """The cluster by whose costs copies are placed where none is named."""
@@ -67,6 +85,30 @@ class ExpertFlags(Flags):
         ),
         int,
     )
+    gather: str | None = flag(
+        None,
+        lambda: one_of(TOKENS, WEIGHTS, AUTO_PRODUCT),
+        lambda: (
+            "What ranks that share each expert (--expert-tensor-parallel-size above 1) gather in a step. "
+            f"{TOKENS}: the tokens of all of them, in every microbatch; {WEIGHTS}: the shards of their experts, once, "
+            f"and gradients go back to the shards; {AUTO_PRODUCT}: what takes less by the costs of --moe-cluster, for "
+            f"the tokens of a step. By default {AUTO_PRODUCT} with --moe-comm-type {TUTEL}, {TOKENS} otherwise."
+        ),
+    )
+    degrees: str | None = flag(
+        None,
+        lambda: "N,…",
+        lambda: f"With --moe-comm-type {TUTEL}, numbers of pieces to choose from, by default 1,2,4,8.",
+    )
+    tuning: str = flag(
+        COSTS,
+        lambda: one_of(*TUNINGS),
+        lambda: (
+            f"With --moe-comm-type {TUTEL} or --moe-gather {AUTO_PRODUCT}, how pieces, hops and gathers are chosen for "
+            f"a step's tokens. {COSTS}: by the costs of --moe-cluster; {STEPS}: each choice has {TRIES} steps that are "
+            "measured, and the fastest one is kept."
+        ),
+    )
     router: str = flag(
         MEGATRONS_EXCHANGE,
         lambda: one_of(*ROUTERS.names),
@@ -124,10 +166,10 @@ class ExpertFlags(Flags):
         None,
         lambda: "NAME|FILE",
         lambda: (
-            f"With --moe-placement and --moe-comm-type {TUTEL}, the cluster by whose costs copies, pieces and hops are "
-            "chosen: "
+            f"With --moe-placement, --moe-comm-type {TUTEL} and --moe-gather {AUTO_PRODUCT}, the cluster by whose "
+            "costs copies, pieces, hops and gathers are chosen: "
             + ", ".join(shipped_clusters())
-            + f", or a YAML file. By default {COPIES_CLUSTER} for copies, and this machine's GPU or CPU for {TUTEL}."
+            + f", or a YAML file. By default {COPIES_CLUSTER} for copies, and this machine's GPU or CPU elsewhere."
         ),
     )
 
@@ -174,7 +216,32 @@ class ExpertFlags(Flags):
     @property
     def exchanges(self) -> bool:
         """True if tokens do not travel as Megatron's own dispatchers send them; ValueError for a name unknown."""
-        return self.exchange.name != MEGATRONS_EXCHANGE or self.pieces != 1 or self.places
+        return self.exchange.name != MEGATRONS_EXCHANGE or self.pieces != 1 or self.places or self.tunes
+
+    @property
+    def gathers(self) -> bool:
+        """True if ranks that share each expert may gather its weights."""
+        return self.gather not in (None, TOKENS)
+
+    @property
+    def tunes(self) -> bool:
+        """True if layers gather weights, or choose how tokens travel in each step."""
+        return self.gathers or self.degrees is not None
+
+    @property
+    def degree_list(self) -> tuple[int, ...]:
+        """Numbers of pieces to choose from; none where none are given. ValueError for what is no list of numbers."""
+        if self.degrees is None:
+            return ()
+        given = self.degrees.split(",")
+        if not all(each.isdecimal() and int(each) for each in given):
+            raise Refused(f"--moe-degrees needs numbers of pieces such as 1,2,4, got {self.degrees}")
+        return tuple(map(int, given))
+
+    @property
+    def tries(self) -> int:
+        """Steps that are measured with each choice."""
+        return TRIES if self.tuning == STEPS else 0
 
     @property
     def exchange_node(self) -> int | None:

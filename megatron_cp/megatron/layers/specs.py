@@ -45,6 +45,7 @@ from megatron_cp.megatron.experts.placement import link_copies, placing
 from megatron_cp.megatron.experts.priority import put_exchanges_first
 from megatron_cp.megatron.experts.pyramid import with_experts
 from megatron_cp.megatron.experts.router import routing
+from megatron_cp.megatron.experts.tuned import tuning
 from megatron_cp.megatron.flags.context import AttentionFlags
 from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.flags.tensor import TensorFlags
@@ -227,7 +228,7 @@ def _mlp(config: TransformerConfig, provider: BackendSpecProvider, moe: bool) ->
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm and moe,
     )
-    return placing(exchanging(routing(mlp, config), config), config)
+    return placing(tuning(exchanging(routing(mlp, config), config), config), config)
 
 
 def local_layer_specs(config: TransformerConfig, provider: BackendSpecProvider) -> list[ModuleSpec]:
@@ -265,7 +266,7 @@ def with_our_experts[Spec: (TransformerBlockSubmodules, ModuleSpec)](spec: Spec,
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[with_our_experts(layer, config) for layer in spec.layer_specs or ()])
     parts: Any = spec.submodules
-    mlp = placing(exchanging(routing(parts.mlp, config), config), config)
+    mlp = placing(tuning(exchanging(routing(parts.mlp, config), config), config), config)
     return replace(spec, submodules=replace(parts, mlp=mlp))
 
 

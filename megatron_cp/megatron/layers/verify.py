@@ -17,6 +17,7 @@ from megatron_cp.megatron.experts.grouped_mlp import GroupedMLP
 from megatron_cp.megatron.experts.placement import PlacedLayer
 from megatron_cp.megatron.experts.residual import ResidualLayer
 from megatron_cp.megatron.experts.router import FirstComeRouter
+from megatron_cp.megatron.experts.tuned import TunedLayer
 from megatron_cp.megatron.flags.context import AttentionFlags
 from megatron_cp.megatron.flags.experts import ExpertFlags
 from megatron_cp.megatron.flags.tensor import TensorFlags
@@ -204,6 +205,8 @@ def _routes(layer: MoELayer) -> bool:
 
 
 def _exchange_of(layer: MoELayer) -> str:
+    if isinstance(layer, TunedLayer) and layer.tuner:
+        return layer.describe()
     dispatcher = layer.token_dispatcher
     if isinstance(dispatcher, (TwoHopDispatcher, LoopDispatcher)):
         return dispatcher.describe()

@@ -37,6 +37,8 @@ class Run(NamedTuple):
     waited:    weight gradients of all experts that a W computed
     exchanged: exchanges of rows in two hops, forward and backward
     held:      reductions of gradients that have waited for an exchange
+    gathered:  gathers of a layer's weights, scatters of their gradients, and bytes of both that this rank has sent
+    gathers:   whether tokens or weights were gathered in each step of the first layer
     lent:      copies of weights, and of gradients, that this rank has sent
     routed:    microbatches that routers of ours routed, and routed again
     local:     experts of each layer on this rank
@@ -52,6 +54,8 @@ class Run(NamedTuple):
     local: tuple[int, ...] = ()
     lent: tuple[int, int] = (0, 0)
     held: int = 0
+    gathered: tuple[int, int, int] = (0, 0, 0)
+    gathers: tuple[str, ...] = ()
     banner: tuple[str, ...] = ()
 
 
@@ -63,11 +67,12 @@ def trained_with_experts(flags):
     from megatron_cp.megatron.experts import grouped_mlp
     from megatron_cp.megatron.experts.dispatcher import ExchangingLayer
     from megatron_cp.megatron.experts.placement import PlacedLayer
+    from megatron_cp.megatron.experts.tuned import Tuner
     from megatron_cp.megatron.process import pretrain
     from megatron_cp.megatron.process.launch import launched
     from megatron_cp.pipeline.split_backward import WeightQueue
 
-    built, waited, put = [], [], WeightQueue.put
+    built, waited, put, taken, take = [], [], WeightQueue.put, {}, Tuner.take
 
     def noted(queue, run, *keeps):
         if getattr(run, "func", None) is grouped_mlp._weight_half:
@@ -78,7 +83,12 @@ def trained_with_experts(flags):
         start_from_names(config)
         config.pre_wrap_hooks.append(lambda models: built.extend(models) or models)
 
-    WeightQueue.put = noted
+    def chosen(tuner, step, *rest):
+        found = take(tuner, step, *rest)
+        taken[step] = found.gather
+        return found
+
+    WeightQueue.put, Tuner.take = noted, chosen
     sys.argv = ["pretrain_gpt", *flags]
     with launched(flags), losses_of_each_iteration() as log:
         pretrain.run(prepare=prepare)
@@ -88,8 +98,17 @@ def trained_with_experts(flags):
     for product in filter(None, (getattr(module, "product", None) for module in experts)):
         computed[product.name] = computed.get(product.name, 0) + product.calls
     modules = [module for model in built for module in model.modules()]
-    exchanges = [module.token_dispatcher.exchange for module in modules if isinstance(module, ExchangingLayer)]
-    exchanged = sum(exchange.calls for exchange in exchanges)
+    layers = [module for module in modules if isinstance(module, ExchangingLayer)]
+    tuned = [layer for layer in layers if getattr(layer, "tuner", None)]
+    dispatchers = [each for layer in tuned for each in layer.dispatchers.values()]
+    dispatchers += [layer.token_dispatcher for layer in layers if layer not in tuned]
+    exchanged = sum(each.exchange.calls for each in dispatchers if hasattr(each, "exchange"))
+    counts = [
+        (layer.gathered.there, layer.gathered.home, layer.gathered.bytes)
+        for layer in tuned
+        if hasattr(layer, "gathered")
+    ]
+    gathered = tuple(map(sum, zip(*counts, strict=True))) or (0, 0, 0)
     routed = sum(getattr(module.router, "calls", 0) for module in modules if isinstance(module, MoELayer))
     local = tuple(module.num_local_experts for module in experts)
     lendings = [module.placed.lending for module in modules if isinstance(module, PlacedLayer)]
@@ -97,7 +116,7 @@ def trained_with_experts(flags):
     priorities = {getattr(getattr(module, "token_dispatcher", None), "priority", None) for module in modules}
     held = sum(priority.held for priority in priorities - {None})
     kinds = {type(module).__name__ for module in experts}
-    return Run(log, kinds, computed, len(waited), exchanged, routed, local, lent, held)
+    return Run(log, kinds, computed, len(waited), exchanged, routed, local, lent, held, gathered, tuple(taken.values()))
 
 
 def run(world_size, *flags, without=""):

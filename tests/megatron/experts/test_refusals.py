@@ -15,9 +15,9 @@ from megatron_cp.megatron.arguments.experts import (
     imply_dispatcher,
     imply_layers,
     imply_pieces,
-    settle_exchange,
 )
 from megatron_cp.megatron.arguments.placement import check_placement
+from megatron_cp.megatron.arguments.tuning import check_degrees, check_tuning, settle_exchange
 
 RUN = {
     "spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"],
@@ -233,7 +233,7 @@ def test_copies_of_experts_that_work_are_taken(given):
         ({"moe_cluster": "dgx-h10"}, "no cluster 'dgx-h10'; did you mean 'dgx-h100'"),
         (
             {"moe_placement": "none", "moe_cluster": "dgx-h100"},
-            "add --moe-placement or --moe-comm-type tutel, or",
+            "add --moe-placement, --moe-comm-type tutel or --moe-gather auto, or",
         ),
         ({"transformer_impl": "transformer_engine"}, "pass --transformer-impl local"),
         ({"gradient_accumulation_fusion": True}, "pass --no-gradient-accumulation-fusion"),
@@ -296,6 +296,51 @@ def test_tutel_takes_the_fastest_of_its_degrees_and_hops(capsys):
 )
 def test_tutel_keeps_what_is_asked_for_and_leaves_whole_what_cannot_be_cut(capsys, given, pieces):
     assert settled(capsys, **given)[1] == pieces
+
+
+def test_tutel_leaves_the_choice_of_a_step_to_its_layers(capsys):
+    args = SimpleNamespace(**{**EXCHANGED, "moe_comm_type": "tutel", "moe_pieces": 1, "seq_length": 8192})
+    args.hidden_size, args.moe_ffn_hidden_size, args.expert_tensor_parallel_size = 4096, 14336, 2
+    settle_exchange(args, lambda: load_cluster("dgx-h100-ib"))
+    assert (args.moe_degrees, args.moe_gather) == ("1,2,4,8", "auto")
+    assert "with weights gathered" in capsys.readouterr().out
+    check_tuning(args)
+    args = SimpleNamespace(**{**vars(args), "moe_comm_type": "tutel", "moe_gather": None, "moe_degrees": "1,2"})
+    args.moe_pieces, args.transformer_impl = 1, "transformer_engine"
+    check_degrees(args)
+    settle_exchange(args, lambda: load_cluster("dgx-h100-ib"))
+    # its experts keep weights of their own
+    assert (args.moe_degrees, args.moe_gather) == ("1,2", "tokens")
+
+
+GATHERED = {**EXCHANGED, "moe_comm_type": "megatron", "moe_gather": "weights", "expert_tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "message"),
+    [
+        (check_tuning, {"moe_gather": "rows"}, "must be tokens, weights or auto, got rows"),
+        (check_tuning, {"moe_tuning": "days"}, "must be costs or steps, got days"),
+        (check_tuning, {"moe_tuning": "steps"}, "add --moe-comm-type tutel or --moe-gather auto"),
+        (check_tuning, {"expert_tensor_parallel_size": 1}, "add --expert-tensor-parallel-size, or leave it out"),
+        (check_tuning, {"transformer_impl": "transformer_engine"}, "pass --transformer-impl local"),
+        (check_tuning, {"gradient_accumulation_fusion": True}, "pass --no-gradient-accumulation-fusion"),
+        (check_tuning, {"moe_placement": "lina"}, "leave --moe-placement out, or pass --moe-gather tokens"),
+        (check_exchange, {"moe_token_dispatcher_type": "flex"}, "pass alltoall"),
+        (check_degrees, {"moe_degrees": "1,2"}, "pass --moe-comm-type tutel without --moe-pieces"),
+        (check_degrees, {"moe_degrees": "1,x", "moe_comm_type": "tutel"}, "numbers of pieces such as 1,2,4, got 1,x"),
+        (
+            check_degrees,
+            {"moe_degrees": "2", "moe_comm_type": "tutel", "moe_pad_expert_input_to_capacity": True},
+            "leave --moe-pad-expert-input-to-capacity out",
+        ),
+    ],
+)
+def test_choices_of_a_step_that_nobody_has_are_refused_with_a_way_out(check, given, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check(SimpleNamespace(**{**GATHERED, **given}))
+    assert "\n" not in str(refused.value)
+    check_tuning(SimpleNamespace(**GATHERED))
 
 
 ROUTED = {
