@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import EXCHANGES, FASTERMOE, MEGATRONS, TUTEL
+from megatron_cp.experts import EXCHANGES, FASTERMOE, MEGATRONS, TOKENS, TUTEL, WEIGHTS
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, ExpertRanks, calls_of, group_of
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.hardware.cluster import Cluster
@@ -34,6 +34,10 @@ def trace_experts(
         int | None,
         typer.Option("--moe-ranks-per-node", min=1, help="Ranks that two hops take for a node; else the cluster's."),
     ] = None,
+    shared: Annotated[
+        int, typer.Option("--expert-tensor-parallel-size", min=1, help="Neighbouring ranks that share each expert.")
+    ] = 1,
+    gather: Annotated[str, typer.Option("--moe-gather", help=f"What these gather, {TOKENS} or {WEIGHTS}.")] = TOKENS,
     pieces: Annotated[int, typer.Option("--moe-pieces", min=1, help="Pieces that routed tokens are cut into.")] = 1,
     group_ranks: Annotated[
         int | None,
@@ -59,32 +63,41 @@ def trace_experts(
     machines = load_cluster(cluster)
     if experts % ranks:
         raise Refused(f"--experts must be a multiple of --ranks {ranks}, got {experts}; change one of them")
-    if rank >= ranks:
-        raise Refused(f"--rank must be below --ranks {ranks}, got {rank}; change one of them")
+    shape = ExpertRanks(ranks, shared)
+    if rank >= shape.all:
+        times = f" x --expert-tensor-parallel-size {shared}" if shared > 1 else ""
+        raise Refused(f"--rank must be below --ranks {ranks}{times}, got {rank}; change one of them")
+    if gather not in (TOKENS, WEIGHTS) or (gather == WEIGHTS and shared == 1) or ffn % shared:
+        raise Refused(
+            f"--moe-gather must be {TOKENS}, or {WEIGHTS} with --expert-tensor-parallel-size above 1, which divides "
+            f"--ffn, got {gather}, {shared} and {ffn}; change one of them"
+        )
     exchange = EXCHANGES.get(comm_type)
     if exchange.name == TUTEL:
         raise Refused(f"--moe-comm-type {TUTEL} is chosen for a run; name what that says, or what plan says")
-    way = STOCK._replace(comm_type=exchange.name, pieces=pieces if pieces > 1 else exchange.pieces)
+    way = STOCK._replace(comm_type=exchange.name, pieces=pieces if pieces > 1 else exchange.pieces, gather=gather)
     if ranks_per_node is not None and not way.two_hops:
         raise Refused("--moe-ranks-per-node is of an exchange between nodes; add --moe-comm-type two-hop")
     if way.two_hops:
         per_node = ranks_per_node or machines.ranks_per_node
-        way = way._replace(per_node=ranks_of_a_node([each // per_node for each in range(ranks)]))
+        way = way._replace(per_node=ranks_of_a_node([each * shared // per_node for each in range(ranks)]))
     if group_ranks is not None and not way.by_groups:
         raise Refused(f"--moe-group-ranks is of --moe-comm-type {FASTERMOE} without --moe-pieces; leave it out")
     if way.by_groups:
+        if shared > 1:
+            raise Refused(f"--moe-comm-type {FASTERMOE} in groups is of whole experts; pass --moe-pieces 2")
         way = way._replace(group=group_ranks)
-        way = way._replace(group=group_of(way, ExpertRanks(ranks), machines))
+        way = way._replace(group=group_of(way, shape, machines))
     size = LayerSize(experts, rows, hidden, ffn, skew)
-    trace = record_experts(size, way, ranks, machines.ranks_per_node, machines.dtype)
+    trace = record_experts(size, way, shape, machines.ranks_per_node, machines.dtype)
     error, passes = (
-        prove_experts(size, way, ranks, way.per_node),
-        _passes(trace, machines, size, calls_of(way, ExpertRanks(ranks), machines)),
+        prove_experts(size, way, shape, way.per_node),
+        _passes(trace, machines, size, calls_of(way, shape, machines)),
     )
     if as_json:
         typer.echo(json.dumps(_as_json(trace, error, way, passes), indent=2))
     else:
-        _show(trace, error, f"{way}, {experts} experts on {ranks} ranks of {machines.name}", rank, passes)
+        _show(trace, error, f"{way}, {experts} experts on {shape} ranks of {machines.name}", rank, passes)
     if error > EXACT:
         raise typer.Exit(1)
 

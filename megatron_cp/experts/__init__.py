@@ -253,7 +253,7 @@ EXCHANGES = Registry(
 )
 
 TOKENS, WEIGHTS = "tokens", "weights"
-"""What ranks that share each expert gather: the tokens of all of them, or the shards of its weights."""
+"""Gathers of ranks that share each expert: of the tokens of all of them, or of the shards of its weights."""
 
 SWITCH = "switch"
 """The router with one expert of a token, and a capacity."""

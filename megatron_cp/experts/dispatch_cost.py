@@ -87,6 +87,9 @@ class ExpertRanks(NamedTuple):
         """Number of ranks that hold one copy of all experts."""
         return self.sharing * self.tensor
 
+    def __str__(self) -> str:
+        return f"{self.sharing} x {self.tensor}" if self.tensor > 1 else f"{self.sharing}"
+
 
 class DispatchSize(NamedTuple):
     """Size of a layer and microbatch on a rank.

@@ -17,7 +17,7 @@ Keep = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 """Adds gradients to the gradients of parameters."""
 
 
-class Cut(NamedTuple):
+class ShardCut(NamedTuple):
     """How ranks share a weight.
 
     dim:   that is cut
@@ -51,7 +51,7 @@ class GatheredWeights:
     bytes:       that it has sent
     """
 
-    def __init__(self, fabric: Fabric, cuts: Sequence[Cut], shapes: Sequence[torch.Size]) -> None:
+    def __init__(self, fabric: Fabric, cuts: Sequence[ShardCut], shapes: Sequence[torch.Size]) -> None:
         self.fabric, self.cuts, self.shapes = fabric, tuple(cuts), tuple(shapes)
         self.there = self.home = self.bytes = 0
 

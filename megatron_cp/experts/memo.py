@@ -18,7 +18,7 @@ MOST = 256
 """Most buckets that are remembered; the one that was not asked for longest is forgotten first."""
 
 
-class Bucket:
+class TokenBucket:
     """Choices for some numbers of tokens.
 
     ways:     by costs, fastest first
@@ -53,7 +53,7 @@ class Bucket:
         return ", ".join(f"{way.dispatch} {seconds * 1e3:.3g} ms" for seconds, way in steps)
 
 
-class Taken(NamedTuple):
+class TakenDispatch(NamedTuple):
     """The choice of a step, and one line where it has just been settled for its bucket."""
 
     dispatch: Dispatch
@@ -69,10 +69,10 @@ class DispatchMemo:
 
     def __init__(self, weigh: Callable[[int], Sequence[WeighedDispatch]], tries: int = 0) -> None:
         self._weigh, self._tries = weigh, tries
-        self._buckets: OrderedDict[int, Bucket] = OrderedDict()
-        self._last: Bucket | None = None
+        self._buckets: OrderedDict[int, TokenBucket] = OrderedDict()
+        self._last: TokenBucket | None = None
 
-    def take(self, tokens: int, seconds: float) -> Taken:
+    def take(self, tokens: int, seconds: float) -> TakenDispatch:
         """Return the choice for a step; ranks that give the same numbers take the same.
 
         tokens:  of a rank in a microbatch, at most
@@ -83,14 +83,14 @@ class DispatchMemo:
         self._last = bucket = self._bucket(tokens)
         dispatch = bucket.ways[bucket.now].dispatch
         if bucket.said or not bucket.settled:
-            return Taken(dispatch)
+            return TakenDispatch(dispatch)
         bucket.said = True
-        return Taken(dispatch, f"up to {bucket_of(tokens)} tokens of a rank: {dispatch}, of {bucket}")
+        return TakenDispatch(dispatch, f"up to {bucket_of(tokens)} tokens of a rank: {dispatch}, of {bucket}")
 
-    def _bucket(self, tokens: int) -> Bucket:
+    def _bucket(self, tokens: int) -> TokenBucket:
         key = bucket_of(tokens)
         if key not in self._buckets:
-            self._buckets[key] = Bucket(self._weigh(key), self._tries)
+            self._buckets[key] = TokenBucket(self._weigh(key), self._tries)
             if len(self._buckets) > MOST:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(key)

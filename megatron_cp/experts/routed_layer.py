@@ -66,9 +66,19 @@ class RankTensors(NamedTuple):
 
 
 def tensors_of(
-    size: LayerSize, dispatch: Dispatch, rank: int, ranks: int, dtype: torch.dtype, device: torch.device
+    size: LayerSize,
+    dispatch: Dispatch,
+    rank: int,
+    ranks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    drawn_as: int | None = None,
 ) -> RankTensors:
-    """Return what one of the ranks has, drawn by rank and by expert; without data on the device "meta"."""
+    """Return what one of the ranks has, drawn by rank and by expert; without data on the device "meta".
+
+    drawn_as: number that its rows are drawn by; None for its rank
+    """
+    number = rank if drawn_as is None else drawn_as
 
     def draw(seed: int, *shape: int) -> Tensor:
         if device.type == "meta":
@@ -78,7 +88,7 @@ def tensors_of(
 
     local, places = size.experts // ranks, _places(size, dispatch, rank, ranks)
     mine, shape = range(rank * local, (rank + 1) * local), (size.rows, size.hidden)
-    wholes = (draw(3 * rank + at, *each) for at, each in enumerate((shape, shape[:1], shape)))
+    wholes = (draw(3 * number + at, *each) for at, each in enumerate((shape, shape[:1], shape)))
     rows, probs, gradients = ([whole[at.to(device)] for at in places] for whole in wholes)
     for each in (*rows, *probs):
         each.requires_grad_()
@@ -106,6 +116,7 @@ class RoutedLayer:
         per_node = (dispatch.per_node or ranks) if dispatch.two_hops else 1
         self.exchange, self._ahead = exchange(*hops(fabric, per_node)), dispatch.ahead
         self._tensors, self._product = tensors, PRODUCTS.get(product).load()()
+        self._first, self._second = tensors.first, tensors.second
         self.plans: list[HopPlan] = []
         self._computes: list[Callable[[Tensor, Tensor], Tensor]] = []
         for counts in size.pieces(dispatch.pieces):
@@ -119,15 +130,17 @@ class RoutedLayer:
             else:
                 self.plans.append(self.exchange.plan([for_ranks] * self.exchange.inside.size, [sum(mine)] * ranks))
             for senders in sources:
-                # the experts have the rows of all ranks that send
-                groups = groups_of([senders * count for count in mine], tensors.rows[0].device)
-                self._computes.append(partial(self._experts, tuple(mine) * senders, groups))
+                self._computes.append(self._compute(mine, senders, tensors.rows[0].device))
 
     def forward(self) -> tuple[Tensor, ...]:
         """Return what has come home of each piece, with autograd."""
-        rows, probs, weights = self._tensors.rows, self._tensors.probs, self._tensors.weights
+        return self._through(self._tensors.rows, self._tensors.weights)
+
+    def _through(self, rows: Sequence[Tensor], weights: Sequence[Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
+        """Return what has come home of rows; leaves as in PieceLoop."""
+        probs = self._tensors.probs
         if len(self.plans) > 1:
-            loop = PieceLoop(self.exchange, self.plans, self._computes, True, ahead=self._ahead)
+            loop = PieceLoop(self.exchange, self.plans, self._computes, True, leaves, ahead=self._ahead)
             return in_pieces(loop, rows, probs, weights)
         (plan,), (compute,) = self.plans, self._computes
         arrived = (sent_there(self.exchange, plan, each) for each in (rows[0], probs[0]))
@@ -151,13 +164,18 @@ class RoutedLayer:
             whole[places] = part
         return whole
 
+    def _compute(self, mine: Sequence[int], senders: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what computes this rank's experts, for each of which every rank that sends has so many rows."""
+        groups = groups_of([senders * count for count in mine], device)
+        return partial(self._experts, tuple(mine) * senders, groups)
+
     def _experts(self, sizes: Sequence[int], groups: Groups, rows: Tensor, probs: Tensor) -> Tensor:
         local = len(groups.sizes)
         senders = len(sizes) // local
         x, of_rows = (transposed(each, sizes, senders, local) for each in (rows, probs))
-        inner = grouped_linear(GroupedCall(self._product, groups, self._tensors.first), x)
+        inner = grouped_linear(GroupedCall(self._product, groups, self._first), x)
         gate, value = inner.chunk(2, -1)
-        call = GroupedCall(self._product, groups, self._tensors.second)
+        call = GroupedCall(self._product, groups, self._second)
         y = grouped_linear(call, functional.silu(gate) * value * of_rows[:, None])
         # from each rank's rows of an expert to each expert's rows of a rank
         by_expert = [size for expert in range(local) for size in sizes[expert::local]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_cp.comm import in_process
-from megatron_cp.experts.gathered_weights import Cut, GatheredWeights, gathered_here
+from megatron_cp.experts.gathered_weights import GatheredWeights, ShardCut, gathered_here
 
 HIDDEN, FFN, TOKENS = 4, 6, 5
 
@@ -21,7 +21,7 @@ def shard_of(weight, cut, rank, ranks):
     return torch.cat([part.chunk(ranks, cut.dim)[rank] for part in parts], cut.dim).clone().requires_grad_()
 
 
-CUTS = (Cut(0, 2), Cut(1), Cut(0))
+CUTS = (ShardCut(0, 2), ShardCut(1), ShardCut(0))
 
 
 def outcome(kept, fabric):

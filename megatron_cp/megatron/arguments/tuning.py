@@ -29,7 +29,7 @@ UNGATHERED = (
 
 
 def check_degrees(args: Any) -> None:
-    """Refuse numbers of pieces to choose from that nobody reads; ValueError with the rule and a way out."""
+    """Refuse numbers of pieces to choose from without a choice; ValueError with the rule and a way out."""
     flags = ExpertFlags.of(args)
     if flags.degrees is None:
         return
@@ -94,7 +94,7 @@ def _microbatches(args: Any) -> float:
 
 
 def check_tuning(args: Any) -> None:
-    """Refuse choices of a step that there are not, or are nobody's; ValueError with the rule and a way out."""
+    """Refuse choices of a step that layers cannot make; ValueError with the rule and a way out."""
     flags = ExpertFlags.of(args)
     if flags.gather not in (None, TOKENS, WEIGHTS, AUTO):
         raise Refused(f"--moe-gather must be {TOKENS}, {WEIGHTS} or {AUTO}, got {flags.gather}")

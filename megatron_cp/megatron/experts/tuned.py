@@ -20,7 +20,7 @@ from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO, TOKENS, WEIGHTS
 from megatron_cp.experts.degree import MixtureSize, WeighedDispatch, ways, weighed
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, ExpertRanks
-from megatron_cp.experts.gathered_weights import Cut, GatheredWeights, gathered_here
+from megatron_cp.experts.gathered_weights import GatheredWeights, ShardCut, gathered_here
 from megatron_cp.experts.memo import DispatchMemo
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.experts.dispatcher import (
@@ -154,7 +154,7 @@ def tuning(mlp: Any, config: Any) -> Any:
 
 
 class Tuned(NamedTuple):
-    """What layers that choose alike have in common.
+    """Choices and sizes that layers have in common.
 
     size:    of a layer, its tokens left out
     cluster: that is named; None for this machine's
@@ -247,7 +247,7 @@ def _gathered_weights(experts: Any, fabric: GroupFabric) -> GatheredWeights:
     parts = 2 if experts.config.gated_linear_unit and experts.config.moe_mlp_glu_interleave_size is None else 1
     cuts, shapes = [], []
     for name, weight in experts.named_parameters():
-        cuts.append(Cut(0, parts) if "linear_fc1" in name else Cut(1))
+        cuts.append(ShardCut(0, parts) if "linear_fc1" in name else ShardCut(1))
         shapes.append(weight.shape)
     return GatheredWeights(fabric, cuts, shapes)
 
