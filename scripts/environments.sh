@@ -7,13 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 cd "$root"
 folders=() running=() tried=()
-clean() {
-    # timeout sends its signal twice
-    trap '' INT TERM
-    kill "${running[@]}" 2>/dev/null || true
-    rm -rf "${folders[@]}"
-}
-trap clean EXIT
+# timeout sends its signal twice, and the second one would end what cleans up
+trap 'trap "" INT TERM; kill "${running[@]}" 2>/dev/null || true; rm -rf "${folders[@]}"' EXIT
 trap 'exit 1' INT TERM
 
 # True if .venv has what this file pins.
