@@ -135,7 +135,7 @@ def _rule_of(file: Path, _: int) -> Rule:
         raise Refused(f"{file} has S and T of a vocabulary over all ranks, which only simulate plays; leave them out")
     sizes = (where.ranks, read.micros, where.chunks)
 
-    def table(p: int, m: int, v: int) -> Table:
+    def table(p: int, m: int, v: int, overlapped: bool = False) -> Table:
         if (p, m, v) != sizes:
             has, got = ("p = {}, m = {}, v = {}".format(*each) for each in (sizes, (p, m, v)))
             raise Refused(f"{file} is a table for {has}, got {got}; p are ranks, m microbatches, v chunks per rank")
@@ -150,6 +150,7 @@ def _rule_of(file: Path, _: int) -> Rule:
         chunks=where.chunks,
         usual=where.chunks,
         split=bool(kinds & {INPUT, WEIGHT}),
+        overlaps=read.pairs > 0,
     )
 
 

@@ -84,3 +84,11 @@ def test_a_table_of_other_sizes_ends_the_run_in_one_line(tmp_path: Path) -> None
     flags = f"--pipeline-model-parallel-size 2 --global-batch-size 8 --pp-schedule {file}"
     with pytest.raises(Exception, match="is a table for p = 2, m = 8, v = 1, got p = 2, m = 4, v = 1"):
         run_ranks(2, pretrain_losses, tiny(flags))
+
+
+def test_pairs_of_a_table_may_run_at_the_same_time(tmp_path: Path) -> None:
+    paired, alone = (build("dualpipe-v", 2, 5, overlapped=overlapped) for overlapped in (True, False))
+    assert build(written(tmp_path, paired.text()), 2, 5, 2, overlapped=True).table == paired.table
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="overlaps no forward with a backward; take dualpipe-v, dualpipe"):
+        build(written(other, alone.text()), 2, 5, 2, overlapped=True)

@@ -102,6 +102,7 @@ def test_a_pair_runs_the_nodes_of_both_in_turn_and_trains_the_same():
 
 
 COMBINED = {
+    "Megatron's own order": (CHUNKS,),
     "dualpipe-v, distributed optimizer, reductions and gathers overlapped": (
         f"--pp-schedule dualpipe-v {CHUNKS}",
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
