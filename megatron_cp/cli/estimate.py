@@ -16,6 +16,7 @@ from rich.table import Table
 
 from megatron_cp import config, runlog
 from megatron_cp.cli.importing import load
+from megatron_cp.cli.plan_experts import recorded
 from megatron_cp.context import AUTO, DEFAULT
 from megatron_cp.planner.parallel import cluster_for, warnings
 from megatron_cp.planner.unmodelled import unmodelled
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from megatron_cp.context.choose import Record
     from megatron_cp.planner.estimate import Estimate
     from megatron_cp.planner.fit import LeftOut
+    from megatron_cp.planner.model import Transformer
     from megatron_cp.planner.parallel import Parallel
     from megatron_cp.planner.published import PublishedRun
     from megatron_cp.planner.work import RankConfig
@@ -61,6 +63,14 @@ def estimate(
     skew: Annotated[
         float, typer.Option(min=0, help="Exponent of Zipf's law for the loads of experts; 0 for equal loads.")
     ] = 0.0,
+    expert_loads: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Take the loads of experts that a run has logged last, of its most uneven layer, in the place of "
+            "--skew.",
+        ),
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option(help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate."),
@@ -78,10 +88,10 @@ def estimate(
     if name is None:
         raise ValueError("give a recipe, or --published")
     run = load(name, Unset(config.environment()), flags or [])
-    found, left_out = estimate_recipe(run, cluster, skew), unmodelled(run)
+    found, left_out = estimate_recipe(run, cluster, skew, expert_loads), unmodelled(run)
     other_run = recipe.load(against, Unset(config.environment())) if against else None
     other, other_left_out = (
-        (estimate_recipe(other_run, cluster, skew), unmodelled(other_run)) if other_run else (None, [])
+        (estimate_recipe(other_run, cluster, skew, expert_loads), unmodelled(other_run)) if other_run else (None, [])
     )
     taken = _train(name, flags or []) if measure else None
     if as_json:
@@ -157,10 +167,13 @@ def _compare(found: "Estimate", taken: Taken) -> None:
     Console().print(table)
 
 
-def estimate_recipe(run: recipe.Recipe, cluster: str | None = None, skew: float = 0.0) -> "Estimate":
+def estimate_recipe(
+    run: recipe.Recipe, cluster: str | None = None, skew: float = 0.0, loads: Path | None = None
+) -> "Estimate":
     """Return the estimate of a recipe's step; raises ValueError where neither it nor `cluster` names a cluster.
 
-    skew: exponent of Zipf's law for the loads of experts
+    skew:  exponent of Zipf's law for the loads of experts
+    loads: folder of a run that has logged them
     """
     from megatron_cp.context.trace.record import record
     from megatron_cp.planner.estimate import estimate as of_step
@@ -169,9 +182,24 @@ def estimate_recipe(run: recipe.Recipe, cluster: str | None = None, skew: float 
     from megatron_cp.planner.work import RankConfig
 
     model, machines, seq = model_of(run), cluster_for(run, cluster), run.required("--seq-length")
-    model = replace(model, routing=model.routing._replace(skew=skew))
-    parallel = _settled(RankConfig(model=model, parallel=parallel_of(run, model.layers), cluster=machines, seq=seq))
+    parallel = parallel_of(run, model.layers)
+    model = loaded_experts(model, skew, loads, parallel.ep, parallel.expert_tp)
+    parallel = _settled(RankConfig(model=model, parallel=parallel, cluster=machines, seq=seq))
     return of_step(model, parallel, machines, seq, record)
+
+
+def loaded_experts(model: "Transformer", skew: float, run: Path | None, ranks: int, neighbours: int) -> "Transformer":
+    """Return the model with experts loaded by Zipf's law or as a run has logged them; ValueError for both at once.
+
+    ranks, neighbours: of the run, that share the experts of a layer, and each of them
+    """
+    if run is None:
+        return replace(model, routing=model.routing._replace(skew=skew))
+    if skew:
+        raise ValueError(f"--skew {skew:g} and --expert-loads both load the experts; give one of the two")
+    loads, _ = recorded(run, ranks, neighbours)
+    shares = tuple(load / sum(loads) for load in loads)
+    return replace(model, routing=model.routing._replace(loads=shares))
 
 
 def _settled(rank: "RankConfig") -> "Parallel":
@@ -208,8 +236,12 @@ def _as_json(found: "Estimate") -> dict[str, object]:
 
 def _experts(found: "Estimate") -> dict[str, object]:
     from megatron_cp.planner.dispatch import routed_share
+    from megatron_cp.planner.placements import placements
 
-    return {"dispatch": str(found.rank.dispatch), **routed_share(found.rank)._asdict()}
+    weighed = found.model.routing.uneven or found.parallel.expert_copies.asked
+    copies = [one.as_json() for one in placements(found)] if weighed and found.parallel.ep > 1 else []
+    shares = routed_share(found.rank)._asdict()
+    return {"dispatch": str(found.rank.dispatch), **shares, **({"placements": copies} if copies else {})}
 
 
 def _show(found: "Estimate") -> None:
@@ -242,11 +274,12 @@ def _show(found: "Estimate") -> None:
 
 
 def _show_experts(found: "Estimate", console: Console) -> None:
-    from megatron_cp.planner.dispatch import dispatch_line, placement_why
+    from megatron_cp.planner.dispatch import dispatch_line
+    from megatron_cp.planner.placements import placement_why
 
     lines = [dispatch_line(found.rank)]
-    if found.model.routing.skew:
-        lines.append(placement_why(found.rank))
+    if found.model.routing.uneven or found.parallel.expert_copies.asked:
+        lines.append(placement_why(found))
     for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True)
 

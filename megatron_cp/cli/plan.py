@@ -1,7 +1,6 @@
 """`megatron-cp plan`: find the parallel sizes that train a model fastest on a number of GPUs of a cluster."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from megatron_cp import config
+from megatron_cp.cli.estimate import loaded_experts
 from megatron_cp.cli.importing import load
 from megatron_cp.experts import EXCHANGES, PIPELINED, TUTEL
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
@@ -89,6 +89,14 @@ def plan(
     skew: Annotated[
         float, typer.Option(min=0, help="Exponent of Zipf's law for the loads of experts; 0 for equal loads.")
     ] = 0.0,
+    expert_loads: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Take the loads of experts that a run has logged last, of its most uneven layer, in the place of "
+            "--skew.",
+        ),
+    ] = None,
     tp: Annotated[
         int | None,
         typer.Option("--tp", "--tensor-model-parallel-size", min=1, help="Fix TP; a size not given is searched."),
@@ -130,9 +138,15 @@ def plan(
     if 2 * tokens < length:
         raise ValueError(f"--tokens-per-batch {tokens:,} must be at least a sequence of {length:,} tokens; raise it")
     run = load(words[0], Unset(config.environment()), words[1:])
-    model_sizes = model_of(run)
+    loaded = loaded_experts(
+        model_of(run),
+        skew,
+        expert_loads,
+        run.number("--expert-model-parallel-size", 1),
+        run.number("--expert-tensor-parallel-size", 1),
+    )
     request = PlanRequest(
-        model=replace(model_sizes, routing=model_sizes.routing._replace(skew=skew)),
+        model=loaded,
         seq=length,
         gpus=ranks,
         cluster=load_cluster(cluster),

@@ -56,7 +56,7 @@ def plan_experts(
     from megatron_cp.experts.slots import SlotPlan, Slots, load_of
 
     if run is not None:
-        loads, law = _recorded(run, ranks, neighbours)
+        loads, law = recorded(run, ranks, neighbours)
         experts, rows = len(loads), sum(loads)
     elif experts % ranks:
         raise Refused(f"--experts must be a multiple of --ranks {ranks}, got {experts}; change one of them")
@@ -104,8 +104,11 @@ def _drawn(experts: int, rows: int, skew: float, seed: int | None) -> Sequence[i
     return loads
 
 
-def _recorded(run: Path, ranks: int, neighbours: int) -> tuple[Sequence[int], str]:
-    """Return the loads of the layer whose busiest expert has most of its tokens, and the layer."""
+def recorded(run: Path, ranks: int, neighbours: int) -> tuple[Sequence[int], str]:
+    """Return the loads of the layer whose busiest expert has most of its tokens, and the layer.
+
+    ranks, neighbours: of the run, that share the experts of a layer, and each of them
+    """
     from megatron_cp.report import expert_loads
 
     found = {layer: loads for layer, loads in expert_loads(run, ranks, neighbours).items() if sum(loads)}

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_cp.errors import Refused
+
 
 class Routing(NamedTuple):
     """How a router deals out tokens.
@@ -13,12 +15,25 @@ class Routing(NamedTuple):
     group:  consecutive tokens that share out the capacity; None for all of a rank in a microbatch
     padded: inputs of experts are padded to the capacity
     skew:   exponent of Zipf's law that the loads of experts follow, busiest first; 0 for equal loads
+    loads:  share of each expert in all choices, in order of the experts, in the place of `skew`; empty where not known
     """
 
     factor: float | None = None
     group: int | None = None
     padded: bool = False
     skew: float = 0.0
+    loads: tuple[float, ...] = ()
+
+    @property
+    def uneven(self) -> bool:
+        """True if loads of experts are given that differ."""
+        return bool(self.skew or self.loads)
+
+    def shares(self, experts: int) -> Sequence[float]:
+        """Return the share of each expert in all choices; ValueError for loads of another number of experts."""
+        if self.loads and len(self.loads) != experts:
+            raise Refused(f"loads of {len(self.loads)} experts are given for {experts}; name a run with as many")
+        return self.loads or loads_of(experts, self.skew)
 
 
 EVEN = Routing()
@@ -63,6 +78,16 @@ def taken(choices: float, load: float, capacity: float) -> float:
     return mean - deviation * density - (mean - capacity) * above
 
 
+def rows_of(routing: Routing, tokens: float, choices: int, experts: int) -> tuple[float, ...]:
+    """Return the rows of each expert for each token of a rank; arguments as `routed` has them."""
+    loads = routing.shares(experts)
+    if routing.factor is None:
+        return tuple(choices * load for load in loads)
+    size = routing.group or tokens
+    capacity = capacity_of(size, choices, experts, routing.factor)
+    return tuple((capacity if routing.padded else taken(size * choices, load, capacity)) / size for load in loads)
+
+
 @lru_cache(256)
 def routed(routing: Routing, tokens: float, choices: int, experts: int, ranks: int) -> RoutedRows:
     """Return the rows of experts that `ranks` ranks share in the order of the experts.
@@ -70,15 +95,10 @@ def routed(routing: Routing, tokens: float, choices: int, experts: int, ranks: i
     tokens:  of a rank in a microbatch
     choices: experts that a token asks for, each choice on its own
     """
-    if routing.factor is None and not routing.skew:
+    if routing.factor is None and not routing.uneven:
         return RoutedRows(choices, choices)
-    loads = loads_of(experts, routing.skew)
-    mean, rows = float(choices), [choices * load for load in loads]
-    if routing.factor is not None:
-        size = routing.group or tokens
-        capacity = capacity_of(size, choices, experts, routing.factor)
-        rows = [(capacity if routing.padded else taken(size * choices, load, capacity)) / size for load in loads]
-        mean = sum(rows)
+    rows = rows_of(routing, tokens, choices, experts)
+    mean = float(choices) if routing.factor is None else sum(rows)
     local = experts // ranks
     of_ranks = [sum(rows[first : first + local]) for first in range(0, experts, local)]
     return RoutedRows(mean, max(of_ranks) * ranks)

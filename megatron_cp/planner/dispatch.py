@@ -1,21 +1,16 @@
-"""How tokens travel to experts: weigh the ways that a split allows, and say what copies of busy experts would save."""
+"""How tokens travel to experts: weigh the ways that a split allows, and say what becomes of them."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_cp.errors import Refused
-from megatron_cp.experts import EXCHANGES, NONE, PLACEMENTS, WEIGHTS
+from megatron_cp.experts import EXCHANGES, WEIGHTS
 from megatron_cp.experts.degree import WeighedDispatch
 from megatron_cp.experts.dispatch_cost import ALLGATHER, STOCK, Dispatch
-from megatron_cp.experts.routed import loads_of
-from megatron_cp.experts.slot_costs import DTYPE, slot_costs
-from megatron_cp.experts.slots import SlotPlan, Slots, load_of
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.planner.work import RankConfig, mixture_seconds
 
 ALONE = "each rank has all experts of a layer, and no token travels"
-MOST_COUNTS = 4096
-"""Experts times ranks for which placements are weighed: each policy was seen to take less than a second for so many."""
 
 
 def candidates(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]) -> Iterator[Dispatch]:
@@ -74,58 +69,6 @@ def _with_weights(rank: RankConfig, way: Dispatch) -> str:
         return ""
     seconds = mixture_seconds(rank.with_dispatch(way._replace(gather=WEIGHTS)))
     return f"; {seconds * 1e3:.3g} ms with --moe-gather {WEIGHTS}, with --transformer-impl local"
-
-
-class WeighedPlacement(NamedTuple):
-    """A placement of copies of experts.
-
-    uneven:  rows of the busiest rank over the mean
-    seconds: of a mixture layer for a microbatch, as the costs of placements count them
-    """
-
-    name: str
-    uneven: float
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.seconds * 1e3:.3g} ms (busiest rank {self.uneven:.2f} times the mean)"
-
-
-def placements(rank: RankConfig) -> list[WeighedPlacement]:
-    """Return no copies and each policy's, fastest first, for the loads that the model assumes.
-
-    A rank has one spare slot for two of its experts, at least one.
-    """
-    model, ranks = rank.model, rank.parallel.ep
-    empty = SlotPlan.empty(Slots(model.experts, ranks, _spare(rank)))
-    rows = rank.split_tokens * model.top_k
-    counts = [[rows * load for load in loads_of(model.experts, model.routing.skew)] for _ in range(ranks)]
-    costs = slot_costs(model.hidden, model.expert_ffn, rank.expert_ranks.all, rank.cluster)
-    plans = {NONE: empty} | {entry.name: entry.load()(empty, counts, costs) for entry in PLACEMENTS}
-    loads = {name: load_of(plan, counts) for name, plan in plans.items()}
-    found = [WeighedPlacement(name, load.uneven, load.seconds(costs)) for name, load in loads.items()]
-    return sorted(found, key=lambda one: one.seconds)
-
-
-def _spare(rank: RankConfig) -> int:
-    return max(1, rank.model.experts // rank.parallel.ep // 2)
-
-
-def placement_why(rank: RankConfig) -> str:
-    """Return one line on copies of busy experts; empty where they are too many to weigh, or products have no rates."""
-    routing = rank.model.routing
-    if rank.parallel.ep == 1:
-        return "placement of copies: none, since no rank lacks an expert"
-    if not routing.skew:
-        return "placement of copies: none, since equal loads are assumed (--skew)"
-    if routing.factor is not None:
-        return "placement of copies: none, since a capacity drops what makes experts busy"
-    if rank.model.experts * rank.parallel.ep > MOST_COUNTS or DTYPE not in dict(rank.cluster.gemms):
-        return ""
-    first, *others = placements(rank)
-    flags = f"--moe-placement {first.name} --moe-replica-slots {_spare(rank)}, with --transformer-impl local"
-    trained = "" if first.name == NONE else f"; {flags}"
-    return f"placement of copies: {', '.join(map(str, [first, *others]))}{trained}"
 
 
 class RoutedShare(NamedTuple):

@@ -29,13 +29,13 @@ MODELLED = _flags(
     local-sgd-outer moe-token-dispatcher-type moe-comm-type moe-ranks-per-node moe-group-ranks moe-pieces moe-router
     moe-gather moe-group-tokens moe-expert-capacity-factor moe-pad-expert-input-to-capacity moe-layer-experts
     zero-quantized-gradients zero-quantized-weights zero-quantized-ranks-per-node
-    optimizer-state-dir optimizer-state-weights
+    optimizer-state-dir optimizer-state-weights moe-placement moe-replica-slots moe-copies-ahead moe-cluster
     """
 )
 
 UNMODELLED = _flags(
     """
-    local-sgd-spread mlp-tiles
+    local-sgd-spread mlp-tiles moe-placement-interval
     tensor-parallel-num-weight-shards pipeline-model-parallel-comm-backend max-seqlen-per-dp-cp-rank
     hybrid-context-parallel expert-tensor-parallel-num-weight-shards deterministic-mode no-tp-comm-bulk-wgrad
     disable-tp-comm-bulk-wgrad no-tp-comm-bulk-dgrad disable-tp-comm-bulk-dgrad no-tp-comm-overlap-ag
@@ -60,7 +60,7 @@ UNMODELLED = _flags(
     use-grouped-gemm-for-dense-mlp moe-grouped-gemm moe-single-grouped-weight moe-single-grouped-bias
     moe-grouped-product moe-enable-deepep moe-flex-dispatcher-backend moe-permute-fusion-into-hybridep
     moe-hybridep-pad-uneven-dispatch-inputs
-    moe-placement moe-replica-slots moe-placement-interval moe-copies-ahead moe-cluster moe-degrees moe-tuning
+    moe-degrees moe-tuning
     moe-layer-recompute moe-permute-fusion moe-router-fusion moe-apply-probs-on-input moe-latent-size
     moe-flex-dispatcher-num-sms moe-deepep-num-sms moe-hybridep-num-sms moe-hybridep-num-blocks-permute
     moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms-preprocessing moe-ncclep-static-shape
@@ -253,7 +253,6 @@ ASSUMED = {
     "--transformer-impl": ("transformer_engine", "local"),
     "--moe-grouped-gemm": ("",),
     "--moe-grouped-product": ("auto", "loop"),
-    "--moe-placement": ("none",),
     "--optimizer": ("adam",),
     "--main-grads-dtype": ("fp32",),
     "--outer-dp-sharding-strategy": ("no_shard",),

@@ -10,6 +10,7 @@ from megatron_cp.experts import WEIGHTS
 from megatron_cp.experts.dispatch_cost import ALLGATHER
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.slices import model_lengths
+from megatron_cp.planner.copies import copies_bytes
 from megatron_cp.planner.model import Transformer
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.quantised import TRAVEL, Moved, ParameterKinds, left_bytes, moved
@@ -24,11 +25,11 @@ class MemoryUse(NamedTuple):
     """Bytes of one rank.
 
     weights, gradients, optimizer: as Megatron keeps them, of all copies and versions of weights that a schedule needs,
-                 and what quantised gradients leave over for the next step
+                 with what quantised gradients leave over for the next step, and with hosted copies of experts
     activations: kept from forward to backward, of every microbatch in flight
     logits:      of one microbatch, with the cross entropy's copies; of two where the vocabulary lies on all ranks
-    buffers:     of context parallelism, of one layer at work, of a bucket of quantised messages, and of messages of a
-                 vocabulary on all ranks
+    buffers:     of context parallelism, of one layer at work, of a bucket of quantised messages, of messages of a
+                 vocabulary on all ranks, and of a layer's copies of experts on their way
     reserved:    context, libraries and communication buffers
     """
 
@@ -319,4 +320,6 @@ def rank_memory(
     if model.experts and rank.dispatch.gather == WEIGHTS:
         # all shards of a rank's experts stay from the first microbatch of a step to the next step
         weights += parallel.expert_tp * experts * parallel.bytes
+    copied, moved = copies_bytes(rank, layers)
+    weights, buffers = weights + copied, buffers + moved
     return MemoryUse(weights, gradients, optimizer, activations, logits, buffers, rank.cluster.reserved_bytes)

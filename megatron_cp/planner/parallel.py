@@ -8,7 +8,9 @@ from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.dtypes import BYTES, TRAINING
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_GATHER
-from megatron_cp.experts import EXCHANGES, TOKENS, TUTEL
+from megatron_cp.experts import EXCHANGES, NONE, TOKENS, TUTEL
+from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
+from megatron_cp.experts.copies import NO_COPIES, ExpertCopies
 from megatron_cp.experts.dispatch_cost import ALLGATHER, ALLTOALL, DISPATCHERS, STOCK, Dispatch
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
@@ -74,6 +76,7 @@ class Parallel:
     micro_batch, global_batch: samples
     etp:         tensor-parallel size of the experts; None for `tp`
     dispatch:    how tokens travel to experts and back
+    expert_copies: of busy experts, in spare slots of other ranks
     recompute:   "none", "selective" (the modules of `recomputed`) or "full" (whole layers)
     recomputed:  Megatron's names of the modules that "selective" recomputes
     recompute_layers, recompute_method: of "full"; "block" recomputes so many layers of each stage, "uniform" all, and
@@ -124,6 +127,7 @@ class Parallel:
     distributed_optimizer: bool = True
     etp: int | None = None
     dispatch: Dispatch = STOCK
+    expert_copies: ExpertCopies = NO_COPIES
     recompute: str = "none"
     recomputed: tuple[str, ...] = ("core_attn",)
     recompute_method: str = "uniform"
@@ -319,6 +323,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         distributed_optimizer="--use-distributed-optimizer" in given,
         etp=recipe.number("--expert-tensor-parallel-size", 1) if "--expert-tensor-parallel-size" in given else None,
         dispatch=_dispatch(recipe),
+        expert_copies=expert_copies_of(recipe),
         recompute=recipe.flag("--recompute-granularity", _recompute_by_default(recipe)),
         recomputed=tuple(recipe.flag("--recompute-modules", "core_attn").split()),
         recompute_method=recipe.flag("--recompute-method", "uniform"),
@@ -358,7 +363,7 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
 
 
 def _dispatch(recipe: Recipe) -> Dispatch:
-    """Return how tokens travel to experts; as in a run, our exchange and pieces imply the dispatcher alltoall."""
+    """Return how tokens travel to experts; as in a run, ours, pieces and copies imply the dispatcher alltoall."""
     if "--num-experts" not in recipe.model_args:
         return STOCK
     exchange, pieces = EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type)), recipe.number("--moe-pieces", 1)
@@ -371,6 +376,7 @@ def _dispatch(recipe: Recipe) -> Dispatch:
     )
     found = found._replace(gather=_gather(recipe, exchange.name == TUTEL))
     ours = exchange.name != STOCK.comm_type or found.pieces > 1 or found.gather != TOKENS
+    ours = ours or expert_copies_of(recipe).asked
     return found._replace(dispatcher=ALLTOALL) if ours and found.dispatcher == ALLGATHER else found
 
 
@@ -380,6 +386,19 @@ def _gather(recipe: Recipe, chosen: bool) -> str:
         return TOKENS
     local = recipe.flag("--transformer-impl", "transformer_engine") == "local"
     return recipe.flag("--moe-gather", AUTO_GATHER if chosen and local else TOKENS)
+
+
+def expert_copies_of(recipe: Recipe) -> ExpertCopies:
+    """Return the copies of experts that a recipe asks for."""
+    policy = recipe.flag("--moe-placement", NONE)
+    if policy == NONE or "--num-experts" not in recipe.model_args:
+        return NO_COPIES
+    return ExpertCopies(
+        EXPERT_PLACEMENTS.get(policy).name,
+        recipe.number("--moe-replica-slots", NO_COPIES.slots),
+        recipe.flag("--moe-cluster", NO_COPIES.cluster),
+        int(recipe.flag("--moe-copies-ahead", str(NO_COPIES.ahead)) != "0"),
+    )
 
 
 def _tensor_scheme(recipe: Recipe, ranks: int) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ruamel.yaml import YAML
 
+from megatron_cp.experts.copies import NO_COPIES, ExpertCopies
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
 from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.planner.estimate import Estimate
@@ -20,6 +21,8 @@ def as_recipe(plan: Estimate, model: str) -> str:
     """Return the YAML of a recipe for the plan; `model` is what it extends: a name below configs, or a path."""
     gpus, per_node = plan.parallel.world, plan.cluster.ranks_per_node
     of_experts = dict(_dispatch_flags(plan.parallel.dispatch)) if plan.model.experts else {}
+    if plan.parallel.expert_copies.asked:
+        of_experts |= dict(_copies_flags(plan.parallel.expert_copies))
     local = min(gpus, per_node)
     extends = [model, "training/long-context", "training/nodes"]
     extends += ["training/recompute"] if plan.parallel.recompute == "full" else []
@@ -48,6 +51,17 @@ def _dispatch_flags(dispatch: Dispatch) -> Iterator[tuple[str, object]]:
         yield "--moe-pieces", dispatch.pieces
     if dispatch.group is not None:
         yield "--moe-group-ranks", dispatch.group
+
+
+def _copies_flags(copies: ExpertCopies) -> Iterator[tuple[str, object]]:
+    yield "--moe-placement", copies.policy
+    yield "--moe-replica-slots", copies.slots
+    if copies.cluster != NO_COPIES.cluster:
+        yield "--moe-cluster", copies.cluster
+    if copies.ahead != NO_COPIES.ahead:
+        yield "--moe-copies-ahead", copies.ahead
+    # TransformerEngine's experts are not lent
+    yield "--transformer-impl", "local"
 
 
 def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:

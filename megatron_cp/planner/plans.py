@@ -4,9 +4,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from megatron_cp.experts.dispatch_cost import STOCK
-from megatron_cp.planner.dispatch import dispatch_why, placement_why
+from megatron_cp.planner.dispatch import dispatch_why
 from megatron_cp.planner.estimate import IN_WORDS, Estimate, Parts
 from megatron_cp.planner.parallel import Parallel
+from megatron_cp.planner.placements import placement_why
 from megatron_cp.planner.plan_request import PlanRequest
 from megatron_cp.planner.variants import cheapest_scheme, without_savings
 from megatron_cp.tensor import MEGATRONS
@@ -52,7 +53,7 @@ class Plans:
         if not self.best.model.experts:
             return []
         rank, request = self.best.rank, self.request
-        lines = dispatch_why(rank, request.exchanges, request.pieces), placement_why(rank)
+        lines = dispatch_why(rank, request.exchanges, request.pieces), placement_why(self.best)
         return [line for line in lines if line]
 
     @property
@@ -95,6 +96,8 @@ def label(parallel: Parallel) -> str:
         words.append(f"PP={parallel.pp} ({parallel.schedule_name}{chunks})")
     of_tokens = f" ({parallel.dispatch})" if parallel.dispatch != STOCK else ""
     words += [f"DP={parallel.dp}"] + ([f"EP={parallel.ep}{of_tokens}"] if parallel.ep > 1 else [])
+    copies = parallel.expert_copies
+    words += [f"{copies.policy} {copies.slots}"] if copies.asked and parallel.ep > 1 else []
     words += [f"{parallel.slices} slices"] if parallel.slices > 1 else []
     words += [f"vocab parallel {parallel.barriers}"] if parallel.barriers else []
     words += [f"offload {parallel.moves.limit}"] if parallel.moves else []

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import place
 from megatron_cp.pipeline.placement import Placement
+from megatron_cp.planner.copies import lent_times
 from megatron_cp.planner.memory import mean_layer_bytes
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.vocabulary import end_times
@@ -43,7 +44,7 @@ def stages_of(rank: RankConfig) -> list[Stage]:
         layers = [model.layers]
     layers = list(parallel.layout or layers)
     layers[-1] += model.mtp
-    one = _mean_layer(rank)
+    one = mean_layer(rank)
     each = {count: _stage(rank, one, count) for count in set(layers)}
     stages = [each[count] for count in layers]
     first, last = ends(rank)
@@ -64,13 +65,14 @@ def _stage(rank: RankConfig, one: PassTimes, layers: int) -> Stage:
     again = recomputed_layers(rank, layers)
     repeated = one.forward if rank.parallel.attends_again else one.forward._replace(attention=0.0, context=0.0)
     work = PassTimes().plus(one, layers).plus(PassTimes(input=repeated), again)
+    work = work.plus(lent_times(rank, one, layers, again))
     kept = again * mean_layer_bytes(rank)
     if again < layers:
         kept += (layers - again) * mean_layer_bytes(replace(rank, parallel=plain(rank.parallel)))
     return Stage(layers, work, kept)
 
 
-def _mean_layer(rank: RankConfig) -> PassTimes:
+def mean_layer(rank: RankConfig) -> PassTimes:
     """Return the mean over dense and mixture layers, with the modules that backward recomputes."""
     work = PassTimes()
     for one, moe, share in layer_kinds(rank):
@@ -78,7 +80,7 @@ def _mean_layer(rank: RankConfig) -> PassTimes:
     return work
 
 
-def recomputed_layers(rank: RankConfig, layers: int) -> int:
+def recomputed_layers(rank: RankConfig, layers: float) -> float:
     """Return the layers of a stage that are recomputed whole."""
     parallel = rank.parallel
     if parallel.recompute != "full":

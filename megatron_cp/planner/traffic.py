@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from megatron_cp.experts.dispatch_cost import SentBytes, dispatch_bytes
 from megatron_cp.pipeline import SCHEDULES
+from megatron_cp.planner.copies import sent_in_a_step
 from megatron_cp.planner.memory import (
     gradient_bytes,
     kinds_of,
@@ -68,13 +69,14 @@ def step_traffic(rank: RankConfig, layers: float) -> StepTraffic:
     }
     again = _share_attended_again(parallel, layers)
     of_experts = _of_experts(rank, _share_dispatched_again(parallel, layers))
+    of_copies = sent_in_a_step(rank)
     inside = {
         "context": sequences * (attention.inside + again * attention.again_inside),
-        "expert": micros * layers * of_experts.inside,
+        "expert": layers * (micros * of_experts.inside + of_copies.inside),
     }
     between = {
         "context": sequences * (attention.between + again * attention.again_between),
-        "expert": micros * layers * of_experts.between,
+        "expert": layers * (micros * of_experts.between + of_copies.between),
     }
     for name, (size, ranks, stride) in spread.items():
         away = _share_between(rank, ranks, stride)
@@ -115,7 +117,7 @@ def _of_experts(rank: RankConfig, again: float) -> SentBytes:
     sent = SentBytes(0.0, 0.0)
     for one, moe, share in layer_kinds(rank):
         if moe:
-            size = one.dispatched(one.routed.mean)
+            size = one.dispatched(one.travelling.mean)
             both = dispatch_bytes(one.dispatch, size, one.expert_ranks, one.cluster)
             sent = sent.plus(both, share * (1 + again / 2))
     return sent

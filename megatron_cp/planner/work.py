@@ -16,6 +16,7 @@ from megatron_cp.context.choose import Cost, Record
 from megatron_cp.context.trace.events import Problem
 from megatron_cp.experts import AUTO as AUTO_GATHER
 from megatron_cp.experts import TOKENS, WEIGHTS
+from megatron_cp.experts.copies import CopiedLoad, SharedExperts, copied
 from megatron_cp.experts.dispatch_cost import (
     Dispatch,
     DispatchSize,
@@ -24,7 +25,7 @@ from megatron_cp.experts.dispatch_cost import (
     calls_of,
     dispatch_seconds,
 )
-from megatron_cp.experts.routed import RoutedRows, routed
+from megatron_cp.experts.routed import RoutedRows, routed, rows_of
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.hardware.operations import Product, collective_seconds
 from megatron_cp.pipeline import SCHEDULES
@@ -94,7 +95,24 @@ class RankConfig:
     def routed(self) -> RoutedRows:
         """Rows of experts for each token of a rank in a mixture layer."""
         model = self.model
+        if found := self.copied:
+            return found.rows
         return routed(model.routing, self.split_tokens, model.top_k, model.experts, self.parallel.ep)
+
+    @property
+    def travelling(self) -> RoutedRows:
+        """Rows that travel, for each token of a rank, with the share of them that stays where loads are even."""
+        return found.travelling if (found := self.copied) else self.routed
+
+    @property
+    def copied(self) -> CopiedLoad | None:
+        """A mixture layer's load where ranks host copies of experts, None elsewhere."""
+        model, parallel = self.model, self.parallel
+        if not model.experts or parallel.ep == 1 or not parallel.expert_copies.asked:
+            return None
+        rows = rows_of(model.routing, self.split_tokens, model.top_k, model.experts)
+        size = SharedExperts(model.hidden, model.expert_ffn, model.matrices, parallel.ep)
+        return copied(parallel.expert_copies, rows, self.split_tokens, size, parallel.micros)
 
     @property
     def dispatch(self) -> Dispatch:
@@ -267,7 +285,8 @@ def _of_experts(rank: RankConfig) -> Iterator[Product]:
     """Yield the products of a rank's experts, each for every piece of the tokens or group of ranks."""
     model, way = rank.model, rank.dispatch
     pieces = calls_of(way, rank.expert_ranks, rank.cluster)
-    local, etp = model.experts / rank.parallel.ep, 1 if way.gather == WEIGHTS else rank.parallel.expert_tp
+    etp = 1 if way.gather == WEIGHTS else rank.parallel.expert_tp
+    local = model.experts / rank.parallel.ep + (rank.copied.hosts if rank.copied else 0)
     each = rank.tokens / rank.parallel.tp * etp * rank.routed.busiest / local / pieces
     yield Product(each, model.hidden, (model.matrices - 1) * model.expert_ffn / etp, local * pieces)
     yield Product(each, model.expert_ffn / etp, model.hidden, local * pieces)
@@ -321,7 +340,7 @@ def _exchange(rank: RankConfig) -> PassSeconds:
     parallel, one = rank.parallel, _experts(rank)
     # where weight gradients wait in a queue, input gradients alone are beside the messages
     split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
-    size = rank.dispatched(rank.routed.busiest)
+    size = rank.dispatched(rank.travelling.busiest)
     return dispatch_seconds(
         rank.dispatch, size, rank.expert_ranks, rank.cluster, PassSeconds(one, one if split else 2 * one)
     )

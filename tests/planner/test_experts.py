@@ -15,10 +15,11 @@ from megatron_cp.experts import AUTO, PLACEMENTS, TOKENS, TWO_HOP, WEIGHTS
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, DispatchSize, ExpertRanks, PassSeconds, dispatch_seconds
 from megatron_cp.experts.routed import EVEN, Routing, loads_of
 from megatron_cp.hardware.cluster_file import load_cluster
-from megatron_cp.planner.dispatch import dispatch_why, placement_why, routed_share, weighed
+from megatron_cp.planner.dispatch import dispatch_why, routed_share, weighed
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
 from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.placements import placement_why
 from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.plan_request import FixedSizes, PlanRequest
 from megatron_cp.planner.plans import Plans, label
@@ -318,7 +319,7 @@ def test_a_plan_takes_the_fastest_way_of_tokens_and_says_why(tmp_path: Path, our
     first = f"tokens travel to experts by {ways[0].dispatch}: {ways[0].seconds * 1e3:.3g} ms for the experts of a layer"
     assert travelling.startswith(first)
     assert all(str(way) in travelling for way in ways[1:])
-    assert placed == "placement of copies: none, since equal loads are assumed (--skew)"
+    assert placed == "placement of copies: none, since equal loads are assumed (--skew, --expert-loads)"
     if ways[0].dispatch != STOCK:
         assert f"EP=8 ({ways[0].dispatch})" in label(best.parallel)
     file = tmp_path / "planned.yaml"
@@ -352,18 +353,18 @@ def test_groups_of_ranks_are_weighed_where_training_has_them() -> None:
 
 
 def test_copies_of_busy_experts_are_weighed_where_loads_are_uneven() -> None:
-    rank = planned(False).best.rank
-    uneven = replace(rank, model=replace(rank.model, routing=Routing(skew=1.2)))
+    best = planned(False).best
+    uneven = replace(best, model=replace(best.model, routing=Routing(skew=1.2)))
     told = placement_why(uneven)
     assert told.startswith("placement of copies: ")
     assert all(f"{name} " in told for name in ("none", *PLACEMENTS.names))
     # each of 8 ranks has one expert
     assert f"(busiest rank {8 * loads_of(8, 1.2)[0]:.2f} times the mean)" in told
-    bound = replace(rank, model=replace(rank.model, routing=Routing(factor=1.0, skew=1.2)))
+    bound = replace(best, model=replace(best.model, routing=Routing(factor=1.0, skew=1.2)))
     assert placement_why(bound) == "placement of copies: none, since a capacity drops what makes experts busy"
     alone = replace(uneven, parallel=replace(uneven.parallel, ep=1))
     assert placement_why(alone) == "placement of copies: none, since no rank lacks an expert"
-    assert {way.dispatch for way in weighed(alone, **OURS)} == {STOCK, GATHERING}
+    assert {way.dispatch for way in weighed(alone.rank, **OURS)} == {STOCK, GATHERING}
 
 
 def test_estimate_prints_what_becomes_of_tokens() -> None:
@@ -377,4 +378,5 @@ def test_estimate_prints_what_becomes_of_tokens() -> None:
     ) in told
     assert "placement of copies: " in told
     found = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)["experts"]
+    assert {one["policy"] for one in found.pop("placements")} == {"none", *PLACEMENTS.names}
     assert found == {"dispatch": "alltoall", "dropped": 0.0, "uneven": pytest.approx(uneven)}

@@ -19,6 +19,7 @@ from megatron_cp.experts import (
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.experts import NONE as NO_PLACEMENT
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
+from megatron_cp.experts.slot_costs import COPIES_CLUSTER
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.megatron.flags.flag import Flags, flag, one_of
 
@@ -27,9 +28,6 @@ COSTS, STEPS = TUNINGS = "costs", "steps"
 
 TRIES = 2
 """Steps that are measured with each choice."""
-
-COPIES_CLUSTER = "dgx-h100"
-"""The cluster by whose costs copies are placed where none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
