@@ -38,7 +38,7 @@ class Run(NamedTuple):
     exchanged: exchanges of rows in two hops, forward and backward
     held:      reductions of gradients that have waited for an exchange
     gathered:  gathers of a layer's weights, scatters of their gradients, and bytes of both that this rank has sent
-    gathers:   whether tokens or weights were gathered in each step of the first layer
+    chosen:    how tokens travelled in each step, where a layer chose
     lent:      copies of weights, and of gradients, that this rank has sent
     routed:    microbatches that routers of ours routed, and routed again
     local:     experts of each layer on this rank
@@ -55,7 +55,7 @@ class Run(NamedTuple):
     lent: tuple[int, int] = (0, 0)
     held: int = 0
     gathered: tuple[int, int, int] = (0, 0, 0)
-    gathers: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
     banner: tuple[str, ...] = ()
 
 
@@ -85,7 +85,7 @@ def trained_with_experts(flags):
 
     def chosen(tuner, step, *rest):
         found = take(tuner, step, *rest)
-        taken[step] = found.gather
+        taken[step] = str(found)
         return found
 
     WeightQueue.put, Tuner.take = noted, chosen

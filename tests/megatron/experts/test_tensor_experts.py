@@ -91,14 +91,33 @@ def test_shared_experts_whose_weights_are_gathered_train_as_on_one_rank(alone, c
     assert line.endswith(f"weights of {experts} experts are gathered from 2 ranks, and tokens stay")
 
 
+# ranks, flags, the two ways that have two steps each, and gathers and scatters of weights of a rank
+CHOSEN = {
+    "tokens or weights": (
+        4,
+        f"{TP2} {EP2} {ETP2} {GROUPED} {DISTRIBUTED} {SWITCHING}",
+        {"alltoall", "alltoall with weights gathered"},
+        (2 * LAYERS, 2 * LAYERS),
+    ),
+    "whole or in pieces": (
+        2,
+        f"{EP2} --moe-comm-type tutel --moe-degrees 1,2 --moe-tuning steps",
+        {"alltoall", "pipelined in 2 pieces"},
+        (0, 0),
+    ),
+}
+
+
 @pytest.mark.slow
-def test_what_is_gathered_changes_between_steps(alone):
-    found = run(4, f"{TP2} {EP2} {ETP2} {GROUPED} {DISTRIBUTED}", SWITCHING)
+@pytest.mark.parametrize("case", CHOSEN)
+def test_the_choice_changes_between_steps(alone, case):
+    ranks, flags, ways, gathered = CHOSEN[case]
+    found = run(ranks, flags)
     assert_equal(found[0].log, alone())
-    (gathers,) = {each.gathers for each in found}
-    # each has two steps
-    assert sorted(gathers) == ["tokens", "tokens", "weights", "weights"]
-    assert {each.gathered[:2] for each in found} == {(2 * LAYERS, 2 * LAYERS)}
+    (chosen,) = {each.chosen for each in found}
+    assert (len(chosen), set(chosen)) == (STEPS, ways)
+    assert {chosen.count(way) for way in ways} == {2}
+    assert {each.gathered[:2] for each in found} == {gathered}
 
 
 @pytest.mark.slow
