@@ -7,6 +7,7 @@ stage hands its hidden states out where it had losses, which `vocabulary_step` f
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from megatron_cp.comm import Wire
 from megatron_cp.megatron.run import Settings
 from megatron_cp.pipeline.vocabulary_embedding import FIRST
+
+TIES = "share_embeddings_and_output_weights"
+"""Name of what ties embedding and output layer of a model."""
 
 
 def rows_of(rank: int, p: int, rows: int) -> range:
@@ -166,11 +170,15 @@ def share_out(old: Callable[..., None], settings: Settings, model: Any, *args: A
 
     All ranks of the pipeline build their chunks together, one after the other.
     """
-    old(model, *args, **kwargs)
     if not settings.pipeline.vocab_parallel:
+        old(model, *args, **kwargs)
         return
+    # not tied for Megatron, whose first chunk would wait for the last rank's last one to make copies equal
+    given = signature(old).bind(model, *args, **kwargs)
+    tied = given.arguments.get(TIES, False)
+    given.arguments[TIES] = False
+    old(*given.args, **given.kwargs)
     chunk, chunks = model.vp_stage or 0, model.config.virtual_pipeline_model_parallel_size or 1
-    tied = model.share_embeddings_and_output_weights
     if chunk == 0:
         _share_out_embedding(model)
     if chunk == chunks - 1:
@@ -179,9 +187,6 @@ def share_out(old: Callable[..., None], settings: Settings, model: Any, *args: A
         drawn = model.output_layer if model.post_process else None
         output = TiedRows() if tied else OutputRows(*_my_rows(model, last, drawn))
         model.output_layer, model.compute_language_model_loss = output, output.note
-    if tied:
-        # what Megatron does for the copies on two ranks
-        model.share_embeddings_and_output_weights = False
 
 
 def _share_out_embedding(model: Any) -> None:

@@ -142,16 +142,28 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+def test_megatrons_own_first_weights_are_shared_out():
+    # 42, 43 and 43 rows, those of the output layer in reverse
+    flags = tiny("--pipeline-model-parallel-size 3 --num-layers 6 --train-iters 2 --pp-schedule zb-v", CHUNKS)
+    ours, plain = (
+        run_ranks(3, pretrain_losses, [*flags, *more], False)[0] for more in (["--pp-vocab-parallel", "1"], [])
+    )
+    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in plain], rel=1e-6)
+    assert [step["grad_norm"] for step in ours] == pytest.approx([step["grad_norm"] for step in plain], rel=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_checkpoints_move_to_and_from_the_ordinary_form_bit_by_bit(tied, tmp_path):
+@pytest.mark.parametrize(("tied", "schedule"), [(False, "zb-v"), (True, "interleaved")], ids=["untied", "tied"])
+def test_checkpoints_move_to_and_from_the_ordinary_form_bit_by_bit(tied, schedule, tmp_path):
     flags = tiny(
         TWO,
+        "--num-layers 4",
         "--train-iters 2 --save-interval 5 --override-opt-param-scheduler",
         "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
         without=UNTIED if tied else "",
     )
-    cut = "--pp-schedule 1f1b --pp-vocab-parallel 1 --tensor-model-parallel-size 2".split()
+    cut = f"--pp-schedule {schedule} {CHUNKS} --pp-vocab-parallel 1 --tensor-model-parallel-size 2".split()
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     run_ranks(2, pretrain_losses, [*flags, "--save", str(first)])
     # nothing is left to train: what is loaded is saved
