@@ -119,6 +119,7 @@ def plan(
     """Enumerate the splits of ranks, leave out those that rules or memory forbid, rank the rest by estimated speed."""
     from megatron_cp.planner.model import model_of
     from megatron_cp.planner.parallel import messages_of
+    from megatron_cp.planner.plan_flags import chosen, kept
     from megatron_cp.planner.plan_request import PlanRequest, sequences
     from megatron_cp.planner.search import search
     from megatron_cp.planner.unmodelled import unmodelled
@@ -161,6 +162,7 @@ def plan(
         exchanges=_exchanges(moe_exchanges),
         pieces=tuple(count(one, "--moe-pieces") for one in moe_pieces.replace(",", " ").split()),
         messages=messages_of(run),
+        kept=kept(run),
         state_dir=optimizer_state_dir,
         precision=PLANNED[precision],
         fixed=FixedSizes(tp=tp, cp=cp, pp=pp, dp=dp, ep=ep, vp=vp, micro_batch=micro_batch),
@@ -176,6 +178,8 @@ def plan(
         typer.echo(json.dumps([_plain(one) for one in found.options], indent=2))
     else:
         _show(found)
+    if replaced := chosen(run):
+        typer.echo(f"the plan's own choice in the place of the recipe's: {', '.join(replaced)}", err=as_json)
     if left_out := unmodelled(run):
         # the JSON is a list of plans alone
         typer.echo(f"not in the estimate: {', '.join(left_out)}", err=as_json)

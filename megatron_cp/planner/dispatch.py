@@ -24,7 +24,9 @@ def candidates(rank: RankConfig, exchanges: Sequence[str], pieces: Sequence[int]
     split = parallel.schedule is not None and SCHEDULES.get(parallel.schedule).split
     whole = parallel.precision == "fp8" or rank.model.routing.padded or split
     yield STOCK
-    yield STOCK._replace(dispatcher=ALLGATHER)
+    # rows of copies are dealt out by the alltoall dispatcher
+    if not parallel.expert_copies.asked:
+        yield STOCK._replace(dispatcher=ALLGATHER)
     if parallel.ep == 1:
         return
     asked = [EXCHANGES.get(name) for name in exchanges]

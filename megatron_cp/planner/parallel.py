@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_cp.context import BACKENDS, DEFAULT, PLACEMENTS
 from megatron_cp.dtypes import BYTES, TRAINING
@@ -316,22 +316,15 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         # one for all layers, or one for each; white space alone is no name
         backend=BACKENDS.get(next(iter(backend.split()), backend)).name,
         grid=_grid(recipe),
-        placement=recipe.flag("--cp-placement", "head-first"),
         sp="--sequence-parallel" in given,
         micro_batch=micro,
         global_batch=recipe.number("--global-batch-size", micro * rest),
         distributed_optimizer="--use-distributed-optimizer" in given,
-        etp=recipe.number("--expert-tensor-parallel-size", 1) if "--expert-tensor-parallel-size" in given else None,
         dispatch=_dispatch(recipe),
-        expert_copies=expert_copies_of(recipe),
         recompute=recipe.flag("--recompute-granularity", _recompute_by_default(recipe)),
         recomputed=tuple(recipe.flag("--recompute-modules", "core_attn").split()),
         recompute_method=recipe.flag("--recompute-method", "uniform"),
         recompute_layers=recipe.number("--recompute-num-layers", 1),
-        keep_attention="--cp-keep-attention" in given,
-        latent="--cp-latent" in given,
-        mlp_chunks=recipe.number("--mlp-chunks-for-training", 1),
-        loss_chunks=recipe.number("--cp-loss-chunks", 1) if "--cp-loss-chunks" in given else None,
         layout=_layout(recipe, layers, sizes["pp"]),
         pp_placement=recipe.flag("--pp-placement", "") or None,
         schedule=recipe.flag("--pp-schedule", "") or None,
@@ -346,20 +339,35 @@ def parallel_of(recipe: Recipe, layers: int) -> Parallel:
         tp_scheme=scheme,
         tp_grid=_tensor_grid(recipe, sizes["tp"]),
         tp_engine=engine_of(recipe.flag("--tp-engine", AUTO_ENGINE)),
-        overlap_p2p="--no-overlap-p2p-communication" not in given,
-        fsdp=bool({"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(given)),
-        sharding=recipe.flag("--data-parallel-sharding-strategy", SHARDINGS[-1]),
-        instances=recipe.number("--num-distributed-optimizer-instances", 1),
-        local_steps=_local_steps(recipe),
-        outer_bytes=8 if OUTERS.get(recipe.flag("--local-sgd-outer", AVERAGE)).remembers else 0,
         messages=_messages_of_run(recipe),
-        fp8_params="--fp8-param-gather" in given,
-        fp32_grads=_fp32_grads(recipe),
-        state_bytes=_state_bytes(recipe),
-        state_dir=recipe.flag("--optimizer-state-dir", "") or None,
-        state_weights="--optimizer-state-weights" in given,
         precision=_precision(recipe),
+        **extras_of(recipe),
     )
+
+
+def extras_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of `Parallel` that depend neither on parallel sizes nor on the order of a pipeline."""
+    given = recipe.model_args
+    return {
+        "placement": recipe.flag("--cp-placement", "head-first"),
+        "etp": recipe.number("--expert-tensor-parallel-size", 1) if "--expert-tensor-parallel-size" in given else None,
+        "expert_copies": expert_copies_of(recipe),
+        "keep_attention": "--cp-keep-attention" in given,
+        "latent": "--cp-latent" in given,
+        "mlp_chunks": recipe.number("--mlp-chunks-for-training", 1),
+        "loss_chunks": recipe.number("--cp-loss-chunks", 1) if "--cp-loss-chunks" in given else None,
+        "overlap_p2p": "--no-overlap-p2p-communication" not in given,
+        "fsdp": bool({"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(given)),
+        "sharding": recipe.flag("--data-parallel-sharding-strategy", SHARDINGS[-1]),
+        "instances": recipe.number("--num-distributed-optimizer-instances", 1),
+        "local_steps": _local_steps(recipe),
+        "outer_bytes": 8 if OUTERS.get(recipe.flag("--local-sgd-outer", AVERAGE)).remembers else 0,
+        "fp8_params": "--fp8-param-gather" in given,
+        "fp32_grads": _fp32_grads(recipe),
+        "state_bytes": _state_bytes(recipe),
+        "state_dir": recipe.flag("--optimizer-state-dir", "") or None,
+        "state_weights": "--optimizer-state-weights" in given,
+    }
 
 
 def _dispatch(recipe: Recipe) -> Dispatch:

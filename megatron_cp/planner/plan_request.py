@@ -1,8 +1,9 @@
 """Request of a search: a model, hardware, the sizes that are given and the choices to weigh."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_cp.context import BACKENDS
 from megatron_cp.errors import Refused
@@ -60,6 +61,7 @@ class PlanRequest:
     exchanges:    ours of experts, to weigh beside Megatron's dispatchers
     pieces:       numbers of pieces of routed tokens to weigh beside whole microbatches
     messages:     that are quantised between replicas, in every plan
+    kept:         fields of `Parallel` that every plan has, as the model's recipe has them
     state_dir:    of the files that hold the optimizer's state; None for memory
     fixed:        sizes that are given
     headroom:     share of a GPU's memory that stays free
@@ -81,6 +83,7 @@ class PlanRequest:
     exchanges: tuple[str, ...] = ()
     pieces: tuple[int, ...] = ()
     messages: QuantisedMessages = NOT_QUANTISED
+    kept: Mapping[str, Any] = field(default_factory=dict, hash=False)
     state_dir: str | None = None
     fixed: FixedSizes = ANY_SIZES
     headroom: float = HEADROOM

@@ -78,7 +78,8 @@ def _bound(request: PlanRequest, parallel: Parallel, left_out: Counter[str]) -> 
                 for one in level
             ]
         except ValueError:
-            left_out["the schedule's rule for p, m and v"] += 1
+            rule = ", or a flag of the recipe" if request.kept else ""
+            left_out[f"the schedule's rule for p, m and v{rule}"] += 1
             return None
         if fitting := [bound for bound in bounds if bound]:
             return min(fitting, key=lambda one: one.seconds)

@@ -76,8 +76,22 @@ def _rest_of_splits(request: PlanRequest, tp: int, cp: int, left_out: Counter[st
             left_out["DP or CP for quantised messages"] += 1
             continue
         for ep in divisors(model.experts) if model.experts else [1]:
-            if dp * cp % ep == 0 and request.fixed.allow(ep=ep):
-                yield RankSplit(tp, cp, pp, dp, ep)
+            sizes = RankSplit(tp, cp, pp, dp, ep)
+            if dp * cp % ep or not request.fixed.allow(ep=ep):
+                continue
+            if _divides_kept(request, sizes):
+                yield sizes
+            else:
+                left_out["sizes that the recipe's flags divide"] += 1
+
+
+def _divides_kept(request: PlanRequest, sizes: RankSplit) -> bool:
+    """Return True where the sizes go with the instances and the experts' tensor parallelism that every plan has."""
+    try:
+        Parallel(**sizes._asdict(), global_batch=sizes.dp, **request.kept)
+    except ValueError:
+        return False
+    return True
 
 
 def powers(most: int) -> list[int]:
@@ -88,6 +102,7 @@ def powers(most: int) -> list[int]:
 def splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
     """Yield the splits with these parallel sizes, except the choices of recomputation and of context parallelism."""
     layers, fixed = request.model.layers, request.fixed
+    in_files = {"state_dir": request.state_dir, "state_weights": True} if request.state_dir else {}
     for micro in [fixed.micro_batch] if fixed.micro_batch else MICRO_BATCHES:
         if request.global_batch % (sizes.dp * micro):
             continue
@@ -113,8 +128,7 @@ def splits(request: PlanRequest, sizes: RankSplit) -> Iterator[Parallel]:
                         messages=request.messages,
                         balanced_ends=layers % stages != 0,
                         precision=request.precision,
-                        state_dir=request.state_dir,
-                        state_weights=request.state_dir is not None,
+                        **{**request.kept, **in_files},
                     ),
                 )
 
