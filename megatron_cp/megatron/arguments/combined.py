@@ -53,6 +53,11 @@ COMBINED_UNSUPPORTED = (
         lambda args: PipelineFlags.of(args).moves_activations,
         "leave --pp-offload out",
     ),
+    Unsupported(
+        "an LM head over all ranks, for the plan of the last stage ends with its loss",
+        lambda args: PipelineFlags.of(args).vocab_parallel is not None,
+        "leave --pp-vocab-parallel out",
+    ),
 )
 
 

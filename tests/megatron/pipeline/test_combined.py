@@ -149,7 +149,11 @@ REFUSED = {
     "moves": (RUNS.replace("dualpipe", "dualpipe-v") + " --pp-offload 4", "does not do activations that move"),
     "mtp": (f"{RUNS} --mtp-num-layers 1", "does not do multi-token prediction"),
     "slices": (f"{RUNS} --pp-slices 2", "dualpipe has no order for 2 slices"),
-    "vocabulary": (f"{RUNS} --pp-vocab-parallel 1", "dualpipe has no order for a vocabulary over all ranks"),
+    "vocabulary": (f"{RUNS} --pp-vocab-parallel 1", "dualpipe has no place for a vocabulary over all ranks"),
+    "vocabulary on the V": (
+        RUNS.replace("dualpipe", "dualpipe-v") + " --pp-vocab-parallel 1",
+        "does not do an LM head over all ranks",
+    ),
     "graphs": (f"{RUNS} --cuda-graph-impl full_iteration", "does not do CUDA graphs"),
     "delayed": (f"{RUNS} --delay-wgrad-compute", "Megatron's own delay of weight gradients"),
     "exchange": (f"{RUNS} --moe-comm-type pipelined --moe-pieces 2", "messages that overlap other microbatches"),
