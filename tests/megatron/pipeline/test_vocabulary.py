@@ -56,6 +56,8 @@ CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
 TIED = "tied, sequence parallel, on the V"
 EVALUATED = "--eval-interval 3 --eval-iters 2"
 CASES = {
+    "one barrier": (2, "1f1b", 1, 8, TWO),
+    "split backwards": (2, "zb-h1", 1, 8, TWO),
     "uneven, evaluated": (
         3,
         "1f1b",
@@ -121,7 +123,7 @@ def test_it_trains_as_one_on_the_last_rank(case):
             rows = rows[::-1] if other == HEAD and name == "zb-v" else rows
             # a weight moves by 3e-3 in these steps
             torch.testing.assert_close(torch.cat(rows), expected[other], rtol=0, atol=1e-6)
-    chunks = 1 if name == "1f1b" else 2
+    chunks = 2 if CHUNKS in flags else 1
     assert [most for *_, most, _ in ours[::replicas]] == most_of(name, p, m, chunks, barriers)
     for (*_, found), (*_, expected) in zip(ours, plain, strict=True):
         assert len(found) == len(expected)
@@ -154,7 +156,11 @@ def test_megatrons_own_first_weights_are_shared_out():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize(("tied", "schedule"), [(False, "zb-v"), (True, "interleaved")], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("tied", "schedule"),
+    [(False, f"zb-v {CHUNKS}"), (True, f"interleaved {CHUNKS}"), (False, "1f1b")],
+    ids=["zb-v", "interleaved, tied", "1f1b"],
+)
 def test_checkpoints_move_to_and_from_the_ordinary_form_bit_by_bit(tied, schedule, tmp_path):
     flags = tiny(
         TWO,
@@ -163,7 +169,7 @@ def test_checkpoints_move_to_and_from_the_ordinary_form_bit_by_bit(tied, schedul
         "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
         without=UNTIED if tied else "",
     )
-    cut = f"--pp-schedule {schedule} {CHUNKS} --pp-vocab-parallel 1 --tensor-model-parallel-size 2".split()
+    cut = f"--pp-schedule {schedule} --pp-vocab-parallel 1 --tensor-model-parallel-size 2".split()
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     run_ranks(2, pretrain_losses, [*flags, "--save", str(first)])
     # nothing is left to train: what is loaded is saved
