@@ -1,6 +1,7 @@
 """`megatron-cp plan`: find the parallel sizes that train a model fastest on a number of GPUs of a cluster."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,12 +180,13 @@ def plan(
     else:
         _show(found)
     if replaced := chosen(run):
-        typer.echo(f"the plan's own choice in the place of the recipe's: {', '.join(replaced)}", err=as_json)
+        given = ", ".join(f"{flag} {value}".strip() for flag, value in replaced.items())
+        typer.echo(f"the plan's own choice in the place of the recipe's: {given}", err=as_json)
     if left_out := unmodelled(run):
         # the JSON is a list of plans alone
         typer.echo(f"not in the estimate: {', '.join(left_out)}", err=as_json)
     if write:
-        _write(found.best, words[0], write)
+        _write(found.best, words[0], replaced, write)
 
 
 def _tensor_schemes(text: str) -> tuple[str, ...]:
@@ -273,8 +275,8 @@ def _show(found: "Plans") -> None:
     console.print(f"{found.examined} splits weighed; left out by rules: {rules or 'none'}")
 
 
-def _write(best: "Estimate", source: str, file: Path) -> None:
+def _write(best: "Estimate", source: str, replaced: Iterable[str], file: Path) -> None:
     from megatron_cp.planner.plan_recipe import as_recipe
 
-    file.write_text(as_recipe(best, source), encoding="utf-8")
+    file.write_text(as_recipe(best, source, replaced), encoding="utf-8")
     typer.echo(f"wrote {file}", err=True)

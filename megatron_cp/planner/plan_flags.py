@@ -49,6 +49,6 @@ def kept(recipe: Recipe) -> dict[str, Any]:
     return {field: found[field] for fields in given for field in fields}
 
 
-def chosen(recipe: Recipe) -> list[str]:
+def chosen(recipe: Recipe) -> dict[str, str]:
     """Return the flags of a recipe, with their values, in whose place a plan has its own choice."""
-    return [f"{flag} {setting.text}".strip() for flag, setting in recipe.model_args.items() if flag in CHOSEN]
+    return {flag: setting.text for flag, setting in recipe.model_args.items() if flag in CHOSEN}

@@ -1,7 +1,7 @@
 """Write a plan as a recipe that `train`, `validate`, `estimate` and `render` accept unchanged."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ruamel.yaml import YAML
 
@@ -15,22 +15,30 @@ from megatron_cp.tensor import MEGATRONS
 
 # a step of the shipped recipes for long sequences; planned runs start from it
 LEARNING_RATE = {"--lr": 3e-5, "--min-lr": 3e-6}
+# what training/recompute sets
+FULL = frozenset({"--recompute-granularity", "--recompute-method", "--recompute-num-layers"})
 
 
-def as_recipe(plan: Estimate, model: str) -> str:
-    """Return the YAML of a recipe for the plan; `model` is what it extends: a name below configs, or a path."""
+def as_recipe(plan: Estimate, model: str, replaced: Iterable[str] = ()) -> str:
+    """Return the YAML of a recipe for the plan.
+
+    model:    what it extends: a name below configs, or a path
+    replaced: the model's flags in whose place the plan has its own choice; those that it leaves out are taken back
+    """
     gpus, per_node = plan.parallel.world, plan.cluster.ranks_per_node
     of_experts = dict(_dispatch_flags(plan.parallel.dispatch)) if plan.model.experts else {}
     if plan.parallel.expert_copies.asked:
         of_experts |= dict(_copies_flags(plan.parallel.expert_copies))
     local = min(gpus, per_node)
     extends = [model, "training/long-context", "training/nodes"]
-    extends += ["training/recompute"] if plan.parallel.recompute == "full" else []
+    full = plan.parallel.recompute == "full"
+    extends += ["training/recompute"] if full else []
+    args = {"--seq-length": plan.seq, **dict(_flags(plan.parallel)), **of_experts, **LEARNING_RATE}
     content = {
         "extends": extends,
         "CLUSTER": plan.cluster.name,
         "LAUNCH": {"--nnodes": gpus // local, "--nproc-per-node": local},
-        "MODEL_ARGS": {"--seq-length": plan.seq, **dict(_flags(plan.parallel)), **of_experts, **LEARNING_RATE},
+        "MODEL_ARGS": args | {flag: False for flag in replaced if flag not in args and not (full and flag in FULL)},
     }
     text = io.StringIO()
     text.write(f"# {label(plan.parallel)}, planned for {gpus} GPUs of {plan.cluster.name}:\n")

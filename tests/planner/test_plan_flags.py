@@ -1,6 +1,7 @@
 """Flags of a model's recipe that a plan takes along, and those in whose place it chooses."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.plan_flags import CHOSEN, KEPT, chosen, kept
 from megatron_cp.planner.plan_request import FixedSizes
 from megatron_cp.planner.search import search
+from megatron_cp.recipe.recipe import load
 from tests.planner.test_experts import REQUEST, mixtral
 
 ISLANDS = "--local-sgd-steps 8 --num-distributed-optimizer-instances 2"
@@ -34,7 +36,7 @@ def test_flags_that_are_given_are_kept() -> None:
         "fp32_grads": False,
         "expert_copies": ExpertCopies("lina"),
     }
-    assert "--pp-offload 2" in chosen(mixtral("--pp-offload 2"))
+    assert chosen(mixtral("--pp-offload 2"))["--pp-offload"] == "2"
 
 
 def test_every_plan_has_them_and_sizes_divide() -> None:
@@ -66,3 +68,24 @@ def test_plan_says_what_it_chooses_itself() -> None:
     assert "the plan's own choice in the place of the recipe's: " in told.stdout
     assert "--pp-offload 2" in told.stdout.splitlines()[-1] + told.stdout.splitlines()[-2]
     assert "--mlp-chunks-for-training" not in told.stdout
+
+
+@pytest.mark.parametrize(("length", "planned"), [("2K", None), ("128K", "full")], ids=["none", "full"])
+def test_the_written_recipe_takes_back_what_the_plan_replaces(length: str, planned: str | None, tmp_path: Path) -> None:
+    model, written = tmp_path / "model.yaml", tmp_path / "planned.yaml"
+    model.write_text(
+        "extends: models/llama3.1-8b\nMODEL_ARGS:\n  --pp-slices: 4\n  --pp-offload: 2\n"
+        "  --pp-schedule: 1f1b\n  --fp8-format: hybrid\n  --recompute-granularity: selective\n"
+        "  --recompute-modules: core_attn\n"
+    )
+    words = f"--seq {length} --gpus 8 --cluster dgx-h100 --tokens-per-batch 4M --tp 8 --cp 1 --pp 1 --top 1"
+    asked = ["plan", *words.split(), "--model", str(model), "--write", str(written)]
+    told = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert "--pp-slices 4, --pp-offload 2" in told.stdout.replace("\n", " ")
+    flags = load(str(written), {"DATA_PATH": "corpus"}).model_args
+    assert {"--pp-slices", "--pp-offload", "--pp-schedule", "--fp8-format", "--recompute-modules"}.isdisjoint(flags)
+    assert (flags["--recompute-granularity"].text if "--recompute-granularity" in flags else None) == planned
+    assert flags["--tensor-model-parallel-size"].text == "8"
+    line = CliRunner().invoke(app, ["render", str(written)], env={"DATA_PATH": "corpus"}, catch_exceptions=False)
+    assert "--tensor-model-parallel-size 8" in line.stdout
+    assert not any(word in line.stdout for word in ("--pp-slices", "--pp-offload"))
