@@ -18,7 +18,8 @@ from megatron_cp import config, runlog
 from megatron_cp.cli.importing import load
 from megatron_cp.cli.plan_experts import recorded
 from megatron_cp.context import AUTO, DEFAULT
-from megatron_cp.planner.parallel import cluster_for, warnings
+from megatron_cp.planner.of_recipe import cluster_for
+from megatron_cp.planner.parallel import warnings
 from megatron_cp.planner.unmodelled import unmodelled
 from megatron_cp.recipe import recipe
 from megatron_cp.recipe.file import Unset
@@ -178,7 +179,7 @@ def estimate_recipe(
     from megatron_cp.context.trace.record import record
     from megatron_cp.planner.estimate import estimate as of_step
     from megatron_cp.planner.model import model_of
-    from megatron_cp.planner.parallel import parallel_of
+    from megatron_cp.planner.of_recipe import parallel_of
     from megatron_cp.planner.work import RankConfig
 
     model, machines, seq = model_of(run), cluster_for(run, cluster), run.required("--seq-length")

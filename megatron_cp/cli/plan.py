@@ -119,7 +119,7 @@ def plan(
 ) -> None:
     """Enumerate the splits of ranks, leave out those that rules or memory forbid, rank the rest by estimated speed."""
     from megatron_cp.planner.model import model_of
-    from megatron_cp.planner.parallel import messages_of
+    from megatron_cp.planner.of_recipe import messages_of
     from megatron_cp.planner.plan_flags import chosen, kept
     from megatron_cp.planner.plan_request import PlanRequest, sequences
     from megatron_cp.planner.search import search

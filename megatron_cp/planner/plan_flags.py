@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_cp.planner.parallel import extras_of
+from megatron_cp.planner.of_recipe import extras_of
 from megatron_cp.recipe.recipe import Recipe
 
 KEPT = {

@@ -8,7 +8,7 @@ import pytest
 from megatron_cp.megatron.arguments.known_flags import parser
 from megatron_cp.planner.flags import ASSUMED, FREE, MODELLED, UNMODELLED
 from megatron_cp.planner.model import Latent, Transformer
-from megatron_cp.planner.parallel import parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
 from megatron_cp.recipe import recipe
 
 DENSE = Transformer(

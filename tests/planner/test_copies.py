@@ -16,7 +16,8 @@ from megatron_cp.experts.slots import lent_bytes
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer
-from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
+from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.placements import placed, placement_why, placements
 from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.plans import label

@@ -21,7 +21,8 @@ from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.fit import fit, left_out
 from megatron_cp.planner.memory import keys_for_slices, slice_lengths
 from megatron_cp.planner.model import Transformer, model_of
-from megatron_cp.planner.parallel import Parallel, parallel_of, warnings
+from megatron_cp.planner.of_recipe import parallel_of
+from megatron_cp.planner.parallel import Parallel, warnings
 from megatron_cp.planner.published import published, summary
 from megatron_cp.planner.work import PassTimes, RankConfig, ends, layer
 from megatron_cp.recipe import recipe

@@ -18,7 +18,8 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.dispatch import dispatch_why, routed_share, weighed
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
-from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
+from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.placements import placement_why
 from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.plan_request import FixedSizes, PlanRequest

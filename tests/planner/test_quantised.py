@@ -11,7 +11,8 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.memory import kinds_of
 from megatron_cp.planner.model import Transformer, model_of
-from megatron_cp.planner.parallel import Parallel, QuantisedMessages, parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
+from megatron_cp.planner.parallel import Parallel, QuantisedMessages
 from megatron_cp.planner.plan_request import FixedSizes, PlanRequest
 from megatron_cp.planner.quantised import ParameterKinds, node_hops, sent_in_hops
 from megatron_cp.planner.search import search

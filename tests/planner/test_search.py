@@ -18,7 +18,8 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.memory import MemoryUse
 from megatron_cp.planner.model import model_of
-from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
+from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.plan_request import HEADROOM, FixedSizes, PlanRequest, sequences
 from megatron_cp.planner.plans import Plans

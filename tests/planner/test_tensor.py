@@ -8,7 +8,7 @@ from megatron_cp.context.trace.record import record
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import estimate
 from megatron_cp.planner.model import model_of
-from megatron_cp.planner.parallel import parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
 from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.plan_request import PlanRequest
 from megatron_cp.planner.plans import label

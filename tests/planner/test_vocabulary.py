@@ -11,7 +11,8 @@ from megatron_cp.hardware.operations import Product
 from megatron_cp.pipeline.offload import Offload
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.model import Transformer, model_of
-from megatron_cp.planner.parallel import Parallel, parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
+from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.plan_request import FixedSizes, PlanRequest
 from megatron_cp.planner.search import search

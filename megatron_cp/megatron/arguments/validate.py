@@ -19,7 +19,7 @@ from megatron_cp.errors import CannotRun, Refused, one_line
 from megatron_cp.hardware.cluster import Cluster
 from megatron_cp.megatron.arguments import recipe_flags
 from megatron_cp.megatron.run import has_our_layers
-from megatron_cp.planner.parallel import cluster_for
+from megatron_cp.planner.of_recipe import cluster_for
 from megatron_cp.recipe.command import check_processes, flag_words, processes, runs_through_us
 from megatron_cp.recipe.recipe import ENTRY, Recipe
 

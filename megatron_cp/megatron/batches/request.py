@@ -13,7 +13,7 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.flags.context import AttentionFlags
 from megatron_cp.megatron.machine.facts import device_of_run
 from megatron_cp.planner.model import model_of
-from megatron_cp.planner.parallel import parallel_of
+from megatron_cp.planner.of_recipe import parallel_of
 from megatron_cp.recipe.recipe import Recipe, overridden
 
 
