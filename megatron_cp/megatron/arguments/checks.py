@@ -98,7 +98,7 @@ def validate_for(machine: Machine, old: Callable[..., Any], args: Any, *rest: An
     check_placement(args)
     check_router(args)
     check_layers(args)
-    refuse_upstream_faults(args)
+    refuse_upstream_faults(args, machine.te)
     with as_refusals():
         result = old(args, *rest, **kwargs)
     check_local_sgd(args)

@@ -77,9 +77,24 @@ FAULTS = (
     ),
 )
 
+WITHOUT_TE = (
+    Fault(
+        lambda args: (
+            (read(args, "recompute_granularity") == "selective" or bool(read(args, "recompute_activations", False)))
+            and "layernorm" in (read(args, "recompute_modules") or ())
+        ),
+        "layernorm of --recompute-modules asks transformer-engine for its state of FP8 with and without FP8, and ends "
+        "in a NameError where it is not installed; leave layernorm out, or install it",
+    ),
+)
+"""Faults on a machine without transformer-engine."""
 
-def refuse_upstream_faults(args: Any) -> None:
-    """Raise ValueError for the first silent fault of Megatron's own that these arguments run into."""
-    for fault in FAULTS:
+
+def refuse_upstream_faults(args: Any, te: bool) -> None:
+    """Raise ValueError for the first fault of Megatron's own that these arguments run into.
+
+    te: transformer-engine is installed where the run is meant for
+    """
+    for fault in FAULTS if te else (*FAULTS, *WITHOUT_TE):
         if fault.met(args):
             raise Refused(f"megatron-core 0.19: {fault.text.format(**vars(args))}")

@@ -159,7 +159,7 @@ def _until_the_tokenizer(recipe: Recipe, machine: "Machine | None") -> None:
     if machine:
         check = functools.partial(checks.validate_for, machine, check)
     check(args, {"tokenizer_type": "GPT2BPETokenizer"})
-    upstream_faults.refuse_upstream_faults(args)
+    upstream_faults.refuse_upstream_faults(args, te=machine is None or machine.te)
     if "entry" not in recipe.launch or recipe.launch["entry"].text == ENTRY:
         entry.refuse_unread(args)
     elif machine:

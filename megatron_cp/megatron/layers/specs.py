@@ -370,7 +370,7 @@ def check_unmodified_script() -> None:
     check_script(sys.argv[1:], layers=True)
     args = args_of_run()
     if args is not None:
-        refuse_upstream_faults(args)
+        refuse_upstream_faults(args, HAVE_TE)
         _refuse_documents_between_ends(args)
 
 

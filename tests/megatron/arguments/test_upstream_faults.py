@@ -55,11 +55,46 @@ HFSDP = f"{HSDP} {OVERLAPS} --outer-dp-sharding-strategy optim"
 def test_silent_faults_of_megatron_are_refused(arguments: dict[str, Any], text: str) -> None:
     args = SimpleNamespace(**arguments)
     if not text:
-        refuse_upstream_faults(args)
+        refuse_upstream_faults(args, te=True)
         return
     with pytest.raises(ValueError, match=text) as refused:
-        refuse_upstream_faults(args)
+        refuse_upstream_faults(args, te=True)
     assert str(refused.value).startswith("megatron-core 0.19: --")
+
+
+NORMS = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "met"),
+    [
+        (NORMS, True),
+        (NORMS | {"recompute_granularity": None, "recompute_activations": True}, True),
+        (NORMS | {"recompute_modules": ["core_attn"]}, False),
+        (NORMS | {"recompute_modules": None}, False),
+        (NORMS | {"recompute_granularity": "full"}, False),
+    ],
+    ids=["selective", "activations", "other-modules", "no-modules", "full"],
+)
+def test_norms_are_computed_again_with_transformer_engine_alone(arguments: dict[str, Any], met: bool) -> None:
+    args = SimpleNamespace(**arguments)
+    refuse_upstream_faults(args, te=True)
+    if not met:
+        refuse_upstream_faults(args, te=False)
+        return
+    with pytest.raises(ValueError, match=r"layernorm of --recompute-modules .* leave layernorm out, or") as refused:
+        refuse_upstream_faults(args, te=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_norm_computed_again_still_asks_transformer_engine() -> None:
+    import torch
+    from megatron.core.tensor_parallel import CheckpointWithoutOutput, random
+
+    if random.HAVE_TE:
+        pytest.skip("transformer-engine answers")
+    with pytest.raises(NameError, match="FP8GlobalStateManager"):
+        random.CheckpointWithoutOutputFunction.apply(torch.sin, CheckpointWithoutOutput(), torch.ones(1))
 
 
 @pytest.mark.parametrize("name", UNREAD)
@@ -97,6 +132,7 @@ def test_conversations_that_the_entry_cannot_pack_are_refused(arguments: dict[st
     [
         ("--sft", "--sft trains on conversations, got --mock-data; give --data-path FILE.jsonl instead"),
         (HSDP, "reduces no gradients between the instances without --overlap-grad-reduce"),
+        ("--recompute-granularity selective --recompute-modules layernorm", "layernorm of --recompute-modules asks"),
     ],
 )
 def test_a_run_is_refused_in_one_line(flags: str, text: str) -> None:
@@ -124,7 +160,7 @@ def unrefused(flags: list[str]) -> list[dict[str, Any]]:
 
     one_gather_at_a_time()
     os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")
-    checks.refuse_upstream_faults = lambda args: None
+    checks.refuse_upstream_faults = lambda args, te: None
     return pretrain_losses(flags, named_weights=False)
 
 
