@@ -24,6 +24,11 @@ UNGATHERED = (
         lambda args: ExpertFlags.of(args).places,
         "leave --moe-placement out, or pass --moe-gather tokens",
     ),
+    Unsupported(
+        "steps without a flush, whose microbatches have several versions of the weights",
+        lambda args: PipelineFlags.of(args).without_flush,
+        "pass --moe-gather tokens, or a --pp-schedule that flushes, such as 1f1b",
+    ),
 )
 """Options that weights gathered from the ranks that share them do not serve."""
 

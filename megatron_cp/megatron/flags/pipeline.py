@@ -145,6 +145,11 @@ class PipelineFlags(Flags):
         return self.schedule is not None and SCHEDULES.get(self.schedule).two_copies
 
     @property
+    def without_flush(self) -> bool:
+        """True if a schedule is asked for whose steps end without a flush; ValueError for a name unknown."""
+        return self.schedule is not None and SCHEDULES.get(self.schedule).delay is not None
+
+    @property
     def splits(self) -> bool:
         """True if the schedule splits backwards into input and weight gradients."""
         return self.schedule is not None and SCHEDULES.get(self.schedule).split

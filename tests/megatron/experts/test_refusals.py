@@ -326,6 +326,7 @@ GATHERED = {**EXCHANGED, "moe_comm_type": "megatron", "moe_gather": "weights", "
         (check_tuning, {"transformer_impl": "transformer_engine"}, "pass --transformer-impl local"),
         (check_tuning, {"gradient_accumulation_fusion": True}, "pass --no-gradient-accumulation-fusion"),
         (check_tuning, {"moe_placement": "lina"}, "leave --moe-placement out, or pass --moe-gather tokens"),
+        (check_tuning, {"pp_schedule": "2bw"}, "pass --moe-gather tokens, or a --pp-schedule that flushes"),
         (check_exchange, {"moe_token_dispatcher_type": "flex"}, "pass alltoall"),
         (check_degrees, {"moe_degrees": "1,2"}, "pass --moe-comm-type tutel without --moe-pieces"),
         (check_degrees, {"moe_degrees": "1,x", "moe_comm_type": "tutel"}, "numbers of pieces such as 1,2,4, got 1,x"),
