@@ -91,6 +91,18 @@ def weighed(
     return sorted(found, key=lambda each: each.seconds)
 
 
+def weighed_at_all(
+    candidates: Sequence[Dispatch], size: MixtureSize, ranks: ExpertRanks, cluster: Cluster
+) -> list[WeighedDispatch]:
+    """Return `weighed`, or all candidates in their order, without seconds, where the cluster says nothing of them."""
+    try:
+        found = weighed(candidates, size, ranks, cluster)
+    except Refused:
+        # no rates for the dtype
+        found = []
+    return found or [WeighedDispatch(way, 0.0) for way in candidates]
+
+
 def ways(degrees: Sequence[int], per_node: int | None) -> Iterator[Dispatch]:
     """Yield one exchange and two hops with each number of pieces."""
     for pieces in degrees:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_cp.experts import FASTERMOE, TOKENS, TWO_HOP, WEIGHTS
-from megatron_cp.experts.degree import MixtureSize, weighed
+from megatron_cp.experts.degree import MixtureSize, weighed, weighed_at_all
 from megatron_cp.experts.dispatch_cost import (
     STOCK,
     Dispatch,
@@ -271,3 +271,12 @@ def test_few_tokens_are_gathered_and_weights_beside_many(tokens, cheaper):
     ways = [STOCK._replace(gather=gather) for gather in (TOKENS, WEIGHTS)]
     found = weighed(ways, size, ExpertRanks(4, 2), load_cluster("dgx-h100-ib"))
     assert [each.dispatch.gather == cheaper for each in found] == [True, False]
+
+
+@pytest.mark.parametrize(("dtype", "tensor"), [("bfloat16", 2), ("float16", 1)], ids=["unequal nodes", "no rates"])
+def test_where_a_cluster_says_nothing_all_choices_are_left(dtype, tensor):
+    # six ranks that share experts, of a node of eight ranks and of the next one
+    choices = [STOCK._replace(comm_type=TWO_HOP, gather=gather) for gather in (TOKENS, WEIGHTS)]
+    size = MixtureSize(4096, 2, 12, 4096, 14336, 3, dtype, False)
+    found = weighed_at_all(choices, size, ExpertRanks(6, tensor), load_cluster("dgx-h100-ib"))
+    assert [(each.dispatch, each.seconds) for each in found] == [(way, 0.0) for way in choices]

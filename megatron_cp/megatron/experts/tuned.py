@@ -16,9 +16,8 @@ from torch.func import functional_call
 
 from megatron_cp.comm import GroupFabric, values_of_all
 from megatron_cp.context.auto import default_cluster
-from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO, TOKENS, WEIGHTS
-from megatron_cp.experts.degree import MixtureSize, WeighedDispatch, ways, weighed
+from megatron_cp.experts.degree import MixtureSize, WeighedDispatch, ways, weighed_at_all
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, ExpertRanks
 from megatron_cp.experts.gathered_weights import GatheredWeights, ShardCut, gathered_here
 from megatron_cp.experts.memo import DispatchMemo
@@ -197,11 +196,7 @@ class Tuner:
         # a program that has parsed no arguments counts no microbatches
         times = 1 if args_of_run() is None else get_num_microbatches()
         size = self.tuned.size._replace(tokens=tokens, times=times)
-        try:
-            return weighed(self.tuned.candidates, size, self.tuned.ranks, cluster)
-        except Refused:
-            # a cluster without rates for the dtype
-            return [WeighedDispatch(way, 0.0) for way in self.tuned.candidates]
+        return weighed_at_all(self.tuned.candidates, size, self.tuned.ranks, cluster)
 
 
 # layers of one size, and of a pyramid's others
