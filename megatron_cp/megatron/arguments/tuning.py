@@ -13,7 +13,7 @@ from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.megatron.arguments.experts import UNCUT, tensor_ranks
 from megatron_cp.megatron.arguments.placement import TRAVELLING
 from megatron_cp.megatron.arguments.unsupported import Unsupported, read, refuse
-from megatron_cp.megatron.flags.experts import COSTS, TUNINGS, ExpertFlags
+from megatron_cp.megatron.flags.experts import COSTS, STEPS, TUNINGS, ExpertFlags
 from megatron_cp.megatron.flags.pipeline import PipelineFlags
 from megatron_cp.megatron.run import say
 
@@ -70,6 +70,9 @@ def settle_exchange(args: Any, default: Callable[[], Cluster]) -> None:
     args.moe_comm_type, args.moe_pieces = taken.comm_type, taken.pieces
     again = len(degrees) > 1 and ranks.sharing > 1 and not flags.places
     args.moe_degrees = ",".join(map(str, degrees)) if again else None
+    if flags.tuning == STEPS and not again and args.moe_gather != AUTO:
+        args.moe_tuning = COSTS
+        say(f"--moe-tuning {STEPS}: there is one choice, and nothing to measure")
     if not (again or taken.two_hops):
         args.moe_ranks_per_node = None
     say(f"--moe-comm-type {taken.comm_type} --moe-pieces {taken.pieces}: {why}")

@@ -313,6 +313,20 @@ def test_tutel_leaves_the_choice_of_a_step_to_its_layers(capsys):
     assert (args.moe_degrees, args.moe_gather) == ("1,2", "tokens")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"expert_model_parallel_size": 1}, {"moe_pieces": 2}, {"moe_placement": "lina"}],
+    ids=["one rank", "pieces", "copies"],
+)
+def test_one_choice_is_not_measured(given, capsys):
+    args = SimpleNamespace(**{**EXCHANGED, "moe_comm_type": "tutel", "moe_pieces": 1, "seq_length": 8192, **given})
+    args.moe_tuning = "steps"
+    settle_exchange(args, lambda: load_cluster("dgx-h100-ib"))
+    assert args.moe_tuning == "costs"
+    assert "--moe-tuning steps: there is one choice, and nothing to measure" in capsys.readouterr().out
+    check_tuning(args)
+
+
 GATHERED = {**EXCHANGED, "moe_comm_type": "megatron", "moe_gather": "weights", "expert_tensor_parallel_size": 2}
 
 
