@@ -285,6 +285,8 @@ def check_layers(args: Any) -> None:
 def check_exchange(args: Any) -> None:
     """Refuse what an exchange of ours cannot do; ValueError with the rule and a way out."""
     flags, who = ExpertFlags.of(args), _asked(args)
+    if flags.ranks_per_node is not None and flags.ranks_per_node < 1:
+        raise Refused(f"--moe-ranks-per-node must be at least 1, got {flags.ranks_per_node}; leave it out")
     if flags.ranks_per_node is not None and not flags.two_hops and flags.degrees is None:
         raise Refused(
             f"--moe-ranks-per-node {flags.ranks_per_node} is of an exchange between nodes; add --moe-comm-type "
@@ -316,6 +318,9 @@ def check_exchange(args: Any) -> None:
 
 def _asked(args: Any) -> str:
     flags = ExpertFlags.of(args)
+    if flags.degrees is not None:
+        # what it takes first is not what was asked for
+        return f"--moe-comm-type {TUTEL}"
     if flags.places and flags.pieces == 1 and flags.exchange.name == MEGATRONS:
         return f"--moe-placement {PLACEMENTS.get(flags.placement).name}"
     if flags.gathers and flags.pieces == 1 and flags.exchange.name == MEGATRONS:
@@ -326,8 +331,6 @@ def _asked(args: Any) -> str:
 
 
 def _check_nodes(args: Any, per_node: int | None) -> None:
-    if per_node is not None and per_node < 1:
-        raise Refused(f"--moe-ranks-per-node must be at least 1, got {per_node}")
     ranks_on_nodes(args.world_size, args.expert_model_parallel_size, tensor_ranks(args), per_node or node_ranks(args))
 
 
