@@ -60,6 +60,7 @@ class TunedLayer(ExchangingLayer):
         if any(way.gather == WEIGHTS for way in self.tuner.tuned.candidates):
             self.gathered = _gathered_weights(self.experts, GroupFabric(self._groups.expt_tp))
         self.dispatchers = {self.way._replace(gather=TOKENS): stock}
+        self._stock = stock
         self._step: int | None = None
         self._row: Tensor | None = None
 
@@ -127,7 +128,12 @@ class TunedLayer(ExchangingLayer):
         kind = TwoHopDispatcher if groups.ep.size() > 1 else MoEAlltoAllTokenDispatcher
         made = partial(kind, self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups)
         parts = [made() for _ in range(way.pieces)]
-        return parts[0] if len(parts) == 1 else PieceDispatcher(parts, groups)
+        if len(parts) == 1:
+            return parts[0]
+        pieces = PieceDispatcher(parts, groups)
+        # the model was wrapped with the first one
+        pieces.priority = getattr(self._stock, "priority", None)
+        return pieces
 
     def _gather(self) -> Tensor:
         """Return the weights of all shards: of the step, or those of now in an evaluation, which follows a change."""

@@ -46,6 +46,8 @@ def _layers(pieces, changes):
     config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, **{**given, **changes})
     ours = copy.copy(config)
     ours.moe_gather, ours.moe_pieces = "weights", pieces
+    if pieces > 1:
+        ours.moe_comm_type = "lina"
     spec = get_mlp_module_spec_for_backend(
         backend=SpecProvider(config), num_experts=EXPERTS, moe_grouped_gemm=config.moe_grouped_gemm
     )
@@ -66,6 +68,7 @@ def _errors(variants):
     """Largest relative error of each variant, what its layer says, gathers, and weight gradients that have waited."""
     from megatron.core import parallel_state
 
+    from megatron_cp.experts.priority import ExchangePriority
     from megatron_cp.megatron import hooks
     from megatron_cp.megatron.machine.cpu import cpu_runtime
 
@@ -80,12 +83,18 @@ def _errors(variants):
         model_parallel_cuda_manual_seed(1)
         for variant, (pieces, changes) in variants.items():
             stock, ours = _layers(pieces, changes)
+            if pieces > 1:
+                # as where the model is wrapped
+                ours.token_dispatcher.priority = ExchangePriority()
+            first = ours.token_dispatcher
             expected = _ran(stock, rank)
             worst = _error(_ran(ours, rank), expected)
             counted = ours.gathered.there, ours.gathered.home, ours.gathered.bytes
             halves, waited = _in_halves(ours, rank)
             worst = max(worst, _error(halves, expected), _error(_ran(ours, rank, recompute=True), expected))
             sizes = sum(weight.numel() for weight in ours.experts.parameters())
+            assert ours.token_dispatcher is not first
+            assert getattr(ours.token_dispatcher, "priority", None) is getattr(first, "priority", None), variant
             found[variant] = worst, type(ours).__name__, ours.describe(), counted, sizes, waited
         torch.distributed.barrier()
     return found
@@ -97,7 +106,7 @@ def test_a_layer_that_gathers_weights_computes_what_megatrons_does():
             pieces, changes = VARIANTS[variant]
             assert worst < EXACT, variant
             assert kind == "TunedLayer"
-            assert (f"in {pieces} pieces" in said) == (pieces > 1)
+            assert (f"lina, in {pieces} pieces, before reductions of gradients" in said) == (pieces > 1)
             assert said.endswith("weights of 2 experts are gathered from 2 ranks, and tokens stay")
             # weights there and gradients home, in float64
             assert counted == (1, 1, 2 * 8 * (SHARED - 1) * sizes), variant
