@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_cp.planner.of_recipe import extras_of
+from megatron_cp.planner.of_recipe import expert_copies_of, extras_of
 from megatron_cp.recipe.recipe import Recipe
 
 KEPT = {
@@ -41,6 +41,9 @@ CHOSEN = frozenset(
 )
 """Flags in whose place a plan has its own choice, by its options or by the search."""
 
+OF_STEPS = frozenset({"--moe-degrees", "--moe-tuning"})
+"""Flags of an exchange that a run chooses anew in each step, which no plan has."""
+
 
 def kept(recipe: Recipe) -> dict[str, Any]:
     """Return the fields of `Parallel` that a recipe's flags set in every split; ValueError for a value unknown."""
@@ -51,4 +54,7 @@ def kept(recipe: Recipe) -> dict[str, Any]:
 
 def chosen(recipe: Recipe) -> dict[str, str]:
     """Return the flags of a recipe, with their values, in whose place a plan has its own choice."""
-    return {flag: setting.text for flag, setting in recipe.model_args.items() if flag in CHOSEN}
+    flags = CHOSEN | OF_STEPS
+    # of copies it is kept
+    flags |= frozenset() if expert_copies_of(recipe).asked else {"--moe-cluster"}
+    return {flag: setting.text for flag, setting in recipe.model_args.items() if flag in flags}

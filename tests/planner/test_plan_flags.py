@@ -39,6 +39,13 @@ def test_flags_that_are_given_are_kept() -> None:
     assert chosen(mixtral("--pp-offload 2"))["--pp-offload"] == "2"
 
 
+def test_what_is_of_an_exchange_that_a_run_chooses_goes_with_it() -> None:
+    words = "--moe-comm-type tutel --moe-degrees 1,2 --moe-tuning steps --moe-cluster dgx-h100-ib"
+    assert set(words.split()[::2]) <= set(chosen(mixtral(words)))
+    # copies of experts have costs too
+    assert "--moe-cluster" not in chosen(mixtral(f"{words} --moe-placement lina"))
+
+
 def test_every_plan_has_them_and_sizes_divide() -> None:
     run = mixtral(f"{ISLANDS} --grad-reduce-in-bf16 --moe-placement lina")
     request = replace(
