@@ -6,7 +6,7 @@ from typing import Any
 from megatron_cp.context import BACKENDS
 from megatron_cp.errors import Refused
 from megatron_cp.experts import AUTO as AUTO_GATHER
-from megatron_cp.experts import EXCHANGES, NONE, TOKENS, TUTEL
+from megatron_cp.experts import EXCHANGES, NONE, TOKENS, TUTEL, WEIGHTS
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
 from megatron_cp.experts.copies import NO_COPIES, ExpertCopies
 from megatron_cp.experts.dispatch_cost import ALLGATHER, ALLTOALL, STOCK, Dispatch
@@ -19,12 +19,16 @@ from megatron_cp.pipeline.schedule import HOST
 from megatron_cp.planner.parallel import NOT_QUANTISED, SHARDINGS, Parallel, QuantisedMessages
 from megatron_cp.recipe.command import processes
 from megatron_cp.recipe.recipe import Recipe
+from megatron_cp.registry import suggest
 from megatron_cp.replicas import AVERAGE, OUTERS, QUANTISATIONS
 from megatron_cp.replicas.sync_steps import phases_of
 from megatron_cp.tensor import AUTO, FLUX, MEGATRONS
 from megatron_cp.tensor import SCHEMES as TENSOR_SCHEMES
 from megatron_cp.tensor.place import AUTO_ENGINE, engine_of, grid_of
 from megatron_cp.units import is_whole
+
+GATHERS = (TOKENS, WEIGHTS, AUTO_GATHER)
+"""Names of --moe-gather: what ranks that share each expert may gather."""
 
 
 def parallel_of(recipe: Recipe, layers: int) -> Parallel:
@@ -131,11 +135,18 @@ def _dispatch(recipe: Recipe) -> Dispatch:
 
 
 def _gather(recipe: Recipe, chosen: bool) -> str:
-    """Return what ranks that share each expert gather; where a run chooses, it is transformer-engine that does not."""
+    """Return what ranks that share each expert gather; where a run chooses, it is transformer-engine that does not.
+
+    Raises ValueError for a name unknown.
+    """
+    asked = recipe.flag("--moe-gather", "") or None
+    if asked not in (None, *GATHERS):
+        place = recipe.model_args["--moe-gather"].place
+        raise Refused(f"{place}: --moe-gather is one of {', '.join(GATHERS)}, got {asked!r}{suggest(asked, GATHERS)}")
     if recipe.number("--expert-tensor-parallel-size", recipe.number("--tensor-model-parallel-size", 1)) == 1:
         return TOKENS
     local = recipe.flag("--transformer-impl", "transformer_engine") == "local"
-    return recipe.flag("--moe-gather", AUTO_GATHER if chosen and local else TOKENS)
+    return asked or (AUTO_GATHER if chosen and local else TOKENS)
 
 
 def expert_copies_of(recipe: Recipe) -> ExpertCopies:

@@ -90,6 +90,8 @@ def test_megatrons_default_is_its_allgather_dispatcher_and_dense_models_have_non
     assert (left_out.dispatch, dense.dispatch) == (GATHERING, STOCK)
     with pytest.raises(ValueError, match="unknown dispatcher 'alltoal'"):
         parallel_of(mixtral("--moe-token-dispatcher-type alltoal"), 32)
+    with pytest.raises(ValueError, match="--moe-gather is one of tokens, weights, auto, got 'weigts'; did you mean"):
+        parallel_of(mixtral("--moe-gather weigts"), 32)
 
 
 @pytest.mark.parametrize("dispatch", [STOCK, GATHERING, TWO], ids=str)
