@@ -92,7 +92,7 @@ def trace_experts(
     trace = record_experts(size, way, shape, machines.ranks_per_node, machines.dtype)
     error, passes = (
         prove_experts(size, way, shape, way.per_node),
-        _passes(trace, machines, size, calls_of(way, shape, machines)),
+        _passes(trace, machines, rate_of(size, way, shape, machines)),
     )
     if as_json:
         typer.echo(json.dumps(_as_json(trace, error, way, passes), indent=2))
@@ -115,12 +115,16 @@ class _Played(NamedTuple):
     seconds: float
 
 
-def _passes(trace: "ExpertTrace", cluster: Cluster, size: "LayerSize", pieces: int) -> list[_Played]:
+def rate_of(size: "LayerSize", way: Dispatch, ranks: ExpertRanks, cluster: Cluster) -> float:
+    """Return the rate of a product of an expert's rows in the mean, of its shard where tokens are gathered."""
+    shards = 1 if way.gather == WEIGHTS else ranks.tensor
+    mean = size.rows * ranks.sharing * shards / size.experts / calls_of(way, ranks, cluster)
+    return cluster.gemm(cluster.dtype).rate(min(mean, size.hidden, size.ffn / shards))
+
+
+def _passes(trace: "ExpertTrace", cluster: Cluster, rate: float) -> list[_Played]:
     from megatron_cp.context.trace.simulate import simulate
 
-    # at the rate of a product of an expert's rows in the mean
-    mean = size.rows * len(trace.legs) / size.experts / pieces
-    rate = cluster.gemm(cluster.dtype).rate(min(mean, size.hidden, size.ffn))
     hardware = replace(cluster, flops_forward=rate, flops_backward=rate)
     return [
         _Played(name, run, run.sent_between(cluster.ranks_per_node), simulate(run, hardware).time)

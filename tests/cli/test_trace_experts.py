@@ -9,8 +9,11 @@ from typer.testing import CliRunner
 from megatron_cp.bench.exchanges import measure
 from megatron_cp.cli import app
 from megatron_cp.cli.bench_experts import ways_of
+from megatron_cp.cli.trace_experts import rate_of
 from megatron_cp.comm import in_process
+from megatron_cp.experts.dispatch_cost import STOCK, ExpertRanks
 from megatron_cp.experts.routed_layer import LayerSize
+from megatron_cp.hardware.cluster_file import load_cluster
 
 WORDS = ("--ranks", "4", "--experts", "8", "--rows", "64", "--hidden", "16", "--ffn", "8")
 
@@ -56,6 +59,17 @@ def test_a_trace_says_what_each_step_sends_and_computes():
 )
 def test_bad_sizes_are_refused(words, message):
     assert message in str(run(*words).exception)
+
+
+@pytest.mark.parametrize(
+    ("gather", "rows", "shared", "least"),
+    [("tokens", 2048, 2, 256), ("weights", 512, 2, 256), ("tokens", 512, 1, 256)],
+    ids=["half of the columns", "own rows", "alone"],
+)
+def test_products_are_of_the_rows_and_the_width_that_a_rank_has(gather, rows, shared, least):
+    size, cluster = LayerSize(8, rows, 4096, 512), load_cluster("dgx-h100-ib")
+    found = rate_of(size, STOCK._replace(gather=gather), ExpertRanks(4, shared), cluster)
+    assert found == cluster.gemm("bfloat16").rate(least) < cluster.gemm("bfloat16").rate(2 * least)
 
 
 def test_exchanges_are_timed_in_turns_and_compared():
