@@ -153,15 +153,26 @@ def experts(folder: Path) -> dict[str, dict[int, ExpertChoices]]:
         return {}
     found: dict[str, dict[int, ExpertChoices]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            name, number = str(record["layer"]), int(record["iteration"])
-            layer = ExpertChoices(int(record["made"]), [int(count) for count in record["tokens"]], record["dropless"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            # the last line may be half written
-            continue
-        found.setdefault(name, {})[number] = layer
+        if noted := _noted(line):
+            layer, number, choices = noted
+            found.setdefault(layer, {})[number] = choices
     return found
+
+
+def _noted(line: str) -> tuple[str, int, ExpertChoices] | None:
+    """Read one line of the choices of experts, as `_logged` does: layer, iteration and what was chosen."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("layer")) is not str or type(record.get("dropless")) is not bool:
+        return None
+    number, made, tokens = (record.get(name) for name in ("iteration", "made", "tokens"))
+    if type(number) is not int or type(made) is not int or not isinstance(tokens, list) or made < 1:
+        return None
+    if not all(type(count) is int and count >= 0 for count in tokens):
+        return None
+    return record["layer"], number, ExpertChoices(made, tokens, record["dropless"])
 
 
 def _logged(line: str) -> Iteration | None:

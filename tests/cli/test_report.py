@@ -213,6 +213,10 @@ def test_choices_that_are_dropped_are_a_curve_of_each_layer(logged: Path) -> Non
     # the same iteration again, after a resume, and a line that was cut off
     runlog.note_experts(logged, 2, {"decoder layer 3": note(100, [45, 15], False)})
     with (logged / runlog.EXPERTS_NAME).open("a") as file:
+        # no choices, a number that is none, and no list
+        file.write('{"iteration": 6, "layer": "decoder layer 3", "made": 0, "tokens": [1], "dropless": false}\n')
+        file.write('{"iteration": 6, "layer": "a", "made": Infinity, "tokens": [1], "dropless": false}\n')
+        file.write('{"iteration": 6, "layer": "a", "made": 4, "tokens": "12", "dropless": false}\n[]\n')
         file.write('{"iteration": 6, "lay')
     # what Megatron counts of one rank is left out where all ranks are counted
     (logged / "tokens_per_expert").mkdir()
