@@ -54,6 +54,9 @@ def settle_exchange(args: Any, default: Callable[[], Cluster]) -> None:
     flags = ExpertFlags.of(args)
     if flags.exchange.name != TUTEL or not read(args, "num_experts"):
         return
+    if read(args, "hidden_size") is None or read(args, "seq_length") is None:
+        # Megatron asks for them
+        return
     whole = any(each.asked(args) for each in UNCUT)
     degrees = flags.degree_list or ((flags.pieces,) if flags.pieces > 1 else DEGREES[:1] if whole else DEGREES)
     ranks = ExpertRanks(read(args, "expert_model_parallel_size", 1), tensor_ranks(args))

@@ -329,6 +329,13 @@ def test_one_choice_is_not_measured(given, capsys):
     check_tuning(args)
 
 
+@pytest.mark.parametrize("missing", ["hidden_size", "seq_length"])
+def test_a_size_that_is_missing_is_left_to_megatron(missing):
+    args = SimpleNamespace(**{**EXCHANGED, "moe_comm_type": "tutel", "seq_length": 8192, missing: None})
+    settle_exchange(args, lambda: load_cluster("dgx-h100-ib"))
+    assert args.moe_comm_type == "tutel"
+
+
 GATHERED = {**EXCHANGED, "moe_comm_type": "megatron", "moe_gather": "weights", "expert_tensor_parallel_size": 2}
 
 
