@@ -31,6 +31,8 @@ class GroupedMLP(SequentialMLP):
             self.config.recompute_modules or ()
         )
         self.product: GroupedProduct | None = None
+        # [n, k] of both linears: k of the first is n of the second; of a shard, whatever they are called with later
+        self._widths = self.local_experts[0].linear_fc2.weight.shape
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
@@ -70,9 +72,7 @@ class GroupedMLP(SequentialMLP):
         return call, torch.stack([bias for _, bias in parameters]).repeat_interleave(sizes, 0, output_size=len(x))
 
     def _choice(self, device: str, dtype: torch.dtype) -> ChosenProduct:
-        # [n, k] of both linears: k of the first is n of the second
-        widths = self.local_experts[0].linear_fc2.weight.shape
-        return choose(ExpertFlags.of(self.config).grouped_product, device, dtype, widths)
+        return choose(ExpertFlags.of(self.config).grouped_product, device, dtype, self._widths)
 
 
 def _elsewhere(x: Tensor, weights: tuple[Tensor, ...]) -> Any:
