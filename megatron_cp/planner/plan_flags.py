@@ -49,7 +49,11 @@ def kept(recipe: Recipe) -> dict[str, Any]:
     """Return the fields of `Parallel` that a recipe's flags set in every split; ValueError for a value unknown."""
     found = extras_of(recipe)
     given = [fields for flag, fields in KEPT.items() if flag in recipe.model_args]
-    return {field: found[field] for fields in given for field in fields}
+    fields = {field: found[field] for fields in given for field in fields}
+    if found["expert_copies"].asked and fields.get("etp") is None:
+        # copies are of whole experts
+        fields["etp"] = 1
+    return fields
 
 
 def chosen(recipe: Recipe) -> dict[str, str]:

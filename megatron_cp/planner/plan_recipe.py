@@ -68,8 +68,10 @@ def _copies_flags(copies: ExpertCopies) -> Iterator[tuple[str, object]]:
         yield "--moe-cluster", copies.cluster
     if copies.ahead != NO_COPIES.ahead:
         yield "--moe-copies-ahead", copies.ahead
-    # TransformerEngine's experts are not lent
+    # neither TransformerEngine's experts are lent, nor shards, nor are gradients that come home summed by a kernel
     yield "--transformer-impl", "local"
+    yield "--expert-tensor-parallel-size", 1
+    yield "--no-gradient-accumulation-fusion", True
 
 
 def _flags(parallel: Parallel) -> Iterator[tuple[str, object]]:

@@ -13,6 +13,7 @@ from megatron_cp.planner.flags import MODELLED
 from megatron_cp.planner.model import model_of
 from megatron_cp.planner.parallel import Parallel
 from megatron_cp.planner.plan_flags import CHOSEN, KEPT, chosen, kept
+from megatron_cp.planner.plan_recipe import as_recipe
 from megatron_cp.planner.plan_request import FixedSizes
 from megatron_cp.planner.search import search
 from megatron_cp.recipe.recipe import load
@@ -35,6 +36,8 @@ def test_flags_that_are_given_are_kept() -> None:
         "instances": 2,
         "fp32_grads": False,
         "expert_copies": ExpertCopies("lina"),
+        # copies are of whole experts
+        "etp": 1,
     }
     assert chosen(mixtral("--pp-offload 2"))["--pp-offload"] == "2"
 
@@ -58,6 +61,14 @@ def test_every_plan_has_them_and_sizes_divide() -> None:
         assert sizes.expert_copies.policy == "lina"
         # copies are dealt out by one dispatcher alone
         assert sizes.dispatch.dispatcher == "alltoall"
+        assert sizes.expert_tp == 1
+    for line in (
+        "--moe-placement: lina",
+        "--expert-tensor-parallel-size: 1",
+        "--transformer-impl: local",
+        "--no-gradient-accumulation-fusion: true",
+    ):
+        assert line in as_recipe(found.best, "models/mixtral-8x7b"), line
     # three instances divide none of 32 data-parallel ranks
     with pytest.raises(ValueError, match="sizes that the recipe's flags divide"):
         search(replace(request, gpus=8, global_batch=8, kept={"instances": 3}), record, 1)
