@@ -186,7 +186,8 @@ def price_of_moves(run: SimulatedStep, caps: Sequence[float] | None = None, time
 
 def _without_moves(run: SimulatedStep, caps: Sequence[float] | None) -> SimulatedStep | None:
     schedule = run.schedule
-    if SCHEDULES.get(schedule.name).table is not None:
+    # a table in a file has a name of its own
+    if schedule.name not in SCHEDULES.names or SCHEDULES.get(schedule.name).table is not None:
         return simulate(without_moves(schedule), run.costs)
     try:
         found = unmoved(schedule.placement, schedule.micros, run.costs, tuple(caps) if caps else None)

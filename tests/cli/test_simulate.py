@@ -192,6 +192,9 @@ def test_moves_in_a_table_of_ones_own(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("0F0 0F1 0EVICT1 0B0 0LOAD1 0B1\n1F0 1B0 1F1 1B1\n")
     assert json.loads(ask("--table", str(file), "--json"))["moved"] == 1
+    said = ask("--table", str(file))
+    assert "1 of 4 chunks to the host" in said
+    assert said.endswith(" M_B without\n")
     with pytest.raises(ValueError, match="moves activations by itself; leave --pp-offload out"):
         ask("--table", str(file), "--pp-offload", "2")
 
