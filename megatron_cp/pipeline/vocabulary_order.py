@@ -46,6 +46,11 @@ def with_vocabulary(build: Callable[[int], Schedule], m: int, barriers: int, cos
     Peaks are those of the table and at most `barriers` microbatches more. Raises ValueError where no order works.
     """
     base = build(m)
+    if base.pairs:
+        raise Refused(
+            f"{base.name} has pairs of F and B, beside which S and T of a vocabulary over all ranks have no place; "
+            "write their halves one after the other"
+        )
     costs = _costs_to_place_with(base.placement, barriers, costs)
     short = _short(build, base)
     found = {

@@ -92,3 +92,9 @@ def test_pairs_of_a_table_may_run_at_the_same_time(tmp_path: Path) -> None:
     (other := tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="overlaps no forward with a backward; take dualpipe-v, dualpipe"):
         build(written(other, alone.text()), 2, 5, 2, overlapped=True)
+
+
+def test_pairs_of_a_table_leave_no_place_for_a_vocabulary_over_all_ranks(tmp_path: Path) -> None:
+    file = written(tmp_path, build("dualpipe-v", 2, 5, overlapped=True).text())
+    with pytest.raises(ValueError, match=r"mine\.txt has pairs of F and B, beside which S and T .* have no place"):
+        build(file, 2, 5, 2, barriers=1)
