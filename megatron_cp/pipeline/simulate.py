@@ -56,7 +56,8 @@ class SimulatedStep:
         """The time from the first start to the last end over all ranks, for which a synchronous optimizer waits.
 
         Where ranks hold several copies of the model it ends when their gradients have been added up, and where the
-        first and the last stage share an embedding when theirs of it have, which takes nothing on one rank.
+        first and the last stage share an embedding when theirs of it have, which takes nothing on one rank, nor where
+        every rank has its rows of it.
         """
         where = self.schedule.placement
         if where.pipes > 1:
@@ -64,7 +65,8 @@ class SimulatedStep:
         else:
             ends = [ends[-1] for ends in self.ends]
             both = {where.rank_of[0], where.rank_of[-1]}
-            last = max(*ends, max(ends[rank] for rank in both) + (self.costs.tied if len(both) > 1 else 0.0))
+            apart = len(both) > 1 and not self.schedule.barriers
+            last = max(*ends, max(ends[rank] for rank in both) + (self.costs.tied if apart else 0.0))
         return last - min(starts[0] for starts in self.starts)
 
     @cached_property

@@ -58,6 +58,11 @@ def test_tied_embeddings_are_added_up_at_the_end(schedule, makespan):
     assert found["makespan"] == makespan == alone["makespan"] + (0.5 if schedule == "1f1b" else 0)
 
 
+def test_tied_rows_on_all_ranks_are_not_added_up():
+    words = "--schedule interleaved -p 4 -m 8 --head 1 --vocab-parallel 1 --json".split()
+    assert json.loads(ask(*words, "--tied-time", "50"))["makespan"] == json.loads(ask(*words))["makespan"]
+
+
 def test_two_copies_of_the_model_in_words_and_in_json():
     words = "--schedule chimera-zb -p 4 -m 8 --sync-time 2"
     told = ask(*words.split())
