@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from megatron_cp.errors import Refused
 from megatron_cp.pipeline.action import BACKWARD, LOGITS, LOGITS_BACK, Action, Cell, flat, forward, full
-from megatron_cp.pipeline.costs import Costs
+from megatron_cp.pipeline.costs import LARGEST, Costs
 from megatron_cp.pipeline.placement import Placement
 
 BARRIERS = (1, 2)
@@ -86,8 +86,8 @@ def with_head(costs: Costs, time: float, ranks: int, barriers: int = 0, pipes: i
     pipes:    each of which has a head on its last stage
     Raises ValueError for a time below 0.
     """
-    if time < 0:
-        raise Refused(f"the time of the LM head cannot be negative, got {time:g}")
+    if not 0 <= time <= LARGEST:
+        raise Refused(f"the time of the LM head cannot be negative, got {time:g}; the largest is {LARGEST:g}")
     if barriers:
         part = time / ranks
         return replace(costs, head=(2 * part, part) if barriers == 1 else (part, 2 * part))

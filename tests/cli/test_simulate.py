@@ -326,6 +326,7 @@ def test_head_on_one_rank_and_over_all_of_them(tmp_path):
         ("--schedule chimera -p 4 -m 8 --vocab-parallel 1", "chimera has no place for a vocabulary over all ranks"),
         ("--table mine --vocab-parallel 1", "a --table has its own S and T; leave out --vocab-parallel"),
         ("--schedule 1f1b -p 4 -m 8 --head -1", "the time of the LM head cannot be negative, got -1"),
+        ("--schedule 1f1b -p 4 -m 8 --head nan", "the time of the LM head cannot be negative, got nan"),
     ],
 )
 def test_heads_that_cannot_be_are_refused(words, message):
