@@ -13,7 +13,7 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
-from megatron.core.pipeline_parallel import combined_1f1b, schedules
+from megatron.core.pipeline_parallel import combined_1f1b
 from megatron.core.pipeline_parallel.utils import set_streams
 from torch import Tensor
 
@@ -52,9 +52,10 @@ class CombinedStages(ModelStages):
         call, config = self._call, self._call.config
         set_streams(high_priority=config.high_priority_a2a_comm_stream)
         chunk = self._chunk[forward.stage] if forward else None
+        renews = False
         if forward and chunk is not None:
             self._prefetch(chunk, forward.micro)
-        first = forward is not None and forward.micro == 0
+            renews = self._renews(chunk, forward.micro)
         with (
             self._placed.seen(call.model[chunk]) if chunk is not None else nullcontext(),
             self._gradients_of(backward),
@@ -73,7 +74,7 @@ class CombinedStages(ModelStages):
                 config,
                 f_model_chunk_id=chunk if len(call.model) > 1 else None,
                 collect_non_loss_data=call.collect_non_loss_data,
-                is_first_microbatch=schedules.check_first_val_step(call.first_val_step, not call.training, first),
+                is_first_microbatch=renews,
                 current_microbatch=forward.micro if forward else None,
             )
         if forward:

@@ -90,7 +90,7 @@ class ModelStages:
                 call.groups.cp.size(),
                 call.collect_non_loss_data,
                 self._checkpoints(),
-                schedules.check_first_val_step(call.first_val_step, not call.training, micro == 0),
+                self._renews(chunk, micro),
                 micro,
                 # as Megatron's own driver without chunks
                 chunk if len(call.model) > 1 else None,
@@ -103,6 +103,11 @@ class ModelStages:
 
     def _slice(self, stage: int, micro: int) -> AbstractContextManager[None]:
         return self._call.slices.at(stage, micro) if self._call.slices else nullcontext()
+
+    def _renews(self, chunk: int, micro: int) -> bool:
+        """True in the chunk's first microbatch of a step; in an evaluation of its first batch alone."""
+        call, first = self._call, micro == self._placed.first_micro(chunk, self._call.micros)
+        return bool(schedules.check_first_val_step(call.first_val_step, not call.training, first))
 
     def _prefetch(self, chunk: int, micro: int) -> None:
         """Gather the next chunk's parameters while this one's first microbatch runs, where Megatron aligns gathers."""

@@ -43,6 +43,10 @@ class TwoWay(OnV):
         """Return Megatron's own groups: the last rank knows the tokens of both pipes by then."""
         return groups
 
+    def first_micro(self, chunk: int, micros: int) -> int:
+        """Return 0 down the ranks, and the first of the second half up them."""
+        return chunk * (micros // self.pipes)
+
     def feed(self, iterators: list[Any], chunks: list[Any], micros: int) -> list[Any]:
         """Return an iterator for each chunk: the first half of the microbatches goes down, the second up.
 

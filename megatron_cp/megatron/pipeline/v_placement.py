@@ -59,6 +59,10 @@ class OnLoop:
         """Return the groups in which gradients are reduced at the end of a step."""
         return groups
 
+    def first_micro(self, chunk: int, micros: int) -> int:
+        """Return the first of a step's microbatches in a model chunk, in which quantised weights are made anew."""
+        return 0
+
     def feed(self, iterators: list[Any], chunks: list[Any], micros: int) -> list[Any]:
         """Return the data iterator of each model chunk, which Megatron has made."""
         return iterators

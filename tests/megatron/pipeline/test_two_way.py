@@ -2,7 +2,9 @@
 
 import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,3 +196,49 @@ def test_what_two_copies_cannot_do_is_refused_in_one_line():
     for name, (_, text) in REFUSED.items():
         assert text in lines[name], (name, lines[name])
         assert "\n" not in lines[name]
+
+
+@pytest.mark.parametrize("plans", [False, True], ids=["alone", "plans"])
+def test_quantised_weights_are_made_anew_in_the_first_microbatch_of_both_pipes(monkeypatch, plans):
+    from megatron.core.pipeline_parallel import combined_1f1b, schedules
+
+    from megatron_cp.megatron.pipeline import combined
+    from megatron_cp.megatron.pipeline.stages import Call, ModelStages
+    from megatron_cp.megatron.pipeline.two_way import TwoWay
+
+    module, name = (combined_1f1b, "combined_forward_backward_step") if plans else (schedules, "forward_step")
+    known, anew = signature(getattr(module, name)), []
+
+    def step(*args, **kwargs):
+        given = known.bind(*args, **kwargs).arguments
+        if given["is_first_microbatch"]:
+            anew.append(given["current_microbatch"])
+        return (torch.zeros(1), 0, None) if plans else (torch.zeros(1), 0)
+
+    monkeypatch.setattr(module, name, step)
+    monkeypatch.setattr(combined, "set_streams", lambda **_: None)
+    monkeypatch.setattr(TwoWay, "seen", lambda *_: nullcontext())
+    call = Call(
+        forward_step_func=lambda **_: None,
+        data_iterator=[None, None],
+        model=[None, None],
+        micros=6,
+        config=SimpleNamespace(
+            num_microbatches_with_partial_activation_checkpoints=None,
+            param_sync_func=None,
+            high_priority_a2a_comm_stream=False,
+        ),
+        groups=SimpleNamespace(cp=SimpleNamespace(size=lambda: 1)),
+        shape=(),
+        tokens_of=None,
+        training=True,
+        collect_non_loss_data=False,
+        first_val_step=None,
+        force_all_reduce=False,
+        tokens=torch.zeros([], dtype=torch.int),
+    )
+    kind = combined.CombinedStages if plans else ModelStages
+    stages = kind(call, TwoWay(), (0, 3), lambda stage: False, None)
+    for stage, micro in [(0, 0), (3, 3), (0, 1), (3, 4), (0, 2), (3, 5)]:
+        stages.forward(stage, micro, None)
+    assert anew == [0, 3]
