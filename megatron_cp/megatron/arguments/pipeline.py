@@ -38,6 +38,12 @@ def _splits_te(args: Any) -> bool:
     return te and PipelineFlags.of(args).splits
 
 
+def _biases_experts(args: Any) -> bool:
+    """True if routers have a bias that each step changes without a gradient."""
+    balances = str(read(args, "moe_router_load_balancing_type", ""))
+    return bool(read(args, "moe_router_enable_expert_bias", False)) or "quantile_balancing" in balances
+
+
 UNSUPPORTED = (
     Unsupported(
         "CUDA graphs, which are captured in Megatron's own order",
@@ -265,8 +271,8 @@ UNFLUSHED_UNSUPPORTED = (
     ),
     Unsupported(
         "a bias of experts that each step changes, which is no weight and has no versions",
-        lambda args: bool(read(args, "moe_router_enable_expert_bias", False)),
-        "leave --moe-router-enable-expert-bias out",
+        _biases_experts,
+        "leave --moe-router-enable-expert-bias and quantile_balancing out",
     ),
     Unsupported(
         "copies of experts, whose weights come once in a step",
@@ -328,10 +334,7 @@ COPIES_UNSUPPORTED = (
     ),
     Unsupported(
         "a balance of experts that each rank keeps for its own copy",
-        lambda args: (
-            bool(read(args, "moe_router_enable_expert_bias", False))
-            or "quantile_balancing" in str(read(args, "moe_router_load_balancing_type", ""))
-        ),
+        _biases_experts,
         "leave --moe-router-enable-expert-bias and quantile_balancing out, or take zb-v",
     ),
     Unsupported(

@@ -205,7 +205,7 @@ REFUSED = {
         "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
         "leave --overlap-param",
     ),
-    "bias": ("--num-experts 4 --moe-router-enable-expert-bias", "leave --moe-router-enable-expert-bias out"),
+    "bias": ("--num-experts 4 --moe-router-enable-expert-bias", "leave --moe-router-enable-expert-bias and quantile_"),
     "ramp": ("--rampup-batch-size 4 4 32", "leave --rampup-batch-size and --step-batch-size-schedule out"),
     "skip": ("--iterations-to-skip 3", "leave --iterations-to-skip out"),
     "optimizer": ("--optimizer muon", "take --optimizer adam or sgd"),
@@ -233,6 +233,7 @@ def test_what_versions_cannot_do_is_refused_in_one_line():
         ({"use_precision_aware_optimizer": True}, "without --use-precision-aware-optimizer"),
         ({"nccl_ub": True}, "leave --use-nccl-ub out"),
         ({"moe_placement": "lina"}, "leave --moe-placement out"),
+        ({"moe_router_load_balancing_type": "quantile_balancing"}, "leave .* and quantile_balancing out"),
         ({"gtp_weight_remat_size": 2}, "every rank its weights whole"),
     ],
 )
