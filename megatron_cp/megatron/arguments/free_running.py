@@ -37,7 +37,7 @@ WAITS = (
     StepWait("--fp16", _given("fp16"), "each other's overflows", "pass --bf16"),
     StepWait("--loss-scale", _given("loss_scale"), "each other's overflows", "leave --loss-scale out"),
     StepWait(
-        "without --untie-embeddings-and-output-weights",
+        "embeddings tied by the lack of --untie-embeddings-and-output-weights",
         lambda args: not read(args, "untie_embeddings_and_output_weights", False),
         "the sum of both ends' gradients of the embedding",
         "pass --untie-embeddings-and-output-weights",

@@ -153,6 +153,7 @@ def test_what_ranks_would_wait_for_is_refused_in_one_line():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
+        ({"untie_embeddings_and_output_weights": False}, "not go with embeddings tied by the lack of --untie"),
         ({"pp_schedule": None}, "needs --pp-schedule 2bw or pipedream or pipedream-vertical, got none"),
         ({"mtp_num_layers": 1}, "leave --mtp-num-layers out"),
         ({"dsa_indexer_loss_coeff": 0.5}, "go with --dsa-indexer-loss-coeff 0.5"),
