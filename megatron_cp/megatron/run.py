@@ -53,7 +53,6 @@ class Settings:
     log_interval:        steps from one of Megatron's log lines to the next; None where it is not said
     steps:               numbers of the steps to run, from the loaded checkpoint's on; None where no end is known
     read_every:          numbers of steps after each of which the weights are read: saved, evaluated, compared
-    log_every:           number of steps after each of which the run logs
     timeout_minutes:     of communication
     combines:            forwards run beside backwards, whose exchanges between experts they hide
     """
@@ -77,7 +76,6 @@ class Settings:
     log_interval: int | None = None
     steps: range | None = None
     read_every: tuple[int, ...] = ()
-    log_every: int | None = None
     timeout_minutes: int | None = None
     combines: bool = False
 
@@ -105,7 +103,6 @@ class Settings:
             log_interval=getattr(args, "log_interval", None),
             steps=_steps_of(args),
             read_every=tuple(reading(args).values()),
-            log_every=getattr(args, "log_interval", None),
             timeout_minutes=getattr(args, "distributed_timeout_minutes", None),
             combines=flags.schedule is not None and getattr(args, "overlap_moe_expert_parallel_comm", False),
         )

@@ -26,7 +26,7 @@ class WithoutFlush:
         if settings.pipeline.free_running:
             say(
                 "ranks run freely: they wait for each other only where the run logs (now every "
-                f"{settings.log_every} steps), evaluates or saves, and each time fill the pipeline again"
+                f"{settings.log_interval} steps), evaluates or saves, and each time fill the pipeline again"
             )
         (chunk,) = model
         if self.done and settings.load:
