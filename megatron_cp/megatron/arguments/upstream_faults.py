@@ -22,6 +22,18 @@ def _instances(args: Any) -> bool:
     return bool(read(args, "use_megatron_fsdp", False)) and read(args, "num_distributed_optimizer_instances", 1) > 1
 
 
+def _plans(args: Any) -> bool:
+    return bool(read(args, "overlap_moe_expert_parallel_comm", False))
+
+
+def _ends_dense(args: Any) -> bool:
+    """True if the last layer has no experts."""
+    frequency, layers = read(args, "moe_layer_freq", 1), read(args, "num_layers")
+    if isinstance(frequency, int):
+        return bool(layers) and frequency > 1 and (layers - 1) % frequency != 0
+    return bool(frequency) and not frequency[-1]
+
+
 FAULTS = (
     Fault(
         lambda args: read(args, "save", None) is not None and read(args, "save_interval", 1) is None,
@@ -74,6 +86,23 @@ FAULTS = (
         ),
         "--dataloader-inter-document-masking with --context-parallel-size {context_parallel_size} gives tokens the "
         "positions of others in stock layers; leave one of the two out, or name a layer spec of megatron-cp",
+    ),
+    Fault(
+        lambda args: _plans(args) and _ends_dense(args),
+        "--overlap-moe-expert-parallel-comm leaves out the norm behind a last layer without experts, got "
+        "--moe-layer-freq {moe_layer_freq} for {num_layers} layers; let the last one have experts, or leave the flag "
+        "out",
+    ),
+    Fault(
+        lambda args: (
+            _plans(args)
+            and bool(read(args, "sequence_parallel", False))
+            and read(args, "tensor_model_parallel_size", 1) > 1
+            and any(read(args, name, 0.0) for name in ("hidden_dropout", "attention_dropout"))
+        ),
+        "--overlap-moe-expert-parallel-comm with --sequence-parallel drops the same elements on all tensor-parallel "
+        "ranks, got --hidden-dropout {hidden_dropout} and --attention-dropout {attention_dropout}; pass 0 for both, or "
+        "leave one of the two flags out",
     ),
 )
 

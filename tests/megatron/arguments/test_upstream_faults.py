@@ -13,6 +13,13 @@ from tests.ranks import RankError, run_ranks
 INSTANCES = {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2, "overlap_grad_reduce": True}
 DOCUMENTS = {"dataloader_inter_document_masking": True}
 FSDP2 = {"use_torch_fsdp2": True, "save_interval": 5}
+PLANS = {"overlap_moe_expert_parallel_comm": True, "num_layers": 4, "moe_layer_freq": 1}
+SEQUENCE = {
+    "sequence_parallel": True,
+    "tensor_model_parallel_size": 2,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 UNMASKED = {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False}
 FSDP = (
     "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor --no-gradient-reduce-div-fusion "
@@ -44,6 +51,14 @@ HFSDP = f"{HSDP} {OVERLAPS} --outer-dp-sharding-strategy optim"
         (UNMASKED, "--reset-attention-mask hides nothing in stock layers without a mask tensor"),
         (UNMASKED | {"create_attention_mask_in_dataloader": True}, ""),
         (UNMASKED | {"spec": ["megatron_cp.megatron.spec", "gpt_layer_spec"]}, ""),
+        (PLANS | {"moe_layer_freq": 2}, "leaves out the norm behind a last layer .* got --moe-layer-freq 2 for 4 lay"),
+        (PLANS | {"moe_layer_freq": [1, 1, 1, 0]}, r"got --moe-layer-freq \[1, 1, 1, 0\] for 4 layers"),
+        (PLANS | {"moe_layer_freq": [0, 1, 1, 1]}, ""),
+        (PLANS | {"moe_layer_freq": 3}, ""),
+        (PLANS | SEQUENCE | {"hidden_dropout": 0.1}, "drops the same .* got --hidden-dropout 0.1 and --attention-dr"),
+        (PLANS | SEQUENCE | {"attention_dropout": 0.1}, "pass 0 for both, or leave one of the two flags out"),
+        (PLANS | SEQUENCE, ""),
+        (PLANS | SEQUENCE | {"tensor_model_parallel_size": 1, "hidden_dropout": 0.1}, ""),
         (INSTANCES | {"clip_grad": 1.0}, ""),
         (INSTANCES | {"outer_dp_sharding_strategy": "optim", "clip_grad": 0.0}, ""),
         (INSTANCES | {"num_distributed_optimizer_instances": 1, "overlap_grad_reduce": False}, ""),
@@ -95,6 +110,29 @@ def test_a_norm_computed_again_still_asks_transformer_engine() -> None:
         pytest.skip("transformer-engine answers")
     with pytest.raises(NameError, match="FP8GlobalStateManager"):
         random.CheckpointWithoutOutputFunction.apply(torch.sin, CheckpointWithoutOutput(), torch.ones(1))
+
+
+def test_a_plan_still_leaves_out_the_final_norm_and_the_dropout_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt.fine_grained_callables import build_transformer_layer_callables
+
+    done: list[str] = []
+    monkeypatch.setattr(tensor_parallel, "get_cuda_rng_tracker", lambda: done.append("the dropout of a rank"))
+    layer: Any = SimpleNamespace(
+        mlp=None,
+        config=SimpleNamespace(moe_token_dispatcher_type="alltoall", sequence_parallel=True),
+        _forward_attention=lambda **given: (given["hidden_states"], None),
+        _forward_mlp=lambda hidden: hidden,
+        init_backward_dw_wrapper=lambda: None,
+        backward_dw_wrapper=None,
+    )
+    names = "attention_mask rotary_pos_emb rotary_pos_cos rotary_pos_sin packed_seq_params sequence_len_offset".split()
+    decoder = SimpleNamespace(final_layernorm=lambda hidden: done.append("the norm"))
+    state = SimpleNamespace(model=SimpleNamespace(decoder=decoder), **dict.fromkeys(names))
+    node: Any = SimpleNamespace(is_mtp=False, is_last_layer=True, chunk_state=state)
+    attention, _, mlp, *_ = build_transformer_layer_callables(layer)[0]
+    assert mlp(node, attention(node, "hidden states")) == "hidden states"
+    assert done == []
 
 
 @pytest.mark.parametrize("name", UNREAD)
