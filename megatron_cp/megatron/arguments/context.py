@@ -462,6 +462,11 @@ def _check_packed(args: Any) -> None:
             "--reset-attention-mask ends documents at EOD tokens and --dataloader-inter-document-masking where those "
             "of the corpus end; leave one of the two out"
         )
+    if read(args, "overlap_moe_expert_parallel_comm", False):
+        raise Refused(
+            "--overlap-moe-expert-parallel-comm runs layers by themselves, and the model's own forward hands them the "
+            "ends of packed documents; leave one of the two out"
+        )
 
 
 def _check_warmup(args: Any) -> None:

@@ -168,6 +168,10 @@ def test_what_can_be_done_passes(changes: dict[str, Any]) -> None:
             "seq_aux_loss balances each sample, .* got --micro-batch-size 2; pass 1, or aux_loss",
         ),
         (
+            {"dataloader_inter_document_masking": True, "overlap_moe_expert_parallel_comm": True},
+            "--overlap-moe-expert-parallel-comm runs layers by themselves.* packed documents; leave one of the two out",
+        ),
+        (
             {"hybrid_context_parallel": True},
             "leave --hybrid-context-parallel out; megatron_cp.pretrain_gpt .* --cp-plan balanced "
             "--context-parallel-size 1 --calculate-per-token-loss, and --cp-tokens-per-rank",
