@@ -190,7 +190,7 @@ def _without_moves(run: SimulatedStep, caps: Sequence[float] | None) -> Simulate
     if schedule.name not in SCHEDULES.names or SCHEDULES.get(schedule.name).table is not None:
         return simulate(without_moves(schedule), run.costs)
     try:
-        found = unmoved(schedule.placement, schedule.micros, run.costs, tuple(caps) if caps else None)
+        found = unmoved(schedule.placement, schedule.micros, run.costs, tuple(caps) if caps else None, "makespan")
     except Refused:
         return None
     return simulate(found, run.costs)

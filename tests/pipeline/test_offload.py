@@ -15,6 +15,7 @@ from megatron_cp.pipeline.passes import check, without_moves
 from megatron_cp.pipeline.placement import loop
 from megatron_cp.pipeline.profile import lower_split
 from megatron_cp.pipeline.schedule import BadSchedule, Schedule, parse
+from megatron_cp.pipeline.schedules.auto import unmoved
 from megatron_cp.pipeline.simulate import SimulatedStep, simulate
 from tests.cases import slow_unless
 from tests.nccl import ALL_RULES, Rules, play
@@ -243,7 +244,9 @@ def test_auto_weighs_all_tables_under_all_limits(p: int, m: int, v: int, cap: fl
         if least:
             fixed = build(table.name, p, m, v, costs=costs, caps=caps, moves=Offload(None))
             assert simulate(fixed, costs).moved == least.moved
+    known = unmoved.cache_info().misses
     said = price_of_moves(chosen, caps, "ms")
+    assert unmoved.cache_info().misses == known, "the table without moves has been found on the way"
     assert said == (
         f"moving M_B takes {move:.3g} T_F, makespan {chosen.makespan:.5g} ms at {max(chosen.peak):.3g} M_B with moves, "
         f"{plain.makespan:.5g} ms at {max(plain.peak):.3g} M_B without"

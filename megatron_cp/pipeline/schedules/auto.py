@@ -105,9 +105,7 @@ def auto(
 
 # asked once more by what says how a table with moves was chosen
 @lru_cache(4)
-def unmoved(
-    placement: Placement, m: int, costs: Costs, caps: tuple[float, ...] | None, objective: str = "makespan"
-) -> Schedule:
+def unmoved(placement: Placement, m: int, costs: Costs, caps: tuple[float, ...] | None, objective: str) -> Schedule:
     """Return what `auto` finds where nothing moves."""
     return auto(placement, m, costs, caps, objective)
 
