@@ -183,6 +183,11 @@ VOCABULARY_UNSUPPORTED = (
         "leave --fp8-format and --fp4-format out, or --pp-vocab-parallel",
     ),
     Unsupported(
+        "logits that are saved, or compared with saved ones, for no rank has all of a token",
+        lambda args: any(read(args, name) is not None for name in ("logits_save_dir", "logits_load_dir")),
+        "leave --logits-save-dir and --logits-load-dir out, or --pp-vocab-parallel",
+    ),
+    Unsupported(
         "logits that are scaled",
         lambda args: bool(read(args, "use_mup", False)),
         "leave --use-mup out, or --pp-vocab-parallel",

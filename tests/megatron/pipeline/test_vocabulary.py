@@ -1,11 +1,13 @@
 """Through the real pretrain(), output layer and embedding over all pipeline ranks train as those on one rank."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
+from megatron_cp.megatron.arguments.pipeline import check_schedule
 from megatron_cp.megatron.rebind import replace, restore
 from megatron_cp.pipeline import SCHEDULES
 from megatron_cp.pipeline.build import build, place
@@ -183,3 +185,10 @@ def test_checkpoints_move_to_and_from_the_ordinary_form_bit_by_bit(tied, schedul
         found = tensors(folder)
         assert found.keys() == expected.keys()
         assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("name", ["logits_save_dir", "logits_load_dir"])
+def test_logits_that_no_rank_has_are_not_read(name):
+    asked = Namespace(pp_schedule="1f1b", pp_vocab_parallel=1, pipeline_model_parallel_size=2, **{name: "somewhere"})
+    with pytest.raises(ValueError, match="leave --logits-save-dir and --logits-load-dir out, or --pp-vocab"):
+        check_schedule(asked)
