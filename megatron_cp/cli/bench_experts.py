@@ -9,6 +9,7 @@ from rich.table import Table
 
 from megatron_cp.errors import Refused
 from megatron_cp.experts import FASTERMOE, TWO_HOP
+from megatron_cp.experts.degree import check_pieces
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch
 from megatron_cp.experts.groups import check_group
 from megatron_cp.experts.nodes import ranks_of_a_node
@@ -101,7 +102,7 @@ def ways_of(ranks: int, experts: int, per_node: int | None, pieces: str, groups:
     found = [STOCK]
     if per_node is not None:
         found.append(STOCK._replace(comm_type=TWO_HOP, per_node=ranks_of_a_node([r // per_node for r in range(ranks)])))
-    numbers = [count(each, "--moe-pieces") for each in pieces.replace(",", " ").split()]
+    numbers = [check_pieces(count(each, "--moe-pieces")) for each in pieces.replace(",", " ").split()]
     sizes = dict.fromkeys(count(each, "--moe-group-ranks") for each in groups.replace(",", " ").split())
     for size in sizes:
         check_group(size, ranks)

@@ -15,6 +15,7 @@ from megatron_cp.cli.estimate import loaded_experts
 from megatron_cp.cli.importing import load
 from megatron_cp.experts import EXCHANGES, PIPELINED, TUTEL
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
+from megatron_cp.experts.degree import check_pieces
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.plan_request import CONTEXT, HEADROOM, SCHEDULED, FixedSizes
 from megatron_cp.recipe import recipe
@@ -161,7 +162,7 @@ def plan(
         tensor=_tensor_schemes(tp_schemes),
         tp_overlap=tp_comm_overlap,
         exchanges=_exchanges(moe_exchanges),
-        pieces=tuple(count(one, "--moe-pieces") for one in moe_pieces.replace(",", " ").split()),
+        pieces=tuple(check_pieces(count(one, "--moe-pieces")) for one in moe_pieces.replace(",", " ").split()),
         messages=messages_of(run),
         kept=kept(run),
         state_dir=optimizer_state_dir,

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_cp.errors import Refused
 from megatron_cp.experts import EXCHANGES, FASTERMOE, MEGATRONS, TOKENS, TUTEL, WEIGHTS
+from megatron_cp.experts.degree import MOST_PIECES
 from megatron_cp.experts.dispatch_cost import STOCK, Dispatch, ExpertRanks, calls_of, group_of
 from megatron_cp.experts.nodes import ranks_of_a_node
 from megatron_cp.hardware.cluster import Cluster
@@ -38,7 +39,9 @@ def trace_experts(
         int, typer.Option("--expert-tensor-parallel-size", min=1, help="Neighbouring ranks that share each expert.")
     ] = 1,
     gather: Annotated[str, typer.Option("--moe-gather", help=f"What these gather, {TOKENS} or {WEIGHTS}.")] = TOKENS,
-    pieces: Annotated[int, typer.Option("--moe-pieces", min=1, help="Pieces that routed tokens are cut into.")] = 1,
+    pieces: Annotated[
+        int, typer.Option("--moe-pieces", min=1, max=MOST_PIECES, help="Pieces that routed tokens are cut into.")
+    ] = 1,
     group_ranks: Annotated[
         int | None,
         typer.Option(

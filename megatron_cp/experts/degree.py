@@ -15,6 +15,9 @@ from megatron_cp.hardware.cluster import Cluster
 DEGREES = (1, 2, 4, 8)
 """Numbers of pieces that are weighed."""
 
+MOST_PIECES = 64
+"""Pieces of a microbatch at most: each has messages of its own."""
+
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -101,6 +104,15 @@ def weighed_at_all(
         # no rates for the dtype
         found = []
     return found or [WeighedDispatch(way, 0.0) for way in candidates]
+
+
+def check_pieces(number: int, flag: str = "--moe-pieces") -> int:
+    """Return a number of pieces; ValueError for one that no microbatch is cut into."""
+    if not 1 <= number <= MOST_PIECES:
+        raise Refused(
+            f"{flag} must be from 1 to {MOST_PIECES}, got {number}; take as few as hide the messages, such as 4"
+        )
+    return number
 
 
 def ways(degrees: Sequence[int], per_node: int | None) -> Iterator[Dispatch]:

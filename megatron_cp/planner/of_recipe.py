@@ -9,6 +9,7 @@ from megatron_cp.experts import AUTO as AUTO_GATHER
 from megatron_cp.experts import EXCHANGES, NONE, TOKENS, TUTEL, WEIGHTS
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
 from megatron_cp.experts.copies import NO_COPIES, ExpertCopies
+from megatron_cp.experts.degree import check_pieces
 from megatron_cp.experts.dispatch_cost import ALLGATHER, ALLTOALL, STOCK, Dispatch
 from megatron_cp.grid import Grid
 from megatron_cp.hardware.cluster import Cluster
@@ -120,7 +121,10 @@ def _dispatch(recipe: Recipe) -> Dispatch:
     """Return how tokens travel to experts; as in a run, ours, pieces and copies imply the dispatcher alltoall."""
     if "--num-experts" not in recipe.model_args:
         return STOCK
-    exchange, pieces = EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type)), recipe.number("--moe-pieces", 1)
+    exchange, pieces = (
+        EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type)),
+        check_pieces(recipe.number("--moe-pieces", 1)),
+    )
     found = Dispatch(
         recipe.flag("--moe-token-dispatcher-type", ALLGATHER),
         STOCK.comm_type if exchange.name == TUTEL else exchange.name,

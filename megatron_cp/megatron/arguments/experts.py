@@ -16,6 +16,7 @@ from megatron_cp.experts import (
     TUTEL,
     ExpertRouter,
 )
+from megatron_cp.experts.degree import check_pieces
 from megatron_cp.experts.grouped_mm import ROW_BYTES
 from megatron_cp.experts.nodes import ranks_on_nodes
 from megatron_cp.experts.pyramid import FLAG, experts_of_layers
@@ -292,8 +293,7 @@ def check_exchange(args: Any) -> None:
             f"--moe-ranks-per-node {flags.ranks_per_node} is of an exchange between nodes; add --moe-comm-type "
             "two-hop, or leave it out"
         )
-    if flags.pieces < 1:
-        raise Refused(f"--moe-pieces must be at least 1, got {flags.pieces}")
+    check_pieces(flags.pieces)
     if not flags.exchanges:
         return
     if not read(args, "num_experts"):

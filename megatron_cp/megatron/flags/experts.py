@@ -19,6 +19,7 @@ from megatron_cp.experts import (
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.experts import NONE as NO_PLACEMENT
 from megatron_cp.experts import PLACEMENTS as EXPERT_PLACEMENTS
+from megatron_cp.experts.degree import check_pieces
 from megatron_cp.experts.slot_costs import COPIES_CLUSTER
 from megatron_cp.hardware.cluster_file import shipped_clusters
 from megatron_cp.megatron.flags.flag import Flags, flag, one_of
@@ -234,7 +235,7 @@ class ExpertFlags(Flags):
         given = self.degrees.split(",")
         if not all(each.isdecimal() and int(each) for each in given):
             raise Refused(f"--moe-degrees needs numbers of pieces such as 1,2,4, got {self.degrees}")
-        return tuple(map(int, given))
+        return tuple(check_pieces(int(each), "--moe-degrees") for each in given)
 
     @property
     def tries(self) -> int:

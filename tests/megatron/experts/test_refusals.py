@@ -160,8 +160,8 @@ def test_two_hops_and_pieces_that_work_are_taken(given):
         ({**PIECES, "moe_degrees": "1,2", "moe_shared_expert_overlap": True}, "--moe-comm-type tutel does not do the"),
         ({"moe_ranks_per_node": 3}, "on each node, got 1 and 2 and 3; change --expert-model-parallel-size"),
         ({"moe_ranks_per_node": 12}, "on each node, got 4 and 8; change"),
-        ({"moe_pieces": 0}, "--moe-pieces must be at least 1, got 0"),
-        ({"moe_comm_type": "megatron", "moe_pieces": 0}, "--moe-pieces must be at least 1, got 0"),
+        ({"moe_pieces": 0}, "--moe-pieces must be from 1 to 64, got 0"),
+        ({"moe_comm_type": "megatron", "moe_pieces": 65}, "--moe-pieces must be from 1 to 64, got 65"),
         ({**PIECES, "num_experts": None}, "--moe-pieces 2 is of experts; add --num-experts, or leave it out"),
         ({**PIECES, "moe_ranks_per_node": 4}, "add --moe-comm-type two-hop, or leave it out"),
         ({**PIECES, "moe_shared_expert_overlap": True}, "--moe-pieces 2 does not do the overlap of shared experts"),
@@ -352,6 +352,7 @@ GATHERED = {**EXCHANGED, "moe_comm_type": "megatron", "moe_gather": "weights", "
         (check_tuning, {"pp_schedule": "2bw"}, "pass --moe-gather tokens, or a --pp-schedule that flushes"),
         (check_exchange, {"moe_token_dispatcher_type": "flex"}, "pass alltoall"),
         (check_degrees, {"moe_degrees": "1,2"}, "pass --moe-comm-type tutel without --moe-pieces"),
+        (check_degrees, {"moe_degrees": "1,99999999", "moe_comm_type": "tutel"}, "--moe-degrees must be from 1 to 64"),
         (check_degrees, {"moe_degrees": "1,x", "moe_comm_type": "tutel"}, "numbers of pieces such as 1,2,4, got 1,x"),
         (
             check_degrees,
