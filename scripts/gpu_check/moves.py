@@ -11,7 +11,7 @@ from gpu_check.table import Row
 from megatron_cp.comm import SingleFabric
 from megatron_cp.context.attend import attend, plan
 from megatron_cp.pipeline.clock import Clock
-from megatron_cp.pipeline.saved import HostMover, SavedActivations, storages_of
+from megatron_cp.pipeline.saved import HostMover, SavedActivations, seconds_per_byte, storages_of
 
 
 class AttentionLayer:
@@ -92,5 +92,5 @@ def _stepped(layer: AttentionLayer, x: Tensor, moves: int) -> Stepped:
     for total in totals:
         total.zero_()
     taken = step()
-    copies = 2 * saved.moved * saved.seconds_per_byte() if moves else 0.0
+    copies = 2 * saved.moved * seconds_per_byte(saved.mover) if moves else 0.0
     return Stepped(taken, saved.moved, copies, saved.peak, tuple(totals))
