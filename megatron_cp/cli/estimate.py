@@ -16,6 +16,7 @@ from rich.table import Table
 
 from megatron_cp import config, runlog
 from megatron_cp.cli.importing import load
+from megatron_cp.cli.options import ExpertLoads, Skew
 from megatron_cp.cli.plan_experts import recorded
 from megatron_cp.context import AUTO, DEFAULT
 from megatron_cp.planner.of_recipe import cluster_for
@@ -61,17 +62,8 @@ def estimate(
     against: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Another recipe, whose estimate stands beside this one.")
     ] = None,
-    skew: Annotated[
-        float, typer.Option(min=0, help="Exponent of Zipf's law for the loads of experts; 0 for equal loads.")
-    ] = 0.0,
-    expert_loads: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN_DIR",
-            help="Take the loads of experts that a run has logged last, of its most uneven layer, in the place of "
-            "--skew.",
-        ),
-    ] = None,
+    skew: Skew = 0.0,
+    expert_loads: ExpertLoads = None,
     measure: Annotated[
         bool,
         typer.Option(help=f"Train {MEASURED_STEPS} steps on this machine and put them beside the estimate."),

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +34,14 @@ KvHeads = Annotated[
     typer.Option("--kv-heads", "--num-query-groups", min=1, help="KV heads; by default as many as query heads."),
 ]
 HeadDim = Annotated[int, typer.Option("--head-dim", "--kv-channels", min=1, help="Dim of one head.")]
+Skew = Annotated[float, typer.Option(min=0, help="Exponent of Zipf's law for the loads of experts; 0 for equal loads.")]
+ExpertLoads = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN_DIR",
+        help="Take the loads of experts that a run has logged last, of its most uneven layer, in the place of --skew.",
+    ),
+]
 Batch = Annotated[int, typer.Option("--batch", "--micro-batch-size", min=1, help="Sequences.")]
 Causal = Annotated[bool, typer.Option(help="Causal mask, or none.")]
 ContextRanks = Annotated[int, typer.Option("--ranks", "--context-parallel-size", min=1, help="Context-parallel ranks.")]

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from megatron_cp import config
 from megatron_cp.cli.estimate import loaded_experts
 from megatron_cp.cli.importing import load
+from megatron_cp.cli.options import ExpertLoads, Skew
 from megatron_cp.experts import EXCHANGES, PIPELINED, TUTEL
 from megatron_cp.experts import MEGATRONS as MEGATRONS_EXCHANGE
 from megatron_cp.experts.degree import check_pieces
@@ -88,17 +89,8 @@ def plan(
     moe_pieces: Annotated[
         str, typer.Option(help="Numbers of pieces of routed tokens to weigh beside whole microbatches, with commas.")
     ] = "",
-    skew: Annotated[
-        float, typer.Option(min=0, help="Exponent of Zipf's law for the loads of experts; 0 for equal loads.")
-    ] = 0.0,
-    expert_loads: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN_DIR",
-            help="Take the loads of experts that a run has logged last, of its most uneven layer, in the place of "
-            "--skew.",
-        ),
-    ] = None,
+    skew: Skew = 0.0,
+    expert_loads: ExpertLoads = None,
     tp: Annotated[
         int | None,
         typer.Option("--tp", "--tensor-model-parallel-size", min=1, help="Fix TP; a size not given is searched."),

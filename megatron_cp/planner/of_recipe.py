@@ -121,10 +121,8 @@ def _dispatch(recipe: Recipe) -> Dispatch:
     """Return how tokens travel to experts; as in a run, ours, pieces and copies imply the dispatcher alltoall."""
     if "--num-experts" not in recipe.model_args:
         return STOCK
-    exchange, pieces = (
-        EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type)),
-        check_pieces(recipe.number("--moe-pieces", 1)),
-    )
+    exchange = EXCHANGES.get(recipe.flag("--moe-comm-type", STOCK.comm_type))
+    pieces = check_pieces(recipe.number("--moe-pieces", 1))
     found = Dispatch(
         recipe.flag("--moe-token-dispatcher-type", ALLGATHER),
         STOCK.comm_type if exchange.name == TUTEL else exchange.name,

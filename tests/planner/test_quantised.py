@@ -10,7 +10,7 @@ from megatron_cp.context.trace.record import record
 from megatron_cp.hardware.cluster_file import load_cluster
 from megatron_cp.planner.estimate import Estimate, estimate
 from megatron_cp.planner.memory import kinds_of
-from megatron_cp.planner.model import Transformer, model_of
+from megatron_cp.planner.model import model_of
 from megatron_cp.planner.of_recipe import parallel_of
 from megatron_cp.planner.parallel import Parallel, QuantisedMessages
 from megatron_cp.planner.plan_request import FixedSizes, PlanRequest
@@ -21,6 +21,7 @@ from megatron_cp.recipe.file import Unset
 from megatron_cp.replicas import QUANTISATIONS
 from megatron_cp.replicas.parts import ParameterSpan, parts_of, places_of
 from megatron_cp.replicas.two_hops import Sent, sent_to_gather, sent_to_reduce
+from tests.planner.test_replicas import MIXTURE
 
 # Llama 3.1 8B on two nodes of 8: TP 2, DP 8, 4 places on 2 nodes
 NODES = "--nnodes 2"
@@ -58,21 +59,8 @@ def test_parameters_are_sorted_as_a_run_marks_them() -> None:
     run = estimated(WEIGHTS)
     assert kinds_of(run.model, run.parallel, 32, True, True) == ParameterKinds(CODED, EXACT, 0)
     # one layer: attention of 4 x 8 x 8 and a router of 4 x 8, two norms of 8, experts of 4 x 3 x 8 x 16; ends of 32 x 8
-    mixture = Transformer(
-        name="mixture",
-        layers=1,
-        hidden=8,
-        ffn=16,
-        heads=2,
-        kv_heads=2,
-        head_dim=4,
-        vocab=32,
-        experts=4,
-        top_k=2,
-        expert_ffn=16,
-    )
     exact = 4 * 8 + 2 * 8 + 2 * 32 * 8 + 8
-    alone, shared = (kinds_of(mixture, Parallel(dp=2, ep=ep, global_batch=2), 1, True, True) for ep in (1, 2))
+    alone, shared = (kinds_of(MIXTURE, Parallel(dp=2, ep=ep, global_batch=2), 1, True, True) for ep in (1, 2))
     assert alone == ParameterKinds(4 * 8 * 8 + 4 * 3 * 8 * 16, exact, 0)
     assert shared == ParameterKinds(4 * 8 * 8, exact, 2 * 3 * 8 * 16)
 
